@@ -1,0 +1,124 @@
+package v1beta1
+
+import (
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+)
+
+// AttachmentKind is what the pod got: its end of a veth, or a macvtap.
+type AttachmentKind string
+
+// The kinds of attachment.
+const (
+	KindVeth    AttachmentKind = "veth"
+	KindMacvtap AttachmentKind = "macvtap"
+)
+
+// Attachment is one pod or VM on a spoke, as the node's kernel has it.
+type Attachment struct {
+	Spoke string `json:"spoke"`
+	// Pod is namespace/name.
+	Pod string `json:"pod"`
+	// Interface is the link's name in the pod.
+	Interface string         `json:"interface"`
+	MAC       string         `json:"mac"`
+	Kind      AttachmentKind `json:"kind"`
+	Since     metav1.Time    `json:"since"`
+}
+
+// SegmentState is the health of a LAN on one node.
+type SegmentState string
+
+// The states of a segment.
+const (
+	SegmentReady    SegmentState = "Ready"    // built and offered
+	SegmentDegraded SegmentState = "Degraded" // built and offered, but frames to other nodes are in doubt (underlay without carrier)
+	SegmentNotReady SegmentState = "NotReady" // not offered: pods wait
+	SegmentLeaving  SegmentState = "Leaving"  // no longer wanted here; stays until its last pod is gone
+)
+
+// Reasons of a segment that is not Ready.
+const (
+	ReasonUnderlayMissing   = "UnderlayMissing"   // the node has no such device, or no default route
+	ReasonUnderlayNoAddress = "UnderlayNoAddress" // the device has no address of the group's family
+	ReasonUnderlayDown      = "UnderlayDown"      // the device is down or has no carrier
+	ReasonMTUTooLarge       = "MTUTooLarge"       // spec.mtu does not fit the underlay
+	ReasonVNITaken          = "VNITaken"          // something else on the node uses the VNI on that port
+	ReasonBuildFailed       = "BuildFailed"       // the kernel refused; the message has its words
+)
+
+// SegmentStatus is one LAN on this node.
+type SegmentStatus struct {
+	// LAN is namespace/name.
+	LAN string    `json:"lan"`
+	UID types.UID `json:"uid"`
+	// Generation of the LAN that this node has built.
+	// +optional
+	Generation int64        `json:"generation,omitempty"`
+	State      SegmentState `json:"state"`
+	// +optional
+	Reason string `json:"reason,omitempty"`
+	// Message says what is wrong on this node and the way out.
+	// +optional
+	Message string `json:"message,omitempty"`
+	NS      string `json:"ns"`
+	// Underlay is the device that carries the VXLAN; empty if none was found.
+	// +optional
+	Underlay string `json:"underlay,omitempty"`
+	// VTEP is this node's address on the underlay.
+	// +optional
+	VTEP string `json:"vtep,omitempty"`
+	// +optional
+	MTU int32 `json:"mtu,omitempty"`
+	// Offered is the number of spokes this node offers to kubelet.
+	// +optional
+	Offered int32 `json:"offered,omitempty"`
+	// +optional
+	// +listType=atomic
+	Attachments []Attachment `json:"attachments,omitempty"`
+}
+
+// LANNodeStatus is written by the node of that name alone.
+type LANNodeStatus struct {
+	// +optional
+	// +listType=map
+	// +listMapKey=lan
+	Segments []SegmentStatus `json:"segments,omitempty"`
+	// Version of k8slan on the node.
+	// +optional
+	Version string `json:"version,omitempty"`
+	// LANs, ready and attached, for the printer columns.
+	// +optional
+	LANs int32 `json:"lans"`
+	// +optional
+	Ready int32 `json:"ready"`
+	// +optional
+	Attached int32 `json:"attached"`
+}
+
+// LANNode is what one node has of each LAN. It bears the node's name and goes with the Node.
+//
+// +kubebuilder:object:root=true
+// +kubebuilder:subresource:status
+// +kubebuilder:resource:scope=Cluster,path=lannodes,singular=lannode,shortName=lann,categories=k8slan
+// +kubebuilder:printcolumn:name="LANs",type=integer,JSONPath=`.status.lans`
+// +kubebuilder:printcolumn:name="Ready",type=integer,JSONPath=`.status.ready`
+// +kubebuilder:printcolumn:name="Attached",type=integer,JSONPath=`.status.attached`
+// +kubebuilder:printcolumn:name="Version",type=string,JSONPath=`.status.version`
+// +kubebuilder:printcolumn:name="Age",type=date,JSONPath=`.metadata.creationTimestamp`
+type LANNode struct {
+	metav1.TypeMeta   `json:",inline"`
+	metav1.ObjectMeta `json:"metadata,omitempty"`
+
+	// +optional
+	Status LANNodeStatus `json:"status,omitempty"`
+}
+
+// LANNodeList is a list of LANNodes.
+//
+// +kubebuilder:object:root=true
+type LANNodeList struct {
+	metav1.TypeMeta `json:",inline"`
+	metav1.ListMeta `json:"metadata,omitempty"`
+	Items           []LANNode `json:"items"`
+}
