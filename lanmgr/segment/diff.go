@@ -1,0 +1,224 @@
+package segment
+
+import "slices"
+
+// Diff says what has to be done to a node so that it has the segment: deterministic, additions before deletions.
+// What a pod is attached to stays, wanted or not. Links that k8slan would not name so are left alone.
+func Diff(want Segment, have State) []Op {
+	d := diff{want: want, have: have, claims: have.Claims()}
+	d.namespace()
+	d.bridge()
+	d.vxlan()
+	for _, spoke := range d.spokes() {
+		d.spoke(spoke)
+	}
+	d.leftovers()
+	return d.ops
+}
+
+// Teardown says how to take a segment away; the VXLAN comes first, so that its VNI is free as soon as it can be.
+func Teardown(have State) []Op {
+	var ops []Op
+	for _, l := range have.Links {
+		if l.Type == "vxlan" {
+			ops = append(ops, DelLink{l.Name})
+		}
+	}
+	if slices.ContainsFunc(have.Links, isSpokeLink) {
+		ops = append(ops, DelPairs{})
+	}
+	for _, l := range have.Links {
+		if l.Type == "bridge" {
+			ops = append(ops, DelLink{l.Name})
+		}
+	}
+	if have.Record != nil {
+		ops = append(ops, RemoveRecord{have.Netns})
+	}
+	if have.Exists || have.Lost {
+		ops = append(ops, RemoveNetns{have.Netns})
+	}
+	return ops
+}
+
+func isSpokeLink(l Link) bool {
+	_, _, pair := spokeOf(l.Name)
+	return pair || IsClaimID(l.Name)
+}
+
+type diff struct {
+	want   Segment
+	have   State
+	claims []Claim
+	ops    []Op
+	// rebridged is set once the bridge is made anew: what was in the old one has lost its master.
+	rebridged bool
+}
+
+func (d *diff) do(ops ...Op) { d.ops = append(d.ops, ops...) }
+
+// spokes are those that are wanted and those that are claimed: a spoke that was withdrawn stays until its pod is gone.
+func (d *diff) spokes() []string {
+	spokes := slices.Clone(d.want.Spokes)
+	for _, c := range d.claims {
+		spokes = append(spokes, c.Spoke)
+	}
+	slices.Sort(spokes)
+	return slices.Compact(spokes)
+}
+
+func (d *diff) namespace() {
+	switch {
+	case d.have.Exists:
+	case d.have.Lost:
+		d.do(RestoreNetns{d.want.Netns})
+	default:
+		d.do(CreateNetns{d.want.Netns})
+	}
+	if !d.have.Silent {
+		d.do(Silence{})
+	}
+	if d.have.Record == nil || !d.have.Record.Equal(d.want) {
+		d.do(WriteRecord{d.want})
+	}
+}
+
+func (d *diff) bridge() {
+	name := d.want.Bridge
+	l, ok := d.have.Link(name)
+	if ok && l.Type != "bridge" {
+		d.do(DelLink{name})
+		ok = false
+	}
+	if !ok {
+		d.do(AddBridge{Name: name, MTU: d.want.MTU})
+		d.rebridged = true
+		return
+	}
+	if l.Bridge != (BridgeState{}) {
+		d.do(SetBridge{name})
+	}
+	d.settings(l, true)
+}
+
+func (d *diff) vxlan() {
+	want := d.want.VXLAN
+	for _, l := range d.have.Links {
+		if l.Type == "vxlan" && l.Name != want.Name {
+			d.do(DelLink{l.Name}) // from another life of this netns; it may hold the VNI
+		}
+	}
+	l, ok := d.have.Link(want.Name)
+	switch {
+	case want.UnderlayIndex == 0:
+		if ok {
+			d.do(DelLink{want.Name})
+		}
+		return
+	case !ok || !sameVXLAN(want, l):
+		if ok {
+			d.do(DelLink{want.Name})
+		}
+		d.do(AddVXLAN{VXLAN: want, MTU: d.want.MTU, Bridge: d.want.Bridge})
+		l = Link{Name: want.Name, MTU: d.want.MTU, ForwardMask: ForwardMask}
+	default:
+		d.port(l)
+	}
+	// A LAN that nobody uses here costs the underlay nothing: a VXLAN joins its group only while it is up.
+	d.settings(l, len(d.claims) > 0)
+}
+
+// spoke brings a spoke's standing pair in order, and the claim link of the pod that is attached.
+func (d *diff) spoke(spoke string) {
+	port, havePort := d.have.Link(PortName(spoke))
+	plug, havePlug := d.have.Link(PlugName(spoke))
+	if !havePort || !havePlug {
+		if havePort {
+			d.do(DelLink{port.Name})
+		}
+		if havePlug {
+			d.do(DelLink{plug.Name})
+		}
+		port = Link{Name: PortName(spoke), MTU: d.want.MTU, Up: true, ForwardMask: ForwardMask}
+		plug = Link{Name: PlugName(spoke), MTU: d.want.MTU, Up: true}
+		d.do(AddPair{Spoke: spoke, MAC: MAC(d.want.LAN, spoke), MTU: d.want.MTU, Bridge: d.want.Bridge})
+	} else {
+		d.port(port)
+	}
+	carrier := port
+	if claim, ok := d.vethClaim(spoke); ok {
+		carrier = claim
+		d.port(claim)
+		d.settings(claim, true)
+	}
+	if carrier.Name != port.Name && port.answersTo(spoke) {
+		d.do(DelAltName{port.Name, spoke})
+	}
+	if !carrier.answersTo(spoke) {
+		d.do(AddAltName{carrier.Name, spoke})
+	}
+	d.settings(plug, true)
+	d.settings(port, carrier.Name == port.Name)
+	d.settle(plug)
+}
+
+// vethClaim is the link by which a pod is attached to the spoke. A claim link always has the altname: it was claimed by that.
+func (d *diff) vethClaim(spoke string) (Link, bool) {
+	for _, c := range d.claims {
+		if c.Spoke == spoke && c.Kind == Veth {
+			return d.have.Link(c.ID)
+		}
+	}
+	return Link{}, false
+}
+
+// settle looks after a claim whose macvtap may be gone: while it is up it keeps its plug promiscuous
+// (macvlan_open in drivers/net/macvlan.c), but one that a pod has set down does not.
+func (d *diff) settle(plug Link) {
+	if c, ok := plug.claim(); ok && plug.Promisc == 0 {
+		d.do(Settle{Spoke: c.Spoke, ClaimID: c.ID})
+	}
+}
+
+// port puts a link into the bridge with the mask that lets link-local frames through.
+func (d *diff) port(l Link) {
+	bridge, ok := d.have.Link(d.want.Bridge)
+	if d.rebridged || !ok || l.Master != bridge.Index {
+		d.do(SetMaster{l.Name, d.want.Bridge}, SetForwardMask{l.Name}) // a port that is put in anew has lost its mask
+		return
+	}
+	if l.ForwardMask != ForwardMask {
+		d.do(SetForwardMask{l.Name})
+	}
+}
+
+func (d *diff) settings(l Link, up bool) {
+	if l.MTU != d.want.MTU {
+		d.do(SetMTU{l.Name, d.want.MTU})
+	}
+	switch {
+	case up && !l.Up:
+		d.do(SetUp{l.Name})
+	case !up && l.Up:
+		d.do(SetDown{l.Name})
+	}
+}
+
+// leftovers deletes what nobody wants or has: pairs of spokes that are gone, and claim links whose attach never finished.
+func (d *diff) leftovers() {
+	wanted, deleted := d.spokes(), map[string]bool{}
+	for _, l := range d.have.Links {
+		if IsClaimID(l.Name) && l.Type == "veth" {
+			if !slices.ContainsFunc(d.claims, func(c Claim) bool { return c.ID == l.Name }) {
+				d.do(DelLink{l.Name})
+			}
+			continue
+		}
+		spoke, _, ok := spokeOf(l.Name)
+		if !ok || deleted[spoke] || slices.Contains(wanted, spoke) {
+			continue
+		}
+		deleted[spoke] = true
+		d.do(DelLink{l.Name})
+	}
+}

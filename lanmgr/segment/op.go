@@ -1,0 +1,124 @@
+package segment
+
+import (
+	"fmt"
+	"net"
+	"net/netip"
+)
+
+// Op is one change to a node. Its text is the ip command, or the like, that a person would type in the LAN's netns.
+type Op interface{ String() string }
+
+type (
+	// CreateNetns makes the network namespace and gives it its name.
+	CreateNetns struct{ Netns string }
+	// RestoreNetns gives a namespace that is still in hand its name back.
+	RestoreNetns struct{ Netns string }
+	// RemoveNetns takes the name away; the namespace goes with it.
+	RemoveNetns struct{ Netns string }
+	// Silence switches IPv6 and bridge netfilter off in the namespace.
+	Silence struct{}
+	// WriteRecord publishes the segment for the CNI plugin.
+	WriteRecord struct{ Segment Segment }
+	// RemoveRecord takes it back.
+	RemoveRecord struct{ Netns string }
+	// AddBridge makes the bridge, up, without STP, VLAN filtering and multicast snooping.
+	AddBridge struct {
+		Name string
+		MTU  int
+	}
+	// SetBridge switches STP, VLAN filtering and multicast snooping off again.
+	SetBridge struct{ Name string }
+	// AddVXLAN makes the VXLAN, down, as a port of the bridge.
+	AddVXLAN struct {
+		VXLAN
+		MTU    int
+		Bridge string
+	}
+	// AddPair makes a spoke's standing pair: the port up in the bridge, the plug up beside it.
+	AddPair struct {
+		Spoke  string
+		MAC    net.HardwareAddr // of the plug
+		MTU    int
+		Bridge string
+	}
+	// DelLink deletes a link, and with one end of a veth the other.
+	DelLink struct{ Name string }
+	// DelPairs deletes every link that attaches spokes, in one message.
+	DelPairs struct{}
+	// SetMTU sets a link's MTU in bytes.
+	SetMTU struct {
+		Name string
+		MTU  int
+	}
+	// SetMaster makes a link a port of the bridge.
+	SetMaster struct{ Name, Bridge string }
+	// SetForwardMask lets every link-local frame but PAUSE through a port.
+	SetForwardMask struct{ Name string }
+	// SetUp and SetDown switch a link.
+	SetUp struct{ Name string }
+	// SetDown switches a link off.
+	SetDown struct{ Name string }
+	// AddAltName lets a link answer to a spoke's name.
+	AddAltName struct{ Name, AltName string }
+	// DelAltName takes that away.
+	DelAltName struct{ Name, AltName string }
+	// Settle finds out whether the macvtap of a claim still exists, and ends the claim if it doesn't.
+	Settle struct{ Spoke, ClaimID string }
+)
+
+func (o CreateNetns) String() string  { return "ip netns add " + o.Netns }
+func (o RestoreNetns) String() string { return "ip netns attach " + o.Netns }
+func (o RemoveNetns) String() string  { return "ip netns del " + o.Netns }
+func (o Silence) String() string {
+	return "sysctl net.ipv6.conf.all.disable_ipv6=1 net.bridge.bridge-nf-call-{iptables,ip6tables,arptables}=0"
+}
+func (o WriteRecord) String() string  { return "record " + o.Segment.Netns }
+func (o RemoveRecord) String() string { return "record del " + o.Netns }
+func (o AddBridge) String() string {
+	return fmt.Sprintf("ip link add %s mtu %d up type bridge stp_state 0 vlan_filtering 0 mcast_snooping 0", o.Name, o.MTU)
+}
+
+func (o SetBridge) String() string {
+	return fmt.Sprintf("ip link set %s type bridge stp_state 0 vlan_filtering 0 mcast_snooping 0", o.Name)
+}
+
+func (o AddVXLAN) String() string {
+	return fmt.Sprintf("ip link add %s mtu %d master %s type vxlan id %d dstport %d group %s dev %s",
+		o.Name, o.MTU, o.Bridge, o.VNI, o.Port, o.Group, o.Underlay)
+}
+
+func (o AddPair) String() string {
+	return fmt.Sprintf("ip link add %s mtu %d master %s up type veth peer name %s address %s up",
+		PortName(o.Spoke), o.MTU, o.Bridge, PlugName(o.Spoke), o.MAC)
+}
+func (o DelLink) String() string   { return "ip link del " + o.Name }
+func (o DelPairs) String() string  { return fmt.Sprintf("ip link del group %d", LinkGroup) }
+func (o SetMTU) String() string    { return fmt.Sprintf("ip link set %s mtu %d", o.Name, o.MTU) }
+func (o SetMaster) String() string { return fmt.Sprintf("ip link set %s master %s", o.Name, o.Bridge) }
+func (o SetForwardMask) String() string {
+	return fmt.Sprintf("ip link set %s type bridge_slave group_fwd_mask %#x", o.Name, ForwardMask)
+}
+func (o SetUp) String() string   { return fmt.Sprintf("ip link set %s up", o.Name) }
+func (o SetDown) String() string { return fmt.Sprintf("ip link set %s down", o.Name) }
+func (o AddAltName) String() string {
+	return fmt.Sprintf("ip link property add %s altname %s", o.Name, o.AltName)
+}
+
+func (o DelAltName) String() string {
+	return fmt.Sprintf("ip link property del %s altname %s", o.Name, o.AltName)
+}
+func (o Settle) String() string { return fmt.Sprintf("settle %s %s", o.Spoke, o.ClaimID) }
+
+// LinkGroup is the link group of everything that attaches spokes: one message deletes it all, at
+// 0.15 ms a link instead of the 16 ms that a deletion of its own costs.
+const LinkGroup = 0x6b38
+
+// sameVXLAN says whether a VXLAN that stands is the one that is wanted, in what the kernel cannot change later.
+func sameVXLAN(want VXLAN, have Link) bool {
+	v := have.VXLAN
+	return have.Type == "vxlan" && v.VNI == want.VNI && v.Port == want.Port &&
+		unmapped(v.Group) == unmapped(want.Group) && v.UnderlayIndex == want.UnderlayIndex
+}
+
+func unmapped(a netip.Addr) netip.Addr { return a.Unmap().WithZone("") }

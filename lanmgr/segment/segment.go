@@ -1,0 +1,187 @@
+// Package segment describes a LAN as one node must build it, without touching the node.
+package segment
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+)
+
+// LAN names a LAN object.
+type LAN struct {
+	Namespace string `json:"namespace"`
+	Name      string `json:"name"`
+	UID       string `json:"uid"`
+}
+
+// String is namespace/name.
+func (l LAN) String() string { return l.Namespace + "/" + l.Name }
+
+// Segment is a LAN as one node must build it.
+type Segment struct {
+	LAN        LAN   `json:"lan"`
+	Generation int64 `json:"generation"` // of the LAN object
+
+	Netns  string `json:"netns"`  // file name of the network namespace
+	Bridge string `json:"bridge"` // link name
+	MTU    int    `json:"mtu"`    // bytes, of every link in the segment
+	VXLAN  VXLAN  `json:"vxlan"`
+
+	Spokes            []string `json:"spokes"`
+	AllowedNamespaces []string `json:"allowedNamespaces,omitempty"`
+}
+
+// VXLAN is the link that carries the LAN to other nodes.
+type VXLAN struct {
+	Name          string     `json:"name"`
+	VNI           uint32     `json:"vni"`
+	Port          uint16     `json:"port"`  // UDP
+	Group         netip.Addr `json:"group"` // multicast, IPv4 or IPv6
+	Underlay      string     `json:"underlay"`
+	UnderlayIndex int        `json:"underlayIndex"` // in the node's own netns; 0 where the node has no such device, and then no VXLAN is built
+}
+
+// Equal says whether two segments are the same wish.
+func (s Segment) Equal(o Segment) bool {
+	return s.LAN == o.LAN && s.Generation == o.Generation && s.Netns == o.Netns && s.Bridge == o.Bridge &&
+		s.MTU == o.MTU && s.VXLAN == o.VXLAN &&
+		slices.Equal(s.Spokes, o.Spokes) && slices.Equal(s.AllowedNamespaces, o.AllowedNamespaces)
+}
+
+// Allows says whether pods of the namespace may attach.
+func (s Segment) Allows(namespace string) bool {
+	return namespace == s.LAN.Namespace ||
+		slices.Contains(s.AllowedNamespaces, namespace) ||
+		slices.Contains(s.AllowedNamespaces, "*")
+}
+
+// Kind is what a pod gets: its end of a veth, or a macvtap.
+type Kind string
+
+// The kinds of attachment.
+const (
+	Veth    Kind = "veth"
+	Macvtap Kind = "macvtap"
+)
+
+// Claim is one pod's hold on a spoke.
+type Claim struct {
+	ID           string
+	Spoke        string
+	Kind         Kind
+	PodNamespace string
+	Pod          string
+	PodUID       string
+	Interface    string // in the pod
+	Sandbox      string // container ID, possibly cut short
+	MAC          net.HardwareAddr
+	Since        time.Time
+}
+
+// claimPrefix starts every claim ID. The links of a segment bear no other name of this form:
+// a spoke's links end in a suffix with an underscore.
+const claimPrefix = "k"
+
+// ClaimID names the claim of one interface of one sandbox: 15 characters, so that it fits a link's name.
+func ClaimID(containerID, ifname string) string {
+	sum := sha256.Sum256([]byte(containerID + "/" + ifname))
+	return claimPrefix + hex.EncodeToString(sum[:7])
+}
+
+// IsClaimID says whether a link's name has the form of a claim ID.
+func IsClaimID(name string) bool {
+	if len(name) != 15 || !strings.HasPrefix(name, claimPrefix) {
+		return false
+	}
+	_, err := hex.DecodeString(name[1:])
+	return err == nil
+}
+
+// PortName is the bridge's end of a spoke's standing pair. The underscore cannot occur in a spoke's own name.
+func PortName(spoke string) string { return spoke + "_b" }
+
+// PlugName is the end of a spoke's standing pair that waits for a VM.
+func PlugName(spoke string) string { return spoke + "_p" }
+
+// spokeOf is the spoke whose standing pair a link belongs to.
+func spokeOf(link string) (spoke string, port, ok bool) {
+	if s, ok := strings.CutSuffix(link, "_b"); ok && s != "" {
+		return s, true, true
+	}
+	if s, ok := strings.CutSuffix(link, "_p"); ok && s != "" {
+		return s, false, true
+	}
+	return "", false, false
+}
+
+// MAC is the address of a spoke's plug where none is requested. It depends on the LAN's name and the spoke alone,
+// so that a pod has the same one after it was deleted and made again, on whichever node.
+func MAC(lan LAN, spoke string) net.HardwareAddr {
+	sum := sha256.Sum256([]byte(lan.String() + "/" + spoke))
+	mac := net.HardwareAddr{0x02, 0, 0, 0, 0, 0} // locally administered, unicast
+	copy(mac[1:], sum[:5])
+	return mac
+}
+
+// maxAlias is the longest alias that Linux keeps for a link (IFALIASZ less the final NUL, include/uapi/linux/if.h).
+const maxAlias = 255
+
+// Alias is the claim in words, for the link's alias.
+func (c Claim) Alias() string {
+	sandbox := c.Sandbox
+	if len(sandbox) > sandboxLen {
+		sandbox = sandbox[:sandboxLen]
+	}
+	// The pod comes last: its name can be 253 characters long and is the one thing that may be cut.
+	s := fmt.Sprintf("%s spoke=%s if=%s mac=%s since=%s sandbox=%s uid=%s pod=%s/%s", c.Kind, c.Spoke, c.Interface, c.MAC,
+		c.Since.UTC().Format(time.RFC3339), sandbox, c.PodUID, c.PodNamespace, c.Pod)
+	if len(s) > maxAlias {
+		s = s[:maxAlias]
+	}
+	return s
+}
+
+// sandboxLen is how much of a container ID an alias keeps: enough to tell two apart.
+const sandboxLen = 20
+
+// OfSandbox says whether the claim was made for that container ID.
+func (c Claim) OfSandbox(containerID string) bool {
+	if len(containerID) > sandboxLen {
+		containerID = containerID[:sandboxLen]
+	}
+	return c.Sandbox == containerID && containerID != ""
+}
+
+// ParseAlias reads what Alias wrote; ok is false where the text is not of that form.
+func ParseAlias(id, alias string) (c Claim, ok bool) {
+	kind, rest, _ := strings.Cut(alias, " ")
+	c = Claim{ID: id, Kind: Kind(kind)}
+	if c.Kind != Veth && c.Kind != Macvtap {
+		return Claim{ID: id}, false
+	}
+	for field := range strings.FieldsSeq(rest) {
+		key, value, _ := strings.Cut(field, "=")
+		switch key {
+		case "spoke":
+			c.Spoke = value
+		case "if":
+			c.Interface = value
+		case "mac":
+			c.MAC, _ = net.ParseMAC(value)
+		case "since":
+			c.Since, _ = time.Parse(time.RFC3339, value)
+		case "sandbox":
+			c.Sandbox = value
+		case "uid":
+			c.PodUID = value
+		case "pod":
+			c.PodNamespace, c.Pod, _ = strings.Cut(value, "/")
+		}
+	}
+	return c, true
+}

@@ -1,0 +1,98 @@
+package segment
+
+import (
+	"net"
+	"net/netip"
+	"slices"
+	"strings"
+)
+
+// State is a segment as the node's kernel has it.
+type State struct {
+	Netns  string
+	Exists bool     // its network namespace has its name
+	Lost   bool     // the name is gone or means something else, but the namespace itself is still in hand
+	Silent bool     // IPv6 and bridge netfilter are off in it
+	Record *Segment // what the node last wanted here; nil where there is none that can be read
+	Links  []Link   // everything in the namespace but lo
+}
+
+// Link is one link as the kernel has it, in the terms that matter to a LAN.
+type Link struct {
+	Index    int
+	Name     string
+	AltNames []string
+	Alias    string
+	Type     string // "bridge", "vxlan", "veth", …
+	MAC      net.HardwareAddr
+	MTU      int
+	Up       bool
+	Master   int // ifindex of its bridge; 0 for none
+	Promisc  int // how many ask it to be promiscuous; at least 1 while a macvtap on it is up
+
+	ForwardMask uint16      // of a bridge port: which of 01-80-C2-00-00-0X pass
+	Bridge      BridgeState // of a bridge
+	VXLAN       VXLANState  // of a VXLAN
+}
+
+// BridgeState is what of a bridge's own settings could make a LAN less than transparent.
+type BridgeState struct{ STP, VLANFiltering, MulticastSnooping bool }
+
+// VXLANState is what a VXLAN was created with.
+type VXLANState struct {
+	VNI           uint32
+	Port          uint16
+	Group         netip.Addr
+	UnderlayIndex int // as the node's own netns counts
+}
+
+// ForwardMask lets every link-local frame pass a port but PAUSE (01-80-C2-00-00-01), which the kernel never
+// lets a bridge forward (BR_GROUPFWD_MACPAUSE in net/bridge/br_private.h).
+const ForwardMask = 0xFFFD
+
+// Link finds a link by its name.
+func (s State) Link(name string) (Link, bool) {
+	i := slices.IndexFunc(s.Links, func(l Link) bool { return l.Name == name })
+	if i < 0 {
+		return Link{}, false
+	}
+	return s.Links[i], true
+}
+
+// answersTo says whether the link has that name, or has it as an altname.
+func (l Link) answersTo(name string) bool { return l.Name == name || slices.Contains(l.AltNames, name) }
+
+// Claims are the pods' holds on spokes, in the order of the spokes' names.
+// A claim link that does not answer to its spoke's name is left from an attach that never finished, and no claim.
+func (s State) Claims() []Claim {
+	var claims []Claim
+	for _, l := range s.Links {
+		if c, ok := l.claim(); ok && (c.Kind == Macvtap || l.answersTo(c.Spoke)) {
+			claims = append(claims, c)
+		}
+	}
+	slices.SortFunc(claims, func(a, b Claim) int { return strings.Compare(a.Spoke+" "+a.ID, b.Spoke+" "+b.ID) })
+	return claims
+}
+
+// claim reads the claim that a link stands for: a veth is named by it, a plug has it as an altname.
+func (l Link) claim() (Claim, bool) {
+	if IsClaimID(l.Name) && l.Type == "veth" {
+		c, ok := ParseAlias(l.Name, l.Alias)
+		return c, ok && c.Kind == Veth
+	}
+	spoke, port, ok := spokeOf(l.Name)
+	if !ok || port {
+		return Claim{}, false
+	}
+	i := slices.IndexFunc(l.AltNames, IsClaimID)
+	if i < 0 {
+		return Claim{}, false
+	}
+	c, ok := ParseAlias(l.AltNames[i], l.Alias)
+	if !ok {
+		c = Claim{ID: l.AltNames[i]} // killed between its two steps: a claim of nobody, until Settle finds out
+	}
+	c.Kind, c.Spoke = Macvtap, spoke
+	return c, true
+}
