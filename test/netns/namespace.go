@@ -1,0 +1,166 @@
+package netns
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"testing"
+
+	"github.com/vishvananda/netlink"
+	vnetns "github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
+)
+
+// A Namespace is a network namespace that a test made, bound to a file.
+type Namespace struct {
+	// Path is the file the namespace is bound to.
+	Path string
+}
+
+// New makes a network namespace with loopback up, which goes with the test.
+func New(t testing.TB, name string) Namespace {
+	t.Helper()
+	dir, err := os.MkdirTemp("/run", name+"-")
+	if err != nil {
+		t.Fatalf("directory of namespace %s: %v", name, err)
+	}
+	t.Cleanup(func() { removeTree(t, dir) })
+	ns := Namespace{Path: filepath.Join(dir, "netns")}
+	if err := os.WriteFile(ns.Path, nil, 0o444); err != nil {
+		t.Fatalf("file of namespace %s: %v", name, err)
+	}
+	err = onThread(func() error {
+		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+			return fmt.Errorf("new network namespace: %w", err)
+		}
+		if err := loopbackUp(); err != nil {
+			return err
+		}
+		return unix.Mount("/proc/thread-self/ns/net", ns.Path, "", unix.MS_BIND, "")
+	})
+	if err != nil {
+		t.Fatalf("namespace %s: %v", name, err)
+	}
+	return ns
+}
+
+// NewPod makes the namespace of a pod: empty but for loopback, and with IPv6 off, so that the test's frames are the
+// only ones.
+func NewPod(t testing.TB) Namespace {
+	t.Helper()
+	pod := New(t, "pod")
+	pod.Sysctl(t, "net/ipv6/conf/all/disable_ipv6", "1")
+	pod.Sysctl(t, "net/ipv6/conf/default/disable_ipv6", "1")
+	return pod
+}
+
+// At names a namespace that somebody else made and bound to a file: a LAN's.
+func At(path string) Namespace { return Namespace{Path: path} }
+
+// Do runs f on a thread that is in the namespace. The thread is f's alone and ends with it. f must not fail a test
+// itself, because it runs on another goroutine.
+func (n Namespace) Do(f func() error) error {
+	return onThread(func() error {
+		fd, err := unix.Open(n.Path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+		if err != nil {
+			return fmt.Errorf("open network namespace %s: %w", n.Path, err)
+		}
+		defer unix.Close(fd)
+		if err := unix.Setns(fd, unix.CLONE_NEWNET); err != nil {
+			return fmt.Errorf("enter network namespace %s: %w", n.Path, err)
+		}
+		return f()
+	})
+}
+
+// onThread runs f on a thread of its own. The thread is never unlocked, so the runtime ends it with its goroutine and
+// nothing that f did to it outlives f.
+func onThread(f func() error) error {
+	done := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread()
+		finished := false
+		defer func() {
+			if !finished { // runtime.Goexit: somebody failed a test in here
+				done <- errors.New("the function ended its goroutine: a test may not be failed from inside a namespace")
+			}
+		}()
+		err := f()
+		finished = true
+		done <- err
+	}()
+	return <-done
+}
+
+// Netlink opens a netlink handle in the namespace, closed with the test.
+func (n Namespace) Netlink(t testing.TB) *netlink.Handle {
+	t.Helper()
+	fd, err := vnetns.GetFromPath(n.Path)
+	if err != nil {
+		t.Fatalf("open network namespace %s: %v", n.Path, err)
+	}
+	defer fd.Close()
+	h, err := netlink.NewHandleAt(fd)
+	if err != nil {
+		t.Fatalf("netlink in %s: %v", n.Path, err)
+	}
+	t.Cleanup(h.Close)
+	return h
+}
+
+// Links names every link in the namespace but loopback, in the order of their indices.
+func (n Namespace) Links(t testing.TB) []string {
+	t.Helper()
+	links, err := n.Netlink(t).LinkList()
+	if err != nil {
+		t.Fatalf("links in %s: %v", n.Path, err)
+	}
+	names := []string{}
+	for _, l := range links {
+		if l.Attrs().Name != "lo" {
+			names = append(names, l.Attrs().Name)
+		}
+	}
+	return names
+}
+
+// Sysctl sets a kernel setting of the namespace; name is its path below /proc/sys.
+func (n Namespace) Sysctl(t testing.TB, name, value string) {
+	t.Helper()
+	if err := n.Do(func() error { return os.WriteFile("/proc/sys/"+name, []byte(value), 0) }); err != nil {
+		t.Fatalf("set %s=%s in %s: %v", name, value, n.Path, err)
+	}
+}
+
+// ReadSysctl reads a kernel setting of the namespace; name is its path below /proc/sys.
+func (n Namespace) ReadSysctl(t testing.TB, name string) string {
+	t.Helper()
+	var value []byte
+	err := n.Do(func() (err error) {
+		value, err = os.ReadFile("/proc/sys/" + name)
+		return err
+	})
+	if err != nil {
+		t.Fatalf("read %s in %s: %v", name, n.Path, err)
+	}
+	return strings.TrimSpace(string(value))
+}
+
+// removeTree unmounts whatever is mounted below a directory and removes it.
+func removeTree(t testing.TB, dir string) {
+	mounts, err := mountsUnder(dir)
+	if err != nil {
+		t.Error(err)
+	}
+	for _, m := range mounts {
+		if err := unix.Unmount(m, unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) {
+			t.Errorf("unmount %s: %v", m, err)
+		}
+	}
+	if err := os.RemoveAll(dir); err != nil {
+		t.Errorf("remove %s: %v", dir, err)
+	}
+}

@@ -1,0 +1,268 @@
+package netns
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	vnetns "github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
+)
+
+func TestMain(m *testing.M) { Main(m) }
+
+func TestTestsSeeNoneOfTheMachinesLinksAndARunOfTheirOwn(t *testing.T) {
+	links, err := netlink.LinkList()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(links) != 1 || links[0].Attrs().Name != "lo" {
+		t.Errorf("links are %v, want loopback alone", links)
+	}
+	entries, err := os.ReadDir("/sys/class/net")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(entries) != 1 {
+		t.Errorf("/sys shows %v, want loopback alone", entries)
+	}
+	mounts, err := mountsUnder("/run")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(mounts) == 0 {
+		t.Error("/run is not a mount of its own")
+	}
+}
+
+func TestNamespaceGoesWithItsTest(t *testing.T) {
+	var path string
+	t.Run("one test", func(t *testing.T) {
+		ns := New(t, "short")
+		path = ns.Path
+		// What somebody else bound below is taken down as well.
+		other := filepath.Join(filepath.Dir(path), "other")
+		if err := os.WriteFile(other, nil, 0o444); err != nil {
+			t.Fatal(err)
+		}
+		if err := unix.Mount(path, other, "", unix.MS_BIND, ""); err != nil {
+			t.Fatal(err)
+		}
+	})
+	if _, err := os.Stat(filepath.Dir(path)); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("stat of its directory: %v, want that it is gone", err)
+	}
+	if left, err := mountsUnder(filepath.Dir(path)); err != nil || len(left) > 0 {
+		t.Errorf("mounts left: %v, %v", left, err)
+	}
+}
+
+func TestDoRunsInTheNamespaceAndLeavesTheCallerWhereItWas(t *testing.T) {
+	ns := New(t, "there")
+	before, err := os.Readlink("/proc/thread-self/ns/net")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var inside string
+	if err := ns.Do(func() (err error) {
+		inside, err = os.Readlink("/proc/thread-self/ns/net")
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	process, err := os.Readlink("/proc/self/ns/net")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if inside == before || process != before {
+		t.Errorf("inside %s, the process %s, want another one than %s and the same", inside, process, before)
+	}
+	if err := ns.Do(func() error { return os.ErrInvalid }); !errors.Is(err, os.ErrInvalid) {
+		t.Errorf("error of the function came back as %v", err)
+	}
+	if err := At("/run/nowhere").Do(func() error { return nil }); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("a namespace that isn't there gives %v, want that it is said", err)
+	}
+}
+
+func TestNodesReachEachOtherOverTheUnderlay(t *testing.T) {
+	underlay := NewUnderlay(t, 1600)
+	a, b := underlay.Join(t, "worker1"), underlay.Join(t, "worker2")
+	from, to := a.Open(t, UnderlayDevice), b.Open(t, UnderlayDevice)
+	port := underlay.Open(t, a.Port())
+	frame := testFrame(1600, 0)
+	expectAcross(t, from, to, frame)
+	if _, err := port.Await(time.Second, equal(frame)); err != nil {
+		t.Errorf("capture on the underlay: %v", err)
+	}
+	if err := from.Send(testFrame(1601, 0)); !errors.Is(err, unix.EMSGSIZE) {
+		t.Errorf("a packet of more than the underlay's MTU: %v, want that it is refused", err)
+	}
+
+	a.PullOut(t)
+	if links := a.Links(t); len(links) != 0 {
+		t.Errorf("after its device was pulled out %s has %v", a.Name, links)
+	}
+	a.PlugIn(t)
+	expectAcross(t, to, a.Open(t, UnderlayDevice), frame)
+}
+
+func TestWireKeepsVLANTagsWhereTheyWere(t *testing.T) {
+	one, other := New(t, "one"), New(t, "other")
+	for _, ns := range []Namespace{one, other} {
+		ns.Sysctl(t, "net/ipv6/conf/default/disable_ipv6", "1")
+	}
+	connect(t, one, other)
+	from, to := one.Open(t, "cable"), other.Open(t, "cable")
+	for name, frame := range map[string][]byte{
+		"untagged":           testFrame(100, 0),
+		"802.1Q":             tag(testFrame(100, 0), 0x8100, 5<<13|77),
+		"priority tag":       tag(testFrame(100, 0), 0x8100, 3<<13),
+		"802.1ad over .1Q":   tag(tag(testFrame(100, 0), 0x8100, 20), 0x88a8, 10),
+		"shortest there is":  testFrame(0, 0),
+		"tagged at full MTU": tag(testFrame(1500, 0), 0x8100, 4000),
+	} {
+		t.Run(name, func(t *testing.T) { expectAcross(t, from, to, frame) })
+	}
+}
+
+func TestWireHearsItsOwnFramesOnlyAsATap(t *testing.T) {
+	one, other := NewPod(t), NewPod(t)
+	connect(t, one, other)
+	wire, tap := one.Open(t, "cable"), one.Tap(t, "cable")
+	mine, theirs := testFrame(80, 1), testFrame(80, 2)
+	if err := wire.Send(mine); err != nil {
+		t.Fatal(err)
+	}
+	if err := other.Open(t, "cable").Send(theirs); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := wire.Receive(time.Now().Add(time.Second)); err != nil || !bytes.Equal(got, theirs) {
+		t.Errorf("socket heard %x, %v; want %x first", got, err, theirs)
+	}
+	if got, err := tap.Receive(time.Now().Add(time.Second)); err != nil || !bytes.Equal(got, mine) {
+		t.Errorf("tap heard %x, %v; want %x first", got, err, mine)
+	}
+	if _, err := wire.Receive(time.Now()); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("with nothing to hear: %v, want that the time is over", err)
+	}
+}
+
+func TestTapCarriesFramesBothWays(t *testing.T) {
+	NeedDevices(t)
+	vm, other := NewPod(t), NewPod(t)
+	connect(t, vm, other)
+	h := vm.Netlink(t)
+	lower, err := h.LinkByName("cable")
+	if err != nil {
+		t.Fatal(err)
+	}
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name, attrs.ParentIndex = "tap0", lower.Attrs().Index
+	link := &netlink.Macvtap{Macvlan: netlink.Macvlan{LinkAttrs: attrs, Mode: netlink.MACVLAN_MODE_PASSTHRU}}
+	if err := h.LinkAdd(link); err != nil {
+		t.Fatal(err)
+	}
+	if err := h.LinkSetUp(link); err != nil {
+		t.Fatal(err)
+	}
+	major, minor := tapNumbers(t, vm, "tap0")
+	tap, wire := OpenTap(t, major, minor), other.Open(t, "cable")
+	tagged := tag(testFrame(200, 0), 0x8100, 9)
+	expectAcross(t, tap, wire, tagged)
+	expectAcross(t, wire, tap, tagged)
+	expectAcross(t, tap, wire, tag(tag(testFrame(1496, 0), 0x8100, 20), 0x88a8, 10))
+}
+
+// tapNumbers reads a macvtap's device numbers from a sysfs of its namespace.
+func tapNumbers(t *testing.T, ns Namespace, link string) (major, minor uint32) {
+	t.Helper()
+	dir := t.TempDir()
+	err := ns.Do(func() error {
+		if err := unix.Mount("sysfs", dir, "sysfs", 0, ""); err != nil {
+			return err
+		}
+		defer func() { _ = unix.Unmount(dir, unix.MNT_DETACH) }()
+		found, err := filepath.Glob(filepath.Join(dir, "class/net", link, "macvtap/tap*/dev"))
+		if err != nil || len(found) != 1 {
+			return errors.Join(err, errors.New("want one tap in sysfs, found "+strings.Join(found, ",")))
+		}
+		dev, err := os.ReadFile(found[0])
+		if err != nil {
+			return err
+		}
+		for i, part := range strings.Split(strings.TrimSpace(string(dev)), ":") {
+			var n uint32
+			for _, digit := range part {
+				n = n*10 + uint32(digit-'0')
+			}
+			*[]*uint32{&major, &minor}[i] = n
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return major, minor
+}
+
+// connect gives each of two namespaces one end of a cable.
+func connect(t *testing.T, one, other Namespace) {
+	t.Helper()
+	there, err := vnetns.GetFromPath(other.Path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer there.Close()
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name = "cable"
+	h := one.Netlink(t)
+	if err := h.LinkAdd(&netlink.Veth{LinkAttrs: attrs, PeerName: "cable", PeerNamespace: netlink.NsFd(int(there))}); err != nil {
+		t.Fatal(err)
+	}
+	for _, h := range []*netlink.Handle{h, other.Netlink(t)} {
+		l, err := h.LinkByName("cable")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := h.LinkSetUp(l); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// testFrame is a broadcast frame with a payload of the given length, marked to tell it from others.
+func testFrame(payload int, mark byte) []byte {
+	frame := slices.Concat(bytes.Repeat([]byte{0xff}, 6), []byte{2, 0, 0, 0, 0, mark}, []byte{0x88, 0xb5})
+	for i := range payload {
+		frame = append(frame, byte(i)^mark)
+	}
+	return frame
+}
+
+// tag puts a VLAN tag in front of what the frame carries.
+func tag(frame []byte, tpid, tci uint16) []byte {
+	tag := binary.BigEndian.AppendUint16(binary.BigEndian.AppendUint16(nil, tpid), tci)
+	return slices.Concat(frame[:12], tag, frame[12:])
+}
+
+func equal(want []byte) func([]byte) bool {
+	return func(frame []byte) bool { return bytes.Equal(frame, want) }
+}
+
+func expectAcross(t *testing.T, from, to *Wire, frame []byte) {
+	t.Helper()
+	if err := from.Send(frame); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := to.Await(2*time.Second, equal(frame)); err != nil {
+		t.Fatalf("frame of %d bytes: %v", len(frame), err)
+	}
+}
