@@ -1,0 +1,17 @@
+{{- define "k8slan.image" -}}
+{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}
+{{- end }}
+
+{{- define "k8slan.labels" -}}
+app.kubernetes.io/name: k8slan
+app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/version: {{ .Values.image.tag | default .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
+{{- end }}
+
+{{- /* The labels by which a workload finds its pods; takes the component's name. */ -}}
+{{- define "k8slan.selector" -}}
+app.kubernetes.io/name: k8slan
+app.kubernetes.io/component: {{ . }}
+{{- end }}
