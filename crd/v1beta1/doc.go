@@ -3,3 +3,5 @@
 // +kubebuilder:object:generate=true
 // +groupName=lan.k8slan.io
 package v1beta1
+
+//go:generate go run sigs.k8s.io/controller-tools/cmd/controller-gen@v0.23.0 object crd paths=. output:crd:dir=../manifests

@@ -1,7 +1,6 @@
 package v1beta1
 
 import (
-	apiextensionsv1 "k8s.io/apiextensions-apiserver/pkg/apis/apiextensions/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
@@ -17,57 +16,73 @@ const (
 
 // LANSpec says what a LAN is. Only vni and spokes are required.
 //
-// +kubebuilder:validation:XValidation:rule="has(self.ns) == has(oldSelf.ns) && (!has(self.ns) || self.ns == oldSelf.ns)",message="ns cannot change: attached pods hang on the network namespace of that name; delete the LAN and create it anew"
-// +kubebuilder:validation:XValidation:rule="has(self.bridge) == has(oldSelf.bridge) && (!has(self.bridge) || self.bridge == oldSelf.bridge)",message="bridge cannot change: attached pods hang on the bridge of that name; delete the LAN and create it anew"
-// +kubebuilder:validation:XValidation:rule="has(self.vxlan) == has(oldSelf.vxlan) && (!has(self.vxlan) || self.vxlan == oldSelf.vxlan)",message="vxlan cannot change: nodes would not all rename it at once; delete the LAN and create it anew"
+// +kubebuilder:validation:XValidation:rule="has(self.ns) == has(oldSelf.ns) && (!has(self.ns) || self.ns == oldSelf.ns)",fieldPath=".ns",message="ns cannot be changed, added or removed: attached pods hang on the network namespace of that name; delete the LAN and create it anew"
+// +kubebuilder:validation:XValidation:rule="has(self.bridge) == has(oldSelf.bridge) && (!has(self.bridge) || self.bridge == oldSelf.bridge)",fieldPath=".bridge",message="bridge cannot be changed, added or removed: attached pods hang on the bridge of that name; delete the LAN and create it anew"
+// +kubebuilder:validation:XValidation:rule="has(self.vxlan) == has(oldSelf.vxlan) && (!has(self.vxlan) || self.vxlan == oldSelf.vxlan)",fieldPath=".vxlan",message="vxlan cannot be changed, added or removed: nodes would not all rename it at once; delete the LAN and create it anew"
+// +kubebuilder:validation:XValidation:rule="(has(self.bridge) ? self.bridge : 'br' + string(self.vni)) != (has(self.vxlan) ? self.vxlan : 'vx' + string(self.vni))",fieldPath=".vxlan",message="bridge and vxlan must have different names: both are interfaces of the LAN's network namespace (left out, they are br<vni> and vx<vni>)"
+// +kubebuilder:validation:XValidation:rule="!((has(self.bridge) ? self.bridge : 'br' + string(self.vni)) in self.spokes)",fieldPath=".spokes",message="a spoke has the name of the bridge (br<vni> if spec.bridge is left out): in the LAN's network namespace a spoke's link answers to the spoke's name, so rename one of them"
+// +kubebuilder:validation:XValidation:rule="!((has(self.vxlan) ? self.vxlan : 'vx' + string(self.vni)) in self.spokes)",fieldPath=".spokes",message="a spoke has the name of the VXLAN (vx<vni> if spec.vxlan is left out): in the LAN's network namespace a spoke's link answers to the spoke's name, so rename one of them"
 type LANSpec struct {
-	// VNI is the VXLAN network identifier, 1 to 16777215. It must be unique in the cluster per vxlanPort.
+	// VNI is the VXLAN network identifier, 1 to 16777215. It must be unique in the cluster per vxlanPort: a LAN whose VNI is
+	// another LAN's waits in state Conflict. It cannot change.
 	// +kubebuilder:validation:Minimum=1
 	// +kubebuilder:validation:Maximum=16777215
 	// +kubebuilder:validation:XValidation:rule="self == oldSelf",message="vni cannot change: for a while some nodes would use the old one and some the new; delete the LAN and create it anew"
 	VNI int32 `json:"vni"`
 
-	// Spokes are the names of the LAN's ports; each takes one pod or VM. At most 13 characters each, unique in the cluster.
+	// Spokes are the names of the LAN's ports; each takes one pod or VM. At most 13 characters each, lower-case letters, digits,
+	// '-' and '.'; unique in the cluster, because a spoke's resource is: a spoke that is another LAN's is not offered.
+	// A pod attaches with the annotation k8s.v1.cni.cncf.io/networks: k8slan-veth-<spoke> and the limit
+	// macvtap.k8slan.io/k8slan-veth-<spoke>: 1; a KubeVirt VM with the network k8slan-mac-<spoke>.
 	// Spokes can be added and removed while the LAN runs; one that is removed while a pod is attached goes when the pod goes.
 	// +listType=set
 	// +kubebuilder:validation:MinItems=1
 	// +kubebuilder:validation:MaxItems=500
-	// +kubebuilder:validation:items:MinLength=1
-	// +kubebuilder:validation:items:MaxLength=13
+	// +kubebuilder:validation:items:MaxLength=63
+	// +kubebuilder:validation:items:XValidation:rule="self.size() <= 13",message="a spoke has at most 13 characters, because Linux allows 15 for the interface and its partner's suffix",messageExpression="'\"' + self + '\" has ' + string(self.size()) + ' characters; at most 13, because Linux allows 15 for the interface and its partner\\'s suffix'"
+	// +kubebuilder:validation:items:XValidation:rule="self.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?([.][a-z0-9]([-a-z0-9]*[a-z0-9])?)*$')",message="a spoke is made of lower-case letters, digits, '-' and '.', begins and ends with a letter or digit, also around each '.': the names of its NADs and its resource are made of it"
+	// +kubebuilder:validation:items:XValidation:rule="self != 'lo'",message="\"lo\" is the loopback interface of every network namespace; choose another name for the spoke"
 	Spokes []string `json:"spokes"`
 
-	// NS is the name of the LAN's network namespace on every node, a file under /run/k8slan/netns.
-	// Default: <namespace>.<name> of the LAN.
+	// NS is the name of the LAN's network namespace on every node, a file under /run/k8slan/netns. It must be unique in the cluster.
+	// It cannot change. Default: <namespace>.<name> of the LAN.
 	// +optional
+	// +kubebuilder:validation:MaxLength=200
+	// +kubebuilder:validation:XValidation:rule="self.matches('^[A-Za-z0-9_][A-Za-z0-9_.-]*$')",message="ns is a file name under /run/k8slan/netns: letters, digits, '_', '-' and '.', beginning with a letter, a digit or '_'; leave it out for <namespace>.<name>"
 	NS string `json:"ns,omitempty"`
 
-	// Bridge is the name of the bridge inside that network namespace. Default: br<vni>.
+	// Bridge is the name of the bridge inside that network namespace, at most 15 characters. It cannot change. Default: br<vni>.
 	// +optional
-	Bridge string `json:"bridge,omitempty"`
+	Bridge Link `json:"bridge,omitempty"`
 
-	// VXLAN is the name of the VXLAN interface inside that network namespace. Default: vx<vni>.
+	// VXLAN is the name of the VXLAN interface inside that network namespace, at most 15 characters. It cannot change. Default: vx<vni>.
 	// +optional
-	VXLAN string `json:"vxlan,omitempty"`
+	VXLAN Link `json:"vxlan,omitempty"`
 
-	// VXLANGroup is the multicast group, IPv6 or IPv4, over which nodes find each other. Default: ff02::14.
+	// VXLANGroup is the multicast group, IPv6 or IPv4, over which nodes find each other. With a link-local IPv6 group, ff02::/16,
+	// the underlay needs nothing but its link-local address. Default: ff02::14.
 	// +optional
+	// +kubebuilder:validation:MaxLength=45
+	// +kubebuilder:validation:XValidation:rule="isIP(self) && self.matches('^([fF][fF][0-9a-fA-F][2-9a-fA-F]:|22[4-9][.]|23[0-9][.])')",message="vxlanGrp is a multicast address that leaves the node: IPv6 within ff00::/8 from scope 2 (ff02::14), or IPv4 within 224.0.0.0/4 (239.1.1.1)"
 	VXLANGroup string `json:"vxlanGrp,omitempty"`
 
-	// VXLANPort is the UDP port of the VXLAN. Default: 4789.
+	// VXLANPort is the UDP port of the VXLAN, 1 to 65535. Default: 4789.
 	// +optional
 	// +kubebuilder:validation:Minimum=1
 	// +kubebuilder:validation:Maximum=65535
 	VXLANPort int32 `json:"vxlanPort,omitempty"`
 
-	// DefaultVXLANDev is the underlay device of nodes that vxlanDevMap does not name. Default: the device of the default route.
+	// DefaultVXLANDev is the underlay device, in the node's own network namespace, of nodes that vxlanDevMap does not name.
+	// LANs may share it. Default: the device of the default route.
 	// +optional
-	DefaultVXLANDev string `json:"defaultVxlanDev,omitempty"`
+	DefaultVXLANDev Device `json:"defaultVxlanDev,omitempty"`
 
 	// VXLANDevMap gives nodes their own underlay device. A key is a node's name or, if that is not in the map, its label kubernetes.io/hostname.
 	// +optional
-	VXLANDevMap map[string]string `json:"vxlanDevMap,omitempty"`
+	// +kubebuilder:validation:MaxProperties=5000
+	VXLANDevMap map[string]Device `json:"vxlanDevMap,omitempty"`
 
-	// MTU is the largest packet, in bytes, that the LAN carries for its pods and VMs.
+	// MTU is the largest packet, in bytes, that the LAN carries for its pods and VMs, 68 to 65535.
 	// Default: the underlay's MTU less 78 (IPv6 group) or 58 (IPv4 group), which leaves room for two VLAN tags.
 	// +optional
 	// +kubebuilder:validation:Minimum=68
@@ -76,25 +91,68 @@ type LANSpec struct {
 
 	// NodeSelector limits the LAN to nodes that bear all these labels. Default: every node.
 	// +optional
-	NodeSelector map[string]string `json:"nodeSelector,omitempty"`
+	// +kubebuilder:validation:MaxProperties=50
+	NodeSelector map[string]LabelValue `json:"nodeSelector,omitempty"`
 
 	// AllowedNamespaces are the namespaces, beside the LAN's own, whose pods may attach; "*" opens the LAN to all.
 	// +optional
 	// +listType=set
+	// +kubebuilder:validation:MaxItems=500
+	// +kubebuilder:validation:items:MaxLength=63
+	// +kubebuilder:validation:items:XValidation:rule="self == '*' || self.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?$')",message="an allowed namespace is the name of one, or \"*\" alone for all; patterns such as team-* are not known"
 	AllowedNamespaces []string `json:"allowedNamespaces,omitempty"`
 
 	// IPAM is a CNI IPAM section that is handed to the NADs of pods, such as {"type": "host-local", …}. VMs get no addresses from CNI.
 	// +optional
 	// +kubebuilder:pruning:PreserveUnknownFields
-	IPAM *apiextensionsv1.JSON `json:"ipam,omitempty"`
+	IPAM *IPAM `json:"ipam,omitempty"`
 }
 
-// Condition types and reasons of a LAN.
+// Link is the name of an interface that k8slan makes: an interface name by the kernel's rules (dev_valid_name in net/core/dev.c,
+// without '%', which asks the kernel to number it) that is not one of a spoke's own.
+//
+// +kubebuilder:validation:MaxLength=63
+// +kubebuilder:validation:XValidation:rule="self.size() <= 15",message="an interface name has at most 15 characters, because Linux allows no more"
+// +kubebuilder:validation:XValidation:rule="self.matches('^[A-Za-z0-9_][A-Za-z0-9_.-]*$')",message="an interface name is made of letters, digits, '_', '-' and '.', and begins with a letter, a digit or '_'"
+// +kubebuilder:validation:XValidation:rule="!(self in ['lo', 'all', 'default'])",message="\"lo\", \"all\" and \"default\" are taken in every network namespace; choose another name"
+// +kubebuilder:validation:XValidation:rule="!self.endsWith('_b') && !self.endsWith('_p')",message="names ending in _b and _p are those of the spokes' own links; choose another name"
+type Link = string
+
+// Device is the name of a device of the node, by the kernel's rules (dev_valid_name in net/core/dev.c).
+//
+// +kubebuilder:validation:MaxLength=63
+// +kubebuilder:validation:XValidation:rule="self.matches('^[!-.0-9;-~]{1,15}$') && !(self in ['.', '..'])",message="a device is an interface name of the node: 1 to 15 characters without '/', ':' and blanks"
+type Device string
+
+// LabelValue is the value of a label.
+//
+// +kubebuilder:validation:MaxLength=63
+type LabelValue string
+
+// Condition types of a LAN.
 const (
-	// ConditionAccepted is False where what the LAN asks for is held by another LAN.
+	// ConditionAccepted is False where something that the LAN asks for is held by another LAN: its ns or VNI, which refuses
+	// the whole LAN, or a spoke, which refuses that spoke alone.
 	ConditionAccepted = "Accepted"
-	// ConditionReady is True when every node that the LAN spans offers its spokes.
+	// ConditionReady is True when the LAN holds all that it asks for and every node that it spans offers its spokes and can
+	// carry their frames to the others.
 	ConditionReady = "Ready"
+	// ConditionAttachedTwice is True while a spoke is attached on two nodes: right during a live migration, else a mistake,
+	// since both bear the same MAC. It is absent otherwise.
+	ConditionAttachedTwice = "AttachedTwice"
+)
+
+// Reasons of a LAN's conditions, beside those of a segment (Reason… in lannode.go).
+const (
+	ReasonHeld          = "Held"          // Accepted: all is held
+	ReasonConflict      = "Conflict"      // ns or VNI is another LAN's, or still in use
+	ReasonSpokeConflict = "SpokeConflict" // a spoke is another LAN's, or still in use
+	ReasonNADConflict   = "NADConflict"   // a NAD of that name is there that is not the LAN's
+	ReasonOffered       = "Offered"       // Ready: offered on every node
+	ReasonNoNodes       = "NoNodes"       // no node runs k8slan, or none matches spec.nodeSelector
+	ReasonPending       = "Pending"       // a node has not yet reported, or not yet offered every spoke
+	ReasonUnreachable   = "Unreachable"   // a node does not answer
+	ReasonTwoNodes      = "TwoNodes"      // AttachedTwice: a spoke is attached on more than one node
 )
 
 // LANState sums up a LAN for people.
@@ -102,17 +160,21 @@ type LANState string
 
 // The states of a LAN.
 const (
-	StatePending  LANState = "Pending"  // no node has reported yet
+	StatePending  LANState = "Pending"  // no node offers it yet
 	StateReady    LANState = "Ready"    // offered on every node it spans
-	StateDegraded LANState = "Degraded" // not offered on some nodes, or one of its spokes is refused
+	StateDegraded LANState = "Degraded" // something is wrong on some nodes, or with one of its spokes
 	StateConflict LANState = "Conflict" // refused: its ns or VNI is held by another LAN
 )
 
 // Holding is what a LAN holds in the cluster by its effective values; nodes build what is held and nothing else.
 type Holding struct {
-	NS     string `json:"ns"`
-	VNI    int32  `json:"vni"`
-	Port   int32  `json:"vxlanPort"`
+	// NS is the name of the network namespace, held alone in the cluster.
+	NS string `json:"ns"`
+	// VNI is held alone in the cluster on that UDP port.
+	VNI int32 `json:"vni"`
+	// Port is the VXLAN's UDP port.
+	Port int32 `json:"vxlanPort"`
+	// Spokes that are held, sorted; a spoke that is another LAN's is missing here.
 	// +listType=set
 	// +optional
 	Spokes []string `json:"spokes,omitempty"`
@@ -120,10 +182,12 @@ type Holding struct {
 
 // SpokeStatus is one spoke that is attached or refused; a spoke that just waits is not listed.
 type SpokeStatus struct {
+	// Name of the spoke.
 	Name string `json:"name"`
 	// Refused says why the spoke is not offered; empty for a spoke that is.
 	// +optional
 	Refused string `json:"refused,omitempty"`
+	// Attachments on all nodes: one, or two during a live migration.
 	// +optional
 	// +listType=atomic
 	Attachments []SpokeAttachment `json:"attachments,omitempty"`
@@ -131,20 +195,23 @@ type SpokeStatus struct {
 
 // SpokeAttachment is an attachment with the node it is on.
 type SpokeAttachment struct {
+	// Node that has the pod.
 	Node       string `json:"node"`
 	Attachment `json:",inline"`
 }
 
 // LANStatus is written by the controller alone.
 type LANStatus struct {
+	// ObservedGeneration is the metadata.generation of the spec that this status answers.
 	// +optional
 	ObservedGeneration int64 `json:"observedGeneration,omitempty"`
-	// Holds is what this LAN holds; absent while it is refused.
+	// Holds is what this LAN holds in the cluster; absent while it is refused. Nodes build what is held and nothing else.
 	// +optional
 	Holds *Holding `json:"holds,omitempty"`
+	// State sums the LAN up: Pending, Ready, Degraded or Conflict.
 	// +optional
 	State LANState `json:"state,omitempty"`
-	// Reason is one word or short phrase for the state, for the printer columns.
+	// Reason is one word or short phrase for the state; the sentence is in the conditions.
 	// +optional
 	Reason string `json:"reason,omitempty"`
 	// Discovery is how nodes find each other: multicast.
@@ -152,11 +219,11 @@ type LANStatus struct {
 	Discovery string `json:"discovery,omitempty"`
 	// SpokeCount is the number of spokes the LAN holds.
 	// +optional
-	SpokeCount int32 `json:"spokeCount,omitempty"`
+	SpokeCount int32 `json:"spokeCount"`
 	// Attached is the number of attachments on all nodes.
 	// +optional
 	Attached int32 `json:"attached"`
-	// Nodes is "ready/spanned", such as 2/2.
+	// Nodes is "ready/spanned", such as 2/2. The LAN spans the nodes that run k8slan and match spec.nodeSelector.
 	// +optional
 	Nodes string `json:"nodes,omitempty"`
 	// Spokes lists the spokes that are attached or refused.
@@ -164,6 +231,7 @@ type LANStatus struct {
 	// +listType=map
 	// +listMapKey=name
 	Spokes []SpokeStatus `json:"spokes,omitempty"`
+	// Conditions are Accepted, Ready and, while a spoke is attached on two nodes, AttachedTwice.
 	// +optional
 	// +listType=map
 	// +listMapKey=type
@@ -172,6 +240,7 @@ type LANStatus struct {
 
 // LAN is a virtual Ethernet segment that spans the nodes of a cluster.
 //
+// +kubebuilder:validation:XValidation:rule="self.metadata.name.size() <= 63",fieldPath=".metadata.name",message="a LAN's name has at most 63 characters: its NADs are labelled with it and the name of its network namespace is made of it"
 // +kubebuilder:object:root=true
 // +kubebuilder:subresource:status
 // +kubebuilder:resource:shortName=lan,path=lans,singular=lan,categories=k8slan

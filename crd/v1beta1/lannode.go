@@ -16,14 +16,18 @@ const (
 
 // Attachment is one pod or VM on a spoke, as the node's kernel has it.
 type Attachment struct {
+	// Spoke that is taken.
 	Spoke string `json:"spoke"`
 	// Pod is namespace/name.
 	Pod string `json:"pod"`
 	// Interface is the link's name in the pod.
-	Interface string         `json:"interface"`
-	MAC       string         `json:"mac"`
-	Kind      AttachmentKind `json:"kind"`
-	Since     metav1.Time    `json:"since"`
+	Interface string `json:"interface"`
+	// MAC of that link.
+	MAC string `json:"mac"`
+	// Kind is veth or macvtap.
+	Kind AttachmentKind `json:"kind"`
+	// Since when the pod is attached.
+	Since metav1.Time `json:"since"`
 }
 
 // SegmentState is the health of a LAN on one node.
@@ -50,29 +54,35 @@ const (
 // SegmentStatus is one LAN on this node.
 type SegmentStatus struct {
 	// LAN is namespace/name.
-	LAN string    `json:"lan"`
+	LAN string `json:"lan"`
+	// UID of the LAN that this node has built; another one than the LAN's of that name if that was deleted and made anew.
 	UID types.UID `json:"uid"`
 	// Generation of the LAN that this node has built.
 	// +optional
-	Generation int64        `json:"generation,omitempty"`
-	State      SegmentState `json:"state"`
+	Generation int64 `json:"generation,omitempty"`
+	// State is Ready, Degraded, NotReady or Leaving.
+	State SegmentState `json:"state"`
+	// Reason is one word for a state that is not Ready.
 	// +optional
 	Reason string `json:"reason,omitempty"`
 	// Message says what is wrong on this node and the way out.
 	// +optional
 	Message string `json:"message,omitempty"`
-	NS      string `json:"ns"`
+	// NS is the name of the network namespace, a file under /run/k8slan/netns.
+	NS string `json:"ns"`
 	// Underlay is the device that carries the VXLAN; empty if none was found.
 	// +optional
 	Underlay string `json:"underlay,omitempty"`
 	// VTEP is this node's address on the underlay.
 	// +optional
 	VTEP string `json:"vtep,omitempty"`
+	// MTU that the LAN has on this node, in bytes.
 	// +optional
 	MTU int32 `json:"mtu,omitempty"`
-	// Offered is the number of spokes this node offers to kubelet.
+	// Offered is the number of spokes this node offers to kubelet, taken ones included.
 	// +optional
 	Offered int32 `json:"offered,omitempty"`
+	// Attachments on this node, sorted by spoke.
 	// +optional
 	// +listType=atomic
 	Attachments []Attachment `json:"attachments,omitempty"`
@@ -80,18 +90,21 @@ type SegmentStatus struct {
 
 // LANNodeStatus is written by the node of that name alone.
 type LANNodeStatus struct {
+	// Segments are the LANs on this node, those that are leaving included.
 	// +optional
 	// +listType=map
-	// +listMapKey=lan
+	// +listMapKey=ns
 	Segments []SegmentStatus `json:"segments,omitempty"`
 	// Version of k8slan on the node.
 	// +optional
 	Version string `json:"version,omitempty"`
-	// LANs, ready and attached, for the printer columns.
+	// LANs is the number of segments.
 	// +optional
 	LANs int32 `json:"lans"`
+	// Ready is the number of segments in state Ready.
 	// +optional
 	Ready int32 `json:"ready"`
+	// Attached is the number of attachments on this node.
 	// +optional
 	Attached int32 `json:"attached"`
 }
