@@ -1,0 +1,75 @@
+package frames
+
+import (
+	"bytes"
+	"encoding/binary"
+	"net"
+)
+
+// streamMarker begins the payload of a stream's frames.
+const streamMarker = Marker + "stream:"
+
+// Stream returns frame number seq, from 0, of the stream id. A nil dst stands
+// for an address that nobody has, so that the frame is flooded.
+func Stream(dst, src net.HardwareAddr, id uint32, seq uint64) []byte {
+	if dst == nil {
+		dst = unknown
+	}
+	numbers := binary.BigEndian.AppendUint64(binary.BigEndian.AppendUint32(nil, id), seq)
+	return ethernet(dst, src, ethertype(typeLocal), []byte(streamMarker), numbers)
+}
+
+// parseStream returns the number of a frame of the stream id.
+func parseStream(frame []byte, id uint32) (seq uint64, ok bool) {
+	_, numbers, ok := bytes.Cut(frame, []byte(streamMarker))
+	if !ok || len(numbers) < 12 || binary.BigEndian.Uint32(numbers) != id {
+		return 0, false
+	}
+	return binary.BigEndian.Uint64(numbers[4:]), true
+}
+
+// Tally is what a receiver saw of a stream of a known length.
+type Tally struct {
+	Received   uint64 `json:"received"`   // different frames
+	Lost       uint64 `json:"lost"`       // frames that never came
+	Duplicates uint64 `json:"duplicates"` // frames that had come before
+	Reordered  uint64 `json:"reordered"`  // frames that came after a later one
+}
+
+// Counter counts the frames of the stream ID with the numbers 0 to Total-1.
+type Counter struct {
+	ID    uint32
+	Total uint64
+
+	seen                            map[uint64]bool
+	duplicates, reordered, expected uint64
+}
+
+// Add counts the frame if it is one of the stream's.
+func (c *Counter) Add(frame []byte) {
+	seq, ok := parseStream(frame, c.ID)
+	if !ok || seq >= c.Total {
+		return
+	}
+	if c.seen == nil {
+		c.seen = map[uint64]bool{}
+	}
+	switch {
+	case c.seen[seq]:
+		c.duplicates++
+	case seq < c.expected:
+		c.reordered++
+	default:
+		c.expected = seq + 1
+	}
+	c.seen[seq] = true
+}
+
+// Complete reports whether every frame of the stream came.
+func (c *Counter) Complete() bool { return uint64(len(c.seen)) == c.Total }
+
+// Tally returns the count so far.
+func (c *Counter) Tally() Tally {
+	received := uint64(len(c.seen))
+	return Tally{Received: received, Lost: c.Total - received, Duplicates: c.duplicates, Reordered: c.reordered}
+}
