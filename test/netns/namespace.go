@@ -8,6 +8,7 @@ import (
 	"runtime"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	vnetns "github.com/vishvananda/netns"
@@ -109,6 +110,38 @@ func (n Namespace) Netlink(t testing.TB) *netlink.Handle {
 	}
 	t.Cleanup(h.Close)
 	return h
+}
+
+// AwaitCarrier returns when a link that is up carries frames in both directions: the kernel starts the end of a veth
+// that was set up first only a moment after the other one, and drops what is sent before (linkwatch_do_dev in
+// net/core/link_watch.c).
+func (n Namespace) AwaitCarrier(t testing.TB, link string) {
+	t.Helper()
+	ns, err := vnetns.GetFromPath(n.Path)
+	if err != nil {
+		t.Fatalf("open network namespace %s: %v", n.Path, err)
+	}
+	defer ns.Close()
+	updates, done := make(chan netlink.LinkUpdate, 64), make(chan struct{})
+	defer close(done)
+	if err := netlink.LinkSubscribeAt(ns, updates, done); err != nil {
+		t.Fatalf("watch the links in %s: %v", n.Path, err)
+	}
+	h, deadline := n.Netlink(t), time.After(10*time.Second)
+	for {
+		l, err := h.LinkByName(link)
+		if err != nil {
+			t.Fatalf("%s in %s: %v", link, n.Path, err)
+		}
+		if l.Attrs().OperState == netlink.OperUp {
+			return
+		}
+		select {
+		case <-updates:
+		case <-deadline:
+			t.Fatalf("%s in %s is %s after 10 s, want up", link, n.Path, l.Attrs().OperState)
+		}
+	}
 }
 
 // Links names every link in the namespace but loopback, in the order of their indices.

@@ -117,6 +117,7 @@ func (n *Node) PlugIn(t testing.TB) {
 	if err := awaitLinkLocal(hn, device, addresses); err != nil {
 		t.Fatalf("%s of %s: %v", UnderlayDevice, n.Name, err)
 	}
+	n.underlay.AwaitCarrier(t, n.Port())
 }
 
 // PullOut removes the node's device to the underlay.
