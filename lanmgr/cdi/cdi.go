@@ -1,0 +1,112 @@
+// Package cdi says what a spoke's CDI device means on this node, for as long as a pod is attached to the spoke.
+package cdi
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	specs "tags.cncf.io/container-device-interface/specs-go"
+)
+
+const (
+	// Kind is the vendor and class of all our devices.
+	Kind = "macvtap.k8slan.io/spoke"
+	// DefaultDir is the one of the two standard folders that is emptied by a reboot, and that wins over the other.
+	DefaultDir = "/var/run/cdi"
+
+	version     = "0.6.0" // the oldest that knows annotations of a spec
+	filePrefix  = "macvtap.k8slan.io-spoke_"
+	netnsKey    = "lan.k8slan.io/netns"
+	claimKey    = "lan.k8slan.io/claim"
+	permissions = "rw"
+)
+
+// Name is the fully qualified CDI name of a spoke's device: what the device plugin answers to kubelet.
+func Name(spoke string) string { return Kind + "=" + spoke }
+
+// Device is what a spoke's name means while one claim holds it.
+type Device struct {
+	Netns, Spoke, ClaimID string
+
+	Path         string // of the device node in the container; empty: none, only the environment
+	Major, Minor uint32
+	UID, GID     uint32 // of the device node
+
+	Env []string // NAME=value
+}
+
+func file(dir, spoke, claimID string) string {
+	return filepath.Join(dir, filePrefix+spoke+"_"+claimID+".json")
+}
+
+// Write makes the device known to the container runtime, in one step. The folder is made if it is missing.
+func Write(dir string, d Device) error {
+	edits := specs.ContainerEdits{Env: d.Env}
+	if d.Path != "" {
+		mode := os.FileMode(0o600)
+		edits.DeviceNodes = []*specs.DeviceNode{{
+			Path: d.Path, Type: "c", Major: int64(d.Major), Minor: int64(d.Minor),
+			FileMode: &mode, Permissions: permissions, UID: &d.UID, GID: &d.GID,
+		}}
+	}
+	b, err := json.Marshal(specs.Spec{
+		Version:     version,
+		Kind:        Kind,
+		Annotations: map[string]string{netnsKey: d.Netns, claimKey: d.ClaimID},
+		Devices:     []specs.Device{{Name: d.Spoke, ContainerEdits: edits}},
+	})
+	if err != nil {
+		return fmt.Errorf("encode CDI device %s: %w", Name(d.Spoke), err)
+	}
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return fmt.Errorf("write CDI device %s: %w", Name(d.Spoke), err)
+	}
+	path := file(dir, d.Spoke, d.ClaimID)
+	tmp := strings.TrimSuffix(path, ".json") + ".tmp" // runtimes read *.json alone
+	if err := os.WriteFile(tmp, b, 0o644); err != nil {
+		return fmt.Errorf("write CDI device %s: %w", Name(d.Spoke), err)
+	}
+	if err := os.Rename(tmp, path); err != nil {
+		return errors.Join(fmt.Errorf("write CDI device %s: %w", Name(d.Spoke), err), os.Remove(tmp))
+	}
+	return nil
+}
+
+// Remove takes one claim's device away; absent is success. Another claim's device of the same spoke stays.
+func Remove(dir, spoke, claimID string) error {
+	if err := os.Remove(file(dir, spoke, claimID)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("remove CDI device %s: %w", Name(spoke), err)
+	}
+	return nil
+}
+
+// List reads our devices back, sorted by spoke: whose they are, not what they contain. Files that are not ours are passed over.
+func List(dir string) ([]Device, error) {
+	paths, err := filepath.Glob(filepath.Join(dir, filePrefix+"*.json"))
+	if err != nil {
+		return nil, fmt.Errorf("list CDI devices: %w", err)
+	}
+	var devices []Device
+	for _, path := range paths {
+		b, err := os.ReadFile(path)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // removed meanwhile
+		}
+		if err != nil {
+			return nil, fmt.Errorf("list CDI devices: %w", err)
+		}
+		var s specs.Spec
+		if json.Unmarshal(b, &s) != nil || len(s.Devices) != 1 {
+			continue
+		}
+		devices = append(devices, Device{Netns: s.Annotations[netnsKey], Spoke: s.Devices[0].Name, ClaimID: s.Annotations[claimKey]})
+	}
+	slices.SortFunc(devices, func(a, b Device) int { return strings.Compare(a.Spoke+a.ClaimID, b.Spoke+b.ClaimID) })
+	return devices, nil
+}

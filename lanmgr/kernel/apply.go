@@ -1,0 +1,357 @@
+package kernel
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/k8slan/k8slan/lanmgr/segment"
+)
+
+// Reconcile observes a segment under its lock, does what decide says, and returns what was done.
+// It stops at the first operation that fails; what was done before stays and the next Reconcile goes on from there.
+func (n *Node) Reconcile(ctx context.Context, netnsName string, decide func(segment.State) []segment.Op) ([]segment.Op, error) {
+	if err := checkName(netnsName); err != nil {
+		return nil, err
+	}
+	unlock, err := n.lock(netnsName)
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	return n.reconcile(ctx, netnsName, decide)
+}
+
+// reconcile is Reconcile for those who have the lock.
+func (n *Node) reconcile(ctx context.Context, netnsName string, decide func(segment.State) []segment.Op) ([]segment.Op, error) {
+	have, err := n.Observe(ctx, netnsName)
+	if err != nil {
+		return nil, err
+	}
+	b := &builder{node: n, netns: netnsName}
+	defer b.close()
+	var done []segment.Op
+	for _, op := range decide(have) {
+		if err := ctx.Err(); err != nil {
+			return done, err
+		}
+		if err := b.apply(op); err != nil {
+			return done, fmt.Errorf("%s: %s: %w", netnsName, op, err)
+		}
+		done = append(done, op)
+	}
+	return done, nil
+}
+
+// VNITaken says that something else on the node uses a VNI on the same UDP port.
+type VNITaken struct {
+	VNI  uint32
+	Port uint16
+	By   string // the link's name, where it is in the node's own netns
+}
+
+func (e *VNITaken) Error() string {
+	by := "something else"
+	if e.By != "" {
+		by = fmt.Sprintf("%q", e.By)
+	}
+	return fmt.Sprintf("VNI %d on UDP port %d is in use by %s on this node; choose another vni or vxlanPort", e.VNI, e.Port, by)
+}
+
+// builder applies operations to one segment, over one connection.
+type builder struct {
+	node  *Node
+	netns string
+	conn  *conn
+}
+
+func (b *builder) close() {
+	if b.conn != nil {
+		b.conn.close()
+		b.conn = nil
+	}
+}
+
+// lan is the connection into the segment's namespace.
+func (b *builder) lan() (*conn, error) {
+	if b.conn != nil {
+		return b.conn, nil
+	}
+	s := segment.State{Netns: b.netns}
+	c, err := b.node.reach(&s)
+	if err != nil {
+		return nil, err
+	}
+	if c == nil {
+		return nil, fmt.Errorf("%w (no %s)", ErrNoLAN, b.node.netnsPath(b.netns))
+	}
+	b.conn = c
+	return c, nil
+}
+
+// apply does one operation; doing it again does no harm.
+func (b *builder) apply(op segment.Op) error {
+	switch o := op.(type) {
+	case segment.CreateNetns:
+		return b.node.createNetns(o.Netns)
+	case segment.RestoreNetns:
+		return b.node.restoreNetns(o.Netns)
+	case segment.RemoveNetns:
+		b.close()
+		return b.node.removeNetns(o.Netns)
+	case segment.WriteRecord:
+		return b.node.writeRecord(o.Segment)
+	case segment.RemoveRecord:
+		return removeFile(b.node.recordPath(o.Netns))
+	}
+	c, err := b.lan()
+	if err != nil {
+		return err
+	}
+	switch o := op.(type) {
+	case segment.Silence:
+		return do(c.ns, silence)
+	case segment.AddBridge:
+		return c.addBridge(o)
+	case segment.SetBridge:
+		return c.setBridge(o.Name)
+	case segment.AddVXLAN:
+		return b.addVXLAN(c, o)
+	case segment.AddPair:
+		return c.addPair(o)
+	case segment.DelLink:
+		return c.delLink(o.Name)
+	case segment.DelPairs:
+		return c.delGroup(segment.LinkGroup)
+	case segment.Settle:
+		return c.settle(o.Spoke, o.ClaimID)
+	}
+	return c.set(op)
+}
+
+// set does the operations that change one setting of one link.
+func (c *conn) set(op segment.Op) error {
+	switch o := op.(type) {
+	case segment.SetMTU:
+		return c.with(o.Name, func(l netlink.Link) error { return c.LinkSetMTU(l, o.MTU) })
+	case segment.SetMaster:
+		return c.with(o.Name, func(l netlink.Link) error { return c.enslave(l, o.Bridge) })
+	case segment.SetForwardMask:
+		return c.with(o.Name, c.setForwardMask)
+	case segment.SetUp:
+		return c.with(o.Name, c.up)
+	case segment.SetDown:
+		return c.with(o.Name, func(l netlink.Link) error { return c.LinkSetDown(l) })
+	case segment.AddAltName:
+		return c.with(o.Name, func(l netlink.Link) error { return c.LinkAddAltName(l, o.AltName) })
+	case segment.DelAltName:
+		return c.with(o.Name, func(l netlink.Link) error { return c.LinkDelAltName(l, o.AltName) })
+	}
+	return fmt.Errorf("no way to do %T", op)
+}
+
+func (c *conn) with(name string, f func(netlink.Link) error) error {
+	l, ok, err := c.link(name)
+	if err != nil {
+		return err
+	}
+	if !ok {
+		return fmt.Errorf("link %s is gone", name)
+	}
+	return f(l)
+}
+
+func (c *conn) setForwardMask(l netlink.Link) error {
+	return c.LinkSetBRSlaveGroupFwdMask(l, segment.ForwardMask)
+}
+
+func (c *conn) enslave(l netlink.Link, bridge string) error {
+	return c.with(bridge, func(br netlink.Link) error { return c.LinkSetMasterByIndex(l, br.Attrs().Index) })
+}
+
+// up sets a link up. A VXLAN opens its UDP port only now, so this is where another user of the port shows.
+func (c *conn) up(l netlink.Link) error {
+	err := c.LinkSetUp(l)
+	if v, ok := l.(*netlink.Vxlan); ok && errors.Is(err, unix.EADDRINUSE) {
+		return fmt.Errorf("UDP port %d is in use by something else on this node; choose another vxlanPort: %w", v.Port, err)
+	}
+	return err
+}
+
+func (n *Node) createNetns(name string) error {
+	path := n.netnsPath(name)
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return fmt.Errorf("make the folder of network namespaces: %w", err)
+	}
+	return createNetns(path)
+}
+
+// restoreNetns mounts the namespace in hand at its name again, over whatever is there.
+func (n *Node) restoreNetns(name string) error {
+	n.mu.Lock()
+	h, ok := n.held[name]
+	n.mu.Unlock()
+	if !ok {
+		return fmt.Errorf("network namespace %s is not in hand", name)
+	}
+	path := n.netnsPath(name)
+	if err := unmountNetns(path); err != nil {
+		return err
+	}
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return fmt.Errorf("make the folder of network namespaces: %w", err)
+	}
+	return mountNetns(fmt.Sprintf("/proc/self/fd/%d", int(h.ns)), path)
+}
+
+// removeNetns takes a segment's name and lock away.
+func (n *Node) removeNetns(name string) error {
+	n.letGo(name)
+	if err := unmountNetns(n.netnsPath(name)); err != nil {
+		return err
+	}
+	return removeFile(n.lockPath(name))
+}
+
+func (c *conn) addBridge(o segment.AddBridge) error {
+	off := false
+	a := netlink.NewLinkAttrs()
+	a.Name, a.MTU = o.Name, o.MTU
+	br := &netlink.Bridge{LinkAttrs: a, MulticastSnooping: &off, VlanFiltering: &off}
+	if err := c.LinkAdd(br); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	return c.with(o.Name, c.up)
+}
+
+// addVXLAN makes the VXLAN from the node's own netns, where its underlay and its UDP socket stay, directly into the LAN's.
+func (b *builder) addVXLAN(lan *conn, o segment.AddVXLAN) error {
+	host, err := b.node.dialHost()
+	if err != nil {
+		return err
+	}
+	defer host.close()
+	a := netlink.NewLinkAttrs()
+	a.Name, a.MTU, a.Namespace = o.Name, o.MTU, netlink.NsFd(int(lan.ns))
+	v := &netlink.Vxlan{
+		LinkAttrs: a, VxlanId: int(o.VNI), Port: int(o.Port), Group: o.Group.AsSlice(),
+		VtepDevIndex: o.UnderlayIndex, Learning: true, TTL: ttl(o.VXLAN),
+	}
+	err = host.LinkAdd(v)
+	if errors.Is(err, unix.EEXIST) {
+		if _, ours, lookErr := lan.link(o.Name); lookErr != nil || !ours {
+			return errors.Join(vniTaken(host, o.VXLAN), lookErr)
+		}
+		err = nil
+	}
+	if err != nil {
+		return err
+	}
+	return lan.with(o.Name, func(l netlink.Link) error {
+		if err := lan.enslave(l, o.Bridge); err != nil {
+			return err
+		}
+		return lan.setForwardMask(l)
+	})
+}
+
+// ttl is 0, the kernel's own choice, for groups that stay on the link; others are meant to be routed.
+func ttl(v segment.VXLAN) int {
+	if v.Group.IsLinkLocalMulticast() {
+		return 0
+	}
+	return 64
+}
+
+func vniTaken(host *conn, v segment.VXLAN) error {
+	taken := &VNITaken{VNI: v.VNI, Port: v.Port}
+	links, err := host.links()
+	if err != nil {
+		return errors.Join(taken, err)
+	}
+	for _, l := range links {
+		if l.Type == "vxlan" && l.VXLAN.VNI == v.VNI && l.VXLAN.Port == v.Port {
+			taken.By = l.Name
+		}
+	}
+	return taken
+}
+
+// addPair makes a spoke's standing pair. The bridge's end can be up from the start, its peer cannot
+// (rtnl_configure_link runs before the ends know each other: ENOTCONN).
+func (c *conn) addPair(o segment.AddPair) error {
+	a := netlink.NewLinkAttrs()
+	a.Name, a.MTU, a.Group = segment.PortName(o.Spoke), o.MTU, segment.LinkGroup
+	v := netlink.NewVeth(a)
+	v.PeerName, v.PeerHardwareAddr, v.PeerMTU = segment.PlugName(o.Spoke), o.MAC, uint32(o.MTU)
+	if err := c.LinkAdd(v); err != nil {
+		return err
+	}
+	err := c.with(a.Name, func(port netlink.Link) error {
+		if err := c.enslave(port, o.Bridge); err != nil {
+			return err
+		}
+		if err := c.setForwardMask(port); err != nil {
+			return err
+		}
+		return c.LinkSetUp(port)
+	})
+	if err != nil {
+		return err
+	}
+	return c.with(v.PeerName, func(plug netlink.Link) error { return c.LinkSetUp(plug) })
+}
+
+func (c *conn) delLink(name string) error {
+	l, ok, err := c.link(name)
+	if err != nil || !ok {
+		return err
+	}
+	if err := c.LinkDel(l); err != nil && !errors.Is(err, unix.ENODEV) {
+		return err
+	}
+	return nil
+}
+
+// settle ends a macvtap's claim if the macvtap is gone. Whether it is, only the lower link knows: a second passthru
+// link on it fails with EINVAL while there is a first (macvlan_common_newlink in drivers/net/macvlan.c).
+func (c *conn) settle(spoke, claimID string) error {
+	plug, ok, err := c.link(segment.PlugName(spoke))
+	if err != nil || !ok {
+		return err
+	}
+	free, err := c.free(plug, spoke)
+	if err != nil || !free {
+		return err
+	}
+	return c.unclaim(plug, claimID)
+}
+
+// free says whether a plug has no macvtap on it.
+func (c *conn) free(plug netlink.Link, spoke string) (bool, error) {
+	a := netlink.NewLinkAttrs()
+	a.Name, a.ParentIndex = spoke+"_t", plug.Attrs().Index
+	probe := &netlink.Macvlan{LinkAttrs: a, Mode: netlink.MACVLAN_MODE_PASSTHRU}
+	err := c.LinkAdd(probe)
+	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EBUSY) {
+		return false, nil
+	}
+	if err != nil && !errors.Is(err, unix.EEXIST) {
+		return false, fmt.Errorf("find out whether a macvtap is on %s: %w", plug.Attrs().Name, err)
+	}
+	return true, c.delLink(a.Name)
+}
+
+// unclaim takes the marks of a claim off a plug; the alias last, for without the altname it means nothing.
+func (c *conn) unclaim(plug netlink.Link, claimID string) error {
+	if err := c.LinkDelAltName(plug, claimID); err != nil && !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.EINVAL) {
+		return fmt.Errorf("end claim %s on %s: %w", claimID, plug.Attrs().Name, err)
+	}
+	return c.LinkSetAlias(plug, "")
+}

@@ -1,0 +1,510 @@
+package kernel
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"slices"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/k8slan/k8slan/lanmgr/segment"
+)
+
+// Errors of a claim, beside ErrNoLAN.
+var (
+	ErrNoSpoke     = errors.New("the LAN has no such spoke")
+	ErrNameTaken   = errors.New("the pod already has an interface of that name")
+	ErrSameSandbox = errors.New("this pod is attached to the spoke already")
+)
+
+// ClaimRequest asks for a spoke, for one interface of one pod.
+type ClaimRequest struct {
+	Netns, Spoke string
+	Kind         segment.Kind
+	Sandbox      string // container ID
+	Interface    string // name in the pod
+	PodNetns     string // path
+
+	PodNamespace, Pod, PodUID string // for people
+
+	MAC         net.HardwareAddr // nil: derived from LAN and spoke
+	MTU         int              // bytes; 0: the LAN's
+	Promiscuous bool             // of the link in the pod
+}
+
+// ID is the claim's ID.
+func (r ClaimRequest) ID() string { return segment.ClaimID(r.Sandbox, r.Interface) }
+
+// Attachment is what a claim gave the pod.
+type Attachment struct {
+	ClaimID       string
+	MAC           net.HardwareAddr
+	MTU           int
+	Index         int    // ifindex in the pod
+	HostInterface string // the link in the LAN's netns that the pod's hangs on
+	TapMajor      uint32 // of a macvtap's character device
+	TapMinor      uint32
+}
+
+// Claim takes a spoke for a pod: it makes the pod's link, in place, and sets the LAN's VXLAN up. Whoever has the
+// spoke already loses it, for kubelet gave it to this pod. Nothing is left of a claim that fails.
+func (n *Node) Claim(ctx context.Context, r ClaimRequest) (Attachment, error) {
+	if err := checkName(r.Netns); err != nil {
+		return Attachment{}, err
+	}
+	unlock, err := n.lock(r.Netns)
+	if err != nil {
+		return Attachment{}, err
+	}
+	defer unlock()
+	want, err := n.Record(r.Netns)
+	if err != nil {
+		return Attachment{}, err
+	}
+	if !slices.Contains(want.Spokes, r.Spoke) {
+		return Attachment{}, fmt.Errorf("%w: %q", ErrNoSpoke, r.Spoke)
+	}
+	if r.MAC == nil {
+		r.MAC = segment.MAC(want.LAN, r.Spoke)
+	}
+	if r.MTU == 0 {
+		r.MTU = want.MTU
+	}
+	c := &claiming{ClaimRequest: r, want: want, node: n}
+	defer c.close()
+	a, err := c.run(ctx)
+	if err != nil {
+		return Attachment{}, errors.Join(err, c.undoAll())
+	}
+	return a, nil
+}
+
+// claiming is a claim under way.
+type claiming struct {
+	ClaimRequest
+	want segment.Segment
+	node *Node
+	lan  *conn
+	pod  *conn
+	undo []func() error // last first
+}
+
+func (c *claiming) close() {
+	for _, conn := range []*conn{c.lan, c.pod} {
+		if conn != nil {
+			conn.close()
+		}
+	}
+}
+
+func (c *claiming) undoAll() error {
+	var errs []error
+	for _, f := range slices.Backward(c.undo) {
+		errs = append(errs, f())
+	}
+	return errors.Join(errs...)
+}
+
+func (c *claiming) run(ctx context.Context) (Attachment, error) {
+	ns, err := openNetns(c.PodNetns)
+	if err != nil {
+		return Attachment{}, fmt.Errorf("open the pod's network namespace: %w", err)
+	}
+	if c.pod, err = dial(ns); err != nil {
+		return Attachment{}, err
+	}
+	if _, taken, err := c.pod.link(c.Interface); err != nil {
+		return Attachment{}, err
+	} else if taken {
+		return Attachment{}, fmt.Errorf("%w: %q", ErrNameTaken, c.Interface)
+	}
+	port, err := c.standing(ctx)
+	if err != nil {
+		return Attachment{}, err
+	}
+	if err := c.takeOver(ctx); err != nil {
+		return Attachment{}, err
+	}
+	var a Attachment
+	if c.Kind == segment.Macvtap {
+		a, err = c.macvtap()
+	} else {
+		a, err = c.veth(port)
+	}
+	if err != nil {
+		return Attachment{}, err
+	}
+	return a, c.vxlanUp()
+}
+
+// standing makes sure of what the daemon built ahead of time, and builds what is missing in its place.
+func (c *claiming) standing(ctx context.Context) (port string, err error) {
+	port = segment.PortName(c.Spoke)
+	complete, err := c.isComplete(port)
+	if err != nil {
+		return "", err
+	}
+	if !complete {
+		if c.lan != nil {
+			c.lan.close()
+			c.lan = nil
+		}
+		_, err := c.node.reconcile(ctx, c.Netns, func(have segment.State) []segment.Op { return segment.Diff(c.want, have) })
+		if err != nil {
+			return "", err
+		}
+		if complete, err = c.isComplete(port); err != nil {
+			return "", err
+		} else if !complete {
+			return "", fmt.Errorf("the standing pair of spoke %s could not be built", c.Spoke)
+		}
+	}
+	return port, nil
+}
+
+func (c *claiming) isComplete(port string) (bool, error) {
+	if c.lan == nil {
+		s := segment.State{Netns: c.Netns}
+		lan, err := c.node.reach(&s)
+		if err != nil || lan == nil || s.Lost {
+			if lan != nil {
+				lan.close()
+			}
+			return false, err
+		}
+		c.lan = lan
+	}
+	for _, name := range []string{c.want.Bridge, port, segment.PlugName(c.Spoke), c.Spoke} {
+		if _, ok, err := c.lan.link(name); err != nil || !ok {
+			return false, err
+		}
+	}
+	return true, nil
+}
+
+// takeOver ends the claim of another sandbox: of a pod that kubelet has given up but whose sandbox still stands.
+func (c *claiming) takeOver(ctx context.Context) error {
+	carrier, _, err := c.lan.link(c.Spoke)
+	if err != nil {
+		return err
+	}
+	plug, _, err := c.lan.link(segment.PlugName(c.Spoke))
+	if err != nil {
+		return err
+	}
+	if name := carrier.Attrs().Name; segment.IsClaimID(name) {
+		old, _ := segment.ParseAlias(name, carrier.Attrs().Alias)
+		if old.OfSandbox(c.Sandbox) {
+			return fmt.Errorf("%w, as %s", ErrSameSandbox, old.Interface)
+		}
+		return c.node.endVeth(c.lan, c.Spoke, name)
+	}
+	i := slices.IndexFunc(plug.Attrs().AltNames, segment.IsClaimID)
+	if i < 0 {
+		return nil
+	}
+	id := plug.Attrs().AltNames[i]
+	old, _ := segment.ParseAlias(id, plug.Attrs().Alias)
+	if old.OfSandbox(c.Sandbox) {
+		return fmt.Errorf("%w, as %s", ErrSameSandbox, old.Interface)
+	}
+	return c.node.endMacvtap(ctx, c.lan, c.want, c.Spoke, id)
+}
+
+// endVeth ends a pod's claim: its link goes, at both ends, and the standing port carries the spoke's frames again.
+func (n *Node) endVeth(lan *conn, spoke, claimID string) error {
+	if err := lan.delLink(claimID); err != nil {
+		return fmt.Errorf("delete the link of claim %s: %w", claimID, err)
+	}
+	return lan.with(segment.PortName(spoke), func(port netlink.Link) error {
+		if err := lan.LinkAddAltName(port, spoke); err != nil && !errors.Is(err, unix.EEXIST) {
+			return fmt.Errorf("give %s the name %s: %w", port.Attrs().Name, spoke, err)
+		}
+		return lan.LinkSetUp(port)
+	})
+}
+
+// endMacvtap ends a VM's claim. Its macvtap may still be there, in a namespace that we don't know: it goes with the
+// standing pair, which is built anew.
+func (n *Node) endMacvtap(ctx context.Context, lan *conn, want segment.Segment, spoke, claimID string) error {
+	plug, ok, err := lan.link(segment.PlugName(spoke))
+	if err != nil || !ok {
+		return err
+	}
+	free, err := lan.free(plug, spoke)
+	if err != nil {
+		return err
+	}
+	if free {
+		return lan.unclaim(plug, claimID)
+	}
+	if err := lan.delLink(segment.PortName(spoke)); err != nil {
+		return fmt.Errorf("delete the standing pair of spoke %s: %w", spoke, err)
+	}
+	if !slices.Contains(want.Spokes, spoke) {
+		return nil
+	}
+	pair := segment.AddPair{Spoke: spoke, MAC: segment.MAC(want.LAN, spoke), MTU: want.MTU, Bridge: want.Bridge}
+	if err := lan.addPair(pair); err != nil {
+		return fmt.Errorf("%s: %w", pair, err)
+	}
+	return lan.set(segment.AddAltName{Name: segment.PortName(spoke), AltName: spoke})
+}
+
+func (c *claiming) claim() segment.Claim {
+	return segment.Claim{
+		ID: c.ID(), Spoke: c.Spoke, Kind: c.Kind, PodNamespace: c.PodNamespace, Pod: c.Pod, PodUID: c.PodUID,
+		Interface: c.Interface, Sandbox: c.Sandbox, MAC: c.MAC, Since: time.Now(),
+	}
+}
+
+// veth makes the pod's link with its other end in the bridge. To create that end under the claim's name is the claim.
+func (c *claiming) veth(port string) (Attachment, error) {
+	id := c.ID()
+	a := netlink.NewLinkAttrs()
+	a.Name, a.MTU, a.Group = id, c.want.MTU, segment.LinkGroup
+	v := netlink.NewVeth(a)
+	v.PeerName, v.PeerNamespace, v.PeerHardwareAddr, v.PeerMTU = c.Interface, netlink.NsFd(int(c.pod.ns)), c.MAC, uint32(c.MTU)
+	if err := c.lan.LinkAdd(v); err != nil {
+		return Attachment{}, fmt.Errorf("create %s for the pod: %w", c.Interface, err)
+	}
+	c.undo = append(c.undo, func() error { return c.node.endVeth(c.lan, c.Spoke, id) })
+	link, ok, err := c.lan.link(id)
+	if err != nil || !ok {
+		return Attachment{}, errors.Join(fmt.Errorf("the link of claim %s is gone", id), err)
+	}
+	standing, ok, err := c.lan.link(port)
+	if err != nil || !ok {
+		return Attachment{}, errors.Join(fmt.Errorf("the standing port %s is gone", port), err)
+	}
+	steps := []struct {
+		what string
+		do   func() error
+	}{
+		{"name its owner", func() error { return c.lan.LinkSetAlias(link, c.claim().Alias()) }},
+		{"put it into the bridge", func() error { return c.lan.enslave(link, c.want.Bridge) }},
+		{"open it for link-local frames", func() error { return c.lan.setForwardMask(link) }},
+		{"take the spoke's name off the standing port", func() error { return c.lan.LinkDelAltName(standing, c.Spoke) }},
+		{"give it the spoke's name", func() error { return c.lan.LinkAddAltName(link, c.Spoke) }},
+		{"set the standing port down", func() error { return c.lan.LinkSetDown(standing) }},
+		{"set it up", func() error { return c.lan.LinkSetUp(link) }},
+	}
+	for _, s := range steps {
+		if err := s.do(); err != nil {
+			return Attachment{}, fmt.Errorf("attach %s: %s: %w", id, s.what, err)
+		}
+	}
+	att, err := c.podLink()
+	att.HostInterface = id
+	return att, err
+}
+
+// macvtap makes the VM's link on the standing plug. The plug's altname is the claim: there is one of each name.
+func (c *claiming) macvtap() (Attachment, error) {
+	id, plugName := c.ID(), segment.PlugName(c.Spoke)
+	plug, ok, err := c.lan.link(plugName)
+	if err != nil || !ok {
+		return Attachment{}, errors.Join(fmt.Errorf("the plug %s is gone", plugName), err)
+	}
+	if err := c.lan.LinkSetAlias(plug, c.claim().Alias()); err != nil {
+		return Attachment{}, fmt.Errorf("name the owner of %s: %w", plugName, err)
+	}
+	if err := c.lan.LinkAddAltName(plug, id); err != nil {
+		return Attachment{}, fmt.Errorf("claim %s: %w", plugName, err)
+	}
+	c.undo = append(c.undo, func() error { return c.lan.unclaim(plug, id) })
+	if err := c.addMacvtap(plug); err != nil {
+		return Attachment{}, err
+	}
+	c.undo = append(c.undo, func() error { return c.pod.delLink(c.Interface) })
+	err = c.pod.with(c.Interface, func(tap netlink.Link) error {
+		// A passthru macvtap drops all multicast unless it is allmulticast itself.
+		if err := c.pod.LinkSetAllmulticastOn(tap); err != nil {
+			return fmt.Errorf("set %s allmulticast: %w", c.Interface, err)
+		}
+		return do(c.pod.ns, func() error { return noIPv6(c.Interface) })
+	})
+	if err != nil {
+		return Attachment{}, err
+	}
+	att, err := c.podLink()
+	if err != nil {
+		return Attachment{}, err
+	}
+	att.HostInterface = plugName
+	att.TapMajor, att.TapMinor, err = tapDevice(c.pod.ns, c.Interface, att.Index)
+	return att, err
+}
+
+// addMacvtap makes the macvtap directly in the pod, with an ifindex of our choice: the tap's device is named by it.
+func (c *claiming) addMacvtap(plug netlink.Link) error {
+	a := netlink.NewLinkAttrs()
+	a.Name, a.MTU, a.ParentIndex, a.Namespace = c.Interface, c.MTU, plug.Attrs().Index, netlink.NsFd(int(c.pod.ns))
+	for try := range uint32(tapIndexTries) {
+		a.Index = tapIndex(c.want.LAN, c.Spoke, try)
+		err := c.lan.LinkAdd(&netlink.Macvtap{Macvlan: netlink.Macvlan{LinkAttrs: a, Mode: netlink.MACVLAN_MODE_PASSTHRU}})
+		if errors.Is(err, unix.EBUSY) { // the pod has a link of that ifindex
+			continue
+		}
+		if err != nil {
+			return fmt.Errorf("create macvtap %s on %s for the pod: %w", c.Interface, plug.Attrs().Name, err)
+		}
+		return nil
+	}
+	return fmt.Errorf("create macvtap %s: no free ifindex in the pod", c.Interface)
+}
+
+// podLink gives the pod's end what was asked for and sets it up.
+func (c *claiming) podLink() (Attachment, error) {
+	link, ok, err := c.pod.link(c.Interface)
+	if err != nil || !ok {
+		return Attachment{}, errors.Join(fmt.Errorf("the pod's link %s is gone", c.Interface), err)
+	}
+	a := link.Attrs()
+	if a.HardwareAddr.String() != c.MAC.String() {
+		if err := c.pod.LinkSetHardwareAddr(link, c.MAC); err != nil {
+			return Attachment{}, fmt.Errorf("give %s the address %s: %w", c.Interface, c.MAC, err)
+		}
+	}
+	if c.Promiscuous {
+		if err := c.pod.SetPromiscOn(link); err != nil {
+			return Attachment{}, fmt.Errorf("set %s promiscuous: %w", c.Interface, err)
+		}
+	}
+	if err := c.pod.LinkSetUp(link); err != nil {
+		return Attachment{}, fmt.Errorf("set %s up: %w", c.Interface, err)
+	}
+	return Attachment{ClaimID: c.ID(), MAC: c.MAC, MTU: a.MTU, Index: a.Index}, nil
+}
+
+// vxlanUp lets the LAN reach other nodes from the first claim on. A LAN whose underlay has gone has no VXLAN at the
+// moment; the daemon makes it when the underlay is back.
+func (c *claiming) vxlanUp() error {
+	l, ok, err := c.lan.link(c.want.VXLAN.Name)
+	if err != nil || !ok || l.Attrs().RawFlags&unix.IFF_UP != 0 {
+		return err
+	}
+	if err := c.lan.up(l); err != nil {
+		return fmt.Errorf("vxlan %s: set it up: %w", c.want.VXLAN.Name, err)
+	}
+	return nil
+}
+
+// Release ends a claim and makes the spoke wait for the next pod. A claim that is not there is no error: it may have
+// been taken over, or have gone with its pod.
+func (n *Node) Release(ctx context.Context, netnsName, spoke, claimID string) error {
+	if err := checkName(netnsName); err != nil {
+		return err
+	}
+	unlock, err := n.lock(netnsName)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	s := segment.State{Netns: netnsName}
+	lan, err := n.reach(&s)
+	if err != nil {
+		return err
+	}
+	if lan == nil {
+		return removeFile(n.lockPath(netnsName))
+	}
+	defer lan.close()
+	l, ok, err := lan.link(claimID)
+	if err != nil || !ok {
+		return err
+	}
+	if l.Attrs().Name == claimID {
+		return n.endVeth(lan, spoke, claimID)
+	}
+	want, err := n.Record(netnsName)
+	if err != nil {
+		return err
+	}
+	return n.endMacvtap(ctx, lan, want, spoke, claimID)
+}
+
+// Claims lists the claims of a segment; none where there is no such segment.
+func (n *Node) Claims(ctx context.Context, netnsName string) ([]segment.Claim, error) {
+	s, err := n.Observe(ctx, netnsName)
+	if err != nil {
+		return nil, err
+	}
+	return s.Claims(), nil
+}
+
+// CheckClaim says what of an attachment is no longer as Claim made it; nil if all is.
+func (n *Node) CheckClaim(_ context.Context, r ClaimRequest) error {
+	want, err := n.Record(r.Netns)
+	if err != nil {
+		return err
+	}
+	if r.MAC == nil {
+		r.MAC = segment.MAC(want.LAN, r.Spoke)
+	}
+	if r.MTU == 0 {
+		r.MTU = want.MTU
+	}
+	s := segment.State{Netns: r.Netns}
+	lan, err := n.reach(&s)
+	if err != nil {
+		return err
+	}
+	if lan == nil {
+		return fmt.Errorf("%w (no %s)", ErrNoLAN, n.netnsPath(r.Netns))
+	}
+	defer lan.close()
+	claim, ok, err := lan.link(r.ID())
+	if err != nil {
+		return err
+	}
+	if !ok {
+		return fmt.Errorf("spoke %s is no longer claimed by this pod", r.Spoke)
+	}
+	carrier, ok, err := lan.link(r.Spoke)
+	if err != nil {
+		return err
+	}
+	if !ok || carrier.Attrs().RawFlags&unix.IFF_UP == 0 || carrier.Attrs().MasterIndex == 0 {
+		return fmt.Errorf("spoke %s has no link that is up in bridge %s", r.Spoke, want.Bridge)
+	}
+	if r.Kind == segment.Veth && carrier.Attrs().Index != claim.Attrs().Index {
+		return fmt.Errorf("spoke %s is carried by %s, not by this pod's link %s", r.Spoke, carrier.Attrs().Name, claim.Attrs().Name)
+	}
+	return checkPodLink(r)
+}
+
+func checkPodLink(r ClaimRequest) error {
+	ns, err := openNetns(r.PodNetns)
+	if err != nil {
+		return fmt.Errorf("open the pod's network namespace: %w", err)
+	}
+	pod, err := dial(ns)
+	if err != nil {
+		return err
+	}
+	defer pod.close()
+	link, ok, err := pod.link(r.Interface)
+	if err != nil {
+		return err
+	}
+	if !ok {
+		return fmt.Errorf("the pod has no interface %s", r.Interface)
+	}
+	a := link.Attrs()
+	switch {
+	case link.Type() != string(r.Kind):
+		return fmt.Errorf("%s is a %s, not a %s", r.Interface, link.Type(), r.Kind)
+	case a.HardwareAddr.String() != r.MAC.String():
+		return fmt.Errorf("%s has the address %s, not %s", r.Interface, a.HardwareAddr, r.MAC)
+	case a.MTU != r.MTU:
+		return fmt.Errorf("%s has the MTU %d, not %d", r.Interface, a.MTU, r.MTU)
+	case a.RawFlags&unix.IFF_UP == 0:
+		return fmt.Errorf("%s is down", r.Interface)
+	}
+	return nil
+}

@@ -1,0 +1,168 @@
+// Package kernel reads and changes a node's kernel for LANs: everything that is netlink, a network namespace or a sysctl.
+package kernel
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+
+	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
+
+	"github.com/k8slan/k8slan/lanmgr/segment"
+)
+
+// DefaultRun is where k8slan keeps what lives as long as the node is up.
+const DefaultRun = "/run/k8slan"
+
+// Paths says where a node keeps its things.
+type Paths struct {
+	Run       string // network namespaces, records and locks; empty: DefaultRun
+	HostNetns string // the node's own network namespace; empty: that of the calling thread
+}
+
+// Node is the kernel of one node. Its methods may be called from many goroutines, and several processes may have
+// a Node each: what must not happen at once is kept apart by a file lock per segment.
+type Node struct {
+	paths Paths
+
+	mu   sync.Mutex
+	held map[string]held // by the netns's name
+}
+
+// held is a segment's namespace as the daemon has it in hand: with it, a name that somebody took away can be given back.
+type held struct {
+	ns netns.NsHandle
+	id int // of the namespace, as the host's netns counts: what link events bear
+}
+
+// New returns the node's kernel.
+func New(p Paths) *Node {
+	if p.Run == "" {
+		p.Run = DefaultRun
+	}
+	return &Node{paths: p, held: map[string]held{}}
+}
+
+// Close lets go of the namespaces in hand; they stay.
+func (n *Node) Close() {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for name, h := range n.held {
+		h.ns.Close()
+		delete(n.held, name)
+	}
+}
+
+func (n *Node) netnsPath(name string) string  { return filepath.Join(n.paths.Run, "netns", name) }
+func (n *Node) recordPath(name string) string { return filepath.Join(n.paths.Run, "lan", name+".json") }
+func (n *Node) lockPath(name string) string   { return filepath.Join(n.paths.Run, "lock", name) }
+
+// host opens the node's own network namespace.
+func (n *Node) host() (netns.NsHandle, error) {
+	if n.paths.HostNetns != "" {
+		return openNetns(n.paths.HostNetns)
+	}
+	return netns.Get()
+}
+
+// checkName refuses what is not the plain name of a file.
+func checkName(netnsName string) error {
+	if netnsName == "" || netnsName == "." || netnsName == ".." || strings.ContainsAny(netnsName, "/\x00") || len(netnsName) > 250 {
+		return fmt.Errorf("ns %q is not the name of a network namespace: it must be the plain name of a file", netnsName)
+	}
+	return nil
+}
+
+// ErrNoLAN says that a LAN is not on this node.
+var ErrNoLAN = errors.New("the LAN is not on this node")
+
+// Record reads what the node last wanted of a segment. ErrNoLAN where there is none.
+func (n *Node) Record(netnsName string) (segment.Segment, error) {
+	if err := checkName(netnsName); err != nil {
+		return segment.Segment{}, err
+	}
+	b, err := os.ReadFile(n.recordPath(netnsName))
+	if errors.Is(err, fs.ErrNotExist) {
+		return segment.Segment{}, fmt.Errorf("%w (no %s)", ErrNoLAN, n.recordPath(netnsName))
+	}
+	if err != nil {
+		return segment.Segment{}, fmt.Errorf("read the record of a LAN: %w", err)
+	}
+	var s segment.Segment
+	if err := json.Unmarshal(b, &s); err != nil {
+		return segment.Segment{}, fmt.Errorf("record %s is damaged, the daemon will write it anew: %w", n.recordPath(netnsName), err)
+	}
+	return s, nil
+}
+
+// writeRecord publishes a segment; whoever reads sees the old one or the new one, whole.
+func (n *Node) writeRecord(s segment.Segment) error {
+	b, err := json.Marshal(s)
+	if err != nil {
+		return fmt.Errorf("encode the record of %s: %w", s.LAN, err)
+	}
+	path := n.recordPath(s.Netns)
+	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+		return fmt.Errorf("write the record of %s: %w", s.LAN, err)
+	}
+	tmp := filepath.Join(filepath.Dir(path), "."+filepath.Base(path))
+	if err := os.WriteFile(tmp, b, 0o600); err != nil {
+		return fmt.Errorf("write the record of %s: %w", s.LAN, err)
+	}
+	if err := os.Rename(tmp, path); err != nil {
+		return fmt.Errorf("write the record of %s: %w", s.LAN, err)
+	}
+	return nil
+}
+
+// List names the segments that are on this node in whole or in part, sorted.
+func (n *Node) List() ([]string, error) {
+	var names []string
+	entries, err := os.ReadDir(filepath.Join(n.paths.Run, "netns"))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("list the network namespaces of LANs: %w", err)
+	}
+	for _, e := range entries {
+		names = append(names, e.Name())
+	}
+	return names, nil
+}
+
+// lock takes the lock of a segment and returns what gives it back. The file goes with the segment, so a lock
+// that was taken on a file which has gone meanwhile is taken again.
+func (n *Node) lock(netnsName string) (unlock func(), err error) {
+	path := n.lockPath(netnsName)
+	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+		return nil, fmt.Errorf("lock segment %s: %w", netnsName, err)
+	}
+	for {
+		f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
+		if err != nil {
+			return nil, fmt.Errorf("lock segment %s: %w", netnsName, err)
+		}
+		if err := flock(f); err != nil {
+			f.Close()
+			return nil, fmt.Errorf("lock segment %s: %w", netnsName, err)
+		}
+		var mine, now unix.Stat_t
+		if unix.Fstat(int(f.Fd()), &mine) == nil && unix.Stat(path, &now) == nil && mine.Ino == now.Ino {
+			return func() { f.Close() }, nil
+		}
+		f.Close()
+	}
+}
+
+func flock(f *os.File) error {
+	for {
+		err := unix.Flock(int(f.Fd()), unix.LOCK_EX)
+		if !errors.Is(err, unix.EINTR) {
+			return err
+		}
+	}
+}

@@ -1,0 +1,166 @@
+package kernel
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+
+	"github.com/vishvananda/netns"
+
+	"github.com/k8slan/k8slan/lanmgr/segment"
+)
+
+// Observe reads a segment as it is. One that is not there at all is an empty State and no error.
+func (n *Node) Observe(_ context.Context, netnsName string) (segment.State, error) {
+	if err := checkName(netnsName); err != nil {
+		return segment.State{}, err
+	}
+	s := segment.State{Netns: netnsName}
+	if r, err := n.Record(netnsName); err == nil {
+		s.Record = &r
+	} else if !errors.Is(err, ErrNoLAN) && !isDamaged(err) {
+		return s, err
+	}
+	c, err := n.reach(&s)
+	if err != nil || c == nil {
+		return s, err
+	}
+	defer c.close()
+	err = do(c.ns, func() (err error) {
+		s.Silent, err = isSilent()
+		return err
+	})
+	if err != nil {
+		return s, fmt.Errorf("observe %s: %w", netnsName, err)
+	}
+	if s.Links, err = c.links(); err != nil {
+		return s, fmt.Errorf("observe %s: %w", netnsName, err)
+	}
+	return s, nil
+}
+
+// isDamaged says whether a record is there but cannot be understood; it is written anew then.
+func isDamaged(err error) bool {
+	var pathErr *fs.PathError
+	return !errors.As(err, &pathErr)
+}
+
+// reach connects to a segment's namespace, by its name or, where the name is lost, by what is in hand;
+// nil where there is neither. It notes in the state which.
+func (n *Node) reach(s *segment.State) (*conn, error) {
+	ns, err := openNetns(n.netnsPath(s.Netns))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("observe %s: %w", s.Netns, err)
+	}
+	named := err == nil
+	n.mu.Lock()
+	h, inHand := n.held[s.Netns]
+	n.mu.Unlock()
+	switch {
+	case !named && !inHand:
+		return nil, nil
+	case !named:
+		s.Lost = true
+	case !inHand:
+		s.Exists = true
+		if err := n.hold(s.Netns, ns); err != nil {
+			ns.Close()
+			return nil, fmt.Errorf("observe %s: %w", s.Netns, err)
+		}
+	default:
+		same, err := sameNetns(h.ns, ns)
+		if err != nil {
+			ns.Close()
+			return nil, fmt.Errorf("observe %s: %w", s.Netns, err)
+		}
+		s.Exists, s.Lost = same, !same
+	}
+	if s.Lost {
+		if named {
+			ns.Close()
+		}
+		if ns, err = dup(h.ns); err != nil {
+			return nil, fmt.Errorf("observe %s: %w", s.Netns, err)
+		}
+	}
+	return dial(ns)
+}
+
+// hold keeps a namespace in hand, and gives it the number by which the host's netns will know events from it.
+func (n *Node) hold(name string, ns netns.NsHandle) error {
+	mine, err := dup(ns)
+	if err != nil {
+		return err
+	}
+	id, err := n.number(mine)
+	if err != nil {
+		mine.Close()
+		return err
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if old, ok := n.held[name]; ok {
+		old.ns.Close()
+	}
+	n.held[name] = held{ns: mine, id: id}
+	return nil
+}
+
+// letGo is the end of hold.
+func (n *Node) letGo(name string) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if h, ok := n.held[name]; ok {
+		h.ns.Close()
+		delete(n.held, name)
+	}
+}
+
+// number is the id of a namespace as the host's netns counts; it is given one if it has none.
+func (n *Node) number(ns netns.NsHandle) (int, error) {
+	c, err := n.dialHost()
+	if err != nil {
+		return 0, err
+	}
+	defer c.close()
+	id, err := c.GetNetNsIdByFd(int(ns))
+	if err != nil {
+		return 0, fmt.Errorf("look up the number of a network namespace: %w", err)
+	}
+	if id >= 0 {
+		return id, nil
+	}
+	if err := c.SetNetNsIdByFd(int(ns), -1); err != nil && !errors.Is(err, fs.ErrExist) {
+		return 0, fmt.Errorf("number a network namespace: %w", err)
+	}
+	if id, err = c.GetNetNsIdByFd(int(ns)); err != nil {
+		return 0, fmt.Errorf("look up the number of a network namespace: %w", err)
+	}
+	return id, nil
+}
+
+func (n *Node) dialHost() (*conn, error) {
+	ns, err := n.host()
+	if err != nil {
+		return nil, fmt.Errorf("open the node's own network namespace: %w", err)
+	}
+	return dial(ns)
+}
+
+func dup(ns netns.NsHandle) (netns.NsHandle, error) {
+	d, err := netns.GetFromPath(fmt.Sprintf("/proc/self/fd/%d", int(ns)))
+	if err != nil {
+		return netns.None(), fmt.Errorf("open a network namespace again: %w", err)
+	}
+	return d, nil
+}
+
+// removeFile removes a file; absent is success.
+func removeFile(path string) error {
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
+}

@@ -1,0 +1,135 @@
+package kernel
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"net/netip"
+	"os"
+	"strings"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// Underlays are the links of the node's own netns that can carry a LAN to other nodes.
+type Underlays struct {
+	Devices map[string]Underlay // by name
+	Default string              // the device of the default route, IPv4 before IPv6; empty if there is none
+}
+
+// Underlay is one such link.
+type Underlay struct {
+	Index   int
+	MTU     int // bytes
+	Up      bool
+	Carrier bool
+	IPv4    netip.Addr // first address of the family; the zero Addr if there is none
+	IPv6    netip.Addr // link-local is enough, and preferred
+	IPv6Off bool       // net.ipv6.conf.<device>.disable_ipv6
+}
+
+// Underlays reads the links, addresses and default routes of the node's own netns.
+func (n *Node) Underlays(context.Context) (Underlays, error) {
+	c, err := n.dialHost()
+	if err != nil {
+		return Underlays{}, err
+	}
+	defer c.close()
+	u := Underlays{Devices: map[string]Underlay{}}
+	links, err := retryDump(func() ([]netlink.Link, error) { return c.LinkList() })
+	if err != nil {
+		return u, fmt.Errorf("list the node's links: %w", err)
+	}
+	names := map[int]string{}
+	for _, l := range links {
+		a := l.Attrs()
+		if a.RawFlags&unix.IFF_LOOPBACK != 0 {
+			continue
+		}
+		names[a.Index] = a.Name
+		u.Devices[a.Name] = Underlay{
+			Index: a.Index, MTU: a.MTU, Up: a.RawFlags&unix.IFF_UP != 0, Carrier: a.RawFlags&unix.IFF_LOWER_UP != 0,
+		}
+	}
+	addrs, err := retryDump(func() ([]netlink.Addr, error) { return c.AddrList(nil, netlink.FAMILY_ALL) })
+	if err != nil {
+		return u, fmt.Errorf("list the node's addresses: %w", err)
+	}
+	for _, a := range addrs {
+		if name, ok := names[a.LinkIndex]; ok {
+			u.Devices[name] = u.Devices[name].withAddress(a.IP)
+		}
+	}
+	if u.Default, err = c.defaultDevice(names); err != nil {
+		return u, err
+	}
+	return u, do(c.ns, func() error { return readIPv6Off(u.Devices) })
+}
+
+func (d Underlay) withAddress(ip net.IP) Underlay {
+	a, ok := netip.AddrFromSlice(ip)
+	if a = a.Unmap(); !ok {
+		return d
+	}
+	switch {
+	case a.Is4() && !d.IPv4.IsValid():
+		d.IPv4 = a
+	case a.Is6() && (!d.IPv6.IsValid() || a.IsLinkLocalUnicast() && !d.IPv6.IsLinkLocalUnicast()):
+		d.IPv6 = a
+	}
+	return d
+}
+
+// defaultDevice is the device of the default route with the lowest metric.
+func (c *conn) defaultDevice(names map[int]string) (string, error) {
+	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+		routes, err := retryDump(func() ([]netlink.Route, error) {
+			return c.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_MAIN, Dst: nil}, netlink.RT_FILTER_TABLE|netlink.RT_FILTER_DST)
+		})
+		if err != nil {
+			return "", fmt.Errorf("list the node's default routes: %w", err)
+		}
+		best, metric := "", 0
+		for _, r := range routes {
+			index := r.LinkIndex
+			if index == 0 && len(r.MultiPath) > 0 {
+				index = r.MultiPath[0].LinkIndex
+			}
+			if name, ok := names[index]; ok && (best == "" || r.Priority < metric) {
+				best, metric = name, r.Priority
+			}
+		}
+		if best != "" {
+			return best, nil
+		}
+	}
+	return "", nil
+}
+
+// readIPv6Off reads the setting of each device in the thread's own namespace; a kernel without IPv6 has it off.
+func readIPv6Off(devices map[string]Underlay) error {
+	for name, d := range devices {
+		b, err := os.ReadFile("/proc/sys/net/ipv6/conf/" + name + "/disable_ipv6")
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("sysctl: %w", err)
+		}
+		d.IPv6Off = err != nil || strings.TrimSpace(string(b)) == "1"
+		devices[name] = d
+	}
+	return nil
+}
+
+// retryDump repeats a dump that was interrupted by a change.
+func retryDump[T any](dump func() ([]T, error)) ([]T, error) {
+	var items []T
+	var err error
+	for range dumpTries {
+		if items, err = dump(); !errors.Is(err, netlink.ErrDumpInterrupted) {
+			return items, err
+		}
+	}
+	return nil, err
+}

@@ -1,0 +1,297 @@
+package kernel
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"sync"
+
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+)
+
+// Watch tells what may have changed, until the context ends: poke is called with the name of a segment, or with ""
+// for the links, addresses and default routes of the node's own netns. These are hints: what to do about them is
+// found by observing. A segment is watched from when it was first observed; everything is poked once at the start,
+// when nothing can be missed any more.
+func (n *Node) Watch(ctx context.Context, poke func(netnsName string)) error {
+	ctx, stop := context.WithCancelCause(ctx)
+	defer stop(nil)
+	links, err := n.subscribe(true, unix.RTNLGRP_LINK)
+	if err != nil {
+		return fmt.Errorf("watch the links of LANs: %w", err)
+	}
+	host, err := n.subscribe(false, unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR,
+		unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE)
+	if err != nil {
+		links.Close()
+		return fmt.Errorf("watch the node's links: %w", err)
+	}
+	uevents, err := openUevents()
+	if err != nil {
+		links.Close()
+		host.Close()
+		return fmt.Errorf("watch kernel modules: %w", err)
+	}
+	var group sync.WaitGroup
+	for what, read := range map[string]func() error{
+		"the links of LANs": func() error { return n.readLinkEvents(ctx, links, poke) },
+		"the node's links":  func() error { return n.readHostEvents(ctx, host, poke) },
+		"kernel modules":    func() error { return n.readUevents(ctx, uevents, poke) },
+		"mounts":            func() error { return n.readMountEvents(ctx, poke) },
+	} {
+		group.Go(func() {
+			if err := read(); err != nil {
+				stop(fmt.Errorf("watch %s: %w", what, err))
+			}
+		})
+	}
+	poke("")
+	n.pokeAll(poke)
+	group.Wait()
+	if err := context.Cause(ctx); !errors.Is(err, context.Canceled) {
+		return err
+	}
+	return nil
+}
+
+// receiveBuffer is large because an overflow means to observe everything again.
+const receiveBuffer = 8 << 20
+
+// solNetlink and listenAllNSID are from include/linux/socket.h and include/uapi/linux/netlink.h: a socket so set gets the
+// events of every namespace that has a number in its own, with that number.
+const (
+	solNetlink    = 270
+	listenAllNSID = 8
+)
+
+// subscribe opens a route socket in the node's own netns.
+func (n *Node) subscribe(all bool, groups ...int) (*os.File, error) {
+	host, err := n.host()
+	if err != nil {
+		return nil, err
+	}
+	defer host.Close()
+	var fd int
+	err = do(host, func() (err error) {
+		fd, err = unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_ROUTE)
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	f := os.NewFile(uintptr(fd), "rtnetlink")
+	if unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, receiveBuffer) != nil {
+		// Without the right to exceed the limit, as much as it allows.
+		err = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, receiveBuffer)
+	}
+	if err == nil && all {
+		err = unix.SetsockoptInt(fd, solNetlink, listenAllNSID, 1)
+	}
+	for _, g := range groups {
+		if err == nil {
+			err = unix.SetsockoptInt(fd, solNetlink, unix.NETLINK_ADD_MEMBERSHIP, g)
+		}
+	}
+	if err == nil {
+		err = unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK})
+	}
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	return f, nil
+}
+
+// receive hands each datagram to handle, with the number of the namespace it is from (-1: the socket's own), and calls
+// overflow when some were lost. It closes the file when the context ends, and returns.
+func receive(ctx context.Context, f *os.File, handle func(msg []byte, from int), overflow func()) error {
+	defer context.AfterFunc(ctx, func() { f.Close() })()
+	defer f.Close()
+	raw, err := f.SyscallConn()
+	if err != nil {
+		return err
+	}
+	buf, oob := make([]byte, 1<<16), make([]byte, 256)
+	for {
+		var size, oobSize int
+		var recvErr error
+		err := raw.Read(func(fd uintptr) bool {
+			size, oobSize, _, _, recvErr = unix.Recvmsg(int(fd), buf, oob, 0)
+			return !errors.Is(recvErr, unix.EAGAIN)
+		})
+		switch {
+		case ctx.Err() != nil:
+			return nil
+		case err != nil:
+			return err
+		case errors.Is(recvErr, unix.ENOBUFS):
+			overflow()
+		case errors.Is(recvErr, unix.EINTR):
+		case recvErr != nil:
+			return recvErr
+		default:
+			handle(buf[:size], sender(oob[:oobSize]))
+		}
+	}
+}
+
+// sender reads the namespace's number from the control message that comes with an event.
+func sender(oob []byte) int {
+	msgs, err := unix.ParseSocketControlMessage(oob)
+	if err != nil {
+		return -1
+	}
+	for _, m := range msgs {
+		if m.Header.Level == solNetlink && m.Header.Type == listenAllNSID && len(m.Data) >= 4 {
+			return int(int32(nl.NativeEndian().Uint32(m.Data)))
+		}
+	}
+	return -1
+}
+
+func (n *Node) readLinkEvents(ctx context.Context, f *os.File, poke func(string)) error {
+	return receive(ctx, f, func(_ []byte, from int) {
+		if name, ok := n.byNumber(from); ok {
+			poke(name)
+		}
+	}, func() { n.pokeAll(poke) })
+}
+
+func (n *Node) byNumber(id int) (string, bool) {
+	if id < 0 {
+		return "", false
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for name, h := range n.held {
+		if h.id == id {
+			return name, true
+		}
+	}
+	return "", false
+}
+
+func (n *Node) pokeAll(poke func(string)) {
+	for _, name := range n.heldNames() {
+		poke(name)
+	}
+}
+
+func (n *Node) heldNames() []string {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	names := make([]string, 0, len(n.held))
+	for name := range n.held {
+		names = append(names, name)
+	}
+	return names
+}
+
+func (n *Node) readHostEvents(ctx context.Context, f *os.File, poke func(string)) error {
+	return receive(ctx, f, func(msg []byte, _ int) {
+		if matters(msg) {
+			poke("")
+		}
+	}, func() { poke("") })
+}
+
+// matters passes over routes that are no default routes: a node may have very many.
+func matters(msg []byte) bool {
+	for len(msg) >= unix.SizeofNlMsghdr {
+		length := int(nl.NativeEndian().Uint32(msg))
+		if length < unix.SizeofNlMsghdr || length > len(msg) {
+			return true
+		}
+		switch nl.NativeEndian().Uint16(msg[4:]) {
+		case unix.RTM_NEWROUTE, unix.RTM_DELROUTE:
+			const dstLen = unix.SizeofNlMsghdr + 1 // rtm_dst_len
+			if length > dstLen && msg[dstLen] == 0 {
+				return true
+			}
+		default:
+			return true
+		}
+		next := (length + unix.NLMSG_ALIGNTO - 1) &^ (unix.NLMSG_ALIGNTO - 1)
+		if next >= len(msg) {
+			return false
+		}
+		msg = msg[next:]
+	}
+	return false
+}
+
+// openUevents subscribes to the kernel's own events: br_netfilter, when it is loaded, switches itself on in every namespace.
+func openUevents() (*os.File, error) {
+	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_KOBJECT_UEVENT)
+	if err != nil {
+		return nil, err
+	}
+	f := os.NewFile(uintptr(fd), "uevent")
+	if err := unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK, Groups: 1}); err != nil {
+		f.Close()
+		return nil, err
+	}
+	return f, nil
+}
+
+func (n *Node) readUevents(ctx context.Context, f *os.File, poke func(string)) error {
+	return receive(ctx, f, func(msg []byte, _ int) {
+		if bytes.HasPrefix(msg, []byte("add@/module/br_netfilter")) {
+			n.pokeAll(poke)
+		}
+	}, func() { n.pokeAll(poke) })
+}
+
+// readMountEvents pokes the segments whose name no longer stands for their namespace. The mount table signals a
+// change by POLLPRI (mounts_poll in fs/proc_namespace.c).
+func (n *Node) readMountEvents(ctx context.Context, poke func(string)) error {
+	mounts, err := os.Open("/proc/thread-self/mountinfo")
+	if err != nil {
+		return err
+	}
+	defer mounts.Close()
+	ended, end, err := os.Pipe() // wakes the poll when the context ends
+	if err != nil {
+		return err
+	}
+	defer ended.Close()
+	defer context.AfterFunc(ctx, func() { end.Close() })()
+	fds := []unix.PollFd{{Fd: int32(mounts.Fd()), Events: unix.POLLPRI}, {Fd: int32(ended.Fd()), Events: unix.POLLIN}}
+	for {
+		if _, err := unix.Poll(fds, -1); err != nil && !errors.Is(err, unix.EINTR) {
+			return err
+		}
+		if ctx.Err() != nil {
+			return nil
+		}
+		for _, name := range n.heldNames() {
+			if lost, err := n.lost(name); lost || err != nil {
+				poke(name)
+			}
+		}
+	}
+}
+
+// lost says whether a segment's name stands for its namespace no more.
+func (n *Node) lost(name string) (bool, error) {
+	ns, err := openNetns(n.netnsPath(name))
+	if errors.Is(err, fs.ErrNotExist) {
+		return true, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	defer ns.Close()
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	h, ok := n.held[name]
+	if !ok {
+		return false, nil
+	}
+	same, err := sameNetns(h.ns, ns)
+	return !same, err
+}
