@@ -1,0 +1,365 @@
+// Package lanmgr makes a node have the segments it is told to have, and keeps them so.
+package lanmgr
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"maps"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/k8slan/k8slan/lanmgr/cdi"
+	"github.com/k8slan/k8slan/lanmgr/segment"
+)
+
+// Kernel is what the manager needs of a node.
+type Kernel interface {
+	// List names the segments that are on the node in whole or in part.
+	List() ([]string, error)
+	// Observe reads a segment as it is.
+	Observe(ctx context.Context, netns string) (segment.State, error)
+	// Reconcile observes a segment while nobody else changes it, does what decide says, and returns what was done.
+	Reconcile(ctx context.Context, netns string, decide func(segment.State) []segment.Op) ([]segment.Op, error)
+}
+
+// Report is what became of one segment.
+type Report struct {
+	Segment   segment.Segment // as wanted or, of one that is leaving, as recorded
+	Leaving   bool            // not wanted any more, or wanted by another LAN: stays until its last claim ends
+	Withdrawn []string        // spokes that are not wanted any more but still claimed
+	Built     bool            // all of it stands
+	Err       error           // why it does not
+	Claims    []segment.Claim
+}
+
+// Manager is the one long-lived writer of LAN state on a node. It works on one segment at a time: the kernel has one
+// lock for all of them (RTNL), so more hands would not be faster, and others are let in between.
+type Manager struct {
+	kernel  Kernel
+	cdiDir  string
+	log     *slog.Logger
+	poked   chan struct{}
+	changed chan struct{}
+
+	mu      sync.Mutex
+	want    map[string]segment.Segment // by netns
+	started bool                       // Set was called
+	dirty   map[string]bool
+	retry   map[string]*backoff
+	reports map[string]Report
+}
+
+// New returns a manager that does nothing until its first Set and Run. It removes the CDI devices in cdiDir of pods
+// that have gone without a word.
+func New(k Kernel, cdiDir string, log *slog.Logger) *Manager {
+	return &Manager{
+		kernel: k, cdiDir: cdiDir, log: log,
+		poked: make(chan struct{}, 1), changed: make(chan struct{}, 1),
+		want: map[string]segment.Segment{}, dirty: map[string]bool{}, retry: map[string]*backoff{}, reports: map[string]Report{},
+	}
+}
+
+// Set says which segments the node should have; it replaces what was said before. The first Set also decides over
+// what an earlier run has left.
+func (m *Manager) Set(want []segment.Segment) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	next := make(map[string]segment.Segment, len(want))
+	for _, s := range want {
+		next[s.Netns] = s
+		if old, ok := m.want[s.Netns]; !ok || !old.Equal(s) {
+			m.dirty[s.Netns] = true
+		}
+	}
+	for name := range m.want {
+		if _, ok := next[name]; !ok {
+			m.dirty[name] = true
+		}
+	}
+	m.want = next
+	if !m.started {
+		m.started = true
+		m.dirty[""] = true
+	}
+	signal(m.poked)
+}
+
+// Poke says that a segment may have changed.
+func (m *Manager) Poke(netns string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if netns == "" {
+		return
+	}
+	m.dirty[netns] = true
+	signal(m.poked)
+}
+
+// Changed has a value whenever a report may have changed since the last one was taken from it.
+func (m *Manager) Changed() <-chan struct{} { return m.changed }
+
+// Reports are those of all segments that are wanted or here, sorted by netns.
+func (m *Manager) Reports() []Report {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return slices.SortedFunc(maps.Values(m.reports), func(a, b Report) int {
+		if a.Segment.Netns < b.Segment.Netns {
+			return -1
+		}
+		return 1
+	})
+}
+
+// Run works until the context ends. Segments stay as they are then.
+func (m *Manager) Run(ctx context.Context) error {
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-m.poked:
+		case <-timer.C:
+		}
+		for {
+			name, wait, ok := m.next()
+			if !ok {
+				timer.Reset(wait)
+				break
+			}
+			if ctx.Err() != nil {
+				return nil
+			}
+			if name == "" {
+				m.findOld()
+				continue
+			}
+			m.work(ctx, name)
+		}
+	}
+}
+
+// next takes a segment that needs a look, or says how long there is nothing to do.
+func (m *Manager) next() (name string, wait time.Duration, ok bool) {
+	const longest = time.Hour
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if !m.started {
+		return "", longest, false
+	}
+	now, wait := time.Now(), longest
+	for _, name := range slices.Sorted(maps.Keys(m.dirty)) {
+		if b, ok := m.retry[name]; ok && b.rest.After(now) {
+			wait = min(wait, b.rest.Sub(now))
+			continue
+		}
+		delete(m.dirty, name)
+		return name, 0, true
+	}
+	return "", max(wait, time.Millisecond), false
+}
+
+// findOld marks what an earlier run has left.
+func (m *Manager) findOld() {
+	names, err := m.kernel.List()
+	if err == nil {
+		devices, listErr := cdi.List(m.cdiDir)
+		for _, d := range devices {
+			names = append(names, d.Netns)
+		}
+		err = listErr
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if err != nil {
+		m.log.Error("cannot list the LANs on this node; trying again", "err", err)
+		m.again("", time.Now())
+		return
+	}
+	for _, name := range names {
+		m.dirty[name] = name != ""
+	}
+	delete(m.dirty, "")
+}
+
+// work brings one segment in order and reports.
+func (m *Manager) work(ctx context.Context, name string) {
+	m.mu.Lock()
+	want, wanted := m.want[name]
+	old, had := m.reports[name]
+	m.mu.Unlock()
+	began := time.Now()
+	stale, err := m.devicesBefore(name, old, had)
+	report, gone := m.reconcile(ctx, name, want, wanted)
+	if ctx.Err() != nil {
+		return
+	}
+	if report.Err == nil {
+		report.Err = err
+	}
+	if report.Err == nil {
+		report.Err = m.removeDevices(stale, report.Claims)
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	switch {
+	case report.Err != nil:
+		if !had || old.Err == nil || old.Err.Error() != report.Err.Error() {
+			m.log.Error("segment is not as it should be; trying again", "lan", report.Segment.LAN, "netns", name, "err", report.Err)
+		}
+		m.again(name, time.Now())
+	case !report.Built && !gone:
+		m.again(name, time.Now()) // one step was taken, such as another LAN's segment torn down; the next is due
+	default:
+		m.rest(name, began)
+	}
+	if gone {
+		delete(m.reports, name)
+		delete(m.retry, name)
+		delete(m.dirty, name)
+	} else {
+		m.reports[name] = report
+	}
+	signal(m.changed)
+}
+
+// devicesBefore are the CDI devices of a segment that may have to go: at the first look those on file, later those of
+// the claims that were there at the last look. They are read before the claims are: a device is written after its claim.
+func (m *Manager) devicesBefore(name string, old Report, had bool) ([]cdi.Device, error) {
+	var devices []cdi.Device
+	if had {
+		for _, c := range old.Claims {
+			devices = append(devices, cdi.Device{Spoke: c.Spoke, ClaimID: c.ID})
+		}
+		return devices, nil
+	}
+	all, err := cdi.List(m.cdiDir)
+	for _, d := range all {
+		if d.Netns == name {
+			devices = append(devices, d)
+		}
+	}
+	return devices, err
+}
+
+// removeDevices removes those that no claim is behind any more.
+func (m *Manager) removeDevices(devices []cdi.Device, claims []segment.Claim) error {
+	var errs []error
+	for _, d := range devices {
+		if !slices.ContainsFunc(claims, func(c segment.Claim) bool { return c.ID == d.ClaimID }) {
+			errs = append(errs, cdi.Remove(m.cdiDir, d.Spoke, d.ClaimID))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// reconcile does the work for one segment. It looks first without the lock, because most of the time nothing is to be done.
+func (m *Manager) reconcile(ctx context.Context, name string, want segment.Segment, wanted bool) (r Report, gone bool) {
+	r = Report{Segment: want, Leaving: !wanted}
+	have, err := m.kernel.Observe(ctx, name)
+	if err != nil {
+		r.Err = err
+		return r, false
+	}
+	if ops, _ := decide(want, wanted, have); len(ops) > 0 {
+		done, err := m.kernel.Reconcile(ctx, name, func(have segment.State) []segment.Op {
+			ops, _ := decide(want, wanted, have)
+			return ops
+		})
+		m.logOps(name, done)
+		if err != nil {
+			r.Err = err
+		}
+		if have, err = m.kernel.Observe(ctx, name); err != nil {
+			r.Err = err
+			return r, false
+		}
+	}
+	left, leaving := decide(want, wanted, have)
+	r.Leaving = leaving
+	if leaving && have.Record != nil {
+		r.Segment = *have.Record
+	}
+	r.Claims = have.Claims()
+	for _, c := range r.Claims {
+		if !slices.Contains(r.Segment.Spokes, c.Spoke) || leaving {
+			r.Withdrawn = append(r.Withdrawn, c.Spoke)
+		}
+	}
+	r.Built = r.Err == nil && built(left)
+	return r, !wanted && !have.Exists && !have.Lost && have.Record == nil && len(have.Links) == 0
+}
+
+// built says whether what is left to do is nothing that a segment cannot do its work without: Settle is a question, asked again at each look.
+func built(left []segment.Op) bool {
+	return !slices.ContainsFunc(left, func(op segment.Op) bool { _, question := op.(segment.Settle); return !question })
+}
+
+// decide is what to do about a segment, and whether it is leaving. One that is attached to stays, and stays whole,
+// when it is not wanted any more or when another LAN wants its name.
+func decide(want segment.Segment, wanted bool, have segment.State) (ops []segment.Op, leaving bool) {
+	claimed := len(have.Claims()) > 0
+	foreign := wanted && have.Record != nil && have.Record.LAN != want.LAN
+	switch {
+	case wanted && !foreign:
+		return segment.Diff(want, have), false
+	case claimed && have.Record != nil:
+		return segment.Diff(*have.Record, have), true
+	case claimed:
+		return nil, true // whose it was is lost; it goes with its last pod
+	case foreign:
+		return segment.Teardown(have), true // the new one is built at the next look
+	default:
+		return segment.Teardown(have), true
+	}
+}
+
+func (m *Manager) logOps(name string, ops []segment.Op) {
+	for _, op := range ops {
+		m.log.Debug("done", "netns", name, "op", op.String())
+	}
+	if len(ops) > 0 {
+		m.log.Info("segment changed", "netns", name, "ops", len(ops))
+	}
+}
+
+// backoff is how long a segment is left alone: longer and longer while it fails, and for a moment after every look,
+// so that a burst of changes is one look.
+type backoff struct {
+	delay time.Duration
+	rest  time.Time
+}
+
+const (
+	firstDelay = 50 * time.Millisecond
+	lastDelay  = 15 * time.Second
+	// burst is how long a segment rests after a look, or four times as long as the look took if that is longer:
+	// well below the second within which repairs are promised.
+	burst = 10 * time.Millisecond
+)
+
+func (m *Manager) again(name string, now time.Time) {
+	b := m.retry[name]
+	if b == nil {
+		b = &backoff{}
+		m.retry[name] = b
+	}
+	b.delay = min(max(2*b.delay, firstDelay), lastDelay)
+	b.rest = now.Add(b.delay)
+	m.dirty[name] = true
+}
+
+func (m *Manager) rest(name string, began time.Time) {
+	took := time.Since(began)
+	m.retry[name] = &backoff{rest: time.Now().Add(min(max(burst, 4*took), 400*time.Millisecond))}
+}
+
+// signal puts a value into a one-place channel that may have one already.
+func signal(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}
