@@ -1,0 +1,346 @@
+package deviceplugin_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	pluginapi "k8s.io/kubelet/pkg/apis/deviceplugin/v1beta1"
+
+	"github.com/k8slan/k8slan/deviceplugin"
+)
+
+const (
+	srl = "macvtap.k8slan.io/k8slan-veth-srl"
+	vm  = "macvtap.k8slan.io/k8slan-veth-vm"
+)
+
+// run runs plugins on dir until the test ends or the returned function is called.
+func run(t testing.TB, dir string, offer ...deviceplugin.Spoke) (*deviceplugin.Plugins, func()) {
+	t.Helper()
+	plugins := deviceplugin.New(dir, slog.New(slog.NewTextHandler(&testLog{t: t}, nil)))
+	plugins.Set(offer)
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error)
+	go func() { done <- plugins.Run(ctx) }()
+	stop := sync.OnceFunc(func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Errorf("Run: %v", err)
+		}
+	})
+	t.Cleanup(stop)
+	return plugins, stop
+}
+
+// testLog hands each line to the test.
+type testLog struct{ t testing.TB }
+
+func (l *testLog) Write(line []byte) (int, error) {
+	l.t.Logf("%s", bytes.TrimSpace(line))
+	return len(line), nil
+}
+
+// pluginDir is shorter than t.TempDir: a socket's path has at most 107 bytes.
+func pluginDir(t testing.TB) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "dp")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	return dir
+}
+
+func TestASpokeIsOfferedAsOneDeviceOfItsName(t *testing.T) {
+	dir := pluginDir(t)
+	kubelet := startKubelet(t, dir)
+	run(t, dir, deviceplugin.Spoke{Name: "srl", Healthy: true}, deviceplugin.Spoke{Name: "vm"})
+
+	kubelet.await(t, srl, offered("srl", pluginapi.Healthy))
+	kubelet.await(t, vm, offered("vm", pluginapi.Unhealthy))
+}
+
+func TestKubeletHearsOfChangesOnly(t *testing.T) {
+	dir := pluginDir(t)
+	kubelet := startKubelet(t, dir)
+	plugins, _ := run(t, dir, deviceplugin.Spoke{Name: "srl"})
+	kubelet.await(t, srl, offered("srl", pluginapi.Unhealthy))
+
+	plugins.Set([]deviceplugin.Spoke{{Name: "srl"}, {Name: "vm"}})
+	kubelet.await(t, vm, offered("vm", pluginapi.Unhealthy))
+	plugins.Set([]deviceplugin.Spoke{{Name: "srl", Healthy: true}, {Name: "vm"}})
+	r := kubelet.await(t, srl, offered("srl", pluginapi.Healthy))
+	if r.Messages != 2 || r.Registrations != 1 {
+		t.Errorf("kubelet got %d messages and %d registrations for one change of health, want 2 and 1", r.Messages, r.Registrations)
+	}
+}
+
+func TestAllocateNamesTheDeviceInCDI(t *testing.T) {
+	dir := pluginDir(t)
+	kubelet := startKubelet(t, dir)
+	run(t, dir, deviceplugin.Spoke{Name: "srl", Healthy: true})
+	kubelet.await(t, srl, offered("srl", pluginapi.Healthy))
+
+	response, err := kubelet.allocate(srl, "srl")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(response.ContainerResponses) != 1 || len(response.ContainerResponses[0].CdiDevices) != 1 {
+		t.Fatalf("response = %v, want one container with one CDI device", response)
+	}
+	if got := response.ContainerResponses[0].CdiDevices[0].Name; got != "macvtap.k8slan.io/spoke=srl" {
+		t.Errorf("CDI device = %q", got)
+	}
+}
+
+func TestAllocateRefusesWhatIsNotOnOffer(t *testing.T) {
+	dir := pluginDir(t)
+	kubelet := startKubelet(t, dir)
+	run(t, dir, deviceplugin.Spoke{Name: "srl", Healthy: true}, deviceplugin.Spoke{Name: "vm"})
+	kubelet.await(t, srl, offered("srl", pluginapi.Healthy))
+	kubelet.await(t, vm, offered("vm", pluginapi.Unhealthy))
+
+	for _, c := range []struct {
+		name, resource, id string
+		code               codes.Code
+		sentence           string
+	}{
+		{"unhealthy", vm, "vm", codes.Unavailable, `spoke "vm" is not ready on this node`},
+		{"another's device", srl, "vm", codes.NotFound, `kubelet asked for "vm"`},
+	} {
+		_, err := kubelet.allocate(c.resource, c.id)
+		if status.Code(err) != c.code || !strings.Contains(err.Error(), c.sentence) {
+			t.Errorf("%s: err = %v, want %v and %q", c.name, err, c.code, c.sentence)
+		}
+	}
+}
+
+func TestARestartedKubeletGetsEverySpokeAgain(t *testing.T) {
+	dir := pluginDir(t)
+	kubelet := startKubelet(t, dir)
+	plugins, _ := run(t, dir, deviceplugin.Spoke{Name: "srl", Healthy: true}, deviceplugin.Spoke{Name: "vm", Healthy: true})
+	kubelet.await(t, srl, offered("srl", pluginapi.Healthy))
+	kubelet.await(t, vm, offered("vm", pluginapi.Healthy))
+
+	for range 3 {
+		kubelet.stop()
+		plugins.Set([]deviceplugin.Spoke{{Name: "srl", Healthy: true}, {Name: "vm"}})
+		kubelet = startKubelet(t, dir)
+		kubelet.await(t, srl, offered("srl", pluginapi.Healthy))
+		kubelet.await(t, vm, offered("vm", pluginapi.Unhealthy))
+	}
+}
+
+// A kubelet that was killed leaves its socket, on which nobody answers.
+func TestAKilledKubeletIsAwaited(t *testing.T) {
+	dir := pluginDir(t)
+	listener, err := net.Listen("unix", filepath.Join(dir, "kubelet.sock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	listener.(*net.UnixListener).SetUnlinkOnClose(false)
+	if err := listener.Close(); err != nil {
+		t.Fatal(err)
+	}
+	run(t, dir, deviceplugin.Spoke{Name: "srl", Healthy: true})
+
+	kubelet := startKubelet(t, dir)
+	kubelet.await(t, srl, offered("srl", pluginapi.Healthy))
+}
+
+func TestKubeletMayComeAfterThePlugins(t *testing.T) {
+	dir := filepath.Join(pluginDir(t), "kubelet", "device-plugins")
+	plugins, _ := run(t, dir, deviceplugin.Spoke{Name: "srl", Healthy: true})
+	if plugins.Ready() == nil {
+		t.Error("Ready before there is a kubelet")
+	}
+	if err := os.MkdirAll(dir, 0o750); err != nil {
+		t.Fatal(err)
+	}
+	kubelet := startKubelet(t, dir)
+	kubelet.await(t, srl, offered("srl", pluginapi.Healthy))
+}
+
+func TestAPluginDirectoryMadeAnewIsFound(t *testing.T) {
+	dir := filepath.Join(pluginDir(t), "device-plugins")
+	if err := os.Mkdir(dir, 0o750); err != nil {
+		t.Fatal(err)
+	}
+	kubelet := startKubelet(t, dir)
+	run(t, dir, deviceplugin.Spoke{Name: "srl", Healthy: true})
+	kubelet.await(t, srl, offered("srl", pluginapi.Healthy))
+
+	kubelet.stop()
+	if err := os.RemoveAll(dir); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Mkdir(dir, 0o750); err != nil {
+		t.Fatal(err)
+	}
+	kubelet = startKubelet(t, dir)
+	kubelet.await(t, srl, offered("srl", pluginapi.Healthy))
+}
+
+func TestARefusedRegistrationIsRepeated(t *testing.T) {
+	dir := pluginDir(t)
+	kubelet := startKubelet(t, dir)
+	kubelet.setRefuse(errors.New("not today"))
+	plugins, _ := run(t, dir, deviceplugin.Spoke{Name: "srl", Healthy: true})
+	kubelet.await(t, srl, func(r resource) bool { return r.Registrations >= 3 })
+	if plugins.Ready() == nil {
+		t.Error("Ready though kubelet refuses")
+	}
+
+	kubelet.setRefuse(nil)
+	kubelet.await(t, srl, offered("srl", pluginapi.Healthy))
+}
+
+func TestASocketDeletedByHandIsMadeAgain(t *testing.T) {
+	dir := pluginDir(t)
+	kubelet := startKubelet(t, dir)
+	run(t, dir, deviceplugin.Spoke{Name: "srl", Healthy: true})
+	kubelet.await(t, srl, offered("srl", pluginapi.Healthy))
+
+	for n := 2; n < 6; n++ {
+		if err := os.Remove(filepath.Join(dir, "k8slan-srl.sock")); err != nil {
+			t.Fatal(err)
+		}
+		kubelet.await(t, srl, func(r resource) bool { return r.Registrations >= n && offered("srl", pluginapi.Healthy)(r) })
+		if _, err := os.Stat(filepath.Join(dir, "k8slan-srl.sock")); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func TestARemovedSpokeLeavesKubelet(t *testing.T) {
+	dir := pluginDir(t)
+	kubelet := startKubelet(t, dir)
+	plugins, _ := run(t, dir, deviceplugin.Spoke{Name: "srl", Healthy: true}, deviceplugin.Spoke{Name: "vm", Healthy: true})
+	kubelet.await(t, srl, offered("srl", pluginapi.Healthy))
+	kubelet.await(t, vm, offered("vm", pluginapi.Healthy))
+
+	plugins.Set([]deviceplugin.Spoke{{Name: "srl", Healthy: true}})
+	kubelet.await(t, vm, func(r resource) bool { return !r.Connected })
+	if r := kubelet.await(t, srl, offered("srl", pluginapi.Healthy)); r.Registrations != 1 {
+		t.Errorf("the spoke that stays was registered %d times", r.Registrations)
+	}
+	if _, err := os.Stat(filepath.Join(dir, "k8slan-vm.sock")); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("socket of the removed spoke: %v", err)
+	}
+}
+
+// Kubelet drops the new client of a resource if the old one's stream ends after it: no such overlap, and a spoke
+// that comes back at once stays.
+func TestASpokeThatComesBackAtOnceStays(t *testing.T) {
+	dir := pluginDir(t)
+	kubelet := startKubelet(t, dir)
+	plugins, _ := run(t, dir, deviceplugin.Spoke{Name: "srl", Healthy: true})
+	for n := 1; n <= 20; n++ {
+		r := kubelet.await(t, srl, func(r resource) bool { return r.Registrations >= n && offered("srl", pluginapi.Healthy)(r) })
+		if r.Registrations > n {
+			t.Fatalf("registered %d times after %d returns: kubelet dropped a client", r.Registrations, n-1)
+		}
+		plugins.Set(nil)
+		kubelet.await(t, srl, func(r resource) bool { return !r.Connected })
+		plugins.Set([]deviceplugin.Spoke{{Name: "srl", Healthy: true}})
+	}
+}
+
+func TestReadyOnceKubeletKnowsEverySpoke(t *testing.T) {
+	dir := pluginDir(t)
+	plugins, _ := run(t, dir)
+	if err := plugins.Ready(); err != nil {
+		t.Errorf("not ready with nothing on offer: %v", err)
+	}
+	plugins.Set([]deviceplugin.Spoke{{Name: "srl", Healthy: true}, {Name: "vm"}})
+	if err := plugins.Ready(); err == nil || !strings.Contains(err.Error(), "2 of 2") {
+		t.Errorf("Ready = %v, want 2 of 2 unregistered", err)
+	}
+	kubelet := startKubelet(t, dir)
+	kubelet.await(t, vm, offered("vm", pluginapi.Unhealthy))
+	kubelet.await(t, srl, offered("srl", pluginapi.Healthy))
+}
+
+func TestSocketsOfAnEarlierRunAreRemoved(t *testing.T) {
+	dir := pluginDir(t)
+	leave := func(name string) {
+		listener, err := net.Listen("unix", filepath.Join(dir, name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		listener.(*net.UnixListener).SetUnlinkOnClose(false)
+		if err := listener.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	kubelet := startKubelet(t, dir)
+	leave("k8slan-old.sock")
+	leave("other.sock")
+	run(t, dir, deviceplugin.Spoke{Name: "srl", Healthy: true})
+	kubelet.await(t, srl, offered("srl", pluginapi.Healthy))
+
+	if _, err := os.Stat(filepath.Join(dir, "k8slan-old.sock")); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("our old socket: %v", err)
+	}
+	if _, err := os.Stat(filepath.Join(dir, "other.sock")); err != nil {
+		t.Errorf("another plugin's socket: %v", err)
+	}
+}
+
+func TestNothingIsLeftWhenItStops(t *testing.T) {
+	dir := pluginDir(t)
+	kubelet := startKubelet(t, dir)
+	_, stop := run(t, dir, deviceplugin.Spoke{Name: "srl", Healthy: true})
+	kubelet.await(t, srl, offered("srl", pluginapi.Healthy))
+	stop()
+	kubelet.await(t, srl, func(r resource) bool { return !r.Connected })
+	left, err := filepath.Glob(filepath.Join(dir, "k8slan-*"))
+	if err != nil || len(left) > 0 {
+		t.Errorf("left: %v, %v", left, err)
+	}
+}
+
+func TestAThousandSpokesSurviveAKubeletRestart(t *testing.T) {
+	dir := pluginDir(t)
+	kubelet := startKubelet(t, dir)
+	var offer []deviceplugin.Spoke
+	for n := range 1000 {
+		offer = append(offer, deviceplugin.Spoke{Name: fmt.Sprint("s", n), Healthy: true})
+	}
+	_, stop := run(t, dir, offer...)
+	all := func(seen map[string]resource) bool {
+		connected := 0
+		for _, r := range seen {
+			if r.Connected && len(r.Devices) == 1 {
+				connected++
+			}
+		}
+		return connected == len(offer)
+	}
+	start := time.Now()
+	kubelet.awaitAll(t, all)
+	t.Logf("1,000 spokes registered and listed in %v", time.Since(start))
+	kubelet.stop()
+	kubelet = startKubelet(t, dir)
+	start = time.Now()
+	seen := kubelet.awaitAll(t, all)
+	t.Logf("and in %v after a restart", time.Since(start))
+	for name, r := range seen {
+		if r.Messages != 1 {
+			t.Errorf("%s: %d messages, want 1", name, r.Messages)
+		}
+	}
+	stop()
+}
