@@ -1,8 +1,15 @@
 # Everything that is built, generated, checked and tested. `make help` lists it.
 SHELL := /bin/bash -o pipefail
 export PATH := $(PATH):/usr/local/go/bin
-VERSION := $(shell git describe --tags --always --dirty)
-ARCH    := $(shell go env GOARCH)
+# One set of build flags for programs, tests and tools, so that they share what is compiled.
+export CGO_ENABLED := 0
+export GOFLAGS := -trimpath
+
+VERSION := $(shell git describe --tags --always --dirty | sed s/^v//)
+GOLANGCI_LINT := go run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
+HELM := go tool -modfile=test/cluster/components/helm/go.mod helm
+# Largest size of bin/k8slan-cni in bytes: it is started for every attachment.
+CNI_MAX := 8000000
 
 # In CI a test that cannot run fails, and the log names every test.
 export K8SLAN_NO_SKIP := $(if $(CI),1)
@@ -14,7 +21,21 @@ GOTEST := go test $(if $(CI),-v)
 
 .PHONY: build
 build: ## Build bin/k8slan and bin/k8slan-cni, static
-	CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o bin/ ./cmd/...
+	go build -ldflags '-s -w -X main.version=$(VERSION)' -o bin/ ./cmd/...
+
+.PHONY: image
+image: build ## Write the image as an OCI archive, dist/k8slan.tar; needs no Docker
+	go run ./test/image/cmd/image k8slan --version '$(VERSION)' --output dist/k8slan.tar
+
+.PHONY: manifests
+manifests: ## Write all.yaml, the chart as one file for kubectl apply -f
+	$(HELM) template k8slan charts/k8slan --namespace k8slan-system --include-crds --kube-version 1.29.0 \
+		--set createNamespace=true --set-string 'image.tag=$(VERSION)' > all.yaml
+
+.PHONY: generate
+generate: ## Generate deepcopy functions and CRDs, and copy the CRDs into the chart
+	go generate ./crd/...
+	cp crd/manifests/*.yaml charts/k8slan/crds/
 
 ##@ Test
 
@@ -26,6 +47,22 @@ unit: ## Run the tests that need neither root nor a cluster
 	go vet ./...
 	$(GOTEST) ./...
 
+.PHONY: verify
+verify: generate lint build ## Check generated code, modules, style, imports and the size of the CNI plugin
+	git diff --exit-code -- crd charts || { echo 'make generate changed these files: commit them'; exit 1; }
+	go mod tidy -diff
+	! go list -deps ./cmd/k8slan-cni | grep k8s.io/ || { echo 'the CNI plugin must not link these'; exit 1; }
+	test $$(stat -c %s bin/k8slan-cni) -le $(CNI_MAX) || { ls -l bin/k8slan-cni; echo 'is larger than $(CNI_MAX) bytes'; exit 1; }
+	$(HELM) lint --strict --quiet charts/k8slan
+
+.PHONY: lint
+lint: ## Check style and import arrows
+	$(GOLANGCI_LINT) run ./...
+
+.PHONY: format
+format: ## Format the code as lint wants it
+	$(GOLANGCI_LINT) fmt ./...
+
 ##@ Other
 
 .PHONY: clean
@@ -35,4 +72,4 @@ clean: ## Remove what was built here; caches stay
 .PHONY: help
 help: ## Show this
 	@awk 'BEGIN { FS = ":.*## " } /^##@ / { printf "\n%s\n", substr($$0, 5) } \
-		/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+		/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
