@@ -1,0 +1,98 @@
+package cluster
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"os"
+)
+
+// client speaks to the API server as the administrator.
+type client struct{ http *http.Client }
+
+func (s state) client() (client, error) {
+	ca, err := os.ReadFile(s.pki("ca.crt"))
+	if err != nil {
+		return client{}, fmt.Errorf("read the cluster's authority: %w", err)
+	}
+	pair, err := tls.LoadX509KeyPair(s.pki("admin.crt"), s.pki("admin.key"))
+	if err != nil {
+		return client{}, fmt.Errorf("read the administrator's certificate: %w", err)
+	}
+	roots := x509.NewCertPool()
+	roots.AppendCertsFromPEM(ca)
+	transport := &http.Transport{
+		TLSClientConfig:   &tls.Config{RootCAs: roots, Certificates: []tls.Certificate{pair}},
+		DisableKeepAlives: true, // no connection outlives its request
+	}
+	return client{&http.Client{Transport: transport}}, nil
+}
+
+// get returns the body of a successful answer.
+func (c client) get(ctx context.Context, path string) (io.ReadCloser, error) {
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "https://"+ForwardedAddress+path, nil)
+	if err != nil {
+		return nil, err
+	}
+	response, err := c.http.Do(request)
+	if err != nil {
+		return nil, err
+	}
+	if response.StatusCode != http.StatusOK {
+		response.Body.Close()
+		return nil, fmt.Errorf("GET %s: %s", path, response.Status)
+	}
+	return response.Body, nil
+}
+
+// ready returns nil if the API server serves.
+func (c client) ready(ctx context.Context) error {
+	body, err := c.get(ctx, "/readyz")
+	if err != nil {
+		return err
+	}
+	return body.Close()
+}
+
+// nodeEvent is what a watch of nodes says, as far as it matters here.
+type nodeEvent struct {
+	Object struct {
+		Status struct {
+			Conditions []struct{ Type, Status, Message string }
+			NodeInfo   struct{ BootID string }
+		}
+	}
+}
+
+// waitNodeReady watches a node until it is Ready in the given boot.
+func (c client) waitNodeReady(ctx context.Context, name, boot string) error {
+	// A watch without a resource version begins with the object as it is.
+	body, err := c.get(ctx, "/api/v1/nodes?watch=1&fieldSelector="+url.QueryEscape("metadata.name="+name))
+	if err != nil {
+		return err
+	}
+	defer body.Close()
+	last := errors.New("the node has not registered")
+	for events := json.NewDecoder(body); ; {
+		var event nodeEvent
+		if err := events.Decode(&event); err != nil {
+			return errors.Join(last, err)
+		}
+		status := event.Object.Status
+		for _, condition := range status.Conditions {
+			if condition.Type != "Ready" || status.NodeInfo.BootID != boot {
+				continue
+			}
+			if condition.Status == "True" {
+				return nil
+			}
+			last = fmt.Errorf("the node is not ready: %s", condition.Message)
+		}
+	}
+}

@@ -1,0 +1,205 @@
+package cluster
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/k8slan/k8slan/test/cluster/internal/component"
+	"github.com/k8slan/k8slan/test/cluster/internal/process"
+)
+
+// Config says where a cluster keeps what, and what it starts with.
+type Config struct {
+	StateDir string       // all that is the running cluster's; DefaultStateDir if empty
+	CacheDir string       // what is built once, see CacheDir
+	Images   []string     // OCI archives to load into every node; one has the sandbox image, localhost/k8slan/pause:1
+	Log      *slog.Logger // progress; slog.Default() if nil
+}
+
+func (cfg Config) withDefaults() Config {
+	if cfg.StateDir == "" {
+		cfg.StateDir = DefaultStateDir
+	}
+	if cfg.Log == nil {
+		cfg.Log = slog.Default()
+	}
+	return cfg
+}
+
+// Cluster is a cluster that is up.
+type Cluster struct {
+	state state
+	log   *slog.Logger
+	nodes []*Node
+}
+
+func newCluster(cfg Config) *Cluster {
+	c := &Cluster{state: state(cfg.StateDir), log: cfg.Log}
+	for _, s := range specs() {
+		c.nodes = append(c.nodes, &Node{spec: s, state: c.state})
+	}
+	return c
+}
+
+// record is written once a cluster is complete.
+type record struct {
+	Boot    string `json:"boot"`    // the machine's boot the cluster came up in
+	Kubectl string `json:"kubectl"` // a link that outlives the cluster
+}
+
+// ErrNotUp says that there is no complete cluster.
+var ErrNotUp = errors.New("no cluster is up")
+
+// Open finds a cluster that is up; ErrNotUp if there is none.
+func Open(stateDir string) (*Cluster, error) {
+	c := newCluster(Config{StateDir: stateDir}.withDefaults())
+	r, err := c.state.readRecord()
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("%w in %s", ErrNotUp, c.state)
+	}
+	if err != nil {
+		return nil, err
+	}
+	boot, err := process.BootID()
+	if err != nil {
+		return nil, err
+	}
+	if boot != r.Boot {
+		return nil, fmt.Errorf("%w in %s: the machine has booted since it was", ErrNotUp, c.state)
+	}
+	_, alive, err := c.state.running("kube-apiserver")
+	if err != nil {
+		return nil, err
+	}
+	if !alive {
+		return nil, fmt.Errorf("%w in %s: its API server has ended%s", ErrNotUp, c.state, c.state.tail("kube-apiserver"))
+	}
+	return c, nil
+}
+
+func (s state) readRecord() (record, error) {
+	content, err := os.ReadFile(s.record())
+	if err != nil {
+		return record{}, fmt.Errorf("read the cluster's record: %w", err)
+	}
+	var r record
+	if err := json.Unmarshal(content, &r); err != nil {
+		return record{}, fmt.Errorf("read the cluster's record %s: %w", s.record(), err)
+	}
+	return r, nil
+}
+
+// Kubeconfig is the path of the administrator's kubeconfig, for programs in
+// the machine's own network namespace.
+func (c *Cluster) Kubeconfig() string { return c.state.kubeconfig() }
+
+// Kubectl is the path of the kubectl that belongs to the cluster.
+func (c *Cluster) Kubectl() string { return c.state.bin("kubectl") }
+
+// Logs is the directory with the logs of the cluster's processes.
+func (c *Cluster) Logs() string { return c.state.path("log") }
+
+// Nodes lists the nodes, those without power included.
+func (c *Cluster) Nodes() []*Node { return slices.Clone(c.nodes) }
+
+// Node returns the node of that name, nil if there is none.
+func (c *Cluster) Node(name string) *Node {
+	i := slices.IndexFunc(c.nodes, func(n *Node) bool { return n.Name == name })
+	if i < 0 {
+		return nil
+	}
+	return c.nodes[i]
+}
+
+// LoadImage imports the images of an OCI archive into every node.
+func (c *Cluster) LoadImage(ctx context.Context, archive string) error {
+	group, ctx := errgroup.WithContext(ctx)
+	for _, n := range c.nodes {
+		group.Go(func() error { return n.loadImage(ctx, archive) })
+	}
+	return group.Wait()
+}
+
+func (n *Node) loadImage(ctx context.Context, archive string) error {
+	file, err := os.Open(archive)
+	if err != nil {
+		return fmt.Errorf("load an image: %w", err)
+	}
+	defer file.Close()
+	if _, err := n.exec(ctx, file, "ctr", "--namespace=k8s.io", "images", "import", "--local", "-"); err != nil {
+		return fmt.Errorf("load image archive %s: %w", archive, err)
+	}
+	return nil
+}
+
+// Process is one of the cluster's processes and how it fares.
+type Process struct {
+	Name string
+	PID  int // as the machine counts; 0 if it does not run
+	Log  string
+}
+
+// Processes lists what Up started, with the nodes' first processes under the
+// nodes' names.
+func (c *Cluster) Processes() ([]Process, error) {
+	entries, err := os.ReadDir(c.state.path("pids"))
+	if err != nil {
+		return nil, fmt.Errorf("list the cluster's processes: %w", err)
+	}
+	var all []Process
+	for _, entry := range entries {
+		r, alive, err := c.state.running(entry.Name())
+		if err != nil {
+			return nil, err
+		}
+		p := Process{Name: entry.Name(), Log: c.state.log(entry.Name())}
+		if alive {
+			p.PID = r.PID
+		}
+		all = append(all, p)
+	}
+	return all, nil
+}
+
+// Build builds one of the components in test/cluster/components, if the cache
+// has not got it, and returns the directory with its programs. The working
+// directory must be in k8slan's module.
+func Build(ctx context.Context, cfg Config, name string) (binDir string, err error) {
+	cfg = cfg.withDefaults()
+	source, err := moduleDir(ctx)
+	if err != nil {
+		return "", err
+	}
+	return component.Build(ctx, cfg.Log, filepath.Join(source, "test/cluster/components"), filepath.Join(cfg.CacheDir, "components"), name)
+}
+
+// Components names what Build can build.
+func Components() []string {
+	var names []string
+	for _, c := range component.All() {
+		names = append(names, c.Name)
+	}
+	return names
+}
+
+const modulePath = "github.com/k8slan/k8slan"
+
+// moduleDir finds k8slan's source by the working directory.
+func moduleDir(ctx context.Context) (string, error) {
+	out, err := output(exec.CommandContext(ctx, "go", "list", "-m", "-f", "{{.Dir}}", modulePath))
+	if err != nil {
+		return "", fmt.Errorf("find the source of %s (the working directory must be in it): %w", modulePath, err)
+	}
+	return strings.TrimSpace(string(out)), nil
+}

@@ -1,0 +1,301 @@
+package cluster
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"path/filepath"
+	"runtime"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
+
+	"github.com/k8slan/k8slan/test/cluster/internal/process"
+)
+
+func underlayPath() string { return filepath.Join("/run/netns", underlayNetns) }
+
+// createUnderlay makes the network namespace with the bridges between the
+// nodes, where the control plane runs as well.
+func createUnderlay() error {
+	if err := createNetns(underlayNetns); err != nil {
+		return fmt.Errorf("make network namespace %s: %w", underlayNetns, err)
+	}
+	err := setSysctls(underlayPath(), map[string]string{
+		"net/ipv4/ip_forward": "1", // webhooks and Services: the control plane reaches pods through their nodes
+		// Ports and the LANs' bridge say nothing of their own.
+		"net/ipv6/conf/default/disable_ipv6": "1",
+		// Frames are for the nodes to filter.
+		"net/bridge/bridge-nf-call-iptables":  "0",
+		"net/bridge/bridge-nf-call-ip6tables": "0",
+		"net/bridge/bridge-nf-call-arptables": "0",
+	})
+	if err != nil {
+		return err
+	}
+	return inside(underlayPath(), func(h *netlink.Handle) error {
+		if err := setUp(h, "lo"); err != nil {
+			return err
+		}
+		for i, name := range []string{controlBridge, lanBridge} {
+			if err := createBridge(h, name, net.HardwareAddr{0x02, 0x77, 0, 0xff, 0, byte(i)}); err != nil {
+				return err
+			}
+		}
+		if err := setSysctls(underlayPath(), map[string]string{"net/ipv6/conf/" + controlBridge + "/disable_ipv6": "0"}); err != nil {
+			return err
+		}
+		return address(h, controlBridge, controlIPv4, controlIPv6)
+	})
+}
+
+// createNetns makes a named network namespace, as ip-netns(8) does.
+func createNetns(name string) error {
+	done := make(chan error)
+	go func() {
+		runtime.LockOSThread() // for ever: the thread ends, in the new namespace, with the goroutine
+		ns, err := netns.NewNamed(name)
+		if err == nil {
+			err = ns.Close()
+		}
+		done <- err
+	}()
+	return <-done
+}
+
+// removeUnderlay also removes the bridges' ends of the nodes' devices.
+func removeUnderlay() error {
+	err := netns.DeleteNamed(underlayNetns)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("remove network namespace %s: %w", underlayNetns, err)
+	}
+	return nil
+}
+
+// createBridge makes a bridge that passes multicast on as it comes. Its
+// address is given, else it changes as ports come and go.
+func createBridge(h *netlink.Handle, name string, mac net.HardwareAddr) error {
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name, attrs.HardwareAddr = name, mac
+	snooping := false
+	if err := h.LinkAdd(&netlink.Bridge{LinkAttrs: attrs, MulticastSnooping: &snooping}); err != nil {
+		return fmt.Errorf("make bridge %s: %w", name, err)
+	}
+	return setUp(h, name)
+}
+
+// connect gives the node its network devices, addresses and routes.
+func (n *Node) connect() error {
+	for _, d := range devices() {
+		if err := n.plug(d); err != nil {
+			return err
+		}
+	}
+	return inside(underlayPath(), func(h *netlink.Handle) error { return route(h, n.PodCIDR, n.IPv4) })
+}
+
+// plug connects one device of the node to its bridge.
+func (n *Node) plug(d device) error {
+	path, err := n.Netns()
+	if err != nil {
+		return err
+	}
+	node, err := netns.GetFromPath(path)
+	if err != nil {
+		return fmt.Errorf("open the network namespace of %s: %w", n.Name, err)
+	}
+	defer node.Close()
+	err = inside(underlayPath(), func(h *netlink.Handle) error {
+		bridge, err := h.LinkByName(d.bridge())
+		if err != nil {
+			return fmt.Errorf("find bridge %s: %w", d.bridge(), err)
+		}
+		attrs := netlink.NewLinkAttrs()
+		attrs.Name, attrs.MasterIndex = n.port(d), bridge.Attrs().Index
+		veth := &netlink.Veth{
+			LinkAttrs: attrs, PeerName: d.String(), PeerHardwareAddr: n.mac(d),
+			PeerNamespace: netlink.NsFd(node),
+		}
+		if err := h.LinkAdd(veth); err != nil {
+			return fmt.Errorf("connect %s of %s to bridge %s: %w", d, n.Name, d.bridge(), err)
+		}
+		return setUp(h, attrs.Name)
+	})
+	if err != nil {
+		return err
+	}
+	return inside(path, func(h *netlink.Handle) error {
+		if d != 0 {
+			return setUp(h, d.String())
+		}
+		return n.configureControl(h)
+	})
+}
+
+// configureControl gives eth0 its addresses and the node its routes.
+func (n *Node) configureControl(h *netlink.Handle) error {
+	if err := setUp(h, "eth0"); err != nil {
+		return err
+	}
+	if err := address(h, "eth0", n.IPv4, n.IPv6); err != nil {
+		return err
+	}
+	if err := route(h, "0.0.0.0/0", controlIPv4); err != nil {
+		return err
+	}
+	if err := route(h, "::/0", controlIPv6); err != nil {
+		return err
+	}
+	for _, other := range specs() {
+		if other.Name == n.Name {
+			continue
+		}
+		if err := route(h, other.PodCIDR, other.IPv4); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// unplug removes one device of the node, if it is there.
+func (n *Node) unplug(d device) error {
+	return inside(underlayPath(), func(h *netlink.Handle) error {
+		port, err := h.LinkByName(n.port(d))
+		if errors.As(err, &netlink.LinkNotFoundError{}) {
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("find %s: %w", n.port(d), err)
+		}
+		// A node that loses power takes its devices along at any moment.
+		if err := h.LinkDel(port); err != nil && !errors.Is(err, unix.ENODEV) {
+			return fmt.Errorf("remove %s: %w", n.port(d), err)
+		}
+		return nil
+	})
+}
+
+// CutUnderlay takes a device's carrier away: the cable is out.
+func (n *Node) CutUnderlay(dev string) error {
+	d, err := parseDevice(dev)
+	if err != nil {
+		return err
+	}
+	return inside(underlayPath(), func(h *netlink.Handle) error {
+		port, err := h.LinkByName(n.port(d))
+		if err != nil {
+			return fmt.Errorf("find %s: %w", n.port(d), err)
+		}
+		if err := h.LinkSetDown(port); err != nil {
+			return fmt.Errorf("cut %s of %s: %w", dev, n.Name, err)
+		}
+		return nil
+	})
+}
+
+// RemoveUnderlay deletes a device of the node: the card is out.
+func (n *Node) RemoveUnderlay(dev string) error {
+	d, err := parseDevice(dev)
+	if err != nil {
+		return err
+	}
+	return n.unplug(d)
+}
+
+// RestoreUnderlay undoes CutUnderlay and RemoveUnderlay.
+func (n *Node) RestoreUnderlay(dev string) error {
+	d, err := parseDevice(dev)
+	if err != nil {
+		return err
+	}
+	missing := false
+	err = inside(underlayPath(), func(h *netlink.Handle) error {
+		port, err := h.LinkByName(n.port(d))
+		if missing = errors.As(err, &netlink.LinkNotFoundError{}); missing {
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("find %s: %w", n.port(d), err)
+		}
+		if err := h.LinkSetUp(port); err != nil {
+			return fmt.Errorf("restore %s of %s: %w", dev, n.Name, err)
+		}
+		return nil
+	})
+	if err != nil || !missing {
+		return err
+	}
+	return n.plug(d)
+}
+
+// inside calls f with a handle to the network namespace at path.
+func inside(path string, f func(*netlink.Handle) error) error {
+	ns, err := netns.GetFromPath(path)
+	if err != nil {
+		return fmt.Errorf("open network namespace %s: %w", path, err)
+	}
+	defer ns.Close()
+	h, err := netlink.NewHandleAt(ns, unix.NETLINK_ROUTE)
+	if err != nil {
+		return fmt.Errorf("open netlink in %s: %w", path, err)
+	}
+	defer h.Close()
+	return f(h)
+}
+
+func setUp(h *netlink.Handle, name string) error {
+	link, err := h.LinkByName(name)
+	if err != nil {
+		return fmt.Errorf("find %s: %w", name, err)
+	}
+	if err := h.LinkSetUp(link); err != nil {
+		return fmt.Errorf("set %s up: %w", name, err)
+	}
+	return nil
+}
+
+// address gives a device its IPv4 (/24) and IPv6 (/64) address; the latter is
+// usable at once.
+func address(h *netlink.Handle, name, ipv4, ipv6 string) error {
+	link, err := h.LinkByName(name)
+	if err != nil {
+		return fmt.Errorf("find %s: %w", name, err)
+	}
+	for _, addr := range []*netlink.Addr{
+		{IPNet: &net.IPNet{IP: net.ParseIP(ipv4).To4(), Mask: net.CIDRMask(24, 32)}},
+		{IPNet: &net.IPNet{IP: net.ParseIP(ipv6), Mask: net.CIDRMask(64, 128)}, Flags: unix.IFA_F_NODAD},
+	} {
+		if err := h.AddrAdd(link, addr); err != nil {
+			return fmt.Errorf("give %s the address %s: %w", name, addr, err)
+		}
+	}
+	return nil
+}
+
+func route(h *netlink.Handle, cidr, via string) error {
+	_, to, err := net.ParseCIDR(cidr)
+	if err != nil {
+		return err
+	}
+	if err := h.RouteReplace(&netlink.Route{Dst: to, Gw: net.ParseIP(via)}); err != nil {
+		return fmt.Errorf("route %s via %s: %w", cidr, via, err)
+	}
+	return nil
+}
+
+// setSysctls sets sysctls of a network namespace; those that the kernel lacks
+// (br_netfilter is a module) need no setting.
+func setSysctls(netns string, values map[string]string) error {
+	return process.InNetns(netns, func() error {
+		for name, value := range values {
+			err := os.WriteFile(filepath.Join("/proc/sys", name), []byte(value), 0)
+			if err != nil && !errors.Is(err, fs.ErrNotExist) {
+				return fmt.Errorf("set sysctl %s in %s: %w", name, netns, err)
+			}
+		}
+		return nil
+	})
+}
