@@ -45,7 +45,8 @@ func file(dir, spoke, claimID string) string {
 	return filepath.Join(dir, filePrefix+spoke+"_"+claimID+".json")
 }
 
-// Write makes the device known to the container runtime, in one step. The folder is made if it is missing.
+// Write makes the device known to the container runtime, in one step. The folder is made if it is missing. Devices of the
+// same spoke that an earlier claim has left are removed first: of two with one name a runtime knows neither.
 func Write(dir string, d Device) error {
 	edits := specs.ContainerEdits{Env: d.Env}
 	if d.Path != "" {
@@ -68,6 +69,18 @@ func Write(dir string, d Device) error {
 		return fmt.Errorf("write CDI device %s: %w", Name(d.Spoke), err)
 	}
 	path := file(dir, d.Spoke, d.ClaimID)
+	left, err := filepath.Glob(file(dir, d.Spoke, "*"))
+	if err != nil {
+		return fmt.Errorf("list CDI devices %s: %w", Name(d.Spoke), err)
+	}
+	for _, earlier := range left {
+		if earlier == path {
+			continue
+		}
+		if err := os.Remove(earlier); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("remove CDI device %s of an earlier claim: %w", Name(d.Spoke), err)
+		}
+	}
 	tmp := strings.TrimSuffix(path, ".json") + ".tmp" // runtimes read *.json alone
 	if err := os.WriteFile(tmp, b, 0o644); err != nil {
 		return fmt.Errorf("write CDI device %s: %w", Name(d.Spoke), err)
