@@ -120,7 +120,7 @@ func (b *builder) apply(op segment.Op) error {
 	case segment.AddBridge:
 		return c.addBridge(o)
 	case segment.SetBridge:
-		return c.setBridge(o.Name)
+		return c.setBridge(o)
 	case segment.AddVXLAN:
 		return b.addVXLAN(c, o)
 	case segment.AddPair:
@@ -223,7 +223,7 @@ func (c *conn) addBridge(o segment.AddBridge) error {
 	off := false
 	a := netlink.NewLinkAttrs()
 	a.Name, a.MTU = o.Name, o.MTU
-	br := &netlink.Bridge{LinkAttrs: a, MulticastSnooping: &off, VlanFiltering: &off}
+	br := &netlink.Bridge{LinkAttrs: a, MulticastSnooping: &off} // a new one has neither STP nor VLAN filtering
 	if err := c.LinkAdd(br); err != nil && !errors.Is(err, fs.ErrExist) {
 		return err
 	}
@@ -287,7 +287,7 @@ func vniTaken(host *conn, v segment.VXLAN) error {
 // (rtnl_configure_link runs before the ends know each other: ENOTCONN).
 func (c *conn) addPair(o segment.AddPair) error {
 	a := netlink.NewLinkAttrs()
-	a.Name, a.MTU, a.Group = segment.PortName(o.Spoke), o.MTU, segment.LinkGroup
+	a.Name, a.MTU, a.Group = segment.PortName(o.Spoke), segment.PortMTU(o.MTU), segment.LinkGroup
 	v := netlink.NewVeth(a)
 	v.PeerName, v.PeerHardwareAddr, v.PeerMTU = segment.PlugName(o.Spoke), o.MAC, uint32(o.MTU)
 	if err := c.LinkAdd(v); err != nil {

@@ -160,12 +160,19 @@ func parseLinkInfo(l *segment.Link, b []byte) error {
 	return nil
 }
 
-// setBridge switches off what would make a bridge less than transparent, in one message.
-func (c *conn) setBridge(name string) error {
-	return c.setLinkInfo(name, "bridge", func(data *nl.RtAttr) {
-		data.AddRtAttr(nl.IFLA_BR_STP_STATE, nl.Uint32Attr(0))
-		data.AddRtAttr(nl.IFLA_BR_VLAN_FILTERING, nl.Uint8Attr(0))
-		data.AddRtAttr(nl.IFLA_BR_MCAST_SNOOPING, nl.Uint8Attr(0))
+// setBridge switches off what makes a bridge less than transparent, in one message. What is off already is not named:
+// a kernel that was built without VLAN filtering refuses even to switch it off.
+func (c *conn) setBridge(o segment.SetBridge) error {
+	return c.setLinkInfo(o.Name, "bridge", func(data *nl.RtAttr) {
+		if o.Off.STP {
+			data.AddRtAttr(nl.IFLA_BR_STP_STATE, nl.Uint32Attr(0))
+		}
+		if o.Off.VLANFiltering {
+			data.AddRtAttr(nl.IFLA_BR_VLAN_FILTERING, nl.Uint8Attr(0))
+		}
+		if o.Off.MulticastSnooping {
+			data.AddRtAttr(nl.IFLA_BR_MCAST_SNOOPING, nl.Uint8Attr(0))
+		}
 	})
 }
 

@@ -96,9 +96,9 @@ func (d *diff) bridge() {
 		return
 	}
 	if l.Bridge != (BridgeState{}) {
-		d.do(SetBridge{name})
+		d.do(SetBridge{Name: name, Off: l.Bridge})
 	}
-	d.settings(l, true)
+	d.settings(l, d.want.MTU, true)
 }
 
 func (d *diff) vxlan() {
@@ -125,7 +125,7 @@ func (d *diff) vxlan() {
 		d.port(l)
 	}
 	// A LAN that nobody uses here costs the underlay nothing: a VXLAN joins its group only while it is up.
-	d.settings(l, len(d.claims) > 0)
+	d.settings(l, d.want.MTU, len(d.claims) > 0)
 }
 
 // spoke brings a spoke's standing pair in order, and the claim link of the pod that is attached.
@@ -139,7 +139,7 @@ func (d *diff) spoke(spoke string) {
 		if havePlug {
 			d.do(DelLink{plug.Name})
 		}
-		port = Link{Name: PortName(spoke), MTU: d.want.MTU, Up: true, ForwardMask: ForwardMask}
+		port = Link{Name: PortName(spoke), MTU: PortMTU(d.want.MTU), Up: true, ForwardMask: ForwardMask}
 		plug = Link{Name: PlugName(spoke), MTU: d.want.MTU, Up: true}
 		d.do(AddPair{Spoke: spoke, MAC: MAC(d.want.LAN, spoke), MTU: d.want.MTU, Bridge: d.want.Bridge})
 	} else {
@@ -149,7 +149,7 @@ func (d *diff) spoke(spoke string) {
 	if claim, ok := d.vethClaim(spoke); ok {
 		carrier = claim
 		d.port(claim)
-		d.settings(claim, true)
+		d.settings(claim, d.want.MTU, true)
 	}
 	if carrier.Name != port.Name && port.answersTo(spoke) {
 		d.do(DelAltName{port.Name, spoke})
@@ -157,8 +157,8 @@ func (d *diff) spoke(spoke string) {
 	if !carrier.answersTo(spoke) {
 		d.do(AddAltName{carrier.Name, spoke})
 	}
-	d.settings(plug, true)
-	d.settings(port, carrier.Name == port.Name)
+	d.settings(plug, d.want.MTU, true)
+	d.settings(port, PortMTU(d.want.MTU), carrier.Name == port.Name)
 	d.settle(plug)
 }
 
@@ -192,9 +192,9 @@ func (d *diff) port(l Link) {
 	}
 }
 
-func (d *diff) settings(l Link, up bool) {
-	if l.MTU != d.want.MTU {
-		d.do(SetMTU{l.Name, d.want.MTU})
+func (d *diff) settings(l Link, mtu int, up bool) {
+	if l.MTU != mtu {
+		d.do(SetMTU{l.Name, mtu})
 	}
 	switch {
 	case up && !l.Up:

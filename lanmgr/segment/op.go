@@ -22,13 +22,16 @@ type (
 	WriteRecord struct{ Segment Segment }
 	// RemoveRecord takes it back.
 	RemoveRecord struct{ Netns string }
-	// AddBridge makes the bridge, up, without STP, VLAN filtering and multicast snooping.
+	// AddBridge makes the bridge, up, without multicast snooping; STP and VLAN filtering are off by default.
 	AddBridge struct {
 		Name string
 		MTU  int
 	}
-	// SetBridge switches STP, VLAN filtering and multicast snooping off again.
-	SetBridge struct{ Name string }
+	// SetBridge switches off what of STP, VLAN filtering and multicast snooping is on.
+	SetBridge struct {
+		Name string
+		Off  BridgeState
+	}
 	// AddVXLAN makes the VXLAN, down, as a port of the bridge.
 	AddVXLAN struct {
 		VXLAN
@@ -39,7 +42,7 @@ type (
 	AddPair struct {
 		Spoke  string
 		MAC    net.HardwareAddr // of the plug
-		MTU    int
+		MTU    int              // of the LAN; the port has PortMTU
 		Bridge string
 	}
 	// DelLink deletes a link, and with one end of a veth the other.
@@ -76,11 +79,21 @@ func (o Silence) String() string {
 func (o WriteRecord) String() string  { return "record " + o.Segment.Netns }
 func (o RemoveRecord) String() string { return "record del " + o.Netns }
 func (o AddBridge) String() string {
-	return fmt.Sprintf("ip link add %s mtu %d up type bridge stp_state 0 vlan_filtering 0 mcast_snooping 0", o.Name, o.MTU)
+	return fmt.Sprintf("ip link add %s mtu %d up type bridge mcast_snooping 0", o.Name, o.MTU)
 }
 
 func (o SetBridge) String() string {
-	return fmt.Sprintf("ip link set %s type bridge stp_state 0 vlan_filtering 0 mcast_snooping 0", o.Name)
+	s := fmt.Sprintf("ip link set %s type bridge", o.Name)
+	if o.Off.STP {
+		s += " stp_state 0"
+	}
+	if o.Off.VLANFiltering {
+		s += " vlan_filtering 0"
+	}
+	if o.Off.MulticastSnooping {
+		s += " mcast_snooping 0"
+	}
+	return s
 }
 
 func (o AddVXLAN) String() string {
@@ -89,8 +102,8 @@ func (o AddVXLAN) String() string {
 }
 
 func (o AddPair) String() string {
-	return fmt.Sprintf("ip link add %s mtu %d master %s up type veth peer name %s address %s up",
-		PortName(o.Spoke), o.MTU, o.Bridge, PlugName(o.Spoke), o.MAC)
+	return fmt.Sprintf("ip link add %s mtu %d master %s up type veth peer name %s mtu %d address %s up",
+		PortName(o.Spoke), PortMTU(o.MTU), o.Bridge, PlugName(o.Spoke), o.MTU, o.MAC)
 }
 func (o DelLink) String() string   { return "ip link del " + o.Name }
 func (o DelPairs) String() string  { return fmt.Sprintf("ip link del group %d", LinkGroup) }

@@ -105,6 +105,11 @@ func IsClaimID(name string) bool {
 // PortName is the bridge's end of a spoke's standing pair. The underscore cannot occur in a spoke's own name.
 func PortName(spoke string) string { return spoke + "_b" }
 
+// PortMTU is the MTU of a spoke's standing port in a LAN of that MTU, in bytes. A guest's frame arrives with all its
+// VLAN tags in the data, and a veth takes no more than one of them beyond its MTU (is_skb_forwardable in net/core/dev.c):
+// this is room for a second one.
+func PortMTU(mtu int) int { return mtu + 4 }
+
 // PlugName is the end of a spoke's standing pair that waits for a VM.
 func PlugName(spoke string) string { return spoke + "_p" }
 
