@@ -182,6 +182,22 @@ func (n Namespace) ReadSysctl(t testing.TB, name string) string {
 	return strings.TrimSpace(string(value))
 }
 
+// Sysfs mounts a sysfs that shows the links of the namespace, and returns where. It goes with the namespace.
+func (n Namespace) Sysfs(t testing.TB) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("/run", "sysfs-")
+	if err != nil {
+		t.Fatalf("directory of a sysfs: %v", err)
+	}
+	t.Cleanup(func() { removeTree(t, dir) })
+	if err := n.Do(func() error {
+		return unix.Mount("sysfs", dir, "sysfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "")
+	}); err != nil {
+		t.Fatalf("sysfs of %s: %v", n.Path, err)
+	}
+	return dir
+}
+
 // removeTree unmounts whatever is mounted below a directory and removes it.
 func removeTree(t testing.TB, dir string) {
 	mounts, err := mountsUnder(dir)

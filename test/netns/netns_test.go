@@ -4,10 +4,10 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 	"testing"
 	"time"
 
@@ -185,31 +185,16 @@ func TestTapCarriesFramesBothWays(t *testing.T) {
 // tapNumbers reads a macvtap's device numbers from a sysfs of its namespace.
 func tapNumbers(t *testing.T, ns Namespace, link string) (major, minor uint32) {
 	t.Helper()
-	dir := t.TempDir()
-	err := ns.Do(func() error {
-		if err := unix.Mount("sysfs", dir, "sysfs", 0, ""); err != nil {
-			return err
-		}
-		defer func() { _ = unix.Unmount(dir, unix.MNT_DETACH) }()
-		found, err := filepath.Glob(filepath.Join(dir, "class/net", link, "macvtap/tap*/dev"))
-		if err != nil || len(found) != 1 {
-			return errors.Join(err, errors.New("want one tap in sysfs, found "+strings.Join(found, ",")))
-		}
-		dev, err := os.ReadFile(found[0])
-		if err != nil {
-			return err
-		}
-		for i, part := range strings.Split(strings.TrimSpace(string(dev)), ":") {
-			var n uint32
-			for _, digit := range part {
-				n = n*10 + uint32(digit-'0')
-			}
-			*[]*uint32{&major, &minor}[i] = n
-		}
-		return nil
-	})
+	found, err := filepath.Glob(filepath.Join(ns.Sysfs(t), "class/net", link, "macvtap/tap*/dev"))
+	if err != nil || len(found) != 1 {
+		t.Fatalf("want one tap in sysfs, found %v, %v", found, err)
+	}
+	dev, err := os.ReadFile(found[0])
 	if err != nil {
 		t.Fatal(err)
+	}
+	if _, err := fmt.Sscanf(string(dev), "%d:%d", &major, &minor); err != nil {
+		t.Fatalf("device numbers %q: %v", dev, err)
 	}
 	return major, minor
 }

@@ -1,0 +1,223 @@
+package dataplane
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"path"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/k8slan/k8slan/lanmgr/kernel"
+	"github.com/k8slan/k8slan/lanmgr/segment"
+	"github.com/k8slan/k8slan/test/frames"
+	"github.com/k8slan/k8slan/test/netns"
+)
+
+func TestMain(m *testing.M) { netns.Main(m) }
+
+const (
+	// underlayMTU is that of the network between the nodes, lanMTU what is left of it for a LAN: 70 bytes of
+	// Ethernet, IPv6, UDP and VXLAN headers, and 8 for two VLAN tags.
+	underlayMTU = 1500
+	lanMTU      = underlayMTU - 78
+
+	// patience is how long a test waits for what should come at once.
+	patience = 5 * time.Second
+)
+
+// host is a node with k8slan on it.
+type host struct {
+	*netns.Node
+	kernel *kernel.Node
+}
+
+// hosts makes an underlay and two nodes on it.
+func hosts(t *testing.T) (a, b host) {
+	t.Helper()
+	underlay := netns.NewUnderlay(t, underlayMTU)
+	return join(t, underlay, "worker1"), join(t, underlay, "worker2")
+}
+
+func join(t *testing.T, underlay *netns.Underlay, name string) host {
+	t.Helper()
+	h := host{Node: underlay.Join(t, name)}
+	h.kernel = h.start(t)
+	return h
+}
+
+// start is a k8slan process that starts on the node: it knows nothing but what it reads there.
+func (h host) start(t *testing.T) *kernel.Node {
+	t.Helper()
+	k := kernel.New(kernel.Paths{Run: h.Run, HostNetns: h.Path})
+	t.Cleanup(k.Close)
+	return k
+}
+
+// lan is a LAN, but for the node it is on.
+func lan(name string, vni uint32, spokes ...string) segment.Segment {
+	return segment.Segment{
+		LAN:        segment.LAN{Namespace: "default", Name: name, UID: "uid-" + name},
+		Generation: 1,
+		Netns:      "lan-" + name,
+		Bridge:     fmt.Sprintf("br%d", vni),
+		MTU:        lanMTU,
+		VXLAN: segment.VXLAN{
+			Name: fmt.Sprintf("vx%d", vni), VNI: vni, Port: 4789, Group: netip.MustParseAddr("ff02::14"),
+			Underlay: netns.UnderlayDevice,
+		},
+		Spokes: spokes,
+	}
+}
+
+// here is a LAN on this node, whose underlay device has its number here.
+func (h host) here(t *testing.T, s segment.Segment) segment.Segment {
+	t.Helper()
+	device, err := h.Netlink(t).LinkByName(netns.UnderlayDevice)
+	if err != nil {
+		t.Fatalf("underlay device of %s: %v", h.Name, err)
+	}
+	s.VXLAN.UnderlayIndex = device.Attrs().Index
+	return s
+}
+
+// build brings a LAN in order on the node once, as the manager does whenever it looks, and says what it did.
+func (h host) build(t *testing.T, s segment.Segment) []segment.Op {
+	t.Helper()
+	return reconcile(t, h.kernel, s.Netns, func(have segment.State) []segment.Op { return segment.Diff(s, have) })
+}
+
+func reconcile(t *testing.T, k *kernel.Node, name string, decide func(segment.State) []segment.Op) []segment.Op {
+	t.Helper()
+	ops, err := k.Reconcile(t.Context(), name, decide)
+	if err != nil {
+		t.Fatalf("after %v: %v", ops, err)
+	}
+	return ops
+}
+
+// inside is a LAN's namespace on the node.
+func (h host) inside(s segment.Segment) netns.Namespace {
+	return netns.At(h.Run + "/netns/" + s.Netns)
+}
+
+// station is a pod or a VM on a LAN, and where it speaks.
+type station struct {
+	netns.Namespace
+	netns.Wire
+	kernel.Attachment
+	request kernel.ClaimRequest
+}
+
+// ifname is what the pods' interfaces are called.
+const ifname = "net1"
+
+// attach brings a new pod or VM to a spoke, as the CNI plugin does.
+func (h host) attach(t *testing.T, s segment.Segment, spoke string, kind segment.Kind) *station {
+	t.Helper()
+	st := h.claim(t, s, spoke, kind)
+	st.speak(t, h.inside(s))
+	return st
+}
+
+// claim attaches without anybody who speaks: before a VM's QEMU has started.
+func (h host) claim(t *testing.T, s segment.Segment, spoke string, kind segment.Kind) *station {
+	t.Helper()
+	if kind == segment.Macvtap {
+		netns.NeedDevices(t)
+	}
+	st := &station{Namespace: netns.NewPod(t)}
+	st.request = request(s, spoke, kind, st.Namespace)
+	var err error
+	if st.Attachment, err = h.kernel.Claim(t.Context(), st.request); err != nil {
+		t.Fatalf("claim spoke %s of %s on %s: %v", spoke, s.LAN, h.Name, err)
+	}
+	return st
+}
+
+func request(s segment.Segment, spoke string, kind segment.Kind, pod netns.Namespace) kernel.ClaimRequest {
+	return kernel.ClaimRequest{
+		Netns: s.Netns, Spoke: spoke, Kind: kind, Sandbox: path.Base(path.Dir(pod.Path)), Interface: ifname, PodNetns: pod.Path,
+		PodNamespace: s.LAN.Namespace, Pod: spoke, PodUID: "uid-of-" + spoke,
+	}
+}
+
+// speak opens the pod's link, or the VM's tap.
+func (st *station) speak(t *testing.T, lan netns.Namespace) {
+	t.Helper()
+	if st.request.Kind == segment.Macvtap {
+		st.Wire = netns.OpenTap(t, st.TapMajor, st.TapMinor)
+	} else {
+		st.AwaitCarrier(t, ifname)
+		st.Wire = st.Open(t, ifname)
+	}
+	lan.AwaitCarrier(t, st.HostInterface)
+}
+
+// release detaches the station, as the CNI plugin does for a pod that goes.
+func (h host) release(t *testing.T, st *station) {
+	t.Helper()
+	if err := h.kernel.Release(t.Context(), st.request.Netns, st.request.Spoke, st.ClaimID); err != nil {
+		t.Fatalf("release spoke %s on %s: %v", st.request.Spoke, h.Name, err)
+	}
+}
+
+// crosses sends a frame and wants exactly that frame at the other end, and nothing else.
+func crosses(t *testing.T, from, to netns.Wire, frame []byte) {
+	t.Helper()
+	if err := from.Send(frame); err != nil {
+		t.Fatal(err)
+	}
+	got, err := next(to, patience)
+	if err != nil {
+		t.Fatalf("frame of %d bytes: %v", len(frame), err)
+	}
+	if !bytes.Equal(got, frame) {
+		t.Fatalf("heard\n%x, want\n%x", got, frame)
+	}
+}
+
+// stops sends a frame and wants that the other end hears only what is sent after it.
+func stops(t *testing.T, from, to netns.Wire, frame []byte) {
+	t.Helper()
+	if err := from.Send(frame); err != nil {
+		t.Fatal(err)
+	}
+	crosses(t, from, to, frames.Stream(nil, segment.MAC(segment.LAN{}, "after"), 1, 1))
+}
+
+// next takes the next frame, whatever it is.
+func next(w netns.Wire, within time.Duration) ([]byte, error) {
+	return netns.Await(w, within, func([]byte) bool { return true })
+}
+
+// hush listens until the context ends and wants to hear nothing that matters.
+func hush(ctx context.Context, w netns.Wire, matters func(frame []byte) bool) error {
+	for {
+		frame, err := w.Receive(ctx)
+		switch {
+		case errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled):
+			return nil
+		case err != nil:
+			return err
+		case matters(frame):
+			return fmt.Errorf("heard %x", frame)
+		}
+	}
+}
+
+func anything([]byte) bool { return true }
+
+// read reads a file that the kernel made up.
+func read(t *testing.T, file string) string {
+	t.Helper()
+	b, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return strings.TrimSpace(string(b))
+}
