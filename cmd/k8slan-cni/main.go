@@ -1,0 +1,34 @@
+// Command k8slan-cni is the CNI plugin of k8slan; on a node it is called k8slan.
+package main
+
+import (
+	"cmp"
+	"context"
+	"os"
+	"time"
+
+	"github.com/containernetworking/cni/pkg/skel"
+	cniversion "github.com/containernetworking/cni/pkg/version"
+
+	"github.com/k8slan/k8slan/cni"
+	"github.com/k8slan/k8slan/lanmgr/cdi"
+	"github.com/k8slan/k8slan/lanmgr/kernel"
+)
+
+// patience is how long one request may take. kubelet gives a sandbox with all its networks two minutes
+// (--runtime-request-timeout) and then tries again.
+const patience = 60 * time.Second
+
+// version is that of k8slan, set at build time.
+var version = "development"
+
+func main() {
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	run := cmp.Or(os.Getenv("K8SLAN_RUN_DIR"), kernel.DefaultRun)
+	plugin := cni.New(kernel.New(kernel.Paths{Run: run}), cni.Paths{
+		Run: run,
+		CDI: cmp.Or(os.Getenv("K8SLAN_CDI_DIR"), cdi.DefaultDir),
+	}, os.Stdout)
+	skel.PluginMainFuncs(plugin.Funcs(ctx), cniversion.All, "CNI plugin k8slan "+version)
+}

@@ -1,0 +1,419 @@
+// Package cni attaches a pod or a VM to its spoke when the container runtime asks, and detaches it again.
+//
+// It needs neither the daemon nor the API server: the network configuration says which LAN and spoke, the node's record
+// of the LAN says who may attach, and the claim is made in the kernel.
+package cni
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/containernetworking/cni/pkg/skel"
+	"github.com/containernetworking/cni/pkg/types"
+	current "github.com/containernetworking/cni/pkg/types/100"
+
+	"github.com/k8slan/k8slan/lanmgr/cdi"
+	"github.com/k8slan/k8slan/lanmgr/kernel"
+	"github.com/k8slan/k8slan/lanmgr/segment"
+)
+
+// Node is what the plugin needs of the node it runs on; *kernel.Node is one.
+type Node interface {
+	Record(netns string) (segment.Segment, error)
+	Claim(ctx context.Context, req kernel.ClaimRequest) (kernel.Attachment, error)
+	Release(ctx context.Context, netns, spoke, claimID string) error
+	Claims(ctx context.Context, netns string) ([]segment.Claim, error)
+	CheckClaim(ctx context.Context, req kernel.ClaimRequest) error
+
+	// SetAddresses gives the pod's interface addresses and routes, and waits until they can be used.
+	SetAddresses(ctx context.Context, podNetns, ifname string, want kernel.Addressing) error
+	// Addresses are those that the pod's interface has.
+	Addresses(ctx context.Context, podNetns, ifname string) ([]netip.Prefix, error)
+}
+
+// Plugin answers the verbs of CNI.
+type Plugin struct {
+	node   Node
+	paths  Paths
+	stdout io.Writer
+}
+
+// Paths says where the node keeps its things.
+type Paths struct {
+	Run string // what lives as long as the node is up: for people only, the Node finds things by itself
+	CDI string // one file per attachment, which the container runtime reads
+}
+
+// New makes the plugin of a node. Results go to stdout, errors are returned.
+func New(node Node, paths Paths, stdout io.Writer) *Plugin {
+	return &Plugin{node: node, paths: paths, stdout: stdout}
+}
+
+// Funcs are the plugin's verbs as skel calls them; none of them goes on after ctx is done.
+func (p *Plugin) Funcs(ctx context.Context) skel.CNIFuncs {
+	with := func(verb func(context.Context, *skel.CmdArgs) error) func(*skel.CmdArgs) error {
+		return func(args *skel.CmdArgs) error { return verb(ctx, args) }
+	}
+	return skel.CNIFuncs{Add: with(p.add), Del: with(p.del), Check: with(p.check), GC: with(p.gc), Status: with(p.status)}
+}
+
+// undoTime is how long taking back a failed ADD may last, whatever became of ADD's own time.
+const undoTime = 10 * time.Second
+
+func (p *Plugin) add(ctx context.Context, args *skel.CmdArgs) error {
+	r, err := p.request(args)
+	if err != nil {
+		return err
+	}
+	if err := p.admit(r); err != nil {
+		return err
+	}
+	var steps undo
+	result, err := p.attach(ctx, r, &steps)
+	if err == nil {
+		err = p.print(result, r.version)
+	}
+	if err == nil {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTime)
+	defer cancel()
+	return steps.run(ctx, err)
+}
+
+// admit says whether the node's record of the LAN and kubelet's allocation let the pod have the spoke.
+func (p *Plugin) admit(r request) error {
+	record, err := p.record(r.attachment, types.ErrTryAgainLater)
+	switch {
+	case err != nil:
+		return err
+	case !record.Allows(r.pod.namespace) && r.pod.namespace == "":
+		return fail(types.ErrInvalidEnvironmentVariables,
+			"LAN %s is not open to all namespaces, and CNI_ARGS has no K8S_POD_NAMESPACE to say which one asks", r.lan)
+	case !record.Allows(r.pod.namespace):
+		return fail(CodeForbidden, "LAN %s is not open to namespace %s; its owner can add %s to spec.allowedNamespaces",
+			r.lan, r.pod.namespace, r.pod.namespace)
+	case !slices.Contains(record.Spokes, r.spoke):
+		return r.noSpoke(CodeNoSpoke)
+	case r.deviceID == "":
+		return fail(CodeNoDevice, "%s: kubelet allocated no macvtap.k8slan.io/k8slan-veth-%s to this pod. "+
+			"Either none of its containers has it in resources.limits: add it there; or it was bound to a node that didn't offer it: see kubectl get lan -n %s %s",
+			r, r.spoke, r.lan.Namespace, r.lan.Name)
+	case r.deviceID != r.spoke:
+		return fail(CodeWrongDevice, "%s: kubelet allocated the device of spoke %q to this pod; "+
+			"the annotation k8s.v1.cni.cncf.io/resourceName of this network must be macvtap.k8slan.io/k8slan-veth-%s", r, r.deviceID, r.spoke)
+	case r.mtu > record.MTU:
+		return fail(types.ErrInvalidNetworkConfig, "%s: mtu %d is more than the LAN carries: %d", r, r.mtu, record.MTU)
+	}
+	return nil
+}
+
+// record reads what the node has on record of the LAN. Where it has nothing, the error has the code missing.
+func (p *Plugin) record(a attachment, missing uint) (segment.Segment, error) {
+	record, err := p.node.Record(a.netns)
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, kernel.ErrNoLAN) {
+		return record, a.noLAN(missing)
+	}
+	if err != nil {
+		return record, fail(types.ErrIOFailure, "%s: the node's record of it: %v", a, err)
+	}
+	if record.LAN.Namespace != a.lan.Namespace || record.LAN.Name != a.lan.Name {
+		return record, fail(types.ErrInvalidNetworkConfig, "ns: %q is the network namespace of LAN %s, not of %s as lan says", a.netns, record.LAN, a.lan)
+	}
+	return record, nil
+}
+
+// attach makes the attachment; steps takes back what it has done so far.
+func (p *Plugin) attach(ctx context.Context, r request, steps *undo) (*current.Result, error) {
+	made, err := p.node.Claim(ctx, r.claim())
+	if err != nil {
+		return nil, r.explain(err)
+	}
+	*steps = append(*steps, func(ctx context.Context) error { return p.node.Release(ctx, r.netns, r.spoke, r.claimID) })
+	result := &current.Result{CNIVersion: current.ImplementedSpecVersion, DNS: r.dns}
+	if r.ipam != "" {
+		if result, err = p.address(ctx, r, steps); err != nil {
+			return nil, err
+		}
+	}
+	// The bridge's end of the link is told of without a sandbox, though it is in the LAN's network namespace:
+	// Multus takes every interface with a sandbox for one of the pod's.
+	result.Interfaces = []*current.Interface{
+		{Name: made.HostInterface, Mtu: made.MTU},
+		{Name: r.ifname, Mac: made.MAC.String(), Mtu: made.MTU, Sandbox: r.podNetns},
+	}
+	for _, ip := range result.IPs {
+		ip.Interface = current.Int(1)
+	}
+	// Last, so that the device's name means something only when all of it is there.
+	*steps = append(*steps, func(context.Context) error { return cdi.Remove(p.paths.CDI, r.spoke, r.claimID) })
+	if err := cdi.Write(p.paths.CDI, r.device(made)); err != nil {
+		return nil, fail(CodeCDI, "%s: %v", r, err)
+	}
+	return result, nil
+}
+
+// address has the IPAM plugin allocate addresses and gives them to the pod's interface.
+func (p *Plugin) address(ctx context.Context, r request, steps *undo) (*current.Result, error) {
+	*steps = append(*steps, func(ctx context.Context) error {
+		_, err := r.delegate(ctx, "DEL")
+		return err
+	})
+	result, err := r.askIPAM(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if r.dns.IsEmpty() {
+		r.dns = result.DNS
+	}
+	result.DNS = r.dns
+	want, err := addressing(result)
+	if err != nil {
+		return nil, fail(CodeIPAM, "%s: IPAM plugin %s: %v", r, r.ipam, err)
+	}
+	if err := p.node.SetAddresses(ctx, r.podNetns, r.ifname, want); err != nil {
+		return nil, r.explain(err)
+	}
+	return result, nil
+}
+
+func (p *Plugin) print(result *current.Result, version string) error {
+	converted, err := result.GetAsVersion(version)
+	if err != nil {
+		return fail(types.ErrIncompatibleCNIVersion, "the result cannot be told in cniVersion %s: %v", version, err)
+	}
+	if err := converted.PrintTo(p.stdout); err != nil {
+		return fail(types.ErrIOFailure, "the result cannot be written: %v", err)
+	}
+	return nil
+}
+
+// claim is the request in the kernel's terms.
+func (r request) claim() kernel.ClaimRequest {
+	return kernel.ClaimRequest{
+		Netns: r.netns, Spoke: r.spoke, Kind: r.kind,
+		Sandbox: r.sandbox, Interface: r.ifname, PodNetns: r.podNetns,
+		PodNamespace: r.pod.namespace, Pod: r.pod.name, PodUID: r.pod.uid,
+		MAC: r.mac, MTU: r.mtu, Promiscuous: r.promisc,
+	}
+}
+
+// device is what the spoke's CDI name means for this attachment: some environment variables and, for a macvtap, its tap.
+func (r request) device(made kernel.Attachment) cdi.Device {
+	prefix := "K8SLAN_" + envName(r.spoke) + "_"
+	d := cdi.Device{
+		Netns: r.netns, Spoke: r.spoke, ClaimID: r.claimID,
+		Env: []string{
+			prefix + "LAN=" + r.lan.String(),
+			prefix + "INTERFACE=" + r.ifname,
+			prefix + "MAC=" + made.MAC.String(),
+			prefix + "MTU=" + strconv.Itoa(made.MTU),
+		},
+	}
+	if r.kind == segment.Macvtap {
+		d.Path = fmt.Sprintf("/dev/tap%d", made.Index) // where libvirt looks for it, and QEMU's users
+		d.Major, d.Minor, d.UID, d.GID = made.TapMajor, made.TapMinor, r.owner, r.group
+		d.Env = append(d.Env, prefix+"TAP="+d.Path)
+	}
+	return d
+}
+
+// envName is a spoke's name as part of an environment variable's.
+func envName(spoke string) string {
+	return strings.Map(func(r rune) rune {
+		if r == '-' || r == '.' {
+			return '_'
+		}
+		return r
+	}, strings.ToUpper(spoke))
+}
+
+// del takes the attachment away. What is not there is not an error, and that includes everything that a configuration
+// which ADD refuses could have made: kubelet repeats a failed DEL for ever, and the pod would never go.
+func (p *Plugin) del(ctx context.Context, args *skel.CmdArgs) error {
+	w, _ := decode(args.StdinData)
+	a, err := p.attachment(w, args)
+	if err != nil {
+		return nil //nolint:nilerr // as said above
+	}
+	var failed []error
+	if a.ipam != "" {
+		if _, err := a.delegate(ctx, "DEL"); err != nil {
+			failed = append(failed, err)
+		}
+	}
+	if err := p.release(ctx, a, a.claimID); err != nil {
+		failed = append(failed, err)
+	}
+	return join(failed)
+}
+
+// release takes one claim away: the device's name first, so that it never means a device that is gone.
+func (p *Plugin) release(ctx context.Context, a attachment, claimID string) error {
+	if err := cdi.Remove(p.paths.CDI, a.spoke, claimID); err != nil {
+		return fail(CodeCDI, "%s: %v", a, err)
+	}
+	err := p.node.Release(ctx, a.netns, a.spoke, claimID)
+	if err != nil && !errors.Is(err, kernel.ErrNoLAN) {
+		return a.explain(err)
+	}
+	return nil
+}
+
+// join makes one CNI error of several, with the code of the first.
+func join(failed []error) error {
+	if len(failed) < 2 {
+		return errors.Join(failed...)
+	}
+	code := types.ErrInternal
+	if e, ok := errors.AsType[*types.Error](failed[0]); ok {
+		code = e.Code
+	}
+	return types.NewError(code, failed[0].Error(), errors.Join(failed[1:]...).Error())
+}
+
+func (p *Plugin) check(ctx context.Context, args *skel.CmdArgs) error {
+	r, err := p.request(args)
+	if err != nil {
+		return err
+	}
+	r, addresses, err := r.expect()
+	if err != nil {
+		return err
+	}
+	if _, err := p.record(r.attachment, types.ErrTryAgainLater); err != nil {
+		return err
+	}
+	if err := p.node.CheckClaim(ctx, r.claim()); err != nil {
+		return fail(CodeChanged, "%s: %v", r, err)
+	}
+	if r.ipam != "" {
+		if _, err := r.delegate(ctx, "CHECK"); err != nil {
+			return err
+		}
+	}
+	return p.checkAddresses(ctx, r, addresses)
+}
+
+// expect is the request with what ADD's result says came of it, and the addresses that ADD gave.
+func (r request) expect() (request, []netip.Prefix, error) {
+	if len(r.prevResult) == 0 || string(r.prevResult) == "null" {
+		return r, nil, fail(types.ErrInvalidNetworkConfig, `network configuration has no "prevResult" for CHECK to compare with`)
+	}
+	prev, err := r.parseResult(r.prevResult)
+	if err != nil {
+		return r, nil, fail(types.ErrInvalidNetworkConfig, "prevResult cannot be read: %v", err)
+	}
+	at := slices.IndexFunc(prev.Interfaces, func(i *current.Interface) bool {
+		return i != nil && i.Name == r.ifname && i.Sandbox == r.podNetns
+	})
+	if at < 0 {
+		return r, nil, fail(types.ErrInvalidNetworkConfig, "prevResult has no interface %q in sandbox %s", r.ifname, r.podNetns)
+	}
+	if mac := prev.Interfaces[at].Mac; mac != "" {
+		if r.mac, err = parseMAC("prevResult", mac, types.ErrInvalidNetworkConfig); err != nil {
+			return r, nil, err
+		}
+	}
+	if mtu := prev.Interfaces[at].Mtu; mtu != 0 {
+		r.mtu = mtu
+	}
+	want, err := addressing(&current.Result{IPs: prev.IPs})
+	if err != nil {
+		return r, nil, fail(types.ErrInvalidNetworkConfig, "prevResult: %v", err)
+	}
+	return r, want.Addresses, nil
+}
+
+// checkAddresses says which of the addresses the pod's interface has lost.
+func (p *Plugin) checkAddresses(ctx context.Context, r request, want []netip.Prefix) error {
+	if len(want) == 0 {
+		return nil
+	}
+	have, err := p.node.Addresses(ctx, r.podNetns, r.ifname)
+	if err != nil {
+		return fail(CodeChanged, "%s: %v", r, err)
+	}
+	for _, address := range want {
+		if !slices.Contains(have, address) {
+			return fail(CodeChanged, "%s: the pod's interface %s has lost its address %s", r, r.ifname, address)
+		}
+	}
+	return nil
+}
+
+func (p *Plugin) gc(ctx context.Context, args *skel.CmdArgs) error {
+	w, err := decode(args.StdinData)
+	if err != nil {
+		return err
+	}
+	a, err := p.attachment(w, args)
+	if err != nil {
+		return err
+	}
+	var failed []error
+	if a.ipam != "" {
+		if _, err := a.delegate(ctx, "GC"); err != nil {
+			failed = append(failed, err)
+		}
+	}
+	claims, err := p.node.Claims(ctx, a.netns)
+	if err != nil && !errors.Is(err, kernel.ErrNoLAN) && !errors.Is(err, fs.ErrNotExist) {
+		failed = append(failed, a.explain(err))
+	}
+	for _, id := range stale(claims, a, w.ValidAttachments) {
+		if err := p.release(ctx, a, id); err != nil {
+			failed = append(failed, err)
+		}
+	}
+	return join(failed)
+}
+
+// stale are the claims on the attachment's spoke, of its kind, that are none of the valid ones.
+// The two networks of a spoke differ in kind, and each is collected with the attachments of its own.
+func stale(claims []segment.Claim, a attachment, valid []types.GCAttachment) []string {
+	keep := map[string]bool{}
+	for _, v := range valid {
+		keep[segment.ClaimID(v.ContainerID, v.IfName)] = true
+	}
+	var ids []string
+	for _, c := range claims {
+		if c.Spoke == a.spoke && c.Kind == a.kind && !keep[c.ID] {
+			ids = append(ids, c.ID)
+		}
+	}
+	return ids
+}
+
+func (p *Plugin) status(ctx context.Context, args *skel.CmdArgs) error {
+	w, err := decode(args.StdinData)
+	if err != nil {
+		return err
+	}
+	a, err := p.attachment(w, args)
+	if err != nil {
+		return err
+	}
+	record, err := p.record(a, types.ErrPluginNotAvailable)
+	switch {
+	case err != nil:
+		return err
+	case !slices.Contains(record.Spokes, a.spoke):
+		return a.noSpoke(types.ErrPluginNotAvailable)
+	case record.VXLAN.UnderlayIndex == 0:
+		return fail(types.ErrLimitedConnectivity, "LAN %s: this node has no underlay device %q, so that its pods here reach no other node; kubectl describe lan -n %s %s",
+			a.lan, record.VXLAN.Underlay, a.lan.Namespace, a.lan.Name)
+	case a.ipam != "":
+		_, err := a.delegate(ctx, "STATUS")
+		return err
+	}
+	return nil
+}
