@@ -52,13 +52,14 @@ func Toolbox(ctx context.Context, cacheDir string) (archivePath string, err erro
 			Name: ToolboxName,
 			Files: append(files,
 				Copy("/bin/frames", bin["frames"], 0o755),
+				Copy("/bin/pause", bin["pause"], 0o755),
 				Dir("/tmp", fs.ModeSticky|0o777),
 				Text("/etc/passwd", "root:x:0:0:root:/:/bin/sh\n"),
 				Text("/etc/group", "root:x:0:\n"),
 			),
-			Entrypoint: []string{"/bin/sh", "-c", "exec sleep 2147483647"},
+			Entrypoint: []string{"/bin/pause"}, // unlike sleep as pid 1, it ends on SIGTERM
 		}, nil
-	}, "test/image/frames")
+	}, "test/image/frames", "test/image/pause")
 }
 
 // busyboxFiles are busybox and a link to it for each of its names.

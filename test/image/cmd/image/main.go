@@ -69,7 +69,7 @@ func test() *cobra.Command {
 		Short: "Write the test cluster's images, those that are not in the cache",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			for _, write := range []func(context.Context, string) (string, error){image.Pause, image.Toolbox} {
+			for _, write := range []func(context.Context, string) (string, error){image.Pause, image.Toolbox, image.VM} {
 				archive, err := write(cmd.Context(), cacheDir)
 				if err != nil {
 					return err

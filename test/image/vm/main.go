@@ -1,0 +1,107 @@
+// Command vm plays virt-launcher's part in a test pod, as libvirt does it under
+// KubeVirt: it finds the pod's macvtap, opens /dev/tap<ifindex>, and becomes a
+// QEMU whose NIC has the macvtap's address and MTU.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+)
+
+// exitStatus is the status of a guest's command that failed.
+type exitStatus int
+
+func (s exitStatus) Error() string { return fmt.Sprintf("the command's exit status is %d", int(s)) }
+
+func main() {
+	err := command().Execute()
+	var status exitStatus
+	if errors.As(err, &status) {
+		os.Exit(int(status))
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "vm:", err)
+		os.Exit(1)
+	}
+}
+
+func command() *cobra.Command {
+	root := &cobra.Command{
+		Use:           "vm",
+		Short:         "Run a small Linux on a pod's macvtap",
+		SilenceUsage:  true,
+		SilenceErrors: true,
+	}
+	root.AddCommand(run(), start(), execute())
+	return root
+}
+
+func run() *cobra.Command {
+	var m machine
+	var wait bool
+	cmd := &cobra.Command{
+		Use:   "run",
+		Short: "Open the macvtap's tap and become QEMU",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			t, err := openTap(m.Interface)
+			if err != nil {
+				return err
+			}
+			fmt.Fprintf(cmd.OutOrStdout(), "vm: macvtap %s, %s, mtu %d: opened %s\n", t.link.Name, t.link.HardwareAddr, t.link.MTU, t.path)
+			if wait {
+				fmt.Fprintln(cmd.OutOrStdout(), "vm: waiting for: vm start")
+				if err := awaitStart(); err != nil {
+					return err
+				}
+			}
+			return m.become(t)
+		},
+	}
+	flags := cmd.Flags()
+	flags.StringVar(&m.Interface, "interface", os.Getenv("VM_INTERFACE"), "the macvtap, if there are several; or VM_INTERFACE")
+	flags.StringVar(&m.Addresses, "addresses", os.Getenv("VM_ADDRESSES"), "the guest's addresses with prefix lengths, with commas; or VM_ADDRESSES")
+	flags.BoolVar(&wait, "wait", os.Getenv("VM_WAIT") != "", "open the tap, but start QEMU only after: vm start; or a VM_WAIT that isn't empty")
+	return cmd
+}
+
+func start() *cobra.Command {
+	return &cobra.Command{
+		Use:   "start",
+		Short: "Start a VM that was told to wait",
+		Args:  cobra.NoArgs,
+		RunE:  func(*cobra.Command, []string) error { return giveStart() },
+	}
+}
+
+func execute() *cobra.Command {
+	var patience time.Duration
+	cmd := &cobra.Command{
+		Use:   "exec COMMAND...",
+		Short: "Run a command in the guest, as soon as it is up",
+		Args:  cobra.MinimumNArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+			defer stop()
+			guest, err := dialGuest(ctx, patience)
+			if err != nil {
+				return err
+			}
+			exit, err := guest.Run(ctx, args, os.Stdout, os.Stderr)
+			if err == nil && exit != 0 {
+				return exitStatus(exit)
+			}
+			return err
+		},
+	}
+	cmd.Flags().DurationVar(&patience, "patience", 60*time.Second, "how long to wait for the guest to be up")
+	cmd.Flags().SetInterspersed(false) // what follows the command is the command's
+	return cmd
+}
