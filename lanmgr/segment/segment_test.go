@@ -1,0 +1,254 @@
+package segment_test
+
+import (
+	"net"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/k8slan/k8slan/lanmgr/segment"
+)
+
+var lab = segment.Segment{
+	LAN: segment.LAN{Namespace: "default", Name: "lab", UID: "1"}, Netns: "knlvrf", Bridge: "br2", MTU: 1422,
+	VXLAN:  segment.VXLAN{Name: "vx2", VNI: 222, Port: 4789, Group: netip.MustParseAddr("ff02::14"), Underlay: "eth1", UnderlayIndex: 7},
+	Spokes: []string{"srl", "vm"},
+}
+
+// built is the state of a node that has the segment, with nothing attached.
+func built(s segment.Segment) segment.State {
+	record := s
+	port := segment.Link{Type: "veth", Master: 1, Up: true, MTU: segment.PortMTU(s.MTU), ForwardMask: segment.ForwardMask}
+	state := segment.State{
+		Netns: s.Netns, Exists: true, Silent: true, Record: &record,
+		Links: []segment.Link{
+			{Index: 1, Name: s.Bridge, Type: "bridge", MTU: s.MTU, Up: true},
+			{
+				Index: 2, Name: s.VXLAN.Name, Type: "vxlan", Master: 1, MTU: s.MTU, ForwardMask: segment.ForwardMask,
+				VXLAN: segment.VXLANState{VNI: s.VXLAN.VNI, Port: s.VXLAN.Port, Group: s.VXLAN.Group, UnderlayIndex: s.VXLAN.UnderlayIndex},
+			},
+		},
+	}
+	for i, spoke := range s.Spokes {
+		p := port
+		p.Index, p.Name, p.AltNames = 10+2*i, segment.PortName(spoke), []string{spoke}
+		state.Links = append(state.Links, p, segment.Link{Index: 11 + 2*i, Name: segment.PlugName(spoke), Type: "veth", MTU: s.MTU, Up: true})
+	}
+	return state
+}
+
+// change returns the state with one link changed.
+func change(s segment.State, name string, f func(*segment.Link)) segment.State {
+	s.Links = slices.Clone(s.Links)
+	for i := range s.Links {
+		if s.Links[i].Name == name {
+			f(&s.Links[i])
+		}
+	}
+	return s
+}
+
+func without(s segment.State, names ...string) segment.State {
+	s.Links = slices.DeleteFunc(slices.Clone(s.Links), func(l segment.Link) bool { return slices.Contains(names, l.Name) })
+	return s
+}
+
+// attached returns the state with a pod on the spoke.
+func attached(s segment.State, spoke string) segment.State {
+	s = change(s, segment.PortName(spoke), func(l *segment.Link) { l.Up, l.AltNames = false, nil })
+	s = change(s, "vx2", func(l *segment.Link) { l.Up = true })
+	c := claim(spoke, segment.Veth)
+	s.Links = append(s.Links, segment.Link{
+		Index: 99, Name: c.ID, AltNames: []string{spoke}, Alias: c.Alias(), Type: "veth", Master: 1,
+		MTU: lab.MTU, Up: true, ForwardMask: segment.ForwardMask,
+	})
+	return s
+}
+
+// attachedVM returns the state with a VM on the spoke.
+func attachedVM(s segment.State, spoke string) segment.State {
+	s = change(s, "vx2", func(l *segment.Link) { l.Up = true })
+	c := claim(spoke, segment.Macvtap)
+	return change(s, segment.PlugName(spoke), func(l *segment.Link) { l.AltNames, l.Alias, l.Promisc = []string{c.ID}, c.Alias(), 1 })
+}
+
+func claim(spoke string, kind segment.Kind) segment.Claim {
+	return segment.Claim{
+		ID: segment.ClaimID("c0ffee", "net1"), Spoke: spoke, Kind: kind, PodNamespace: "default", Pod: "pod-1", PodUID: "u1",
+		Interface: "net1", Sandbox: "c0ffee", MAC: segment.MAC(lab.LAN, spoke), Since: time.Unix(1_800_000_000, 0).UTC(),
+	}
+}
+
+func text(ops []segment.Op) string {
+	var lines []string
+	for _, op := range ops {
+		lines = append(lines, op.String())
+	}
+	return strings.Join(lines, "\n")
+}
+
+func TestWhatStandsIsLeftAlone(t *testing.T) {
+	for name, have := range map[string]segment.State{
+		"waiting":      built(lab),
+		"pod attached": attached(built(lab), "srl"),
+		"VM attached":  attachedVM(built(lab), "vm"),
+		"a stranger's link": func() segment.State {
+			s := built(lab)
+			s.Links = append(s.Links, segment.Link{Index: 50, Name: "mirror0", Type: "veth", Master: 1})
+			return s
+		}(),
+	} {
+		if ops := segment.Diff(lab, have); len(ops) > 0 {
+			t.Errorf("%s: to do:\n%s", name, text(ops))
+		}
+	}
+}
+
+func TestDiffMendsWhatIsMissingOrChanged(t *testing.T) {
+	more := lab
+	more.Spokes = []string{"host", "srl", "vm"}
+	fewer := lab
+	fewer.Spokes = []string{"vm"}
+	bigger := lab
+	bigger.MTU = 8922
+	moved := lab
+	moved.VXLAN.UnderlayIndex = 9
+	gone := lab
+	gone.VXLAN.UnderlayIndex = 0
+	stray := built(lab)
+	stray.Links = append(stray.Links, segment.Link{Index: 60, Name: segment.ClaimID("dead", "net1"), Type: "veth"})
+
+	for _, tt := range []struct {
+		name string
+		want segment.Segment
+		have segment.State
+		ops  string
+	}{
+		{"name of the netns taken away", lab, func() segment.State { s := built(lab); s.Exists, s.Lost = false, true; return s }(), `ip netns attach knlvrf`},
+		{"br_netfilter loaded", lab, func() segment.State { s := built(lab); s.Silent = false; return s }(), segment.Silence{}.String()},
+		{"record gone", lab, func() segment.State { s := built(lab); s.Record = nil; return s }(), "record knlvrf"},
+		{"STP switched on", lab, change(built(lab), "br2", func(l *segment.Link) { l.Bridge.STP = true }), "ip link set br2 type bridge stp_state 0"},
+		{"VXLAN deleted", lab, without(built(lab), "vx2"), "ip link add vx2 mtu 1422 master br2 type vxlan id 222 dstport 4789 group ff02::14 dev eth1"},
+		{
+			"VXLAN deleted with a pod attached", lab, without(attached(built(lab), "srl"), "vx2"),
+			"ip link add vx2 mtu 1422 master br2 type vxlan id 222 dstport 4789 group ff02::14 dev eth1\nip link set vx2 up",
+		},
+		{"last claim gone", lab, change(built(lab), "vx2", func(l *segment.Link) { l.Up = true }), "ip link set vx2 down"},
+		{
+			"underlay moved", moved, built(lab),
+			"record knlvrf\nip link del vx2\nip link add vx2 mtu 1422 master br2 type vxlan id 222 dstport 4789 group ff02::14 dev eth1",
+		},
+		{"underlay gone", gone, built(lab), "record knlvrf\nip link del vx2"},
+		{
+			"spoke added", more, built(lab),
+			"record knlvrf\nip link add host_b mtu 1426 master br2 up type veth peer name host_p mtu 1422 address " +
+				segment.MAC(lab.LAN, "host").String() + " up\nip link property add host_b altname host",
+		},
+		{"spoke removed", fewer, built(lab), "record knlvrf\nip link del srl_b"},
+		{"spoke removed under a pod", fewer, attached(built(lab), "srl"), "record knlvrf"},
+		{"spoke removed under a VM", func() segment.Segment { s := lab; s.Spokes = []string{"srl"}; return s }(), attachedVM(built(lab), "vm"), "record knlvrf"},
+		{"port taken out of the bridge", lab, change(built(lab), "srl_b", func(l *segment.Link) { l.Master, l.ForwardMask = 0, 0 }), "ip link set srl_b master br2\nip link set srl_b type bridge_slave group_fwd_mask 0xfffd"},
+		{"mask changed", lab, change(built(lab), "vx2", func(l *segment.Link) { l.ForwardMask = 0 }), "ip link set vx2 type bridge_slave group_fwd_mask 0xfffd"},
+		{"altname taken away", lab, change(built(lab), "vm_b", func(l *segment.Link) { l.AltNames = nil }), "ip link property add vm_b altname vm"},
+		{
+			"pod gone", lab, func() segment.State { s := attached(built(lab), "srl"); return without(s, claim("srl", segment.Veth).ID) }(),
+			"ip link set vx2 down\nip link property add srl_b altname srl\nip link set srl_b up",
+		},
+		{"VM's macvtap in doubt", lab, change(attachedVM(built(lab), "vm"), "vm_p", func(l *segment.Link) { l.Promisc = 0 }), "settle vm " + claim("vm", segment.Macvtap).ID},
+		{"attach that never finished", lab, stray, "ip link del " + segment.ClaimID("dead", "net1")},
+		{
+			"MTU raised with a pod attached", func() segment.Segment { s := bigger; s.Spokes = []string{"srl"}; return s }(),
+			func() segment.State {
+				one := lab
+				one.Spokes = []string{"srl"}
+				return attached(built(one), "srl")
+			}(),
+			"record knlvrf\nip link set br2 mtu 8922\nip link set vx2 mtu 8922\nip link set " + claim("srl", segment.Veth).ID +
+				" mtu 8922\nip link set srl_p mtu 8922\nip link set srl_b mtu 8926",
+		},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			if ops := text(segment.Diff(tt.want, tt.have)); ops != tt.ops {
+				t.Errorf("to do:\n%s\nwant:\n%s", ops, tt.ops)
+			}
+		})
+	}
+}
+
+func TestNothingAttachedIsDeleted(t *testing.T) {
+	for name, have := range map[string]segment.State{"pod": attached(built(lab), "srl"), "VM": attachedVM(built(lab), "vm")} {
+		carriers := []string{claim("srl", segment.Veth).ID, "vm_b", "vm_p"}
+		other := lab
+		other.Spokes, other.MTU, other.VXLAN.UnderlayIndex = []string{"host"}, 9000, 9
+		for _, op := range segment.Diff(other, have) {
+			if del, ok := op.(segment.DelLink); ok && slices.Contains(carriers, del.Name) && name == "VM" {
+				t.Errorf("%s attached: %s", name, del)
+			}
+			if del, ok := op.(segment.DelLink); ok && del.Name == carriers[0] {
+				t.Errorf("%s attached: %s", name, del)
+			}
+		}
+	}
+}
+
+func TestTeardownFreesTheVNIFirst(t *testing.T) {
+	want := "ip link del vx2\nip link del group 27448\nip link del br2\nrecord del knlvrf\nip netns del knlvrf"
+	if ops := text(segment.Teardown(attached(built(lab), "srl"))); ops != want {
+		t.Errorf("to do:\n%s\nwant:\n%s", ops, want)
+	}
+	if ops := segment.Teardown(segment.State{Netns: "knlvrf"}); len(ops) > 0 {
+		t.Errorf("where there is nothing, to do:\n%s", text(ops))
+	}
+}
+
+func TestAliasTellsTheClaim(t *testing.T) {
+	want := claim("srl", segment.Veth)
+	got, ok := segment.ParseAlias(want.ID, want.Alias())
+	if !ok || got.Alias() != want.Alias() || !got.Since.Equal(want.Since) || got.MAC.String() != want.MAC.String() {
+		t.Errorf("read back %+v, want %+v", got, want)
+	}
+	if !got.OfSandbox("c0ffee") || got.OfSandbox("decaf") {
+		t.Error("the claim does not know its sandbox")
+	}
+	long := want
+	long.Pod, long.PodNamespace, long.Sandbox = strings.Repeat("p", 253), strings.Repeat("n", 63), strings.Repeat("a", 64)
+	got, ok = segment.ParseAlias(long.ID, long.Alias())
+	if len(long.Alias()) > 255 || !ok || got.Spoke != "srl" || !got.OfSandbox(long.Sandbox) {
+		t.Errorf("a long alias of %d bytes reads back as %+v", len(long.Alias()), got)
+	}
+	if _, ok := segment.ParseAlias("k", "uplink to spine 3"); ok {
+		t.Error("somebody's own alias was read as a claim")
+	}
+}
+
+func TestMACIsStableAndLocal(t *testing.T) {
+	other := segment.LAN{Namespace: "default", Name: "lab", UID: "2"} // deleted and made again
+	a := segment.MAC(lab.LAN, "srl")
+	if a.String() != segment.MAC(other, "srl").String() {
+		t.Error("the MAC changed with the LAN's UID")
+	}
+	if a.String() == segment.MAC(lab.LAN, "vm").String() {
+		t.Error("two spokes have one MAC")
+	}
+	if a[0]&3 != 2 {
+		t.Errorf("%s is not a locally administered unicast address", net.HardwareAddr(a))
+	}
+}
+
+func TestNamespacesThatMayAttach(t *testing.T) {
+	open := lab
+	open.AllowedNamespaces = []string{"blue"}
+	all := lab
+	all.AllowedNamespaces = []string{"*"}
+	for _, tt := range []struct {
+		segment   segment.Segment
+		namespace string
+		want      bool
+	}{{lab, "default", true}, {lab, "blue", false}, {open, "blue", true}, {open, "red", false}, {all, "red", true}} {
+		if got := tt.segment.Allows(tt.namespace); got != tt.want {
+			t.Errorf("%v open to %s: %v", tt.segment.AllowedNamespaces, tt.namespace, got)
+		}
+	}
+}
