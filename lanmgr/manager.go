@@ -81,7 +81,7 @@ func (m *Manager) Set(want []segment.Segment) {
 	m.want = next
 	if !m.started {
 		m.started = true
-		m.dirty[""] = true
+		m.dirty[""] = true // look for what an earlier run has left
 	}
 	signal(m.poked)
 }
@@ -164,24 +164,22 @@ func (m *Manager) next() (name string, wait time.Duration, ok bool) {
 // findOld marks what an earlier run has left.
 func (m *Manager) findOld() {
 	names, err := m.kernel.List()
-	if err == nil {
-		devices, listErr := cdi.List(m.cdiDir)
-		for _, d := range devices {
-			names = append(names, d.Netns)
-		}
-		err = listErr
-	}
+	devices, cdiErr := cdi.List(m.cdiDir)
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if err != nil {
-		m.log.Error("cannot list the LANs on this node; trying again", "err", err)
+	if err := errors.Join(err, cdiErr); err != nil {
+		m.log.Error("cannot list what an earlier run left on this node; trying again", "err", err)
 		m.again("", time.Now())
 		return
 	}
 	for _, name := range names {
-		m.dirty[name] = name != ""
+		m.dirty[name] = true
 	}
-	delete(m.dirty, "")
+	for _, d := range devices {
+		if d.Netns != "" {
+			m.dirty[d.Netns] = true
+		}
+	}
 }
 
 // work brings one segment in order and reports.

@@ -91,13 +91,13 @@ func (n *Node) subscribe(all bool, groups ...int) (*os.File, error) {
 	if err == nil && all {
 		err = unix.SetsockoptInt(fd, solNetlink, listenAllNSID, 1)
 	}
-	for _, g := range groups {
+	if err == nil {
+		err = unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK})
+	}
+	for _, g := range groups { // after bind, which would leave the groups again (netlink_bind in net/netlink/af_netlink.c)
 		if err == nil {
 			err = unix.SetsockoptInt(fd, solNetlink, unix.NETLINK_ADD_MEMBERSHIP, g)
 		}
-	}
-	if err == nil {
-		err = unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK})
 	}
 	if err != nil {
 		f.Close()

@@ -1,0 +1,254 @@
+package lanmgr_test
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"net/netip"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/k8slan/k8slan/lanmgr"
+	"github.com/k8slan/k8slan/lanmgr/cdi"
+	"github.com/k8slan/k8slan/lanmgr/segment"
+)
+
+// node is a kernel in memory: it keeps, for each segment, what the operations that it understands would make.
+type node struct {
+	mu     sync.Mutex
+	states map[string]segment.State
+	refuse error // of every change
+	writes int
+}
+
+func (n *node) List() ([]string, error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	var names []string
+	for name := range n.states {
+		names = append(names, name)
+	}
+	return names, nil
+}
+
+func (n *node) Observe(_ context.Context, name string) (segment.State, error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	s := n.states[name]
+	s.Netns, s.Links = name, slices.Clone(s.Links)
+	return s, nil
+}
+
+func (n *node) Reconcile(ctx context.Context, name string, decide func(segment.State) []segment.Op) ([]segment.Op, error) {
+	have, _ := n.Observe(ctx, name)
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	var done []segment.Op
+	for _, op := range decide(have) {
+		if n.refuse != nil {
+			return done, n.refuse
+		}
+		n.writes++
+		have = apply(have, op)
+		done = append(done, op)
+	}
+	if have.Exists {
+		n.states[name] = have
+	} else {
+		delete(n.states, name)
+	}
+	return done, nil
+}
+
+func apply(s segment.State, op segment.Op) segment.State {
+	port := segment.Link{Type: "veth", Master: 1, Up: true, ForwardMask: segment.ForwardMask}
+	switch o := op.(type) {
+	case segment.CreateNetns:
+		s.Exists, s.Silent = true, true
+	case segment.RemoveNetns:
+		s = segment.State{}
+	case segment.WriteRecord:
+		s.Record = &o.Segment
+	case segment.RemoveRecord:
+		s.Record = nil
+	case segment.AddBridge:
+		s.Links = append(s.Links, segment.Link{Index: 1, Name: o.Name, Type: "bridge", MTU: o.MTU, Up: true})
+	case segment.AddPair:
+		port.Name, port.MTU = segment.PortName(o.Spoke), segment.PortMTU(o.MTU)
+		s.Links = append(s.Links, port, segment.Link{Name: segment.PlugName(o.Spoke), Type: "veth", MTU: o.MTU, Up: true})
+	case segment.AddAltName:
+		for i := range s.Links {
+			if s.Links[i].Name == o.Name {
+				s.Links[i].AltNames, s.Links[i].Up = []string{o.AltName}, true
+			}
+		}
+	case segment.DelPairs:
+		s.Links = slices.DeleteFunc(s.Links, func(l segment.Link) bool { return l.Type == "veth" })
+	case segment.DelLink:
+		s.Links = slices.DeleteFunc(s.Links, func(l segment.Link) bool {
+			return l.Name == o.Name || segment.PortName(l.Name[:max(0, len(l.Name)-2)]) == o.Name
+		})
+	}
+	return s
+}
+
+func (n *node) change(name string, f func(*segment.State)) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	s := n.states[name]
+	f(&s)
+	n.states[name] = s
+}
+
+func lan(name, uid string, spokes ...string) segment.Segment {
+	return segment.Segment{
+		LAN: segment.LAN{Namespace: "default", Name: name, UID: uid}, Netns: "default." + name, Bridge: "br1", MTU: 1422,
+		VXLAN: segment.VXLAN{Name: "vx1", VNI: 1, Port: 4789, Group: netip.MustParseAddr("ff02::14")}, Spokes: spokes,
+	}
+}
+
+// start runs a manager until the test ends.
+func start(t *testing.T, n *node) (m *lanmgr.Manager, cdiDir string) {
+	t.Helper()
+	cdiDir = t.TempDir()
+	m = lanmgr.New(n, cdiDir, slog.New(slog.DiscardHandler))
+	ctx, stop := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() { ended <- m.Run(ctx) }()
+	t.Cleanup(func() {
+		stop()
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+	})
+	return m, cdiDir
+}
+
+// await waits until the reports are as wanted.
+func await(t *testing.T, m *lanmgr.Manager, what string, fits func([]lanmgr.Report) bool) []lanmgr.Report {
+	t.Helper()
+	deadline := time.After(20 * time.Second)
+	for {
+		reports := m.Reports()
+		if fits(reports) {
+			return reports
+		}
+		select {
+		case <-m.Changed():
+		case <-deadline:
+			t.Fatalf("%s: not so in the end: %+v", what, reports)
+		}
+	}
+}
+
+func allBuilt(count int) func([]lanmgr.Report) bool {
+	return func(rs []lanmgr.Report) bool {
+		return len(rs) == count && !slices.ContainsFunc(rs, func(r lanmgr.Report) bool { return !r.Built || r.Leaving })
+	}
+}
+
+// attach puts a pod on a spoke, as the CNI plugin does.
+func (n *node) attach(name, spoke string) segment.Claim {
+	c := segment.Claim{ID: segment.ClaimID("c1", "net1"), Spoke: spoke, Kind: segment.Veth, Pod: "p", PodNamespace: "default", Interface: "net1", Sandbox: "c1"}
+	n.change(name, func(s *segment.State) {
+		s.Links = slices.Clone(s.Links)
+		for i := range s.Links {
+			if s.Links[i].Name == segment.PortName(spoke) {
+				s.Links[i].AltNames, s.Links[i].Up = nil, false
+			}
+		}
+		s.Links = append(s.Links, segment.Link{
+			Name: c.ID, Type: "veth", AltNames: []string{spoke}, Alias: c.Alias(), Master: 1, MTU: 1422, Up: true, ForwardMask: segment.ForwardMask,
+		})
+	})
+	return c
+}
+
+func (n *node) detach(name, claimID string) {
+	n.change(name, func(s *segment.State) {
+		s.Links = slices.DeleteFunc(slices.Clone(s.Links), func(l segment.Link) bool { return l.Name == claimID })
+	})
+}
+
+func TestSegmentsComeAndGo(t *testing.T) {
+	n := &node{states: map[string]segment.State{}}
+	m, _ := start(t, n)
+	m.Set([]segment.Segment{lan("a", "1", "x"), lan("b", "1", "y")})
+	await(t, m, "two built", allBuilt(2))
+	m.Set([]segment.Segment{lan("b", "1", "y")})
+	await(t, m, "one left", allBuilt(1))
+	if names, _ := n.List(); !slices.Equal(names, []string{"default.b"}) {
+		t.Errorf("the node has %v", names)
+	}
+}
+
+func TestNothingIsDoneBeforeTheFirstWish(t *testing.T) {
+	n := &node{states: map[string]segment.State{"default.old": {Exists: true}}}
+	m, _ := start(t, n)
+	m.Poke("default.old")
+	m.Set(nil)
+	await(t, m, "what an earlier run left is gone", func([]lanmgr.Report) bool { names, _ := n.List(); return len(names) == 0 })
+}
+
+func TestAttachedSegmentStaysUntilItsPodIsGone(t *testing.T) {
+	n := &node{states: map[string]segment.State{}}
+	m, cdiDir := start(t, n)
+	m.Set([]segment.Segment{lan("a", "1", "x")})
+	await(t, m, "built", allBuilt(1))
+	c := n.attach("default.a", "x")
+	if err := cdi.Write(cdiDir, cdi.Device{Netns: "default.a", Spoke: "x", ClaimID: c.ID, Env: []string{"A=1"}}); err != nil {
+		t.Fatal(err)
+	}
+	m.Poke("default.a")
+	await(t, m, "attached", func(rs []lanmgr.Report) bool { return len(rs) == 1 && len(rs[0].Claims) == 1 })
+
+	m.Set(nil)
+	rs := await(t, m, "leaving", func(rs []lanmgr.Report) bool { return len(rs) == 1 && rs[0].Leaving })
+	if !slices.Equal(rs[0].Withdrawn, []string{"x"}) || !rs[0].Built {
+		t.Errorf("report of a leaving segment: %+v", rs[0])
+	}
+	// Another LAN of the same network namespace waits for its turn.
+	m.Set([]segment.Segment{lan("a", "2", "x")})
+	await(t, m, "still leaving", func(rs []lanmgr.Report) bool { return rs[0].Leaving && rs[0].Segment.LAN.UID == "1" })
+
+	n.detach("default.a", c.ID)
+	m.Poke("default.a")
+	await(t, m, "the new LAN's", func(rs []lanmgr.Report) bool {
+		return allBuilt(1)(rs) && rs[0].Segment.LAN.UID == "2"
+	})
+	if left, err := cdi.List(cdiDir); err != nil || len(left) > 0 {
+		t.Errorf("CDI devices left: %v, %v", left, err)
+	}
+}
+
+func TestFailureIsReportedAndTriedAgain(t *testing.T) {
+	n := &node{states: map[string]segment.State{}, refuse: errors.New("no buffer space available")}
+	m, _ := start(t, n)
+	m.Set([]segment.Segment{lan("a", "1", "x")})
+	await(t, m, "reported", func(rs []lanmgr.Report) bool { return len(rs) == 1 && errors.Is(rs[0].Err, n.refuse) && !rs[0].Built })
+	n.mu.Lock()
+	n.refuse = nil
+	n.mu.Unlock()
+	await(t, m, "built by itself", allBuilt(1))
+}
+
+func TestLookingWithoutACauseChangesNothing(t *testing.T) {
+	n := &node{states: map[string]segment.State{}}
+	m, _ := start(t, n)
+	m.Set([]segment.Segment{lan("a", "1", "x")})
+	await(t, m, "built", allBuilt(1))
+	n.mu.Lock()
+	n.writes = 0
+	n.mu.Unlock()
+	m.Poke("default.a")
+	<-m.Changed()
+	m.Poke("default.a")
+	<-m.Changed()
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.writes != 0 {
+		t.Errorf("%d changes where all was as it should be", n.writes)
+	}
+}

@@ -1,0 +1,213 @@
+package node
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"k8s.io/apimachinery/pkg/labels"
+
+	"github.com/k8slan/k8slan/crd/v1beta1"
+	"github.com/k8slan/k8slan/lanmgr/kernel"
+	"github.com/k8slan/k8slan/lanmgr/segment"
+)
+
+const (
+	hostnameLabel = "kubernetes.io/hostname"
+
+	// fallbackMTU is that of an underlay nobody knows: Ethernet's.
+	fallbackMTU = 1500
+	// minMTU is the smallest that a link takes (ETH_MIN_MTU in include/uapi/linux/if_ether.h).
+	minMTU = 68
+)
+
+// Node is what a plan needs to know of the node.
+type Node struct {
+	Name      string
+	Labels    map[string]string
+	Underlays kernel.Underlays
+}
+
+// Plan is a LAN as this node should have it.
+type Plan struct {
+	Segment segment.Segment
+	VTEP    netip.Addr // the node's address on the underlay; the zero Addr if it has none
+	Problem Problem
+}
+
+// Problem is what keeps a LAN on this node from working well. The zero value is no problem.
+type Problem struct {
+	Reason   string // one of the reasons of v1beta1
+	Message  string // what is wrong and the way out
+	Blocking bool   // pods wait
+}
+
+// NewPlan decides what the node should have of a LAN; ok is false if that is nothing. A LAN that cannot reach other
+// nodes is planned without its VXLAN, so that what is attached to it goes on within the node. mtu is what the LAN has
+// on the node now, 0 if it isn't there: a LAN whose underlay is lost keeps it.
+func NewPlan(lan *v1beta1.LAN, node Node, mtu int) (p Plan, ok bool) {
+	if lan.Status.Holds == nil || !lan.DeletionTimestamp.IsZero() || !selects(lan.Spec.NodeSelector, node.Labels) {
+		return Plan{}, false
+	}
+	spec, holds := lan.Effective(), lan.Status.Holds
+	p.Segment = segment.Segment{
+		LAN:               segment.LAN{Namespace: lan.Namespace, Name: lan.Name, UID: string(lan.UID)},
+		Generation:        lan.Generation,
+		Netns:             holds.NS,
+		Bridge:            spec.Bridge,
+		Spokes:            held(spec.Spokes, holds.Spokes),
+		AllowedNamespaces: slices.Sorted(slices.Values(spec.AllowedNamespaces)),
+		VXLAN:             segment.VXLAN{Name: spec.VXLAN, VNI: uint32(holds.VNI), Port: uint16(holds.Port)},
+	}
+	group, err := netip.ParseAddr(spec.VXLANGroup)
+	if err != nil || !group.IsMulticast() {
+		p.Segment.MTU = firstOf(int(spec.MTU), mtu, fallbackMTU-overhead6.reserve)
+		p.Problem = Problem{v1beta1.ReasonBuildFailed, fmt.Sprintf("spec.vxlanGrp: %q is not a multicast address; pods wait until it is", spec.VXLANGroup), true}
+		return p, true
+	}
+	p.Segment.VXLAN.Group = group
+
+	choice := chooseUnderlay(&spec, node)
+	p.Segment.VXLAN.Underlay = choice.name
+	device, found := node.Underlays.Devices[choice.name]
+	overhead := overheadOf(group)
+	p.Segment.MTU = firstOf(int(spec.MTU), device.MTU-overhead.reserve)
+	if group.Is4() {
+		p.VTEP = device.IPv4
+	} else {
+		p.VTEP = device.IPv6
+	}
+	switch {
+	case !found:
+		p.Problem = choice.missing(node.Name)
+	default:
+		p.Problem = firstProblem(
+			addressProblem(choice.name, device, group),
+			mtuProblem(choice.name, device, int(spec.MTU), overhead),
+			linkProblem(choice.name, device))
+	}
+	if p.Problem.Blocking {
+		p.Segment.MTU = firstOf(int(spec.MTU), mtu, fallbackMTU-overhead.reserve)
+		return p, true
+	}
+	p.Segment.VXLAN.UnderlayIndex = device.Index
+	return p, true
+}
+
+func selects(selector map[string]v1beta1.LabelValue, nodeLabels map[string]string) bool {
+	set := make(labels.Set, len(selector))
+	for key, value := range selector {
+		set[key] = string(value)
+	}
+	return set.AsSelector().Matches(labels.Set(nodeLabels))
+}
+
+// held are the spokes that are both asked for and held, sorted.
+func held(asked, holds []string) []string {
+	spokes := slices.DeleteFunc(slices.Clone(asked), func(spoke string) bool { return !slices.Contains(holds, spoke) })
+	slices.Sort(spokes)
+	return spokes
+}
+
+// firstOf is the first number above zero.
+func firstOf(numbers ...int) int {
+	for _, n := range numbers {
+		if n > 0 {
+			return n
+		}
+	}
+	return 0
+}
+
+// underlayChoice is a device and what in the spec chose it.
+type underlayChoice struct{ name, field string }
+
+// chooseUnderlay takes the node's own device if the LAN has one for it, else the LAN's default, else the device of the default route.
+func chooseUnderlay(spec *v1beta1.LANSpec, node Node) underlayChoice {
+	for _, key := range []string{node.Name, node.Labels[hostnameLabel]} {
+		if device, ok := spec.VXLANDevMap[key]; ok && key != "" {
+			return underlayChoice{string(device), "spec.vxlanDevMap." + key}
+		}
+	}
+	if spec.DefaultVXLANDev != "" {
+		return underlayChoice{string(spec.DefaultVXLANDev), "spec.defaultVxlanDev"}
+	}
+	return underlayChoice{name: node.Underlays.Default}
+}
+
+func (c underlayChoice) missing(node string) Problem {
+	if c.field == "" {
+		return Problem{v1beta1.ReasonUnderlayMissing, fmt.Sprintf(
+			"no default route, and the LAN names no device for this node. Set spec.defaultVxlanDev or spec.vxlanDevMap.%s; pods wait until then", node), true}
+	}
+	return Problem{v1beta1.ReasonUnderlayMissing, fmt.Sprintf("no device %q (%s). Create it, or change %s; pods wait until then", c.name, c.field, c.field), true}
+}
+
+// overhead is what a VXLAN adds to a packet of the LAN, in bytes.
+type overhead struct {
+	least   int // inner Ethernet, VXLAN, UDP and IP
+	reserve int // the same with two VLAN tags in the inner Ethernet header
+}
+
+var (
+	overhead4 = overhead{least: 50, reserve: 58}
+	overhead6 = overhead{least: 70, reserve: 78}
+)
+
+func overheadOf(group netip.Addr) overhead {
+	if group.Is4() {
+		return overhead4
+	}
+	return overhead6
+}
+
+func firstProblem(problems ...Problem) Problem {
+	for _, p := range problems {
+		if p.Reason != "" {
+			return p
+		}
+	}
+	return Problem{}
+}
+
+// addressProblem looks for an address of the group's family. A device that is down or has no carrier has no IPv6
+// address, or none yet; that is linkProblem's to tell.
+func addressProblem(name string, device kernel.Underlay, group netip.Addr) Problem {
+	switch {
+	case group.Is4() && !device.IPv4.IsValid():
+		return Problem{v1beta1.ReasonUnderlayNoAddress, fmt.Sprintf(
+			"device %q has no IPv4 address, which the group %s needs. Give it one, or choose an IPv6 group in spec.vxlanGrp; pods wait until then", name, group), true}
+	case group.Is4():
+		return Problem{}
+	case device.IPv6Off:
+		return Problem{v1beta1.ReasonUnderlayNoAddress, fmt.Sprintf(
+			"IPv6 is switched off on device %q, and the group %s needs it. Set net.ipv6.conf.%s.disable_ipv6=0, or choose an IPv4 group in spec.vxlanGrp; pods wait until then", name, group, name), true}
+	case !device.IPv6.IsValid() && device.Up && device.Carrier:
+		return Problem{v1beta1.ReasonUnderlayNoAddress, fmt.Sprintf(
+			"device %q has no IPv6 address, which the group %s needs; a link-local one is enough. Give it one, or choose an IPv4 group in spec.vxlanGrp; pods wait until then", name, group), true}
+	}
+	return Problem{}
+}
+
+func mtuProblem(name string, device kernel.Underlay, mtu int, o overhead) Problem {
+	if mtu == 0 && device.MTU-o.reserve < minMTU {
+		return Problem{v1beta1.ReasonMTUTooLarge, fmt.Sprintf(
+			"device %q has MTU %d, too little for a VXLAN. Raise it to %d at least; pods wait until then", name, device.MTU, minMTU+o.reserve), true}
+	}
+	if mtu+o.least > device.MTU {
+		return Problem{v1beta1.ReasonMTUTooLarge, fmt.Sprintf(
+			"spec.mtu %d and %d bytes of VXLAN do not fit device %q with MTU %d. Lower spec.mtu to %d (%d if frames bear two VLAN tags), or raise the device's MTU; pods wait until then",
+			mtu, o.least, name, device.MTU, device.MTU-o.least, device.MTU-o.reserve), true}
+	}
+	return Problem{}
+}
+
+func linkProblem(name string, device kernel.Underlay) Problem {
+	switch {
+	case !device.Up:
+		return Problem{v1beta1.ReasonUnderlayDown, fmt.Sprintf("device %q is down: frames reach no other node. Set it up", name), false}
+	case !device.Carrier:
+		return Problem{v1beta1.ReasonUnderlayDown, fmt.Sprintf("device %q has no carrier: frames reach no other node. Look at its cable or peer", name), false}
+	}
+	return Problem{}
+}

@@ -1,0 +1,190 @@
+package node
+
+import (
+	"cmp"
+	"errors"
+	"maps"
+	"slices"
+	"strings"
+
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+
+	"github.com/k8slan/k8slan/crd/v1beta1"
+	"github.com/k8slan/k8slan/lanmgr"
+	"github.com/k8slan/k8slan/lanmgr/kernel"
+	"github.com/k8slan/k8slan/lanmgr/segment"
+)
+
+// Spoke is one spoke as this node offers it.
+type Spoke struct {
+	Name    string
+	Healthy bool // a pod may have it now
+}
+
+// Offers are the spokes to offer to kubelet, sorted. A spoke is offered from when its segment was first worked on, so
+// that kubelet isn't told twice, and is healthy while the segment stands as planned.
+func Offers(plans []Plan, reports []lanmgr.Report) []Spoke {
+	byNetns := index(reports)
+	health := make(map[string]bool)
+	for _, p := range plans {
+		r, ok := byNetns[p.Segment.Netns]
+		if !ok || r.Leaving || r.Segment.LAN != p.Segment.LAN {
+			continue
+		}
+		for _, spoke := range p.Segment.Spokes {
+			if slices.Contains(r.Segment.Spokes, spoke) {
+				health[spoke] = stands(p, r)
+			}
+		}
+	}
+	offers := make([]Spoke, 0, len(health))
+	for _, name := range slices.Sorted(maps.Keys(health)) {
+		offers = append(offers, Spoke{name, health[name]})
+	}
+	return offers
+}
+
+// stands says whether the segment is built in all that its spokes need. A plan with other spokes than the report
+// changes nothing for those that stay.
+func stands(p Plan, r lanmgr.Report) bool {
+	return r.Built && !p.Problem.Blocking && r.Segment.VXLAN == p.Segment.VXLAN
+}
+
+func index(reports []lanmgr.Report) map[string]lanmgr.Report {
+	byNetns := make(map[string]lanmgr.Report, len(reports))
+	for _, r := range reports {
+		byNetns[r.Segment.Netns] = r
+	}
+	return byNetns
+}
+
+// Status is what the node has of each LAN, sorted by netns.
+func Status(plans []Plan, reports []lanmgr.Report, version string) v1beta1.LANNodeStatus {
+	segments := make(map[string]v1beta1.SegmentStatus)
+	for _, p := range plans {
+		segments[p.Segment.Netns] = planned(p)
+	}
+	byNetns := make(map[string]Plan, len(plans))
+	for _, p := range plans {
+		byNetns[p.Segment.Netns] = p
+	}
+	for _, r := range reports {
+		p, wanted := byNetns[r.Segment.Netns]
+		if !wanted || r.Leaving || r.Segment.LAN != p.Segment.LAN {
+			segments[r.Segment.Netns] = leaving(r)
+		} else {
+			segments[r.Segment.Netns] = reported(p, r)
+		}
+	}
+	status := v1beta1.LANNodeStatus{Version: version, LANs: int32(len(segments))}
+	for _, netns := range slices.Sorted(maps.Keys(segments)) {
+		s := segments[netns]
+		status.Segments = append(status.Segments, s)
+		status.Attached += int32(len(s.Attachments))
+		if s.State == v1beta1.SegmentReady {
+			status.Ready++
+		}
+	}
+	return status
+}
+
+func ofSegment(s segment.Segment) v1beta1.SegmentStatus {
+	return v1beta1.SegmentStatus{
+		LAN:      s.LAN.String(),
+		UID:      types.UID(s.LAN.UID),
+		NS:       s.Netns,
+		Underlay: s.VXLAN.Underlay,
+		MTU:      int32(s.MTU),
+	}
+}
+
+// planned is a segment that was not worked on yet.
+func planned(p Plan) v1beta1.SegmentStatus {
+	s := ofSegment(p.Segment)
+	s.State, s.Message = v1beta1.SegmentNotReady, "is being built"
+	if p.VTEP.IsValid() {
+		s.VTEP = p.VTEP.String()
+	}
+	if p.Problem.Blocking {
+		s.Reason, s.Message = p.Problem.Reason, p.Problem.Message
+	}
+	return s
+}
+
+// reported is a segment that is wanted and was worked on.
+func reported(p Plan, r lanmgr.Report) v1beta1.SegmentStatus {
+	s := planned(p)
+	s.Attachments = attachments(r.Claims)
+	if r.Built {
+		s.Generation = r.Segment.Generation
+	}
+	problem := problemOf(p, r)
+	switch {
+	case problem.Blocking:
+		s.Reason, s.Message = problem.Reason, problem.Message
+		return s
+	case !stands(p, r):
+		return s
+	case problem.Reason != "":
+		s.State, s.Reason, s.Message = v1beta1.SegmentDegraded, problem.Reason, problem.Message
+	default:
+		s.State, s.Message = v1beta1.SegmentReady, ""
+	}
+	for _, spoke := range p.Segment.Spokes {
+		if slices.Contains(r.Segment.Spokes, spoke) {
+			s.Offered++
+		}
+	}
+	return s
+}
+
+// problemOf is the plan's problem, if it blocks, before what the kernel refused.
+func problemOf(p Plan, r lanmgr.Report) Problem {
+	if p.Problem.Blocking || r.Err == nil {
+		return p.Problem
+	}
+	if taken := (*kernel.VNITaken)(nil); errors.As(r.Err, &taken) {
+		return Problem{v1beta1.ReasonVNITaken, "vxlan " + p.Segment.VXLAN.Name + ": " + taken.Error() + "; pods wait until then", true}
+	}
+	return Problem{v1beta1.ReasonBuildFailed, r.Err.Error() + ". It is tried again; pods wait until it stands", true}
+}
+
+// leaving is a segment that is not wanted any more, or whose name another LAN wants.
+func leaving(r lanmgr.Report) v1beta1.SegmentStatus {
+	s := ofSegment(r.Segment)
+	s.State, s.Attachments = v1beta1.SegmentLeaving, attachments(r.Claims)
+	switch {
+	case r.Err != nil:
+		s.Reason, s.Message = v1beta1.ReasonBuildFailed, r.Err.Error()+". It is tried again"
+	case len(s.Attachments) > 0:
+		pods := make([]string, len(s.Attachments))
+		for i, a := range s.Attachments {
+			pods[i] = a.Pod + " (spoke " + a.Spoke + ")"
+		}
+		s.Message = "stays until its pods are gone: " + strings.Join(pods, ", ")
+	}
+	return s
+}
+
+// attachments are the claims that say who they are, sorted by spoke; one that is just being made does not yet.
+func attachments(claims []segment.Claim) []v1beta1.Attachment {
+	var list []v1beta1.Attachment
+	for _, c := range claims {
+		if c.Kind == "" || c.Since.IsZero() {
+			continue
+		}
+		list = append(list, v1beta1.Attachment{
+			Spoke:     c.Spoke,
+			Pod:       c.PodNamespace + "/" + c.Pod,
+			Interface: c.Interface,
+			MAC:       c.MAC.String(),
+			Kind:      v1beta1.AttachmentKind(c.Kind),
+			Since:     metav1.NewTime(c.Since),
+		})
+	}
+	slices.SortFunc(list, func(a, b v1beta1.Attachment) int {
+		return cmp.Or(cmp.Compare(a.Spoke, b.Spoke), cmp.Compare(a.Pod, b.Pod), cmp.Compare(a.Interface, b.Interface))
+	})
+	return list
+}
