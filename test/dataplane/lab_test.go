@@ -33,7 +33,8 @@ const (
 // host is a node with k8slan on it.
 type host struct {
 	*netns.Node
-	kernel *kernel.Node
+	kernel   *kernel.Node
+	underlay *netns.Underlay
 }
 
 // hosts makes an underlay and two nodes on it.
@@ -45,7 +46,7 @@ func hosts(t *testing.T) (a, b host) {
 
 func join(t *testing.T, underlay *netns.Underlay, name string) host {
 	t.Helper()
-	h := host{Node: underlay.Join(t, name)}
+	h := host{Node: underlay.Join(t, name), underlay: underlay}
 	h.kernel = h.start(t)
 	return h
 }
@@ -211,6 +212,24 @@ func hush(ctx context.Context, w netns.Wire, matters func(frame []byte) bool) er
 }
 
 func anything([]byte) bool { return true }
+
+// read reads a file as a thread in the node's namespace sees it.
+func (h host) read(t *testing.T, file string) (content string) {
+	t.Helper()
+	if err := h.Do(func() error {
+		b, err := os.ReadFile(file)
+		content = string(b)
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	return content
+}
+
+func exists(file string) bool {
+	_, err := os.Stat(file)
+	return err == nil
+}
 
 // read reads a file that the kernel made up.
 func read(t *testing.T, file string) string {

@@ -1,0 +1,612 @@
+package dataplane
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/containernetworking/cni/pkg/types"
+	current "github.com/containernetworking/cni/pkg/types/100"
+	"golang.org/x/sys/unix"
+
+	"github.com/k8slan/k8slan/cni"
+	"github.com/k8slan/k8slan/lanmgr/cdi"
+	"github.com/k8slan/k8slan/lanmgr/segment"
+	"github.com/k8slan/k8slan/test/frames"
+	"github.com/k8slan/k8slan/test/netns"
+)
+
+// pluginBinary builds the plugin as it is shipped, once for all tests, into the test process's own /run.
+var pluginBinary = sync.OnceValues(func() (string, error) {
+	path := "/run/k8slan-cni"
+	build := exec.Command("go", "build", "-o", path, "github.com/k8slan/k8slan/cmd/k8slan-cni")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("build the CNI plugin: %w\n%s", err, out)
+	}
+	return path, nil
+})
+
+// sandbox is a pod's sandbox, and how a runtime speaks of it to the plugin.
+type sandbox struct {
+	netns.Namespace
+	host   host
+	id     string
+	ifname string
+}
+
+func (h host) sandbox(t *testing.T) sandbox {
+	t.Helper()
+	pod := netns.NewPod(t)
+	return sandbox{Namespace: pod, host: h, id: filepath.Base(filepath.Dir(pod.Path)), ifname: ifname}
+}
+
+type keys = map[string]any
+
+// network is a spoke's network as the controller writes it and Multus sends it, with keys added.
+func network(s segment.Segment, spoke string, kind segment.Kind, add keys) keys {
+	config := keys{
+		"cniVersion": "1.1.0", "name": "k8slan-" + string(kind) + "-" + spoke, "type": "k8slan", "kind": kind,
+		"lan": s.LAN.String(), "ns": s.Netns, "spoke": spoke, "deviceID": spoke,
+	}
+	maps.Copy(config, add)
+	return config
+}
+
+// call runs the plugin's binary on the sandbox's node, as a runtime does. It may run on any goroutine.
+func (s sandbox) call(verb string, config keys) ([]byte, error) {
+	binary, err := pluginBinary()
+	if err != nil {
+		return nil, err
+	}
+	stdin, err := json.Marshal(config)
+	if err != nil {
+		return nil, err
+	}
+	var stdout, stderr bytes.Buffer
+	cmd := exec.Command(binary)
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = bytes.NewReader(stdin), &stdout, &stderr
+	cmd.Env = []string{
+		"CNI_COMMAND=" + verb, "CNI_CONTAINERID=" + s.id, "CNI_NETNS=" + s.Path, "CNI_IFNAME=" + s.ifname, "CNI_PATH=" + s.host.Run,
+		"CNI_ARGS=IgnoreUnknown=1;K8S_POD_NAMESPACE=default;K8S_POD_NAME=" + s.id + ";K8S_POD_UID=1234",
+		"K8SLAN_RUN_DIR=" + s.host.Run, "K8SLAN_CDI_DIR=" + s.host.CDI,
+	}
+	err = s.host.Do(cmd.Run)
+	if err == nil {
+		return stdout.Bytes(), nil
+	}
+	said := &types.Error{}
+	if json.Unmarshal(stdout.Bytes(), said) != nil || said.Code == 0 || said.Msg == "" {
+		return nil, fmt.Errorf("%s gave no CNI error: %w: %s%s", verb, err, &stdout, &stderr)
+	}
+	return nil, said
+}
+
+func (s sandbox) must(t *testing.T, verb string, config keys) []byte {
+	t.Helper()
+	out, err := s.call(verb, config)
+	if err != nil {
+		t.Fatalf("%s: %v", verb, err)
+	}
+	return out
+}
+
+// refused wants a CNI error of that code, in words that contain sentence.
+func (s sandbox) refused(t *testing.T, verb string, config keys, code uint, sentence string) {
+	t.Helper()
+	_, err := s.call(verb, config)
+	said, ok := errors.AsType[*types.Error](err)
+	if !ok || said.Code != code || !strings.Contains(said.Error(), sentence) {
+		t.Fatalf("%s: %v, want code %d: %s", verb, err, code, sentence)
+	}
+}
+
+// add attaches the sandbox and returns where it speaks and what the plugin printed.
+func (s sandbox) add(t *testing.T, lan segment.Segment, config keys) (netns.Wire, []byte) {
+	t.Helper()
+	if config["kind"] == segment.Macvtap {
+		netns.NeedDevices(t)
+	}
+	out := s.must(t, "ADD", config)
+	wire, err := s.speak(t, config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.host.inside(lan).AwaitCarrier(t, config["spoke"].(string))
+	return wire, out
+}
+
+// speak opens the pod's link or, with the numbers of the CDI file, the VM's tap.
+func (s sandbox) speak(t *testing.T, config keys) (netns.Wire, error) {
+	t.Helper()
+	if config["kind"] != segment.Macvtap {
+		s.AwaitCarrier(t, s.ifname)
+		return s.Open(t, s.ifname), nil
+	}
+	tap, err := s.tap(config)
+	if err != nil {
+		return nil, err
+	}
+	return netns.OpenTap(t, tap.Major, tap.Minor), nil
+}
+
+// tap is the device node that the runtime would make in the VM's container.
+type tap struct {
+	Path         string
+	Major, Minor uint32
+	UID, GID     uint32
+}
+
+func (s sandbox) tap(config keys) (tap, error) {
+	b, err := os.ReadFile(s.deviceFile(config))
+	if err != nil {
+		return tap{}, err
+	}
+	var spec struct {
+		Devices []struct {
+			ContainerEdits struct{ DeviceNodes []tap }
+		}
+	}
+	if err := json.Unmarshal(b, &spec); err != nil || len(spec.Devices) != 1 || len(spec.Devices[0].ContainerEdits.DeviceNodes) != 1 {
+		return tap{}, fmt.Errorf("CDI file %s: %w", b, err)
+	}
+	return spec.Devices[0].ContainerEdits.DeviceNodes[0], nil
+}
+
+func (s sandbox) deviceFile(config keys) string {
+	return filepath.Join(s.host.CDI, fmt.Sprintf("macvtap.k8slan.io-spoke_%s_%s.json", config["spoke"], segment.ClaimID(s.id, s.ifname)))
+}
+
+// devices are the CDI devices on the node.
+func (h host) devices(t *testing.T) []cdi.Device {
+	t.Helper()
+	devices, err := cdi.List(h.CDI)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return devices
+}
+
+// links is what a segment's links are, but for the VXLAN, which stays up until the daemon sees that nobody needs it.
+func (h host) links(t *testing.T, s segment.Segment) string {
+	t.Helper()
+	have := h.observe(t, s)
+	have.Links = slices.DeleteFunc(have.Links, func(l segment.Link) bool { return l.Type == "vxlan" })
+	return describe(have)
+}
+
+// plugged is one node with a LAN of two spokes.
+func plugged(t *testing.T) (host, segment.Segment) {
+	t.Helper()
+	h := join(t, netns.NewUnderlay(t, underlayMTU), "worker1")
+	s := h.here(t, lan("lab", 222, "srl", "vm"))
+	h.build(t, s)
+	return h, s
+}
+
+func TestPluginAttachesPodsAndVMs(t *testing.T) {
+	h, s := plugged(t)
+	empty := h.links(t, s)
+	podNetwork, vmNetwork := network(s, "srl", segment.Veth, nil), network(s, "vm", segment.Macvtap, nil)
+	pod, vm := h.sandbox(t), h.sandbox(t)
+	vm.ifname = "pod37a8eec1ce1" // as KubeVirt calls it
+	podWire, podResult := pod.add(t, s, podNetwork)
+	vmWire, vmResult := vm.add(t, s, vmNetwork)
+
+	for _, a := range []struct {
+		sandbox
+		config keys
+		out    []byte
+		spoke  string
+	}{{pod, podNetwork, podResult, "srl"}, {vm, vmNetwork, vmResult, "vm"}} {
+		var result current.Result
+		if err := json.Unmarshal(a.out, &result); err != nil || len(result.Interfaces) != 2 {
+			t.Fatalf("result %s: %v", a.out, err)
+		}
+		want := current.Interface{Name: a.ifname, Mac: segment.MAC(s.LAN, a.spoke).String(), Mtu: lanMTU, Sandbox: a.Path}
+		if *result.Interfaces[1] != want {
+			t.Errorf("result says %+v, want %+v", *result.Interfaces[1], want)
+		}
+		expectLink(t, a.Namespace, a.ifname, want.Mac, lanMTU)
+		a.must(t, "CHECK", with(a.config, keys{"prevResult": json.RawMessage(a.out)}))
+	}
+	tap, err := vm.tap(vmNetwork)
+	if err != nil {
+		t.Fatal(err)
+	}
+	link, err := vm.Netlink(t).LinkByName(vm.ifname)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := fmt.Sprintf("/dev/tap%d", link.Attrs().Index); tap.Path != want || tap.UID != 107 || tap.GID != 107 {
+		t.Errorf("tap %+v, want %s of 107:107", tap, want)
+	}
+	crosses(t, podWire, vmWire, frames.Stream(nil, segment.MAC(s.LAN, "srl"), 1, 1))
+	crosses(t, vmWire, podWire, frames.Stream(nil, segment.MAC(s.LAN, "vm"), 1, 2))
+	if links := h.Links(t); !slices.Equal(links, []string{netns.UnderlayDevice}) {
+		t.Errorf("the node's own namespace has %v", links)
+	}
+
+	for _, a := range []struct {
+		sandbox
+		config keys
+	}{{pod, podNetwork}, {vm, vmNetwork}} {
+		for range 3 {
+			a.must(t, "DEL", a.config)
+		}
+		a.Path = ""
+		a.must(t, "DEL", a.config)
+		a.Path = "/run/gone"
+		a.must(t, "DEL", a.config)
+	}
+	if links := h.links(t, s); links != empty {
+		t.Errorf("left:\n%s\nwant\n%s", links, empty)
+	}
+	if devices := h.devices(t); len(devices) != 0 {
+		t.Errorf("left: %v", devices)
+	}
+}
+
+func with(config, add keys) keys {
+	config = maps.Clone(config)
+	maps.Copy(config, add)
+	return config
+}
+
+func TestPluginGivesTheMACMTUAndOwnerThatAreAskedFor(t *testing.T) {
+	h, s := plugged(t)
+	const mac = "02:00:5e:00:53:01"
+	for _, kind := range []segment.Kind{segment.Veth, segment.Macvtap} {
+		config := network(s, "srl", kind, keys{
+			"runtimeConfig": keys{"mac": mac}, "args": keys{"cni": keys{"mtu": 1280}}, "owner": 1000, "group": 1001, "promiscMode": true,
+		})
+		pod := h.sandbox(t)
+		pod.must(t, "ADD", config)
+		expectLink(t, pod.Namespace, ifname, mac, 1280)
+		link, err := pod.Netlink(t).LinkByName(ifname)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if link.Attrs().Promisc == 0 {
+			t.Errorf("%s: not promiscuous", kind)
+		}
+		if kind == segment.Macvtap {
+			if tap, err := pod.tap(config); err != nil || tap.UID != 1000 || tap.GID != 1001 {
+				t.Errorf("tap %+v, %v", tap, err)
+			}
+		}
+		pod.must(t, "DEL", config)
+	}
+}
+
+func TestPluginLeavesAnInterfaceOfThatNameAlone(t *testing.T) {
+	h, s := plugged(t)
+	pod := h.sandbox(t)
+	pod.must(t, "ADD", network(s, "srl", segment.Veth, nil))
+	before := h.links(t, s)
+	for _, kind := range []segment.Kind{segment.Veth, segment.Macvtap} {
+		pod.refused(t, "ADD", network(s, "vm", kind, nil), cni.CodeNameTaken, `already has an interface "net1"`)
+	}
+	if after := h.links(t, s); after != before {
+		t.Errorf("changed\n%s\ninto\n%s", before, after)
+	}
+	if devices := h.devices(t); len(devices) != 1 {
+		t.Errorf("CDI devices %v", devices)
+	}
+}
+
+func TestPluginRefusesAPodWithoutItsNetns(t *testing.T) {
+	h, s := plugged(t)
+	before := h.links(t, s)
+	pod := h.sandbox(t)
+	pod.Path = "/run/gone"
+	for _, kind := range []segment.Kind{segment.Veth, segment.Macvtap} {
+		pod.refused(t, "ADD", network(s, "srl", kind, nil), types.ErrInvalidNetNS, "the pod's network namespace")
+	}
+	if after := h.links(t, s); after != before {
+		t.Errorf("changed\n%s\ninto\n%s", before, after)
+	}
+}
+
+func TestPluginLetsASuccessorTakeOver(t *testing.T) {
+	for _, old := range []segment.Kind{segment.Veth, segment.Macvtap} {
+		for _, successor := range []segment.Kind{segment.Veth, segment.Macvtap} {
+			t.Run(fmt.Sprintf("%s to %s", old, successor), func(t *testing.T) {
+				h, s := plugged(t)
+				other := h.attach(t, s, "vm", segment.Veth)
+				dying, dyingNetwork := h.sandbox(t), network(s, "srl", old, nil)
+				dyingWire, _ := dying.add(t, s, dyingNetwork)
+				crosses(t, dyingWire, other, frames.Stream(nil, segment.MAC(s.LAN, "srl"), 1, 1))
+				young, youngNetwork := h.sandbox(t), network(s, "srl", successor, nil)
+				wire, out := young.add(t, s, youngNetwork)
+				if links := dying.Links(t); len(links) != 0 {
+					t.Errorf("the old pod still has %v", links)
+				}
+				if devices := h.devices(t); len(devices) != 1 || devices[0].ClaimID != segment.ClaimID(young.id, ifname) {
+					t.Errorf("CDI devices %v", devices)
+				}
+				for range 2 { // before and after the old pod's DEL
+					young.must(t, "CHECK", with(youngNetwork, keys{"prevResult": json.RawMessage(out)}))
+					crosses(t, wire, other, frames.Stream(nil, segment.MAC(s.LAN, "srl"), 1, 2))
+					crosses(t, other, wire, frames.Stream(nil, other.MAC, 1, 3))
+					dying.must(t, "DEL", dyingNetwork)
+				}
+				if devices := h.devices(t); len(devices) != 1 {
+					t.Errorf("CDI devices %v", devices)
+				}
+			})
+		}
+	}
+}
+
+func TestPluginCHECKFindsWhatSomebodyChanged(t *testing.T) {
+	h, s := plugged(t)
+	for _, kind := range []segment.Kind{segment.Veth, segment.Macvtap} {
+		for _, c := range []struct {
+			name   string
+			change func(t *testing.T, pod sandbox) error
+			want   string
+		}{
+			{"address", func(t *testing.T, pod sandbox) error {
+				return pod.change(t, "address", "02:00:5e:00:53:01")
+			}, "has the address 02:00:5e:00:53:01"},
+			{"MTU", func(t *testing.T, pod sandbox) error { return pod.change(t, "mtu", "1000") }, "has the MTU 1000"},
+			{"down", func(t *testing.T, pod sandbox) error { return pod.change(t, "down") }, "is down"},
+			{"gone", func(t *testing.T, pod sandbox) error {
+				link, err := pod.Netlink(t).LinkByName(ifname)
+				if err != nil {
+					return err
+				}
+				return pod.Netlink(t).LinkDel(link)
+			}, ""},
+		} {
+			t.Run(fmt.Sprintf("%s %s", kind, c.name), func(t *testing.T) {
+				pod, config := h.sandbox(t), network(s, "srl", kind, nil)
+				out := pod.must(t, "ADD", config)
+				check := with(config, keys{"prevResult": json.RawMessage(out)})
+				pod.must(t, "CHECK", check)
+				if err := c.change(t, pod); err != nil {
+					t.Fatal(err)
+				}
+				pod.refused(t, "CHECK", check, cni.CodeChanged, c.want)
+				pod.must(t, "DEL", config)
+			})
+		}
+	}
+}
+
+// change changes the pod's link.
+func (s sandbox) change(t *testing.T, what string, to ...string) error {
+	t.Helper()
+	h := s.Netlink(t)
+	link, err := h.LinkByName(s.ifname)
+	if err != nil {
+		return err
+	}
+	switch what {
+	case "address":
+		mac, err := net.ParseMAC(to[0])
+		if err != nil {
+			return err
+		}
+		return h.LinkSetHardwareAddr(link, mac)
+	case "mtu":
+		return h.LinkSetMTU(link, 1000)
+	default:
+		return h.LinkSetDown(link)
+	}
+}
+
+func TestPluginGCAndSTATUS(t *testing.T) {
+	h, s := plugged(t)
+	empty := h.links(t, s)
+	stays, goes := h.sandbox(t), h.sandbox(t)
+	srl, vm := network(s, "srl", segment.Veth, nil), network(s, "vm", segment.Macvtap, nil)
+	stays.must(t, "ADD", srl)
+	goes.must(t, "ADD", vm)
+	stays.must(t, "STATUS", srl)
+	valid := keys{"cni.dev/valid-attachments": []keys{{"containerID": stays.id, "ifname": ifname}}}
+	stays.must(t, "GC", with(srl, valid))
+	goes.must(t, "GC", with(vm, valid))
+	if devices := h.devices(t); len(devices) != 1 || devices[0].Spoke != "srl" {
+		t.Errorf("CDI devices %v", devices)
+	}
+	stays.must(t, "DEL", srl)
+	if links := h.links(t, s); links != empty {
+		t.Errorf("left:\n%s\nwant\n%s", links, empty)
+	}
+	absent := lan("absent", 9, "srl")
+	stays.refused(t, "STATUS", network(absent, "srl", segment.Veth, nil), types.ErrPluginNotAvailable, "is not on this node")
+	stays.refused(t, "ADD", network(absent, "srl", segment.Veth, nil), types.ErrTryAgainLater, "is not on this node")
+}
+
+func TestPluginBuildsAStandingPairThatIsMissing(t *testing.T) {
+	h, s := plugged(t)
+	other := h.attach(t, s, "vm", segment.Veth)
+	for _, kind := range []segment.Kind{segment.Veth, segment.Macvtap} {
+		inside := h.inside(s).Netlink(t)
+		plug, err := inside.LinkByName(segment.PlugName("srl"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := inside.LinkDel(plug); err != nil {
+			t.Fatal(err)
+		}
+		pod, config := h.sandbox(t), network(s, "srl", kind, nil)
+		wire, _ := pod.add(t, s, config)
+		crosses(t, wire, other, frames.Stream(nil, segment.MAC(s.LAN, "srl"), 1, 1))
+		pod.must(t, "DEL", config)
+	}
+}
+
+// installIPAM puts an IPAM plugin on the node that gives these addresses and does not mind who has them already.
+func (h host) installIPAM(t *testing.T, addresses ...string) keys {
+	t.Helper()
+	var ips []keys
+	for _, a := range addresses {
+		ips = append(ips, keys{"address": a})
+	}
+	answer, err := json.Marshal(keys{"cniVersion": "1.1.0", "ips": ips, "routes": []keys{{"dst": "198.51.100.0/24", "gw": "192.0.2.254"}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.MkdirAll(h.Run, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	script := fmt.Sprintf("#!/bin/sh\nif [ $CNI_COMMAND = ADD ]; then echo '%s'; fi\n", answer)
+	if err := os.WriteFile(filepath.Join(h.Run, "fixed"), []byte(script), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	return keys{"ipam": keys{"type": "fixed"}}
+}
+
+func TestPluginGivesAddressesThatCanBeUsedAtOnce(t *testing.T) {
+	h, s := plugged(t)
+	empty := h.links(t, s)
+	pod := h.sandbox(t)
+	config := network(s, "srl", segment.Veth, h.installIPAM(t, "192.0.2.1/24", "2001:db8::1/64"))
+	out := pod.must(t, "ADD", config)
+	if err := pod.Do(func() error {
+		for _, address := range []string{"192.0.2.1", "2001:db8::1"} {
+			l, err := net.Listen("tcp", net.JoinHostPort(address, "0"))
+			if err != nil {
+				return err
+			}
+			l.Close()
+		}
+		return nil
+	}); err != nil {
+		t.Errorf("the pod cannot listen on its address: %v", err)
+	}
+	routes, err := pod.Netlink(t).RouteGet(net.ParseIP("198.51.100.7"))
+	if err != nil || len(routes) == 0 || routes[0].Gw.String() != "192.0.2.254" {
+		t.Errorf("route %v, %v", routes, err)
+	}
+	check := with(config, keys{"prevResult": json.RawMessage(out)})
+	pod.must(t, "CHECK", check)
+
+	t.Run("of which none may be in use in the LAN", func(t *testing.T) {
+		before := h.links(t, s)
+		second := h.sandbox(t)
+		second.refused(t, "ADD", network(s, "vm", segment.Veth, keys{"ipam": config["ipam"]}), cni.CodeAttach, "2001:db8::1 is in use in the LAN")
+		if links := second.Links(t); len(links) != 0 {
+			t.Errorf("the second pod has %v", links)
+		}
+		if after := h.links(t, s); after != before {
+			t.Errorf("left:\n%s\nwant\n%s", after, before)
+		}
+	})
+
+	link, err := pod.Netlink(t).LinkByName(ifname)
+	if err != nil {
+		t.Fatal(err)
+	}
+	addrs, err := pod.Netlink(t).AddrList(link, unix.AF_INET)
+	if err != nil || len(addrs) != 1 {
+		t.Fatalf("addresses %v, %v", addrs, err)
+	}
+	if err := pod.Netlink(t).AddrDel(link, &addrs[0]); err != nil {
+		t.Fatal(err)
+	}
+	pod.refused(t, "CHECK", check, cni.CodeChanged, "has lost its address 192.0.2.1/24")
+	pod.must(t, "DEL", config)
+	if after := h.links(t, s); after != empty {
+		t.Errorf("left:\n%s\nwant\n%s", after, empty)
+	}
+}
+
+func TestPluginAttaches64AtOnceWhere1000SpokesAreOnOffer(t *testing.T) {
+	netns.NeedDevices(t)
+	const attachments, spokes = 64, 500
+	h := join(t, netns.NewUnderlay(t, underlayMTU), "worker1")
+	var lans []segment.Segment
+	for i, name := range []string{"one", "two"} {
+		s := lan(name, uint32(100+i))
+		for n := range spokes {
+			s.Spokes = append(s.Spokes, fmt.Sprintf("%s-%d", name, n))
+		}
+		lans = append(lans, h.here(t, s))
+		h.build(t, lans[i])
+	}
+	// Every second of a LAN's attachments is a VM; the spokes lie all over the LAN.
+	var pods []sandbox
+	var configs []keys
+	for i := range attachments {
+		s := lans[i%2]
+		kind := []segment.Kind{segment.Macvtap, segment.Veth}[i/2%2]
+		pods = append(pods, h.sandbox(t))
+		configs = append(configs, network(s, s.Spokes[i*spokes/attachments], kind, nil))
+	}
+	if _, err := pluginBinary(); err != nil {
+		t.Fatal(err)
+	}
+	errs := make([]error, attachments)
+	var all sync.WaitGroup
+	for i := range attachments {
+		all.Go(func() { _, errs[i] = pods[i].call("ADD", configs[i]) })
+	}
+	all.Wait()
+	if err := errors.Join(errs...); err != nil {
+		t.Fatal(err)
+	}
+
+	taps, paths := map[[2]uint32]bool{}, map[string]bool{}
+	wires := make([]netns.Wire, attachments)
+	for i, pod := range pods {
+		wire, err := pod.speak(t, configs[i])
+		if err != nil {
+			t.Fatal(err)
+		}
+		wires[i] = wire
+		h.inside(lans[i%2]).AwaitCarrier(t, configs[i]["spoke"].(string))
+		if configs[i]["kind"] == segment.Macvtap {
+			tap, err := pod.tap(configs[i])
+			if err != nil {
+				t.Fatal(err)
+			}
+			taps[[2]uint32{tap.Major, tap.Minor}], paths[tap.Path] = true, true
+		}
+	}
+	if len(taps) != attachments/2 || len(paths) != attachments/2 {
+		t.Errorf("%d VMs have %d taps of %d names", attachments/2, len(taps), len(paths))
+	}
+	for i, wire := range wires {
+		next := (i + 2) % attachments // of the same LAN
+		s := lans[i%2]
+		src := segment.MAC(s.LAN, configs[i]["spoke"].(string))
+		dst := segment.MAC(s.LAN, configs[next]["spoke"].(string))
+		frame := frames.Stream(dst, src, 1, uint64(i))
+		if err := wire.Send(frame); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := netns.Await(wires[next], patience, func(got []byte) bool { return bytes.Equal(got, frame) }); err != nil {
+			t.Fatalf("%s to %s: %v", configs[i]["spoke"], configs[next]["spoke"], err)
+		}
+	}
+
+	for i := range attachments {
+		all.Go(func() { _, errs[i] = pods[i].call("DEL", configs[i]) })
+	}
+	all.Wait()
+	if err := errors.Join(errs...); err != nil {
+		t.Fatal(err)
+	}
+	for _, s := range lans {
+		if claims := h.observe(t, s).Claims(); len(claims) != 0 {
+			t.Errorf("left: %v", claims)
+		}
+	}
+	if devices := h.devices(t); len(devices) != 0 {
+		t.Errorf("left: %v", devices)
+	}
+}

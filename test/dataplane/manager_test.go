@@ -1,0 +1,135 @@
+package dataplane
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/k8slan/k8slan/lanmgr"
+	"github.com/k8slan/k8slan/lanmgr/kernel"
+	"github.com/k8slan/k8slan/lanmgr/segment"
+)
+
+// managed is a node with the daemon's manager at work.
+type managed struct {
+	host
+	*lanmgr.Manager
+	stop func()
+}
+
+// manage starts the daemon's manager on the node, as a new process would: with a kernel of its own. It ends with the
+// test, or earlier by stop.
+func (h host) manage(t *testing.T) managed {
+	t.Helper()
+	k := kernel.New(kernel.Paths{Run: h.Run, HostNetns: h.Path})
+	log := slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelWarn}))
+	m := managed{host: h, Manager: lanmgr.New(k, h.CDI, log)}
+	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
+	var running sync.WaitGroup
+	for what, run := range map[string]func() error{
+		"manager": func() error { return m.Run(ctx) },
+		"watch":   func() error { return k.Watch(ctx, m.Poke) },
+	} {
+		running.Go(func() {
+			if err := run(); err != nil && !errors.Is(err, context.Canceled) {
+				t.Errorf("%s of %s: %v", what, h.Name, err)
+			}
+		})
+	}
+	m.stop = sync.OnceFunc(func() {
+		cancel()
+		running.Wait()
+		k.Close()
+	})
+	t.Cleanup(m.stop)
+	return m
+}
+
+// runs sets what the node should have and returns when it has all of it.
+func (m managed) runs(t *testing.T, want ...segment.Segment) {
+	t.Helper()
+	m.Set(want)
+	m.awaitReports(t, "what is wanted to be built", func(reports []lanmgr.Report) bool {
+		return len(reports) == len(want) && !slices.ContainsFunc(reports, func(r lanmgr.Report) bool {
+			return !r.Built || r.Leaving || !slices.ContainsFunc(want, r.Segment.Equal)
+		})
+	})
+}
+
+// awaitReports returns when the manager's reports fit.
+func (m managed) awaitReports(t *testing.T, what string, fit func([]lanmgr.Report) bool) {
+	t.Helper()
+	deadline := time.After(2 * patience)
+	for !fit(m.Reports()) {
+		select {
+		case <-m.Changed():
+		case <-deadline:
+			t.Fatalf("waited for %s on %s; reports are %+v", what, m.Name, m.Reports())
+		}
+	}
+}
+
+// awaitState returns when the segment on the node fits, and how long that took. Not every change has an event of its
+// own, so it looks again and again.
+func (h host) awaitState(t *testing.T, s segment.Segment, what string, fits func(segment.State) bool) time.Duration {
+	t.Helper()
+	began := time.Now()
+	again := time.NewTicker(2 * time.Millisecond)
+	defer again.Stop()
+	for {
+		have, err := h.kernel.Observe(t.Context(), s.Netns)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if fits(have) {
+			return time.Since(began)
+		}
+		if time.Since(began) > 2*patience {
+			t.Fatalf("waited for %s on %s; %s is\n%s", what, h.Name, s.Netns, describe(have))
+		}
+		<-again.C
+	}
+}
+
+func (h host) observe(t *testing.T, s segment.Segment) segment.State {
+	t.Helper()
+	have, err := h.kernel.Observe(t.Context(), s.Netns)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return have
+}
+
+// describe writes a segment's state as text that is the same for two segments that do the same: links by their names
+// instead of their numbers, and without what is somebody else's.
+func describe(s segment.State) string {
+	names := map[int]string{}
+	for _, l := range s.Links {
+		names[l.Index] = l.Name
+	}
+	lines := []string{fmt.Sprintf("netns %s exists=%t silent=%t", s.Netns, s.Exists, s.Silent)}
+	if s.Record != nil {
+		lines = append(lines, fmt.Sprintf("record %s spokes=%v", s.Record.LAN, s.Record.Spokes))
+	}
+	for _, l := range s.Links {
+		slices.Sort(l.AltNames)
+		lines = append(lines, fmt.Sprintf("%s %s %v mac=%s mtu=%d up=%t master=%s mask=%#x %+v %+v %s",
+			l.Type, l.Name, l.AltNames, mac(l), l.MTU, l.Up, names[l.Master], l.ForwardMask, l.Bridge, l.VXLAN, l.Alias))
+	}
+	slices.Sort(lines[1:])
+	return strings.Join(lines, "\n")
+}
+
+// mac is the address of a link that others see; those of bridges, ports and VXLANs are random.
+func mac(l segment.Link) string {
+	if strings.HasSuffix(l.Name, "_p") {
+		return l.MAC.String()
+	}
+	return "any"
+}

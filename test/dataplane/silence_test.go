@@ -1,0 +1,172 @@
+package dataplane
+
+import (
+	"context"
+	"encoding/binary"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/k8slan/k8slan/lanmgr/segment"
+	"github.com/k8slan/k8slan/test/frames"
+	"github.com/k8slan/k8slan/test/netns"
+)
+
+// window is how long silence is listened to: longer than what IPv6, bridges and VXLANs say by themselves when they are
+// new (router solicitations at 0, 4 and 8 s, MLD reports within 1 s, DAD within 2 s).
+const window = 4500 * time.Millisecond
+
+func TestLANSaysNothingByItself(t *testing.T) {
+	a, b := hosts(t)
+	idle, waiting := lan("idle", 51, "nobody", "listener"), lan("waiting", 52, "vm", "listener")
+	listeners := map[string]netns.Wire{}
+	for _, s := range []segment.Segment{idle, waiting} {
+		b.build(t, b.here(t, s))
+		listeners["pod of LAN "+s.LAN.Name] = b.attach(t, s, "listener", segment.Veth)
+	}
+	cables := map[string]netns.Wire{a.Name: a.underlay.Open(t, a.Port()), b.Name: b.underlay.Open(t, b.Port())}
+
+	// From here on everything is listened to: the segments are built on the first node, and a VM is attached whose QEMU
+	// doesn't run yet.
+	a.build(t, a.here(t, idle))
+	listeners["plug of LAN idle"] = a.inside(idle).Open(t, segment.PlugName("nobody"))
+	a.build(t, a.here(t, waiting))
+	vm := a.claim(t, waiting, "vm", segment.Macvtap)
+
+	ctx, cancel := context.WithTimeout(t.Context(), window)
+	defer cancel()
+	var listening sync.WaitGroup
+	for name, w := range listeners {
+		listening.Go(func() {
+			if err := hush(ctx, w, anything); err != nil {
+				t.Errorf("%s: %v", name, err)
+			}
+		})
+	}
+	for name, w := range cables {
+		listening.Go(func() {
+			if err := hush(ctx, w, isVXLAN); err != nil {
+				t.Errorf("underlay of %s: %v", name, err)
+			}
+		})
+	}
+	listening.Wait()
+
+	// The same ears hear what they should, and it is the guest's first frame.
+	vm.speak(t, a.inside(waiting))
+	first := frames.Stream(nil, vm.MAC, 1, 0)
+	crosses(t, vm, listeners["pod of LAN waiting"], first)
+	if _, err := netns.Await(cables[a.Name], patience, isVXLAN); err != nil {
+		t.Errorf("underlay of %s after the guest spoke: %v", a.Name, err)
+	}
+}
+
+// isVXLAN says whether a frame on the underlay is a VXLAN packet over IPv6.
+func isVXLAN(frame []byte) bool {
+	const ipv6, udp = 14, 14 + 40
+	return len(frame) > udp+8 && binary.BigEndian.Uint16(frame[12:]) == 0x86dd && frame[ipv6+6] == 17 &&
+		binary.BigEndian.Uint16(frame[udp+2:]) == 4789
+}
+
+func TestNodesOwnNamespaceShowsNoLinkOfOurs(t *testing.T) {
+	a, _ := hosts(t)
+	m := a.manage(t)
+	s := a.here(t, lan("hidden", 53, "pod", "vm"))
+	m.runs(t, s)
+	want := []string{netns.UnderlayDevice}
+	if got := a.Links(t); !slices.Equal(got, want) {
+		t.Errorf("with a LAN the node has %v, want %v", got, want)
+	}
+	pod := a.attach(t, s, "pod", segment.Veth)
+	if got := a.Links(t); !slices.Equal(got, want) {
+		t.Errorf("with a pod attached the node has %v, want %v", got, want)
+	}
+	a.release(t, pod)
+	m.Set(nil)
+	a.awaitState(t, s, "nothing", func(have segment.State) bool { return !have.Exists && have.Record == nil })
+	if got := a.Links(t); !slices.Equal(got, want) {
+		t.Errorf("after the LAN the node has %v, want %v", got, want)
+	}
+}
+
+// A VXLAN that is up joins its group, and then every node gets every LAN's broadcast.
+func TestVXLANIsUpOnlyWhileASpokeIsClaimed(t *testing.T) {
+	a, _ := hosts(t)
+	m := a.manage(t)
+	s := a.here(t, lan("quiet", 54, "one", "two", "vm"))
+	m.runs(t, s)
+	expect := func(when string, up bool) {
+		t.Helper()
+		a.awaitState(t, s, "the VXLAN to be right "+when, func(have segment.State) bool {
+			l, ok := have.Link(s.VXLAN.Name)
+			return ok && l.Up == up
+		})
+		if joined := a.hasJoined(t); joined != up {
+			t.Errorf("%s the node is in the group: %t, want %t", when, joined, up)
+		}
+	}
+	expect("while nothing is claimed", false)
+	one := a.claim(t, s, "one", segment.Veth)
+	if l, _ := a.observe(t, s).Link(s.VXLAN.Name); !l.Up {
+		t.Error("the VXLAN is still down when the first claim returns")
+	}
+	two := a.claim(t, s, "two", segment.Veth)
+	a.release(t, one)
+	m.runs(t, s)
+	expect("after the first of two releases", true)
+	a.release(t, two)
+	expect("after the last release", false)
+	vm := a.claim(t, s, "vm", segment.Macvtap)
+	expect("while a VM is attached", true)
+	a.release(t, vm)
+	expect("after the VM's release", false)
+}
+
+// hasJoined says whether the node listens to the LANs' group on its underlay device.
+func (h host) hasJoined(t *testing.T) bool {
+	t.Helper()
+	for line := range strings.Lines(h.read(t, "/proc/thread-self/net/igmp6")) {
+		f := strings.Fields(line)
+		if f[1] == netns.UnderlayDevice && f[2] == "ff020000000000000000000000000014" {
+			return true
+		}
+	}
+	return false
+}
+
+func TestLANIsTransparentByItsSettings(t *testing.T) {
+	a, _ := hosts(t)
+	s := a.here(t, lan("clear", 55, "pod", "vm"))
+	a.build(t, s)
+	pod := a.claim(t, s, "pod", segment.Veth)
+	inside := a.inside(s)
+	for name, want := range map[string]string{
+		"net/ipv6/conf/all/disable_ipv6":              "1",
+		"net/ipv6/conf/default/disable_ipv6":          "1",
+		"net/ipv6/conf/" + s.Bridge + "/disable_ipv6": "1",
+		"net/bridge/bridge-nf-call-iptables":          "0",
+		"net/bridge/bridge-nf-call-ip6tables":         "0",
+		"net/bridge/bridge-nf-call-arptables":         "0",
+	} {
+		if strings.HasPrefix(name, "net/bridge/") && !exists("/proc/sys/"+name) {
+			continue // without br_netfilter there is nothing to switch off
+		}
+		if got := inside.ReadSysctl(t, name); got != want {
+			t.Errorf("%s is %s, want %s", name, got, want)
+		}
+	}
+	bridge := inside.Sysfs(t) + "/class/net/" + s.Bridge
+	if got := read(t, bridge+"/bridge/multicast_snooping"); got != "0" {
+		t.Errorf("multicast snooping is %s, want 0", got)
+	}
+	if got := read(t, bridge+"/bridge/stp_state"); got != "0" {
+		t.Errorf("STP is %s, want 0", got)
+	}
+	for _, port := range []string{segment.PortName("pod"), segment.PortName("vm"), s.VXLAN.Name, pod.HostInterface} {
+		if got := read(t, bridge+"/brif/"+port+"/group_fwd_mask"); got != "0xfffd" {
+			t.Errorf("group_fwd_mask of %s is %s, want 0xfffd", port, got)
+		}
+	}
+}
