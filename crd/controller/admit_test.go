@@ -1,0 +1,303 @@
+package controller
+
+import (
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"k8s.io/apimachinery/pkg/api/equality"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+
+	"github.com/k8slan/k8slan/crd/v1beta1"
+)
+
+var epoch = metav1.NewTime(time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC))
+
+// lan is default/<name>, created that many seconds after the epoch, with UID uid-<name>.
+func lan(name string, second int, vni int32, spokes ...string) v1beta1.LAN {
+	return v1beta1.LAN{
+		ObjectMeta: metav1.ObjectMeta{
+			Namespace: "default", Name: name, UID: types.UID("uid-" + name), Generation: 1,
+			CreationTimestamp: metav1.NewTime(epoch.Add(time.Duration(second) * time.Second)),
+		},
+		Spec: v1beta1.LANSpec{VNI: vni, Spokes: spokes},
+	}
+}
+
+// with changes a copy of a LAN.
+func with(l v1beta1.LAN, changes ...func(*v1beta1.LAN)) v1beta1.LAN {
+	l = *l.DeepCopy()
+	for _, change := range changes {
+		change(&l)
+	}
+	return l
+}
+
+func ns(name string) func(*v1beta1.LAN)    { return func(l *v1beta1.LAN) { l.Spec.NS = name } }
+func port(port int32) func(*v1beta1.LAN)   { return func(l *v1beta1.LAN) { l.Spec.VXLANPort = port } }
+func uid(uid types.UID) func(*v1beta1.LAN) { return func(l *v1beta1.LAN) { l.UID = uid } }
+
+// holding makes the LAN hold what its spec asks for, with these spokes.
+func holding(spokes ...string) func(*v1beta1.LAN) {
+	return func(l *v1beta1.LAN) {
+		e := l.Effective()
+		l.Status.Holds = &v1beta1.Holding{NS: e.NS, VNI: e.VNI, Port: e.VXLANPort, Spokes: spokes}
+	}
+}
+
+// answer is a verdict in one line.
+func answer(v verdict) string {
+	if v.Holds == nil {
+		return v.Clash
+	}
+	words := []string{"holds " + strings.Join(v.Holds.Spokes, ",")}
+	for _, spoke := range slices.Sorted(maps.Keys(v.Refused)) {
+		words = append(words, v.Refused[spoke])
+	}
+	return strings.Join(words, "; ")
+}
+
+func TestWhoHoldsKeepsAndWhoCameFirstGets(t *testing.T) {
+	for _, test := range []struct {
+		name string
+		lans []v1beta1.LAN
+		pods []attached
+		want map[string]string
+	}{
+		{
+			"two LANs that share nothing hold all they ask for",
+			[]v1beta1.LAN{lan("a", 0, 1, "srl", "vm"), lan("b", 1, 2, "x")}, nil,
+			map[string]string{"a": "holds srl,vm", "b": "holds x"},
+		},
+		{
+			"of two new LANs with one VNI the older gets it",
+			[]v1beta1.LAN{lan("young", 1, 222, "x"), lan("lab", 0, 222, "y")}, nil,
+			map[string]string{"lab": "holds y", "young": "vni 222 is default/lab's"},
+		},
+		{
+			"of two created in the same second the smaller UID gets it",
+			[]v1beta1.LAN{lan("b", 0, 222, "x"), lan("a", 0, 222, "y")}, nil,
+			map[string]string{"a": "holds y", "b": "vni 222 is default/a's"},
+		},
+		{
+			"a holder keeps its VNI against an older LAN",
+			[]v1beta1.LAN{lan("old", 0, 222, "x"), with(lan("holder", 9, 222, "y"), holding("y"))}, nil,
+			map[string]string{"holder": "holds y", "old": "vni 222 is default/holder's"},
+		},
+		{
+			"one VNI on two ports is two claims",
+			[]v1beta1.LAN{lan("a", 0, 222, "x"), with(lan("b", 1, 222, "y"), port(4790))}, nil,
+			map[string]string{"a": "holds x", "b": "holds y"},
+		},
+		{
+			"an unusual port is named",
+			[]v1beta1.LAN{with(lan("a", 0, 222, "x"), port(4790)), with(lan("b", 1, 222, "y"), port(4790))}, nil,
+			map[string]string{"a": "holds x", "b": "vni 222 on port 4790 is default/a's"},
+		},
+		{
+			"the default port clashes with itself written out",
+			[]v1beta1.LAN{lan("a", 0, 222, "x"), with(lan("b", 1, 222, "y"), port(4789))}, nil,
+			map[string]string{"a": "holds x", "b": "vni 222 is default/a's"},
+		},
+		{
+			"a given ns clashes with a derived one",
+			[]v1beta1.LAN{lan("a", 0, 1, "x"), with(lan("b", 1, 2, "y"), ns("default.a"))}, nil,
+			map[string]string{"a": "holds x", "b": "ns default.a is default/a's"},
+		},
+		{
+			"a clash over a spoke refuses that spoke alone",
+			[]v1beta1.LAN{lan("a", 0, 1, "srl", "vm"), lan("b", 1, 2, "srl", "host")}, nil,
+			map[string]string{"a": "holds srl,vm", "b": "holds host; spoke srl is default/a's"},
+		},
+		{
+			"a refused LAN holds no spoke back",
+			[]v1beta1.LAN{lan("a", 0, 1, "x"), lan("b", 1, 1, "srl"), lan("c", 2, 3, "srl")}, nil,
+			map[string]string{"a": "holds x", "b": "vni 1 is default/a's", "c": "holds srl"},
+		},
+		{
+			"a spoke that the holder no longer asks for is free",
+			[]v1beta1.LAN{with(lan("a", 0, 1, "x"), holding("srl", "x")), lan("b", 1, 2, "srl")}, nil,
+			map[string]string{"a": "holds x", "b": "holds srl"},
+		},
+		{
+			"a holder keeps its spoke against an older LAN that adds it",
+			[]v1beta1.LAN{with(lan("old", 0, 1, "x", "srl"), holding("x")), with(lan("b", 1, 2, "srl"), holding("srl"))}, nil,
+			map[string]string{"old": "holds x; spoke srl is default/b's", "b": "holds srl"},
+		},
+		{
+			"a holder that moves to a taken port is refused and its ns is free",
+			[]v1beta1.LAN{with(lan("a", 0, 1, "x"), holding("x"), port(4790)), with(lan("b", 1, 1, "y"), port(4790), holding("y"))}, nil,
+			map[string]string{"a": "vni 1 on port 4790 is default/b's", "b": "holds y"},
+		},
+		{
+			"a holder that moves to a free port keeps its ns against an older LAN",
+			[]v1beta1.LAN{with(lan("a", 1, 1, "x"), holding("x"), port(4790)), with(lan("old", 0, 2, "y"), ns("default.a"))}, nil,
+			map[string]string{"a": "holds x", "old": "ns default.a is default/a's"},
+		},
+		{
+			"an ns that pods of a deleted LAN hang on is not free",
+			[]v1beta1.LAN{with(lan("lab", 5, 1, "srl"), uid("new"))},
+			[]attached{{"old", "default/lab", "default.lab", "srl", "default/srl-1", "worker1"}},
+			map[string]string{"lab": "ns default.lab is still in use"},
+		},
+		{
+			"a spoke that a pod of another LAN hangs on is not free",
+			[]v1beta1.LAN{with(lan("a", 0, 1, "x"), holding("x")), lan("b", 1, 2, "srl", "y")},
+			[]attached{{"uid-a", "default/a", "default.a", "srl", "default/srl-1", "worker1"}},
+			map[string]string{"a": "holds x", "b": "holds y; spoke srl is still in use by default/srl-1 on worker1 (spoke srl of LAN default/a)"},
+		},
+		{
+			"a LAN's own pods do not stand in its way",
+			[]v1beta1.LAN{lan("a", 0, 1, "srl")},
+			[]attached{{"uid-a", "default/a", "default.a", "srl", "default/srl-1", "worker1"}},
+			map[string]string{"a": "holds srl"},
+		},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			have := map[string]string{}
+			for uid, v := range admit(test.lans, test.pods) {
+				for _, l := range test.lans {
+					if l.UID == uid {
+						have[l.Name] = answer(v)
+					}
+				}
+			}
+			if !maps.Equal(have, test.want) {
+				t.Errorf("\nhave %v\nwant %v", have, test.want)
+			}
+		})
+	}
+}
+
+// randomLANs are a few LANs that clash a lot; some hold what they ask for, some what they once asked for, some nothing.
+func randomLANs(r *rand.Rand) []v1beta1.LAN {
+	pick := func() string { return string(rune('a' + r.IntN(5))) }
+	lans := make([]v1beta1.LAN, 1+r.IntN(7))
+	for i := range lans {
+		spokes := map[string]bool{}
+		for range 1 + r.IntN(4) {
+			spokes[pick()] = true
+		}
+		lans[i] = with(lan(fmt.Sprintf("lan%d", i), r.IntN(3), int32(1+r.IntN(4)), slices.Sorted(maps.Keys(spokes))...),
+			uid(types.UID(fmt.Sprint(r.Uint64()))), port(int32(4789+r.IntN(2))))
+		if r.IntN(2) == 0 {
+			lans[i].Spec.NS = "ns-" + pick()
+		}
+		if r.IntN(2) == 0 {
+			holding(pick(), pick())(&lans[i])
+		}
+		if r.IntN(4) == 0 {
+			lans[i].Spec.VXLANPort = 4791
+		}
+	}
+	return lans
+}
+
+func holders(t *testing.T, lans []v1beta1.LAN, holds func(*v1beta1.LAN) *v1beta1.Holding) {
+	t.Helper()
+	held := map[string]string{}
+	claim := func(l *v1beta1.LAN, what string) {
+		if held[what] != "" {
+			t.Fatalf("%s is held by %s and by %s", what, held[what], l.Name)
+		}
+		held[what] = l.Name
+	}
+	for i := range lans {
+		h := holds(&lans[i])
+		if h == nil {
+			continue
+		}
+		claim(&lans[i], "ns "+h.NS)
+		claim(&lans[i], fmt.Sprintf("vni %d port %d", h.VNI, h.Port))
+		for _, spoke := range h.Spokes {
+			claim(&lans[i], "spoke "+spoke)
+		}
+	}
+}
+
+func TestAdmissionNeverHasTwoHoldersAndSettlesAtOnce(t *testing.T) {
+	r := rand.New(rand.NewPCG(1, 2))
+	for range 20000 {
+		lans := randomLANs(r)
+		verdicts := admit(lans, nil)
+		holders(t, lans, func(l *v1beta1.LAN) *v1beta1.Holding { return verdicts[l.UID].Holds })
+
+		shuffled := slices.Clone(lans)
+		r.Shuffle(len(shuffled), func(i, j int) { shuffled[i], shuffled[j] = shuffled[j], shuffled[i] })
+		if again := admit(shuffled, nil); !equality.Semantic.DeepEqual(verdicts, again) {
+			t.Fatalf("the order in which LANs are listed matters:\n%v\n%v", verdicts, again)
+		}
+
+		for i := range lans {
+			lans[i].Status.Holds = verdicts[lans[i].UID].Holds
+		}
+		if again := admit(lans, nil); !equality.Semantic.DeepEqual(verdicts, again) {
+			t.Fatalf("a second run decides otherwise:\n%v\n%v", verdicts, again)
+		}
+	}
+}
+
+func TestEveryClaimIsHeldBySomebody(t *testing.T) {
+	r := rand.New(rand.NewPCG(3, 4))
+	for range 5000 {
+		lans := randomLANs(r)
+		verdicts := admit(lans, nil)
+		held := map[string]bool{}
+		for _, v := range verdicts {
+			if v.Holds != nil {
+				held["ns "+v.Holds.NS], held["vni "+vniKey{v.Holds.VNI, v.Holds.Port}.String()] = true, true
+				for _, spoke := range v.Holds.Spokes {
+					held["spoke "+spoke] = true
+				}
+			}
+		}
+		for i := range lans {
+			v, e := verdicts[lans[i].UID], lans[i].Effective()
+			if v.Holds == nil && !held["ns "+e.NS] && !held["vni "+vniKey{e.VNI, e.VXLANPort}.String()] {
+				t.Fatalf("%s is refused (%s), but nobody holds its ns and VNI", lans[i].Name, v.Clash)
+			}
+			for spoke := range v.Refused {
+				if !held["spoke "+spoke] {
+					t.Fatalf("spoke %s is refused, but nobody holds it", spoke)
+				}
+			}
+		}
+	}
+}
+
+// Statuses are written one after the other; at no moment in between may a claim stand in two.
+func TestReleasesBeforeGrantsNeverHaveTwoHolders(t *testing.T) {
+	r := rand.New(rand.NewPCG(5, 6))
+	for range 5000 {
+		lans := randomLANs(r)
+		for i := range lans { // a state that is right: what admit decided, before the specs change
+			lans[i].Status.Holds = nil
+		}
+		for uid, v := range admit(lans, nil) {
+			for i := range lans {
+				if lans[i].UID == uid {
+					lans[i].Status.Holds = v.Holds
+				}
+			}
+		}
+		changed := randomLANs(r)
+		for i := range min(len(lans), len(changed)) {
+			lans[i].Spec.VXLANPort, lans[i].Spec.Spokes = changed[i].Spec.VXLANPort, changed[i].Spec.Spokes
+		}
+		want := admit(lans, nil)
+		now := func(l *v1beta1.LAN) *v1beta1.Holding { return l.Status.Holds }
+		for i := range lans {
+			lans[i].Status.Holds = kept(lans[i].Status.Holds, want[lans[i].UID].Holds)
+			holders(t, lans, now)
+		}
+		for i := range lans {
+			lans[i].Status.Holds = want[lans[i].UID].Holds
+			holders(t, lans, now)
+		}
+	}
+}

@@ -1,0 +1,209 @@
+package controller
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	nadv1 "github.com/k8snetworkplumbingwg/network-attachment-definition-client/pkg/apis/k8s.cni.cncf.io/v1"
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/equality"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/api/meta"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/tools/events"
+	ctrl "sigs.k8s.io/controller-runtime"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/log"
+
+	"github.com/k8slan/k8slan/crd/v1beta1"
+)
+
+// claims decides what every LAN holds and writes every LAN's status. It must run one at a time.
+type claims struct {
+	cache    client.Client
+	live     client.Reader
+	recorder events.EventRecorder
+	now      func() metav1.Time
+}
+
+// surroundings is what the status of LANs depends on beside the LANs.
+type surroundings struct {
+	nodes []node
+	nads  map[client.ObjectKey]*nadv1.NetworkAttachmentDefinition
+}
+
+// Reconcile brings the status of all LANs up to date.
+func (c *claims) Reconcile(ctx context.Context, _ everything) (ctrl.Result, error) {
+	around, err := c.survey(ctx)
+	if err != nil {
+		return ctrl.Result{}, err
+	}
+	var lans v1beta1.LANList
+	if err := c.cache.List(ctx, &lans); err != nil {
+		return ctrl.Result{}, fmt.Errorf("list LANs: %w", err)
+	}
+	want := decide(lans.Items, around, c.now())
+	if holdingsChange(lans.Items, want) {
+		// The cache may lag behind what was granted a moment ago; on such a view the same claim could be granted twice.
+		if err := c.live.List(ctx, &lans); err != nil {
+			return ctrl.Result{}, fmt.Errorf("list LANs: %w", err)
+		}
+		want = decide(lans.Items, around, c.now())
+	}
+	return ctrl.Result{}, c.write(ctx, lans.Items, want)
+}
+
+func (c *claims) survey(ctx context.Context) (surroundings, error) {
+	var nodes corev1.NodeList
+	var lanNodes v1beta1.LANNodeList
+	var nads nadv1.NetworkAttachmentDefinitionList
+	for _, list := range []client.ObjectList{&nodes, &lanNodes, &nads} {
+		if err := c.cache.List(ctx, list); err != nil {
+			return surroundings{}, fmt.Errorf("list %T: %w", list, err)
+		}
+	}
+	s := surroundings{
+		nodes: nodesOf(nodes.Items, lanNodes.Items),
+		nads:  make(map[client.ObjectKey]*nadv1.NetworkAttachmentDefinition, len(nads.Items)),
+	}
+	for i := range nads.Items {
+		s.nads[client.ObjectKeyFromObject(&nads.Items[i])] = &nads.Items[i]
+	}
+	return s, nil
+}
+
+// decide says what the status of each LAN should be.
+func decide(lans []v1beta1.LAN, around surroundings, now metav1.Time) []v1beta1.LANStatus {
+	verdicts := admit(lans, attachedOn(around.nodes))
+	want := make([]v1beta1.LANStatus, len(lans))
+	for i := range lans {
+		v := verdicts[lans[i].UID]
+		want[i] = status(&lans[i], v, around.nodes, around.foreignNADs(&lans[i], v.Holds), now)
+	}
+	return want
+}
+
+// foreignNADs are those that have the name of one of the LAN's but are not its own, as namespace/name. One that another LAN has not
+// yet deleted, after it let the spoke go, is not among them.
+func (s surroundings) foreignNADs(lan *v1beta1.LAN, holds *v1beta1.Holding) []string {
+	if holds == nil {
+		return nil
+	}
+	var foreign []string
+	for _, spoke := range holds.Spokes {
+		for _, n := range []string{v1beta1.VethNAD(spoke), v1beta1.MacvtapNAD(spoke)} {
+			key := client.ObjectKey{Namespace: lan.Namespace, Name: n}
+			if nad := s.nads[key]; nad != nil && !ours(lan, nad) && !isLAN(metav1.GetControllerOf(nad)) {
+				foreign = append(foreign, key.String())
+			}
+		}
+	}
+	return foreign
+}
+
+func holdingsChange(lans []v1beta1.LAN, want []v1beta1.LANStatus) bool {
+	for i := range lans {
+		if !equality.Semantic.DeepEqual(lans[i].Status.Holds, want[i].Holds) {
+			return true
+		}
+	}
+	return false
+}
+
+// write writes what changed: first all that LANs let go, and only when that is written what others take up.
+func (c *claims) write(ctx context.Context, lans []v1beta1.LAN, want []v1beta1.LANStatus) error {
+	for i := range lans {
+		k := kept(lans[i].Status.Holds, want[i].Holds)
+		if equality.Semantic.DeepEqual(lans[i].Status.Holds, k) {
+			continue
+		}
+		release := *want[i].DeepCopy()
+		release.Holds = k
+		if err := c.update(ctx, &lans[i], release); err != nil {
+			return ignoreOutdated(err)
+		}
+	}
+	var errs []error
+	for i := range lans {
+		errs = append(errs, ignoreOutdated(c.update(ctx, &lans[i], want[i])))
+	}
+	return errors.Join(errs...)
+}
+
+// update writes a status that differs from the LAN's, and tells as events what changed in its conditions.
+func (c *claims) update(ctx context.Context, lan *v1beta1.LAN, want v1beta1.LANStatus) error {
+	if equality.Semantic.DeepEqual(lan.Status, want) {
+		return nil
+	}
+	before := lan.Status
+	lan.Status = want
+	if err := c.cache.Status().Update(ctx, lan); err != nil {
+		lan.Status = before
+		return fmt.Errorf("write the status of LAN %s: %w", name(lan), err)
+	}
+	if before.State != want.State || before.Reason != want.Reason {
+		log.FromContext(ctx).Info("LAN changed state", "lan", name(lan), "state", want.State, "reason", want.Reason, "nodes", want.Nodes)
+	}
+	for _, e := range news(before.Conditions, want.Conditions) {
+		c.recorder.Eventf(lan, nil, e.Type, e.Reason, e.Action, "%s", e.Note)
+	}
+	return nil
+}
+
+// ignoreOutdated drops the error of a write on an outdated view, or to a LAN that is gone: what outdated it is an event that leads here again.
+func ignoreOutdated(err error) error {
+	if apierrors.IsConflict(err) || apierrors.IsNotFound(err) {
+		return nil
+	}
+	return err
+}
+
+// lanEvent is an event on a LAN.
+type lanEvent struct{ Type, Reason, Action, Note string }
+
+// news are the events for what changed in a LAN's conditions. What passes by itself within moments is none.
+func news(before, after []metav1.Condition) []lanEvent {
+	var list []lanEvent
+	for _, now := range after {
+		was := meta.FindStatusCondition(before, now.Type)
+		if was != nil && was.Status == now.Status && was.Reason == now.Reason && was.Message == now.Message {
+			continue
+		}
+		e := lanEvent{Type: corev1.EventTypeWarning, Reason: now.Reason, Action: now.Type, Note: short(now.Message)}
+		switch good := now.Type != v1beta1.ConditionAttachedTwice && now.Status == metav1.ConditionTrue; {
+		case now.Type == v1beta1.ConditionAccepted && good && was == nil:
+			continue // to be accepted at once is no news
+		case now.Type == v1beta1.ConditionReady && told(now.Reason):
+			continue
+		case good && was != nil && was.Status == now.Status:
+			continue // still good, in other words
+		case good:
+			e.Type = corev1.EventTypeNormal
+		}
+		list = append(list, e)
+	}
+	return list
+}
+
+// told is true for a reason of Ready that passes by itself, or that is told with condition Accepted.
+func told(reason string) bool {
+	switch reason {
+	case v1beta1.ReasonPending, v1beta1.ReasonConflict, v1beta1.ReasonSpokeConflict:
+		return true
+	}
+	return false
+}
+
+// short cuts a note to what an event takes (1,024 bytes, k8s.io/kubernetes/pkg/apis/core/validation/events.go).
+func short(note string) string {
+	const limit = 1000
+	if len(note) <= limit {
+		return note
+	}
+	cut := limit
+	for cut > 0 && note[cut]&0xC0 == 0x80 { // never inside a UTF-8 sequence
+		cut--
+	}
+	return note[:cut] + " …"
+}

@@ -1,0 +1,109 @@
+// Package controller admits what LANs claim, writes their NADs, and sums up in their status what the nodes report.
+//
+// Two reconcilers, each with a pure core. The first looks at all LANs together, one run at a time: admit decides what each holds
+// (status.holds), status says how it does. The second takes one LAN at a time and keeps two NADs for each spoke that it holds.
+package controller
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	nadv1 "github.com/k8snetworkplumbingwg/network-attachment-definition-client/pkg/apis/k8s.cni.cncf.io/v1"
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/equality"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	clientgoscheme "k8s.io/client-go/kubernetes/scheme"
+	ctrl "sigs.k8s.io/controller-runtime"
+	"sigs.k8s.io/controller-runtime/pkg/builder"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/event"
+	"sigs.k8s.io/controller-runtime/pkg/handler"
+	"sigs.k8s.io/controller-runtime/pkg/predicate"
+
+	"github.com/k8slan/k8slan/crd/v1beta1"
+)
+
+// +kubebuilder:rbac:groups=lan.k8slan.io,resources=lans,verbs=get;list;watch
+// +kubebuilder:rbac:groups=lan.k8slan.io,resources=lans/status,verbs=update
+// +kubebuilder:rbac:groups=lan.k8slan.io,resources=lans/finalizers,verbs=update
+// +kubebuilder:rbac:groups=lan.k8slan.io,resources=lannodes,verbs=get;list;watch
+// +kubebuilder:rbac:groups="",resources=nodes,verbs=get;list;watch
+// +kubebuilder:rbac:groups=k8s.cni.cncf.io,resources=network-attachment-definitions,verbs=get;list;watch;create;update;delete
+// +kubebuilder:rbac:groups=events.k8s.io,resources=events,verbs=create;patch
+
+// NewScheme knows the kinds that the controller reads and writes.
+func NewScheme() *runtime.Scheme {
+	scheme := runtime.NewScheme()
+	for _, add := range []func(*runtime.Scheme) error{clientgoscheme.AddToScheme, nadv1.AddToScheme, v1beta1.AddToScheme} {
+		if err := add(scheme); err != nil {
+			panic(fmt.Sprintf("two types of one name in the scheme, a mistake in the program: %v", err))
+		}
+	}
+	return scheme
+}
+
+// Setup registers the controller's reconcilers with a manager, whose scheme is NewScheme's. Where several replicas run, the manager
+// must elect a leader: claims are decided by one controller alone.
+func Setup(mgr ctrl.Manager) error {
+	if err := setupClaims(mgr); err != nil {
+		return fmt.Errorf("set up the controller of claims: %w", err)
+	}
+	if err := setupNADs(mgr); err != nil {
+		return fmt.Errorf("set up the controller of NADs: %w", err)
+	}
+	return nil
+}
+
+// everything is the one key of the work queue of claims.
+type everything struct{}
+
+func setupClaims(mgr ctrl.Manager) error {
+	all := handler.TypedEnqueueRequestsFromMapFunc(func(context.Context, client.Object) []everything { return []everything{{}} })
+	return builder.TypedControllerManagedBy[everything](mgr).
+		Named("claims").
+		Watches(&v1beta1.LAN{}, all).
+		Watches(&v1beta1.LANNode{}, all).
+		Watches(&corev1.Node{}, all, builder.WithPredicates(onUpdate(nodeChanged))).
+		Watches(&nadv1.NetworkAttachmentDefinition{}, all, builder.WithPredicates(onUpdate(ownerChanged))).
+		Complete(&claims{
+			cache:    mgr.GetClient(),
+			live:     mgr.GetAPIReader(),
+			recorder: mgr.GetEventRecorder("k8slan-controller"),
+			now:      metav1.Now,
+		})
+}
+
+func setupNADs(mgr ctrl.Manager) error {
+	r := &nadReconciler{client: mgr.GetClient()}
+	return ctrl.NewControllerManagedBy(mgr).
+		Named("nads").
+		For(&v1beta1.LAN{}).
+		Watches(&nadv1.NetworkAttachmentDefinition{}, handler.EnqueueRequestsFromMapFunc(r.lansOf)).
+		Complete(r)
+}
+
+// onUpdate lets creations and deletions through, and the updates that matter.
+func onUpdate(matters func(before, after client.Object) bool) predicate.Predicate {
+	return predicate.Funcs{UpdateFunc: func(e event.UpdateEvent) bool { return matters(e.ObjectOld, e.ObjectNew) }}
+}
+
+func nodeChanged(before, after client.Object) bool {
+	return !equality.Semantic.DeepEqual(before.GetLabels(), after.GetLabels()) || answers(before.(*corev1.Node)) != answers(after.(*corev1.Node))
+}
+
+// ownerChanged looks at what decides whose a NAD is.
+func ownerChanged(before, after client.Object) bool {
+	return !equality.Semantic.DeepEqual(before.GetOwnerReferences(), after.GetOwnerReferences()) ||
+		!equality.Semantic.DeepEqual(before.GetLabels(), after.GetLabels())
+}
+
+// apply runs a change on each object and gathers the errors, so that one bad object does not stop the others.
+func apply[T any](objects []T, change func(*T) error) error {
+	var errs []error
+	for i := range objects {
+		errs = append(errs, change(&objects[i]))
+	}
+	return errors.Join(errs...)
+}

@@ -1,0 +1,276 @@
+package controller
+
+import (
+	"cmp"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/meta"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/labels"
+
+	"github.com/k8slan/k8slan/crd/v1beta1"
+)
+
+// node is a Node that runs k8slan, with what it reports.
+type node struct {
+	Name     string
+	Labels   map[string]string
+	Answers  bool // false once the node controller has given it up
+	Segments []v1beta1.SegmentStatus
+}
+
+// nodesOf pairs LANNodes with their Nodes, sorted by name. What the LANNode of a Node that is gone says does not count.
+func nodesOf(nodes []corev1.Node, lanNodes []v1beta1.LANNode) []node {
+	byName := map[string]*corev1.Node{}
+	for i := range nodes {
+		byName[nodes[i].Name] = &nodes[i]
+	}
+	var paired []node
+	for _, ln := range lanNodes {
+		if n := byName[ln.Name]; n != nil {
+			paired = append(paired, node{Name: n.Name, Labels: n.Labels, Answers: answers(n), Segments: ln.Status.Segments})
+		}
+	}
+	slices.SortFunc(paired, func(x, y node) int { return cmp.Compare(x.Name, y.Name) })
+	return paired
+}
+
+// answers is false for a Node whose kubelet has been silent for the node controller's grace period (Ready is Unknown then).
+func answers(n *corev1.Node) bool {
+	for _, c := range n.Status.Conditions {
+		if c.Type == corev1.NodeReady {
+			return c.Status != corev1.ConditionUnknown
+		}
+	}
+	return true
+}
+
+// attachedOn lists all attachments on nodes that answer: a node that is lost holds nothing back.
+func attachedOn(nodes []node) []attached {
+	var pods []attached
+	for _, n := range nodes {
+		if !n.Answers {
+			continue
+		}
+		for _, seg := range n.Segments {
+			for _, a := range seg.Attachments {
+				pods = append(pods, attached{UID: seg.UID, LAN: seg.LAN, NS: seg.NS, Spoke: a.Spoke, Pod: a.Pod, Node: n.Name})
+			}
+		}
+	}
+	return pods
+}
+
+// problem is something that keeps a LAN from being Ready.
+type problem struct{ Reason, Message string }
+
+// status is the LAN's status by the verdict on its claims, its nodes and the NADs that stand in its way, given as namespace/name.
+func status(lan *v1beta1.LAN, v verdict, nodes []node, foreignNADs []string, now metav1.Time) v1beta1.LANStatus {
+	s := v1beta1.LANStatus{
+		ObservedGeneration: lan.Generation,
+		Holds:              v.Holds,
+		Discovery:          "multicast",
+		Spokes:             spokes(lan, v, nodes),
+		Conditions:         slices.Clone(lan.Status.Conditions),
+	}
+	if v.Holds != nil {
+		s.SpokeCount = int32(len(v.Holds.Spokes))
+	}
+	for _, spoke := range s.Spokes {
+		s.Attached += int32(len(spoke.Attachments))
+	}
+	spanned := spannedBy(lan, nodes)
+	ready, offered, problems := survey(lan, v, spanned)
+	s.Nodes = fmt.Sprintf("%d/%d", ready, len(spanned))
+	problems = append(problems, refusedSpokes(v)...)
+	for _, nad := range foreignNADs {
+		problems = append(problems, problem{v1beta1.ReasonNADConflict,
+			"NetworkAttachmentDefinition " + nad + " is not this LAN's; delete it, and k8slan writes its own"})
+	}
+
+	set := func(c metav1.Condition) {
+		c.ObservedGeneration, c.LastTransitionTime = lan.Generation, now
+		meta.SetStatusCondition(&s.Conditions, c)
+	}
+	set(accepted(v))
+	summary := fmt.Sprintf("spokes are offered on %d of %d nodes", offered, len(spanned))
+	switch {
+	case v.Holds == nil:
+		s.State, s.Reason = v1beta1.StateConflict, v.Clash
+		set(metav1.Condition{Type: v1beta1.ConditionReady, Status: metav1.ConditionFalse, Reason: v1beta1.ReasonConflict, Message: v.Clash})
+	case len(problems) == 0:
+		s.State = v1beta1.StateReady
+		set(metav1.Condition{Type: v1beta1.ConditionReady, Status: metav1.ConditionTrue, Reason: v1beta1.ReasonOffered, Message: summary})
+	default:
+		worst := gravest(problems)
+		s.State, s.Reason = v1beta1.StateDegraded, worst
+		if worst == v1beta1.ReasonPending || worst == v1beta1.ReasonNoNodes {
+			s.State = v1beta1.StatePending
+		}
+		set(metav1.Condition{Type: v1beta1.ConditionReady, Status: metav1.ConditionFalse, Reason: worst, Message: tell(problems) + "; " + summary})
+	}
+	if twice := attachedTwice(s.Spokes); twice != "" {
+		set(metav1.Condition{Type: v1beta1.ConditionAttachedTwice, Status: metav1.ConditionTrue, Reason: v1beta1.ReasonTwoNodes, Message: twice})
+	} else {
+		meta.RemoveStatusCondition(&s.Conditions, v1beta1.ConditionAttachedTwice)
+	}
+	return s
+}
+
+// accepted is the condition on the LAN's claims.
+func accepted(v verdict) metav1.Condition {
+	c := metav1.Condition{Type: v1beta1.ConditionAccepted, Status: metav1.ConditionFalse}
+	switch {
+	case v.Holds == nil:
+		c.Reason, c.Message = v1beta1.ReasonConflict, v.Clash+"; "+v.WayOut
+	case len(v.Refused) > 0:
+		c.Reason, c.Message = v1beta1.ReasonSpokeConflict, tell(refusedSpokes(v))+"; the other spokes are held"
+	default:
+		c.Status, c.Reason = metav1.ConditionTrue, v1beta1.ReasonHeld
+		c.Message = fmt.Sprintf("holds ns %s, vni %s and its spokes", v.Holds.NS, vniKey{v.Holds.VNI, v.Holds.Port})
+	}
+	return c
+}
+
+func refusedSpokes(v verdict) []problem {
+	var problems []problem
+	for _, spoke := range slices.Sorted(maps.Keys(v.Refused)) {
+		problems = append(problems, problem{v1beta1.ReasonSpokeConflict, v.Refused[spoke]})
+	}
+	return problems
+}
+
+// spannedBy are the nodes that the LAN should be on.
+func spannedBy(lan *v1beta1.LAN, nodes []node) []node {
+	selector := labels.Set{}
+	for k, v := range lan.Spec.NodeSelector {
+		selector[k] = string(v)
+	}
+	var spanned []node
+	for _, n := range nodes {
+		if selector.AsSelector().Matches(labels.Set(n.Labels)) {
+			spanned = append(spanned, n)
+		}
+	}
+	return spanned
+}
+
+// survey counts the nodes on which the LAN is ready and those that offer its spokes, and says what is wrong on the others.
+func survey(lan *v1beta1.LAN, v verdict, spanned []node) (ready, offered int, problems []problem) {
+	if v.Holds == nil {
+		return 0, 0, nil
+	}
+	if len(spanned) == 0 {
+		message := "no node runs k8slan"
+		if len(lan.Spec.NodeSelector) > 0 {
+			message = "no node that runs k8slan matches spec.nodeSelector"
+		}
+		return 0, 0, []problem{{v1beta1.ReasonNoNodes, message}}
+	}
+	for _, n := range spanned {
+		seg, p := segmentOn(lan, v, n)
+		if p == nil {
+			ready, offered = ready+1, offered+1
+			continue
+		}
+		if n.Answers && seg.State == v1beta1.SegmentDegraded {
+			offered++
+		}
+		problems = append(problems, *p)
+	}
+	return ready, offered, problems
+}
+
+// segmentOn is the LAN's segment on a node and what is wrong with it there, nil if nothing is.
+func segmentOn(lan *v1beta1.LAN, v verdict, n node) (v1beta1.SegmentStatus, *problem) {
+	i := slices.IndexFunc(n.Segments, func(s v1beta1.SegmentStatus) bool { return s.UID == lan.UID })
+	if !n.Answers {
+		return v1beta1.SegmentStatus{}, &problem{v1beta1.ReasonUnreachable, "node " + n.Name + " does not answer; it may still forward"}
+	}
+	if i < 0 || n.Segments[i].State == v1beta1.SegmentLeaving {
+		return v1beta1.SegmentStatus{}, &problem{v1beta1.ReasonPending, "node " + n.Name + " does not report the LAN yet"}
+	}
+	seg, held := n.Segments[i], int32(len(v.Holds.Spokes))
+	switch {
+	case seg.State != v1beta1.SegmentReady:
+		return seg, &problem{cmp.Or(seg.Reason, v1beta1.ReasonPending), "node " + n.Name + ": " + cmp.Or(seg.Message, "the LAN is "+string(seg.State))}
+	case seg.Offered < held:
+		return seg, &problem{v1beta1.ReasonPending, fmt.Sprintf("node %s offers %d of %d spokes so far", n.Name, seg.Offered, held)}
+	}
+	return seg, nil
+}
+
+// gravest is the first reason that does not go away by itself within moments, else the first.
+func gravest(problems []problem) string {
+	for _, p := range problems {
+		if p.Reason != v1beta1.ReasonPending {
+			return p.Reason
+		}
+	}
+	return problems[0].Reason
+}
+
+func tell(problems []problem) string {
+	words := make([]string, len(problems))
+	for i, p := range problems {
+		words[i] = p.Message
+	}
+	return enumerate(words, "; ")
+}
+
+// spokes lists the spokes that are attached, whether they are still in the spec or not, and those that are refused.
+func spokes(lan *v1beta1.LAN, v verdict, nodes []node) []v1beta1.SpokeStatus {
+	byName := map[string]*v1beta1.SpokeStatus{}
+	entry := func(spoke string) *v1beta1.SpokeStatus {
+		if byName[spoke] == nil {
+			byName[spoke] = &v1beta1.SpokeStatus{Name: spoke}
+		}
+		return byName[spoke]
+	}
+	for spoke, why := range v.Refused {
+		entry(spoke).Refused = why
+	}
+	for _, n := range nodes {
+		for _, seg := range n.Segments {
+			if seg.UID != lan.UID {
+				continue
+			}
+			for _, a := range seg.Attachments {
+				e := entry(a.Spoke)
+				e.Attachments = append(e.Attachments, v1beta1.SpokeAttachment{Node: n.Name, Attachment: a})
+			}
+		}
+	}
+	var list []v1beta1.SpokeStatus
+	for _, spoke := range slices.Sorted(maps.Keys(byName)) {
+		slices.SortStableFunc(byName[spoke].Attachments, func(x, y v1beta1.SpokeAttachment) int {
+			return cmp.Or(cmp.Compare(x.Node, y.Node), cmp.Compare(x.Pod, y.Pod), cmp.Compare(x.Interface, y.Interface))
+		})
+		list = append(list, *byName[spoke])
+	}
+	return list
+}
+
+// attachedTwice says which spokes are attached on more than one node, and where; empty if none is.
+func attachedTwice(spokes []v1beta1.SpokeStatus) string {
+	var words []string
+	for _, spoke := range spokes {
+		on := map[string]bool{}
+		var where []string
+		for _, a := range spoke.Attachments {
+			on[a.Node] = true
+			where = append(where, a.Pod+" on "+a.Node)
+		}
+		if len(on) > 1 {
+			words = append(words, fmt.Sprintf("spoke %s is attached twice: %s", spoke.Name, strings.Join(where, ", ")))
+		}
+	}
+	if len(words) == 0 {
+		return ""
+	}
+	return enumerate(words, "; ") + "; that is right during a live migration only, since both have the same MAC unless another was requested"
+}
