@@ -17,6 +17,7 @@ import (
 
 	"github.com/containernetworking/cni/pkg/types"
 	current "github.com/containernetworking/cni/pkg/types/100"
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/k8slan/k8slan/cni"
@@ -354,56 +355,33 @@ func TestPluginCHECKFindsWhatSomebodyChanged(t *testing.T) {
 	for _, kind := range []segment.Kind{segment.Veth, segment.Macvtap} {
 		for _, c := range []struct {
 			name   string
-			change func(t *testing.T, pod sandbox) error
+			change func(*netlink.Handle, netlink.Link) error
 			want   string
 		}{
-			{"address", func(t *testing.T, pod sandbox) error {
-				return pod.change(t, "address", "02:00:5e:00:53:01")
+			{"address", func(h *netlink.Handle, l netlink.Link) error {
+				return h.LinkSetHardwareAddr(l, net.HardwareAddr{2, 0, 0x5e, 0, 0x53, 1})
 			}, "has the address 02:00:5e:00:53:01"},
-			{"MTU", func(t *testing.T, pod sandbox) error { return pod.change(t, "mtu", "1000") }, "has the MTU 1000"},
-			{"down", func(t *testing.T, pod sandbox) error { return pod.change(t, "down") }, "is down"},
-			{"gone", func(t *testing.T, pod sandbox) error {
-				link, err := pod.Netlink(t).LinkByName(ifname)
-				if err != nil {
-					return err
-				}
-				return pod.Netlink(t).LinkDel(link)
-			}, ""},
+			{"MTU", func(h *netlink.Handle, l netlink.Link) error { return h.LinkSetMTU(l, 1000) }, "has the MTU 1000"},
+			{"down", (*netlink.Handle).LinkSetDown, "is down"},
+			{"gone", (*netlink.Handle).LinkDel, ""},
 		} {
 			t.Run(fmt.Sprintf("%s %s", kind, c.name), func(t *testing.T) {
 				pod, config := h.sandbox(t), network(s, "srl", kind, nil)
 				out := pod.must(t, "ADD", config)
 				check := with(config, keys{"prevResult": json.RawMessage(out)})
 				pod.must(t, "CHECK", check)
-				if err := c.change(t, pod); err != nil {
+				inside := pod.Netlink(t)
+				link, err := inside.LinkByName(ifname)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if err := c.change(inside, link); err != nil {
 					t.Fatal(err)
 				}
 				pod.refused(t, "CHECK", check, cni.CodeChanged, c.want)
 				pod.must(t, "DEL", config)
 			})
 		}
-	}
-}
-
-// change changes the pod's link.
-func (s sandbox) change(t *testing.T, what string, to ...string) error {
-	t.Helper()
-	h := s.Netlink(t)
-	link, err := h.LinkByName(s.ifname)
-	if err != nil {
-		return err
-	}
-	switch what {
-	case "address":
-		mac, err := net.ParseMAC(to[0])
-		if err != nil {
-			return err
-		}
-		return h.LinkSetHardwareAddr(link, mac)
-	case "mtu":
-		return h.LinkSetMTU(link, 1000)
-	default:
-		return h.LinkSetDown(link)
 	}
 }
 
