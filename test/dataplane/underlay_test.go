@@ -1,0 +1,62 @@
+package dataplane
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"testing"
+
+	"github.com/k8slan/k8slan/lanmgr/segment"
+	"github.com/k8slan/k8slan/test/frames"
+	"github.com/k8slan/k8slan/test/netns"
+)
+
+func TestLANComesBackWithItsUnderlay(t *testing.T) {
+	a, b := hosts(t)
+	ma, mb := a.manage(t), b.manage(t)
+	s := lan("cut", 81, "here", "near", "far")
+	ma.runs(t, a.here(t, s))
+	mb.runs(t, b.here(t, s))
+	here, near := a.attach(t, s, "here", segment.Veth), a.attach(t, s, "near", segment.Veth)
+	far := b.attach(t, s, "far", segment.Veth)
+	bothWays(t, here, far)
+	drain(t, near)
+	before, index := describe(a.observe(t, s)), a.here(t, s).VXLAN.UnderlayIndex
+
+	a.PullOut(t)
+	a.awaitState(t, s, "the VXLAN to go", func(have segment.State) bool {
+		_, ok := have.Link(s.VXLAN.Name)
+		return !ok
+	})
+	gone := s // what the daemon then wants: the node has no such device
+	gone.VXLAN.UnderlayIndex = 0
+	ma.runs(t, gone)
+	crosses(t, here, near, frames.Stream(nil, here.MAC, 2, 1)) // within the node nothing is amiss
+
+	a.PlugIn(t)
+	again := a.here(t, s)
+	ma.runs(t, again)
+	a.AwaitCarrier(t, netns.UnderlayDevice)
+	crosses(t, here, far, frames.Stream(nil, here.MAC, 2, 2))
+	crosses(t, far, here, frames.Stream(nil, far.MAC, 2, 3))
+	// All but the number of the new device is as it was.
+	old, now := fmt.Sprintf("UnderlayIndex:%d}", index), fmt.Sprintf("UnderlayIndex:%d}", again.VXLAN.UnderlayIndex)
+	if got, want := describe(a.observe(t, s)), strings.Replace(before, old, now, 1); got != want {
+		t.Errorf("the segment is\n%s\nwant\n%s", got, want)
+	}
+}
+
+// drain drops what a wire has heard so far.
+func drain(t *testing.T, w netns.Wire) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	for {
+		if _, err := w.Receive(ctx); errors.Is(err, context.Canceled) {
+			return
+		} else if err != nil {
+			t.Fatal(err)
+		}
+	}
+}
