@@ -1,0 +1,227 @@
+package controller
+
+import (
+	"strings"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/equality"
+	"k8s.io/apimachinery/pkg/api/meta"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/k8slan/k8slan/crd/v1beta1"
+)
+
+// worker is a node that answers and reports the segments.
+func worker(name string, segments ...v1beta1.SegmentStatus) node {
+	return node{Name: name, Answers: true, Segments: segments}
+}
+
+// segment is a Ready segment of LAN default/lab that offers so many spokes.
+func segment(offered int32, attachments ...v1beta1.Attachment) v1beta1.SegmentStatus {
+	return v1beta1.SegmentStatus{
+		LAN: "default/lab", UID: "uid-lab", Generation: 1, NS: "default.lab",
+		State: v1beta1.SegmentReady, Offered: offered, Attachments: attachments,
+	}
+}
+
+func unwell(state v1beta1.SegmentState, reason, message string) v1beta1.SegmentStatus {
+	seg := segment(0)
+	seg.State, seg.Reason, seg.Message = state, reason, message
+	return seg
+}
+
+func pod(spoke, name string) v1beta1.Attachment {
+	return v1beta1.Attachment{Spoke: spoke, Pod: "default/" + name, Interface: "net1", MAC: "02:00:00:00:00:01", Kind: v1beta1.KindVeth, Since: epoch}
+}
+
+func TestStatusSaysWhatIsWhereAndWhatIsWrong(t *testing.T) {
+	two := &v1beta1.Holding{NS: "default.lab", VNI: 222, Port: 4789, Spokes: []string{"srl", "vm"}}
+	held := verdict{Holds: two}
+	for _, test := range []struct {
+		name    string
+		verdict verdict
+		nodes   []node
+		foreign []string
+
+		state          v1beta1.LANState
+		reason, onNode string
+		attached       int32
+		accepted       string // message
+		ready          string // reason: message
+	}{
+		{
+			name: "all well", verdict: held, nodes: []node{worker("worker1", segment(2, pod("srl", "srl-1"))), worker("worker2", segment(2))},
+			state: "Ready", onNode: "2/2", attached: 1,
+			accepted: "holds ns default.lab, vni 222 and its spokes", ready: "Offered: spokes are offered on 2 of 2 nodes",
+		},
+		{
+			name: "one node without the underlay", verdict: held,
+			nodes: []node{worker("worker1", segment(2)), worker("worker2", unwell("NotReady", "UnderlayMissing", `no device "eth7" (spec.vxlanDevMap.worker2)`))},
+			state: "Degraded", reason: "UnderlayMissing", onNode: "1/2",
+			accepted: "holds ns default.lab, vni 222 and its spokes",
+			ready:    `UnderlayMissing: node worker2: no device "eth7" (spec.vxlanDevMap.worker2); spokes are offered on 1 of 2 nodes`,
+		},
+		{
+			name: "an underlay without carrier is degraded but offered", verdict: held,
+			nodes: []node{worker("worker1", segment(2)), worker("worker2", unwell("Degraded", "UnderlayDown", "eth1 has no carrier"))},
+			state: "Degraded", reason: "UnderlayDown", onNode: "1/2",
+			accepted: "holds ns default.lab, vni 222 and its spokes",
+			ready:    "UnderlayDown: node worker2: eth1 has no carrier; spokes are offered on 2 of 2 nodes",
+		},
+		{
+			name: "no report yet", verdict: held, nodes: []node{worker("worker1"), worker("worker2", segment(1))},
+			state: "Pending", reason: "Pending", onNode: "0/2",
+			accepted: "holds ns default.lab, vni 222 and its spokes",
+			ready:    "Pending: node worker1 does not report the LAN yet; node worker2 offers 1 of 2 spokes so far; spokes are offered on 0 of 2 nodes",
+		},
+		{
+			name: "no node at all", verdict: held, state: "Pending", reason: "NoNodes", onNode: "0/0",
+			accepted: "holds ns default.lab, vni 222 and its spokes",
+			ready:    "NoNodes: no node runs k8slan; spokes are offered on 0 of 0 nodes",
+		},
+		{
+			name: "a node that is lost", verdict: held, nodes: []node{worker("worker1", segment(2)), {Name: "worker2", Segments: []v1beta1.SegmentStatus{segment(2)}}},
+			state: "Degraded", reason: "Unreachable", onNode: "1/2",
+			accepted: "holds ns default.lab, vni 222 and its spokes",
+			ready:    "Unreachable: node worker2 does not answer; it may still forward; spokes are offered on 1 of 2 nodes",
+		},
+		{
+			name: "refused", verdict: verdict{Clash: "vni 222 is default/other's", WayOut: "choose"}, nodes: []node{worker("worker1")},
+			state: "Conflict", reason: "vni 222 is default/other's", onNode: "0/1",
+			accepted: "vni 222 is default/other's; choose", ready: "Conflict: vni 222 is default/other's",
+		},
+		{
+			name:    "a refused spoke",
+			verdict: verdict{Holds: two, Refused: map[string]string{"x": "spoke x is default/other's"}}, nodes: []node{worker("worker1", segment(2))},
+			state: "Degraded", reason: "SpokeConflict", onNode: "1/1",
+			accepted: "spoke x is default/other's; the other spokes are held",
+			ready:    "SpokeConflict: spoke x is default/other's; spokes are offered on 1 of 1 nodes",
+		},
+		{
+			name: "a foreign NAD", verdict: held, nodes: []node{worker("worker1", segment(2))}, foreign: []string{"default/k8slan-veth-srl"},
+			state: "Degraded", reason: "NADConflict", onNode: "1/1",
+			accepted: "holds ns default.lab, vni 222 and its spokes",
+			ready:    "NADConflict: NetworkAttachmentDefinition default/k8slan-veth-srl is not this LAN's; delete it, and k8slan writes its own; spokes are offered on 1 of 1 nodes",
+		},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			l := lan("lab", 0, 222, "srl", "vm")
+			s := status(&l, test.verdict, test.nodes, test.foreign, epoch)
+			accepted, ready := meta.FindStatusCondition(s.Conditions, "Accepted"), meta.FindStatusCondition(s.Conditions, "Ready")
+			for what, pair := range map[string][2]string{
+				"state":    {string(s.State), string(test.state)},
+				"reason":   {s.Reason, test.reason},
+				"nodes":    {s.Nodes, test.onNode},
+				"accepted": {accepted.Message, test.accepted},
+				"ready":    {ready.Reason + ": " + ready.Message, test.ready},
+			} {
+				if pair[0] != pair[1] {
+					t.Errorf("%s:\nhave %s\nwant %s", what, pair[0], pair[1])
+				}
+			}
+			if s.Attached != test.attached {
+				t.Errorf("attached: have %d, want %d", s.Attached, test.attached)
+			}
+			if (ready.Status == "True") != (test.state == "Ready") {
+				t.Errorf("condition Ready is %s in state %s", ready.Status, test.state)
+			}
+
+			l.Status = s
+			later := metav1.NewTime(epoch.Add(time.Hour))
+			if again := status(&l, test.verdict, test.nodes, test.foreign, later); !equality.Semantic.DeepEqual(s, again) {
+				t.Errorf("the same again an hour later is another status:\n%+v\n%+v", s, again)
+			}
+		})
+	}
+}
+
+func TestOnlyMatchingNodesOfTheClusterCount(t *testing.T) {
+	l := with(lan("lab", 0, 222, "srl"), func(l *v1beta1.LAN) { l.Spec.NodeSelector = map[string]v1beta1.LabelValue{"lab": "yes"} })
+	object := func(name, label string) corev1.Node {
+		return corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: name, Labels: map[string]string{"lab": label}}}
+	}
+	report := func(name string) v1beta1.LANNode {
+		return v1beta1.LANNode{ObjectMeta: metav1.ObjectMeta{Name: name}, Status: v1beta1.LANNodeStatus{Segments: []v1beta1.SegmentStatus{segment(1)}}}
+	}
+	nodes := nodesOf(
+		[]corev1.Node{object("in", "yes"), object("out", "no"), object("without-k8slan", "yes")},
+		[]v1beta1.LANNode{report("in"), report("out"), report("gone")},
+	)
+	s := status(&l, verdict{Holds: &v1beta1.Holding{Spokes: []string{"srl"}}}, nodes, nil, epoch)
+	if s.Nodes != "1/1" || s.State != v1beta1.StateReady {
+		t.Errorf("have %s %s, want 1/1 Ready", s.Nodes, s.State)
+	}
+}
+
+func TestASilentNodeHoldsNothingBack(t *testing.T) {
+	seg := segment(1, pod("srl", "srl-1"))
+	silent := corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "silent"}, Status: corev1.NodeStatus{
+		Conditions: []corev1.NodeCondition{{Type: corev1.NodeReady, Status: corev1.ConditionUnknown}},
+	}}
+	reports := []v1beta1.LANNode{{ObjectMeta: metav1.ObjectMeta{Name: "silent"}, Status: v1beta1.LANNodeStatus{Segments: []v1beta1.SegmentStatus{seg}}}}
+	if pods := attachedOn(nodesOf([]corev1.Node{silent}, reports)); len(pods) != 0 {
+		t.Errorf("a node that does not answer holds back %v", pods)
+	}
+	silent.Status.Conditions[0].Status = corev1.ConditionTrue
+	if pods := attachedOn(nodesOf([]corev1.Node{silent}, reports)); len(pods) != 1 {
+		t.Errorf("a node that answers: have %v, want its one pod", pods)
+	}
+}
+
+func TestASpokeOnTwoNodesIsTold(t *testing.T) {
+	l := lan("lab", 0, 222, "vm")
+	held := verdict{Holds: &v1beta1.Holding{Spokes: []string{"vm"}}}
+	s := status(&l, held, []node{worker("worker1", segment(1, pod("vm", "a"))), worker("worker2", segment(1, pod("vm", "b")))}, nil, epoch)
+	twice := meta.FindStatusCondition(s.Conditions, v1beta1.ConditionAttachedTwice)
+	if twice == nil || !strings.Contains(twice.Message, "spoke vm is attached twice: default/a on worker1, default/b on worker2") {
+		t.Fatalf("have %v", twice)
+	}
+	if s.State != v1beta1.StateReady || s.Attached != 2 {
+		t.Errorf("have %s with %d attached, want Ready with 2: a live migration is no fault", s.State, s.Attached)
+	}
+	l.Status = s
+	s = status(&l, held, []node{worker("worker1", segment(1)), worker("worker2", segment(1, pod("vm", "b")))}, nil, epoch)
+	if meta.FindStatusCondition(s.Conditions, v1beta1.ConditionAttachedTwice) != nil {
+		t.Error("the condition stays after one of the two is gone")
+	}
+}
+
+func TestEventsTellChangesOnly(t *testing.T) {
+	condition := func(kind string, status metav1.ConditionStatus, reason, message string) metav1.Condition {
+		return metav1.Condition{Type: kind, Status: status, Reason: reason, Message: message}
+	}
+	ready := condition("Ready", "True", "Offered", "on 2 of 2")
+	missing := condition("Ready", "False", "UnderlayMissing", "no eth7")
+	pending := condition("Ready", "False", "Pending", "not yet")
+	accepted := condition("Accepted", "True", "Held", "holds")
+	refused := condition("Accepted", "False", "Conflict", "vni 222 is default/lab's")
+	for _, test := range []struct {
+		name          string
+		before, after []metav1.Condition
+		want          string
+	}{
+		{"nothing changed", []metav1.Condition{missing, refused}, []metav1.Condition{missing, refused}, ""},
+		{"accepted at once", nil, []metav1.Condition{accepted, pending}, ""},
+		{"ready", []metav1.Condition{pending}, []metav1.Condition{ready}, "Normal Offered"},
+		{"ready on more nodes", []metav1.Condition{ready}, []metav1.Condition{condition("Ready", "True", "Offered", "on 3 of 3")}, ""},
+		{"broken", []metav1.Condition{ready}, []metav1.Condition{missing}, "Warning UnderlayMissing"},
+		{"refused", nil, []metav1.Condition{refused, condition("Ready", "False", "Conflict", "…")}, "Warning Conflict"},
+		{"taken up", []metav1.Condition{refused}, []metav1.Condition{accepted}, "Normal Held"},
+		{"attached twice", nil, []metav1.Condition{condition("AttachedTwice", "True", "TwoNodes", "…")}, "Warning TwoNodes"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			var have []string
+			for _, e := range news(test.before, test.after) {
+				have = append(have, e.Type+" "+e.Reason)
+			}
+			if strings.Join(have, ", ") != test.want {
+				t.Errorf("have %v, want %q", have, test.want)
+			}
+		})
+	}
+	if note := short(strings.Repeat("ä", 2000)); len(note) > 1024 || !strings.HasSuffix(note, "ä …") {
+		t.Errorf("a long note is cut to %d bytes, ending in %q", len(note), note[len(note)-8:])
+	}
+}
