@@ -60,8 +60,8 @@ func (c client) ready(ctx context.Context) error {
 	return body.Close()
 }
 
-// nodeEvent is what a watch of nodes says, as far as it matters here.
-type nodeEvent struct {
+// watched is what a watch says of an object, as far as it matters here.
+type watched struct {
 	Object struct {
 		Status struct {
 			Conditions []struct{ Type, Status, Message string }
@@ -72,27 +72,48 @@ type nodeEvent struct {
 
 // waitNodeReady watches a node until it is Ready in the given boot.
 func (c client) waitNodeReady(ctx context.Context, name, boot string) error {
-	// A watch without a resource version begins with the object as it is.
-	body, err := c.get(ctx, "/api/v1/nodes?watch=1&fieldSelector="+url.QueryEscape("metadata.name="+name))
-	if err != nil {
-		return err
-	}
-	defer body.Close()
 	last := errors.New("the node has not registered")
-	for events := json.NewDecoder(body); ; {
-		var event nodeEvent
-		if err := events.Decode(&event); err != nil {
-			return errors.Join(last, err)
-		}
+	err := c.watch(ctx, "/api/v1/nodes", name, func(event watched) bool {
 		status := event.Object.Status
 		for _, condition := range status.Conditions {
 			if condition.Type != "Ready" || status.NodeInfo.BootID != boot {
 				continue
 			}
 			if condition.Status == "True" {
-				return nil
+				return true
 			}
 			last = fmt.Errorf("the node is not ready: %s", condition.Message)
+		}
+		return false
+	})
+	if err != nil {
+		return errors.Join(last, err)
+	}
+	return nil
+}
+
+// waitPodsAllowed watches until pods can be created in namespace default: the
+// controller manager makes the service account they need.
+func (c client) waitPodsAllowed(ctx context.Context) error {
+	return c.watch(ctx, "/api/v1/namespaces/default/serviceaccounts", "default", func(watched) bool { return true })
+}
+
+// watch shows every state of an object, the present one first, to done, until
+// that returns true.
+func (c client) watch(ctx context.Context, collection, name string, done func(watched) bool) error {
+	// Without a resource version the first event is the object as it is.
+	body, err := c.get(ctx, collection+"?watch=1&fieldSelector="+url.QueryEscape("metadata.name="+name))
+	if err != nil {
+		return err
+	}
+	defer body.Close()
+	for events := json.NewDecoder(body); ; {
+		var event watched
+		if err := events.Decode(&event); err != nil {
+			return fmt.Errorf("watch %s in %s: %w", name, collection, err)
+		}
+		if done(event) {
+			return nil
 		}
 	}
 }

@@ -361,23 +361,32 @@ func (c *Cluster) apiServerFlags() []string {
 	}
 }
 
+// startControllers starts the controller manager and the scheduler, and returns
+// when the former has done what pods need.
 func (c *Cluster) startControllers(ctx context.Context) error {
 	flags := func(kubeconfig string, more ...string) []string {
 		path := c.state.pki(kubeconfig + ".kubeconfig")
 		return append(more, "--kubeconfig="+path, "--authentication-kubeconfig="+path, "--authorization-kubeconfig="+path,
 			"--leader-elect=false", "--cert-dir="+c.state.path("pki"))
 	}
-	_, err := c.state.spawn(ctx, placeControlPlane, "kube-controller-manager", flags("controller-manager", "kube-controller-manager",
+	manager, err := c.state.spawn(ctx, placeControlPlane, "kube-controller-manager", flags("controller-manager", "kube-controller-manager",
 		"--service-account-private-key-file="+c.state.pki("service-accounts.key"), "--root-ca-file="+c.state.pki("ca.crt"),
 		"--use-service-account-credentials=true",
+		"--kube-api-qps=500", "--kube-api-burst=500", // else it holds back for seconds when it starts
 		"--cluster-signing-cert-file="+c.state.pki("ca.crt"), "--cluster-signing-key-file="+c.state.pki("ca.key"),
 		// A dead node shows after eight seconds, not fifty; kubelets renew their leases every second.
 		"--node-monitor-period=1s", "--node-monitor-grace-period=8s")...)
 	if err != nil {
 		return err
 	}
-	_, err = c.state.spawn(ctx, placeControlPlane, "kube-scheduler", flags("scheduler", "kube-scheduler")...)
-	return err
+	if _, err := c.state.spawn(ctx, placeControlPlane, "kube-scheduler", flags("scheduler", "kube-scheduler")...); err != nil {
+		return err
+	}
+	client, err := c.state.client()
+	if err != nil {
+		return err
+	}
+	return c.state.until(ctx, "kube-controller-manager", manager, client.waitPodsAllowed)
 }
 
 // applyManifests creates the objects the cluster starts with.

@@ -104,17 +104,19 @@ func (g Group) Create() error {
 			if err := create(h, parent, at); err != nil {
 				return fmt.Errorf("make control group %s: %w", at, err)
 			}
+			// Beside version 1 hierarchies, those have the controllers that matter.
+			if len(hierarchies) > 1 {
+				continue
+			}
+			if err := delegateControllers(parent); err != nil {
+				return fmt.Errorf("make control group %s: %w", at, err)
+			}
 		}
 	}
 	return nil
 }
 
 func create(h Hierarchy, parent, dir string) error {
-	if h.Unified() {
-		if err := delegateControllers(parent); err != nil {
-			return err
-		}
-	}
 	if err := os.Mkdir(dir, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
 		return err
 	}
@@ -135,7 +137,7 @@ func create(h Hierarchy, parent, dir string) error {
 }
 
 // delegateControllers lets the children of a unified group use every
-// controller it has; there are none where version 1 hierarchies hold them.
+// controller it has.
 func delegateControllers(dir string) error {
 	controllers, err := os.ReadFile(filepath.Join(dir, "cgroup.controllers"))
 	if err != nil {
