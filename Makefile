@@ -5,9 +5,10 @@ export PATH := $(PATH):/usr/local/go/bin
 export CGO_ENABLED := 0
 export GOFLAGS := -trimpath
 
-VERSION := $(shell git describe --tags --always --dirty | sed s/^v//)
+VERSION := $(or $(shell git describe --tags --always --dirty 2>/dev/null | sed s/^v//),unknown)
 GOLANGCI_LINT := go run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
-HELM := go tool -modfile=test/cluster/components/helm/go.mod helm
+CLUSTER := go run ./test/cluster/cmd/cluster
+HELM = $$($(CLUSTER) build helm)/helm
 # Largest size of bin/k8slan-cni in bytes: it is started for every attachment.
 CNI_MAX := 8000000
 
@@ -37,15 +38,29 @@ generate: ## Generate deepcopy functions and CRDs, and copy the CRDs into the ch
 	go generate ./crd/...
 	cp crd/manifests/*.yaml charts/k8slan/crds/
 
+##@ Cluster
+
+.PHONY: cluster
+cluster: ## Bring up a two-node Kubernetes on this machine, as root; the first time builds it
+	$(CLUSTER) up
+
+.PHONY: cluster-down
+cluster-down: ## Take it down; nothing stays but caches
+	$(CLUSTER) down
+
 ##@ Test
 
 .PHONY: test
-test: unit ## Run every test: what CI runs
+test: unit dataplane ## Run every test: what CI runs
 
 .PHONY: unit
 unit: ## Run the tests that need neither root nor a cluster
 	go vet ./...
-	$(GOTEST) ./...
+	$(GOTEST) $$(go list ./... | grep -v -E '/test/(api|dataplane|e2e)$$')
+
+.PHONY: dataplane
+dataplane: ## Send real frames through LANs in network namespaces
+	$(GOTEST) ./test/dataplane
 
 .PHONY: verify
 verify: generate lint build ## Check generated code, modules, style, imports and the size of the CNI plugin

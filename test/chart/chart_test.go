@@ -1,0 +1,253 @@
+package chart
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"maps"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	appsv1 "k8s.io/api/apps/v1"
+	corev1 "k8s.io/api/core/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/util/yaml"
+
+	"github.com/k8slan/k8slan/test/cluster"
+)
+
+const (
+	chart     = "../../charts/k8slan"
+	generated = "../../crd/manifests"
+)
+
+func TestEveryNamespacedObjectIsInTheReleasesNamespace(t *testing.T) {
+	clusterWide := []string{"ClusterRole", "ClusterRoleBinding", "CustomResourceDefinition"}
+	for _, o := range render(t, "blue") {
+		if got := o.GetNamespace(); got != "blue" && !slices.Contains(clusterWide, o.GetKind()) {
+			t.Errorf("%s %s is in namespace %q, want blue", o.GetKind(), o.GetName(), got)
+		}
+		for _, subject := range subjects(o) {
+			if subject.Namespace != "blue" {
+				t.Errorf("%s %s binds the account %s of namespace %q, want blue", o.GetKind(), o.GetName(), subject.Name, subject.Namespace)
+			}
+		}
+	}
+}
+
+func TestControllerRunsWithoutPrivileges(t *testing.T) {
+	deployment := find[appsv1.Deployment](t, render(t, "k8slan-system"), "k8slan-controller-manager")
+	pod := deployment.Spec.Template.Spec
+	if pod.HostNetwork || pod.HostPID || pod.HostIPC || len(pod.Volumes) > 0 {
+		t.Error("the controller's pod reaches into the node")
+	}
+	if !*pod.SecurityContext.RunAsNonRoot || pod.SecurityContext.SeccompProfile.Type != corev1.SeccompProfileTypeRuntimeDefault {
+		t.Errorf("the controller's pod has security context %+v", pod.SecurityContext)
+	}
+	for _, c := range pod.Containers {
+		if s := c.SecurityContext; *s.AllowPrivilegeEscalation || !*s.ReadOnlyRootFilesystem || !slices.Equal(s.Capabilities.Drop, []corev1.Capability{"ALL"}) {
+			t.Errorf("container %s has security context %+v", c.Name, s)
+		}
+	}
+}
+
+func TestNeverTwoDaemonsOnANode(t *testing.T) {
+	daemons := find[appsv1.DaemonSet](t, render(t, "k8slan-system"), "k8slan-ds")
+	if surge := daemons.Spec.UpdateStrategy.RollingUpdate.MaxSurge; surge.IntValue() != 0 {
+		t.Errorf("maxSurge is %s, want 0: kubelet drops the second of two daemons that register one spoke", surge)
+	}
+}
+
+func TestRightsAreNamedOneByOne(t *testing.T) {
+	for _, o := range render(t, "k8slan-system") {
+		if o.GetKind() != "ClusterRole" && o.GetKind() != "Role" {
+			continue
+		}
+		for _, rule := range convert[rbacv1.ClusterRole](t, o).Rules {
+			if slices.Contains(slices.Concat(rule.APIGroups, rule.Resources, rule.Verbs), "*") {
+				t.Errorf("%s %s has a wildcard: %v", o.GetKind(), o.GetName(), rule)
+			}
+			if slices.Contains(rule.Resources, "secrets") || slices.Contains(rule.Resources, "pods") {
+				t.Errorf("%s %s has rights it does not need: %v", o.GetKind(), o.GetName(), rule)
+			}
+		}
+	}
+}
+
+func TestValuesReachTheNodesAgent(t *testing.T) {
+	daemons := find[appsv1.DaemonSet](t, render(t, "k8slan-system",
+		"image.repository=registry.example/k8slan", "image.tag=v7", "node.cniBinDir=/usr/libexec/cni", "node.kubeletDir=/var/lib/k0s/kubelet"), "k8slan-ds")
+	pod := daemons.Spec.Template.Spec
+	for _, c := range slices.Concat(pod.InitContainers, pod.Containers) {
+		if c.Image != "registry.example/k8slan:v7" {
+			t.Errorf("container %s has image %s", c.Name, c.Image)
+		}
+	}
+	host := map[string]string{}
+	for _, v := range pod.Volumes {
+		host[v.Name] = v.HostPath.Path
+	}
+	want := map[string]string{
+		"run": "/run/k8slan", "cdi": "/var/run/cdi",
+		"device-plugins": "/var/lib/k0s/kubelet/device-plugins", "cni-bin": "/usr/libexec/cni",
+	}
+	if !maps.Equal(host, want) {
+		t.Errorf("paths on the node are %v, want %v", host, want)
+	}
+}
+
+func TestUnknownAndImpossibleValuesAreRefused(t *testing.T) {
+	for _, value := range []string{
+		"node.cniBinDirectory=/opt/cni/bin", "image.pullPolicy=Sometimes", "node.healthPort=70000",
+		"node.cniBinDir=opt/cni/bin", "logLevel=chatty", "controller.replicas=-1",
+	} {
+		if _, err := helm(t, "template", "k8slan", chart, "--kube-version", "1.29.0", "--set", value); err == nil {
+			t.Errorf("helm takes %s", value)
+		}
+	}
+}
+
+func TestOneFileHoldsNamespaceAndCRDs(t *testing.T) {
+	kinds := map[string]int{}
+	for _, o := range render(t, "k8slan-system", "createNamespace=true") {
+		kinds[o.GetKind()]++
+		if o.GetKind() == "Namespace" && o.GetName() != "k8slan-system" {
+			t.Errorf("makes namespace %s, want k8slan-system", o.GetName())
+		}
+	}
+	if kinds["Namespace"] != 1 || kinds["CustomResourceDefinition"] != 2 {
+		t.Errorf("has %d namespaces and %d CRDs, want 1 and 2", kinds["Namespace"], kinds["CustomResourceDefinition"])
+	}
+}
+
+func TestChartHasTheGeneratedCRDs(t *testing.T) {
+	want, have := manifests(t, generated), manifests(t, filepath.Join(chart, "crds"))
+	if !maps.Equal(want, have) {
+		t.Errorf("%s and %s/crds differ: run make generate", generated, chart)
+	}
+}
+
+func TestEveryValueIsExplained(t *testing.T) {
+	values, err := os.ReadFile(filepath.Join(chart, "values.yaml"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	lines := strings.Split(string(values), "\n")
+	for i, line := range lines {
+		key := strings.TrimLeft(line, " ")
+		indent := len(line) - len(key)
+		if name, _, ok := strings.Cut(key, ":"); ok && indent <= 2 && !strings.HasPrefix(key, "#") && !strings.HasPrefix(key, "-") {
+			if i == 0 || !strings.HasPrefix(strings.TrimSpace(lines[i-1]), "#") {
+				t.Errorf("values.yaml:%d: %s has no comment above it", i+1, name)
+			}
+		}
+	}
+}
+
+func TestHelmLintIsContent(t *testing.T) {
+	if out, err := helm(t, "lint", "--strict", "--quiet", chart); err != nil {
+		t.Errorf("%v\n%s", err, out)
+	}
+}
+
+// render returns all objects of the chart, its CRDs too, installed into
+// namespace with the values set, such as "image.tag=v7".
+func render(t *testing.T, namespace string, set ...string) []unstructured.Unstructured {
+	t.Helper()
+	args := []string{"template", "k8slan", chart, "--namespace", namespace, "--include-crds", "--kube-version", "1.29.0"}
+	for _, value := range set {
+		args = append(args, "--set", value)
+	}
+	out, err := helm(t, args...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var objects []unstructured.Unstructured
+	decoder := yaml.NewYAMLOrJSONDecoder(bytes.NewReader(out), 4096)
+	for {
+		var o unstructured.Unstructured
+		err := decoder.Decode(&o.Object)
+		if errors.Is(err, io.EOF) {
+			return objects
+		}
+		if err != nil {
+			t.Fatalf("decode what helm rendered: %v", err)
+		}
+		if o.Object != nil {
+			objects = append(objects, o)
+		}
+	}
+}
+
+// helm runs the test cluster's Helm and returns its standard output.
+func helm(t *testing.T, args ...string) ([]byte, error) {
+	t.Helper()
+	dir, err := cluster.Build(t.Context(), cluster.Config{
+		CacheDir: cluster.CacheDir(os.Getenv),
+		Log:      slog.New(slog.NewTextHandler(os.Stderr, nil)),
+	}, "helm")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var stderr bytes.Buffer
+	cmd := exec.CommandContext(context.WithoutCancel(t.Context()), filepath.Join(dir, "helm"), args...)
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		return out, fmt.Errorf("helm %s: %w\n%s", strings.Join(args, " "), err, stderr.Bytes())
+	}
+	return out, nil
+}
+
+func find[T any](t *testing.T, objects []unstructured.Unstructured, name string) T {
+	t.Helper()
+	i := slices.IndexFunc(objects, func(o unstructured.Unstructured) bool { return o.GetName() == name })
+	if i < 0 {
+		t.Fatalf("the chart has no object called %s", name)
+	}
+	return convert[T](t, objects[i])
+}
+
+func convert[T any](t *testing.T, o unstructured.Unstructured) T {
+	t.Helper()
+	var object T
+	if err := runtime.DefaultUnstructuredConverter.FromUnstructuredWithValidation(o.Object, &object, true); err != nil {
+		t.Fatalf("%s %s: %v", o.GetKind(), o.GetName(), err)
+	}
+	return object
+}
+
+func subjects(o unstructured.Unstructured) []rbacv1.Subject {
+	var binding rbacv1.ClusterRoleBinding
+	if !strings.HasSuffix(o.GetKind(), "Binding") || runtime.DefaultUnstructuredConverter.FromUnstructured(o.Object, &binding) != nil {
+		return nil
+	}
+	return binding.Subjects
+}
+
+// manifests returns the YAML files of dir by name.
+func manifests(t *testing.T, dir string) map[string]string {
+	t.Helper()
+	names, err := filepath.Glob(filepath.Join(dir, "*.yaml"))
+	if err != nil || len(names) == 0 {
+		t.Fatalf("%s has no YAML files (%v)", dir, err)
+	}
+	files := map[string]string{}
+	for _, name := range names {
+		content, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		files[filepath.Base(name)] = string(content)
+	}
+	return files
+}

@@ -1,0 +1,2 @@
+// Package chart tests charts/k8slan as Helm renders it.
+package chart
