@@ -1,0 +1,173 @@
+// Package install puts this checkout's k8slan on a test cluster, as a user would: image, CRDs and chart.
+package install
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/k8slan/k8slan/test/cluster"
+	"github.com/k8slan/k8slan/test/image"
+)
+
+// Namespace and Release are what the README's install command names.
+const (
+	Namespace = "k8slan-system"
+	Release   = "k8slan"
+)
+
+// Bed is a cluster with what is needed to put k8slan on it.
+type Bed struct {
+	cluster.Config
+	Cluster *cluster.Cluster // once Up has returned
+
+	root string // of the checkout
+	tag  string // of the image
+	work string // for what is built from the checkout
+}
+
+// New returns a bed for the checkout that the working directory is in.
+func New(ctx context.Context, cfg cluster.Config) (*Bed, error) {
+	gomod, err := run(ctx, "", "go", "env", "GOMOD")
+	if err != nil {
+		return nil, err
+	}
+	return &Bed{Config: cfg, root: filepath.Dir(strings.TrimSpace(gomod)), work: filepath.Join(cfg.CacheDir, "checkout")}, nil
+}
+
+// Programs builds Kubernetes, etcd, containerd, Multus and Helm, or finds them built.
+func (b *Bed) Programs(ctx context.Context) error {
+	for _, name := range cluster.Components() {
+		if _, err := cluster.Build(ctx, b.Config, name); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Images builds the images that test pods run, or finds them built.
+func (b *Bed) Images(ctx context.Context) error {
+	b.Config.Images = nil
+	for _, make := range []func(context.Context, string) (string, error){image.Pause, image.Toolbox, image.VM} {
+		archive, err := make(ctx, b.CacheDir)
+		if err != nil {
+			return err
+		}
+		b.Config.Images = append(b.Config.Images, archive)
+	}
+	return nil
+}
+
+// Up brings the cluster up, or takes the one that is, and gives both nodes the images.
+func (b *Bed) Up(ctx context.Context) error {
+	c, err := cluster.Open(b.StateDir)
+	if errors.Is(err, cluster.ErrNotUp) {
+		b.Cluster, err = cluster.Up(ctx, b.Config)
+		return err
+	}
+	if err != nil {
+		return err
+	}
+	b.Cluster = c
+	for _, archive := range b.Config.Images {
+		if err := c.LoadImage(ctx, archive); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Build builds k8slan's two programs and its image from the checkout and loads it into both nodes.
+// The image's tag is made of the image itself, so that a changed one is rolled out.
+func (b *Bed) Build(ctx context.Context) error {
+	if _, err := run(ctx, b.root, "go", "build", "-trimpath", "-ldflags", "-s -w -X main.version=test", "-o", b.work+"/", "./cmd/..."); err != nil {
+		return err
+	}
+	programs := image.Product{K8slan: filepath.Join(b.work, "k8slan"), CNI: filepath.Join(b.work, "k8slan-cni")}
+	sum, err := digest(programs.K8slan, programs.CNI)
+	if err != nil {
+		return err
+	}
+	b.tag, programs.Version = "test-"+sum, "test-"+sum
+	archive := filepath.Join(b.work, "k8slan.tar")
+	if err := image.K8slan(ctx, archive, programs); err != nil {
+		return err
+	}
+	return b.Cluster.LoadImage(ctx, archive)
+}
+
+// Chart installs the chart with Helm, or upgrades what is installed, and returns when daemon and controller are ready.
+func (b *Bed) Chart(ctx context.Context, values ...string) error {
+	args := []string{
+		"upgrade", "--install", Release, filepath.Join(b.root, "charts/k8slan"),
+		"--namespace", Namespace, "--create-namespace", "--wait", "--timeout", "3m",
+		"--set", "image.tag=" + b.tag, "--set", "image.pullPolicy=Never",
+	}
+	for _, v := range values {
+		args = append(args, "--set", v)
+	}
+	_, err := b.Helm(ctx, args...)
+	return err
+}
+
+// Helm runs the real Helm against the cluster.
+func (b *Bed) Helm(ctx context.Context, args ...string) (string, error) {
+	dir, err := cluster.Build(ctx, b.Config, "helm")
+	if err != nil {
+		return "", err
+	}
+	return run(ctx, b.root, filepath.Join(dir, "helm"), append([]string{"--kubeconfig", b.Cluster.Kubeconfig()}, args...)...)
+}
+
+// Kubectl runs kubectl against the cluster.
+func (b *Bed) Kubectl(ctx context.Context, args ...string) (string, error) {
+	return run(ctx, b.root, b.Cluster.Kubectl(), append([]string{"--kubeconfig", b.Cluster.Kubeconfig()}, args...)...)
+}
+
+// Apply applies a manifest.
+func (b *Bed) Apply(ctx context.Context, manifest string) error {
+	cmd := exec.CommandContext(ctx, b.Cluster.Kubectl(), "--kubeconfig", b.Cluster.Kubeconfig(), "apply", "-f", "-")
+	cmd.Stdin = strings.NewReader(manifest)
+	_, err := output(cmd)
+	return err
+}
+
+// All does everything from an empty machine to an installed k8slan.
+func (b *Bed) All(ctx context.Context) error {
+	g, gctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return b.Programs(gctx) })
+	g.Go(func() error { return b.Images(gctx) })
+	if err := g.Wait(); err != nil {
+		return err
+	}
+	for _, step := range []func(context.Context) error{b.Up, b.Build, func(ctx context.Context) error { return b.Chart(ctx) }} {
+		if err := step(ctx); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func run(ctx context.Context, dir, name string, args ...string) (string, error) {
+	cmd := exec.CommandContext(ctx, name, args...)
+	cmd.Dir = dir
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	return output(cmd)
+}
+
+// output runs a command; its error has what the command said.
+func output(cmd *exec.Cmd) (string, error) {
+	var stderr strings.Builder
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		return string(out), fmt.Errorf("%s: %w\n%s", strings.Join(cmd.Args, " "), err, strings.TrimSpace(stderr.String()+string(out)))
+	}
+	return string(out), nil
+}
