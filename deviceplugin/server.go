@@ -16,6 +16,8 @@ import (
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/status"
 	pluginapi "k8s.io/kubelet/pkg/apis/deviceplugin/v1beta1"
+
+	"github.com/k8slan/k8slan/lanmgr/cdi"
 )
 
 // endTimeout is how long an ended server waits for kubelet to close its connections.
@@ -173,7 +175,7 @@ func (s *server) Allocate(_ context.Context, request *pluginapi.AllocateRequest)
 				return nil, status.Errorf(codes.Unavailable,
 					"spoke %q is not ready on this node; kubectl get lannodes -o yaml says why, create the pod again when it is", id)
 			}
-			answer.CdiDevices = append(answer.CdiDevices, &pluginapi.CDIDevice{Name: cdiName(id)})
+			answer.CdiDevices = append(answer.CdiDevices, &pluginapi.CDIDevice{Name: cdi.Name(id)})
 		}
 		response.ContainerResponses = append(response.ContainerResponses, answer)
 	}
@@ -204,5 +206,3 @@ func (c *conn) Close() error {
 	defer c.closed()
 	return c.Conn.Close()
 }
-
-func cdiName(spoke string) string { return "macvtap.k8slan.io/spoke=" + spoke }

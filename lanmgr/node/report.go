@@ -70,6 +70,9 @@ func Status(plans []Plan, reports []lanmgr.Report, version string) v1beta1.LANNo
 		byNetns[p.Segment.Netns] = p
 	}
 	for _, r := range reports {
+		if r.Segment.Netns == "" {
+			continue // nobody's, and nobody is attached: about to go
+		}
 		p, wanted := byNetns[r.Segment.Netns]
 		if !wanted || r.Leaving || r.Segment.LAN != p.Segment.LAN {
 			segments[r.Segment.Netns] = leaving(r)
@@ -139,9 +142,10 @@ func reported(p Plan, r lanmgr.Report) v1beta1.SegmentStatus {
 	return s
 }
 
-// problemOf is the plan's problem, if it blocks, before what the kernel refused.
+// problemOf is the plan's problem, if it blocks, before what the kernel refused. What failed beside a segment that
+// stands is no problem of the segment.
 func problemOf(p Plan, r lanmgr.Report) Problem {
-	if p.Problem.Blocking || r.Err == nil {
+	if p.Problem.Blocking || r.Err == nil || r.Built {
 		return p.Problem
 	}
 	if taken := (*kernel.VNITaken)(nil); errors.As(r.Err, &taken) {

@@ -1,0 +1,325 @@
+// Package node makes one node carry its LANs: LAN objects in; segments for the manager, spokes for kubelet, events and the node's
+// LANNode out.
+package node
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"log/slog"
+	"reflect"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/client-go/tools/events"
+	"sigs.k8s.io/controller-runtime/pkg/cache"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	"github.com/k8slan/k8slan/crd/v1beta1"
+	"github.com/k8slan/k8slan/lanmgr"
+	"github.com/k8slan/k8slan/lanmgr/kernel"
+	"github.com/k8slan/k8slan/lanmgr/segment"
+)
+
+// Manager makes the node have segments; lanmgr.Manager is one.
+type Manager interface {
+	Set(want []segment.Segment)
+	Poke(netns string)
+	Reports() []lanmgr.Report
+	Changed() <-chan struct{}
+}
+
+// Kernel is what the agent asks of the node; kernel.Node is one.
+type Kernel interface {
+	Underlays(ctx context.Context) (kernel.Underlays, error)
+	Watch(ctx context.Context, poke func(netns string)) error
+}
+
+// Config is what an agent works with.
+type Config struct {
+	Node    string // the Node object's name
+	Version string // of k8slan, for the LANNode
+
+	// Informers and Client are those of one cache: every LAN, and of Nodes and LANNodes the node's own. Live reads past it.
+	Informers cache.Informers
+	Client    client.Client
+	Live      client.Reader
+
+	Kernel  Kernel
+	Manager Manager
+	Offer   func([]Spoke) // the whole set for kubelet, never blocks
+	Events  events.EventRecorder
+	Log     *slog.Logger
+}
+
+// Agent is what makes one node carry its LANs.
+type Agent struct {
+	Config
+	publisher *publisher
+	inputs    chan struct{} // one slot: LANs, the Node or its underlays changed
+	host      chan struct{} // one slot: the node's links, addresses or routes may have changed
+	ready     atomic.Bool
+
+	mu        sync.Mutex
+	underlays *kernel.Underlays // nil: not known yet
+
+	// Of the main loop alone.
+	plans   []Plan
+	planned bool
+	lans    map[types.UID]*v1beta1.LAN
+	offered []Spoke
+	told    map[types.UID]Problem // what the last event on a LAN said
+}
+
+// New returns an agent that does nothing until Run.
+func New(c Config) *Agent {
+	return &Agent{
+		Config:    c,
+		publisher: newPublisher(c.Node, c.Client, c.Live, c.Log),
+		inputs:    make(chan struct{}, 1),
+		host:      make(chan struct{}, 1),
+		told:      make(map[types.UID]Problem),
+	}
+}
+
+// Ready is nil once the node's LANs are known and each was worked on.
+func (a *Agent) Ready() error {
+	if !a.ready.Load() {
+		return fmt.Errorf("the LANs of node %s are not known or not all worked on yet", a.Node)
+	}
+	return nil
+}
+
+// Run works until ctx ends, and then leaves everything as it is. Nothing is decided before the API server's objects and the
+// node's underlays are known; while the API server is away, all stays as it was.
+func (a *Agent) Run(ctx context.Context) error {
+	var tasks sync.WaitGroup
+	defer tasks.Wait()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	tasks.Go(func() { a.watchKernel(ctx) })
+	tasks.Go(func() { a.readUnderlays(ctx) })
+	if err := a.watchObjects(ctx); err != nil {
+		return nil // ctx has ended
+	}
+	tasks.Go(func() { a.publisher.run(ctx) })
+	signal(a.inputs)
+
+	retry := newRetry()
+	defer retry.stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-a.inputs:
+		case <-retry.timer.C:
+		case <-a.Manager.Changed():
+			a.report()
+			continue
+		}
+		if err := a.plan(ctx); err != nil {
+			retry.failed(a.Log, "cannot plan this node's LANs, all stays as it is", err)
+			continue
+		}
+		retry.succeeded()
+		a.report()
+	}
+}
+
+// plan decides what the node should have of each LAN, and has the manager make it.
+func (a *Agent) plan(ctx context.Context) error {
+	a.mu.Lock()
+	underlays := a.underlays
+	a.mu.Unlock()
+	if underlays == nil {
+		return nil // readUnderlays signals when they are known
+	}
+	var self corev1.Node
+	if err := a.Client.Get(ctx, client.ObjectKey{Name: a.Node}, &self); err != nil {
+		return fmt.Errorf("get Node %s: %w", a.Node, err)
+	}
+	var lans v1beta1.LANList
+	if err := a.Client.List(ctx, &lans); err != nil {
+		return fmt.Errorf("list LANs: %w", err)
+	}
+	a.lans = make(map[types.UID]*v1beta1.LAN, len(lans.Items))
+	for i := range lans.Items {
+		a.lans[lans.Items[i].UID] = &lans.Items[i]
+	}
+	node := Node{Name: a.Node, Labels: self.Labels, Underlays: *underlays}
+	a.plans, a.planned = planAll(lans.Items, node, a.Manager.Reports()), true
+	segments := make([]segment.Segment, len(a.plans))
+	for i, p := range a.plans {
+		segments[i] = p.Segment
+	}
+	a.Manager.Set(segments)
+	a.publisher.setOwner(&self)
+	return nil
+}
+
+// planAll plans every LAN. Where two seem to hold one netns, because the news of one is older than that of the other, the
+// one created first has it.
+func planAll(lans []v1beta1.LAN, node Node, reports []lanmgr.Report) []Plan {
+	byNetns := index(reports)
+	byAge := slices.Clone(lans)
+	slices.SortFunc(byAge, func(x, y v1beta1.LAN) int {
+		return cmp.Or(x.CreationTimestamp.Compare(y.CreationTimestamp.Time), cmp.Compare(x.UID, y.UID))
+	})
+	var plans []Plan
+	taken := make(map[string]bool)
+	for i := range byAge {
+		lan, mtu := &byAge[i], 0
+		if lan.Status.Holds == nil {
+			continue
+		}
+		if r, ok := byNetns[lan.Status.Holds.NS]; ok && r.Segment.LAN.UID == string(lan.UID) {
+			mtu = r.Segment.MTU
+		}
+		p, ok := NewPlan(lan, node, mtu)
+		if !ok || taken[p.Segment.Netns] {
+			continue
+		}
+		taken[p.Segment.Netns] = true
+		plans = append(plans, p)
+	}
+	return plans
+}
+
+// report tells kubelet, the API server and people what became of the plans.
+func (a *Agent) report() {
+	if !a.planned {
+		return
+	}
+	reports := a.Manager.Reports()
+	if offers := Offers(a.plans, reports); a.offered == nil || !slices.Equal(offers, a.offered) {
+		a.offered = offers
+		a.Offer(offers)
+	}
+	a.publisher.set(Status(a.plans, reports, a.Version))
+	a.tell(reports)
+
+	byNetns := index(reports)
+	a.ready.Store(!slices.ContainsFunc(a.plans, func(p Plan) bool {
+		_, worked := byNetns[p.Segment.Netns]
+		return !worked
+	}))
+}
+
+// tell writes an event on each LAN whose segment got a problem or lost it.
+func (a *Agent) tell(reports []lanmgr.Report) {
+	byNetns := index(reports)
+	told := make(map[types.UID]Problem, len(a.told))
+	for _, p := range a.plans {
+		uid := types.UID(p.Segment.LAN.UID)
+		before := a.told[uid]
+		now, well := p.Problem, false
+		if r, ok := byNetns[p.Segment.Netns]; ok && !r.Leaving && r.Segment.LAN == p.Segment.LAN {
+			now = problemOf(p, r)
+			well = stands(p, r) && now.Reason == ""
+		}
+		switch {
+		case now.Reason != "" && now != before:
+			a.event(uid, corev1.EventTypeWarning, now.Reason, now.Message)
+		case before.Reason != "" && well:
+			a.event(uid, corev1.EventTypeNormal, "Ready", "all is well again, spokes are offered")
+		case before.Reason != "" && now.Reason == "":
+			now = before // being built: not well yet
+		}
+		if now.Reason != "" {
+			told[uid] = now
+		}
+	}
+	a.told = told
+}
+
+// maxNote is the API's limit for an event's note (NoteLengthLimit in pkg/apis/core/validation/events.go).
+const maxNote = 1024
+
+func (a *Agent) event(uid types.UID, kind, reason, message string) {
+	lan := a.lans[uid]
+	note := a.Node + ": " + message
+	if len(note) > maxNote {
+		note = note[:maxNote]
+	}
+	a.Events.Eventf(lan, nil, kind, reason, "BuildSegment", "%s", note)
+	level := slog.LevelInfo
+	if kind == corev1.EventTypeWarning {
+		level = slog.LevelWarn
+	}
+	a.Log.Log(context.Background(), level, message, "lan", lan.Namespace+"/"+lan.Name, "reason", reason)
+}
+
+// watchKernel passes the kernel's hints on.
+func (a *Agent) watchKernel(ctx context.Context) {
+	retry := newRetry()
+	defer retry.stop()
+	for {
+		err := a.Kernel.Watch(ctx, func(netns string) {
+			if netns == "" {
+				signal(a.host)
+			} else {
+				a.Manager.Poke(netns)
+			}
+		})
+		if ctx.Err() != nil {
+			return
+		}
+		retry.failed(a.Log, "cannot watch the kernel, trying again", err)
+		select {
+		case <-ctx.Done():
+			return
+		case <-retry.timer.C:
+		}
+	}
+}
+
+// hostRest is the least time between two looks at the node's underlays: on a busy node its links change all the time.
+const hostRest = 50 * time.Millisecond
+
+// readUnderlays reads the node's underlays when they may have changed, and has the LANs planned anew when they have.
+func (a *Agent) readUnderlays(ctx context.Context) {
+	retry := newRetry()
+	defer retry.stop()
+	signal(a.host)
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-a.host:
+		case <-retry.timer.C:
+		}
+		began := time.Now()
+		underlays, err := a.Kernel.Underlays(ctx)
+		if err != nil {
+			retry.failed(a.Log, "cannot read the node's links, LANs stay as they are", err)
+			continue
+		}
+		retry.succeeded()
+		a.mu.Lock()
+		changed := a.underlays == nil || !reflect.DeepEqual(*a.underlays, underlays)
+		a.underlays = &underlays
+		a.mu.Unlock()
+		if changed {
+			signal(a.inputs)
+		}
+		rest := time.NewTimer(max(hostRest, 4*time.Since(began)))
+		select {
+		case <-ctx.Done():
+			rest.Stop()
+			return
+		case <-rest.C:
+		}
+	}
+}
+
+// signal puts a value into a one-slot channel that may have one already.
+func signal(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}

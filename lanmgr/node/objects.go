@@ -1,0 +1,81 @@
+package node
+
+import (
+	"context"
+	"fmt"
+	"maps"
+
+	corev1 "k8s.io/api/core/v1"
+	toolscache "k8s.io/client-go/tools/cache"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	"github.com/k8slan/k8slan/crd/v1beta1"
+)
+
+// watchObjects has the informers tell of changes. It returns when all of them know what there is, or with an error when ctx ends.
+func (a *Agent) watchObjects(ctx context.Context) error {
+	retry := newRetry()
+	defer retry.stop()
+	for _, watch := range []struct {
+		kind    client.Object
+		handler toolscache.ResourceEventHandler
+	}{
+		{&v1beta1.LAN{}, onChange(func(_, _ any) { signal(a.inputs) })},
+		{&corev1.Node{}, onChange(func(before, after any) {
+			if nodeChanged(before, after) {
+				signal(a.inputs)
+			}
+		})},
+		{&v1beta1.LANNode{}, onChange(func(before, after any) { a.publisher.seen(before, after) })},
+	} {
+		for {
+			err := a.watchKind(ctx, watch.kind, watch.handler)
+			if err == nil {
+				break
+			}
+			if ctx.Err() != nil {
+				return ctx.Err()
+			}
+			retry.failed(a.Log, "cannot watch the API server's objects, trying again", err)
+			select {
+			case <-ctx.Done():
+				return ctx.Err()
+			case <-retry.timer.C:
+			}
+		}
+		retry.succeeded()
+	}
+	return nil
+}
+
+func (a *Agent) watchKind(ctx context.Context, kind client.Object, handler toolscache.ResourceEventHandler) error {
+	informer, err := a.Informers.GetInformer(ctx, kind) // waits until it has synced
+	if err != nil {
+		return fmt.Errorf("watch %T: %w", kind, err)
+	}
+	if _, err := informer.AddEventHandler(handler); err != nil {
+		return fmt.Errorf("watch %T: %w", kind, err)
+	}
+	return nil
+}
+
+// onChange calls changed with the object before and after; nil is for one that wasn't there or is not any more.
+func onChange(changed func(before, after any)) toolscache.ResourceEventHandler {
+	return toolscache.ResourceEventHandlerFuncs{
+		AddFunc:    func(obj any) { changed(nil, obj) },
+		UpdateFunc: changed,
+		DeleteFunc: func(obj any) {
+			if unknown, ok := obj.(toolscache.DeletedFinalStateUnknown); ok {
+				obj = unknown.Obj
+			}
+			changed(obj, nil)
+		},
+	}
+}
+
+// nodeChanged passes over the heartbeats of kubelet.
+func nodeChanged(before, after any) bool {
+	x, wasNode := before.(*corev1.Node)
+	y, isNode := after.(*corev1.Node)
+	return !wasNode || !isNode || x.UID != y.UID || !maps.Equal(x.Labels, y.Labels)
+}

@@ -1,0 +1,266 @@
+package node_test
+
+import (
+	"net/netip"
+	"strings"
+	"testing"
+
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/k8slan/k8slan/crd/v1beta1"
+	"github.com/k8slan/k8slan/lanmgr/kernel"
+	"github.com/k8slan/k8slan/lanmgr/node"
+	"github.com/k8slan/k8slan/lanmgr/segment"
+)
+
+func device(index, mtu int) kernel.Underlay {
+	return kernel.Underlay{
+		Index: index, MTU: mtu, Up: true, Carrier: true,
+		IPv4: netip.MustParseAddr("192.0.2.1"), IPv6: netip.MustParseAddr("fe80::1"),
+	}
+}
+
+// worker1 is a node with the devices eth0, of the default route, eth1 and a jumbo one.
+func worker1() node.Node {
+	return node.Node{
+		Name:   "worker1",
+		Labels: map[string]string{"kubernetes.io/hostname": "host1", "rack": "a"},
+		Underlays: kernel.Underlays{
+			Default: "eth0",
+			Devices: map[string]kernel.Underlay{"eth0": device(2, 1500), "eth1": device(3, 1500), "jumbo": device(4, 9000)},
+		},
+	}
+}
+
+// lab is an admitted LAN.
+func lab(change func(*v1beta1.LAN)) *v1beta1.LAN {
+	lan := &v1beta1.LAN{
+		ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: "lab", UID: "uid-lab", Generation: 3},
+		Spec:       v1beta1.LANSpec{VNI: 222, Spokes: []string{"vm", "srl"}},
+		Status: v1beta1.LANStatus{Holds: &v1beta1.Holding{
+			NS: "default.lab", VNI: 222, Port: 4789, Spokes: []string{"srl", "vm"},
+		}},
+	}
+	if change != nil {
+		change(lan)
+	}
+	return lan
+}
+
+func TestALANOfTenLinesGetsItsDefaults(t *testing.T) {
+	plan, ok := node.NewPlan(lab(nil), worker1(), 0)
+	want := segment.Segment{
+		LAN:        segment.LAN{Namespace: "default", Name: "lab", UID: "uid-lab"},
+		Generation: 3,
+		Netns:      "default.lab",
+		Bridge:     "br222",
+		MTU:        1422,
+		Spokes:     []string{"srl", "vm"},
+		VXLAN: segment.VXLAN{
+			Name: "vx222", VNI: 222, Port: 4789, Group: netip.MustParseAddr("ff02::14"), Underlay: "eth0", UnderlayIndex: 2,
+		},
+	}
+	if !ok || !plan.Segment.Equal(want) {
+		t.Errorf("plan = %+v, want %+v", plan.Segment, want)
+	}
+	if plan.Problem != (node.Problem{}) || plan.VTEP != netip.MustParseAddr("fe80::1") {
+		t.Errorf("problem = %+v, VTEP = %v", plan.Problem, plan.VTEP)
+	}
+}
+
+func TestANodeHasNothingOfALANThatIs(t *testing.T) {
+	for name, change := range map[string]func(*v1beta1.LAN){
+		"not admitted":       func(l *v1beta1.LAN) { l.Status.Holds = nil },
+		"being deleted":      func(l *v1beta1.LAN) { l.DeletionTimestamp = &metav1.Time{Time: metav1.Now().Time} },
+		"for other nodes":    func(l *v1beta1.LAN) { l.Spec.NodeSelector = map[string]v1beta1.LabelValue{"rack": "b"} },
+		"for unlabelled key": func(l *v1beta1.LAN) { l.Spec.NodeSelector = map[string]v1beta1.LabelValue{"rack": "a", "gpu": ""} },
+	} {
+		if plan, ok := node.NewPlan(lab(change), worker1(), 0); ok {
+			t.Errorf("%s: plan = %+v", name, plan)
+		}
+	}
+	if _, ok := node.NewPlan(lab(func(l *v1beta1.LAN) { l.Spec.NodeSelector = map[string]v1beta1.LabelValue{"rack": "a"} }), worker1(), 0); !ok {
+		t.Error("nothing of a LAN that selects the node")
+	}
+}
+
+func TestOnlyWhatIsHeldIsBuilt(t *testing.T) {
+	plan, _ := node.NewPlan(lab(func(l *v1beta1.LAN) {
+		l.Spec.Spokes = []string{"srl", "refused"}
+		l.Spec.VXLANPort = 4790 // asked for, not held yet
+	}), worker1(), 0)
+	if got := strings.Join(plan.Segment.Spokes, " "); got != "srl" {
+		t.Errorf("spokes = %q, want srl: vm is not asked for any more, refused is not held", got)
+	}
+	if plan.Segment.VXLAN.Port != 4789 {
+		t.Errorf("port = %d, want the one that is held", plan.Segment.VXLAN.Port)
+	}
+}
+
+func TestTheUnderlayIsTheNodesOwnThenTheLANsThenTheDefaultRoutes(t *testing.T) {
+	devices := func(keyAndDevice ...string) map[string]v1beta1.Device {
+		m := map[string]v1beta1.Device{}
+		for i := 0; i < len(keyAndDevice); i += 2 {
+			m[keyAndDevice[i]] = v1beta1.Device(keyAndDevice[i+1])
+		}
+		return m
+	}
+	for _, c := range []struct {
+		name   string
+		byNode map[string]v1beta1.Device
+		common v1beta1.Device
+		want   string
+	}{
+		{"neither", nil, "", "eth0"},
+		{"the LAN's default", nil, "eth1", "eth1"},
+		{"by node name", devices("worker1", "jumbo", "host1", "eth0"), "eth1", "jumbo"},
+		{"by hostname label", devices("host1", "jumbo"), "eth1", "jumbo"},
+		{"only other nodes'", devices("worker2", "jumbo"), "eth1", "eth1"},
+	} {
+		plan, _ := node.NewPlan(lab(func(l *v1beta1.LAN) { l.Spec.VXLANDevMap, l.Spec.DefaultVXLANDev = c.byNode, c.common }), worker1(), 0)
+		if got := plan.Segment.VXLAN.Underlay; got != c.want {
+			t.Errorf("%s: underlay = %q, want %q", c.name, got, c.want)
+		}
+	}
+}
+
+func TestTheMTULeavesRoomForTheVXLAN(t *testing.T) {
+	for _, c := range []struct {
+		name, group, underlay string
+		mtu                   int32
+		want                  int
+		reason                string
+	}{
+		{"IPv6, two tags reserved", "ff02::14", "eth0", 0, 1422, ""},
+		{"IPv4, two tags reserved", "239.1.1.1", "eth0", 0, 1442, ""},
+		{"jumbo", "ff02::14", "jumbo", 0, 8922, ""},
+		{"asked for", "ff02::14", "jumbo", 1500, 1500, ""},
+		{"asked for, just fits IPv6", "ff02::14", "eth0", 1430, 1430, ""},
+		{"asked for, one too many for IPv6", "ff02::14", "eth0", 1431, 1431, v1beta1.ReasonMTUTooLarge},
+		{"asked for, just fits IPv4", "239.1.1.1", "eth0", 1450, 1450, ""},
+		{"asked for, one too many for IPv4", "239.1.1.1", "eth0", 1451, 1451, v1beta1.ReasonMTUTooLarge},
+	} {
+		plan, _ := node.NewPlan(lab(func(l *v1beta1.LAN) {
+			l.Spec.VXLANGroup, l.Spec.DefaultVXLANDev, l.Spec.MTU = c.group, v1beta1.Device(c.underlay), c.mtu
+		}), worker1(), 0)
+		if plan.Segment.MTU != c.want || plan.Problem.Reason != c.reason {
+			t.Errorf("%s: MTU %d, problem %+v; want %d, %q", c.name, plan.Segment.MTU, plan.Problem, c.want, c.reason)
+		}
+	}
+}
+
+func TestAProblemSaysWhatIsWrongAndTheWayOut(t *testing.T) {
+	change := func(name string, f func(*kernel.Underlay)) func(*node.Node) {
+		return func(n *node.Node) {
+			d := n.Underlays.Devices[name]
+			f(&d)
+			n.Underlays.Devices[name] = d
+		}
+	}
+	for _, c := range []struct {
+		name     string
+		lan      func(*v1beta1.LAN)
+		node     func(*node.Node)
+		reason   string
+		blocking bool
+		message  string
+	}{
+		{
+			name:   "no such device, by the map",
+			lan:    func(l *v1beta1.LAN) { l.Spec.VXLANDevMap = map[string]v1beta1.Device{"worker1": "eth7"} },
+			reason: v1beta1.ReasonUnderlayMissing, blocking: true,
+			message: `no device "eth7" (spec.vxlanDevMap.worker1). Create it, or change spec.vxlanDevMap.worker1; pods wait until then`,
+		},
+		{
+			name:   "no such device, by the default",
+			lan:    func(l *v1beta1.LAN) { l.Spec.DefaultVXLANDev = "eth7" },
+			reason: v1beta1.ReasonUnderlayMissing, blocking: true,
+			message: `no device "eth7" (spec.defaultVxlanDev). Create it, or change spec.defaultVxlanDev; pods wait until then`,
+		},
+		{
+			name:   "no default route",
+			node:   func(n *node.Node) { n.Underlays.Default = "" },
+			reason: v1beta1.ReasonUnderlayMissing, blocking: true,
+			message: `no default route, and the LAN names no device for this node. Set spec.defaultVxlanDev or spec.vxlanDevMap.worker1; pods wait until then`,
+		},
+		{
+			name:   "IPv6 switched off",
+			node:   change("eth0", func(d *kernel.Underlay) { d.IPv6Off, d.IPv6 = true, netip.Addr{} }),
+			reason: v1beta1.ReasonUnderlayNoAddress, blocking: true,
+			message: `IPv6 is switched off on device "eth0", and the group ff02::14 needs it. Set net.ipv6.conf.eth0.disable_ipv6=0, or choose an IPv4 group in spec.vxlanGrp; pods wait until then`,
+		},
+		{
+			name:   "no IPv6 address",
+			node:   change("eth0", func(d *kernel.Underlay) { d.IPv6 = netip.Addr{} }),
+			reason: v1beta1.ReasonUnderlayNoAddress, blocking: true,
+			message: `device "eth0" has no IPv6 address, which the group ff02::14 needs; a link-local one is enough. Give it one, or choose an IPv4 group in spec.vxlanGrp; pods wait until then`,
+		},
+		{
+			name:   "no IPv4 address",
+			lan:    func(l *v1beta1.LAN) { l.Spec.VXLANGroup = "239.1.1.1" },
+			node:   change("eth0", func(d *kernel.Underlay) { d.IPv4 = netip.Addr{} }),
+			reason: v1beta1.ReasonUnderlayNoAddress, blocking: true,
+			message: `device "eth0" has no IPv4 address, which the group 239.1.1.1 needs. Give it one, or choose an IPv6 group in spec.vxlanGrp; pods wait until then`,
+		},
+		{
+			name:   "MTU too large",
+			lan:    func(l *v1beta1.LAN) { l.Spec.MTU = 1500 },
+			reason: v1beta1.ReasonMTUTooLarge, blocking: true,
+			message: `spec.mtu 1500 and 70 bytes of VXLAN do not fit device "eth0" with MTU 1500. Lower spec.mtu to 1430 (1422 if frames bear two VLAN tags), or raise the device's MTU; pods wait until then`,
+		},
+		{
+			name:   "an underlay too small for anything",
+			node:   change("eth0", func(d *kernel.Underlay) { d.MTU = 100 }),
+			reason: v1beta1.ReasonMTUTooLarge, blocking: true,
+			message: `device "eth0" has MTU 100, too little for a VXLAN. Raise it to 146 at least; pods wait until then`,
+		},
+		{
+			name:    "no carrier, and therefore no IPv6 address yet",
+			node:    change("eth0", func(d *kernel.Underlay) { d.Carrier, d.IPv6 = false, netip.Addr{} }),
+			reason:  v1beta1.ReasonUnderlayDown,
+			message: `device "eth0" has no carrier: frames reach no other node. Look at its cable or peer`,
+		},
+		{
+			name:    "down, and therefore without an IPv6 address",
+			node:    change("eth0", func(d *kernel.Underlay) { d.Up, d.Carrier, d.IPv6 = false, false, netip.Addr{} }),
+			reason:  v1beta1.ReasonUnderlayDown,
+			message: `device "eth0" is down: frames reach no other node. Set it up`,
+		},
+		{
+			name:   "a group that is none",
+			lan:    func(l *v1beta1.LAN) { l.Spec.VXLANGroup = "10.0.0.1" },
+			reason: v1beta1.ReasonBuildFailed, blocking: true,
+			message: `spec.vxlanGrp: "10.0.0.1" is not a multicast address; pods wait until it is`,
+		},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			here := worker1()
+			if c.node != nil {
+				c.node(&here)
+			}
+			plan, ok := node.NewPlan(lab(c.lan), here, 0)
+			if !ok {
+				t.Fatal("nothing planned")
+			}
+			if want := (node.Problem{Reason: c.reason, Message: c.message, Blocking: c.blocking}); plan.Problem != want {
+				t.Errorf("problem\n%+v, want\n%+v", plan.Problem, want)
+			}
+			if built := plan.Segment.VXLAN.UnderlayIndex != 0; built == c.blocking {
+				t.Errorf("VXLAN planned: %v, though the problem blocks: %v", built, c.blocking)
+			}
+			if plan.Segment.MTU <= 0 || plan.Segment.Bridge == "" || len(plan.Segment.Spokes) == 0 {
+				t.Errorf("the rest is not planned: %+v", plan.Segment)
+			}
+		})
+	}
+}
+
+// Pods that are attached have the old MTU: a smaller bridge port would drop their frames.
+func TestALANKeepsItsMTUWhileItsUnderlayIsAway(t *testing.T) {
+	here := worker1()
+	delete(here.Underlays.Devices, "eth0")
+	plan, _ := node.NewPlan(lab(nil), here, 8922)
+	if plan.Segment.MTU != 8922 || plan.Segment.VXLAN.UnderlayIndex != 0 {
+		t.Errorf("MTU %d, underlay %d; want 8922 without an underlay", plan.Segment.MTU, plan.Segment.VXLAN.UnderlayIndex)
+	}
+}
