@@ -127,12 +127,17 @@ func (b *Bed) Helm(ctx context.Context, args ...string) (string, error) {
 
 // Kubectl runs kubectl against the cluster.
 func (b *Bed) Kubectl(ctx context.Context, args ...string) (string, error) {
-	return run(ctx, b.root, b.Cluster.Kubectl(), append([]string{"--kubeconfig", b.Cluster.Kubeconfig()}, args...)...)
+	return output(b.KubectlCommand(ctx, args...))
+}
+
+// KubectlCommand is kubectl against the cluster, ready to be started.
+func (b *Bed) KubectlCommand(ctx context.Context, args ...string) *exec.Cmd {
+	return exec.CommandContext(ctx, b.Cluster.Kubectl(), append([]string{"--kubeconfig", b.Cluster.Kubeconfig()}, args...)...)
 }
 
 // Apply applies a manifest.
 func (b *Bed) Apply(ctx context.Context, manifest string) error {
-	cmd := exec.CommandContext(ctx, b.Cluster.Kubectl(), "--kubeconfig", b.Cluster.Kubeconfig(), "apply", "-f", "-")
+	cmd := b.KubectlCommand(ctx, "apply", "-f", "-")
 	cmd.Stdin = strings.NewReader(manifest)
 	_, err := output(cmd)
 	return err
