@@ -91,6 +91,10 @@ type claiming struct {
 	lan  *conn
 	pod  *conn
 	undo []func() error // last first
+
+	// What stands in the LAN's netns, looked up once: a look-up is a tenth of a claim's time.
+	bridge, port, plug netlink.Link
+	carrier            netlink.Link // answers to the spoke's name
 }
 
 func (c *claiming) close() {
@@ -122,8 +126,7 @@ func (c *claiming) run(ctx context.Context) (Attachment, error) {
 	} else if taken {
 		return Attachment{}, fmt.Errorf("%w: %q", ErrNameTaken, c.Interface)
 	}
-	port, err := c.standing(ctx)
-	if err != nil {
+	if err := c.standing(ctx); err != nil {
 		return Attachment{}, err
 	}
 	if err := c.takeOver(ctx); err != nil {
@@ -133,7 +136,7 @@ func (c *claiming) run(ctx context.Context) (Attachment, error) {
 	if c.Kind == segment.Macvtap {
 		a, err = c.macvtap()
 	} else {
-		a, err = c.veth(port)
+		a, err = c.veth()
 	}
 	if err != nil {
 		return Attachment{}, err
@@ -142,31 +145,27 @@ func (c *claiming) run(ctx context.Context) (Attachment, error) {
 }
 
 // standing makes sure of what the daemon built ahead of time, and builds what is missing in its place.
-func (c *claiming) standing(ctx context.Context) (port string, err error) {
-	port = segment.PortName(c.Spoke)
-	complete, err := c.isComplete(port)
+func (c *claiming) standing(ctx context.Context) error {
+	complete, err := c.find()
+	if err != nil || complete {
+		return err
+	}
+	if c.lan != nil {
+		c.lan.close()
+		c.lan = nil
+	}
+	_, err = c.node.reconcile(ctx, c.Netns, func(have segment.State) []segment.Op { return segment.Diff(c.want, have) })
 	if err != nil {
-		return "", err
+		return err
 	}
-	if !complete {
-		if c.lan != nil {
-			c.lan.close()
-			c.lan = nil
-		}
-		_, err := c.node.reconcile(ctx, c.Netns, func(have segment.State) []segment.Op { return segment.Diff(c.want, have) })
-		if err != nil {
-			return "", err
-		}
-		if complete, err = c.isComplete(port); err != nil {
-			return "", err
-		} else if !complete {
-			return "", fmt.Errorf("the standing pair of spoke %s could not be built", c.Spoke)
-		}
+	if complete, err = c.find(); err == nil && !complete {
+		err = fmt.Errorf("the standing pair of spoke %s could not be built", c.Spoke)
 	}
-	return port, nil
+	return err
 }
 
-func (c *claiming) isComplete(port string) (bool, error) {
+// find looks up what stands, and says whether that is all of it.
+func (c *claiming) find() (complete bool, err error) {
 	if c.lan == nil {
 		s := segment.State{Netns: c.Netns}
 		lan, err := c.node.reach(&s)
@@ -178,8 +177,17 @@ func (c *claiming) isComplete(port string) (bool, error) {
 		}
 		c.lan = lan
 	}
-	for _, name := range []string{c.want.Bridge, port, segment.PlugName(c.Spoke), c.Spoke} {
-		if _, ok, err := c.lan.link(name); err != nil || !ok {
+	for _, l := range []struct {
+		name string
+		to   *netlink.Link
+	}{
+		{c.want.Bridge, &c.bridge},
+		{segment.PortName(c.Spoke), &c.port},
+		{segment.PlugName(c.Spoke), &c.plug},
+		{c.Spoke, &c.carrier},
+	} {
+		var ok bool
+		if *l.to, ok, err = c.lan.link(l.name); err != nil || !ok {
 			return false, err
 		}
 	}
@@ -188,31 +196,28 @@ func (c *claiming) isComplete(port string) (bool, error) {
 
 // takeOver ends the claim of another sandbox: of a pod that kubelet has given up but whose sandbox still stands.
 func (c *claiming) takeOver(ctx context.Context) error {
-	carrier, _, err := c.lan.link(c.Spoke)
-	if err != nil {
-		return err
-	}
-	plug, _, err := c.lan.link(segment.PlugName(c.Spoke))
-	if err != nil {
-		return err
-	}
-	if name := carrier.Attrs().Name; segment.IsClaimID(name) {
-		old, _ := segment.ParseAlias(name, carrier.Attrs().Alias)
-		if old.OfSandbox(c.Sandbox) {
-			return fmt.Errorf("%w, as %s", ErrSameSandbox, old.Interface)
+	alias, end := c.carrier.Attrs().Alias, func(id string) error { return c.node.endVeth(c.lan, c.Spoke, id) }
+	id := c.carrier.Attrs().Name
+	if !segment.IsClaimID(id) {
+		i := slices.IndexFunc(c.plug.Attrs().AltNames, segment.IsClaimID)
+		if i < 0 {
+			return nil
 		}
-		return c.node.endVeth(c.lan, c.Spoke, name)
+		id, alias = c.plug.Attrs().AltNames[i], c.plug.Attrs().Alias
+		end = func(id string) error { return c.node.endMacvtap(ctx, c.lan, c.want, c.Spoke, id) }
 	}
-	i := slices.IndexFunc(plug.Attrs().AltNames, segment.IsClaimID)
-	if i < 0 {
-		return nil
-	}
-	id := plug.Attrs().AltNames[i]
-	old, _ := segment.ParseAlias(id, plug.Attrs().Alias)
+	old, _ := segment.ParseAlias(id, alias)
 	if old.OfSandbox(c.Sandbox) {
 		return fmt.Errorf("%w, as %s", ErrSameSandbox, old.Interface)
 	}
-	return c.node.endMacvtap(ctx, c.lan, c.want, c.Spoke, id)
+	if err := end(id); err != nil {
+		return err
+	}
+	complete, err := c.find() // a VM's pair may have been built anew
+	if err == nil && !complete {
+		err = fmt.Errorf("the standing pair of spoke %s is gone", c.Spoke)
+	}
+	return err
 }
 
 // endVeth ends a pod's claim: its link goes, at both ends, and the standing port carries the spoke's frames again.
@@ -263,7 +268,7 @@ func (c *claiming) claim() segment.Claim {
 }
 
 // veth makes the pod's link with its other end in the bridge. To create that end under the claim's name is the claim.
-func (c *claiming) veth(port string) (Attachment, error) {
+func (c *claiming) veth() (Attachment, error) {
 	id := c.ID()
 	a := netlink.NewLinkAttrs()
 	a.Name, a.MTU, a.Group = id, c.want.MTU, segment.LinkGroup
@@ -273,25 +278,17 @@ func (c *claiming) veth(port string) (Attachment, error) {
 		return Attachment{}, fmt.Errorf("create %s for the pod: %w", c.Interface, err)
 	}
 	c.undo = append(c.undo, func() error { return c.node.endVeth(c.lan, c.Spoke, id) })
-	link, ok, err := c.lan.link(id)
-	if err != nil || !ok {
-		return Attachment{}, errors.Join(fmt.Errorf("the link of claim %s is gone", id), err)
-	}
-	standing, ok, err := c.lan.link(port)
-	if err != nil || !ok {
-		return Attachment{}, errors.Join(fmt.Errorf("the standing port %s is gone", port), err)
-	}
 	steps := []struct {
 		what string
 		do   func() error
 	}{
-		{"name its owner", func() error { return c.lan.LinkSetAlias(link, c.claim().Alias()) }},
-		{"put it into the bridge", func() error { return c.lan.enslave(link, c.want.Bridge) }},
-		{"open it for link-local frames", func() error { return c.lan.setForwardMask(link) }},
-		{"take the spoke's name off the standing port", func() error { return c.lan.LinkDelAltName(standing, c.Spoke) }},
-		{"give it the spoke's name", func() error { return c.lan.LinkAddAltName(link, c.Spoke) }},
-		{"set the standing port down", func() error { return c.lan.LinkSetDown(standing) }},
-		{"set it up", func() error { return c.lan.LinkSetUp(link) }},
+		{"name its owner", func() error { return c.lan.LinkSetAlias(v, c.claim().Alias()) }},
+		{"put it into the bridge", func() error { return c.lan.LinkSetMasterByIndex(v, c.bridge.Attrs().Index) }},
+		{"open it for link-local frames", func() error { return c.lan.setForwardMask(v) }},
+		{"take the spoke's name off the standing port", func() error { return c.lan.LinkDelAltName(c.port, c.Spoke) }},
+		{"give it the spoke's name", func() error { return c.lan.LinkAddAltName(v, c.Spoke) }},
+		{"set the standing port down", func() error { return c.lan.LinkSetDown(c.port) }},
+		{"set it up", func() error { return c.lan.LinkSetUp(v) }},
 	}
 	for _, s := range steps {
 		if err := s.do(); err != nil {
@@ -305,11 +302,7 @@ func (c *claiming) veth(port string) (Attachment, error) {
 
 // macvtap makes the VM's link on the standing plug. The plug's altname is the claim: there is one of each name.
 func (c *claiming) macvtap() (Attachment, error) {
-	id, plugName := c.ID(), segment.PlugName(c.Spoke)
-	plug, ok, err := c.lan.link(plugName)
-	if err != nil || !ok {
-		return Attachment{}, errors.Join(fmt.Errorf("the plug %s is gone", plugName), err)
-	}
+	id, plug, plugName := c.ID(), c.plug, segment.PlugName(c.Spoke)
 	if err := c.lan.LinkSetAlias(plug, c.claim().Alias()); err != nil {
 		return Attachment{}, fmt.Errorf("name the owner of %s: %w", plugName, err)
 	}
@@ -321,7 +314,7 @@ func (c *claiming) macvtap() (Attachment, error) {
 		return Attachment{}, err
 	}
 	c.undo = append(c.undo, func() error { return c.pod.delLink(c.Interface) })
-	err = c.pod.with(c.Interface, func(tap netlink.Link) error {
+	err := c.pod.with(c.Interface, func(tap netlink.Link) error {
 		// A passthru macvtap drops all multicast unless it is allmulticast itself.
 		if err := c.pod.LinkSetAllmulticastOn(tap); err != nil {
 			return fmt.Errorf("set %s allmulticast: %w", c.Interface, err)
