@@ -54,8 +54,7 @@ func newCluster(cfg Config) *Cluster {
 
 // record is written once a cluster is complete.
 type record struct {
-	Boot    string `json:"boot"`    // the machine's boot the cluster came up in
-	Kubectl string `json:"kubectl"` // a link that outlives the cluster
+	Boot string `json:"boot"` // the machine's boot the cluster came up in
 }
 
 // ErrNotUp says that there is no complete cluster.

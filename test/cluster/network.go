@@ -66,10 +66,14 @@ func createNetns(name string) error {
 	return <-done
 }
 
-// removeUnderlay also removes the bridges' ends of the nodes' devices.
+// removeUnderlay removes the network namespace, and with it the bridges' ends
+// of the nodes' devices; what is left of one that was half made, too.
 func removeUnderlay() error {
-	err := netns.DeleteNamed(underlayNetns)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+	err := unix.Unmount(underlayPath(), unix.MNT_DETACH)
+	if err != nil && !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.EINVAL) { // EINVAL: nothing is mounted there
+		return fmt.Errorf("unmount network namespace %s: %w", underlayNetns, err)
+	}
+	if err := os.Remove(underlayPath()); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("remove network namespace %s: %w", underlayNetns, err)
 	}
 	return nil

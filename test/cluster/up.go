@@ -83,7 +83,7 @@ func (c *Cluster) up(ctx context.Context, cfg Config) error {
 	if err != nil {
 		return err
 	}
-	if err := c.finish(kubectl); err != nil {
+	if err := c.finish(); err != nil {
 		return err
 	}
 	c.log.Info("the cluster is up", "seconds", int(time.Since(begin).Seconds()), "kubeconfig", c.Kubeconfig(), "kubectl", kubectl)
@@ -420,12 +420,12 @@ func linkKubectl(cache, programs string) (string, error) {
 }
 
 // finish marks the cluster as complete.
-func (c *Cluster) finish(kubectl string) error {
+func (c *Cluster) finish() error {
 	boot, err := process.BootID()
 	if err != nil {
 		return err
 	}
-	return writeJSON(c.state.record(), record{Boot: boot, Kubectl: kubectl})
+	return writeJSON(c.state.record(), record{Boot: boot})
 }
 
 // Status prints one line for each process of the cluster.
