@@ -19,9 +19,11 @@ const (
 // +kubebuilder:validation:XValidation:rule="has(self.ns) == has(oldSelf.ns) && (!has(self.ns) || self.ns == oldSelf.ns)",fieldPath=".ns",message="ns cannot be changed, added or removed: attached pods hang on the network namespace of that name; delete the LAN and create it anew"
 // +kubebuilder:validation:XValidation:rule="has(self.bridge) == has(oldSelf.bridge) && (!has(self.bridge) || self.bridge == oldSelf.bridge)",fieldPath=".bridge",message="bridge cannot be changed, added or removed: attached pods hang on the bridge of that name; delete the LAN and create it anew"
 // +kubebuilder:validation:XValidation:rule="has(self.vxlan) == has(oldSelf.vxlan) && (!has(self.vxlan) || self.vxlan == oldSelf.vxlan)",fieldPath=".vxlan",message="vxlan cannot be changed, added or removed: nodes would not all rename it at once; delete the LAN and create it anew"
-// +kubebuilder:validation:XValidation:rule="(has(self.bridge) ? self.bridge : 'br' + string(self.vni)) != (has(self.vxlan) ? self.vxlan : 'vx' + string(self.vni))",fieldPath=".vxlan",message="bridge and vxlan must have different names: both are interfaces of the LAN's network namespace (left out, they are br<vni> and vx<vni>)"
-// +kubebuilder:validation:XValidation:rule="!((has(self.bridge) ? self.bridge : 'br' + string(self.vni)) in self.spokes)",fieldPath=".spokes",message="a spoke has the name of the bridge (br<vni> if spec.bridge is left out): in the LAN's network namespace a spoke's link answers to the spoke's name, so rename one of them"
-// +kubebuilder:validation:XValidation:rule="!((has(self.vxlan) ? self.vxlan : 'vx' + string(self.vni)) in self.spokes)",fieldPath=".spokes",message="a spoke has the name of the VXLAN (vx<vni> if spec.vxlan is left out): in the LAN's network namespace a spoke's link answers to the spoke's name, so rename one of them"
+// +kubebuilder:validation:XValidation:rule="!has(self.bridge) || !has(self.vxlan) || self.bridge != self.vxlan",fieldPath=".vxlan",message="bridge and vxlan must have different names: both are interfaces of the LAN's network namespace (left out, they are br<vni> and vx<vni>)"
+// +kubebuilder:validation:XValidation:rule="!has(self.bridge) || has(self.vxlan) || !(self.bridge.matches('^vx[1-9][0-9]{0,7}$') && int(self.bridge.substring(2)) == self.vni)",fieldPath=".vxlan",message="bridge and vxlan must have different names: both are interfaces of the LAN's network namespace (left out, they are br<vni> and vx<vni>)"
+// +kubebuilder:validation:XValidation:rule="has(self.bridge) || !has(self.vxlan) || !(self.vxlan.matches('^br[1-9][0-9]{0,7}$') && int(self.vxlan.substring(2)) == self.vni)",fieldPath=".vxlan",message="bridge and vxlan must have different names: both are interfaces of the LAN's network namespace (left out, they are br<vni> and vx<vni>)"
+// +kubebuilder:validation:XValidation:rule="has(self.bridge) ? !(self.bridge in self.spokes) : !self.spokes.exists(s, s.matches('^br[1-9][0-9]{0,7}$') && int(s.substring(2)) == self.vni)",fieldPath=".spokes",message="a spoke has the name of the bridge (br<vni> if spec.bridge is left out): in the LAN's network namespace a spoke's link answers to the spoke's name, so rename one of them"
+// +kubebuilder:validation:XValidation:rule="has(self.vxlan) ? !(self.vxlan in self.spokes) : !self.spokes.exists(s, s.matches('^vx[1-9][0-9]{0,7}$') && int(s.substring(2)) == self.vni)",fieldPath=".spokes",message="a spoke has the name of the VXLAN (vx<vni> if spec.vxlan is left out): in the LAN's network namespace a spoke's link answers to the spoke's name, so rename one of them"
 type LANSpec struct {
 	// VNI is the VXLAN network identifier, 1 to 16777215. It must be unique in the cluster per vxlanPort: a LAN whose VNI is
 	// another LAN's waits in state Conflict. It cannot change.
@@ -39,7 +41,7 @@ type LANSpec struct {
 	// +kubebuilder:validation:MinItems=1
 	// +kubebuilder:validation:MaxItems=500
 	// +kubebuilder:validation:items:MaxLength=63
-	// +kubebuilder:validation:items:XValidation:rule="self.size() <= 13",message="a spoke has at most 13 characters, because Linux allows 15 for the interface and its partner's suffix",messageExpression="'\"' + self + '\" has ' + string(self.size()) + ' characters; at most 13, because Linux allows 15 for the interface and its partner\\'s suffix'"
+	// +kubebuilder:validation:items:XValidation:rule="self.size() <= 13",message="a spoke has at most 13 characters, because Linux allows 15 for the interface and its partner's suffix"
 	// +kubebuilder:validation:items:XValidation:rule="self.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?([.][a-z0-9]([-a-z0-9]*[a-z0-9])?)*$')",message="a spoke is made of lower-case letters, digits, '-' and '.', begins and ends with a letter or digit, also around each '.': the names of its NADs and its resource are made of it"
 	// +kubebuilder:validation:items:XValidation:rule="self != 'lo'",message="\"lo\" is the loopback interface of every network namespace; choose another name for the spoke"
 	Spokes []string `json:"spokes"`
@@ -240,7 +242,7 @@ type LANStatus struct {
 
 // LAN is a virtual Ethernet segment that spans the nodes of a cluster.
 //
-// +kubebuilder:validation:XValidation:rule="self.metadata.name.size() <= 63",fieldPath=".metadata.name",message="a LAN's name has at most 63 characters: its NADs are labelled with it and the name of its network namespace is made of it"
+// +kubebuilder:validation:XValidation:rule="self.metadata.name.size() <= 63",message="a LAN's name has at most 63 characters: its NADs are labelled with it and the name of its network namespace is made of it"
 // +kubebuilder:object:root=true
 // +kubebuilder:subresource:status
 // +kubebuilder:resource:shortName=lan,path=lans,singular=lan,categories=k8slan

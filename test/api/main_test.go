@@ -1,0 +1,130 @@
+// Package api tests the API and its controller against a real API server: etcd and kube-apiserver on loopback, started from the
+// programs of the test cluster (package cluster builds them if need be). It needs no root.
+package api
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/go-logr/logr"
+	apiextensionsv1 "k8s.io/apiextensions-apiserver/pkg/apis/apiextensions/v1"
+	"k8s.io/apimachinery/pkg/util/wait"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/log"
+	"sigs.k8s.io/yaml"
+
+	"github.com/k8slan/k8slan/crd/controller"
+	"github.com/k8slan/k8slan/crd/manifests"
+)
+
+var (
+	kube *server          // started by TestMain
+	api  client.WithWatch // as the cluster's administrator
+)
+
+func init() { runtime.LockOSThread() } // the programs die with the thread that started them: TestMain's
+
+func TestMain(m *testing.M) {
+	os.Exit(run(m))
+}
+
+func run(m *testing.M) int {
+	log.SetLogger(logr.Discard())
+	ctx, cancel := context.WithTimeout(context.Background(), 25*time.Minute) // where Kubernetes has to be built first
+	defer cancel()
+	s, err := startServer(ctx)
+	if s != nil {
+		defer s.stop()
+	}
+	if err == nil {
+		kube = s
+		err = prepare(ctx, s)
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "start a real API server:", err)
+		return 1
+	}
+	return m.Run()
+}
+
+// prepare installs the CRDs, ours and that of the NADs.
+func prepare(ctx context.Context, s *server) error {
+	scheme := controller.NewScheme()
+	if err := apiextensionsv1.AddToScheme(scheme); err != nil {
+		return err
+	}
+	var err error
+	if api, err = client.NewWithWatch(s.config, client.Options{Scheme: scheme}); err != nil {
+		return err
+	}
+	nads, err := moduleFile("github.com/k8snetworkplumbingwg/network-attachment-definition-client", "artifacts/networks-crd.yaml")
+	if err != nil {
+		return err
+	}
+	definitions := [][]byte{nads}
+	files, err := fs.Glob(manifests.Files, "*.yaml")
+	if err != nil {
+		return err
+	}
+	for _, file := range files {
+		content, err := manifests.Files.ReadFile(file)
+		if err != nil {
+			return err
+		}
+		definitions = append(definitions, content)
+	}
+	for _, definition := range definitions {
+		if err := install(ctx, definition); err != nil {
+			return err
+		}
+	}
+	return s.collectGarbage()
+}
+
+// install creates a CRD and waits until the API server serves it.
+func install(ctx context.Context, definition []byte) error {
+	var crd apiextensionsv1.CustomResourceDefinition
+	if err := yaml.UnmarshalStrict(definition, &crd); err != nil {
+		return fmt.Errorf("read a CRD: %w", err)
+	}
+	if err := api.Create(ctx, &crd); err != nil {
+		return fmt.Errorf("create CRD %s: %w", crd.Name, err)
+	}
+	established := func(ctx context.Context) (bool, error) {
+		if err := api.Get(ctx, client.ObjectKeyFromObject(&crd), &crd); err != nil {
+			return false, err
+		}
+		for _, c := range crd.Status.Conditions {
+			if c.Type == apiextensionsv1.Established && c.Status == apiextensionsv1.ConditionTrue {
+				return true, nil
+			}
+		}
+		return false, nil
+	}
+	if err := wait.PollUntilContextTimeout(ctx, 20*time.Millisecond, time.Minute, true, established); err != nil {
+		return fmt.Errorf("CRD %s is not established: %w: %v", crd.Name, err, crd.Status.Conditions)
+	}
+	return nil
+}
+
+// moduleFile reads a file of a module that this one requires.
+func moduleFile(module, file string) ([]byte, error) {
+	out, err := exec.Command("go", "list", "-m", "-f", "{{.Dir}}", module).Output()
+	if err != nil {
+		var exit *exec.ExitError
+		if errors.As(err, &exit) {
+			return nil, fmt.Errorf("find module %s: %w: %s", module, err, exit.Stderr)
+		}
+		return nil, fmt.Errorf("find module %s: %w", module, err)
+	}
+	return os.ReadFile(filepath.Join(strings.TrimSpace(string(out)), file))
+}

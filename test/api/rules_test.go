@@ -1,0 +1,211 @@
+package api
+
+import (
+	"fmt"
+	"strings"
+	"testing"
+
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/yaml"
+
+	"github.com/k8slan/k8slan/crd/v1beta1"
+)
+
+// example is the manifest of upstream's documentation.
+const example = `
+apiVersion: lan.k8slan.io/v1beta1
+kind: LAN
+metadata:
+  name: lan-example
+spec:
+  ns: knlvrf
+  bridge: br2
+  vxlan: vx2
+  vni: 222
+  defaultVxlanDev: eth0
+  vxlanDevMap:
+    worker1: eth1
+    worker2: eth2
+  spokes:
+  - srl
+  - vm
+`
+
+// parse reads a manifest into namespace default.
+func parse(t *testing.T, manifest string) *unstructured.Unstructured {
+	t.Helper()
+	object := &unstructured.Unstructured{}
+	if err := yaml.Unmarshal([]byte(manifest), &object.Object); err != nil {
+		t.Fatal(err)
+	}
+	object.SetNamespace("default")
+	return object
+}
+
+// manifest is a LAN of that name with the spec in YAML flow style.
+func manifest(name, spec string) string {
+	return fmt.Sprintf("{apiVersion: lan.k8slan.io/v1beta1, kind: LAN, metadata: {name: %s}, spec: %s}", name, spec)
+}
+
+// tried is what the API server says to a manifest, empty if it would take it.
+func tried(t *testing.T, manifest string) string {
+	t.Helper()
+	err := api.Create(t.Context(), parse(t, manifest), client.DryRunAll, client.FieldValidation("Strict"))
+	if err == nil {
+		return ""
+	}
+	return err.Error()
+}
+
+func TestManifestsThatAreAccepted(t *testing.T) {
+	many := make([]string, v1beta1.MaxSpokes)
+	for i := range many {
+		many[i] = fmt.Sprintf("leaf-%d", i)
+	}
+	for name, manifest := range map[string]string{
+		"the example":                        example,
+		"ten lines":                          manifest("lab", "{vni: 222, spokes: [srl, vm]}"),
+		"a group as upstream writes it":      manifest("lab", `{vni: 222, spokes: [srl], vxlanGrp: "FF02:0:0:0:0:0:0:14"}`),
+		"a group of wider scope":             manifest("lab", `{vni: 222, spokes: [srl], vxlanGrp: "ff05::1:3"}`),
+		"an IPv4 group and another port":     manifest("lab", "{vni: 222, spokes: [srl], vxlanGrp: 239.1.1.1, vxlanPort: 8472}"),
+		"spokes of 13 and of 1 characters":   manifest("lab", "{vni: 222, spokes: [abcdefghijklm, x, '1', a.b, a-b]}"),
+		"as many spokes as there may be":     manifest("lab", "{vni: 222, spokes: ["+strings.Join(many, ", ")+"]}"),
+		"the largest VNI":                    manifest("lab", "{vni: 16777215, spokes: [srl]}"),
+		"link names of 15 characters":        manifest("lab", "{vni: 222, spokes: [srl], bridge: abcdefghijklmno, vxlan: vx_2.100-abcdef}"),
+		"names of devices with odd signs":    manifest("lab", `{vni: 222, spokes: [srl], defaultVxlanDev: "bond0.100", vxlanDevMap: {node.example.com: "wan+1"}}`),
+		"an MTU, a selector and a namespace": manifest("lab", `{vni: 222, spokes: [srl], mtu: 9000, nodeSelector: {kubernetes.io/os: linux, rack: ""}, allowedNamespaces: [blue]}`),
+		"all namespaces":                     manifest("lab", `{vni: 222, spokes: [srl], allowedNamespaces: ["*"]}`),
+		"IPAM with keys of its plugin":       manifest("lab", `{vni: 222, spokes: [srl], ipam: {type: host-local, ranges: [[{subnet: 10.1.0.0/24}]]}}`),
+		"ns as long as may be":               manifest("lab", "{vni: 222, spokes: [srl], ns: "+strings.Repeat("n", 200)+"}"),
+	} {
+		t.Run(name, func(t *testing.T) {
+			if refusal := tried(t, manifest); refusal != "" {
+				t.Errorf("refused: %s", refusal)
+			}
+		})
+	}
+}
+
+func TestManifestsThatAreRefusedAndTheSentence(t *testing.T) {
+	for _, test := range []struct{ name, spec, want string }{
+		{"no vni", "{spokes: [srl]}", "spec.vni: Required value"},
+		{"no spokes", "{vni: 222}", "spec.spokes: Required value"},
+		{"an empty list of spokes", "{vni: 222, spokes: []}", "spec.spokes: Invalid value: 0: spec.spokes in body should have at least 1 items"},
+		{"a field misspelt", "{vni: 222, spokes: [srl], vxlanGroup: ff02::14}", `unknown field "spec.vxlanGroup"`},
+		{"vni 0", "{vni: 0, spokes: [srl]}", "spec.vni: Invalid value: 0: spec.vni in body should be greater than or equal to 1"},
+		{"a vni of 25 bits", "{vni: 16777216, spokes: [srl]}", "spec.vni in body should be less than or equal to 16777215"},
+		{
+			"a long spoke", "{vni: 222, spokes: [a, b, c, spine-router-01]}",
+			`spec.spokes[3]: Invalid value: "spine-router-01": a spoke has at most 13 characters, because Linux allows 15 for the interface and its partner's suffix`,
+		},
+		{"a spoke in capitals", "{vni: 222, spokes: [SRL]}", `spec.spokes[0]: Invalid value: "SRL": a spoke is made of lower-case letters, digits, '-' and '.'`},
+		{"a spoke with an underscore", "{vni: 222, spokes: [srl_b]}", "a spoke is made of lower-case letters, digits, '-' and '.'"},
+		{"a spoke that ends in a dash", "{vni: 222, spokes: [srl-]}", "begins and ends with a letter or digit"},
+		{"a spoke with two dots", "{vni: 222, spokes: [a..b]}", "begins and ends with a letter or digit, also around each '.'"},
+		{"an empty spoke", "{vni: 222, spokes: ['']}", "begins and ends with a letter or digit"},
+		{"a spoke called lo", "{vni: 222, spokes: [lo]}", `"lo" is the loopback interface of every network namespace`},
+		{"a spoke twice", "{vni: 222, spokes: [srl, vm, srl]}", `spec.spokes[2]: Duplicate value: "srl"`},
+		{"too many spokes", "{vni: 222, spokes: [" + strings.Repeat("x,", v1beta1.MaxSpokes+1) + "]}", "spec.spokes: Too many: 501: must have at most 500 items"},
+		{"a spoke with the bridge's name", "{vni: 222, bridge: srl, spokes: [srl]}", "spec.spokes: Invalid value: a spoke has the name of the bridge (br<vni> if spec.bridge is left out)"},
+		{"a spoke with the derived bridge's name", "{vni: 222, spokes: [br222]}", "a spoke has the name of the bridge (br<vni> if spec.bridge is left out)"},
+		{"a spoke with the VXLAN's name", "{vni: 222, vxlan: srl, spokes: [srl]}", "a spoke has the name of the VXLAN (vx<vni> if spec.vxlan is left out)"},
+		{"a spoke with the derived VXLAN's name", "{vni: 222, spokes: [vx222]}", "a spoke has the name of the VXLAN (vx<vni> if spec.vxlan is left out)"},
+		{"bridge and vxlan alike", "{vni: 222, bridge: x, vxlan: x, spokes: [srl]}", "bridge and vxlan must have different names"},
+		{"bridge like the derived vxlan", "{vni: 222, bridge: vx222, spokes: [srl]}", "bridge and vxlan must have different names"},
+		{"a long bridge", "{vni: 222, bridge: abcdefghijklmnop, spokes: [srl]}", "spec.bridge: Invalid value: \"abcdefghijklmnop\": an interface name has at most 15 characters, because Linux allows no more"},
+		{"a bridge with a slash", "{vni: 222, bridge: a/b, spokes: [srl]}", "an interface name is made of letters, digits, '_', '-' and '.'"},
+		{"a bridge with a number to fill in", "{vni: 222, bridge: 'br%d', spokes: [srl]}", "an interface name is made of letters, digits, '_', '-' and '.'"},
+		{"an empty bridge", "{vni: 222, bridge: '', spokes: [srl]}", "an interface name is made of letters, digits, '_', '-' and '.'"},
+		{"a bridge called ..", "{vni: 222, bridge: '..', spokes: [srl]}", "begins with a letter, a digit or '_'"},
+		{"a bridge called lo", "{vni: 222, bridge: lo, spokes: [srl]}", `"lo", "all" and "default" are taken in every network namespace`},
+		{"a bridge like a spoke's port", "{vni: 222, bridge: srl_b, spokes: [srl]}", "names ending in _b and _p are those of the spokes' own links"},
+		{"a vxlan like a spoke's plug", "{vni: 222, vxlan: srl_p, spokes: [srl]}", "spec.vxlan: Invalid value: \"srl_p\": names ending in _b and _p are those of the spokes' own links"},
+		{"ns with a slash", "{vni: 222, ns: ../etc, spokes: [srl]}", "spec.ns: Invalid value: \"../etc\": ns is a file name under /run/k8slan/netns"},
+		{"ns ..", "{vni: 222, ns: '..', spokes: [srl]}", "ns is a file name under /run/k8slan/netns"},
+		{"ns with a leading dash", "{vni: 222, ns: -rf, spokes: [srl]}", "ns is a file name under /run/k8slan/netns"},
+		{"an empty ns", "{vni: 222, ns: '', spokes: [srl]}", "leave it out for <namespace>.<name>"},
+		{"a long ns", "{vni: 222, ns: " + strings.Repeat("n", 201) + ", spokes: [srl]}", "spec.ns: Too long: may not be more than 200 bytes"},
+		{"a unicast group", "{vni: 222, vxlanGrp: 10.0.0.1, spokes: [srl]}", "spec.vxlanGrp: Invalid value: \"10.0.0.1\": vxlanGrp is a multicast address that leaves the node"},
+		{"an IPv6 unicast group", "{vni: 222, vxlanGrp: 'fe80::1', spokes: [srl]}", "vxlanGrp is a multicast address that leaves the node"},
+		{"a group within the node", "{vni: 222, vxlanGrp: 'ff01::14', spokes: [srl]}", "vxlanGrp is a multicast address that leaves the node"},
+		{"a group with a zone", "{vni: 222, vxlanGrp: 'ff02::14%eth0', spokes: [srl]}", "vxlanGrp is a multicast address that leaves the node"},
+		{"a group that is no address", "{vni: 222, vxlanGrp: 239.1.1, spokes: [srl]}", "vxlanGrp is a multicast address that leaves the node"},
+		{"port 0", "{vni: 222, vxlanPort: 0, spokes: [srl]}", "spec.vxlanPort in body should be greater than or equal to 1"},
+		{"port 65536", "{vni: 222, vxlanPort: 65536, spokes: [srl]}", "spec.vxlanPort in body should be less than or equal to 65535"},
+		{"an MTU below IPv4's", "{vni: 222, mtu: 67, spokes: [srl]}", "spec.mtu in body should be greater than or equal to 68"},
+		{"an MTU of 17 bits", "{vni: 222, mtu: 65536, spokes: [srl]}", "spec.mtu in body should be less than or equal to 65535"},
+		{"a long device", "{vni: 222, defaultVxlanDev: abcdefghijklmnop, spokes: [srl]}", "spec.defaultVxlanDev: Invalid value: \"abcdefghijklmnop\": a device is an interface name of the node: 1 to 15 characters"},
+		{"a device with a blank", "{vni: 222, vxlanDevMap: {worker1: 'eth 1'}, spokes: [srl]}", "spec.vxlanDevMap[worker1]: Invalid value: \"eth 1\": a device is an interface name of the node"},
+		{"a device with a colon", "{vni: 222, defaultVxlanDev: 'eth0:1', spokes: [srl]}", "a device is an interface name of the node: 1 to 15 characters without '/', ':' and blanks"},
+		{"no device at all", "{vni: 222, defaultVxlanDev: '', spokes: [srl]}", "a device is an interface name of the node: 1 to 15 characters"},
+		{"a pattern of namespaces", "{vni: 222, allowedNamespaces: ['team-*'], spokes: [srl]}", "spec.allowedNamespaces[0]: Invalid value: \"team-*\": an allowed namespace is the name of one, or \"*\" alone for all"},
+		{"IPAM that is no section", "{vni: 222, ipam: host-local, spokes: [srl]}", "spec.ipam: Invalid value: \"string\": spec.ipam in body must be of type object"},
+		{"IPAM without a type", "{vni: 222, ipam: {subnet: 10.1.0.0/24}, spokes: [srl]}", "spec.ipam.type: Required value"},
+		{"IPAM with a path", "{vni: 222, ipam: {type: ../sh}, spokes: [srl]}", "ipam.type is the name of an IPAM plugin in the nodes' CNI directory"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			if refusal := tried(t, manifest("lab", test.spec)); !strings.Contains(refusal, test.want) {
+				t.Errorf("\nhave %s\nwant …%s…", refusal, test.want)
+			}
+		})
+	}
+	t.Run("a long name", func(t *testing.T) {
+		want := "a LAN's name has at most 63 characters"
+		if refusal := tried(t, manifest(strings.Repeat("n", 64), "{vni: 222, spokes: [srl]}")); !strings.Contains(refusal, want) {
+			t.Errorf("\nhave %s\nwant …%s…", refusal, want)
+		}
+	})
+}
+
+func TestWhatCanBeEditedAndWhatNot(t *testing.T) {
+	given := "{vni: 222, ns: knlvrf, bridge: br2, vxlan: vx2, spokes: [srl, vm], vxlanGrp: ff02::14, vxlanPort: 4789, mtu: 1400, defaultVxlanDev: eth0}"
+	derived := "{vni: 222, spokes: [srl, vm]}"
+	for _, test := range []struct{ name, from, to, want string }{
+		{"vni", derived, "{vni: 223, spokes: [srl, vm]}", "spec.vni: Invalid value: 223: vni cannot change: for a while some nodes would use the old one and some the new; delete the LAN and create it anew"},
+		{"another ns", given, strings.Replace(given, "ns: knlvrf", "ns: other", 1), "spec.ns: Invalid value: ns cannot be changed, added or removed: attached pods hang on the network namespace of that name; delete the LAN and create it anew"},
+		{"no ns any more", given, strings.Replace(given, "ns: knlvrf, ", "", 1), "ns cannot be changed, added or removed"},
+		{"an ns", derived, "{vni: 222, ns: default.lab, spokes: [srl, vm]}", "ns cannot be changed, added or removed"},
+		{"another bridge", given, strings.Replace(given, "br2", "br3", 1), "spec.bridge: Invalid value: bridge cannot be changed, added or removed: attached pods hang on the bridge of that name"},
+		{"no bridge any more", given, strings.Replace(given, "bridge: br2, ", "", 1), "bridge cannot be changed, added or removed"},
+		{"a bridge", derived, "{vni: 222, bridge: br222, spokes: [srl, vm]}", "bridge cannot be changed, added or removed"},
+		{"another vxlan", given, strings.Replace(given, "vx2", "vx3", 1), "spec.vxlan: Invalid value: vxlan cannot be changed, added or removed: nodes would not all rename it at once"},
+		{"no vxlan any more", given, strings.Replace(given, "vxlan: vx2, ", "", 1), "vxlan cannot be changed, added or removed"},
+		{"a vxlan", derived, "{vni: 222, vxlan: vx222, spokes: [srl, vm]}", "vxlan cannot be changed, added or removed"},
+		{"the spokes", given, strings.Replace(given, "[srl, vm]", "[vm, host]", 1), ""},
+		{"the group", given, strings.Replace(given, "ff02::14", "239.0.0.1", 1), ""},
+		{"the port", given, strings.Replace(given, "4789", "4790", 1), ""},
+		{"the MTU", given, strings.Replace(given, "1400", "1300", 1), ""},
+		{"the underlay", given, strings.Replace(given, "defaultVxlanDev: eth0", "vxlanDevMap: {worker1: eth1}", 1), ""},
+		{"what is optional", derived, "{vni: 222, spokes: [srl, vm], mtu: 1400, vxlanPort: 4790, vxlanGrp: ff02::15, allowedNamespaces: [blue], nodeSelector: {a: b}, ipam: {type: static}}", ""},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			object := parse(t, manifest("lab", test.from))
+			if err := api.Create(t.Context(), object); err != nil {
+				t.Fatal(err)
+			}
+			defer remove(t, object)
+			edited := parse(t, manifest("lab", test.to))
+			edited.SetResourceVersion(object.GetResourceVersion())
+			refusal := ""
+			if err := api.Update(t.Context(), edited, client.DryRunAll); err != nil {
+				refusal = err.Error()
+			}
+			if test.want == "" && refusal != "" || !strings.Contains(refusal, test.want) {
+				t.Errorf("\nhave %s\nwant …%s…", refusal, test.want)
+			}
+		})
+	}
+}
+
+func TestKubectlExplainsEveryField(t *testing.T) {
+	for _, path := range []string{"lan.spec", "lan.status", "lan.spec.ipam", "lan.status.holds", "lannode.status", "lannode.status.segments", "lannode.status.segments.attachments"} {
+		out, err := kube.kubectl(t.Context(), "", "explain", path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if strings.Contains(out, "<no description>") {
+			t.Errorf("%s has fields without a text:\n%s", path, out)
+		}
+	}
+}
