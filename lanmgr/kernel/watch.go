@@ -20,7 +20,8 @@ import (
 func (n *Node) Watch(ctx context.Context, poke func(netnsName string)) error {
 	ctx, stop := context.WithCancelCause(ctx)
 	defer stop(nil)
-	links, err := n.subscribe(true, unix.RTNLGRP_LINK)
+	// An IPv6 address in a LAN's namespace is the only sign that somebody has switched IPv6 on there.
+	links, err := n.subscribe(true, unix.RTNLGRP_LINK, unix.RTNLGRP_IPV6_IFADDR)
 	if err != nil {
 		return fmt.Errorf("watch the links of LANs: %w", err)
 	}
@@ -249,18 +250,19 @@ func (n *Node) readUevents(ctx context.Context, f *os.File, poke func(string)) e
 // readMountEvents pokes the segments whose name no longer stands for their namespace. The mount table signals a
 // change by POLLPRI (mounts_poll in fs/proc_namespace.c).
 func (n *Node) readMountEvents(ctx context.Context, poke func(string)) error {
-	mounts, err := os.Open("/proc/thread-self/mountinfo")
+	// Not an os.File: the runtime's own poll of that would take some of the signals, for each is given once per file.
+	mounts, err := unix.Open("/proc/thread-self/mountinfo", unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return err
+		return fmt.Errorf("open the mount table: %w", err)
 	}
-	defer mounts.Close()
+	defer unix.Close(mounts)
 	ended, end, err := os.Pipe() // wakes the poll when the context ends
 	if err != nil {
 		return err
 	}
 	defer ended.Close()
 	defer context.AfterFunc(ctx, func() { end.Close() })()
-	fds := []unix.PollFd{{Fd: int32(mounts.Fd()), Events: unix.POLLPRI}, {Fd: int32(ended.Fd()), Events: unix.POLLIN}}
+	fds := []unix.PollFd{{Fd: int32(mounts), Events: unix.POLLPRI}, {Fd: int32(ended.Fd()), Events: unix.POLLIN}}
 	for {
 		if _, err := unix.Poll(fds, -1); err != nil && !errors.Is(err, unix.EINTR) {
 			return err
