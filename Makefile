@@ -17,6 +17,8 @@ export K8SLAN_NO_SKIP := $(if $(CI),1)
 GOTEST := go run ./test/report
 
 .DEFAULT_GOAL := help
+# Some tests measure, and one of them builds what others use.
+.NOTPARALLEL:
 
 ##@ Build
 
@@ -38,10 +40,14 @@ generate: ## Generate deepcopy functions and CRDs, and copy the CRDs into the ch
 	go generate ./crd/...
 	cp crd/manifests/*.yaml charts/k8slan/crds/
 
-##@ Cluster
+##@ Cluster, as root
+
+.PHONY: demo
+demo: ## Bring the cluster up, install k8slan, let two pods and a VM talk
+	go run ./test/demo
 
 .PHONY: cluster
-cluster: ## Bring up a two-node Kubernetes on this machine, as root; the first time builds it
+cluster: ## Bring up a two-node Kubernetes on this machine; the first time builds it
 	$(CLUSTER) up
 
 .PHONY: cluster-down
@@ -51,16 +57,24 @@ cluster-down: ## Take it down; nothing stays but caches
 ##@ Test
 
 .PHONY: test
-test: unit dataplane ## Run every test: what CI runs
+test: unit api dataplane ## Run every test: what CI runs, as root
 
 .PHONY: unit
 unit: ## Run the tests that need neither root nor a cluster
 	go vet ./...
 	$(GOTEST) $$(go list ./... | grep -v -E '/test/(api|dataplane|e2e)$$')
 
+.PHONY: api
+api: ## Test objects and controller against a real kube-apiserver
+	$(GOTEST) -timeout 30m ./test/api
+
 .PHONY: dataplane
 dataplane: ## Send real frames through LANs in network namespaces
 	$(GOTEST) ./test/dataplane
+
+.PHONY: e2e
+e2e: ## Test everything on the cluster; FOCUS=<regexp> runs the tests of that name
+	$(GOTEST) -count 1 -timeout 45m -run '$(FOCUS)' ./test/e2e
 
 .PHONY: verify
 verify: generate lint build ## Check generated code, modules, style, imports and the size of the CNI plugin
