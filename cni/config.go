@@ -77,6 +77,7 @@ type attachment struct {
 	ifname    string
 	pathList  string // where IPAM plugins are
 	arguments string // CNI_ARGS as it came
+	env       []string
 }
 
 // String names the attachment's spoke in a sentence.
@@ -120,7 +121,7 @@ func (p *Plugin) attachment(w wire, args *skel.CmdArgs) (attachment, error) {
 		netns: w.NS, spoke: w.Spoke, kind: segment.Kind(w.Kind), config: args.StdinData,
 		claimID: segment.ClaimID(args.ContainerID, args.IfName),
 		sandbox: args.ContainerID, podNetns: args.Netns, ifname: args.IfName,
-		pathList: args.Path, arguments: args.Args,
+		pathList: args.Path, arguments: args.Args, env: p.host.Env,
 	}
 	if a.version == "" {
 		a.version = "0.1.0" // what the specification takes it for
@@ -134,7 +135,7 @@ func (p *Plugin) attachment(w wire, args *skel.CmdArgs) (attachment, error) {
 	if !isPathElement(a.netns) {
 		return a, invalid("ns", w.NS, "is not the name of a network namespace: a file name without a slash or a space")
 	}
-	a.netnsPath = filepath.Join(p.paths.Run, "netns", a.netns)
+	a.netnsPath = filepath.Join(p.host.Run, "netns", a.netns)
 	if !isSpoke(a.spoke) {
 		return a, invalid("spoke", w.Spoke, "is not the name of a spoke: 1 to %d of a-z, 0-9, - and .", maxSpoke)
 	}
@@ -185,8 +186,10 @@ func (p *Plugin) request(args *skel.CmdArgs) (request, error) {
 	if err != nil {
 		return request{}, err
 	}
-	r := request{attachment: a, deviceID: w.DeviceID, promisc: w.PromiscMode, dns: w.DNS, prevResult: w.PrevResult,
-		owner: defaultTap, group: defaultTap}
+	r := request{
+		attachment: a, deviceID: w.DeviceID, promisc: w.PromiscMode, dns: w.DNS, prevResult: w.PrevResult,
+		owner: defaultTap, group: defaultTap,
+	}
 	if w.Owner != nil {
 		r.owner = *w.Owner
 	}

@@ -32,7 +32,7 @@ func (a attachment) delegate(ctx context.Context, verb string) ([]byte, error) {
 	var stdout, stderr bytes.Buffer
 	cmd := exec.CommandContext(ctx, path)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = bytes.NewReader(a.config), &stdout, &stderr
-	cmd.Env = append(os.Environ(), "CNI_COMMAND="+verb, "CNI_CONTAINERID="+a.sandbox, "CNI_NETNS="+a.podNetns,
+	cmd.Env = append(slices.Clip(a.env), "CNI_COMMAND="+verb, "CNI_CONTAINERID="+a.sandbox, "CNI_NETNS="+a.podNetns,
 		"CNI_IFNAME="+a.ifname, "CNI_ARGS="+a.arguments, "CNI_PATH="+a.pathList)
 	err = cmd.Run()
 	if err == nil {

@@ -41,21 +41,20 @@ type Node interface {
 
 // Plugin answers the verbs of CNI.
 type Plugin struct {
-	node   Node
-	paths  Paths
-	stdout io.Writer
+	node Node
+	host Host
 }
 
-// Paths says where the node keeps its things.
-type Paths struct {
-	Run string // what lives as long as the node is up: for people only, the Node finds things by itself
-	CDI string // one file per attachment, which the container runtime reads
+// Host is what the plugin finds around it.
+type Host struct {
+	Run    string    // folder of what lives as long as the node is up: for people only, the Node finds things by itself
+	CDI    string    // folder of CDI devices, one file per attachment, which the container runtime reads
+	Env    []string  // environment that IPAM plugins get, beside what the specification gives them
+	Stdout io.Writer // where results go
 }
 
-// New makes the plugin of a node. Results go to stdout, errors are returned.
-func New(node Node, paths Paths, stdout io.Writer) *Plugin {
-	return &Plugin{node: node, paths: paths, stdout: stdout}
-}
+// New makes the plugin of a node.
+func New(node Node, host Host) *Plugin { return &Plugin{node: node, host: host} }
 
 // Funcs are the plugin's verbs as skel calls them; none of them goes on after ctx is done.
 func (p *Plugin) Funcs(ctx context.Context) skel.CNIFuncs {
@@ -154,8 +153,8 @@ func (p *Plugin) attach(ctx context.Context, r request, steps *undo) (*current.R
 		ip.Interface = current.Int(1)
 	}
 	// Last, so that the device's name means something only when all of it is there.
-	*steps = append(*steps, func(context.Context) error { return cdi.Remove(p.paths.CDI, r.spoke, r.claimID) })
-	if err := cdi.Write(p.paths.CDI, r.device(made)); err != nil {
+	*steps = append(*steps, func(context.Context) error { return cdi.Remove(p.host.CDI, r.spoke, r.claimID) })
+	if err := cdi.Write(p.host.CDI, r.device(made)); err != nil {
 		return nil, fail(CodeCDI, "%s: %v", r, err)
 	}
 	return result, nil
@@ -190,7 +189,7 @@ func (p *Plugin) print(result *current.Result, version string) error {
 	if err != nil {
 		return fail(types.ErrIncompatibleCNIVersion, "the result cannot be told in cniVersion %s: %v", version, err)
 	}
-	if err := converted.PrintTo(p.stdout); err != nil {
+	if err := converted.PrintTo(p.host.Stdout); err != nil {
 		return fail(types.ErrIOFailure, "the result cannot be written: %v", err)
 	}
 	return nil
@@ -258,7 +257,7 @@ func (p *Plugin) del(ctx context.Context, args *skel.CmdArgs) error {
 
 // release takes one claim away: the device's name first, so that it never means a device that is gone.
 func (p *Plugin) release(ctx context.Context, a attachment, claimID string) error {
-	if err := cdi.Remove(p.paths.CDI, a.spoke, claimID); err != nil {
+	if err := cdi.Remove(p.host.CDI, a.spoke, claimID); err != nil {
 		return fail(CodeCDI, "%s: %v", a, err)
 	}
 	err := p.node.Release(ctx, a.netns, a.spoke, claimID)

@@ -94,7 +94,7 @@ func (h *host) run(c call) (string, *types.Error) {
 	if stdout == nil {
 		stdout = &out
 	}
-	plugin := cni.New(h.node, cni.Paths{Run: "/run/k8slan", CDI: h.cdi}, stdout)
+	plugin := cni.New(h.node, cni.Host{Run: "/run/k8slan", CDI: h.cdi, Stdout: stdout})
 	e := skel.PluginMainFuncsWithError(plugin.Funcs(h.t.Context()), cniversion.All, "")
 	return out.String(), e
 }
@@ -362,11 +362,15 @@ func TestBadRequestIsRefusedWithASentence(t *testing.T) {
 		{name: "second namespace", args: ";K8S_POD_NAMESPACE=blue", code: env, want: "K8S_POD_NAMESPACE is there twice"},
 		{name: "version without interfaces", set: keys{"cniVersion": "0.2.0"}, code: types.ErrIncompatibleCNIVersion, want: "use 0.3.0 or later"},
 		{name: "version of the future", set: keys{"cniVersion": "9.0.0"}, code: types.ErrIncompatibleCNIVersion, want: "incompatible CNI versions"},
-		{name: "no device", set: keys{"deviceID": nil}, code: cni.CodeNoDevice,
-			want: `spoke "srl" of LAN default/lab: kubelet allocated no macvtap.k8slan.io/k8slan-veth-srl to this pod. Either none of its containers has it in resources.limits: add it there; or it was bound to a node that didn't offer it: see kubectl get lan`},
+		{
+			name: "no device", set: keys{"deviceID": nil}, code: cni.CodeNoDevice,
+			want: `spoke "srl" of LAN default/lab: kubelet allocated no macvtap.k8slan.io/k8slan-veth-srl to this pod. Either none of its containers has it in resources.limits: add it there; or it was bound to a node that didn't offer it: see kubectl get lan`,
+		},
 		{name: "another spoke's device", set: keys{"deviceID": "vm"}, code: cni.CodeWrongDevice, want: `allocated the device of spoke "vm"`},
-		{name: "LAN not on the node", set: keys{"ns": "other"}, code: types.ErrTryAgainLater,
-			want: "LAN default/lab is not on this node (no /run/k8slan/netns/other): was it deleted, or is the daemon still starting? kubectl get lan -n default lab"},
+		{
+			name: "LAN not on the node", set: keys{"ns": "other"}, code: types.ErrTryAgainLater,
+			want: "LAN default/lab is not on this node (no /run/k8slan/netns/other): was it deleted, or is the daemon still starting? kubectl get lan -n default lab",
+		},
 		{name: "netns of another LAN", set: keys{"lan": "default/core"}, code: network, want: `"knlvrf" is the network namespace of LAN default/lab, not of default/core`},
 		{name: "unknown spoke", set: keys{"spoke": "edge", "deviceID": "edge"}, code: cni.CodeNoSpoke, want: `LAN default/lab has no spoke "edge" on this node`},
 	} {

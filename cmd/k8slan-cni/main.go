@@ -15,8 +15,8 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/kernel"
 )
 
-// patience is how long one request may take. kubelet gives a sandbox with all its networks two minutes
-// (--runtime-request-timeout) and then tries again.
+// patience is how long one request may take. kubelet gives a sandbox with all its networks four minutes (twice
+// --runtime-request-timeout) and then tries again.
 const patience = 60 * time.Second
 
 // version is that of k8slan, set at build time.
@@ -26,9 +26,11 @@ func main() {
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	run := cmp.Or(os.Getenv("K8SLAN_RUN_DIR"), kernel.DefaultRun)
-	plugin := cni.New(kernel.New(kernel.Paths{Run: run}), cni.Paths{
-		Run: run,
-		CDI: cmp.Or(os.Getenv("K8SLAN_CDI_DIR"), cdi.DefaultDir),
-	}, os.Stdout)
+	plugin := cni.New(kernel.New(kernel.Paths{Run: run}), cni.Host{
+		Run:    run,
+		CDI:    cmp.Or(os.Getenv("K8SLAN_CDI_DIR"), cdi.DefaultDir),
+		Env:    os.Environ(),
+		Stdout: os.Stdout,
+	})
 	skel.PluginMainFuncs(plugin.Funcs(ctx), cniversion.All, "CNI plugin k8slan "+version)
 }
