@@ -11,6 +11,7 @@ import (
 	"io"
 	"io/fs"
 	"net/netip"
+	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -75,6 +76,9 @@ func (p *Plugin) add(ctx context.Context, args *skel.CmdArgs) error {
 	if err := p.admit(r); err != nil {
 		return err
 	}
+	if isOwnNetns(r.podNetns) {
+		return fail(types.ErrInvalidNetNS, "%s: CNI_NETNS %s is the node's own network namespace: a pod with hostNetwork gets no interface in a LAN", r, r.podNetns)
+	}
 	var steps undo
 	result, err := p.attach(ctx, r, &steps)
 	if err == nil {
@@ -86,6 +90,14 @@ func (p *Plugin) add(ctx context.Context, args *skel.CmdArgs) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTime)
 	defer cancel()
 	return steps.run(ctx, err)
+}
+
+// isOwnNetns says whether a path stands for the namespace this process is in. One that cannot be read does not:
+// the claim will say what is wrong with it.
+func isOwnNetns(path string) bool {
+	pod, podErr := os.Stat(path)
+	own, ownErr := os.Stat("/proc/self/ns/net")
+	return podErr == nil && ownErr == nil && os.SameFile(pod, own)
 }
 
 // admit says whether the node's record of the LAN and kubelet's allocation let the pod have the spoke.

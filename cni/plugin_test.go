@@ -414,6 +414,14 @@ func TestPodWithoutItsNamespaceOnTheNodeIsRefused(t *testing.T) {
 	newHost(t).mustFail(add, types.ErrInvalidNetNS, "the pod's network namespace")
 }
 
+func TestHostNetworkGetsNoInterface(t *testing.T) {
+	h := newHost(t)
+	add := pod1("ADD", config(nil))
+	add.netns = "/proc/self/ns/net"
+	h.node.pods[add.netns] = map[string]string{}
+	h.mustFail(add, types.ErrInvalidNetNS, "is the node's own network namespace")
+}
+
 func TestForeignNamespaceNeedsTheOwnersConsent(t *testing.T) {
 	from := func(namespace string) call {
 		add := pod1("ADD", config(nil))

@@ -306,13 +306,18 @@ func TestPluginLeavesAnInterfaceOfThatNameAlone(t *testing.T) {
 	}
 }
 
-func TestPluginRefusesAPodWithoutItsNetns(t *testing.T) {
+func TestPluginRefusesAPodWithoutANetnsOfItsOwn(t *testing.T) {
 	h, s := plugged(t)
 	before := h.links(t, s)
 	pod := h.sandbox(t)
 	pod.Path = "/run/gone"
 	for _, kind := range []segment.Kind{segment.Veth, segment.Macvtap} {
 		pod.refused(t, "ADD", network(s, "srl", kind, nil), types.ErrInvalidNetNS, "the pod's network namespace")
+	}
+	pod.Path = h.Path
+	pod.refused(t, "ADD", network(s, "srl", segment.Veth, nil), types.ErrInvalidNetNS, "the node's own network namespace")
+	if links := h.Links(t); !slices.Equal(links, []string{netns.UnderlayDevice}) {
+		t.Errorf("the node's own namespace has %v", links)
 	}
 	if after := h.links(t, s); after != before {
 		t.Errorf("changed\n%s\ninto\n%s", before, after)
