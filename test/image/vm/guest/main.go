@@ -30,6 +30,9 @@ func main() {
 }
 
 func boot(ctx context.Context) error {
+	if err := os.Setenv("PATH", "/bin"); err != nil { // the kernel gives none
+		return err
+	}
 	if err := mounts(); err != nil {
 		return err
 	}
