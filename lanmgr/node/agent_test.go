@@ -1,0 +1,744 @@
+package node_test
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/api/meta"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/watch"
+	toolscache "k8s.io/client-go/tools/cache"
+	"k8s.io/client-go/tools/events"
+	"sigs.k8s.io/controller-runtime/pkg/cache"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/client/fake"
+	"sigs.k8s.io/controller-runtime/pkg/client/interceptor"
+
+	"github.com/k8slan/k8slan/crd/v1beta1"
+	"github.com/k8slan/k8slan/lanmgr"
+	"github.com/k8slan/k8slan/lanmgr/kernel"
+	"github.com/k8slan/k8slan/lanmgr/node"
+	"github.com/k8slan/k8slan/lanmgr/segment"
+)
+
+// board wakes whoever awaits something when anything happened.
+type board struct {
+	mu      sync.Mutex
+	changed chan struct{}
+}
+
+func (b *board) note() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	close(b.changed)
+	b.changed = make(chan struct{})
+}
+
+func (b *board) await(t *testing.T, what string, done func() bool) {
+	t.Helper()
+	deadline := time.After(20 * time.Second)
+	for {
+		b.mu.Lock()
+		changed := b.changed
+		b.mu.Unlock()
+		if done() {
+			return
+		}
+		select {
+		case <-changed:
+		case <-deadline:
+			t.Fatalf("waited in vain: %s", what)
+		}
+	}
+}
+
+// fakeManager builds what it is told to at once, except what refuse says.
+type fakeManager struct {
+	*board
+	changed chan struct{}
+
+	mu      sync.Mutex
+	sets    int
+	want    []segment.Segment
+	claims  map[string][]segment.Claim // by netns
+	refuse  map[string]error           // by netns
+	hold    bool                       // reports stay as they are
+	pokes   []string
+	reports []lanmgr.Report
+}
+
+func (m *fakeManager) Set(want []segment.Segment) {
+	m.mu.Lock()
+	m.sets++
+	m.want = slices.Clone(want)
+	m.mu.Unlock()
+	m.work()
+}
+
+func (m *fakeManager) work() {
+	m.mu.Lock()
+	if !m.hold {
+		old := m.reports
+		m.reports = nil
+		wanted := map[string]bool{}
+		for _, s := range m.want {
+			wanted[s.Netns] = true
+			err := m.refuse[s.Netns]
+			m.reports = append(m.reports, lanmgr.Report{Segment: s, Built: err == nil, Err: err, Claims: m.claims[s.Netns]})
+		}
+		for _, r := range old {
+			if claims := m.claims[r.Segment.Netns]; !wanted[r.Segment.Netns] && len(claims) > 0 {
+				m.reports = append(m.reports, lanmgr.Report{Segment: r.Segment, Leaving: true, Claims: claims})
+			}
+		}
+	}
+	m.mu.Unlock()
+	select {
+	case m.changed <- struct{}{}:
+	default:
+	}
+	m.note()
+}
+
+// change changes the manager's world and has it worked on.
+func (m *fakeManager) change(f func()) {
+	m.mu.Lock()
+	f()
+	m.mu.Unlock()
+	m.work()
+}
+
+func (m *fakeManager) Poke(netns string) {
+	m.mu.Lock()
+	m.pokes = append(m.pokes, netns)
+	m.mu.Unlock()
+	m.note()
+}
+
+func (m *fakeManager) Changed() <-chan struct{} { return m.changed }
+
+func (m *fakeManager) Reports() []lanmgr.Report {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return slices.Clone(m.reports)
+}
+
+func (m *fakeManager) wanted() (sets int, want []segment.Segment) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.sets, m.want
+}
+
+// fakeKernel has the underlays of worker1.
+type fakeKernel struct {
+	pokes chan string
+
+	mu        sync.Mutex
+	underlays kernel.Underlays
+	err       error
+}
+
+func (k *fakeKernel) Underlays(context.Context) (kernel.Underlays, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	u := k.underlays
+	u.Devices = map[string]kernel.Underlay{}
+	for name, d := range k.underlays.Devices {
+		u.Devices[name] = d
+	}
+	return u, k.err
+}
+
+func (k *fakeKernel) Watch(ctx context.Context, poke func(string)) error {
+	poke("")
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case netns := <-k.pokes:
+			poke(netns)
+		}
+	}
+}
+
+func (k *fakeKernel) change(f func()) {
+	k.mu.Lock()
+	f()
+	k.mu.Unlock()
+	k.pokes <- ""
+}
+
+// fakeInformers watch the fake API.
+type fakeInformers struct {
+	cache.Informers
+	api  client.WithWatch
+	done chan struct{}
+}
+
+type fakeInformer struct {
+	cache.Informer
+	watch watch.Interface
+	last  map[string]runtime.Object
+	done  chan struct{}
+}
+
+func (f *fakeInformers) GetInformer(ctx context.Context, obj client.Object, _ ...cache.InformerGetOption) (cache.Informer, error) {
+	var list client.ObjectList
+	switch obj.(type) {
+	case *v1beta1.LAN:
+		list = &v1beta1.LANList{}
+	case *v1beta1.LANNode:
+		list = &v1beta1.LANNodeList{}
+	default:
+		list = &corev1.NodeList{}
+	}
+	w, err := f.api.Watch(ctx, list)
+	if err != nil {
+		return nil, err
+	}
+	if err := f.api.List(ctx, list); err != nil {
+		return nil, err
+	}
+	last := map[string]runtime.Object{}
+	err = meta.EachListItem(list, func(obj runtime.Object) error {
+		key, err := toolscache.MetaNamespaceKeyFunc(obj)
+		last[key] = obj
+		return err
+	})
+	return &fakeInformer{watch: w, last: last, done: f.done}, err
+}
+
+func (f *fakeInformer) AddEventHandler(handler toolscache.ResourceEventHandler) (toolscache.ResourceEventHandlerRegistration, error) {
+	go func() {
+		defer f.watch.Stop()
+		for {
+			select {
+			case <-f.done:
+				return
+			case e := <-f.watch.ResultChan():
+				key, err := toolscache.MetaNamespaceKeyFunc(e.Object)
+				if err != nil {
+					return // the watch has ended
+				}
+				switch e.Type {
+				case watch.Added:
+					handler.OnAdd(e.Object, false)
+				case watch.Modified:
+					handler.OnUpdate(f.last[key], e.Object)
+				case watch.Deleted:
+					handler.OnDelete(e.Object)
+				}
+				f.last[key] = e.Object
+			}
+		}
+	}()
+	return nil, nil
+}
+
+// world is an agent with all that is around it.
+type world struct {
+	*board
+	t       *testing.T
+	api     client.WithWatch
+	manager *fakeManager
+	kernel  *fakeKernel
+	agent   *node.Agent
+	events  *events.FakeRecorder
+
+	mu     sync.Mutex
+	away   error // the API server's answer to everything
+	writes int   // of LANNode status
+	offers [][]node.Spoke
+}
+
+// newWorld has the Node worker1 and the given LANs; start starts the agent.
+func newWorld(t *testing.T, lans ...client.Object) *world {
+	t.Helper()
+	scheme := runtime.NewScheme()
+	if err := errors.Join(corev1.AddToScheme(scheme), v1beta1.AddToScheme(scheme)); err != nil {
+		t.Fatal(err)
+	}
+	b := &board{changed: make(chan struct{})}
+	here := worker1()
+	w := &world{
+		board:   b,
+		t:       t,
+		manager: &fakeManager{board: b, changed: make(chan struct{}, 1), claims: map[string][]segment.Claim{}, refuse: map[string]error{}},
+		kernel:  &fakeKernel{pokes: make(chan string), underlays: here.Underlays},
+		events:  events.NewFakeRecorder(1000),
+	}
+	self := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: here.Name, Labels: here.Labels, UID: "uid-worker1"}}
+	w.api = interceptor.NewClient(
+		fake.NewClientBuilder().WithScheme(scheme).WithObjects(append(lans, self)...).
+			WithStatusSubresource(&v1beta1.LAN{}, &v1beta1.LANNode{}).Build(),
+		interceptor.Funcs{
+			Get: func(ctx context.Context, c client.WithWatch, key client.ObjectKey, obj client.Object, opts ...client.GetOption) error {
+				return w.unlessAway(func() error { return c.Get(ctx, key, obj, opts...) })
+			},
+			Create: func(ctx context.Context, c client.WithWatch, obj client.Object, opts ...client.CreateOption) error {
+				return w.unlessAway(func() error { return c.Create(ctx, obj, opts...) })
+			},
+			SubResourceUpdate: func(ctx context.Context, c client.Client, sub string, obj client.Object, opts ...client.SubResourceUpdateOption) error {
+				if _, ours := obj.(*v1beta1.LANNode); ours {
+					w.mu.Lock()
+					w.writes++
+					w.mu.Unlock()
+				}
+				return w.unlessAway(func() error { return c.SubResource(sub).Update(ctx, obj, opts...) })
+			},
+		})
+	return w
+}
+
+func (w *world) unlessAway(call func() error) error {
+	defer w.note()
+	w.mu.Lock()
+	away := w.away
+	w.mu.Unlock()
+	if away != nil {
+		return away
+	}
+	return call()
+}
+
+func (w *world) setAway(err error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.away = err
+}
+
+func (w *world) start() (stop func()) {
+	w.t.Helper()
+	done := make(chan struct{})
+	w.agent = node.New(node.Config{
+		Node: "worker1", Version: "v1.2.3",
+		Informers: &fakeInformers{api: w.api, done: done}, Client: w.api, Live: w.api,
+		Kernel: w.kernel, Manager: w.manager, Events: w.events,
+		Offer: func(offers []node.Spoke) {
+			w.mu.Lock()
+			w.offers = append(w.offers, offers)
+			w.mu.Unlock()
+			w.note()
+		},
+		Log: slog.New(slog.DiscardHandler),
+	})
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan error)
+	go func() { ended <- w.agent.Run(ctx) }()
+	stop = sync.OnceFunc(func() {
+		cancel()
+		if err := <-ended; err != nil {
+			w.t.Errorf("Run: %v", err)
+		}
+		close(done)
+	})
+	w.t.Cleanup(stop)
+	return stop
+}
+
+// offered prints the last offer, "srl vm(unhealthy)".
+func (w *world) offered() string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if len(w.offers) == 0 {
+		return "none yet"
+	}
+	var words []string
+	for _, s := range w.offers[len(w.offers)-1] {
+		word := s.Name
+		if !s.Healthy {
+			word += "(unhealthy)"
+		}
+		words = append(words, word)
+	}
+	return strings.Join(words, " ")
+}
+
+func (w *world) awaitOffer(want string) {
+	w.t.Helper()
+	w.await(w.t, "offer "+want, func() bool { return w.offered() == want })
+}
+
+// awaitStatus waits until the LANNode is as wanted.
+func (w *world) awaitStatus(what string, want func(v1beta1.LANNodeStatus) bool) *v1beta1.LANNode {
+	w.t.Helper()
+	lanNode := &v1beta1.LANNode{}
+	w.await(w.t, what, func() bool {
+		// By a list, since a get through the interceptor would wake this very wait.
+		if err := w.read(lanNode); err != nil {
+			return false
+		}
+		return want(lanNode.Status)
+	})
+	return lanNode
+}
+
+func (w *world) read(lanNode *v1beta1.LANNode) error {
+	var list v1beta1.LANNodeList
+	if err := w.api.List(context.Background(), &list); err != nil {
+		return err
+	}
+	if len(list.Items) != 1 {
+		return errors.New("no LANNode")
+	}
+	*lanNode = list.Items[0]
+	return nil
+}
+
+func (w *world) written() int {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.writes
+}
+
+// update changes a LAN's spec, or its status, which the fake API keeps apart.
+func (w *world) update(change func(*v1beta1.LAN)) {
+	w.t.Helper()
+	lan := &v1beta1.LAN{}
+	if err := w.api.Get(context.Background(), client.ObjectKey{Namespace: "default", Name: "lab"}, lan); err != nil {
+		w.t.Fatal(err)
+	}
+	change(lan)
+	status := lan.Status
+	if err := w.api.Update(context.Background(), lan); err != nil {
+		w.t.Fatal(err)
+	}
+	lan.Status = status
+	if err := w.api.Status().Update(context.Background(), lan); err != nil {
+		w.t.Fatal(err)
+	}
+}
+
+func claim(spoke, pod string) segment.Claim {
+	return segment.Claim{
+		ID: segment.ClaimID(pod, "net1"), Spoke: spoke, Kind: segment.Veth, PodNamespace: "default", Pod: pod, Interface: "net1",
+		MAC: net.HardwareAddr{2, 0, 0, 0, 0, 1}, Since: time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC),
+	}
+}
+
+func ready(s v1beta1.LANNodeStatus) bool {
+	return len(s.Segments) == 1 && s.Segments[0].State == v1beta1.SegmentReady
+}
+
+func TestAnAdmittedLANIsBuiltOfferedAndReported(t *testing.T) {
+	w := newWorld(t, lab(nil))
+	w.start()
+	w.awaitOffer("srl vm")
+	lanNode := w.awaitStatus("Ready", ready)
+
+	want := v1beta1.SegmentStatus{
+		LAN: "default/lab", UID: "uid-lab", Generation: 3, State: v1beta1.SegmentReady,
+		NS: "default.lab", Underlay: "eth0", VTEP: "fe80::1", MTU: 1422, Offered: 2,
+	}
+	if got := lanNode.Status.Segments[0]; fmt.Sprint(got) != fmt.Sprint(want) {
+		t.Errorf("segment\n%+v, want\n%+v", got, want)
+	}
+	if s := lanNode.Status; s.LANs != 1 || s.Ready != 1 || s.Attached != 0 || s.Version != "v1.2.3" {
+		t.Errorf("status = %+v", s)
+	}
+	if o := lanNode.OwnerReferences; len(o) != 1 || o[0].Kind != "Node" || o[0].Name != "worker1" || o[0].UID != "uid-worker1" {
+		t.Errorf("owners = %+v, want the Node", o)
+	}
+	if err := w.agent.Ready(); err != nil {
+		t.Error(err)
+	}
+	if len(w.events.Events) != 0 {
+		t.Errorf("event where all is well: %s", <-w.events.Events)
+	}
+}
+
+func TestANodeWithoutLANsReportsItself(t *testing.T) {
+	w := newWorld(t)
+	w.start()
+	w.awaitOffer("")
+	w.awaitStatus("a version", func(s v1beta1.LANNodeStatus) bool { return s.Version == "v1.2.3" && len(s.Segments) == 0 })
+}
+
+func TestNothingIsDecidedBeforeTheNodesLinksAreKnown(t *testing.T) {
+	w := newWorld(t, lab(nil))
+	w.kernel.err = errors.New("netlink is busy")
+	w.start()
+	w.kernel.pokes <- "" // the watch runs, and the first look has failed or will
+	if sets, _ := w.manager.wanted(); sets != 0 || w.offered() != "none yet" || w.agent.Ready() == nil {
+		t.Errorf("%d sets, offer %q, Ready %v; want nothing yet", sets, w.offered(), w.agent.Ready())
+	}
+	w.kernel.change(func() { w.kernel.err = nil })
+	w.awaitOffer("srl vm")
+}
+
+func TestAnUnderlayThatIsMissingHoldsPodsBackAndIsToldOnce(t *testing.T) {
+	w := newWorld(t, lab(func(l *v1beta1.LAN) { l.Spec.VXLANDevMap = map[string]v1beta1.Device{"worker1": "eth7"} }))
+	w.start()
+	w.awaitOffer("srl(unhealthy) vm(unhealthy)")
+	const sentence = `no device "eth7" (spec.vxlanDevMap.worker1). Create it, or change spec.vxlanDevMap.worker1; pods wait until then`
+	w.awaitStatus("UnderlayMissing", func(s v1beta1.LANNodeStatus) bool {
+		return len(s.Segments) == 1 && s.Segments[0].State == v1beta1.SegmentNotReady && s.Segments[0].Offered == 0 &&
+			s.Segments[0].Reason == v1beta1.ReasonUnderlayMissing && s.Segments[0].Message == sentence
+	})
+	if got, want := <-w.events.Events, "Warning UnderlayMissing worker1: "+sentence; got != want {
+		t.Errorf("event %q, want %q", got, want)
+	}
+
+	w.kernel.change(func() { w.kernel.underlays.Devices["eth7"] = device(7, 1500) })
+	w.awaitOffer("srl vm")
+	w.awaitStatus("Ready", ready)
+	if got := <-w.events.Events; got != "Normal Ready worker1: all is well again, spokes are offered" {
+		t.Errorf("event %q", got)
+	}
+	if len(w.events.Events) != 0 {
+		t.Errorf("one event too many: %s", <-w.events.Events)
+	}
+}
+
+func TestAnUnderlayWithoutCarrierDegradesTheLANButOffersIt(t *testing.T) {
+	w := newWorld(t, lab(nil))
+	w.start()
+	w.awaitOffer("srl vm")
+	w.kernel.change(func() {
+		d := device(2, 1500)
+		d.Carrier = false
+		w.kernel.underlays.Devices["eth0"] = d
+	})
+	w.awaitStatus("Degraded", func(s v1beta1.LANNodeStatus) bool {
+		return len(s.Segments) == 1 && s.Segments[0].State == v1beta1.SegmentDegraded &&
+			s.Segments[0].Reason == v1beta1.ReasonUnderlayDown && s.Segments[0].Offered == 2
+	})
+	w.awaitOffer("srl vm")
+}
+
+// An underlay that comes back is not the VXLAN yet.
+func TestSpokesAreHealthyOnlyOnceTheVXLANStands(t *testing.T) {
+	w := newWorld(t, lab(func(l *v1beta1.LAN) { l.Spec.DefaultVXLANDev = "eth7" }))
+	w.start()
+	w.awaitOffer("srl(unhealthy) vm(unhealthy)")
+	w.manager.change(func() { w.manager.hold = true })
+	w.kernel.change(func() { w.kernel.underlays.Devices["eth7"] = device(7, 1500) })
+	w.await(t, "a segment with its VXLAN", func() bool {
+		_, want := w.manager.wanted()
+		return len(want) == 1 && want[0].VXLAN.UnderlayIndex == 7
+	})
+	w.awaitStatus("being built", func(s v1beta1.LANNodeStatus) bool {
+		return len(s.Segments) == 1 && s.Segments[0].Message == "is being built" && s.Segments[0].Reason == ""
+	})
+	if got := w.offered(); got != "srl(unhealthy) vm(unhealthy)" {
+		t.Errorf("offer = %q before the VXLAN stands", got)
+	}
+	w.manager.change(func() { w.manager.hold = false })
+	w.awaitOffer("srl vm")
+}
+
+func TestWhatTheKernelRefusesIsReported(t *testing.T) {
+	for _, c := range []struct {
+		err             error
+		reason, message string
+	}{
+		{
+			fmt.Errorf("add vxlan: %w", &kernel.VNITaken{VNI: 222, Port: 4789, By: "flannel.1"}), v1beta1.ReasonVNITaken,
+			`vxlan vx222: VNI 222 on UDP port 4789 is in use by "flannel.1" on this node; choose another vni or vxlanPort; pods wait until then`,
+		},
+		{
+			errors.New("add bridge br222: operation not permitted"), v1beta1.ReasonBuildFailed,
+			"add bridge br222: operation not permitted. It is tried again; pods wait until it stands",
+		},
+	} {
+		w := newWorld(t, lab(nil))
+		w.manager.refuse["default.lab"] = c.err
+		stop := w.start()
+		w.awaitOffer("srl(unhealthy) vm(unhealthy)")
+		w.awaitStatus(c.reason, func(s v1beta1.LANNodeStatus) bool {
+			return len(s.Segments) == 1 && s.Segments[0].Reason == c.reason && s.Segments[0].Message == c.message
+		})
+		if got := <-w.events.Events; got != "Warning "+c.reason+" worker1: "+c.message {
+			t.Errorf("event %q", got)
+		}
+		stop()
+	}
+}
+
+func TestSpokesComeAndGoWithTheSpec(t *testing.T) {
+	w := newWorld(t, lab(nil))
+	w.start()
+	w.awaitOffer("srl vm")
+	w.update(func(l *v1beta1.LAN) { l.Spec.Spokes = []string{"srl", "ceos"} })
+	w.awaitOffer("srl") // ceos is not held yet
+	w.update(func(l *v1beta1.LAN) { l.Status.Holds.Spokes = []string{"srl", "ceos"} })
+	w.awaitOffer("ceos srl")
+}
+
+func TestNodeLabelsDecideWhereALANIs(t *testing.T) {
+	w := newWorld(t, lab(func(l *v1beta1.LAN) { l.Spec.NodeSelector = map[string]v1beta1.LabelValue{"rack": "b"} }))
+	w.start()
+	w.awaitOffer("")
+	self := &corev1.Node{}
+	if err := w.api.Get(context.Background(), client.ObjectKey{Name: "worker1"}, self); err != nil {
+		t.Fatal(err)
+	}
+	self.Labels["rack"] = "b"
+	if err := w.api.Update(context.Background(), self); err != nil {
+		t.Fatal(err)
+	}
+	w.awaitOffer("srl vm")
+}
+
+func TestADeletedLANLeavesWithItsLastPod(t *testing.T) {
+	lan := lab(nil)
+	w := newWorld(t, lan)
+	w.manager.claims["default.lab"] = []segment.Claim{claim("srl", "srl-1")}
+	w.start()
+	w.awaitStatus("attached", func(s v1beta1.LANNodeStatus) bool { return s.Attached == 1 })
+	if err := w.api.Delete(context.Background(), lan); err != nil {
+		t.Fatal(err)
+	}
+	w.awaitOffer("")
+	w.awaitStatus("Leaving", func(s v1beta1.LANNodeStatus) bool {
+		return len(s.Segments) == 1 && s.Segments[0].State == v1beta1.SegmentLeaving && s.Segments[0].UID == "uid-lab" &&
+			s.Segments[0].Message == "stays until its pods are gone: default/srl-1 (spoke srl)" && len(s.Segments[0].Attachments) == 1
+	})
+	w.manager.change(func() { w.manager.claims, w.manager.reports = nil, nil })
+	w.awaitStatus("gone", func(s v1beta1.LANNodeStatus) bool { return len(s.Segments) == 0 && s.Attached == 0 })
+}
+
+func TestALANMadeAnewWaitsForItsPredecessor(t *testing.T) {
+	w := newWorld(t, lab(nil))
+	w.manager.hold = true
+	old := segment.Segment{LAN: segment.LAN{Namespace: "default", Name: "lab", UID: "uid-old"}, Netns: "default.lab", Spokes: []string{"srl", "vm"}}
+	w.manager.reports = []lanmgr.Report{{Segment: old, Leaving: true, Claims: []segment.Claim{claim("srl", "srl-1")}}}
+	w.start()
+	w.awaitStatus("the old one leaving", func(s v1beta1.LANNodeStatus) bool {
+		return len(s.Segments) == 1 && s.Segments[0].UID == "uid-old" && s.Segments[0].State == v1beta1.SegmentLeaving
+	})
+	if got := w.offered(); got != "" {
+		t.Errorf("offer = %q while the old LAN is there", got)
+	}
+	w.manager.change(func() { w.manager.hold = false })
+	w.awaitOffer("srl vm")
+}
+
+func TestABurstOfAttachmentsIsOneWrite(t *testing.T) {
+	const pods = 64
+	w := newWorld(t, lab(func(l *v1beta1.LAN) {
+		l.Spec.Spokes = nil
+		for n := range pods {
+			l.Spec.Spokes = append(l.Spec.Spokes, fmt.Sprint("s", n))
+		}
+		l.Status.Holds.Spokes = l.Spec.Spokes
+	}))
+	w.start()
+	w.awaitStatus("Ready", ready)
+	before := w.written()
+	for n := range pods {
+		w.manager.change(func() {
+			w.manager.claims["default.lab"] = append(slices.Clone(w.manager.claims["default.lab"]), claim(fmt.Sprint("s", n), fmt.Sprint("pod-", n)))
+		})
+	}
+	w.awaitStatus("all attached", func(s v1beta1.LANNodeStatus) bool { return s.Attached == pods })
+	// On a busy machine the burst may last longer than changes are gathered.
+	if writes := w.written() - before; writes > 4 {
+		t.Errorf("%d attachments took %d writes", pods, writes)
+	}
+	w.manager.change(func() {}) // nothing new
+	w.kernel.pokes <- "default.lab"
+	w.await(t, "the poke", func() bool { w.manager.mu.Lock(); defer w.manager.mu.Unlock(); return len(w.manager.pokes) > 0 })
+	if writes := w.written() - before; writes > 4 {
+		t.Errorf("%d writes with nothing new", writes)
+	}
+}
+
+func TestAnAPIServerThatIsAwayChangesNothing(t *testing.T) {
+	w := newWorld(t, lab(nil))
+	w.start()
+	w.awaitOffer("srl vm")
+	w.awaitStatus("Ready", ready)
+	w.setAway(apierrors.NewServiceUnavailable("away"))
+	sets, _ := w.manager.wanted()
+	writes := w.written()
+
+	w.manager.change(func() { w.manager.claims["default.lab"] = []segment.Claim{claim("srl", "srl-1")} })
+	w.kernel.change(func() { w.kernel.underlays.Devices["eth9"] = device(9, 1500) }) // has the LANs planned again
+	w.await(t, "a failed write", func() bool { return w.written() > writes+1 })
+	if now, _ := w.manager.wanted(); now != sets || w.offered() != "srl vm" {
+		t.Errorf("%d sets more, offer %q", now-sets, w.offered())
+	}
+	w.setAway(nil)
+	w.awaitStatus("attached", func(s v1beta1.LANNodeStatus) bool { return s.Attached == 1 })
+}
+
+func TestALANNodeThatWasDeletedOrEditedIsWrittenAgain(t *testing.T) {
+	w := newWorld(t, lab(nil))
+	w.start()
+	lanNode := w.awaitStatus("Ready", ready)
+	if err := w.api.Delete(context.Background(), lanNode); err != nil {
+		t.Fatal(err)
+	}
+	lanNode = w.awaitStatus("Ready again", ready)
+	lanNode.Status.Segments = nil
+	if err := w.api.Status().Update(context.Background(), lanNode); err != nil {
+		t.Fatal(err)
+	}
+	w.awaitStatus("Ready once more", ready)
+}
+
+func TestALANNodeOfAnEarlierNodeGetsItsNewOwner(t *testing.T) {
+	old := &v1beta1.LANNode{ObjectMeta: metav1.ObjectMeta{Name: "worker1", OwnerReferences: []metav1.OwnerReference{
+		{APIVersion: "v1", Kind: "Node", Name: "worker1", UID: "uid-before"},
+	}}}
+	w := newWorld(t, lab(nil), old)
+	w.start()
+	lanNode := w.awaitStatus("Ready", ready)
+	if o := lanNode.OwnerReferences; len(o) != 1 || o[0].UID != "uid-worker1" {
+		t.Errorf("owners = %+v", o)
+	}
+}
+
+func TestTwoLANsThatSeemToHoldOneNetnsAreOneSegment(t *testing.T) {
+	later := lab(func(l *v1beta1.LAN) {
+		l.Name, l.UID = "later", "uid-later"
+		l.CreationTimestamp = metav1.NewTime(time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC))
+		l.Spec.Spokes, l.Status.Holds.Spokes = []string{"other"}, []string{"other"}
+	})
+	w := newWorld(t, lab(nil), later)
+	w.start()
+	w.awaitOffer("srl vm")
+	if _, want := w.manager.wanted(); len(want) != 1 || want[0].LAN.Name != "lab" {
+		t.Errorf("want %+v", want)
+	}
+}
+
+// The API server takes objects up to 1.5 MiB (etcd's request limit).
+func TestTheLANNodeOfAThousandAttachmentsIsSmall(t *testing.T) {
+	var plans []node.Plan
+	var reports []lanmgr.Report
+	for n := range 500 {
+		s := segment.Segment{
+			LAN:   segment.LAN{Namespace: "a-namespace-of-usual-length", Name: fmt.Sprint("lan-", n), UID: "5f6c0a4e-8f0e-4d34-9b5c-0c4c2b0f1d2e"},
+			Netns: fmt.Sprint("netns-", n), MTU: 1422, Spokes: []string{fmt.Sprint("a", n), fmt.Sprint("b", n)},
+			VXLAN: segment.VXLAN{Name: "vx", VNI: uint32(n), Underlay: "eth0", UnderlayIndex: 2, Group: netip.MustParseAddr("ff02::14")},
+		}
+		plans = append(plans, node.Plan{Segment: s, VTEP: netip.MustParseAddr("fe80::5054:ff:fe12:3456")})
+		reports = append(reports, lanmgr.Report{Segment: s, Built: true, Claims: []segment.Claim{
+			claim(s.Spokes[0], "a-deployment-of-routers-6d4cf56db6-x2v8j"), claim(s.Spokes[1], "a-deployment-of-routers-6d4cf56db6-k7w2p"),
+		}})
+	}
+	status := node.Status(plans, reports, "v1.0.0")
+	size, err := json.Marshal(status)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("%d bytes for 500 LANs and 1,000 attachments", len(size))
+	if status.Attached != 1000 || status.Ready != 500 || len(size) > 700_000 {
+		t.Errorf("%d attached, %d ready, %d bytes", status.Attached, status.Ready, len(size))
+	}
+}
