@@ -120,6 +120,24 @@ func TestEditingSpokesLosesNoFrameOfTheOthers(t *testing.T) {
 	t.Logf("spokes were edited %d times on each node during %d frames each way", rounds, streamLength)
 }
 
+func TestRestartingTheDaemonLosesNoFrame(t *testing.T) {
+	a, b := hosts(t)
+	m := a.manage(t)
+	s := a.here(t, lan("restarted", 63, "left", "right"))
+	m.runs(t, s)
+	b.build(t, b.here(t, s))
+	left, right := a.attach(t, s, "left", segment.Veth), b.attach(t, s, "right", segment.Veth)
+	bothWays(t, left, right)
+	there, back := startStream(t, 1, rate, left, right), startStream(t, 2, rate, right, left)
+	for range 3 {
+		m.stop()
+		m = a.manage(t)
+		m.runs(t, s)
+	}
+	there.expectAll(t)
+	back.expectAll(t)
+}
+
 func TestWithdrawnSpokeStaysUntilItsPodIsGone(t *testing.T) {
 	a, _ := hosts(t)
 	m := a.manage(t)

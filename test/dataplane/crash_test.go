@@ -1,0 +1,295 @@
+package dataplane
+
+import (
+	"fmt"
+	"io/fs"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"slices"
+	"testing"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/k8slan/k8slan/lanmgr/kernel"
+	"github.com/k8slan/k8slan/lanmgr/segment"
+	"github.com/k8slan/k8slan/test/netns"
+)
+
+// A daemon may be killed between any two steps; the next one ends where the first would have.
+func TestDaemonKilledAnywhereEndsWhereItWouldHave(t *testing.T) {
+	a, _ := hosts(t)
+	s := a.here(t, lan("killed", 101, "one", "two"))
+	build := func(have segment.State) []segment.Op { return segment.Diff(s, have) }
+	building := a.live(t, s, build)
+	whole := a.describe(t, s)
+	taking := a.live(t, s, segment.Teardown)
+	expectNothing(t, a)
+	for k := range len(building) + 1 {
+		t.Run(fmt.Sprintf("built up to step %d", k), func(t *testing.T) {
+			a.live(t, s, killedAfter(k, build))
+			a.live(t, s, build)
+			if got := a.describe(t, s); got != whole {
+				t.Errorf("the segment is\n%s\nwant\n%s", got, whole)
+			}
+			a.live(t, s, segment.Teardown)
+			expectNothing(t, a)
+		})
+	}
+	for k := range len(taking) + 1 {
+		t.Run(fmt.Sprintf("taken away up to step %d", k), func(t *testing.T) {
+			a.live(t, s, build)
+			a.live(t, s, killedAfter(k, segment.Teardown))
+			a.live(t, s, segment.Teardown)
+			expectNothing(t, a)
+		})
+	}
+}
+
+// live is the life of one daemon: it starts, does what is decided, and is gone with all it had in hand.
+func (h host) live(t *testing.T, s segment.Segment, decide func(segment.State) []segment.Op) []segment.Op {
+	t.Helper()
+	k := h.start(t)
+	defer k.Close()
+	return reconcile(t, k, s.Netns, decide)
+}
+
+// describe is the segment as somebody sees it who comes new to the node.
+func (h host) describe(t *testing.T, s segment.Segment) string {
+	t.Helper()
+	k := h.start(t)
+	defer k.Close()
+	have, err := k.Observe(t.Context(), s.Netns)
+	try(t, err)
+	return describe(have)
+}
+
+// killedAfter decides like decide, and stops after so many steps.
+func killedAfter(steps int, decide func(segment.State) []segment.Op) func(segment.State) []segment.Op {
+	return func(have segment.State) []segment.Op {
+		ops := decide(have)
+		return ops[:min(steps, len(ops))]
+	}
+}
+
+// expectNothing wants no trace of any LAN on the node.
+func expectNothing(t *testing.T, h host) {
+	t.Helper()
+	try(t, filepath.WalkDir(h.Run, func(path string, d fs.DirEntry, err error) error {
+		if err == nil && !d.IsDir() {
+			t.Errorf("left: %s", path)
+		}
+		return err
+	}))
+	if names, err := h.kernel.List(); err != nil || len(names) != 0 {
+		t.Errorf("segments left: %v, %v", names, err)
+	}
+	if links := h.Links(t); !slices.Equal(links, []string{netns.UnderlayDevice}) {
+		t.Errorf("the node's links are %v, want its own", links)
+	}
+}
+
+// walker goes from one damaged state of a LAN to the next.
+type walker struct {
+	host
+	segment.Segment
+	rng   *rand.Rand
+	links *netlink.Handle
+	lost  bool // the namespace has no name: only who has it in hand can give it back
+}
+
+const (
+	walkSeed  = 20261121
+	walkSteps = 80
+)
+
+// From whatever state, the difference to what is wanted leads there.
+func TestEveryDamagedStateLeadsBackToTheWholeOne(t *testing.T) {
+	a, _ := hosts(t)
+	s := a.here(t, lan("walked", 102, "one", "two"))
+	a.build(t, s)
+	whole := a.describe(t, s)
+	w := &walker{host: a, Segment: s, rng: rand.New(rand.NewPCG(walkSeed, walkSeed)), links: a.inside(s).Netlink(t)}
+	for step := range walkSteps {
+		var story []string
+		w.lost = false
+		for range 1 + w.rng.IntN(5) {
+			story = append(story, w.damage())
+		}
+		k := a.kernel
+		if !w.lost && w.rng.IntN(2) == 0 {
+			story = append(story, "the daemon starts again")
+			a.kernel.Close()
+			k = a.start(t)
+			a.kernel = k
+		}
+		if !converges(t, k, s, w.rng) {
+			t.Fatalf("step %d: %q does not lead to a state that stays", step, story)
+		}
+		if got := a.describe(t, s); got != whole {
+			t.Fatalf("step %d: %q leads to\n%s\nwant\n%s", step, story, got, whole)
+		}
+	}
+	reconcile(t, a.kernel, s.Netns, segment.Teardown)
+	expectNothing(t, a)
+}
+
+// converges reconciles, cut short once in a while, until nothing is left to do.
+func converges(t *testing.T, k *kernel.Node, s segment.Segment, rng *rand.Rand) bool {
+	t.Helper()
+	want := func(have segment.State) []segment.Op { return segment.Diff(s, have) }
+	if rng.IntN(2) == 0 {
+		reconcile(t, k, s.Netns, killedAfter(rng.IntN(6), want))
+	}
+	for range 4 {
+		if len(reconcile(t, k, s.Netns, want)) == 0 {
+			return true
+		}
+	}
+	return false
+}
+
+// damage does one random thing to the LAN and says what. What cannot be done in the present state is left undone.
+func (w *walker) damage() string {
+	links, err := w.links.LinkList()
+	if err != nil {
+		return fmt.Sprintf("no list of links: %v", err)
+	}
+	links = slices.DeleteFunc(links, func(l netlink.Link) bool { return l.Attrs().Name == "lo" })
+	var link netlink.Link = &netlink.GenericLink{LinkAttrs: netlink.LinkAttrs{Name: "nothing"}}
+	if len(links) > 0 {
+		link = links[w.rng.IntN(len(links))]
+	}
+	name := link.Attrs().Name
+	spoke := w.Spokes[w.rng.IntN(len(w.Spokes))]
+	kinds := []func() (string, error){
+		func() (string, error) { return "delete " + name, w.links.LinkDel(link) },
+		func() (string, error) {
+			mtu := 1000 + w.rng.IntN(400)
+			return fmt.Sprintf("MTU of %s %d", name, mtu), w.links.LinkSetMTU(link, mtu)
+		},
+		func() (string, error) { return name + " down", w.links.LinkSetDown(link) },
+		func() (string, error) { return name + " up", w.links.LinkSetUp(link) },
+		func() (string, error) { return name + " out of the bridge", w.links.LinkSetNoMaster(link) },
+		func() (string, error) {
+			return "group_fwd_mask of " + name, w.links.LinkSetBRSlaveGroupFwdMask(link, uint16(w.rng.IntN(8)<<3))
+		},
+		func() (string, error) { return "name of " + spoke + " moved to " + name, w.moveName(spoke, link) },
+		func() (string, error) { return "pair of a spoke that is gone", w.add("gone_b", "gone_p") },
+		func() (string, error) { return "an attach that got as far as a link", w.add(w.claimID(), "pod-end") },
+		func() (string, error) {
+			id := w.claimID()
+			return "an attach that got as far as a name", w.addNamed(id, "pod-end", segment.Claim{ID: id, Kind: segment.Veth, Spoke: spoke})
+		},
+		func() (string, error) {
+			return "a VM's claim on " + spoke + " without a macvtap", w.claimPlug(spoke)
+		},
+		func() (string, error) { return "a veth in place of the bridge", w.replace(w.Bridge, w.add) },
+		func() (string, error) {
+			return "another VNI in place of the VXLAN", w.replace(w.VXLAN.Name, w.addVXLAN)
+		},
+		func() (string, error) { return "IPv6 on", w.sysctl("net/ipv6/conf/all/disable_ipv6", "0") },
+		func() (string, error) {
+			return "record removed", os.Remove(w.Run + "/lan/" + w.Netns + ".json")
+		},
+		func() (string, error) {
+			return "record damaged", os.WriteFile(w.Run+"/lan/"+w.Netns+".json", []byte("not a record"), 0o600)
+		},
+		func() (string, error) { return "namespace's name unmounted", w.unmount() },
+		func() (string, error) {
+			return "namespace's name unmounted and removed", firstOf(w.unmount(), os.Remove(w.inside(w.Segment).Path))
+		},
+		func() (string, error) { return "another namespace of that name", w.disguise() },
+	}
+	what, err := kinds[w.rng.IntN(len(kinds))]()
+	if err != nil {
+		return fmt.Sprintf("%s (not done: %v)", what, err)
+	}
+	return what
+}
+
+func firstOf(errs ...error) error {
+	for _, err := range errs {
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (w *walker) claimID() string {
+	return segment.ClaimID(fmt.Sprint("sandbox", w.rng.IntN(3)), ifname)
+}
+
+func (w *walker) moveName(spoke string, to netlink.Link) error {
+	if from, err := w.links.LinkByAlias(spoke); err == nil {
+		if err := w.links.LinkDelAltName(from, spoke); err != nil {
+			return err
+		}
+	}
+	return w.links.LinkAddAltName(to, spoke)
+}
+
+func (w *walker) add(name, peer string) error {
+	a := netlink.NewLinkAttrs()
+	a.Name = name
+	return w.links.LinkAdd(&netlink.Veth{LinkAttrs: a, PeerName: peer})
+}
+
+func (w *walker) addNamed(name, peer string, c segment.Claim) error {
+	if err := w.add(name, peer); err != nil {
+		return err
+	}
+	l, err := w.links.LinkByName(name)
+	if err != nil {
+		return err
+	}
+	return w.links.LinkSetAlias(l, c.Alias())
+}
+
+func (w *walker) claimPlug(spoke string) error {
+	plug, err := w.links.LinkByName(segment.PlugName(spoke))
+	if err != nil {
+		return err
+	}
+	id := w.claimID()
+	if w.rng.IntN(2) == 0 {
+		if err := w.links.LinkSetAlias(plug, segment.Claim{ID: id, Kind: segment.Macvtap, Spoke: spoke}.Alias()); err != nil {
+			return err
+		}
+	}
+	return w.links.LinkAddAltName(plug, id)
+}
+
+func (w *walker) replace(name string, with func(name, peer string) error) error {
+	l, err := w.links.LinkByName(name)
+	if err != nil {
+		return err
+	}
+	if err := w.links.LinkDel(l); err != nil {
+		return err
+	}
+	return with(name, "pod-end")
+}
+
+func (w *walker) addVXLAN(name, _ string) error {
+	a := netlink.NewLinkAttrs()
+	a.Name = name
+	return w.links.LinkAdd(&netlink.Vxlan{LinkAttrs: a, VxlanId: 4711, Port: 4789})
+}
+
+func (w *walker) sysctl(name, value string) error {
+	return w.inside(w.Segment).Do(func() error { return os.WriteFile("/proc/sys/"+name, []byte(value), 0) })
+}
+
+func (w *walker) unmount() error {
+	w.lost = true
+	return unix.Unmount(w.inside(w.Segment).Path, unix.MNT_DETACH)
+}
+
+// disguise mounts the node's own namespace at the LAN's name.
+func (w *walker) disguise() error {
+	w.lost = true
+	return unix.Mount(w.Namespace.Path, w.inside(w.Segment).Path, "", unix.MS_BIND, "")
+}
