@@ -25,7 +25,16 @@ func (n *Node) Reconcile(ctx context.Context, netnsName string, decide func(segm
 		return nil, err
 	}
 	defer unlock()
-	return n.reconcile(ctx, netnsName, decide)
+	absent := false
+	done, err := n.reconcile(ctx, netnsName, func(have segment.State) []segment.Op {
+		ops := decide(have)
+		absent = len(ops) == 0 && !have.Exists && !have.Lost && have.Record == nil
+		return ops
+	})
+	if absent { // of what isn't there, the lock shall not stay either
+		err = errors.Join(err, removeFile(n.lockPath(netnsName)))
+	}
+	return done, err
 }
 
 // reconcile is Reconcile for those who have the lock.
