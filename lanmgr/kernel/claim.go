@@ -225,12 +225,28 @@ func (n *Node) endVeth(lan *conn, spoke, claimID string) error {
 	if err := lan.delLink(claimID); err != nil {
 		return fmt.Errorf("delete the link of claim %s: %w", claimID, err)
 	}
-	return lan.with(segment.PortName(spoke), func(port netlink.Link) error {
-		if err := lan.LinkAddAltName(port, spoke); err != nil && !errors.Is(err, unix.EEXIST) {
+	return lan.standBy(spoke)
+}
+
+// standBy lets a spoke's standing port carry its frames.
+func (c *conn) standBy(spoke string) error {
+	return c.with(segment.PortName(spoke), func(port netlink.Link) error {
+		if err := c.LinkAddAltName(port, spoke); err != nil && !errors.Is(err, unix.EEXIST) {
 			return fmt.Errorf("give %s the name %s: %w", port.Attrs().Name, spoke, err)
 		}
-		return lan.LinkSetUp(port)
+		return c.LinkSetUp(port)
 	})
+}
+
+// standByIfOrphaned does so where nothing carries them: the pod's link has gone with the pod's network namespace.
+func (c *conn) standByIfOrphaned(spoke string) error {
+	if _, carried, err := c.link(spoke); err != nil || carried {
+		return err
+	}
+	if _, standing, err := c.link(segment.PortName(spoke)); err != nil || !standing {
+		return err
+	}
+	return c.standBy(spoke)
 }
 
 // endMacvtap ends a VM's claim. Its macvtap may still be there, in a namespace that we don't know: it goes with the
@@ -408,8 +424,11 @@ func (n *Node) Release(ctx context.Context, netnsName, spoke, claimID string) er
 	}
 	defer lan.close()
 	l, ok, err := lan.link(claimID)
-	if err != nil || !ok {
+	if err != nil {
 		return err
+	}
+	if !ok {
+		return lan.standByIfOrphaned(spoke)
 	}
 	if l.Attrs().Name == claimID {
 		return n.endVeth(lan, spoke, claimID)
