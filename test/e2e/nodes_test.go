@@ -1,0 +1,193 @@
+package e2e
+
+import (
+	"context"
+	"errors"
+	"io/fs"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	vnetns "github.com/vishvananda/netns"
+
+	"github.com/k8slan/k8slan/test/cluster"
+	"github.com/k8slan/k8slan/test/netns"
+)
+
+// The nodes.
+const (
+	worker1 = "worker1"
+	worker2 = "worker2"
+)
+
+// machine is one of the nodes, looked at from below Kubernetes.
+type machine struct {
+	*cluster.Node
+	lab
+}
+
+// machines are the nodes.
+func (l lab) machines() []machine { return []machine{l.machine(worker1), l.machine(worker2)} }
+
+func (l lab) machine(name string) machine { return machine{bed.Cluster.Node(name), l} }
+
+// String is the node's name.
+func (m machine) String() string { return m.Name }
+
+// run runs a command in the node.
+func (m machine) run(command ...string) string {
+	m.Helper()
+	ctx, cancel := context.WithTimeout(m.Context(), patience)
+	defer cancel()
+	out, err := m.Exec(ctx, command...)
+	if err != nil {
+		m.Fatal(err)
+	}
+	return strings.TrimSpace(string(out))
+}
+
+// host is the node's own network namespace.
+func (m machine) host() netns.Namespace {
+	m.Helper()
+	path, err := m.Netns()
+	if err != nil {
+		m.Fatal(err)
+	}
+	return netns.At(path)
+}
+
+// path is a path of the node's, seen from here.
+func (m machine) path(inNode string) string {
+	m.Helper()
+	process := strings.TrimSuffix(m.host().Path, "/ns/net")
+	return filepath.Join(process, "root", inNode)
+}
+
+// inside is a LAN's network namespace on the node.
+func (m machine) inside(ns string) netns.Namespace {
+	return netns.At(m.path("/run/k8slan/netns/" + ns))
+}
+
+// files lists a directory of the node; none if it isn't there.
+func (m machine) files(dir string) []string {
+	m.Helper()
+	entries, err := os.ReadDir(m.path(dir))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		m.Fatal(err)
+	}
+	var names []string
+	for _, e := range entries {
+		names = append(names, e.Name())
+	}
+	return names
+}
+
+// awaitLinks returns when the links of a LAN's network namespace fit.
+func (m machine) awaitLinks(ns, what string, fits func(linkList) bool) {
+	m.Helper()
+	fd, err := vnetns.GetFromPath(m.inside(ns).Path)
+	if err != nil {
+		m.Fatalf("open network namespace %s of %s: %v", ns, m, err)
+	}
+	defer fd.Close()
+	updates, done := make(chan netlink.LinkUpdate, 1024), make(chan struct{})
+	defer close(done)
+	if err := netlink.LinkSubscribeAt(fd, updates, done); err != nil {
+		m.Fatal(err)
+	}
+	handle, err := netlink.NewHandleAt(fd)
+	if err != nil {
+		m.Fatal(err)
+	}
+	defer handle.Close()
+	deadline := time.After(patience)
+	for {
+		links, err := handle.LinkList()
+		if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
+			m.Fatal(err)
+		}
+		if fits(links) {
+			return
+		}
+		select {
+		case <-updates:
+		case <-deadline:
+			m.Fatalf("waited for %s in %s of %s; there are %v", what, ns, m, linkList(links))
+		}
+	}
+}
+
+// linkList is the links of a network namespace.
+type linkList []netlink.Link
+
+// have says whether there are links of all these names.
+func (l linkList) have(names ...string) bool {
+	return !slices.ContainsFunc(names, func(name string) bool { return l.link(name) == nil })
+}
+
+// link is the link of that name, nil if there is none.
+func (l linkList) link(name string) netlink.Link {
+	for _, link := range l {
+		if link.Attrs().Name == name {
+			return link
+		}
+	}
+	return nil
+}
+
+// up says whether the link of that name is up.
+func (l linkList) up(name string) bool {
+	link := l.link(name)
+	return link != nil && link.Attrs().Flags&net.FlagUp != 0
+}
+
+// String lists the links.
+func (l linkList) String() string {
+	var names []string
+	for _, link := range l {
+		names = append(names, link.Attrs().Name)
+	}
+	return strings.Join(names, " ")
+}
+
+// until looks again and again until it fits: for what says nowhere when it changes.
+func (m machine) until(what string, fits func() bool) {
+	m.Helper()
+	again, deadline := time.NewTicker(50*time.Millisecond), time.After(patience)
+	defer again.Stop()
+	for !fits() {
+		select {
+		case <-again.C:
+		case <-deadline:
+			m.Fatalf("waited for %s on %s", what, m)
+		}
+	}
+}
+
+// sandboxGone says whether the runtime has nothing of a pod any more.
+func (m machine) sandboxGone(uid string) bool {
+	m.Helper()
+	return m.run("ctr", "--namespace=k8s.io", "containers", "list", "--quiet", `labels."io.kubernetes.pod.uid"==`+uid) == ""
+}
+
+// awaitSandboxGone returns when the runtime has nothing of a pod any more.
+func (m machine) awaitSandboxGone(uid string) {
+	m.Helper()
+	m.until("the sandbox of pod "+uid+" to be gone", func() bool { return m.sandboxGone(uid) })
+}
+
+// tapOwner returns user and group of the one tap that the process with that command line sees in its /dev.
+func (m machine) tapOwner(command string) string {
+	m.Helper()
+	return m.run("sh", "-ec", `stat -c %u:%g /proc/$(pgrep -o -f "`+command+`")/root/dev/tap*`)
+}
+
+// daemon returns the process number of k8slan's daemon in the node.
+func (m machine) daemon() string {
+	m.Helper()
+	return m.run("pgrep", "-o", "-f", "^/k8slan node")
+}

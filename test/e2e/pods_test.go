@@ -1,0 +1,177 @@
+package e2e
+
+import (
+	"embed"
+	"fmt"
+	"slices"
+	"strings"
+	"text/template"
+
+	corev1 "k8s.io/api/core/v1"
+
+	"github.com/k8slan/k8slan/crd/v1beta1"
+)
+
+// networksAnnotation is where a pod asks Multus for networks.
+const networksAnnotation = "k8s.v1.cni.cncf.io/networks"
+
+//go:embed manifests
+var manifests embed.FS
+
+// manifest is one of the manifests, filled in where it has something to fill in.
+func (l lab) manifest(name string, with any) string {
+	l.Helper()
+	t, err := template.New(name+".yaml").Option("missingkey=error").ParseFS(manifests, "manifests/"+name+".yaml")
+	if err != nil {
+		l.Fatal(err)
+	}
+	var out strings.Builder
+	if err := t.Execute(&out, with); err != nil {
+		l.Fatal(err)
+	}
+	return out.String()
+}
+
+// guest is a pod or a VM as its user describes it.
+type guest struct {
+	Name, Node string
+	Networks   string   // value of the annotation
+	Spokes     []string // with a resource limit each
+	Addresses  string   // of a VM's guest, with prefix lengths, with commas
+	Wait       bool     // a VM that opens its tap, but starts QEMU only when told
+	vm         bool
+}
+
+// pod is a pod on one spoke.
+func pod(name, node, spoke string) guest {
+	return guest{Name: name, Node: node, Networks: v1beta1.VethNAD(spoke), Spokes: []string{spoke}}
+}
+
+// vm is a VM on one spoke, with an interface called as KubeVirt calls them.
+func vm(name, node, spoke string, addresses ...string) guest {
+	return guest{
+		Name: name, Node: node, Networks: v1beta1.MacvtapNAD(spoke) + "@" + tapName, Spokes: []string{spoke},
+		Addresses: strings.Join(addresses, ","), vm: true,
+	}
+}
+
+// tapName is KubeVirt's name for a pod's interface: "pod" and 11 hexadecimal digits of a hash of the network's name.
+const tapName = "pod37a8eec1ce1"
+
+// yaml is the guest's manifest.
+func (l lab) yaml(g guest) string {
+	l.Helper()
+	if g.vm {
+		return l.manifest("vm", g)
+	}
+	return l.manifest("pod", g)
+}
+
+// create creates the guests.
+func (l lab) create(guests ...guest) {
+	l.Helper()
+	for _, g := range guests {
+		l.apply(l.yaml(g))
+	}
+}
+
+// start creates the guests and returns where they speak once they run.
+func (l lab) start(guests ...guest) []station {
+	l.Helper()
+	l.create(guests...)
+	var stations []station
+	for _, g := range guests {
+		stations = append(stations, l.station(g))
+	}
+	return stations
+}
+
+// station awaits that the guest runs and returns where it speaks.
+func (l lab) station(g guest) station {
+	l.Helper()
+	p := l.awaitRunning(g.Name)
+	s := station{lab: l, pod: p.Name, node: p.Spec.NodeName, uid: string(p.UID), link: "net1"}
+	if _, name, ok := strings.Cut(g.Networks, "@"); ok {
+		s.link = name
+	}
+	if g.vm {
+		if g.Wait {
+			return s
+		}
+		s.prefix, s.link = []string{"/vm", "exec"}, "eth0"
+	}
+	s.look()
+	return s
+}
+
+// awaitPod returns the pod once it fits.
+func (l lab) awaitPod(name, what string, fits func(*corev1.Pod) bool) *corev1.Pod {
+	l.Helper()
+	return one(l, &corev1.PodList{}, l.namespace, name, what, func(p *corev1.Pod) bool { return p != nil && fits(p) })
+}
+
+// awaitRunning returns the pod once all its containers run.
+func (l lab) awaitRunning(name string) *corev1.Pod {
+	l.Helper()
+	return l.awaitPod(name, "Running", isRunning)
+}
+
+func isRunning(p *corev1.Pod) bool {
+	return p.Status.Phase == corev1.PodRunning && p.DeletionTimestamp == nil && len(p.Status.ContainerStatuses) == len(p.Spec.Containers) &&
+		!slices.ContainsFunc(p.Status.ContainerStatuses, func(c corev1.ContainerStatus) bool { return !c.Ready })
+}
+
+// awaitPending returns when the scheduler has said that it finds no node that offers the spoke.
+func (l lab) awaitPending(name, spoke string) {
+	l.Helper()
+	l.awaitPod(name, "unschedulable for want of spoke "+spoke, func(p *corev1.Pod) bool {
+		for _, c := range p.Status.Conditions {
+			if c.Type == corev1.PodScheduled && c.Status == corev1.ConditionFalse {
+				return p.Status.Phase == corev1.PodPending && strings.Contains(c.Message, "Insufficient "+v1beta1.Resource(spoke))
+			}
+		}
+		return false
+	})
+}
+
+// awaitPodGone returns when there is no pod of that name.
+func (l lab) awaitPodGone(name string) {
+	l.Helper()
+	one(l, &corev1.PodList{}, l.namespace, name, "gone", func(p *corev1.Pod) bool { return p == nil })
+}
+
+// lan applies a LAN over eth1 with some spokes and further lines of its spec, and awaits that it is Ready.
+func (l lab) lan(name string, vni int, spokes []string, more ...string) *v1beta1.LAN {
+	l.Helper()
+	l.apply(lanYAML(name, vni, spokes, more...))
+	return l.ready(name)
+}
+
+// pair is a LAN with a pod on each node, which have addresses and have answered each other. It has one spoke more than
+// these two, whose names are the LAN's with -1, -2 and -3.
+func (l lab) pair(name string, vni int, more ...string) (one, two station) {
+	l.Helper()
+	l.lan(name, vni, []string{name + "-1", name + "-2", name + "-3"}, more...)
+	both := l.start(pod(name+"-1", worker1, name+"-1"), pod(name+"-2", worker2, name+"-2"))
+	for i, s := range both {
+		s.address(address(i+1) + "/24")
+	}
+	both[0].pings(address(2))
+	return both[0], both[1]
+}
+
+// address is that of one of a pair.
+func address(i int) string { return fmt.Sprintf("10.99.0.%d", i) }
+
+func lanYAML(name string, vni int, spokes []string, more ...string) string {
+	return fmt.Sprintf(`apiVersion: lan.k8slan.io/v1beta1
+kind: LAN
+metadata:
+  name: %s
+spec:
+  vni: %d
+  defaultVxlanDev: eth1
+  spokes: [%s]
+  %s
+`, name, vni, strings.Join(spokes, ", "), strings.Join(more, "\n  "))
+}

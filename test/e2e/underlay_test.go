@@ -1,0 +1,131 @@
+package e2e
+
+import (
+	"context"
+	"testing"
+	"time"
+
+	"github.com/k8slan/k8slan/crd/v1beta1"
+)
+
+func TestPodsWaitForAMissingUnderlay(t *testing.T) {
+	l := newLab(t)
+	l.apply(lanYAML("lost", 1050, []string{"lost-1", "lost-2"}, "vxlanDevMap: {worker2: eth7}"))
+	l.create(pod("lost-1", worker1, "lost-1"), pod("lost-2", worker2, "lost-2"))
+	l.waitsFor(v1beta1.ReasonUnderlayMissing, "lost", "lost-2", `no device "eth7" (spec.vxlanDevMap.worker2)`)
+
+	l.machine(worker2).addDevice("eth7")
+	l.machine(worker2).run("ip", "link", "set", "eth7", "up")
+	l.works("lost")
+}
+
+func TestPodsWaitForIPv6OnTheUnderlay(t *testing.T) {
+	l := newLab(t)
+	m := l.machine(worker2)
+	m.addDevice("eth8")
+	m.host().Sysctl(t, "net/ipv6/conf/eth8/disable_ipv6", "1")
+	m.run("ip", "link", "set", "eth8", "up")
+	l.apply(lanYAML("sixless", 1051, []string{"sixless-1", "sixless-2"}, "vxlanDevMap: {worker2: eth8}"))
+	l.create(pod("sixless-1", worker1, "sixless-1"), pod("sixless-2", worker2, "sixless-2"))
+	l.waitsFor(v1beta1.ReasonUnderlayNoAddress, "sixless", "sixless-2", `IPv6 is switched off on device "eth8"`)
+
+	m.host().Sysctl(t, "net/ipv6/conf/eth8/disable_ipv6", "0")
+	l.works("sixless")
+}
+
+// waitsFor wants a LAN whose pod on worker2 waits, and that everybody is told why.
+func (l lab) waitsFor(reason, lan, pod, sentence string) {
+	l.Helper()
+	l.awaitPending(pod, pod)
+	s := l.awaitSegment(worker2, lan, "NotReady", func(s v1beta1.SegmentStatus) bool { return s.State == v1beta1.SegmentNotReady })
+	if s.Reason != reason || !containsAll(s.Message, []string{sentence}) {
+		l.Errorf("LANNode says %s: %s; want %s: %s", s.Reason, s.Message, reason, sentence)
+	}
+	l.awaitLAN(lan, "Degraded for "+reason, func(lan *v1beta1.LAN) bool {
+		c := condition(lan, v1beta1.ConditionReady)
+		return lan.Status.State == v1beta1.StateDegraded && lan.Status.Reason == reason && lan.Status.Nodes == "1/2" &&
+			c.Status == "False" && c.Reason == reason && containsAll(c.Message, []string{sentence, worker2})
+	})
+	l.awaitEvent(lan, reason, worker2, sentence)
+}
+
+// works wants the pods <lan>-1 and <lan>-2 to run and talk.
+func (l lab) works(lan string) {
+	l.Helper()
+	begin := time.Now()
+	l.ready(lan)
+	l.logTime("until the LAN was Ready", begin)
+	one, two := l.station(pod(lan+"-1", worker1, lan+"-1")), l.station(pod(lan+"-2", worker2, lan+"-2"))
+	l.logTime("until the pod that waited ran", begin)
+	one.address(address(1) + "/24")
+	two.address(address(2) + "/24")
+	one.reaches(address(2))
+	two.pings(address(1))
+}
+
+// addDevice gives a node another device on the wire of its eth2, down. It goes with the test.
+func (m machine) addDevice(name string) {
+	m.Helper()
+	m.run("ip", "link", "add", name, "link", "eth2", "type", "macvlan", "mode", "bridge")
+	m.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), patience)
+		defer cancel()
+		if _, err := m.Exec(ctx, "ip", "link", "del", name); err != nil {
+			m.Error(err)
+		}
+	})
+}
+
+func TestUnderlayIsCutAndRestored(t *testing.T) {
+	l := newLab(t)
+	one, two := l.pair("cut", 1052, "vxlanDevMap: {worker2: eth2}")
+	node := l.machine(worker2)
+	l.restoreAfterwards(node, "eth2")
+	if err := node.CutUnderlay("eth2"); err != nil {
+		t.Fatal(err)
+	}
+	l.awaitLAN("cut", "Degraded for an underlay without carrier", func(lan *v1beta1.LAN) bool {
+		return lan.Status.State == v1beta1.StateDegraded && lan.Status.Reason == v1beta1.ReasonUnderlayDown && lan.Status.Attached == 2
+	})
+	l.start(pod("cut-3", worker2, "cut-3")) // spokes are offered all the same
+	if err := node.RestoreUnderlay("eth2"); err != nil {
+		t.Fatal(err)
+	}
+	l.ready("cut")
+	one.reaches(address(2))
+	two.pings(address(1))
+}
+
+func TestUnderlayIsRemovedAndRestored(t *testing.T) {
+	l := newLab(t)
+	one, two := l.pair("gone", 1053, "vxlanDevMap: {worker2: eth2}")
+	node := l.machine(worker2)
+	l.restoreAfterwards(node, "eth2")
+	if err := node.RemoveUnderlay("eth2"); err != nil {
+		t.Fatal(err)
+	}
+	l.awaitLAN("gone", "Degraded for a missing underlay, with its pods", func(lan *v1beta1.LAN) bool {
+		return lan.Status.Reason == v1beta1.ReasonUnderlayMissing && lan.Status.Attached == 2
+	})
+	l.create(pod("gone-3", worker2, "gone-3"))
+	l.awaitPending("gone-3", "gone-3")
+	if err := node.RestoreUnderlay("eth2"); err != nil {
+		t.Fatal(err)
+	}
+	l.ready("gone")
+	one.reaches(address(2))
+	two.pings(address(1))
+	l.awaitRunning("gone-3")
+}
+
+// restoreAfterwards puts a device back at the test's end, if the test has not got so far.
+func (l lab) restoreAfterwards(m machine, device string) {
+	l.Cleanup(func() {
+		if !l.Failed() {
+			return
+		}
+		if err := m.RestoreUnderlay(device); err != nil {
+			l.Error(err)
+		}
+	})
+}
