@@ -6,6 +6,7 @@ import (
 	"compress/gzip"
 	"context"
 	"encoding/json"
+	"errors"
 	"io"
 	"io/fs"
 	"os"
@@ -61,7 +62,7 @@ func readBack(t *testing.T, img Image) layout {
 	l := layout{files: map[string][]byte{}}
 	for r := tar.NewReader(f); ; {
 		h, err := r.Next()
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			break
 		}
 		if err != nil {
@@ -137,7 +138,7 @@ func TestLayerHoldsTheFiles(t *testing.T) {
 	var got []entry
 	for r := tar.NewReader(bytes.NewReader(layer)); ; {
 		h, err := r.Next()
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			break
 		}
 		if err != nil {

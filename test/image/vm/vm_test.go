@@ -446,7 +446,7 @@ func unpackLayer(t *testing.T, layer io.Reader, root string) {
 	t.Helper()
 	for r := tar.NewReader(layer); ; {
 		h, err := r.Next()
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			return
 		}
 		if err != nil {

@@ -40,7 +40,8 @@ func TestOutputComesWhileTheCommandRuns(t *testing.T) {
 		t.Error("no error from a command that was interrupted")
 	}
 	select {
-	case <-ended:
+	case err := <-ended:
+		t.Log("the server: ", err) // that nobody takes the answer any more
 	case <-time.After(10 * time.Second):
 		t.Error("the command outlives its client")
 	}
