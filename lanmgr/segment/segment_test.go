@@ -153,7 +153,10 @@ func TestDiffMendsWhatIsMissingOrChanged(t *testing.T) {
 		{"mask changed", lab, change(built(lab), "vx2", func(l *segment.Link) { l.ForwardMask = 0 }), "ip link set vx2 type bridge_slave group_fwd_mask 0xfffd"},
 		{"altname taken away", lab, change(built(lab), "vm_b", func(l *segment.Link) { l.AltNames = nil }), "ip link property add vm_b altname vm"},
 		{
-			"pod gone", lab, func() segment.State { s := attached(built(lab), "srl"); return without(s, claim("srl", segment.Veth).ID) }(),
+			"pod gone", lab, func() segment.State {
+				s := attached(built(lab), "srl")
+				return without(s, claim("srl", segment.Veth).ID)
+			}(),
 			"ip link set vx2 down\nip link property add srl_b altname srl\nip link set srl_b up",
 		},
 		{"VM's macvtap in doubt", lab, change(attachedVM(built(lab), "vm"), "vm_p", func(l *segment.Link) { l.Promisc = 0 }), "settle vm " + claim("vm", segment.Macvtap).ID},
