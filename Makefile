@@ -38,7 +38,6 @@ manifests: ## Write all.yaml, the chart as one file for kubectl apply -f
 .PHONY: generate
 generate: ## Generate deepcopy functions and CRDs, and copy the CRDs into the chart
 	go generate ./crd/...
-	cp crd/manifests/*.yaml charts/k8slan/crds/
 
 ##@ Cluster, as root
 

@@ -5,3 +5,4 @@
 package v1beta1
 
 //go:generate go run sigs.k8s.io/controller-tools/cmd/controller-gen@v0.23.0 object crd paths=. output:crd:dir=../manifests
+//go:generate sh -c "cp ../manifests/*.yaml ../../charts/k8slan/crds/"
