@@ -54,6 +54,11 @@ func readBack(t *testing.T, img Image) layout {
 	if err := img.Write(context.Background(), archive); err != nil {
 		t.Fatal(err)
 	}
+	return readArchive(t, archive)
+}
+
+func readArchive(t *testing.T, archive string) layout {
+	t.Helper()
 	f, err := os.Open(archive)
 	if err != nil {
 		t.Fatal(err)
@@ -246,5 +251,34 @@ func TestDynamicProgramIsRefusedForTheProduct(t *testing.T) {
 	err := K8slan(context.Background(), filepath.Join(t.TempDir(), "x.tar"), Product{Version: "v1", K8slan: "/bin/ls", CNI: "/bin/ls"})
 	if err == nil || !strings.Contains(err.Error(), "not static") {
 		t.Fatalf("error is %v, want one that says the program is not static", err)
+	}
+}
+
+func TestProductHasItsTwoProgramsAndRunsTheFirst(t *testing.T) {
+	program, err := build(context.Background(), t.TempDir(), "test/image/pause") // any static one
+	if err != nil {
+		t.Fatal(err)
+	}
+	archive := filepath.Join(t.TempDir(), "dist", "k8slan.tar")
+	if err := K8slan(context.Background(), archive, Product{Version: "1.2.3", K8slan: program, CNI: program}); err != nil {
+		t.Fatal(err)
+	}
+	l := readArchive(t, archive)
+	if got := l.entry.Annotations["io.containerd.image.name"]; got != "ghcr.io/k8slan/k8slan:1.2.3" {
+		t.Errorf("it is called %q", got)
+	}
+	if c := l.config.Config; !slices.Equal(c.Entrypoint, []string{"/k8slan"}) || c.User != "0:0" {
+		t.Errorf("it runs %q as %q", c.Entrypoint, c.User)
+	}
+	zip, err := gzip.NewReader(bytes.NewReader(l.blob(t, l.manifest.Layers[0])))
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := tar.NewReader(zip)
+	for _, name := range []string{"k8slan", "k8slan-cni"} {
+		h, err := r.Next()
+		if err != nil || h.Name != name || h.Mode != 0o755 {
+			t.Errorf("it has %+v (%v), want %s with mode 0755", h, err, name)
+		}
 	}
 }
