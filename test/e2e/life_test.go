@@ -8,7 +8,6 @@ import (
 	"time"
 
 	nadv1 "github.com/k8snetworkplumbingwg/network-attachment-definition-client/pkg/apis/k8s.cni.cncf.io/v1"
-	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
@@ -70,7 +69,7 @@ func TestKubeletIsRestartedWhilePodsTalk(t *testing.T) {
 		if err := l.machine(worker2).RestartKubelet(t.Context()); err != nil {
 			t.Fatal(err)
 		}
-		l.start(pod("kubelet-3", worker2, "kubelet-3")) // its spoke is offered again
+		l.startSet("again", worker2, "kubelet-3") // the spoke is offered again
 	})
 	for _, s := range []station{one, two} {
 		p := l.awaitRunning(s.pod)
@@ -80,35 +79,10 @@ func TestKubeletIsRestartedWhilePodsTalk(t *testing.T) {
 	}
 }
 
-const stateful = `apiVersion: apps/v1
-kind: StatefulSet
-metadata:
-  name: back
-spec:
-  replicas: 1
-  serviceName: back
-  selector: {matchLabels: {app: back}}
-  template:
-    metadata:
-      labels: {app: back}
-      annotations: {k8s.v1.cni.cncf.io/networks: k8slan-veth-power-3}
-    spec:
-      nodeSelector: {kubernetes.io/hostname: worker2}
-      terminationGracePeriodSeconds: 1
-      containers:
-      - name: main
-        image: localhost/k8slan/toolbox:1
-        imagePullPolicy: Never
-        securityContext: {capabilities: {add: [NET_ADMIN]}}
-        resources: {limits: {macvtap.k8slan.io/k8slan-veth-power-3: 1}}
-`
-
 func TestNodeLosesPowerAndComesBack(t *testing.T) {
 	l := newLab(t)
 	one, _ := l.pair("power", 1072)
-	l.apply(stateful)
-	spoke := guest{Name: "back-0", Networks: "k8slan-veth-power-3"}
-	before := l.station(spoke)
+	before := l.startSet("back", worker2, "power-3")
 	before.address(address(3) + "/24")
 	one.pings(address(3))
 	ctx, cancel := context.WithTimeout(t.Context(), 3*patience)
@@ -122,9 +96,9 @@ func TestNodeLosesPowerAndComesBack(t *testing.T) {
 		t.Fatal(err)
 	}
 	l.logTime("until the node was Ready", begin)
-	l.awaitPod("back-0", "another one that runs", func(p *corev1.Pod) bool { return string(p.UID) != before.uid && isRunning(p) })
+	l.awaitPod(before.pod, "another one that runs", func(p *corev1.Pod) bool { return string(p.UID) != before.uid && isRunning(p) })
 	l.logTime("until the StatefulSet's pod ran again", begin)
-	after := l.station(spoke)
+	after := l.station(pod(before.pod, worker2, "power-3"))
 	if after.mac.String() != before.mac.String() {
 		t.Errorf("the pod's MAC is %s, before it was %s", after.mac, before.mac)
 	}
@@ -137,7 +111,6 @@ func TestNodeLosesPowerAndComesBack(t *testing.T) {
 	if err := bed.awaitInstalled(ctx); err != nil {
 		t.Error(err)
 	}
-	l.delete(&appsv1.StatefulSet{}, "back")
 }
 
 func TestWhatIsDeletedByHandIsRepaired(t *testing.T) {

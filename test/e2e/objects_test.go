@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -128,6 +129,7 @@ func namespace(t *testing.T) string {
 // remove deletes a namespace, its pods and LANs first: they need not wait for each other.
 func remove(ctx context.Context, namespace string) error {
 	return errors.Join(
+		bed.client.DeleteAllOf(ctx, &appsv1.StatefulSet{}, client.InNamespace(namespace)),
 		bed.client.DeleteAllOf(ctx, &corev1.Pod{}, client.InNamespace(namespace)),
 		bed.client.DeleteAllOf(ctx, &v1beta1.LAN{}, client.InNamespace(namespace)),
 		client.IgnoreNotFound(bed.client.Delete(ctx, &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: namespace}})),

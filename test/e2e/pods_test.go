@@ -86,6 +86,15 @@ func (l lab) start(guests ...guest) []station {
 	return stations
 }
 
+// startSet creates a StatefulSet of one pod on one spoke, which is made anew where kubelet rejects it, and returns
+// where the pod speaks once it runs.
+func (l lab) startSet(name, node, spoke string) station {
+	l.Helper()
+	set := pod(name, node, spoke)
+	l.apply(l.manifest("statefulset", set))
+	return l.station(pod(name+"-0", node, spoke))
+}
+
 // station awaits that the guest runs and returns where it speaks.
 func (l lab) station(g guest) station {
 	l.Helper()

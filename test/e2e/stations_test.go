@@ -129,7 +129,7 @@ func (s station) fetches(from station, address string) {
 	}
 	from.sh("pidof httpd || httpd -p 8080 -h /bin")
 	want := strings.Fields(from.run("sha256sum", "/bin/frames"))[0]
-	got := s.sh("wget -T 20 -q -O - http://%s:8080/frames | sha256sum", address)
+	got := s.sh("wget -q -O - http://%s:8080/frames | sha256sum", address)
 	if got := strings.Fields(got)[0]; got != want {
 		s.Errorf("%s fetched a file from %s whose checksum is %s, want %s", s, from, got, want)
 	}
