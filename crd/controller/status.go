@@ -108,7 +108,7 @@ func status(lan *v1beta1.LAN, v verdict, nodes []node, foreignNADs []string, now
 	default:
 		worst := gravest(problems)
 		s.State, s.Reason = v1beta1.StateDegraded, worst
-		if worst == v1beta1.ReasonPending || worst == v1beta1.ReasonNoNodes {
+		if waits(worst) {
 			s.State = v1beta1.StatePending
 		}
 		set(metav1.Condition{Type: v1beta1.ConditionReady, Status: metav1.ConditionFalse, Reason: worst, Message: tell(problems) + "; " + summary})
@@ -204,14 +204,19 @@ func segmentOn(lan *v1beta1.LAN, v verdict, n node) (v1beta1.SegmentStatus, *pro
 	return seg, nil
 }
 
-// gravest is the first reason that does not go away by itself within moments, else the first.
+// gravest is the first reason that is a fault, else the first.
 func gravest(problems []problem) string {
 	for _, p := range problems {
-		if p.Reason != v1beta1.ReasonPending {
+		if !waits(p.Reason) {
 			return p.Reason
 		}
 	}
 	return problems[0].Reason
+}
+
+// waits is true for a reason that is no fault: nodes are still to come, or still at work.
+func waits(reason string) bool {
+	return reason == v1beta1.ReasonPending || reason == v1beta1.ReasonNoNodes
 }
 
 func tell(problems []problem) string {

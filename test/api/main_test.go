@@ -87,7 +87,41 @@ func prepare(ctx context.Context, s *server) error {
 			return err
 		}
 	}
+	if err := grant(ctx, s); err != nil {
+		return err
+	}
 	return s.collectGarbage()
+}
+
+// controllerAccount is whom the chart gives the controller's rights.
+const (
+	chartNamespace    = "k8slan-system"
+	controllerAccount = "system:serviceaccount:" + chartNamespace + ":k8slan-controller"
+)
+
+// grant gives the controller the rights that the chart gives it, no more.
+func grant(ctx context.Context, s *server) error {
+	if _, err := s.kubectl(ctx, "", "create", "namespace", chartNamespace); err != nil {
+		return err
+	}
+	helm := exec.CommandContext(ctx, filepath.Join(s.helm, "helm"), "template", "k8slan", "../../charts/k8slan",
+		"--namespace", chartNamespace, "--kube-version", "1.36.3", "--show-only", "templates/rbac-controller.yaml")
+	helm.Env = append(os.Environ(), "HOME="+s.dir)
+	rights, err := helm.Output()
+	if err != nil {
+		return fmt.Errorf("render the controller's rights: %w%s", err, stderr(err))
+	}
+	_, err = s.kubectl(ctx, string(rights), "apply", "-f", "-")
+	return err
+}
+
+// stderr is what a program that failed said.
+func stderr(err error) string {
+	var exit *exec.ExitError
+	if errors.As(err, &exit) {
+		return ": " + string(exit.Stderr)
+	}
+	return ""
 }
 
 // install creates a CRD and waits until the API server serves it.
@@ -120,11 +154,7 @@ func install(ctx context.Context, definition []byte) error {
 func moduleFile(module, file string) ([]byte, error) {
 	out, err := exec.Command("go", "list", "-m", "-f", "{{.Dir}}", module).Output()
 	if err != nil {
-		var exit *exec.ExitError
-		if errors.As(err, &exit) {
-			return nil, fmt.Errorf("find module %s: %w: %s", module, err, exit.Stderr)
-		}
-		return nil, fmt.Errorf("find module %s: %w", module, err)
+		return nil, fmt.Errorf("find module %s: %w%s", module, err, stderr(err))
 	}
 	return os.ReadFile(filepath.Join(strings.TrimSpace(string(out)), file))
 }

@@ -32,6 +32,7 @@ import (
 type server struct {
 	dir        string // state, logs, certificates
 	kubernetes string // directory of the Kubernetes programs
+	helm       string // directory of helm
 	kubeconfig string
 	config     *rest.Config
 	running    []*exec.Cmd
@@ -42,20 +43,20 @@ const token = "loopback-only" // the API server listens on loopback and lives as
 // startServer must be called, and the calling thread live, as long as the server is wanted: the programs die with that thread.
 func startServer(ctx context.Context) (*server, error) {
 	build := cluster.Config{CacheDir: cluster.CacheDir(os.Getenv), Log: slog.Default()}
-	kubernetes, err := cluster.Build(ctx, build, "kubernetes")
-	if err != nil {
-		return nil, err
-	}
-	etcd, err := cluster.Build(ctx, build, "etcd")
-	if err != nil {
-		return nil, err
+	programs := map[string]string{}
+	for _, name := range []string{"kubernetes", "etcd", "helm"} {
+		dir, err := cluster.Build(ctx, build, name)
+		if err != nil {
+			return nil, err
+		}
+		programs[name] = dir
 	}
 	dir, err := os.MkdirTemp("", "k8slan-api-")
 	if err != nil {
 		return nil, err
 	}
-	s := &server{dir: dir, kubernetes: kubernetes, kubeconfig: filepath.Join(dir, "kubeconfig")}
-	return s, s.start(ctx, filepath.Join(etcd, "etcd"))
+	s := &server{dir: dir, kubernetes: programs["kubernetes"], helm: programs["helm"], kubeconfig: filepath.Join(dir, "kubeconfig")}
+	return s, s.start(ctx, filepath.Join(programs["etcd"], "etcd"))
 }
 
 func (s *server) start(ctx context.Context, etcd string) error {
