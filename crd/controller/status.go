@@ -88,8 +88,10 @@ func status(lan *v1beta1.LAN, v verdict, nodes []node, foreignNADs []string, now
 	s.Nodes = fmt.Sprintf("%d/%d", ready, len(spanned))
 	problems = append(problems, refusedSpokes(v)...)
 	for _, nad := range foreignNADs {
-		problems = append(problems, problem{v1beta1.ReasonNADConflict,
-			"NetworkAttachmentDefinition " + nad + " is not this LAN's; delete it, and k8slan writes its own"})
+		problems = append(problems, problem{
+			v1beta1.ReasonNADConflict,
+			"NetworkAttachmentDefinition " + nad + " is not this LAN's; delete it, and k8slan writes its own",
+		})
 	}
 
 	set := func(c metav1.Condition) {

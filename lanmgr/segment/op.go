@@ -109,6 +109,7 @@ func (o DelLink) String() string   { return "ip link del " + o.Name }
 func (o DelPairs) String() string  { return fmt.Sprintf("ip link del group %d", LinkGroup) }
 func (o SetMTU) String() string    { return fmt.Sprintf("ip link set %s mtu %d", o.Name, o.MTU) }
 func (o SetMaster) String() string { return fmt.Sprintf("ip link set %s master %s", o.Name, o.Bridge) }
+
 func (o SetForwardMask) String() string {
 	return fmt.Sprintf("ip link set %s type bridge_slave group_fwd_mask %#x", o.Name, ForwardMask)
 }

@@ -96,7 +96,6 @@ func (s state) bin(program string) string     { return s.path("bin", program) }
 func (s state) pki(file string) string        { return s.path("pki", file) }
 func (s state) log(process string) string     { return s.path("log", process+".log") }
 func (s state) process(name string) string    { return s.path("pids", name) }
-func (s state) node(name string) string       { return s.path("nodes", name) }
 func (s state) disk(name, file string) string { return s.path("nodes", name, "disk", file) }
 
 // CacheDir is where programs that were built are kept: $K8SLAN_CACHE, else

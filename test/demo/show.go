@@ -29,10 +29,13 @@ func show(ctx context.Context, out io.Writer, bed *install.Bed) error {
 	fmt.Fprintln(out)
 	var failed []error
 	for _, p := range []ping{
-		{"srl-1", "host-1", "192.0.2.2"}, {"srl-1", "host-1", "2001:db8::2"},
-		{"srl-1", "vm-1", "192.0.2.3"}, {"srl-1", "vm-1", "2001:db8::3"},
+		{"srl-1", "host-1", "192.0.2.2"},
+		{"srl-1", "host-1", "2001:db8::2"},
+		{"srl-1", "vm-1", "192.0.2.3"},
+		{"srl-1", "vm-1", "2001:db8::3"},
 		{"host-1", "vm-1", "192.0.2.3"},
-		{"vm-1", "srl-1", "192.0.2.1"}, {"vm-1", "host-1", "2001:db8::2"},
+		{"vm-1", "srl-1", "192.0.2.1"},
+		{"vm-1", "host-1", "2001:db8::2"},
 	} {
 		failed = append(failed, p.show(ctx, out, bed))
 	}

@@ -47,7 +47,7 @@ func carry(client *net.TCPConn, netns, address string) error {
 
 // half copies one direction and passes its end on.
 func half(to, from *net.TCPConn) {
-	io.Copy(to, from) // the end of either side ends it, however it came
+	_, _ = io.Copy(to, from) // the end of either side ends it, however it came
 	to.CloseWrite()
 	from.CloseRead()
 }

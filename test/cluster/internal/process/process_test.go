@@ -56,7 +56,7 @@ func TestARecordOutlivesItsProcessWithoutTakingAnotherForIt(t *testing.T) {
 	if alive, err := loaded.Alive(); err != nil || alive {
 		t.Fatalf("stopped: alive %v, error %v", alive, err)
 	}
-	sleep.Wait()
+	_ = sleep.Wait() // killed, which it says
 	if _, err := Identify(r.PID); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("a process that is gone is identified with error %v, want not-exist", err)
 	}
