@@ -119,8 +119,11 @@ func describe(s segment.State) string {
 	}
 	for _, l := range s.Links {
 		slices.Sort(l.AltNames)
-		lines = append(lines, fmt.Sprintf("%s %s %v mac=%s mtu=%d up=%t master=%s mask=%#x %+v %+v %s",
-			l.Type, l.Name, l.AltNames, mac(l), l.MTU, l.Up, names[l.Master], l.ForwardMask, l.Bridge, l.VXLAN, l.Alias))
+		lines = append(lines, fmt.Sprintf("%s %s %v mac=%s mtu=%d up=%t master=%s mask=%#x %+v %+v",
+			l.Type, l.Name, l.AltNames, mac(l), l.MTU, l.Up, names[l.Master], l.ForwardMask, l.Bridge, l.VXLAN))
+	}
+	for _, c := range s.Claims() {
+		lines = append(lines, "claim "+c.ID+" "+c.Alias())
 	}
 	slices.Sort(lines[1:])
 	return strings.Join(lines, "\n")

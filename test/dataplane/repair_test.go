@@ -102,7 +102,7 @@ func harms() []harm {
 		}},
 		{name: "multicast snooping on", do: func(t *testing.T, b broken) { b.set(t, "multicast_snooping", "1") }},
 		{name: "STP on", do: func(t *testing.T, b broken) { b.set(t, "stp_state", "1") }},
-		{name: "IPv6 on", frames: true, do: func(t *testing.T, b broken) {
+		{name: "IPv6 on", do: func(t *testing.T, b broken) {
 			b.inside(b.Segment).Sysctl(t, "net/ipv6/conf/all/disable_ipv6", "0")
 		}},
 		{name: "bridge netfilter on", frames: true, unseen: true, do: func(t *testing.T, b broken) {
