@@ -160,9 +160,22 @@ func (c *conn) set(op segment.Op) error {
 	case segment.AddAltName:
 		return c.with(o.Name, func(l netlink.Link) error { return c.LinkAddAltName(l, o.AltName) })
 	case segment.DelAltName:
-		return c.with(o.Name, func(l netlink.Link) error { return c.LinkDelAltName(l, o.AltName) })
+		return c.delAltName(o.Name, o.AltName)
 	}
 	return fmt.Errorf("no way to do %T", op)
+}
+
+// delAltName takes a name off a link; it is no error if the link has gone, or doesn't have it.
+func (c *conn) delAltName(name, altName string) error {
+	l, ok, err := c.link(name)
+	if err != nil || !ok {
+		return err
+	}
+	err = c.LinkDelAltName(l, altName)
+	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EINVAL) { // EINVAL: another link has it
+		return nil
+	}
+	return err
 }
 
 func (c *conn) with(name string, f func(netlink.Link) error) error {

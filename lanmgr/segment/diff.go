@@ -151,8 +151,10 @@ func (d *diff) spoke(spoke string) {
 		d.port(claim)
 		d.settings(claim, d.want.MTU, true)
 	}
-	if carrier.Name != port.Name && port.answersTo(spoke) {
-		d.do(DelAltName{port.Name, spoke})
+	for _, l := range d.have.Links {
+		if l.Name != carrier.Name && slices.Contains(l.AltNames, spoke) {
+			d.do(DelAltName{l.Name, spoke})
+		}
 	}
 	if !carrier.answersTo(spoke) {
 		d.do(AddAltName{carrier.Name, spoke})
