@@ -250,8 +250,8 @@ func (w wire) mtu() (int, error) {
 	return *mtu, nil
 }
 
-// parseArgs reads the keys of CNI_ARGS that matter here. Each may be there once: who could add a second
-// K8S_POD_NAMESPACE would choose whose pod this is.
+// parseArgs reads the keys of CNI_ARGS that matter here. Multus repeats what it got from the runtime, but each must have
+// one value: who could add another K8S_POD_NAMESPACE would choose whose pod this is.
 func parseArgs(args string) (map[string]string, error) {
 	known := map[string]func(string) bool{
 		"MAC":               func(string) bool { return true }, // with the other MACs
@@ -272,8 +272,8 @@ func parseArgs(args string) (map[string]string, error) {
 		if !ok {
 			continue
 		}
-		if _, twice := env[key]; twice {
-			return nil, fail(types.ErrInvalidEnvironmentVariables, "CNI_ARGS: %s is there twice", key)
+		if before, twice := env[key]; twice && before != value {
+			return nil, fail(types.ErrInvalidEnvironmentVariables, "CNI_ARGS: %s is there twice, as %q and %q", key, before, value)
 		}
 		if value != "" && !valid(value) {
 			return nil, fail(types.ErrInvalidEnvironmentVariables, "CNI_ARGS: %s=%q is not a name in Kubernetes", key, value)

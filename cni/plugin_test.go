@@ -58,7 +58,8 @@ type call struct {
 
 // pod1 is what Multus sends for a pod in the LAN's own namespace.
 func pod1(verb, config string) call {
-	return call{verb, "c1", "/netns/1", "net1", "IgnoreUnknown=true;K8S_POD_NAMESPACE=default;K8S_POD_NAME=srl-1;K8S_POD_INFRA_CONTAINER_ID=c1;K8S_POD_UID=1-2", config}
+	return call{verb, "c1", "/netns/1", "net1", "IgnoreUnknown=true;K8S_POD_NAMESPACE=default;K8S_POD_NAME=srl-1;K8S_POD_INFRA_CONTAINER_ID=c1;K8S_POD_UID=1-2" +
+		";K8S_POD_NAMESPACE=default;K8S_POD_NAME=srl-1", config} // Multus repeats what it got from the runtime
 }
 
 func pod2(verb, config string) call {
