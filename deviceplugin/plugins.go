@@ -14,6 +14,9 @@ import (
 	"github.com/fsnotify/fsnotify"
 )
 
+// Dir is kubelet's plugin directory where its root directory is the usual one.
+const Dir = "/var/lib/kubelet/device-plugins"
+
 // Spoke is one spoke as this node offers it.
 type Spoke struct {
 	Name    string

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"maps"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	toolscache "k8s.io/client-go/tools/cache"
@@ -16,6 +17,10 @@ import (
 func (a *Agent) watchObjects(ctx context.Context) error {
 	retry := newRetry()
 	defer retry.stop()
+	slow := time.AfterFunc(maxDelay, func() {
+		a.Log.Warn("the API server has not yet told which LANs there are; LANs on this node stay as they are", "node", a.Node)
+	})
+	defer slow.Stop()
 	for _, watch := range []struct {
 		kind    client.Object
 		handler toolscache.ResourceEventHandler

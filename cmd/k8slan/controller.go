@@ -1,0 +1,85 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"github.com/spf13/cobra"
+	ctrl "sigs.k8s.io/controller-runtime"
+	"sigs.k8s.io/controller-runtime/pkg/cache"
+	metricsserver "sigs.k8s.io/controller-runtime/pkg/metrics/server"
+
+	"github.com/k8slan/k8slan/crd/controller"
+)
+
+// controllerFlags are the flags of k8slan controller.
+type controllerFlags struct {
+	daemonFlags
+	elect     bool
+	namespace string
+}
+
+func controllerCommand() *cobra.Command {
+	var f controllerFlags
+	cmd := &cobra.Command{
+		Use:   "controller",
+		Short: "Run the controller: it admits LANs, writes their NADs and sums up their status",
+		Long: `Run the controller, one at a time per cluster: several replicas elect a leader.
+
+It decides which LAN holds which network namespace, VNI and spokes, writes two NetworkAttachmentDefinitions for each spoke that is
+held, k8slan-veth-<spoke> and k8slan-mac-<spoke>, and sums up in each LAN's status what the nodes report.
+
+/healthz answers while the controller runs, /readyz once it knows the objects of the cluster, leader or not.`,
+		Args: noArguments,
+		RunE: func(cmd *cobra.Command, _ []string) error { return f.runController(cmd.Context()) },
+	}
+	f.add(cmd.Flags())
+	cmd.Flags().BoolVar(&f.elect, "leader-elect", true, "elect a leader; false only where there can be no second controller")
+	cmd.Flags().StringVar(&f.namespace, "lease-namespace", os.Getenv("POD_NAMESPACE"),
+		"`namespace` of the leader's lease (environment: POD_NAMESPACE); empty: that of the pod")
+	return cmd
+}
+
+func (f *controllerFlags) runController(ctx context.Context) error {
+	log, err := f.logger()
+	if err != nil {
+		return err
+	}
+	config, err := f.rest("controller")
+	if err != nil {
+		return err
+	}
+	stop := shutdown
+	mgr, err := ctrl.NewManager(config, ctrl.Options{
+		Scheme:                        controller.NewScheme(),
+		Cache:                         cache.Options{DefaultTransform: cache.TransformStripManagedFields()},
+		Metrics:                       metricsserver.Options{BindAddress: f.metricsAddress},
+		GracefulShutdownTimeout:       &stop,
+		LeaderElection:                f.elect,
+		LeaderElectionID:              "k8slan-controller",
+		LeaderElectionNamespace:       f.namespace,
+		LeaderElectionReleaseOnCancel: true, // the process ends right after
+	})
+	if err != nil {
+		return fmt.Errorf("set up the controller: %w", err)
+	}
+	if err := controller.Setup(mgr); err != nil {
+		return err
+	}
+	err = f.serveHealth(mgr, func(ctx context.Context) error {
+		ctx, cancel := context.WithTimeout(ctx, time.Second)
+		defer cancel()
+		if !mgr.GetCache().WaitForCacheSync(ctx) {
+			return errors.New("the objects of the cluster are not known yet")
+		}
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("set up the controller: %w", err)
+	}
+	log.Info("k8slan controller starts", "version", version)
+	return start(ctx, mgr, log)
+}

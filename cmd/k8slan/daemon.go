@@ -1,0 +1,81 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"time"
+
+	"github.com/go-logr/logr"
+	"github.com/spf13/pflag"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/clientcmd"
+	"k8s.io/klog/v2"
+	ctrl "sigs.k8s.io/controller-runtime"
+)
+
+// daemonFlags are those of everything that runs for long.
+type daemonFlags struct {
+	kubeconfig     string
+	healthAddress  string
+	metricsAddress string
+	logLevel       slog.Level
+	logFormat      string
+}
+
+func (f *daemonFlags) add(flags *pflag.FlagSet) {
+	flags.StringVar(&f.kubeconfig, "kubeconfig", os.Getenv("KUBECONFIG"),
+		"kubeconfig `file` (environment: KUBECONFIG); empty: the service account of the pod")
+	flags.StringVar(&f.healthAddress, "health-address", ":8081",
+		"`address` that answers /healthz and /readyz, host:port; 0 for none")
+	flags.StringVar(&f.metricsAddress, "metrics-address", "0",
+		"`address` that answers /metrics without encryption, host:port; 0 for none")
+	flags.TextVar(&f.logLevel, "log-level", slog.LevelInfo, "least severe `level` to log: debug, info, warn or error")
+	flags.StringVar(&f.logFormat, "log-format", "json", "`form` of a log line: json or text")
+}
+
+// logger is the one logger of the process; the libraries' own are led to it.
+func (f *daemonFlags) logger() (*slog.Logger, error) {
+	var handler slog.Handler
+	options := &slog.HandlerOptions{Level: f.logLevel}
+	switch f.logFormat {
+	case "json":
+		handler = slog.NewJSONHandler(os.Stderr, options)
+	case "text":
+		handler = slog.NewTextHandler(os.Stderr, options)
+	default:
+		return nil, usageError{fmt.Errorf("--log-format is json or text, not %q", f.logFormat)}
+	}
+	log := slog.New(handler)
+	klog.SetSlogLogger(log)
+	ctrl.SetLogger(logr.FromSlogHandler(handler))
+	return log, nil
+}
+
+// shutdown is less than the time kubelet gives the pod to end: 10 s in the chart.
+const shutdown = 8 * time.Second
+
+// start runs the manager until ctx ends. Then it waits for what is ours to end, but not for ever for the informers:
+// while the API server is away they notice late.
+func start(ctx context.Context, mgr ctrl.Manager, log *slog.Logger) error {
+	err := mgr.Start(ctx)
+	if ctx.Err() != nil && errors.Is(err, context.DeadlineExceeded) {
+		log.Warn("not everything ended in time", "err", err)
+		return nil
+	}
+	return err
+}
+
+// rest is the way to the API server.
+func (f *daemonFlags) rest(part string) (*rest.Config, error) {
+	config, err := rest.InClusterConfig()
+	if f.kubeconfig != "" {
+		config, err = clientcmd.BuildConfigFromFlags("", f.kubeconfig)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("find the API server (give --kubeconfig outside of a pod): %w", err)
+	}
+	return rest.AddUserAgent(config, "k8slan-"+part+"/"+version), nil
+}

@@ -1,0 +1,122 @@
+package main
+
+import (
+	"bytes"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// install runs the command on a plugin of the given content, and returns what it said.
+func install(t *testing.T, content, dir string) (string, error) {
+	t.Helper()
+	source := filepath.Join(t.TempDir(), "k8slan-cni")
+	if err := os.WriteFile(source, []byte(content), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	var out bytes.Buffer
+	root := rootCommand()
+	root.SetOut(&out)
+	root.SetArgs([]string{"install-cni", "--source", source, "--dir", dir})
+	err := root.Execute()
+	return out.String(), err
+}
+
+func wantInstalled(t *testing.T, dir, content string) {
+	t.Helper()
+	entries, err := os.ReadDir(dir)
+	if err != nil || len(entries) != 1 || entries[0].Name() != "k8slan" {
+		t.Fatalf("%s has %v, %v; want k8slan alone", dir, entries, err)
+	}
+	info, err := entries[0].Info()
+	if err != nil || info.Mode() != 0o755 {
+		t.Errorf("mode %v, %v; want 0755", info.Mode(), err)
+	}
+	if got, err := os.ReadFile(filepath.Join(dir, "k8slan")); string(got) != content || err != nil {
+		t.Errorf("content %q, %v; want %q", got, err, content)
+	}
+}
+
+func TestThePluginIsInstalledAndReplacedWhole(t *testing.T) {
+	dir := t.TempDir()
+	for _, content := range []string{"old plugin", "new plugin, longer", "short"} {
+		out, err := install(t, content, dir)
+		if err != nil || !strings.Contains(out, "installed") {
+			t.Fatalf("%q, %v", out, err)
+		}
+		wantInstalled(t, dir, content)
+	}
+}
+
+// A running plugin keeps its file, and a reader of the old one never sees the new one's bytes.
+func TestTheOldPluginStaysWholeForWhoHasItOpen(t *testing.T) {
+	dir := t.TempDir()
+	if _, err := install(t, "old plugin", dir); err != nil {
+		t.Fatal(err)
+	}
+	old, err := os.Open(filepath.Join(dir, "k8slan"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer old.Close()
+	if _, err := install(t, "new plugin", dir); err != nil {
+		t.Fatal(err)
+	}
+	content := make([]byte, 20)
+	n, err := old.Read(content)
+	if string(content[:n]) != "old plugin" || err != nil {
+		t.Errorf("read %q, %v", content[:n], err)
+	}
+}
+
+func TestTheSamePluginIsNotWrittenAgain(t *testing.T) {
+	dir := t.TempDir()
+	if _, err := install(t, "plugin", dir); err != nil {
+		t.Fatal(err)
+	}
+	before, err := os.Stat(filepath.Join(dir, "k8slan"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := install(t, "plugin", dir)
+	if err != nil || !strings.Contains(out, "is the same already") {
+		t.Errorf("%q, %v", out, err)
+	}
+	if after, err := os.Stat(filepath.Join(dir, "k8slan")); err != nil || !os.SameFile(before, after) {
+		t.Errorf("the file was replaced, %v", err)
+	}
+}
+
+func TestAPluginWithAnotherModeIsReplaced(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "k8slan"), []byte("plugin"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := install(t, "plugin", dir); err != nil {
+		t.Fatal(err)
+	}
+	wantInstalled(t, dir, "plugin")
+}
+
+func TestWhatAKilledInstallerLeftIsRemoved(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, ".k8slan-new-123"), []byte("half"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := install(t, "plugin", dir); err != nil {
+		t.Fatal(err)
+	}
+	wantInstalled(t, dir, "plugin")
+}
+
+func TestAFailedInstallationSaysWhatAndLeavesNothing(t *testing.T) {
+	parent := t.TempDir()
+	_, err := install(t, "plugin", filepath.Join(parent, "missing"))
+	if err == nil || !strings.Contains(err.Error(), filepath.Join(parent, "missing", "k8slan")) {
+		t.Errorf("err = %v, want one that names the target", err)
+	}
+	if entries, err := os.ReadDir(parent); err != nil || len(entries) != 0 {
+		t.Errorf("left %v, %v", entries, err)
+	}
+}

@@ -1,0 +1,67 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"strings"
+	"testing"
+)
+
+// run runs k8slan with arguments, and returns what it said.
+func run(args ...string) (string, error) {
+	var out bytes.Buffer
+	root := rootCommand()
+	root.SetOut(&out)
+	root.SetArgs(args)
+	err := root.Execute()
+	return out.String(), err
+}
+
+func TestVersionIsPrinted(t *testing.T) {
+	if out, err := run("version"); err != nil || !strings.HasPrefix(out, "k8slan development go") {
+		t.Errorf("%q, %v", out, err)
+	}
+}
+
+func TestEveryCommandHelps(t *testing.T) {
+	for _, c := range []struct {
+		command string
+		want    []string
+	}{
+		{"node", []string{"--node-name", "NODE_NAME", "--health-address", "--log-level", "/readyz"}},
+		{"controller", []string{"--leader-elect", "POD_NAMESPACE", "--health-address", "--log-level"}},
+		{"install-cni", []string{"--source", "--dir", "<dir>/k8slan"}},
+		{"version", []string{"Usage"}},
+	} {
+		out, err := run(c.command, "--help")
+		if err != nil {
+			t.Errorf("%s: %v", c.command, err)
+		}
+		for _, want := range c.want {
+			if !strings.Contains(out, want) {
+				t.Errorf("%s --help does not tell of %s:\n%s", c.command, want, out)
+			}
+		}
+	}
+}
+
+func TestMistakesInTheCommandLineExitWithTwo(t *testing.T) {
+	t.Setenv("NODE_NAME", "")
+	for _, c := range []struct {
+		args []string
+		want string
+	}{
+		{[]string{"node"}, "NODE_NAME"},
+		{[]string{"node", "--log-format", "xml", "--node-name", "n"}, "--log-format"},
+		{[]string{"node", "--nonsense"}, "k8slan node --help"},
+		{[]string{"install-cni", "/somewhere"}, "takes no arguments"},
+	} {
+		_, err := run(c.args...)
+		if err == nil || !strings.Contains(err.Error(), c.want) || exitCode(err) != 2 {
+			t.Errorf("%q: %v, exit %d; want 2 and %q", c.args, err, exitCode(err), c.want)
+		}
+	}
+	if exitCode(errors.New("a failure")) != 1 {
+		t.Error("a failure does not exit with 1")
+	}
+}

@@ -1,0 +1,153 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"os"
+
+	"github.com/spf13/cobra"
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/meta"
+	"k8s.io/apimachinery/pkg/fields"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/client-go/rest"
+	ctrl "sigs.k8s.io/controller-runtime"
+	"sigs.k8s.io/controller-runtime/pkg/cache"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/manager"
+	metricsserver "sigs.k8s.io/controller-runtime/pkg/metrics/server"
+
+	"github.com/k8slan/k8slan/crd/v1beta1"
+	"github.com/k8slan/k8slan/deviceplugin"
+	"github.com/k8slan/k8slan/lanmgr"
+	"github.com/k8slan/k8slan/lanmgr/cdi"
+	"github.com/k8slan/k8slan/lanmgr/kernel"
+	"github.com/k8slan/k8slan/lanmgr/node"
+)
+
+// nodeFlags are the flags of k8slan node.
+type nodeFlags struct {
+	daemonFlags
+	node       string
+	run        string
+	cdi        string
+	pluginsDir string
+}
+
+func nodeCommand() *cobra.Command {
+	var f nodeFlags
+	cmd := &cobra.Command{
+		Use:   "node",
+		Short: "Run the daemon of one node: it builds the LANs and offers their spokes to kubelet",
+		Long: `Run the daemon of one node.
+
+It builds each admitted LAN that the node belongs to, repairs what somebody else changed, offers the LAN's spokes to kubelet as
+resources macvtap.k8slan.io/k8slan-veth-<spoke>, and reports in the LANNode object of the node's name. It runs as root in the
+node's network namespace. When it ends, the LANs stay; kubelet offers their spokes again when it is back.
+
+/healthz answers while the daemon runs, /readyz once every LAN was worked on and kubelet knows every spoke.`,
+		Args: noArguments,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if f.node == "" {
+				return usageError{errors.New("the node has no name: give --node-name or set NODE_NAME")}
+			}
+			return f.runNode(cmd.Context())
+		},
+	}
+	f.add(cmd.Flags())
+	cmd.Flags().StringVar(&f.node, "node-name", os.Getenv("NODE_NAME"), "`name` of the Node object (environment: NODE_NAME)")
+	cmd.Flags().StringVar(&f.run, "run-dir", kernel.DefaultRun, "`directory` of the LANs' network namespaces, records and locks")
+	cmd.Flags().StringVar(&f.cdi, "cdi-dir", cdi.DefaultDir, "`directory` of the container runtime's CDI files")
+	cmd.Flags().StringVar(&f.pluginsDir, "device-plugin-dir", deviceplugin.Dir, "kubelet's `directory` of device plugins")
+	return cmd
+}
+
+func (f *nodeFlags) runNode(ctx context.Context) error {
+	log, err := f.logger()
+	if err != nil {
+		return err
+	}
+	mgr, err := f.manager()
+	if err != nil {
+		return err
+	}
+	host := kernel.New(kernel.Paths{Run: f.run})
+	defer host.Close()
+	lans := lanmgr.New(host, f.cdi, log)
+	plugins := deviceplugin.New(f.pluginsDir, log)
+	agent := node.New(node.Config{
+		Node:      f.node,
+		Version:   version,
+		Informers: mgr.GetCache(),
+		Client:    mgr.GetClient(),
+		Live:      mgr.GetAPIReader(),
+		Kernel:    host,
+		Manager:   lans,
+		Offer:     func(spokes []node.Spoke) { plugins.Set(offered(spokes)) },
+		Events:    mgr.GetEventRecorder("k8slan-node"),
+		Log:       log,
+	})
+	err = errors.Join(
+		mgr.Add(manager.RunnableFunc(lans.Run)),
+		mgr.Add(manager.RunnableFunc(plugins.Run)),
+		mgr.Add(manager.RunnableFunc(agent.Run)),
+		f.serveHealth(mgr,
+			func(context.Context) error { return agent.Ready() },
+			func(context.Context) error { return plugins.Ready() }),
+	)
+	if err != nil {
+		return fmt.Errorf("set up the daemon: %w", err)
+	}
+	log.Info("k8slan node starts", "version", version, "node", f.node)
+	defer log.Info("k8slan node ends, LANs stay", "node", f.node)
+	return start(ctx, mgr, log)
+}
+
+// manager has the informers: of every LAN, and of Nodes and LANNodes this node's own.
+func (f *nodeFlags) manager() (ctrl.Manager, error) {
+	config, err := f.rest("node")
+	if err != nil {
+		return nil, err
+	}
+	scheme := runtime.NewScheme()
+	if err := errors.Join(corev1.AddToScheme(scheme), v1beta1.AddToScheme(scheme)); err != nil {
+		return nil, fmt.Errorf("register the API's kinds: %w", err)
+	}
+	own := cache.ByObject{Field: fields.OneTermEqualSelector("metadata.name", f.node)}
+	stop := shutdown
+	mgr, err := ctrl.NewManager(config, ctrl.Options{
+		Scheme:         scheme,
+		MapperProvider: func(*rest.Config, *http.Client) (meta.RESTMapper, error) { return nodeKinds(), nil },
+		Cache: cache.Options{
+			DefaultTransform: cache.TransformStripManagedFields(),
+			ByObject:         map[client.Object]cache.ByObject{&corev1.Node{}: own, &v1beta1.LANNode{}: own},
+		},
+		Metrics:                 metricsserver.Options{BindAddress: f.metricsAddress},
+		GracefulShutdownTimeout: &stop,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("set up the daemon: %w", err)
+	}
+	return mgr, nil
+}
+
+// nodeKinds are the kinds that the daemon deals with. It need not ask the API server for them, and so comes up
+// while that is away, as it may be after a power loss.
+func nodeKinds() meta.RESTMapper {
+	mapper := meta.NewDefaultRESTMapper([]schema.GroupVersion{corev1.SchemeGroupVersion, v1beta1.GroupVersion})
+	mapper.Add(corev1.SchemeGroupVersion.WithKind("Node"), meta.RESTScopeRoot)
+	mapper.Add(v1beta1.GroupVersion.WithKind("LANNode"), meta.RESTScopeRoot)
+	mapper.Add(v1beta1.GroupVersion.WithKind("LAN"), meta.RESTScopeNamespace)
+	return mapper
+}
+
+func offered(spokes []node.Spoke) []deviceplugin.Spoke {
+	offers := make([]deviceplugin.Spoke, len(spokes))
+	for i, s := range spokes {
+		offers[i] = deviceplugin.Spoke(s)
+	}
+	return offers
+}
