@@ -10,7 +10,7 @@ GOLANGCI_LINT := go run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v
 CLUSTER := go run ./test/cluster/cmd/cluster
 HELM = $$($(CLUSTER) build helm)/helm
 # Largest size of bin/k8slan-cni in bytes: it is started for every attachment.
-CNI_MAX := 8000000
+CNI_MAX := 5000000
 
 # In CI a skipped test is a failure.
 export K8SLAN_NO_SKIP := $(if $(CI),1)
