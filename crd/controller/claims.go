@@ -59,7 +59,7 @@ func (c *claims) survey(ctx context.Context) (surroundings, error) {
 	var lanNodes v1beta1.LANNodeList
 	var nads nadv1.NetworkAttachmentDefinitionList
 	for _, list := range []client.ObjectList{&nodes, &lanNodes, &nads} {
-		if err := c.cache.List(ctx, list); err != nil {
+		if err := c.cache.List(ctx, list, client.UnsafeDisableDeepCopy); err != nil { // they are only read
 			return surroundings{}, fmt.Errorf("list %T: %w", list, err)
 		}
 	}
@@ -94,7 +94,7 @@ func (s surroundings) foreignNADs(lan *v1beta1.LAN, holds *v1beta1.Holding) []st
 	for _, spoke := range holds.Spokes {
 		for _, n := range []string{v1beta1.VethNAD(spoke), v1beta1.MacvtapNAD(spoke)} {
 			key := client.ObjectKey{Namespace: lan.Namespace, Name: n}
-			if nad := s.nads[key]; nad != nil && !ours(lan, nad) && !isLAN(metav1.GetControllerOf(nad)) {
+			if nad := s.nads[key]; nad != nil && !ours(lan, nad) && !ofLAN(nad) {
 				foreign = append(foreign, key.String())
 			}
 		}

@@ -65,8 +65,14 @@ func setupClaims(mgr ctrl.Manager) error {
 		Named("claims").
 		Watches(&v1beta1.LAN{}, all).
 		Watches(&v1beta1.LANNode{}, all).
-		Watches(&corev1.Node{}, all, builder.WithPredicates(onUpdate(nodeChanged))).
-		Watches(&nadv1.NetworkAttachmentDefinition{}, all, builder.WithPredicates(onUpdate(ownerChanged))).
+		Watches(&corev1.Node{}, all, builder.WithPredicates(predicate.Funcs{
+			UpdateFunc: func(e event.UpdateEvent) bool { return nodeChanged(e.ObjectOld, e.ObjectNew) },
+		})).
+		Watches(&nadv1.NetworkAttachmentDefinition{}, all, builder.WithPredicates(predicate.Funcs{
+			CreateFunc: func(e event.CreateEvent) bool { return !ofLAN(e.Object) },
+			DeleteFunc: func(e event.DeleteEvent) bool { return !ofLAN(e.Object) },
+			UpdateFunc: func(e event.UpdateEvent) bool { return !ofLAN(e.ObjectOld) || !ofLAN(e.ObjectNew) },
+		})).
 		Complete(&claims{
 			cache:    mgr.GetClient(),
 			live:     mgr.GetAPIReader(),
@@ -84,20 +90,13 @@ func setupNADs(mgr ctrl.Manager) error {
 		Complete(r)
 }
 
-// onUpdate lets creations and deletions through, and the updates that matter.
-func onUpdate(matters func(before, after client.Object) bool) predicate.Predicate {
-	return predicate.Funcs{UpdateFunc: func(e event.UpdateEvent) bool { return matters(e.ObjectOld, e.ObjectNew) }}
-}
-
+// nodeChanged passes over kubelet's heartbeats.
 func nodeChanged(before, after client.Object) bool {
 	return !equality.Semantic.DeepEqual(before.GetLabels(), after.GetLabels()) || answers(before.(*corev1.Node)) != answers(after.(*corev1.Node))
 }
 
-// ownerChanged looks at what decides whose a NAD is.
-func ownerChanged(before, after client.Object) bool {
-	return !equality.Semantic.DeepEqual(before.GetOwnerReferences(), after.GetOwnerReferences()) ||
-		!equality.Semantic.DeepEqual(before.GetLabels(), after.GetLabels())
-}
+// ofLAN tells whether a NAD belongs to some LAN and so is in nobody's way.
+func ofLAN(nad client.Object) bool { return isLAN(metav1.GetControllerOf(nad)) }
 
 // apply runs a change on each object and gathers the errors, so that one bad object does not stop the others.
 func apply[T any](objects []T, change func(*T) error) error {

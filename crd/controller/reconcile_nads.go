@@ -78,7 +78,7 @@ func (r *nadReconciler) lansOf(ctx context.Context, nad client.Object) []reconci
 		return requests
 	}
 	var lans v1beta1.LANList
-	if err := r.client.List(ctx, &lans, client.InNamespace(nad.GetNamespace())); err != nil {
+	if err := r.client.List(ctx, &lans, client.InNamespace(nad.GetNamespace()), client.UnsafeDisableDeepCopy); err != nil {
 		log.FromContext(ctx).Error(err, "list the LANs that want a NAD", "nad", nad.GetNamespace()+"/"+nad.GetName())
 		return requests
 	}
