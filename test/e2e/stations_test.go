@@ -187,7 +187,7 @@ func (s station) listen(args ...string) listener {
 		heard := &announcement{ready: ready}
 		err := s.exec(ctx, in, heard, append([]string{"frames", "-i", s.link}, args...)...)
 		if err != nil {
-			err = fmt.Errorf("%s: frames %s: %w: %s", s, strings.Join(args, " "), err, heard)
+			err = fmt.Errorf("%s: frames %s: %w: %s", s, strings.Join(args, " "), err, &heard.said)
 		}
 		end <- errors.Join(err, in.Close())
 	}()
@@ -203,15 +203,15 @@ func (s station) listen(args ...string) listener {
 
 // announcement takes the program's standard error and tells when that says that it listens.
 type announcement struct {
-	bytes.Buffer
+	said  bytes.Buffer
 	ready chan struct{}
 	told  bool
 }
 
 // Write takes what the program says.
 func (a *announcement) Write(p []byte) (int, error) {
-	n, err := a.Buffer.Write(p)
-	if !a.told && strings.Contains(a.String(), "listening\n") {
+	n, err := a.said.Write(p)
+	if !a.told && strings.Contains(a.said.String(), "listening\n") {
 		a.told = true
 		close(a.ready)
 	}
