@@ -9,6 +9,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/go-logr/logr"
 	nadv1 "github.com/k8snetworkplumbingwg/network-attachment-definition-client/pkg/apis/k8s.cni.cncf.io/v1"
@@ -18,6 +19,7 @@ import (
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/util/wait"
 	"k8s.io/client-go/rest"
 	"k8s.io/utils/ptr"
 	ctrl "sigs.k8s.io/controller-runtime"
@@ -591,16 +593,17 @@ func TestNoClaimEverHasTwoHolders(t *testing.T) {
 
 // liveALAN creates, edits and deletes a LAN a few times; several at once want the same few VNIs and spokes.
 func liveALAN(t *testing.T, name string, r *rand.Rand) {
-	for range 8 {
+	for range 4 {
 		lan := &v1beta1.LAN{
 			ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: name},
-			Spec:       v1beta1.LANSpec{VNI: int32(920 + r.IntN(3)), NS: fmt.Sprintf("crowd-%d", r.IntN(6)), Spokes: few(r)},
+			Spec:       v1beta1.LANSpec{VNI: int32(920 + r.IntN(4)), NS: fmt.Sprintf("crowd-%d", r.IntN(10)), Spokes: few(r)},
 		}
 		if err := api.Create(t.Context(), lan); err != nil {
 			t.Errorf("create %s: %v", name, err)
 			return
 		}
 		for range 4 {
+			answered(t, lan)
 			err := api.Get(t.Context(), client.ObjectKeyFromObject(lan), lan)
 			lan.Spec.VXLANPort, lan.Spec.Spokes = int32(4789+r.IntN(2)), few(r)
 			if err == nil {
@@ -613,6 +616,17 @@ func liveALAN(t *testing.T, name string, r *rand.Rand) {
 		if err := api.Delete(t.Context(), lan); err != nil {
 			t.Errorf("delete %s: %v", name, err)
 		}
+	}
+}
+
+// answered waits until the controller has seen the LAN as it is.
+func answered(t *testing.T, lan *v1beta1.LAN) {
+	err := wait.PollUntilContextTimeout(t.Context(), 5*time.Millisecond, deadline, true, func(ctx context.Context) (bool, error) {
+		err := api.Get(ctx, client.ObjectKeyFromObject(lan), lan)
+		return lan.Status.ObservedGeneration == lan.Generation, err
+	})
+	if err != nil {
+		t.Errorf("the controller does not answer LAN %s: %v", lan.Name, err)
 	}
 }
 
