@@ -15,37 +15,25 @@ import (
 
 // All switching of threads between network namespaces is in this file.
 
-// do runs f on a thread of its own inside the network namespace. The thread is given back only after it returned
-// to where it was; otherwise it ends with its goroutine.
+// do runs f inside the network namespace.
 func do(ns netns.NsHandle, f func() error) error {
-	result := make(chan error, 1)
-	go func() {
-		runtime.LockOSThread()
-		home, err := netns.Get()
-		if err != nil {
-			result <- fmt.Errorf("open the thread's own network namespace: %w", err)
-			return
-		}
-		defer home.Close()
-		if err := netns.Set(ns); err != nil {
-			runtime.UnlockOSThread()
-			result <- fmt.Errorf("enter network namespace: %w", err)
-			return
-		}
-		err = f()
-		if backErr := netns.Set(home); backErr != nil {
-			result <- errors.Join(err, fmt.Errorf("leave network namespace: %w", backErr))
-			return
-		}
-		runtime.UnlockOSThread()
-		result <- err
-	}()
-	return <-result
+	return elsewhere(func() error { return netns.Set(ns) }, f)
 }
 
 // createNetns makes a network namespace and mounts it at path. Its settings are made before it has its name,
 // so that nobody can find it talkative.
 func createNetns(path string) error {
+	return elsewhere(func() error { return unix.Unshare(unix.CLONE_NEWNET) }, func() error {
+		if err := silence(); err != nil {
+			return err
+		}
+		return mountNetns("/proc/thread-self/ns/net", path)
+	})
+}
+
+// elsewhere runs f on a thread of its own after it has entered another network namespace. The thread is given back
+// only after it returned to where it was; otherwise it ends with its goroutine.
+func elsewhere(enter, f func() error) error {
 	result := make(chan error, 1)
 	go func() {
 		runtime.LockOSThread()
@@ -55,17 +43,14 @@ func createNetns(path string) error {
 			return
 		}
 		defer home.Close()
-		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+		if err := enter(); err != nil {
 			runtime.UnlockOSThread()
-			result <- fmt.Errorf("make a network namespace: %w", err)
+			result <- fmt.Errorf("enter a network namespace: %w", err)
 			return
 		}
-		err = silence()
-		if err == nil {
-			err = mountNetns("/proc/thread-self/ns/net", path)
-		}
+		err = f()
 		if backErr := netns.Set(home); backErr != nil {
-			result <- errors.Join(err, fmt.Errorf("leave network namespace: %w", backErr))
+			result <- errors.Join(err, fmt.Errorf("leave a network namespace: %w", backErr))
 			return
 		}
 		runtime.UnlockOSThread()
