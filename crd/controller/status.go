@@ -198,8 +198,10 @@ func segmentOn(lan *v1beta1.LAN, v verdict, n node) (v1beta1.SegmentStatus, *pro
 	}
 	seg, held := n.Segments[i], int32(len(v.Holds.Spokes))
 	switch {
+	case seg.State != v1beta1.SegmentReady && seg.Reason == "":
+		return seg, &problem{v1beta1.ReasonPending, "node " + n.Name + " is still building the LAN"}
 	case seg.State != v1beta1.SegmentReady:
-		return seg, &problem{cmp.Or(seg.Reason, v1beta1.ReasonPending), "node " + n.Name + ": " + cmp.Or(seg.Message, "the LAN is "+string(seg.State))}
+		return seg, &problem{seg.Reason, "node " + n.Name + ": " + seg.Message}
 	case seg.Offered < held:
 		return seg, &problem{v1beta1.ReasonPending, fmt.Sprintf("node %s offers %d of %d spokes so far", n.Name, seg.Offered, held)}
 	}

@@ -71,10 +71,11 @@ func TestStatusSaysWhatIsWhereAndWhatIsWrong(t *testing.T) {
 			ready:    "UnderlayDown: node worker2: eth1 has no carrier; spokes are offered on 2 of 2 nodes",
 		},
 		{
-			name: "no report yet", verdict: held, nodes: []node{worker("worker1"), worker("worker2", segment(1))},
-			state: "Pending", reason: "Pending", onNode: "0/2",
+			name: "no report yet", verdict: held,
+			nodes: []node{worker("worker1"), worker("worker2", segment(1)), worker("worker3", unwell("NotReady", "", "is being built"))},
+			state: "Pending", reason: "Pending", onNode: "0/3",
 			accepted: "holds ns default.lab, vni 222 and its spokes",
-			ready:    "Pending: node worker1 does not report the LAN yet; node worker2 offers 1 of 2 spokes so far; spokes are offered on 0 of 2 nodes",
+			ready:    "Pending: node worker1 does not report the LAN yet; node worker2 offers 1 of 2 spokes so far; node worker3 is still building the LAN; spokes are offered on 0 of 3 nodes",
 		},
 		{
 			name: "no node at all", verdict: held, state: "Pending", reason: "NoNodes", onNode: "0/0",
