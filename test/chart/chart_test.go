@@ -110,7 +110,7 @@ func TestUnknownAndImpossibleValuesAreRefused(t *testing.T) {
 		"node.cniBinDirectory=/opt/cni/bin", "image.pullPolicy=Sometimes", "node.healthPort=70000",
 		"node.cniBinDir=opt/cni/bin", "logLevel=chatty", "controller.replicas=-1",
 	} {
-		if _, err := helm(t, "template", "k8slan", chart, "--kube-version", "1.29.0", "--set", value); err == nil {
+		if _, err := helm(t, "template", "k8slan", chart, "--kube-version", "1.31.0", "--set", value); err == nil {
 			t.Errorf("helm takes %s", value)
 		}
 	}
@@ -163,7 +163,7 @@ func TestHelmLintIsContent(t *testing.T) {
 // namespace with the values set, such as "image.tag=v7".
 func render(t *testing.T, namespace string, set ...string) []unstructured.Unstructured {
 	t.Helper()
-	args := []string{"template", "k8slan", chart, "--namespace", namespace, "--include-crds", "--kube-version", "1.29.0"}
+	args := []string{"template", "k8slan", chart, "--namespace", namespace, "--include-crds", "--kube-version", "1.31.0"}
 	for _, value := range set {
 		args = append(args, "--set", value)
 	}
