@@ -77,5 +77,6 @@ func (f *daemonFlags) rest(part string) (*rest.Config, error) {
 	if err != nil {
 		return nil, fmt.Errorf("find the API server (give --kubeconfig outside of a pod): %w", err)
 	}
+	config.QPS = -1 // the API server shares itself out (API priority and fairness); to wait here as well would only delay
 	return rest.AddUserAgent(config, "k8slan-"+part+"/"+version), nil
 }

@@ -412,6 +412,7 @@ func (w *world) update(change func(*v1beta1.LAN)) {
 		w.t.Fatal(err)
 	}
 	change(lan)
+	lan.Generation++ // as the API server does
 	status := lan.Status
 	if err := w.api.Update(context.Background(), lan); err != nil {
 		w.t.Fatal(err)

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/equality"
 	toolscache "k8s.io/client-go/tools/cache"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
@@ -25,7 +26,11 @@ func (a *Agent) watchObjects(ctx context.Context) error {
 		kind    client.Object
 		handler toolscache.ResourceEventHandler
 	}{
-		{&v1beta1.LAN{}, onChange(func(_, _ any) { signal(a.inputs) })},
+		{&v1beta1.LAN{}, onChange(func(before, after any) {
+			if lanChanged(before, after) {
+				signal(a.inputs)
+			}
+		})},
 		{&corev1.Node{}, onChange(func(before, after any) {
 			if nodeChanged(before, after) {
 				signal(a.inputs)
@@ -76,6 +81,14 @@ func onChange(changed func(before, after any)) toolscache.ResourceEventHandler {
 			changed(obj, nil)
 		},
 	}
+}
+
+// lanChanged passes over what the controller sums up in the LAN's status.
+func lanChanged(before, after any) bool {
+	x, wasLAN := before.(*v1beta1.LAN)
+	y, isLAN := after.(*v1beta1.LAN)
+	return !wasLAN || !isLAN || x.UID != y.UID || x.Generation != y.Generation ||
+		x.DeletionTimestamp.IsZero() != y.DeletionTimestamp.IsZero() || !equality.Semantic.DeepEqual(x.Status.Holds, y.Status.Holds)
 }
 
 // nodeChanged passes over the heartbeats of kubelet.
