@@ -71,6 +71,7 @@ func (m *Manager) Set(want []segment.Segment) {
 		next[s.Netns] = s
 		if old, ok := m.want[s.Netns]; !ok || !old.Equal(s) {
 			m.dirty[s.Netns] = true
+			delete(m.retry, s.Netns) // what failed was the old wish
 		}
 	}
 	for name := range m.want {
@@ -190,7 +191,7 @@ func (m *Manager) work(ctx context.Context, name string) {
 	m.mu.Unlock()
 	began := time.Now()
 	stale, err := m.devicesBefore(name, old, had)
-	report, gone := m.reconcile(ctx, name, want, wanted)
+	report, gone := m.reconcile(ctx, name, want, wanted, old)
 	if ctx.Err() != nil {
 		return
 	}
@@ -216,18 +217,20 @@ func (m *Manager) work(ctx context.Context, name string) {
 	if gone {
 		delete(m.reports, name)
 		delete(m.retry, name)
-		delete(m.dirty, name)
+		if _, again := m.want[name]; !again {
+			delete(m.dirty, name)
+		}
 	} else {
 		m.reports[name] = report
 	}
 	signal(m.changed)
 }
 
-// devicesBefore are the CDI devices of a segment that may have to go: at the first look those on file, later those of
-// the claims that were there at the last look. They are read before the claims are: a device is written after its claim.
+// devicesBefore are the CDI devices of a segment that may have to go: at the first look and after an error those on file, else
+// those of the claims that were there at the last look. They are read before the claims are: a device is written after its claim.
 func (m *Manager) devicesBefore(name string, old Report, had bool) ([]cdi.Device, error) {
 	var devices []cdi.Device
-	if had {
+	if had && old.Err == nil {
 		for _, c := range old.Claims {
 			devices = append(devices, cdi.Device{Spoke: c.Spoke, ClaimID: c.ID})
 		}
@@ -253,27 +256,20 @@ func (m *Manager) removeDevices(devices []cdi.Device, claims []segment.Claim) er
 	return errors.Join(errs...)
 }
 
-// reconcile does the work for one segment. It looks first without the lock, because most of the time nothing is to be done.
-func (m *Manager) reconcile(ctx context.Context, name string, want segment.Segment, wanted bool) (r Report, gone bool) {
+// reconcile does the work for one segment.
+func (m *Manager) reconcile(ctx context.Context, name string, want segment.Segment, wanted bool, old Report) (r Report, gone bool) {
 	r = Report{Segment: want, Leaving: !wanted}
-	have, err := m.kernel.Observe(ctx, name)
-	if err != nil {
-		r.Err = err
+	have, known, err := m.bring(ctx, name, func(have segment.State) []segment.Op {
+		ops, _ := decide(want, wanted, have)
+		return ops
+	})
+	r.Err = err
+	if !known { // what was there at the last look is not gone because it cannot be seen
+		r.Claims, r.Withdrawn = old.Claims, old.Withdrawn
+		if r.Leaving = r.Leaving || old.Leaving; r.Leaving {
+			r.Segment = old.Segment
+		}
 		return r, false
-	}
-	if ops, _ := decide(want, wanted, have); len(ops) > 0 {
-		done, err := m.kernel.Reconcile(ctx, name, func(have segment.State) []segment.Op {
-			ops, _ := decide(want, wanted, have)
-			return ops
-		})
-		m.logOps(name, done)
-		if err != nil {
-			r.Err = err
-		}
-		if have, err = m.kernel.Observe(ctx, name); err != nil {
-			r.Err = err
-			return r, false
-		}
 	}
 	left, leaving := decide(want, wanted, have)
 	r.Leaving = leaving
@@ -287,10 +283,36 @@ func (m *Manager) reconcile(ctx context.Context, name string, want segment.Segme
 		}
 	}
 	r.Built = r.Err == nil && built(left)
-	return r, !wanted && !have.Exists && !have.Lost && have.Record == nil && len(have.Links) == 0
+	return r, !wanted && !have.Exists && !have.Lost && !have.Dead && have.Record == nil && len(have.Links) == 0
 }
 
-// built says whether what is left to do is nothing that a segment cannot do its work without: Settle is a question, asked again at each look.
+// bring brings a segment in order and says how it is then, if that is known. It looks first without the lock, because most of the time
+// nothing is to be done. That something is, and how all is afterwards, is judged with the lock: half of somebody's attach looks like damage.
+func (m *Manager) bring(ctx context.Context, name string, plan func(segment.State) []segment.Op) (have segment.State, known bool, err error) {
+	have, err = m.kernel.Observe(ctx, name)
+	if err != nil || len(plan(have)) == 0 {
+		return have, err == nil, err
+	}
+	done, err := m.kernel.Reconcile(ctx, name, func(s segment.State) []segment.Op {
+		have, known = s, true
+		return plan(s)
+	})
+	m.logOps(name, done)
+	if err == nil && len(done) == 0 {
+		return have, known, nil
+	}
+	known = false
+	_, lookErr := m.kernel.Reconcile(ctx, name, func(s segment.State) []segment.Op {
+		have, known = s, true
+		return nil
+	})
+	if err == nil {
+		err = lookErr
+	}
+	return have, known, err
+}
+
+// built says whether operations are none that a segment cannot do its work without: Settle is a question, asked again at each look.
 func built(left []segment.Op) bool {
 	return !slices.ContainsFunc(left, func(op segment.Op) bool { _, question := op.(segment.Settle); return !question })
 }
@@ -306,7 +328,7 @@ func decide(want segment.Segment, wanted bool, have segment.State) (ops []segmen
 	case claimed && have.Record != nil:
 		return segment.Diff(*have.Record, have), true
 	case claimed:
-		return nil, true // whose it was is lost; it goes with its last pod
+		return segment.Doubts(have), true // whose it was is lost; it goes with its last pod
 	case foreign:
 		return segment.Teardown(have), true // the new one is built at the next look
 	default:
@@ -318,7 +340,7 @@ func (m *Manager) logOps(name string, ops []segment.Op) {
 	for _, op := range ops {
 		m.log.Debug("done", "netns", name, "op", op.String())
 	}
-	if len(ops) > 0 {
+	if !built(ops) {
 		m.log.Info("segment changed", "netns", name, "ops", len(ops))
 	}
 }

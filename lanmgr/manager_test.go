@@ -20,7 +20,11 @@ type node struct {
 	mu     sync.Mutex
 	states map[string]segment.State
 	refuse error // of every change
+	blind  error // of every look
 	writes int
+
+	unlocked func(segment.State) segment.State // what a look without the lock sees of a segment
+	after    func(segment.Op)                  // is told of every change
 }
 
 func (n *node) List() ([]string, error) {
@@ -36,15 +40,26 @@ func (n *node) List() ([]string, error) {
 func (n *node) Observe(_ context.Context, name string) (segment.State, error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	s := n.states[name]
-	s.Netns, s.Links = name, slices.Clone(s.Links)
-	return s, nil
+	s := n.state(name)
+	if n.unlocked != nil {
+		s = n.unlocked(s)
+	}
+	return s, n.blind
 }
 
-func (n *node) Reconcile(ctx context.Context, name string, decide func(segment.State) []segment.Op) ([]segment.Op, error) {
-	have, _ := n.Observe(ctx, name)
+func (n *node) state(name string) segment.State {
+	s := n.states[name]
+	s.Netns, s.Links = name, slices.Clone(s.Links)
+	return s
+}
+
+func (n *node) Reconcile(_ context.Context, name string, decide func(segment.State) []segment.Op) ([]segment.Op, error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
+	if n.blind != nil {
+		return nil, n.blind
+	}
+	have := n.state(name)
 	var done []segment.Op
 	for _, op := range decide(have) {
 		if n.refuse != nil {
@@ -53,6 +68,9 @@ func (n *node) Reconcile(ctx context.Context, name string, decide func(segment.S
 		n.writes++
 		have = apply(have, op)
 		done = append(done, op)
+		if n.after != nil {
+			n.after(op)
+		}
 	}
 	if have.Exists {
 		n.states[name] = have
@@ -251,4 +269,68 @@ func TestLookingWithoutACauseChangesNothing(t *testing.T) {
 	if n.writes != 0 {
 		t.Errorf("%d changes where all was as it should be", n.writes)
 	}
+}
+
+// A LAN may be deleted and created again faster than its segment is torn down.
+func TestALANThatComesBackWhileItIsTornDownIsBuilt(t *testing.T) {
+	n := &node{states: map[string]segment.State{}}
+	m, _ := start(t, n)
+	m.Set([]segment.Segment{lan("a", "1", "x")})
+	await(t, m, "built", allBuilt(1))
+	n.mu.Lock()
+	n.after = func(op segment.Op) {
+		if _, removed := op.(segment.RemoveNetns); removed {
+			m.Set([]segment.Segment{lan("a", "2", "x")})
+		}
+	}
+	n.mu.Unlock()
+	m.Set(nil)
+	await(t, m, "the new LAN's", func(rs []lanmgr.Report) bool { return allBuilt(1)(rs) && rs[0].Segment.LAN.UID == "2" })
+}
+
+// Without the lock, the daemon may see a segment in the middle of an attach. If it took that for damage, kubelet would be told that
+// no spoke of the LAN can be had, and would reject the pods that come at that moment.
+func TestHalfOfAnAttachIsNoDamage(t *testing.T) {
+	n := &node{states: map[string]segment.State{}}
+	m, _ := start(t, n)
+	m.Set([]segment.Segment{lan("a", "1", "x", "y")})
+	await(t, m, "built", allBuilt(1))
+	n.mu.Lock()
+	n.unlocked = func(s segment.State) segment.State {
+		for i := range s.Links {
+			s.Links[i].AltNames = nil
+		}
+		return s
+	}
+	n.mu.Unlock()
+	for range 5 {
+		m.Poke("default.a")
+		<-m.Changed()
+		if rs := m.Reports(); !allBuilt(1)(rs) {
+			t.Fatalf("reports are %+v", rs)
+		}
+	}
+}
+
+// What cannot be seen is not gone: the controller would give the ns of an attached LAN to the next one.
+func TestAttachmentsAreReportedWhileTheKernelCannotBeRead(t *testing.T) {
+	n := &node{states: map[string]segment.State{}}
+	m, _ := start(t, n)
+	m.Set([]segment.Segment{lan("a", "1", "x")})
+	await(t, m, "built", allBuilt(1))
+	n.attach("default.a", "x")
+	m.Poke("default.a")
+	await(t, m, "attached", func(rs []lanmgr.Report) bool { return len(rs) == 1 && len(rs[0].Claims) == 1 })
+	n.mu.Lock()
+	n.blind = errors.New("no buffer space available")
+	n.mu.Unlock()
+	m.Set(nil)
+	rs := await(t, m, "the error", func(rs []lanmgr.Report) bool { return len(rs) == 1 && rs[0].Err != nil })
+	if r := rs[0]; len(r.Claims) != 1 || !r.Leaving || r.Segment.LAN.UID != "1" {
+		t.Errorf("report %+v", r)
+	}
+	n.mu.Lock()
+	n.blind = nil
+	n.mu.Unlock()
+	await(t, m, "leaving", func(rs []lanmgr.Report) bool { return len(rs) == 1 && rs[0].Err == nil && rs[0].Leaving })
 }

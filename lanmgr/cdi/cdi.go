@@ -69,7 +69,7 @@ func Write(dir string, d Device) error {
 		return fmt.Errorf("write CDI device %s: %w", Name(d.Spoke), err)
 	}
 	path := file(dir, d.Spoke, d.ClaimID)
-	left, err := filepath.Glob(file(dir, d.Spoke, "*"))
+	left, err := filepath.Glob(strings.TrimSuffix(file(dir, d.Spoke, "*"), ".json") + ".*") // half-written ones, too
 	if err != nil {
 		return fmt.Errorf("list CDI devices %s: %w", Name(d.Spoke), err)
 	}

@@ -20,7 +20,7 @@ func (n *Node) Reconcile(ctx context.Context, netnsName string, decide func(segm
 	if err := checkName(netnsName); err != nil {
 		return nil, err
 	}
-	unlock, err := n.lock(netnsName)
+	unlock, err := n.lock(ctx, netnsName)
 	if err != nil {
 		return nil, err
 	}
@@ -28,7 +28,7 @@ func (n *Node) Reconcile(ctx context.Context, netnsName string, decide func(segm
 	absent := false
 	done, err := n.reconcile(ctx, netnsName, func(have segment.State) []segment.Op {
 		ops := decide(have)
-		absent = len(ops) == 0 && !have.Exists && !have.Lost && have.Record == nil
+		absent = len(ops) == 0 && !have.Exists && !have.Lost && !have.Dead && have.Record == nil
 		return ops
 	})
 	if absent { // of what isn't there, the lock shall not stay either
@@ -358,7 +358,7 @@ func (c *conn) settle(spoke, claimID string) error {
 // free says whether a plug has no macvtap on it.
 func (c *conn) free(plug netlink.Link, spoke string) (bool, error) {
 	a := netlink.NewLinkAttrs()
-	a.Name, a.ParentIndex = spoke+"_t", plug.Attrs().Index
+	a.Name, a.ParentIndex = spoke+"+t", plug.Attrs().Index // no bridge and no VXLAN can be called that
 	probe := &netlink.Macvlan{LinkAttrs: a, Mode: netlink.MACVLAN_MODE_PASSTHRU}
 	err := c.LinkAdd(probe)
 	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EBUSY) {

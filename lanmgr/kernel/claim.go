@@ -56,12 +56,15 @@ func (n *Node) Claim(ctx context.Context, r ClaimRequest) (Attachment, error) {
 	if err := checkName(r.Netns); err != nil {
 		return Attachment{}, err
 	}
-	unlock, err := n.lock(r.Netns)
+	unlock, err := n.lock(ctx, r.Netns)
 	if err != nil {
 		return Attachment{}, err
 	}
 	defer unlock()
 	want, err := n.Record(r.Netns)
+	if errors.Is(err, ErrNoLAN) {
+		return Attachment{}, errors.Join(err, removeFile(n.lockPath(r.Netns)))
+	}
 	if err != nil {
 		return Attachment{}, err
 	}
@@ -409,7 +412,7 @@ func (n *Node) Release(ctx context.Context, netnsName, spoke, claimID string) er
 	if err := checkName(netnsName); err != nil {
 		return err
 	}
-	unlock, err := n.lock(netnsName)
+	unlock, err := n.lock(ctx, netnsName)
 	if err != nil {
 		return err
 	}

@@ -2,6 +2,7 @@
 package kernel
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -134,9 +135,9 @@ func (n *Node) List() ([]string, error) {
 	return names, nil
 }
 
-// lock takes the lock of a segment and returns what gives it back. The file goes with the segment, so a lock
-// that was taken on a file which has gone meanwhile is taken again.
-func (n *Node) lock(netnsName string) (unlock func(), err error) {
+// lock takes the lock of a segment and returns what gives it back; it waits no longer than ctx. The file goes with the
+// segment, so a lock that was taken on a file which has gone meanwhile is taken again.
+func (n *Node) lock(ctx context.Context, netnsName string) (unlock func(), err error) {
 	path := n.lockPath(netnsName)
 	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
 		return nil, fmt.Errorf("lock segment %s: %w", netnsName, err)
@@ -146,8 +147,7 @@ func (n *Node) lock(netnsName string) (unlock func(), err error) {
 		if err != nil {
 			return nil, fmt.Errorf("lock segment %s: %w", netnsName, err)
 		}
-		if err := flock(f); err != nil {
-			f.Close()
+		if err := flock(ctx, f); err != nil {
 			return nil, fmt.Errorf("lock segment %s: %w", netnsName, err)
 		}
 		var mine, now unix.Stat_t
@@ -158,11 +158,30 @@ func (n *Node) lock(netnsName string) (unlock func(), err error) {
 	}
 }
 
-func flock(f *os.File) error {
-	for {
-		err := unix.Flock(int(f.Fd()), unix.LOCK_EX)
-		if !errors.Is(err, unix.EINTR) {
-			return err
+// flock locks a file, or closes it. A wait for somebody's lock cannot be broken off: where ctx ends first, it goes on with
+// nobody behind it, and what it gets is given back.
+func flock(ctx context.Context, f *os.File) error {
+	locked := make(chan error, 1)
+	go func() {
+		for {
+			err := unix.Flock(int(f.Fd()), unix.LOCK_EX)
+			if !errors.Is(err, unix.EINTR) {
+				locked <- err
+				return
+			}
 		}
+	}()
+	select {
+	case err := <-locked:
+		if err != nil {
+			f.Close()
+		}
+		return err
+	case <-ctx.Done():
+		go func() {
+			<-locked
+			f.Close()
+		}()
+		return ctx.Err()
 	}
 }

@@ -60,6 +60,11 @@ func (n *Node) reach(s *segment.State) (*conn, error) {
 	n.mu.Unlock()
 	switch {
 	case !named && !inHand:
+		info, err := os.Lstat(n.netnsPath(s.Netns))
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return nil, fmt.Errorf("observe %s: %w", s.Netns, err)
+		}
+		s.Dead = err == nil && info.Mode().IsRegular()
 		return nil, nil
 	case !named:
 		s.Lost = true

@@ -5,7 +5,7 @@ import "slices"
 // Diff says what has to be done to a node so that it has the segment: deterministic, additions before deletions.
 // What a pod is attached to stays, wanted or not. Links that k8slan would not name so are left alone.
 func Diff(want Segment, have State) []Op {
-	d := diff{want: want, have: have, claims: have.Claims()}
+	d := newDiff(want, have)
 	d.namespace()
 	d.bridge()
 	d.vxlan()
@@ -35,10 +35,19 @@ func Teardown(have State) []Op {
 	if have.Record != nil {
 		ops = append(ops, RemoveRecord{have.Netns})
 	}
-	if have.Exists || have.Lost {
+	if have.Exists || have.Lost || have.Dead {
 		ops = append(ops, RemoveNetns{have.Netns})
 	}
 	return ops
+}
+
+// Doubts are the questions about claims that are open in a segment of which nobody knows any more what it should be.
+func Doubts(have State) []Op {
+	d := diff{}
+	for _, l := range have.Links {
+		d.settle(l)
+	}
+	return d.ops
 }
 
 func isSpokeLink(l Link) bool {
@@ -51,8 +60,29 @@ type diff struct {
 	have   State
 	claims []Claim
 	ops    []Op
+
+	// What is looked up for each spoke.
+	links   map[string]Link  // by name
+	holders map[string]Link  // by altname; a namespace has each once
+	veths   map[string]Claim // of pods, by spoke
 	// rebridged is set once the bridge is made anew: what was in the old one has lost its master.
 	rebridged bool
+}
+
+func newDiff(want Segment, have State) *diff {
+	d := &diff{want: want, have: have, claims: have.Claims(), links: map[string]Link{}, holders: map[string]Link{}, veths: map[string]Claim{}}
+	for _, l := range have.Links {
+		d.links[l.Name] = l
+		for _, name := range l.AltNames {
+			d.holders[name] = l
+		}
+	}
+	for _, c := range slices.Backward(d.claims) {
+		if c.Kind == Veth {
+			d.veths[c.Spoke] = c
+		}
+	}
+	return d
 }
 
 func (d *diff) do(ops ...Op) { d.ops = append(d.ops, ops...) }
@@ -85,7 +115,7 @@ func (d *diff) namespace() {
 
 func (d *diff) bridge() {
 	name := d.want.Bridge
-	l, ok := d.have.Link(name)
+	l, ok := d.links[name]
 	if ok && l.Type != "bridge" {
 		d.do(DelLink{name})
 		ok = false
@@ -108,7 +138,7 @@ func (d *diff) vxlan() {
 			d.do(DelLink{l.Name}) // from another life of this netns; it may hold the VNI
 		}
 	}
-	l, ok := d.have.Link(want.Name)
+	l, ok := d.links[want.Name]
 	switch {
 	case want.UnderlayIndex == 0:
 		if ok {
@@ -130,8 +160,8 @@ func (d *diff) vxlan() {
 
 // spoke brings a spoke's standing pair in order, and the claim link of the pod that is attached.
 func (d *diff) spoke(spoke string) {
-	port, havePort := d.have.Link(PortName(spoke))
-	plug, havePlug := d.have.Link(PlugName(spoke))
+	port, havePort := d.links[PortName(spoke)]
+	plug, havePlug := d.links[PlugName(spoke)]
 	if !havePort || !havePlug {
 		if havePort {
 			d.do(DelLink{port.Name})
@@ -151,10 +181,8 @@ func (d *diff) spoke(spoke string) {
 		d.port(claim)
 		d.settings(claim, d.want.MTU, true)
 	}
-	for _, l := range d.have.Links {
-		if l.Name != carrier.Name && slices.Contains(l.AltNames, spoke) {
-			d.do(DelAltName{l.Name, spoke})
-		}
+	if l, ok := d.holders[spoke]; ok && l.Name != carrier.Name {
+		d.do(DelAltName{l.Name, spoke})
 	}
 	if !carrier.answersTo(spoke) {
 		d.do(AddAltName{carrier.Name, spoke})
@@ -166,12 +194,8 @@ func (d *diff) spoke(spoke string) {
 
 // vethClaim is the link by which a pod is attached to the spoke. A claim link always has the altname: it was claimed by that.
 func (d *diff) vethClaim(spoke string) (Link, bool) {
-	for _, c := range d.claims {
-		if c.Spoke == spoke && c.Kind == Veth {
-			return d.have.Link(c.ID)
-		}
-	}
-	return Link{}, false
+	l, ok := d.links[d.veths[spoke].ID]
+	return l, ok
 }
 
 // settle looks after a claim whose macvtap may be gone: while it is up it keeps its plug promiscuous
@@ -184,7 +208,7 @@ func (d *diff) settle(plug Link) {
 
 // port puts a link into the bridge with the mask that lets link-local frames through.
 func (d *diff) port(l Link) {
-	bridge, ok := d.have.Link(d.want.Bridge)
+	bridge, ok := d.links[d.want.Bridge]
 	if d.rebridged || !ok || l.Master != bridge.Index {
 		d.do(SetMaster{l.Name, d.want.Bridge}, SetForwardMask{l.Name}) // a port that is put in anew has lost its mask
 		return
@@ -208,19 +232,23 @@ func (d *diff) settings(l Link, mtu int, up bool) {
 
 // leftovers deletes what nobody wants or has: pairs of spokes that are gone, and claim links whose attach never finished.
 func (d *diff) leftovers() {
-	wanted, deleted := d.spokes(), map[string]bool{}
+	stays := map[string]bool{} // spokes and claims
+	for _, spoke := range d.spokes() {
+		stays[spoke] = true
+	}
+	for _, c := range d.claims {
+		stays[c.ID] = true
+	}
 	for _, l := range d.have.Links {
 		if IsClaimID(l.Name) && l.Type == "veth" {
-			if !slices.ContainsFunc(d.claims, func(c Claim) bool { return c.ID == l.Name }) {
+			if !stays[l.Name] {
 				d.do(DelLink{l.Name})
 			}
 			continue
 		}
-		spoke, _, ok := spokeOf(l.Name)
-		if !ok || deleted[spoke] || slices.Contains(wanted, spoke) {
-			continue
+		if spoke, _, ok := spokeOf(l.Name); ok && !stays[spoke] {
+			stays[spoke] = true // its other end goes with it
+			d.do(DelLink{l.Name})
 		}
-		deleted[spoke] = true
-		d.do(DelLink{l.Name})
 	}
 }

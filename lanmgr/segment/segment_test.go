@@ -1,6 +1,7 @@
 package segment_test
 
 import (
+	"fmt"
 	"net"
 	"net/netip"
 	"slices"
@@ -252,6 +253,31 @@ func TestNamespacesThatMayAttach(t *testing.T) {
 	}{{lab, "default", true}, {lab, "blue", false}, {open, "blue", true}, {open, "red", false}, {all, "red", true}} {
 		if got := tt.segment.Allows(tt.namespace); got != tt.want {
 			t.Errorf("%v open to %s: %v", tt.segment.AllowedNamespaces, tt.namespace, got)
+		}
+	}
+}
+
+// Every attach leads to a look at the whole segment.
+func BenchmarkDiffOfALargeSegment(b *testing.B) {
+	large := lab
+	large.Spokes = nil
+	for i := range 500 {
+		large.Spokes = append(large.Spokes, fmt.Sprintf("spoke-%d", i))
+	}
+	have := built(large)
+	for _, spoke := range large.Spokes {
+		have = change(have, segment.PortName(spoke), func(l *segment.Link) { l.Up, l.AltNames = false, nil })
+		c := claim(spoke, segment.Veth)
+		c.ID = segment.ClaimID(spoke, "net1")
+		have.Links = append(have.Links, segment.Link{
+			Index: 5000 + len(have.Links), Name: c.ID, AltNames: []string{spoke}, Alias: c.Alias(), Type: "veth", Master: 1,
+			MTU: large.MTU, Up: true, ForwardMask: segment.ForwardMask,
+		})
+	}
+	have = change(have, large.VXLAN.Name, func(l *segment.Link) { l.Up = true })
+	for b.Loop() {
+		if ops := segment.Diff(large, have); len(ops) > 0 {
+			b.Fatalf("to do: %v", ops)
 		}
 	}
 }

@@ -12,6 +12,7 @@ type State struct {
 	Netns  string
 	Exists bool     // its network namespace has its name
 	Lost   bool     // the name is gone or means something else, but the namespace itself is still in hand
+	Dead   bool     // the file of its name is there, but no namespace
 	Silent bool     // IPv6 and bridge netfilter are off in it
 	Record *Segment // what the node last wanted here; nil where there is none that can be read
 	Links  []Link   // everything in the namespace but lo

@@ -1,0 +1,61 @@
+package dataplane
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/k8slan/k8slan/lanmgr/kernel"
+	"github.com/k8slan/k8slan/lanmgr/segment"
+	"github.com/k8slan/k8slan/test/netns"
+)
+
+// A daemon may be killed after it made the file of a namespace and before it mounted the namespace there, or the other way round.
+func TestAFileWithoutItsNamespaceIsRemoved(t *testing.T) {
+	a, _ := hosts(t)
+	m := a.manage(t)
+	file := filepath.Join(a.Run, "netns", "lan-half")
+	try(t, os.MkdirAll(filepath.Dir(file), 0o755))
+	try(t, os.WriteFile(file, nil, 0o444))
+	m.Set(nil)
+	a.awaitState(t, lan("half", 120), "nothing", func(have segment.State) bool { return !have.Dead })
+	if exists(file) {
+		t.Errorf("%s is still there", file)
+	}
+}
+
+// The container runtime waits for the plugin, and the plugin for whoever has the lock of the LAN: not for ever.
+func TestAnAttachDoesNotWaitForTheLockForEver(t *testing.T) {
+	a, _ := hosts(t)
+	s := a.here(t, lan("locked", 121, "spoke"))
+	a.build(t, s)
+	holder, err := os.OpenFile(filepath.Join(a.Run, "lock", s.Netns), os.O_CREATE|os.O_RDWR, 0o600)
+	try(t, err)
+	try(t, unix.Flock(int(holder.Fd()), unix.LOCK_EX))
+
+	st := station{Namespace: netns.NewPod(t)}
+	st.request = request(s, "spoke", segment.Veth, st.Namespace)
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := a.kernel.Claim(ctx, st.request); !errors.Is(err, context.Canceled) {
+		t.Errorf("claim with the lock taken: %v", err)
+	}
+	holder.Close()
+	if _, err := a.kernel.Claim(t.Context(), st.request); err != nil {
+		t.Errorf("claim with the lock free again: %v", err)
+	}
+}
+
+// An attach that comes when the LAN has just gone leaves no lock of it.
+func TestAnAttachToNoLANLeavesNothing(t *testing.T) {
+	a, _ := hosts(t)
+	s := lan("none", 122, "spoke")
+	if _, err := a.kernel.Claim(t.Context(), request(s, "spoke", segment.Veth, netns.NewPod(t))); !errors.Is(err, kernel.ErrNoLAN) {
+		t.Errorf("claim: %v", err)
+	}
+	expectNothing(t, a)
+}
