@@ -27,7 +27,7 @@ const (
 	lanMTU      = underlayMTU - 78
 
 	// patience is how long a test waits for what should come at once.
-	patience = 5 * time.Second
+	patience = 3 * time.Second
 )
 
 // host is a node with k8slan on it.

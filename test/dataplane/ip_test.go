@@ -1,0 +1,115 @@
+package dataplane
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"testing"
+
+	"github.com/vishvananda/netlink"
+
+	"github.com/k8slan/k8slan/lanmgr/kernel"
+	"github.com/k8slan/k8slan/lanmgr/segment"
+	"github.com/k8slan/k8slan/test/netns"
+)
+
+func TestPodsOnTwoNodesSpeakTCPOverIPv4AndIPv6(t *testing.T) {
+	a, b := hosts(t)
+	s := lan("ip", 111, "one", "two", "three")
+	a.build(t, a.here(t, s))
+	b.build(t, b.here(t, s))
+	one, two := a.claim(t, s, "one", segment.Veth), b.claim(t, s, "two", segment.Veth)
+	three := b.claim(t, s, "three", segment.Veth)
+	try(t, a.addresses(t, one, "10.77.0.1/24", "fd77::1/64"))
+	try(t, b.addresses(t, two, "10.77.0.2/24", "fd77::2/64"))
+	for _, address := range []string{"10.77.0.2", "fd77::2"} {
+		t.Run(address, func(t *testing.T) { expectTCP(t, one, two, address) })
+	}
+	// Duplicate address detection asks over both nodes, and hears the answer.
+	if err := b.addresses(t, three, "fd77::1/64"); err == nil {
+		t.Error("an address that a pod on the other node has was given out again")
+	}
+}
+
+func (h host) addresses(t *testing.T, st *station, prefixes ...string) error {
+	t.Helper()
+	var want kernel.Addressing
+	for _, p := range prefixes {
+		want.Addresses = append(want.Addresses, netip.MustParsePrefix(p))
+	}
+	return h.kernel.SetAddresses(t.Context(), st.Path, ifname, want)
+}
+
+// expectTCP sends a megabyte from one pod to the other and wants it back.
+func expectTCP(t *testing.T, from, to *station, address string) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 4*patience)
+	defer cancel()
+	var listener net.Listener
+	try(t, to.Do(func() (err error) {
+		listener, err = net.Listen("tcp", net.JoinHostPort(address, "0"))
+		return err
+	}))
+	defer listener.Close()
+	echoed := make(chan error, 1)
+	go func() { echoed <- echo(listener) }()
+	var conn net.Conn
+	try(t, from.Do(func() (err error) {
+		conn, err = new(net.Dialer).DialContext(ctx, "tcp", listener.Addr().String())
+		return err
+	}))
+	defer conn.Close()
+	deadline, _ := ctx.Deadline()
+	try(t, conn.SetDeadline(deadline))
+	sent, got := make([]byte, 1<<20), make([]byte, 1<<20)
+	_, _ = rand.Read(sent) // never fails
+	wrote := make(chan error, 1)
+	go func() {
+		_, err := conn.Write(sent)
+		wrote <- err
+	}()
+	_, err := io.ReadFull(conn, got)
+	try(t, errors.Join(err, <-wrote))
+	if !bytes.Equal(got, sent) {
+		t.Error("what came back is not what was sent")
+	}
+	conn.Close()
+	try(t, <-echoed)
+}
+
+// echo sends back what the first caller says.
+func echo(listener net.Listener) error {
+	conn, err := listener.Accept()
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	_, err = io.Copy(conn, conn)
+	return err
+}
+
+// Where the underlay has IPv4 only, a group of that family does; the overhead is 20 bytes less.
+func TestLANOverAnIPv4GroupCarriesTheCatalog(t *testing.T) {
+	a, b := hosts(t)
+	s := lan("four", 112, "one", "two")
+	s.VXLAN.Group, s.MTU = netip.MustParseAddr("239.77.0.14"), underlayMTU-58
+	for i, h := range []host{a, b} {
+		h.Sysctl(t, "net/ipv6/conf/all/disable_ipv6", "1")
+		device, err := h.Netlink(t).LinkByName(netns.UnderlayDevice)
+		try(t, err)
+		addr, err := netlink.ParseAddr(fmt.Sprintf("192.0.2.%d/24", i+1))
+		try(t, err)
+		try(t, h.Netlink(t).AddrAdd(device, addr))
+		h.build(t, h.here(t, s))
+	}
+	one, two := a.attach(t, s, "one", segment.Veth), b.attach(t, s, "two", segment.Veth)
+	catalogCrosses(t, one, two)
+	catalogCrosses(t, two, one)
+	vm := b.attach(t, s, "two", segment.Macvtap)
+	doubleTaggedCrosses(t, vm, one)
+}
