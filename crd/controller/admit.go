@@ -181,9 +181,25 @@ func (a admission) others(lan *v1beta1.LAN, match func(attached) bool) []attache
 	return pods
 }
 
-// kept is what a LAN held before and still holds: what may be written before anything is granted.
-func kept(before, after *v1beta1.Holding) *v1beta1.Holding {
-	if before == nil || after == nil || before.NS != after.NS || before.VNI != after.VNI || before.Port != after.Port {
+// vnis are those that LANs hold.
+func vnis(lans []v1beta1.LAN) map[vniKey]bool {
+	taken := map[vniKey]bool{}
+	for i := range lans {
+		if h := lans[i].Status.Holds; h != nil {
+			taken[vniKey{h.VNI, h.Port}] = true
+		}
+	}
+	return taken
+}
+
+// kept is what a LAN held before and still holds: what may be written before anything is granted. A LAN that moves to another
+// port, where nobody has its VNI, keeps the rest: without anything held, nodes would tear it down.
+func kept(before, after *v1beta1.Holding, taken map[vniKey]bool) *v1beta1.Holding {
+	if before == nil || after == nil || before.NS != after.NS {
+		return nil
+	}
+	now := vniKey{after.VNI, after.Port}
+	if now != (vniKey{before.VNI, before.Port}) && taken[now] {
 		return nil
 	}
 	k := &v1beta1.Holding{NS: after.NS, VNI: after.VNI, Port: after.Port}

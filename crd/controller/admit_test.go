@@ -305,13 +305,27 @@ func TestReleasesBeforeGrantsNeverHaveTwoHolders(t *testing.T) {
 		}
 		want := admit(lans, nil)
 		now := func(l *v1beta1.LAN) *v1beta1.Holding { return l.Status.Holds }
+		taken := vnis(lans)
 		for i := range lans {
-			lans[i].Status.Holds = kept(lans[i].Status.Holds, want[lans[i].UID].Holds)
+			lans[i].Status.Holds = kept(lans[i].Status.Holds, want[lans[i].UID].Holds, taken)
 			holders(t, lans, now)
 		}
 		for i := range lans {
 			lans[i].Status.Holds = want[lans[i].UID].Holds
 			holders(t, lans, now)
 		}
+	}
+}
+
+// Nodes tear a LAN down that holds nothing, and kubelet would lose its spokes for a moment.
+func TestALANThatMovesToAnotherPortHoldsTheRestAllTheTime(t *testing.T) {
+	before := &v1beta1.Holding{NS: "default.lab", VNI: 222, Port: 4789, Spokes: []string{"srl", "vm"}}
+	after := &v1beta1.Holding{NS: "default.lab", VNI: 222, Port: 4790, Spokes: []string{"new", "srl"}}
+	want := &v1beta1.Holding{NS: "default.lab", VNI: 222, Port: 4790, Spokes: []string{"srl"}}
+	if k := kept(before, after, map[vniKey]bool{{222, 4789}: true}); !equality.Semantic.DeepEqual(k, want) {
+		t.Errorf("in between it holds %+v, want %+v", k, want)
+	}
+	if k := kept(before, after, map[vniKey]bool{{222, 4789}: true, {222, 4790}: true}); k != nil {
+		t.Errorf("it takes a VNI before the last holder has let go: %+v", k)
 	}
 }

@@ -113,8 +113,9 @@ func holdingsChange(lans []v1beta1.LAN, want []v1beta1.LANStatus) bool {
 
 // write writes what changed: first all that LANs let go, and only when that is written what others take up.
 func (c *claims) write(ctx context.Context, lans []v1beta1.LAN, want []v1beta1.LANStatus) error {
+	taken := vnis(lans)
 	for i := range lans {
-		k := kept(lans[i].Status.Holds, want[i].Holds)
+		k := kept(lans[i].Status.Holds, want[i].Holds, taken)
 		if equality.Semantic.DeepEqual(lans[i].Status.Holds, k) {
 			continue
 		}

@@ -172,14 +172,14 @@ func planAll(lans []v1beta1.LAN, node Node, reports []lanmgr.Report) []Plan {
 	var plans []Plan
 	taken := make(map[string]bool)
 	for i := range byAge {
-		lan, mtu := &byAge[i], 0
+		lan, now := &byAge[i], segment.Segment{}
 		if lan.Status.Holds == nil {
 			continue
 		}
 		if r, ok := byNetns[lan.Status.Holds.NS]; ok && r.Segment.LAN.UID == string(lan.UID) {
-			mtu = r.Segment.MTU
+			now = r.Segment
 		}
-		p, ok := NewPlan(lan, node, mtu)
+		p, ok := NewPlan(lan, node, now)
 		if !ok || taken[p.Segment.Netns] {
 			continue
 		}

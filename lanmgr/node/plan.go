@@ -43,9 +43,10 @@ type Problem struct {
 }
 
 // NewPlan decides what the node should have of a LAN; ok is false if that is nothing. A LAN that cannot reach other
-// nodes is planned without its VXLAN, so that what is attached to it goes on within the node. mtu is what the LAN has
-// on the node now, 0 if it isn't there: a LAN whose underlay is lost keeps it.
-func NewPlan(lan *v1beta1.LAN, node Node, mtu int) (p Plan, ok bool) {
+// nodes is planned without its VXLAN, so that what is attached to it goes on within the node. now is what the LAN has on the
+// node, zero if it isn't there: a LAN whose underlay is lost keeps its MTU, and one whose MTU has become too large for the
+// underlay stays as it is, for what is attached.
+func NewPlan(lan *v1beta1.LAN, node Node, now segment.Segment) (p Plan, ok bool) {
 	if lan.Status.Holds == nil || !lan.DeletionTimestamp.IsZero() || !selects(lan.Spec.NodeSelector, node.Labels) {
 		return Plan{}, false
 	}
@@ -61,7 +62,7 @@ func NewPlan(lan *v1beta1.LAN, node Node, mtu int) (p Plan, ok bool) {
 	}
 	group, err := netip.ParseAddr(spec.VXLANGroup)
 	if err != nil || !group.IsMulticast() {
-		p.Segment.MTU = firstOf(int(spec.MTU), mtu, fallbackMTU-overhead6.reserve)
+		p.Segment.MTU = firstOf(int(spec.MTU), now.MTU, fallbackMTU-overhead6.reserve)
 		p.Problem = Problem{v1beta1.ReasonBuildFailed, fmt.Sprintf("spec.vxlanGrp: %q is not a multicast address; pods wait until it is", spec.VXLANGroup), true}
 		return p, true
 	}
@@ -86,11 +87,16 @@ func NewPlan(lan *v1beta1.LAN, node Node, mtu int) (p Plan, ok bool) {
 			mtuProblem(choice.name, device, int(spec.MTU), overhead),
 			linkProblem(choice.name, device))
 	}
-	if p.Problem.Blocking {
-		p.Segment.MTU = firstOf(int(spec.MTU), mtu, fallbackMTU-overhead.reserve)
-		return p, true
+	there := p.Segment.VXLAN
+	there.UnderlayIndex = device.Index
+	switch {
+	case !p.Problem.Blocking:
+		p.Segment.VXLAN = there
+	case p.Problem.Reason == v1beta1.ReasonMTUTooLarge && now.VXLAN == there:
+		p.Segment.VXLAN, p.Segment.MTU = there, now.MTU
+	default:
+		p.Segment.MTU = firstOf(int(spec.MTU), now.MTU, fallbackMTU-overhead.reserve)
 	}
-	p.Segment.VXLAN.UnderlayIndex = device.Index
 	return p, true
 }
 
@@ -104,7 +110,11 @@ func selects(selector map[string]v1beta1.LabelValue, nodeLabels map[string]strin
 
 // held are the spokes that are both asked for and held, sorted.
 func held(asked, holds []string) []string {
-	spokes := slices.DeleteFunc(slices.Clone(asked), func(spoke string) bool { return !slices.Contains(holds, spoke) })
+	isHeld := make(map[string]bool, len(holds))
+	for _, spoke := range holds {
+		isHeld[spoke] = true
+	}
+	spokes := slices.DeleteFunc(slices.Clone(asked), func(spoke string) bool { return !isHeld[spoke] })
 	slices.Sort(spokes)
 	return spokes
 }

@@ -48,7 +48,7 @@ func lab(change func(*v1beta1.LAN)) *v1beta1.LAN {
 }
 
 func TestALANOfTenLinesGetsItsDefaults(t *testing.T) {
-	plan, ok := node.NewPlan(lab(nil), worker1(), 0)
+	plan, ok := node.NewPlan(lab(nil), worker1(), segment.Segment{})
 	want := segment.Segment{
 		LAN:        segment.LAN{Namespace: "default", Name: "lab", UID: "uid-lab"},
 		Generation: 3,
@@ -75,11 +75,11 @@ func TestANodeHasNothingOfALANThatIs(t *testing.T) {
 		"for other nodes":    func(l *v1beta1.LAN) { l.Spec.NodeSelector = map[string]v1beta1.LabelValue{"rack": "b"} },
 		"for unlabelled key": func(l *v1beta1.LAN) { l.Spec.NodeSelector = map[string]v1beta1.LabelValue{"rack": "a", "gpu": ""} },
 	} {
-		if plan, ok := node.NewPlan(lab(change), worker1(), 0); ok {
+		if plan, ok := node.NewPlan(lab(change), worker1(), segment.Segment{}); ok {
 			t.Errorf("%s: plan = %+v", name, plan)
 		}
 	}
-	if _, ok := node.NewPlan(lab(func(l *v1beta1.LAN) { l.Spec.NodeSelector = map[string]v1beta1.LabelValue{"rack": "a"} }), worker1(), 0); !ok {
+	if _, ok := node.NewPlan(lab(func(l *v1beta1.LAN) { l.Spec.NodeSelector = map[string]v1beta1.LabelValue{"rack": "a"} }), worker1(), segment.Segment{}); !ok {
 		t.Error("nothing of a LAN that selects the node")
 	}
 }
@@ -88,7 +88,7 @@ func TestOnlyWhatIsHeldIsBuilt(t *testing.T) {
 	plan, _ := node.NewPlan(lab(func(l *v1beta1.LAN) {
 		l.Spec.Spokes = []string{"srl", "refused"}
 		l.Spec.VXLANPort = 4790 // asked for, not held yet
-	}), worker1(), 0)
+	}), worker1(), segment.Segment{})
 	if got := strings.Join(plan.Segment.Spokes, " "); got != "srl" {
 		t.Errorf("spokes = %q, want srl: vm is not asked for any more, refused is not held", got)
 	}
@@ -117,7 +117,7 @@ func TestTheUnderlayIsTheNodesOwnThenTheLANsThenTheDefaultRoutes(t *testing.T) {
 		{"by hostname label", devices("host1", "jumbo"), "eth1", "jumbo"},
 		{"only other nodes'", devices("worker2", "jumbo"), "eth1", "eth1"},
 	} {
-		plan, _ := node.NewPlan(lab(func(l *v1beta1.LAN) { l.Spec.VXLANDevMap, l.Spec.DefaultVXLANDev = c.byNode, c.common }), worker1(), 0)
+		plan, _ := node.NewPlan(lab(func(l *v1beta1.LAN) { l.Spec.VXLANDevMap, l.Spec.DefaultVXLANDev = c.byNode, c.common }), worker1(), segment.Segment{})
 		if got := plan.Segment.VXLAN.Underlay; got != c.want {
 			t.Errorf("%s: underlay = %q, want %q", c.name, got, c.want)
 		}
@@ -142,7 +142,7 @@ func TestTheMTULeavesRoomForTheVXLAN(t *testing.T) {
 	} {
 		plan, _ := node.NewPlan(lab(func(l *v1beta1.LAN) {
 			l.Spec.VXLANGroup, l.Spec.DefaultVXLANDev, l.Spec.MTU = c.group, v1beta1.Device(c.underlay), c.mtu
-		}), worker1(), 0)
+		}), worker1(), segment.Segment{})
 		if plan.Segment.MTU != c.want || plan.Problem.Reason != c.reason {
 			t.Errorf("%s: MTU %d, problem %+v; want %d, %q", c.name, plan.Segment.MTU, plan.Problem, c.want, c.reason)
 		}
@@ -238,7 +238,7 @@ func TestAProblemSaysWhatIsWrongAndTheWayOut(t *testing.T) {
 			if c.node != nil {
 				c.node(&here)
 			}
-			plan, ok := node.NewPlan(lab(c.lan), here, 0)
+			plan, ok := node.NewPlan(lab(c.lan), here, segment.Segment{})
 			if !ok {
 				t.Fatal("nothing planned")
 			}
@@ -259,8 +259,20 @@ func TestAProblemSaysWhatIsWrongAndTheWayOut(t *testing.T) {
 func TestALANKeepsItsMTUWhileItsUnderlayIsAway(t *testing.T) {
 	here := worker1()
 	delete(here.Underlays.Devices, "eth0")
-	plan, _ := node.NewPlan(lab(nil), here, 8922)
+	plan, _ := node.NewPlan(lab(nil), here, segment.Segment{MTU: 8922})
 	if plan.Segment.MTU != 8922 || plan.Segment.VXLAN.UnderlayIndex != 0 {
 		t.Errorf("MTU %d, underlay %d; want 8922 without an underlay", plan.Segment.MTU, plan.Segment.VXLAN.UnderlayIndex)
+	}
+}
+
+// A slip in spec.mtu, or an underlay that got smaller, must not cut off who is attached.
+func TestALANWhoseMTUBecameTooLargeStaysAsItIs(t *testing.T) {
+	before, _ := node.NewPlan(lab(nil), worker1(), segment.Segment{})
+	after, _ := node.NewPlan(lab(func(l *v1beta1.LAN) { l.Spec.MTU = 9000 }), worker1(), before.Segment)
+	if after.Segment.MTU != before.Segment.MTU || after.Segment.VXLAN != before.Segment.VXLAN {
+		t.Errorf("planned %+v, want what is there: %+v", after.Segment, before.Segment)
+	}
+	if after.Problem.Reason != v1beta1.ReasonMTUTooLarge || !after.Problem.Blocking {
+		t.Errorf("problem = %+v", after.Problem)
 	}
 }

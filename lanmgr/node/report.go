@@ -32,10 +32,8 @@ func Offers(plans []Plan, reports []lanmgr.Report) []Spoke {
 		if !ok || r.Leaving || r.Segment.LAN != p.Segment.LAN {
 			continue
 		}
-		for _, spoke := range p.Segment.Spokes {
-			if slices.Contains(r.Segment.Spokes, spoke) {
-				health[spoke] = stands(p, r)
-			}
+		for _, spoke := range held(p.Segment.Spokes, r.Segment.Spokes) {
+			health[spoke] = stands(p, r)
 		}
 	}
 	offers := make([]Spoke, 0, len(health))
@@ -134,11 +132,7 @@ func reported(p Plan, r lanmgr.Report) v1beta1.SegmentStatus {
 	default:
 		s.State, s.Message = v1beta1.SegmentReady, ""
 	}
-	for _, spoke := range p.Segment.Spokes {
-		if slices.Contains(r.Segment.Spokes, spoke) {
-			s.Offered++
-		}
-	}
+	s.Offered = int32(len(held(p.Segment.Spokes, r.Segment.Spokes)))
 	return s
 }
 
