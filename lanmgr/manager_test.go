@@ -91,6 +91,12 @@ func apply(s segment.State, op segment.Op) segment.State {
 		s.Record = &o.Segment
 	case segment.RemoveRecord:
 		s.Record = nil
+	case segment.Settle: // there is no macvtap here
+		for i := range s.Links {
+			if s.Links[i].Name == segment.PlugName(o.Spoke) {
+				s.Links[i].AltNames = nil
+			}
+		}
 	case segment.AddBridge:
 		s.Links = append(s.Links, segment.Link{Index: 1, Name: o.Name, Type: "bridge", MTU: o.MTU, Up: true})
 	case segment.AddPair:
@@ -333,4 +339,17 @@ func TestAttachmentsAreReportedWhileTheKernelCannotBeRead(t *testing.T) {
 	n.blind = nil
 	n.mu.Unlock()
 	await(t, m, "leaving", func(rs []lanmgr.Report) bool { return len(rs) == 1 && rs[0].Err == nil && rs[0].Leaving })
+}
+
+// The record may be lost while a VM is attached to a LAN that nobody wants any more: it goes with the VM all the same.
+func TestASegmentOfNobodyGoesWithItsLastVM(t *testing.T) {
+	n := &node{states: map[string]segment.State{"default.old": {Exists: true, Links: []segment.Link{
+		{Name: segment.PlugName("vm"), Type: "veth", AltNames: []string{segment.ClaimID("c1", "net1")}, Promisc: 1},
+	}}}}
+	m, _ := start(t, n)
+	m.Set(nil)
+	await(t, m, "attached", func(rs []lanmgr.Report) bool { return len(rs) == 1 && len(rs[0].Claims) == 1 })
+	n.change("default.old", func(s *segment.State) { s.Links[0].Promisc = 0 })
+	m.Poke("default.old")
+	await(t, m, "gone", func([]lanmgr.Report) bool { names, _ := n.List(); return len(names) == 0 })
 }
