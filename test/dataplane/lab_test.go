@@ -128,9 +128,6 @@ func (h host) attach(t *testing.T, s segment.Segment, spoke string, kind segment
 // claim attaches without anybody who speaks: before a VM's QEMU has started.
 func (h host) claim(t *testing.T, s segment.Segment, spoke string, kind segment.Kind) *station {
 	t.Helper()
-	if kind == segment.Macvtap {
-		netns.NeedDevices(t)
-	}
 	st := &station{Namespace: netns.NewPod(t)}
 	st.request = request(s, spoke, kind, st.Namespace)
 	var err error

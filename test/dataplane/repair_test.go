@@ -225,8 +225,8 @@ func TestSegmentThatStandsIsLeftAlone(t *testing.T) {
 	a, _ := hosts(t)
 	s := a.here(t, lan("stands", 93, "pod", "vm", "waiting"))
 	a.build(t, s)
-	a.attach(t, s, "pod", segment.Veth)
-	a.attach(t, s, "vm", segment.Macvtap)
+	a.claim(t, s, "pod", segment.Veth)
+	a.claim(t, s, "vm", segment.Macvtap)
 	a.build(t, s)
 	expectStill(t, a, s, func() {
 		if ops := a.build(t, s); len(ops) != 0 {
