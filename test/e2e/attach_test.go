@@ -57,7 +57,7 @@ func TestPodGetsAddressesFromTheLANsIPAM(t *testing.T) {
 	l.lan("ipam", 1012, []string{"ipam-1", "ipam-2"},
 		`ipam: {type: host-local, dataDir: /run/e2e-ipam, ranges: [[{subnet: 10.12.0.0/24}], [{subnet: "fd12::/64"}]]}`)
 	s := l.start(pod("ipam-1", worker1, "ipam-1"))[0]
-	out := s.sh("ip addr show dev %s", s.link)
+	out := s.sh("ip addr show dev %s scope global", s.link)
 	if !strings.Contains(out, "inet 10.12.0.") || !strings.Contains(out, "inet6 fd12::") || strings.Contains(out, "tentative") {
 		t.Errorf("the pod's interface has no address of each family that can be used:\n%s", out)
 	}

@@ -70,7 +70,8 @@ func TestAllInOneManifestIsAcceptedByTheAPIServer(t *testing.T) {
 	l := newLab(t)
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
-	all, err := bed.Helm(ctx, "template", install.Release, chartDir, "--namespace", install.Namespace, "--include-crds", "--set", "createNamespace=true")
+	all, err := bed.Helm(ctx, "template", install.Release, chartDir, "--namespace", install.Namespace, "--include-crds",
+		"--kube-version", "1.31.0", "--set", "createNamespace=true")
 	if err != nil {
 		t.Fatal(err)
 	}

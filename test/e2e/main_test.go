@@ -39,6 +39,9 @@ type testbed struct {
 // brought up it takes down again, unless K8SLAN_E2E_KEEP is set.
 func TestMain(m *testing.M) {
 	flag.Parse()
+	if err := flag.Set("test.parallel", "4"); err != nil { // tests wait more than they work
+		panic(err)
+	}
 	os.Exit(run(m))
 }
 

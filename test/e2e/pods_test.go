@@ -143,6 +143,18 @@ func (l lab) awaitPending(name, spoke string) {
 	})
 }
 
+// awaitAllocatable returns when a node offers so many of a spoke to the scheduler.
+func (l lab) awaitAllocatable(node, spoke string, count int64) {
+	l.Helper()
+	one(l, &corev1.NodeList{}, "", node, fmt.Sprintf("offering %d of spoke %s", count, spoke), func(n *corev1.Node) bool {
+		if n == nil {
+			return false
+		}
+		have := n.Status.Allocatable[corev1.ResourceName(v1beta1.Resource(spoke))]
+		return have.Value() == count
+	})
+}
+
 // awaitPodGone returns when there is no pod of that name.
 func (l lab) awaitPodGone(name string) {
 	l.Helper()

@@ -107,6 +107,7 @@ func TestUnderlayIsRemovedAndRestored(t *testing.T) {
 	l.awaitLAN("gone", "Degraded for a missing underlay, with its pods", func(lan *v1beta1.LAN) bool {
 		return lan.Status.Reason == v1beta1.ReasonUnderlayMissing && lan.Status.Attached == 2
 	})
+	l.awaitAllocatable(worker2, "gone-3", 0) // kubelet rejects for good what the scheduler binds before it knows
 	l.create(pod("gone-3", worker2, "gone-3"))
 	l.awaitPending("gone-3", "gone-3")
 	if err := node.RestoreUnderlay("eth2"); err != nil {
