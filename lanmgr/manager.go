@@ -117,12 +117,16 @@ func (m *Manager) Reports() []Report {
 func (m *Manager) Run(ctx context.Context) error {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
+	sweep := time.NewTicker(sweepEvery)
+	defer sweep.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-m.poked:
 		case <-timer.C:
+		case <-sweep.C:
+			m.pokeAll()
 		}
 		for {
 			name, wait, ok := m.next()
@@ -139,6 +143,17 @@ func (m *Manager) Run(ctx context.Context) error {
 			}
 			m.work(ctx, name)
 		}
+	}
+}
+
+// sweepEvery is how often every segment is looked at without a cause: the kernel tells of no change to a sysctl.
+const sweepEvery = time.Minute
+
+func (m *Manager) pokeAll() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for name := range m.reports {
+		m.dirty[name] = true
 	}
 }
 

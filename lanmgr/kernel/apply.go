@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 
@@ -136,6 +137,8 @@ func (b *builder) apply(op segment.Op) error {
 		return c.addPair(o)
 	case segment.DelLink:
 		return c.delLink(o.Name)
+	case segment.DelLinks:
+		return c.delLinks(o.Names)
 	case segment.DelPairs:
 		return c.delGroup(segment.LinkGroup)
 	case segment.Settle:
@@ -339,6 +342,25 @@ func (c *conn) delLink(name string) error {
 		return err
 	}
 	return nil
+}
+
+// delLinks deletes links in one message. They are named to it by a link group of their own, of a number that no earlier
+// deletion, broken off halfway, can have left on a link that is wanted now.
+func (c *conn) delLinks(names []string) error {
+	group := rand.Uint32() | 1<<31
+	for _, name := range names {
+		l, ok, err := c.link(name)
+		if err != nil {
+			return err
+		}
+		if !ok {
+			continue
+		}
+		if err := c.LinkSetGroup(l, int(group)); err != nil && !errors.Is(err, unix.ENODEV) {
+			return fmt.Errorf("mark %s for deletion: %w", name, err)
+		}
+	}
+	return c.delGroup(group)
 }
 
 // settle ends a macvtap's claim if the macvtap is gone. Whether it is, only the lower link knows: a second passthru

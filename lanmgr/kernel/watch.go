@@ -7,8 +7,11 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"path/filepath"
+	"strings"
 	"sync"
 
+	"github.com/fsnotify/fsnotify"
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 )
@@ -37,12 +40,21 @@ func (n *Node) Watch(ctx context.Context, poke func(netnsName string)) error {
 		host.Close()
 		return fmt.Errorf("watch kernel modules: %w", err)
 	}
+	records, err := n.openRecords()
+	if err != nil {
+		links.Close()
+		host.Close()
+		uevents.Close()
+		return fmt.Errorf("watch the records of LANs: %w", err)
+	}
+	defer records.Close()
 	var group sync.WaitGroup
 	for what, read := range map[string]func() error{
-		"the links of LANs": func() error { return n.readLinkEvents(ctx, links, poke) },
-		"the node's links":  func() error { return n.readHostEvents(ctx, host, poke) },
-		"kernel modules":    func() error { return n.readUevents(ctx, uevents, poke) },
-		"mounts":            func() error { return n.readMountEvents(ctx, poke) },
+		"the records of LANs": func() error { return readRecordEvents(ctx, records, poke) },
+		"the links of LANs":   func() error { return n.readLinkEvents(ctx, links, poke) },
+		"the node's links":    func() error { return n.readHostEvents(ctx, host, poke) },
+		"kernel modules":      func() error { return n.readUevents(ctx, uevents, poke) },
+		"mounts":              func() error { return n.readMountEvents(ctx, poke) },
 	} {
 		group.Go(func() {
 			if err := read(); err != nil {
@@ -57,6 +69,38 @@ func (n *Node) Watch(ctx context.Context, poke func(netnsName string)) error {
 		return err
 	}
 	return nil
+}
+
+// openRecords watches the folder of records: what somebody else does to one is undone.
+func (n *Node) openRecords() (*fsnotify.Watcher, error) {
+	dir := filepath.Dir(n.recordPath(""))
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, err
+	}
+	w, err := fsnotify.NewWatcher()
+	if err != nil {
+		return nil, err
+	}
+	if err := w.Add(dir); err != nil {
+		w.Close()
+		return nil, err
+	}
+	return w, nil
+}
+
+func readRecordEvents(ctx context.Context, w *fsnotify.Watcher, poke func(string)) error {
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case event := <-w.Events:
+			if name, ok := strings.CutSuffix(filepath.Base(event.Name), ".json"); ok && !strings.HasPrefix(name, ".") && !event.Has(fsnotify.Chmod) {
+				poke(name)
+			}
+		case err := <-w.Errors:
+			return err
+		}
+	}
 }
 
 // receiveBuffer is large because an overflow means to observe everything again.

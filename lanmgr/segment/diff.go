@@ -192,7 +192,7 @@ func (d *diff) spoke(spoke string) {
 	d.settle(plug)
 }
 
-// vethClaim is the link by which a pod is attached to the spoke. A claim link always has the altname: it was claimed by that.
+// vethClaim is the link by which a pod is attached to the spoke.
 func (d *diff) vethClaim(spoke string) (Link, bool) {
 	l, ok := d.links[d.veths[spoke].ID]
 	return l, ok
@@ -239,16 +239,24 @@ func (d *diff) leftovers() {
 	for _, c := range d.claims {
 		stays[c.ID] = true
 	}
+	var left []string
 	for _, l := range d.have.Links {
 		if IsClaimID(l.Name) && l.Type == "veth" {
 			if !stays[l.Name] {
-				d.do(DelLink{l.Name})
+				left = append(left, l.Name)
 			}
 			continue
 		}
 		if spoke, _, ok := spokeOf(l.Name); ok && !stays[spoke] {
 			stays[spoke] = true // its other end goes with it
-			d.do(DelLink{l.Name})
+			left = append(left, l.Name)
 		}
+	}
+	switch len(left) {
+	case 0:
+	case 1:
+		d.do(DelLink{left[0]})
+	default:
+		d.do(DelLinks{left})
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"strings"
 )
 
 // Op is one change to a node. Its text is the ip command, or the like, that a person would type in the LAN's netns.
@@ -47,6 +48,8 @@ type (
 	}
 	// DelLink deletes a link, and with one end of a veth the other.
 	DelLink struct{ Name string }
+	// DelLinks deletes several at once, which takes hardly longer than one.
+	DelLinks struct{ Names []string }
 	// DelPairs deletes every link that attaches spokes, in one message.
 	DelPairs struct{}
 	// SetMTU sets a link's MTU in bytes.
@@ -106,6 +109,7 @@ func (o AddPair) String() string {
 		PortName(o.Spoke), PortMTU(o.MTU), o.Bridge, PlugName(o.Spoke), o.MTU, o.MAC)
 }
 func (o DelLink) String() string   { return "ip link del " + o.Name }
+func (o DelLinks) String() string  { return "ip link del " + strings.Join(o.Names, " ") }
 func (o DelPairs) String() string  { return fmt.Sprintf("ip link del group %d", LinkGroup) }
 func (o SetMTU) String() string    { return fmt.Sprintf("ip link set %s mtu %d", o.Name, o.MTU) }
 func (o SetMaster) String() string { return fmt.Sprintf("ip link set %s master %s", o.Name, o.Bridge) }

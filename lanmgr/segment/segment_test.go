@@ -148,6 +148,13 @@ func TestDiffMendsWhatIsMissingOrChanged(t *testing.T) {
 				segment.MAC(lab.LAN, "host").String() + " up\nip link property add host_b altname host",
 		},
 		{"spoke removed", fewer, built(lab), "record knlvrf\nip link del srl_b"},
+		{
+			"several spokes removed", func() segment.Segment { s := lab; s.Spokes = []string{"host"}; return s }(), func() segment.State {
+				s := lab
+				s.Spokes = []string{"host", "srl", "vm"}
+				return built(s)
+			}(), "record knlvrf\nip link del srl_b vm_b",
+		},
 		{"spoke removed under a pod", fewer, attached(built(lab), "srl"), "record knlvrf"},
 		{"spoke removed under a VM", func() segment.Segment { s := lab; s.Spokes = []string{"srl"}; return s }(), attachedVM(built(lab), "vm"), "record knlvrf"},
 		{"port taken out of the bridge", lab, change(built(lab), "srl_b", func(l *segment.Link) { l.Master, l.ForwardMask = 0, 0 }), "ip link set srl_b master br2\nip link set srl_b type bridge_slave group_fwd_mask 0xfffd"},
@@ -161,6 +168,11 @@ func TestDiffMendsWhatIsMissingOrChanged(t *testing.T) {
 			"ip link set vx2 down\nip link property add srl_b altname srl\nip link set srl_b up",
 		},
 		{"VM's macvtap in doubt", lab, change(attachedVM(built(lab), "vm"), "vm_p", func(l *segment.Link) { l.Promisc = 0 }), "settle vm " + claim("vm", segment.Macvtap).ID},
+		{
+			"altname of a pod's link taken away", lab,
+			change(attached(built(lab), "srl"), claim("srl", segment.Veth).ID, func(l *segment.Link) { l.AltNames = nil }),
+			"ip link property add " + claim("srl", segment.Veth).ID + " altname srl",
+		},
 		{"attach that never finished", lab, stray, "ip link del " + segment.ClaimID("dead", "net1")},
 		{
 			"MTU raised with a pod attached", func() segment.Segment { s := bigger; s.Spokes = []string{"srl"}; return s }(),

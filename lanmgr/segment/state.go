@@ -64,11 +64,12 @@ func (s State) Link(name string) (Link, bool) {
 func (l Link) answersTo(name string) bool { return l.Name == name || slices.Contains(l.AltNames, name) }
 
 // Claims are the pods' holds on spokes, in the order of the spokes' names.
-// A claim link that does not answer to its spoke's name is left from an attach that never finished, and no claim.
+// A claim link that neither answers to its spoke's name nor is up is left from an attach that never finished, and no
+// claim: to set it up is an attach's last step. One that is up has had its altname taken away since.
 func (s State) Claims() []Claim {
 	var claims []Claim
 	for _, l := range s.Links {
-		if c, ok := l.claim(); ok && (c.Kind == Macvtap || l.answersTo(c.Spoke)) {
+		if c, ok := l.claim(); ok && (c.Kind == Macvtap || l.answersTo(c.Spoke) || l.Up) {
 			claims = append(claims, c)
 		}
 	}
