@@ -85,6 +85,9 @@ func harms() []harm {
 		{name: "spoke's name taken off its port", frames: true, do: func(t *testing.T, b broken) {
 			try(t, b.links.LinkDelAltName(b.link(t, segment.PortName("waiting")), "waiting"))
 		}},
+		{name: "spoke's name taken off a pod's link", frames: true, do: func(t *testing.T, b broken) {
+			try(t, b.links.LinkDelAltName(b.link(t, b.carrier()), "pod"))
+		}},
 		{name: "another VXLAN added", frames: true, do: func(t *testing.T, b broken) {
 			a := netlink.NewLinkAttrs()
 			a.Name = "vx-other"
@@ -111,10 +114,10 @@ func harms() []harm {
 			}
 			b.inside(b.Segment).Sysctl(t, "net/bridge/bridge-nf-call-iptables", "1")
 		}},
-		{name: "record removed", frames: true, unseen: true, do: func(t *testing.T, b broken) {
+		{name: "record removed", frames: true, do: func(t *testing.T, b broken) {
 			try(t, os.Remove(b.Run+"/lan/"+b.Netns+".json"))
 		}},
-		{name: "record damaged", frames: true, unseen: true, do: func(t *testing.T, b broken) {
+		{name: "record damaged", frames: true, do: func(t *testing.T, b broken) {
 			try(t, os.WriteFile(b.Run+"/lan/"+b.Netns+".json", []byte("{"), 0o600))
 		}},
 	}
