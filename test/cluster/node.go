@@ -136,6 +136,19 @@ func (n *Node) PowerOff(ctx context.Context) error {
 	if err := n.group().Kill(ctx); err != nil {
 		return err
 	}
+	// A control group is empty a moment before its processes have ended.
+	for _, name := range []string{n.Name, n.Name + "-containerd", n.Name + "-kubelet", n.Name + "-kube-proxy"} {
+		r, alive, err := n.state.running(name)
+		if err != nil {
+			return err
+		}
+		if !alive {
+			continue
+		}
+		if err := r.Wait(ctx); err != nil {
+			return fmt.Errorf("wait for the end of %s: %w", name, err)
+		}
+	}
 	for _, d := range devices() {
 		// The kernel removes them a moment after the node's last process; this is surer.
 		if err := n.unplug(d); err != nil {
