@@ -110,6 +110,10 @@ func apply(s segment.State, op segment.Op) segment.State {
 		}
 	case segment.DelPairs:
 		s.Links = slices.DeleteFunc(s.Links, func(l segment.Link) bool { return l.Type == "veth" })
+	case segment.DelLinks:
+		for _, link := range o.Names {
+			s = apply(s, segment.DelLink{Name: link})
+		}
 	case segment.DelLink:
 		s.Links = slices.DeleteFunc(s.Links, func(l segment.Link) bool {
 			return l.Name == o.Name || segment.PortName(l.Name[:max(0, len(l.Name)-2)]) == o.Name

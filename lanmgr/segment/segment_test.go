@@ -199,11 +199,17 @@ func TestNothingAttachedIsDeleted(t *testing.T) {
 		other := lab
 		other.Spokes, other.MTU, other.VXLAN.UnderlayIndex = []string{"host"}, 9000, 9
 		for _, op := range segment.Diff(other, have) {
-			if del, ok := op.(segment.DelLink); ok && slices.Contains(carriers, del.Name) && name == "VM" {
-				t.Errorf("%s attached: %s", name, del)
+			var names []string
+			switch o := op.(type) {
+			case segment.DelLink:
+				names = []string{o.Name}
+			case segment.DelLinks:
+				names = o.Names
 			}
-			if del, ok := op.(segment.DelLink); ok && del.Name == carriers[0] {
-				t.Errorf("%s attached: %s", name, del)
+			for _, carrier := range carriers {
+				if slices.Contains(names, carrier) && (name == "VM" || carrier == carriers[0]) {
+					t.Errorf("%s attached: %s", name, op)
+				}
 			}
 		}
 	}

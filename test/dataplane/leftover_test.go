@@ -3,6 +3,7 @@ package dataplane
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"testing"
@@ -58,4 +59,28 @@ func TestAnAttachToNoLANLeavesNothing(t *testing.T) {
 		t.Errorf("claim: %v", err)
 	}
 	expectNothing(t, a)
+}
+
+// Spokes that are removed together go together: one by one each would take 16 ms, in which nobody else can attach.
+func TestManySpokesRemovedAtOnceLeaveTheOthersAlone(t *testing.T) {
+	a, _ := hosts(t)
+	var spokes []string
+	for i := range 40 {
+		spokes = append(spokes, fmt.Sprintf("spoke-%d", i))
+	}
+	many, few := a.here(t, lan("many", 123, spokes...)), a.here(t, lan("many", 123, spokes[:10]...))
+	a.build(t, few)
+	want := describe(a.observe(t, few))
+	a.build(t, many)
+	stays := a.attach(t, many, spokes[0], segment.Veth)
+	goes := a.attach(t, many, spokes[20], segment.Veth)
+	bothWays(t, stays, goes)
+	a.build(t, few)
+	bothWays(t, stays, goes) // removed, but attached
+	a.release(t, stays)
+	a.release(t, goes)
+	a.build(t, few)
+	if got := describe(a.observe(t, few)); got != want {
+		t.Errorf("the segment is\n%s\nwant\n%s", got, want)
+	}
 }
