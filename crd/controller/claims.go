@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 
 	nadv1 "github.com/k8snetworkplumbingwg/network-attachment-definition-client/pkg/apis/k8s.cni.cncf.io/v1"
 	corev1 "k8s.io/api/core/v1"
@@ -127,9 +128,32 @@ func (c *claims) write(ctx context.Context, lans []v1beta1.LAN, want []v1beta1.L
 	}
 	var errs []error
 	for i := range lans {
-		errs = append(errs, ignoreOutdated(c.update(ctx, &lans[i], want[i])))
+		err := c.announce(ctx, &lans[i], want[i])
+		if err == nil {
+			err = ignoreOutdated(c.update(ctx, &lans[i], want[i]))
+		}
+		errs = append(errs, err)
 	}
 	return errors.Join(errs...)
+}
+
+// announce writes the NADs of spokes that a LAN is about to be granted. Nodes offer a spoke as soon as they read of it, and a pod
+// that comes before its NAD waits long: kubelet tries again only after ten seconds and more.
+func (c *claims) announce(ctx context.Context, lan *v1beta1.LAN, want v1beta1.LANStatus) error {
+	if !grows(lan.Status.Holds, want.Holds) || !lan.DeletionTimestamp.IsZero() {
+		return nil
+	}
+	granted := lan.DeepCopy()
+	granted.Status.Holds, granted.Status.ObservedGeneration = want.Holds, want.ObservedGeneration
+	nads := nadReconciler{client: c.cache}
+	return nads.bring(ctx, granted)
+}
+
+// grows says whether a holding has a spoke that it had not before.
+func grows(before, after *v1beta1.Holding) bool {
+	return after != nil && slices.ContainsFunc(after.Spokes, func(spoke string) bool {
+		return before == nil || !slices.Contains(before.Spokes, spoke)
+	})
 }
 
 // update writes a status that differs from the LAN's, and tells as events what changed in its conditions.

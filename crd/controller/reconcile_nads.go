@@ -30,15 +30,24 @@ func (r *nadReconciler) Reconcile(ctx context.Context, request ctrl.Request) (ct
 	if !lan.DeletionTimestamp.IsZero() {
 		return ctrl.Result{}, nil
 	}
+	return ctrl.Result{}, r.bring(ctx, &lan)
+}
+
+// bring makes a LAN's NADs those of the spokes it holds.
+func (r *nadReconciler) bring(ctx context.Context, lan *v1beta1.LAN) error {
 	var have nadv1.NetworkAttachmentDefinitionList
 	if err := r.client.List(ctx, &have, client.InNamespace(lan.Namespace)); err != nil {
-		return ctrl.Result{}, fmt.Errorf("list the NADs of namespace %s: %w", lan.Namespace, err)
+		return fmt.Errorf("list the NADs of namespace %s: %w", lan.Namespace, err)
 	}
-	want, err := nads(&lan)
+	want, err := nads(lan)
 	if err != nil {
-		return ctrl.Result{}, err
+		return err
 	}
-	return ctrl.Result{}, r.apply(ctx, diffNADs(&lan, want, have.Items))
+	changes := diffNADs(lan, want, have.Items)
+	if lan.Status.ObservedGeneration != lan.Generation {
+		changes.remove = nil // what is too many may be what the status is about to grant
+	}
+	return r.apply(ctx, changes)
 }
 
 func (r *nadReconciler) apply(ctx context.Context, changes nadChanges) error {
