@@ -1,6 +1,7 @@
 package dataplane
 
 import (
+	"errors"
 	"fmt"
 	"io/fs"
 	"math/rand/v2"
@@ -170,7 +171,7 @@ func (w *walker) damage() string {
 			return fmt.Sprintf("MTU of %s %d", name, mtu), w.links.LinkSetMTU(link, mtu)
 		},
 		func() (string, error) { return name + " down", w.links.LinkSetDown(link) },
-		func() (string, error) { return name + " up", w.links.LinkSetUp(link) },
+		func() (string, error) { return name + " up", w.up(link) },
 		func() (string, error) { return name + " out of the bridge", w.links.LinkSetNoMaster(link) },
 		func() (string, error) {
 			return "group_fwd_mask of " + name, w.links.LinkSetBRSlaveGroupFwdMask(link, uint16(w.rng.IntN(8)<<3))
@@ -220,6 +221,14 @@ func firstOf(errs ...error) error {
 
 func (w *walker) claimID() string {
 	return segment.ClaimID(fmt.Sprint("sandbox", w.rng.IntN(3)), ifname)
+}
+
+// up leaves the link of an attach that never finished alone: to be up is what would finish it.
+func (w *walker) up(link netlink.Link) error {
+	if segment.IsClaimID(link.Attrs().Name) {
+		return errors.New("it is of an attach")
+	}
+	return w.links.LinkSetUp(link)
 }
 
 func (w *walker) moveName(spoke string, to netlink.Link) error {

@@ -137,7 +137,7 @@ func TestWhatIsDeletedByHandIsRepaired(t *testing.T) {
 		l := l.in(t)
 		m, one, two := l.machine(worker2), one.in(t), two.in(t)
 		begin := time.Now()
-		m.run("sh", "-ec", "umount -l /run/k8slan/netns/"+ns+" && rm /run/k8slan/netns/"+ns)
+		m.run("sh", "-ec", "umount -l /run/k8slan/netns/"+ns)
 		m.until("the name to be back", func() bool {
 			_, err := m.Exec(t.Context(), "nsenter", "--net=/run/k8slan/netns/"+ns, "ip", "link", "show", "br1073")
 			return err == nil
