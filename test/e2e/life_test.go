@@ -51,7 +51,8 @@ func (l lab) awaitDaemon(node, what string, fits func(*corev1.Pod) bool) {
 	ctx, cancel := context.WithTimeout(l.Context(), patience)
 	defer cancel()
 	which := []client.ListOption{
-		client.InNamespace(install.Namespace), client.MatchingLabels{"app.kubernetes.io/component": "node"},
+		client.InNamespace(install.Namespace),
+		client.MatchingLabels{"app.kubernetes.io/component": "node"},
 		client.MatchingFields{"spec.nodeName": node},
 	}
 	_, err := await(ctx, bed.client, &corev1.PodList{}, which, func(all []*corev1.Pod) bool {
