@@ -179,7 +179,7 @@ func flock(ctx context.Context, f *os.File) error {
 		return err
 	case <-ctx.Done():
 		go func() {
-			_ = <-locked // taken or not, closing gives it back
+			<-locked // taken or not, closing gives it back
 			f.Close()
 		}()
 		return ctx.Err()
