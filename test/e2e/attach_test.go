@@ -5,6 +5,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	"sigs.k8s.io/controller-runtime/pkg/client"
@@ -145,10 +146,10 @@ func TestSpokeGoesFromOneToTheNext(t *testing.T) {
 				l.awaitPending(younger.Name, spoke)
 
 				l.delete(&corev1.Pod{}, older.Name, client.GracePeriodSeconds(0))
+				begin := time.Now()
 				next := l.station(younger)
-				if l.machine(worker1).sandboxGone(old.uid) {
-					t.Log("the old sandbox was gone before the new pod ran")
-				}
+				l.logTime("from kubectl delete --force to a new "+to+" that answers", begin)
+				t.Logf("the old sandbox was still dying then: %t", !l.machine(worker1).sandboxGone(old.uid))
 				if to == "pod" {
 					next.address(network + "2/24")
 				}

@@ -34,19 +34,35 @@ func (l lab) dumpObjects(ctx context.Context) {
 	l.show(ctx, "pods", kubectl, "get", "pods", "-n", l.namespace, "-o", "wide")
 	l.show(ctx, "LANs", kubectl, "get", "lans,net-attach-def", "-n", l.namespace, "-o", "yaml")
 	l.show(ctx, "LANNodes", kubectl, "get", "lannodes", "-o", "yaml")
-	var events corev1.EventList
-	if err := bed.client.List(ctx, &events, client.InNamespace(l.namespace)); err != nil {
-		l.Logf("events: %v", err)
-	}
-	var all []*corev1.Event
-	for i := range events.Items {
-		all = append(all, &events.Items[i])
-	}
-	l.Logf("--- events\n%s", eventLines(all))
+	l.Logf("--- events\n%s", eventLines(l.events(ctx, func(*corev1.Event) bool { return true })))
 	l.show(ctx, "k8slan", kubectl, "get", "pods", "-n", install.Namespace, "-o", "wide")
 	for _, component := range []string{"node", "controller"} {
 		l.show(ctx, component, kubectl, "logs", "-n", install.Namespace, "-l", "app.kubernetes.io/component="+component, "--tail=40", "--prefix")
 	}
+}
+
+// tellDelays logs what kubelet had to do a second time, which takes it ten seconds and more.
+func (l lab) tellDelays(ctx context.Context) {
+	l.Helper()
+	if delays := l.events(ctx, func(e *corev1.Event) bool { return e.Reason == "FailedCreatePodSandBox" || e.Reason == "Failed" }); len(delays) > 0 {
+		l.Logf("delays:\n%s", eventLines(delays))
+	}
+}
+
+// events are the lab's that fit.
+func (l lab) events(ctx context.Context, fits func(*corev1.Event) bool) []*corev1.Event {
+	l.Helper()
+	var list corev1.EventList
+	if err := bed.client.List(ctx, &list, client.InNamespace(l.namespace)); err != nil {
+		l.Logf("list events: %v", err)
+	}
+	var all []*corev1.Event
+	for i := range list.Items {
+		if fits(&list.Items[i]) {
+			all = append(all, &list.Items[i])
+		}
+	}
+	return all
 }
 
 // local runs a command on this machine.

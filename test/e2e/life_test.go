@@ -20,7 +20,7 @@ func TestDaemonIsKilledWhilePodsTalk(t *testing.T) {
 	one, two := l.pair("killed", 1070)
 	m := l.machine(worker2)
 	var third station
-	losesNothing(one, two, 20*time.Second, func() {
+	losesNothing(one, two, 15*time.Second, func() {
 		l.awaitDaemon(worker2, "restarted", m.killDaemon())
 		l.setSpokes("killed", "killed-1", "killed-2", "killed-4")
 		l.ready("killed") // by the new daemon
@@ -66,7 +66,7 @@ func (l lab) awaitDaemon(node, what string, fits func(*corev1.Pod) bool) {
 func TestKubeletIsRestartedWhilePodsTalk(t *testing.T) {
 	l := newLab(t)
 	one, two := l.pair("kubelet", 1071)
-	losesNothing(one, two, 20*time.Second, func() {
+	losesNothing(one, two, 15*time.Second, func() {
 		if err := l.machine(worker2).RestartKubelet(t.Context()); err != nil {
 			t.Fatal(err)
 		}
@@ -190,7 +190,7 @@ func TestUninstalledK8slanLeavesItsPodsAlone(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	losesNothing(one, two, 20*time.Second, func() {
+	losesNothing(one, two, 15*time.Second, func() {
 		if _, err := bed.Helm(ctx, "uninstall", install.Release, "--namespace", install.Namespace, "--wait"); err != nil {
 			t.Fatal(err)
 		}

@@ -108,6 +108,8 @@ func newLab(t *testing.T) lab {
 		defer cancel()
 		if t.Failed() {
 			l.dump(ctx)
+		} else {
+			l.tellDelays(ctx)
 		}
 		if err := remove(ctx, l.namespace); err != nil {
 			t.Error(err)
