@@ -56,12 +56,12 @@ cluster-down: ## Take it down; nothing stays but caches
 ##@ Test
 
 .PHONY: test
-test: unit api dataplane ## Run every test: what CI runs, as root
+test: unit api dataplane e2e ## Run every test: what CI runs, as root
 
 .PHONY: unit
 unit: ## Run the tests that need neither root nor a cluster
 	go vet ./...
-	$(GOTEST) $$(go list ./... | grep -v -E '/test/(api|dataplane|e2e)$$')
+	$(GOTEST) $$(go list ./... | grep -v -E '/test/(api|dataplane|netns|image/vm|e2e)$$')
 
 .PHONY: api
 api: ## Test objects and controller against a real kube-apiserver
@@ -69,7 +69,7 @@ api: ## Test objects and controller against a real kube-apiserver
 
 .PHONY: dataplane
 dataplane: ## Send real frames through LANs in network namespaces
-	$(GOTEST) ./test/dataplane
+	$(GOTEST) ./test/netns ./test/image/vm ./test/dataplane
 
 .PHONY: e2e
 e2e: ## Test everything on the cluster; FOCUS=<regexp> runs the tests of that name
