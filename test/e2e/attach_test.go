@@ -147,9 +147,12 @@ func TestSpokeGoesFromOneToTheNext(t *testing.T) {
 
 				l.delete(&corev1.Pod{}, older.Name, client.GracePeriodSeconds(0))
 				begin := time.Now()
+				l.awaitRunning(younger.Name)
+				l.logTime("from kubectl delete --force to a new "+to+" that runs", begin)
+				if l.machine(worker1).sandboxGone(old.uid) {
+					t.Error("the old sandbox was gone before the new one had the spoke: nothing was taken over")
+				}
 				next := l.station(younger)
-				l.logTime("from kubectl delete --force to a new "+to+" that answers", begin)
-				t.Logf("the old sandbox was still dying then: %t", !l.machine(worker1).sandboxGone(old.uid))
 				if to == "pod" {
 					next.address(network + "2/24")
 				}
@@ -169,7 +172,7 @@ func TestSpokeGoesFromOneToTheNext(t *testing.T) {
 
 // stubborn adds a container that does not end on SIGTERM and gives the pod some seconds of grace.
 func stubborn(manifest string) string {
-	manifest = strings.Replace(manifest, "terminationGracePeriodSeconds: 1\n", "terminationGracePeriodSeconds: 8\n", 1)
+	manifest = strings.Replace(manifest, "terminationGracePeriodSeconds: 1\n", "terminationGracePeriodSeconds: 10\n", 1)
 	return strings.Replace(manifest, "  containers:\n", `  containers:
   - name: stubborn
     image: localhost/k8slan/toolbox:1

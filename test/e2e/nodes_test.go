@@ -168,10 +168,20 @@ func (m machine) until(what string, fits func() bool) {
 	}
 }
 
-// sandboxGone says whether the runtime has nothing of a pod any more.
+// sandboxGone says whether the runtime runs nothing of a pod any more, its sandbox included, whose end comes after CNI DEL.
 func (m machine) sandboxGone(uid string) bool {
 	m.Helper()
-	return m.run("ctr", "--namespace=k8s.io", "containers", "list", "--quiet", `labels."io.kubernetes.pod.uid"==`+uid) == ""
+	tasks, err := filepath.Glob(m.path("/run/containerd/io.containerd.runtime.v2.task/k8s.io/*/config.json"))
+	if err != nil {
+		m.Fatal(err)
+	}
+	return !slices.ContainsFunc(tasks, func(task string) bool {
+		config, err := os.ReadFile(task)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			m.Fatal(err)
+		}
+		return strings.Contains(string(config), uid)
+	})
 }
 
 // awaitSandboxGone returns when the runtime has nothing of a pod any more.
