@@ -17,7 +17,7 @@ export K8SLAN_NO_SKIP := $(if $(CI),1)
 GOTEST := go run ./test/report $(if $(CI),-count 1)
 
 .DEFAULT_GOAL := help
-# Some tests measure, and one of them builds what others use.
+# Tests measure, and some build what others use: one after the other.
 .NOTPARALLEL:
 
 ##@ Build
@@ -69,7 +69,7 @@ api: ## Test objects and controller against a real kube-apiserver
 
 .PHONY: dataplane
 dataplane: ## Send real frames through LANs in network namespaces
-	$(GOTEST) ./test/netns ./test/image/vm ./test/dataplane
+	$(GOTEST) -p 1 ./test/netns ./test/image/vm ./test/dataplane
 
 .PHONY: e2e
 e2e: ## Test everything on the cluster; FOCUS=<regexp> runs the tests of that name
