@@ -4,6 +4,7 @@ import (
 	"context"
 	"testing"
 
+	nadv1 "github.com/k8snetworkplumbingwg/network-attachment-definition-client/pkg/apis/k8s.cni.cncf.io/v1"
 	"k8s.io/apimachinery/pkg/api/equality"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/tools/events"
@@ -125,5 +126,25 @@ func TestASecondRunWritesNothing(t *testing.T) {
 	}
 	if writes != 3 || !equality.Semantic.DeepEqual(before.Items, after.Items) {
 		t.Errorf("the second run wrote: %d writes in all", writes)
+	}
+}
+
+// A node offers a spoke as soon as it reads that the LAN holds it; a pod that comes then must find the NAD.
+func TestNADsAreThereBeforeTheirSpokeIsGranted(t *testing.T) {
+	var server client.WithWatch
+	granted := 0
+	server = apiServer(t, func(l *v1beta1.LAN) {
+		for _, spoke := range l.Status.Holds.Spokes {
+			for _, name := range []string{v1beta1.VethNAD(spoke), v1beta1.MacvtapNAD(spoke)} {
+				granted++
+				if err := server.Get(t.Context(), client.ObjectKey{Namespace: l.Namespace, Name: name}, &nadv1.NetworkAttachmentDefinition{}); err != nil {
+					t.Errorf("when %s is granted: %v", spoke, err)
+				}
+			}
+		}
+	}, lan("new", 0, 1, "srl"), with(lan("grows", 0, 2, "vm", "more"), holding("vm")))
+	reconcileClaims(t, server, server)
+	if granted != 6 {
+		t.Errorf("%d NADs belong to what was granted, want 6", granted)
 	}
 }
