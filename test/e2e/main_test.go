@@ -66,6 +66,7 @@ func run(m *testing.M) (code int) {
 		return 1
 	}
 	log.Info("k8slan is installed", "seconds", int(time.Since(begin).Seconds()))
+	stop() // from here on an interrupt ends the tests at once, and the cluster stays to be looked at
 	return m.Run()
 }
 
