@@ -66,11 +66,16 @@ func network(s segment.Segment, spoke string, kind segment.Kind, add keys) keys 
 
 // call runs the plugin's binary on the sandbox's node, as a runtime does. It may run on any goroutine.
 func (s sandbox) call(verb string, config keys) ([]byte, error) {
-	binary, err := pluginBinary()
+	stdin, err := json.Marshal(config)
 	if err != nil {
 		return nil, err
 	}
-	stdin, err := json.Marshal(config)
+	return s.send(verb, stdin)
+}
+
+// send is call with whatever on standard input.
+func (s sandbox) send(verb string, stdin []byte) ([]byte, error) {
+	binary, err := pluginBinary()
 	if err != nil {
 		return nil, err
 	}
@@ -287,6 +292,65 @@ func TestPluginGivesTheMACMTUAndOwnerThatAreAskedFor(t *testing.T) {
 			}
 		}
 		pod.must(t, "DEL", config)
+	}
+}
+
+func TestPluginRefusesBadInputAndChangesNothing(t *testing.T) {
+	h, s := plugged(t)
+	other := h.sandbox(t)
+	other.add(t, s, network(s, "srl", segment.Veth, nil))
+	h.build(t, s)
+	links, devices := h.links(t, s), h.devices(t)
+	sb := h.sandbox(t)
+
+	bad := map[string][]byte{
+		"nothing": nil, "no JSON": []byte("\xff\xfe{"), "null": []byte("null"), "a list": []byte("[]"), "empty": []byte("{}"),
+	}
+	for name, add := range map[string]keys{
+		"a path for a netns":            {"ns": "../../proc/1/ns"},
+		"a netns with a NUL":            {"ns": "a\x00b"},
+		"another LAN's netns":           {"ns": "elsewhere"},
+		"no spoke":                      {"spoke": ""},
+		"a spoke that is not one":       {"spoke": "srl_b", "deviceID": "srl_b"},
+		"a spoke the LAN hasn't":        {"spoke": "nope", "deviceID": "nope"},
+		"another spoke's device":        {"deviceID": "srl"},
+		"no device":                     {"deviceID": ""},
+		"a kind that is not one":        {"kind": "ipvlan"},
+		"a multicast MAC":               {"mac": "01:00:5e:00:00:01"},
+		"a MAC that is too long":        {"runtimeConfig": keys{"mac": "02:00:00:00:00:00:00:01"}},
+		"an MTU above the LAN's":        {"mtu": 9000},
+		"a negative MTU":                {"args": keys{"cni": keys{"mtu": -1}}},
+		"IPAM for a VM":                 {"kind": "macvtap", "ipam": keys{"type": "host-local"}},
+		"an IPAM plugin that is absent": {"ipam": keys{"type": "no-such-plugin"}},
+		"an IPAM plugin with a path":    {"ipam": keys{"type": "../../bin/sh"}},
+		"numbers for words":             {"lan": 1, "spoke": 2},
+		"a CNI version that is not one": {"cniVersion": "9.9"},
+	} {
+		config, err := json.Marshal(network(s, "vm", segment.Veth, add))
+		if err != nil {
+			t.Fatal(err)
+		}
+		bad[name] = config
+	}
+	for name, config := range bad {
+		for _, verb := range []string{"ADD", "CHECK", "DEL", "STATUS"} {
+			out, err := sb.send(verb, config)
+			if _, ok := errors.AsType[*types.Error](err); err != nil && !ok {
+				t.Errorf("%s with %s: %v", verb, name, err)
+			}
+			if verb == "ADD" && err == nil {
+				t.Errorf("ADD with %s succeeded: %s", name, out)
+			}
+			if now := h.links(t, s); now != links {
+				t.Fatalf("%s with %s changed\n%s\ninto\n%s", verb, name, links, now)
+			}
+		}
+	}
+	if now := h.devices(t); !slices.EqualFunc(now, devices, func(a, b cdi.Device) bool { return a.ClaimID == b.ClaimID }) {
+		t.Errorf("CDI devices were %+v and are %+v", devices, now)
+	}
+	if left := sb.Links(t); !slices.Equal(left, []string{"lo"}) && len(left) != 0 {
+		t.Errorf("the pod has %v", left)
 	}
 }
 
