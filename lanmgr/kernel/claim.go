@@ -153,10 +153,12 @@ func (c *claiming) standing(ctx context.Context) error {
 	if err != nil || complete {
 		return err
 	}
-	if c.lan != nil {
-		c.lan.close()
-		c.lan = nil
+	if c.lan == nil {
+		// A namespace made here could be covered by the one that the daemon has in hand and gives its name back.
+		return fmt.Errorf("%w (no %s)", ErrNoLAN, c.node.netnsPath(c.Netns))
 	}
+	c.lan.close()
+	c.lan = nil
 	_, err = c.node.reconcile(ctx, c.Netns, func(have segment.State) []segment.Op { return segment.Diff(c.want, have) })
 	if err != nil {
 		return err

@@ -496,6 +496,21 @@ func TestPluginBuildsAStandingPairThatIsMissing(t *testing.T) {
 	}
 }
 
+// Somebody takes the name of a LAN's namespace away: a pod that comes before the daemon has given it back is told to wait.
+func TestPluginWaitsForANamespaceThatHasLostItsName(t *testing.T) {
+	h, s := plugged(t)
+	other := h.attach(t, s, "vm", segment.Veth)
+	if err := unix.Unmount(h.inside(s).Path, unix.MNT_DETACH); err != nil {
+		t.Fatal(err)
+	}
+	pod, config := h.sandbox(t), network(s, "srl", segment.Veth, nil)
+	pod.refused(t, "ADD", config, types.ErrTryAgainLater, "is not on this node")
+	pod.must(t, "DEL", config)
+	h.build(t, s)
+	wire, _ := pod.add(t, s, config)
+	crosses(t, wire, other, frames.Stream(nil, segment.MAC(s.LAN, "srl"), 1, 1))
+}
+
 // installIPAM puts an IPAM plugin on the node that gives these addresses and does not mind who has them already.
 func (h host) installIPAM(t *testing.T, addresses ...string) keys {
 	t.Helper()
