@@ -61,11 +61,16 @@ func demo(ctx context.Context) error {
 
 // setUp goes from whatever the machine has to three attachments that are ready.
 func setUp(ctx context.Context, p *progress, bed *install.Bed) error {
+	for _, name := range cluster.Components() {
+		build := func(ctx context.Context) error { return bed.Program(ctx, name) }
+		if err := p.step(ctx, name+", built from its Go module"+patience(name), build); err != nil {
+			return err
+		}
+	}
 	for _, s := range []struct {
 		what string
 		do   func(context.Context) error
 	}{
-		{"Kubernetes, etcd, containerd, Multus and Helm, built from their Go modules (the first time: ten minutes)", bed.Programs},
 		{"images of the pods and of the VM", bed.Images},
 		{"a cluster: worker1 and worker2", bed.Up},
 		{"k8slan, built and loaded into both nodes", bed.Build},
@@ -80,6 +85,14 @@ func setUp(ctx context.Context, p *progress, bed *install.Bed) error {
 		}
 	}
 	return nil
+}
+
+// patience says what to expect of the one step that takes long.
+func patience(component string) string {
+	if component == "kubernetes" {
+		return " (the first time: 6 minutes)"
+	}
+	return ""
 }
 
 func applyLAN(ctx context.Context, bed *install.Bed) error {

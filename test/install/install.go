@@ -44,11 +44,17 @@ func New(ctx context.Context, cfg cluster.Config) (*Bed, error) {
 // Programs builds Kubernetes, etcd, containerd, Multus and Helm, or finds them built.
 func (b *Bed) Programs(ctx context.Context) error {
 	for _, name := range cluster.Components() {
-		if _, err := cluster.Build(ctx, b.Config, name); err != nil {
+		if err := b.Program(ctx, name); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// Program does that for one of them.
+func (b *Bed) Program(ctx context.Context, name string) error {
+	_, err := cluster.Build(ctx, b.Config, name)
+	return err
 }
 
 // Images builds the images that test pods run, or finds them built.
