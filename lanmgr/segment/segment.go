@@ -33,6 +33,7 @@ type Segment struct {
 	VXLAN  VXLAN  `json:"vxlan"`
 
 	Spokes            []string `json:"spokes"`
+	TxChecksumOff     []string `json:"txChecksumOff,omitempty"` // sorted: spokes whose frames bear finished checksums
 	AllowedNamespaces []string `json:"allowedNamespaces,omitempty"`
 }
 
@@ -50,7 +51,8 @@ type VXLAN struct {
 func (s Segment) Equal(o Segment) bool {
 	return s.LAN == o.LAN && s.Generation == o.Generation && s.Netns == o.Netns && s.Bridge == o.Bridge &&
 		s.MTU == o.MTU && s.VXLAN == o.VXLAN &&
-		slices.Equal(s.Spokes, o.Spokes) && slices.Equal(s.AllowedNamespaces, o.AllowedNamespaces)
+		slices.Equal(s.Spokes, o.Spokes) && slices.Equal(s.TxChecksumOff, o.TxChecksumOff) &&
+		slices.Equal(s.AllowedNamespaces, o.AllowedNamespaces)
 }
 
 // Allows says whether pods of the namespace may attach.

@@ -299,3 +299,11 @@ func BenchmarkDiffOfALargeSegment(b *testing.B) {
 		}
 	}
 }
+
+func TestSpokesWithFinishedChecksumsArePartOfTheWish(t *testing.T) {
+	other := lab
+	other.TxChecksumOff = []string{"srl"}
+	if lab.Equal(other) || !other.Equal(other) {
+		t.Error("two wishes that differ in txChecksumOff alone are taken for the same, or one for two")
+	}
+}
