@@ -1,6 +1,10 @@
 package v1beta1
 
-import "fmt"
+import (
+	"cmp"
+	"fmt"
+	"slices"
+)
 
 // Resource is the extended resource that kubelet advertises for a spoke.
 func Resource(spoke string) string { return "macvtap.k8slan.io/" + VethNAD(spoke) }
@@ -30,5 +34,20 @@ func (l *LAN) Effective() LANSpec {
 	if s.VXLANPort == 0 {
 		s.VXLANPort = DefaultPort
 	}
+	if s.TxChecksum == "" {
+		s.TxChecksum = On
+	}
 	return s
+}
+
+// TxChecksumOff are the spokes, sorted, whose txChecksum is off: their own word counts before the LAN's.
+func (s *LANSpec) TxChecksumOff() []string {
+	var off []string
+	for _, spoke := range s.Spokes {
+		if cmp.Or(s.SpokeOptions[spoke].TxChecksum, s.TxChecksum) == Off {
+			off = append(off, spoke)
+		}
+	}
+	slices.Sort(off)
+	return off
 }

@@ -24,6 +24,7 @@ const (
 // +kubebuilder:validation:XValidation:rule="has(self.bridge) || !has(self.vxlan) || !(self.vxlan.matches('^br[1-9][0-9]{0,7}$') && int(self.vxlan.substring(2)) == self.vni)",fieldPath=".vxlan",message="bridge and vxlan must have different names: both are interfaces of the LAN's network namespace (left out, they are br<vni> and vx<vni>)"
 // +kubebuilder:validation:XValidation:rule="has(self.bridge) ? !(self.bridge in self.spokes) : !self.spokes.exists(s, s.matches('^br[1-9][0-9]{0,7}$') && int(s.substring(2)) == self.vni)",fieldPath=".spokes",message="a spoke has the name of the bridge (br<vni> if spec.bridge is left out): in the LAN's network namespace a spoke's link answers to the spoke's name, so rename one of them"
 // +kubebuilder:validation:XValidation:rule="has(self.vxlan) ? !(self.vxlan in self.spokes) : !self.spokes.exists(s, s.matches('^vx[1-9][0-9]{0,7}$') && int(s.substring(2)) == self.vni)",fieldPath=".spokes",message="a spoke has the name of the VXLAN (vx<vni> if spec.vxlan is left out): in the LAN's network namespace a spoke's link answers to the spoke's name, so rename one of them"
+// +kubebuilder:validation:XValidation:rule="!has(self.spokeOptions) || self.spokeOptions.all(s, s in self.spokes)",fieldPath=".spokeOptions",messageExpression="'spokeOptions names \"' + self.spokeOptions.filter(s, !(s in self.spokes))[0] + '\", which is no spoke of this LAN; add it to spec.spokes, or take it out here'",message="spokeOptions names something that is no spoke of this LAN; add it to spec.spokes, or take it out here"
 type LANSpec struct {
 	// VNI is the VXLAN network identifier, 1 to 16777215. It must be unique in the cluster per vxlanPort: a LAN whose VNI is
 	// another LAN's waits in state Conflict. It cannot change.
@@ -104,10 +105,38 @@ type LANSpec struct {
 	// +kubebuilder:validation:items:XValidation:rule="self == '*' || self.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?$')",message="an allowed namespace is the name of one, or \"*\" alone for all; patterns such as team-* are not known"
 	AllowedNamespaces []string `json:"allowedNamespaces,omitempty"`
 
+	// TxChecksum says who finishes the TCP and UDP checksums of what pods and VMs send. on leaves them to the hardware, as Linux
+	// does everywhere: frames between pods and VMs then bear unfinished ones, and TCP is several times faster. off has each
+	// checksum written before the frame leaves its sender. It is needed for network functions that read frames raw (AF_PACKET
+	// without PACKET_AUXDATA, DPDK's af_packet, many a VNF's data plane) and drop what has a wrong checksum; the sign is that ping
+	// works, and BGP, SSH or any other TCP doesn't. It can be changed while the LAN runs. Default: on.
+	// +optional
+	// +kubebuilder:validation:Schemaless
+	// +kubebuilder:pruning:PreserveUnknownFields
+	// +kubebuilder:validation:Enum=on;off;true;false
+	TxChecksum Switch `json:"txChecksum,omitempty"`
+
+	// SpokeOptions are settings of single spokes, by the spoke's name; they override the LAN's.
+	// +optional
+	// +kubebuilder:validation:MaxProperties=500
+	SpokeOptions map[string]SpokeOptions `json:"spokeOptions,omitempty"`
+
 	// IPAM is a CNI IPAM section that is handed to the NADs of pods, such as {"type": "host-local", …}. VMs get no addresses from CNI.
 	// +optional
 	// +kubebuilder:pruning:PreserveUnknownFields
 	IPAM *IPAM `json:"ipam,omitempty"`
+}
+
+// SpokeOptions are settings of one spoke.
+type SpokeOptions struct {
+	// TxChecksum of what the spoke's pod or VM sends, on or off, as spec.txChecksum is for the whole LAN. Set it off on the spokes
+	// that send to a network function which drops unfinished checksums, and on that function's own spoke too if its kernel sends
+	// to others of the kind. Default: the LAN's.
+	// +optional
+	// +kubebuilder:validation:Schemaless
+	// +kubebuilder:pruning:PreserveUnknownFields
+	// +kubebuilder:validation:Enum=on;off;true;false
+	TxChecksum Switch `json:"txChecksum,omitempty"`
 }
 
 // Link is the name of an interface that k8slan makes: an interface name by the kernel's rules (dev_valid_name in net/core/dev.c,
@@ -155,6 +184,7 @@ const (
 	ReasonPending       = "Pending"       // a node has not yet reported, or not yet offered every spoke
 	ReasonUnreachable   = "Unreachable"   // a node does not answer
 	ReasonTwoNodes      = "TwoNodes"      // AttachedTwice: a spoke is attached on more than one node
+	ReasonDeleting      = "Deleting"      // Ready: the LAN is being deleted, and pods or nodes hold it
 )
 
 // LANState sums up a LAN for people.
@@ -166,6 +196,7 @@ const (
 	StateReady    LANState = "Ready"    // offered on every node it spans
 	StateDegraded LANState = "Degraded" // something is wrong on some nodes, or with one of its spokes
 	StateConflict LANState = "Conflict" // refused: its ns or VNI is held by another LAN
+	StateDeleting LANState = "Deleting" // deleted: offers nothing more, and goes when its pods are gone
 )
 
 // Holding is what a LAN holds in the cluster by its effective values; nodes build what is held and nothing else.
@@ -210,7 +241,7 @@ type LANStatus struct {
 	// Holds is what this LAN holds in the cluster; absent while it is refused. Nodes build what is held and nothing else.
 	// +optional
 	Holds *Holding `json:"holds,omitempty"`
-	// State sums the LAN up: Pending, Ready, Degraded or Conflict.
+	// State sums the LAN up: Pending, Ready, Degraded, Conflict or Deleting.
 	// +optional
 	State LANState `json:"state,omitempty"`
 	// Reason is one word or short phrase for the state; the sentence is in the conditions.

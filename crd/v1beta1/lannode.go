@@ -68,6 +68,12 @@ type SegmentStatus struct {
 	// Message says what is wrong on this node and the way out.
 	// +optional
 	Message string `json:"message,omitempty"`
+	// VNI and port that the segment occupies on this node, also while it is leaving.
+	// +optional
+	VNI int32 `json:"vni,omitempty"`
+	// Port is the VXLAN's UDP port.
+	// +optional
+	Port int32 `json:"vxlanPort,omitempty"`
 	// NS is the name of the network namespace, a file under /run/k8slan/netns.
 	NS string `json:"ns"`
 	// Underlay is the device that carries the VXLAN; empty if none was found.
@@ -88,6 +94,16 @@ type SegmentStatus struct {
 	Attachments []Attachment `json:"attachments,omitempty"`
 }
 
+// GoneLAN is a LAN that is being deleted and of which a node has nothing left.
+type GoneLAN struct {
+	// LAN is namespace/name.
+	LAN string `json:"lan"`
+	// UID of the LAN.
+	UID types.UID `json:"uid"`
+	// Generation of the LAN that the node has seen deleted.
+	Generation int64 `json:"generation"`
+}
+
 // LANNodeStatus is written by the node of that name alone.
 type LANNodeStatus struct {
 	// Segments are the LANs on this node, those that are leaving included.
@@ -95,6 +111,12 @@ type LANNodeStatus struct {
 	// +listType=map
 	// +listMapKey=ns
 	Segments []SegmentStatus `json:"segments,omitempty"`
+	// Gone are LANs that are being deleted and of which this node has nothing left, no link, no offer and no pod: its word that it
+	// will not build them again. A LAN object goes when every node has given it; it leaves this list after that.
+	// +optional
+	// +listType=map
+	// +listMapKey=uid
+	Gone []GoneLAN `json:"gone,omitempty"`
 	// Version of k8slan on the node.
 	// +optional
 	Version string `json:"version,omitempty"`

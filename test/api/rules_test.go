@@ -1,7 +1,9 @@
 package api
 
 import (
+	"encoding/json"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 
@@ -77,6 +79,10 @@ func TestManifestsThatAreAccepted(t *testing.T) {
 		"an MTU, a selector and a namespace": manifest("lab", `{vni: 222, spokes: [srl], mtu: 9000, nodeSelector: {kubernetes.io/os: linux, rack: ""}, allowedNamespaces: [blue]}`),
 		"all namespaces":                     manifest("lab", `{vni: 222, spokes: [srl], allowedNamespaces: ["*"]}`),
 		"IPAM with keys of its plugin":       manifest("lab", `{vni: 222, spokes: [srl], ipam: {type: host-local, ranges: [[{subnet: 10.1.0.0/24}]]}}`),
+		"checksums as YAML reads it":         manifest("lab", "{vni: 222, spokes: [srl, vm], txChecksum: off, spokeOptions: {srl: {txChecksum: on}, vm: {}}}"),
+		"checksums in quotes":                manifest("lab", `{vni: 222, spokes: [srl, vm], txChecksum: "off", spokeOptions: {srl: {txChecksum: "on"}}}`),
+		"checksums as booleans":              manifest("lab", "{vni: 222, spokes: [srl, vm], txChecksum: false, spokeOptions: {srl: {txChecksum: true}}}"),
+		"options for as many spokes":         manifest("lab", "{vni: 222, spokes: ["+strings.Join(many, ", ")+"], spokeOptions: {"+strings.Join(many, ": {txChecksum: off}, ")+": {txChecksum: off}}}"),
 		"ns as long as may be":               manifest("lab", "{vni: 222, spokes: [srl], ns: "+strings.Repeat("n", 200)+"}"),
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -140,6 +146,14 @@ func TestManifestsThatAreRefusedAndTheSentence(t *testing.T) {
 		{"a device with a colon", "{vni: 222, defaultVxlanDev: 'eth0:1', spokes: [srl]}", "a device is an interface name of the node: 1 to 15 characters without '/', ':' and blanks"},
 		{"no device at all", "{vni: 222, defaultVxlanDev: '', spokes: [srl]}", "a device is an interface name of the node: 1 to 15 characters"},
 		{"a pattern of namespaces", "{vni: 222, allowedNamespaces: ['team-*'], spokes: [srl]}", "spec.allowedNamespaces[0]: Invalid value: \"team-*\": an allowed namespace is the name of one, or \"*\" alone for all"},
+		{"checksums maybe", "{vni: 222, txChecksum: maybe, spokes: [srl]}", `spec.txChecksum: Unsupported value: "maybe": supported values: "on", "off"`},
+		{"checksums by number", "{vni: 222, txChecksum: 0, spokes: [srl]}", `spec.txChecksum: Unsupported value: 0: supported values: "on", "off"`},
+		{"a spoke's checksums maybe", "{vni: 222, spokes: [srl], spokeOptions: {srl: {txChecksum: maybe}}}", `spec.spokeOptions.srl.txChecksum: Unsupported value: "maybe": supported values: "on", "off"`},
+		{"an option misspelt", "{vni: 222, spokes: [srl], spokeOptions: {srl: {txChecksums: off}}}", `unknown field "spec.spokeOptions.srl.txChecksums"`},
+		{
+			"options for no spoke", "{vni: 222, spokes: [srl], spokeOptions: {srl: {}, vm: {txChecksum: off}}}",
+			`spec.spokeOptions: Invalid value: spokeOptions names "vm", which is no spoke of this LAN; add it to spec.spokes, or take it out here`,
+		},
 		{"IPAM that is no section", "{vni: 222, ipam: host-local, spokes: [srl]}", "spec.ipam: Invalid value: \"string\": spec.ipam in body must be of type object"},
 		{"IPAM without a type", "{vni: 222, ipam: {subnet: 10.1.0.0/24}, spokes: [srl]}", "spec.ipam.type: Required value"},
 		{"IPAM with a path", "{vni: 222, ipam: {type: ../sh}, spokes: [srl]}", "ipam.type is the name of an IPAM plugin in the nodes' CNI directory"},
@@ -177,6 +191,8 @@ func TestWhatCanBeEditedAndWhatNot(t *testing.T) {
 		{"the port", given, strings.Replace(given, "4789", "4790", 1), ""},
 		{"the MTU", given, strings.Replace(given, "1400", "1300", 1), ""},
 		{"the underlay", given, strings.Replace(given, "defaultVxlanDev: eth0", "vxlanDevMap: {worker1: eth1}", 1), ""},
+		{"checksums", derived, "{vni: 222, spokes: [srl, vm], txChecksum: off, spokeOptions: {srl: {txChecksum: on}}}", ""},
+		{"a spoke that has options", "{vni: 222, spokes: [srl, vm], spokeOptions: {vm: {txChecksum: off}}}", "{vni: 222, spokes: [srl], spokeOptions: {vm: {txChecksum: off}}}", `spokeOptions names "vm", which is no spoke of this LAN`},
 		{"what is optional", derived, "{vni: 222, spokes: [srl, vm], mtu: 1400, vxlanPort: 4790, vxlanGrp: ff02::15, allowedNamespaces: [blue], nodeSelector: {a: b}, ipam: {type: static}}", ""},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -198,8 +214,29 @@ func TestWhatCanBeEditedAndWhatNot(t *testing.T) {
 	}
 }
 
+// kubectl reads YAML 1.1, to which an unquoted off is a boolean.
+func TestChecksumsAreOffHoweverTheyAreWritten(t *testing.T) {
+	for _, off := range []string{"off", "Off", "false", `"off"`} {
+		t.Run(off, func(t *testing.T) {
+			spec := fmt.Sprintf("{vni: 222, spokes: [srl, vm, host], txChecksum: %s, spokeOptions: {srl: {txChecksum: on}}}", off)
+			made, err := kube.kubectl(t.Context(), manifest("lab", spec), "create", "-n", "default", "--dry-run=server", "-o", "json", "-f", "-")
+			if err != nil {
+				t.Fatal(err)
+			}
+			var lan v1beta1.LAN
+			if err := json.Unmarshal([]byte(made), &lan); err != nil {
+				t.Fatal(err)
+			}
+			effective := lan.Effective()
+			if have := effective.TxChecksumOff(); !slices.Equal(have, []string{"host", "vm"}) {
+				t.Errorf("off for %v, want host and vm", have)
+			}
+		})
+	}
+}
+
 func TestKubectlExplainsEveryField(t *testing.T) {
-	for _, path := range []string{"lan.spec", "lan.status", "lan.spec.ipam", "lan.status.holds", "lannode.status", "lannode.status.segments", "lannode.status.segments.attachments"} {
+	for _, path := range []string{"lan.spec", "lan.status", "lan.spec.ipam", "lan.spec.spokeOptions", "lan.status.holds", "lannode.status", "lannode.status.segments", "lannode.status.segments.attachments", "lannode.status.gone"} {
 		out, err := kube.kubectl(t.Context(), "", "explain", path)
 		if err != nil {
 			t.Fatal(err)

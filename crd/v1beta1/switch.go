@@ -1,0 +1,33 @@
+package v1beta1
+
+import (
+	"encoding/json"
+	"fmt"
+)
+
+// Switch is on or off; empty where nothing is said.
+type Switch string
+
+// The positions of a switch.
+const (
+	On  Switch = "on"
+	Off Switch = "off"
+)
+
+// UnmarshalJSON takes "on" and "off", and the booleans that YAML 1.1, and so kubectl, makes of both where they are not quoted.
+func (s *Switch) UnmarshalJSON(b []byte) error {
+	var value any
+	if err := json.Unmarshal(b, &value); err != nil {
+		return fmt.Errorf("a switch: %w", err)
+	}
+	switch value {
+	case nil:
+	case true, string(On):
+		*s = On
+	case false, string(Off):
+		*s = Off
+	default:
+		return fmt.Errorf("%s is neither on nor off", b)
+	}
+	return nil
+}
