@@ -36,8 +36,9 @@ manifests: ## Write all.yaml, the chart as one file for kubectl apply -f
 		--set createNamespace=true --set-string 'image.tag=$(VERSION)' > all.yaml
 
 .PHONY: generate
-generate: ## Generate deepcopy functions and CRDs, and copy the CRDs into the chart
+generate: ## Generate deepcopy functions, CRDs and their copy in the chart, and docs/rights.md
 	go generate ./crd/...
+	go test ./test/chart -run TestRightsPage -update
 
 ##@ Cluster, as root
 
@@ -77,7 +78,7 @@ e2e: ## Test everything on the cluster; FOCUS=<regexp> runs the tests of that na
 
 .PHONY: verify
 verify: generate lint build ## Check generated code, modules, style, imports and the size of the CNI plugin
-	git diff --exit-code -- crd charts || { echo 'make generate changed these files: commit them'; exit 1; }
+	git diff --exit-code -- crd charts docs/rights.md || { echo 'make generate changed these files: commit them'; exit 1; }
 	go mod tidy -diff
 	! go list -deps ./cmd/k8slan-cni | grep k8s.io/ || { echo 'the CNI plugin must not link these'; exit 1; }
 	test $$(stat -c %s bin/k8slan-cni) -le $(CNI_MAX) || { ls -l bin/k8slan-cni; echo 'is larger than $(CNI_MAX) bytes'; exit 1; }

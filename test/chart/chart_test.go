@@ -3,6 +3,7 @@ package chart
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -11,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -31,7 +33,7 @@ const (
 )
 
 func TestEveryNamespacedObjectIsInTheReleasesNamespace(t *testing.T) {
-	clusterWide := []string{"ClusterRole", "ClusterRoleBinding", "CustomResourceDefinition"}
+	clusterWide := []string{"ClusterRole", "ClusterRoleBinding", "CustomResourceDefinition", "ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding"}
 	for _, o := range render(t, "blue") {
 		if got := o.GetNamespace(); got != "blue" && !slices.Contains(clusterWide, o.GetKind()) {
 			t.Errorf("%s %s is in namespace %q, want blue", o.GetKind(), o.GetName(), got)
@@ -109,6 +111,8 @@ func TestUnknownAndImpossibleValuesAreRefused(t *testing.T) {
 	for _, value := range []string{
 		"node.cniBinDirectory=/opt/cni/bin", "image.pullPolicy=Sometimes", "node.healthPort=70000",
 		"node.cniBinDir=opt/cni/bin", "logLevel=chatty", "controller.replicas=-1",
+		"limits.vniRange={1000}", "limits.vniRange={1000,20000000}", "limits.vniRange={2000,1000}", "limits.underlayDevices=eth1",
+		"networkPolicy.apiServerPorts=null",
 	} {
 		if _, err := helm(t, "template", "k8slan", chart, "--kube-version", "1.31.0", "--set", value); err == nil {
 			t.Errorf("helm takes %s", value)
@@ -152,6 +156,94 @@ func TestEveryValueIsExplained(t *testing.T) {
 		}
 	}
 }
+
+func TestEveryValueIsInTheSchemaWithADescription(t *testing.T) {
+	raw, err := os.ReadFile(filepath.Join(chart, "values.schema.json"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	type property struct {
+		Description string
+		Properties  map[string]property
+	}
+	var schema property
+	if err := json.Unmarshal(raw, &schema); err != nil {
+		t.Fatal(err)
+	}
+	var check func(path string, p property, depth int)
+	check = func(path string, p property, depth int) {
+		if p.Description == "" {
+			t.Errorf("values.schema.json has no description of %s", path)
+		}
+		for name, below := range p.Properties {
+			if depth < 2 {
+				check(path+"."+name, below, depth+1)
+			}
+		}
+	}
+	for name, p := range schema.Properties {
+		check(name, p, 1)
+	}
+	values, err := os.ReadFile(filepath.Join(chart, "values.yaml"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var defaults map[string]any
+	if err := yaml.Unmarshal(values, &defaults); err != nil {
+		t.Fatal(err)
+	}
+	for name, value := range defaults {
+		below, _ := value.(map[string]any)
+		for sub := range below {
+			if _, ok := schema.Properties[name].Properties[sub]; !ok {
+				t.Errorf("values.schema.json does not know %s.%s", name, sub)
+			}
+		}
+		if _, ok := schema.Properties[name]; !ok {
+			t.Errorf("values.schema.json does not know %s", name)
+		}
+	}
+}
+
+func TestTwoControllersAreDrainedOneAfterTheOther(t *testing.T) {
+	for replicas, want := range map[string]int{"1": 0, "2": 1} {
+		budgets := 0
+		for _, o := range render(t, "k8slan-system", "controller.replicas="+replicas) {
+			if o.GetKind() == "PodDisruptionBudget" {
+				budgets++
+			}
+		}
+		if budgets != want {
+			t.Errorf("%s replicas have %d disruption budgets, want %d: with a single pod one would hold every drain up", replicas, budgets, want)
+		}
+	}
+}
+
+func TestOnlyTheDaemonIsPrivileged(t *testing.T) {
+	for _, o := range renderAll(t) {
+		pod, ok, err := unstructured.NestedMap(o.Object, "spec", "template", "spec")
+		if !ok || err != nil {
+			continue
+		}
+		var spec corev1.PodSpec
+		if err := runtime.DefaultUnstructuredConverter.FromUnstructured(pod, &spec); err != nil {
+			t.Fatal(err)
+		}
+		for _, c := range slices.Concat(spec.InitContainers, spec.Containers) {
+			s := c.SecurityContext
+			if s == nil || s.ReadOnlyRootFilesystem == nil || !*s.ReadOnlyRootFilesystem {
+				t.Errorf("%s, container %s: its root file system can be written", o.GetName(), c.Name)
+				continue
+			}
+			if privileged := s.Privileged != nil && *s.Privileged; privileged != slices.Contains(privilegedContainers, o.GetName()+"/"+c.Name) {
+				t.Errorf("%s, container %s: privileged is %t", o.GetName(), c.Name, privileged)
+			}
+		}
+	}
+}
+
+// privilegedContainers are those that make and remove network namespaces on a node.
+var privilegedContainers = []string{"k8slan-ds/node"}
 
 func TestHelmLintIsContent(t *testing.T) {
 	if out, err := helm(t, "lint", "--strict", "--quiet", chart); err != nil {
@@ -210,9 +302,10 @@ func helm(t *testing.T, args ...string) ([]byte, error) {
 
 func find[T any](t *testing.T, objects []unstructured.Unstructured, name string) T {
 	t.Helper()
-	i := slices.IndexFunc(objects, func(o unstructured.Unstructured) bool { return o.GetName() == name })
+	kind := reflect.TypeFor[T]().Name()
+	i := slices.IndexFunc(objects, func(o unstructured.Unstructured) bool { return o.GetKind() == kind && o.GetName() == name })
 	if i < 0 {
-		t.Fatalf("the chart has no object called %s", name)
+		t.Fatalf("the chart has no %s %s", kind, name)
 	}
 	return convert[T](t, objects[i])
 }

@@ -15,3 +15,10 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 app.kubernetes.io/name: k8slan
 app.kubernetes.io/component: {{ . }}
 {{- end }}
+
+{{- /* Devices as a sentence has them; takes a list in which "" is the default route's. */ -}}
+{{- define "k8slan.devices" -}}
+{{- $names := list }}
+{{- range . }}{{ $names = append $names (. | default "the default route's device") }}{{ end }}
+{{- join ", " $names }}
+{{- end }}
