@@ -14,7 +14,10 @@ import (
 )
 
 // client speaks to the API server as the administrator.
-type client struct{ http *http.Client }
+type client struct {
+	http    *http.Client
+	address string // of the API server, for the machine
+}
 
 func (s state) client() (client, error) {
 	ca, err := os.ReadFile(s.pki("ca.crt"))
@@ -31,12 +34,12 @@ func (s state) client() (client, error) {
 		TLSClientConfig:   &tls.Config{RootCAs: roots, Certificates: []tls.Certificate{pair}},
 		DisableKeepAlives: true, // no connection outlives its request
 	}
-	return client{&http.Client{Transport: transport}}, nil
+	return client{&http.Client{Transport: transport}, s.address()}, nil
 }
 
 // get returns the body of a successful answer.
 func (c client) get(ctx context.Context, path string) (io.ReadCloser, error) {
-	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "https://"+ForwardedAddress+path, nil)
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "https://"+c.address+path, nil)
 	if err != nil {
 		return nil, err
 	}

@@ -21,16 +21,13 @@ import (
 
 // Config says where a cluster keeps what, and what it starts with.
 type Config struct {
-	StateDir string       // all that is the running cluster's; DefaultStateDir if empty
+	Name     string       // empty for the usual cluster; another one beside it has a letter, see Name
 	CacheDir string       // what is built once, see CacheDir
 	Images   []string     // OCI archives to load into every node; one has the sandbox image, localhost/k8slan/pause:1
 	Log      *slog.Logger // progress; slog.Default() if nil
 }
 
 func (cfg Config) withDefaults() Config {
-	if cfg.StateDir == "" {
-		cfg.StateDir = DefaultStateDir
-	}
 	if cfg.Log == nil {
 		cfg.Log = slog.Default()
 	}
@@ -45,7 +42,7 @@ type Cluster struct {
 }
 
 func newCluster(cfg Config) *Cluster {
-	c := &Cluster{state: state(cfg.StateDir), log: cfg.Log}
+	c := &Cluster{state: state(cfg.Name), log: cfg.Log}
 	for _, s := range specs() {
 		c.nodes = append(c.nodes, &Node{spec: s, state: c.state})
 	}
@@ -60,12 +57,15 @@ type record struct {
 // ErrNotUp says that there is no complete cluster.
 var ErrNotUp = errors.New("no cluster is up")
 
-// Open finds a cluster that is up; ErrNotUp if there is none.
-func Open(stateDir string) (*Cluster, error) {
-	c := newCluster(Config{StateDir: stateDir}.withDefaults())
+// Open finds the cluster of that name that is up; ErrNotUp if there is none.
+func Open(name string) (*Cluster, error) {
+	if err := checkName(name); err != nil {
+		return nil, err
+	}
+	c := newCluster(Config{Name: name}.withDefaults())
 	r, err := c.state.readRecord()
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("%w in %s", ErrNotUp, c.state)
+		return nil, fmt.Errorf("%w in %s", ErrNotUp, c.state.dir())
 	}
 	if err != nil {
 		return nil, err
@@ -75,14 +75,14 @@ func Open(stateDir string) (*Cluster, error) {
 		return nil, err
 	}
 	if boot != r.Boot {
-		return nil, fmt.Errorf("%w in %s: the machine has booted since it was", ErrNotUp, c.state)
+		return nil, fmt.Errorf("%w in %s: the machine has booted since it was", ErrNotUp, c.state.dir())
 	}
 	_, alive, err := c.state.running("kube-apiserver")
 	if err != nil {
 		return nil, err
 	}
 	if !alive {
-		return nil, fmt.Errorf("%w in %s: its API server has ended%s", ErrNotUp, c.state, c.state.tail("kube-apiserver"))
+		return nil, fmt.Errorf("%w in %s: its API server has ended%s", ErrNotUp, c.state.dir(), c.state.tail("kube-apiserver"))
 	}
 	return c, nil
 }

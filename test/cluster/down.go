@@ -14,16 +14,19 @@ import (
 // much for a cluster that is only half there, and nothing if there is none.
 func Down(ctx context.Context, cfg Config) error {
 	cfg = cfg.withDefaults()
-	s := state(cfg.StateDir)
-	if err := group.Kill(ctx); err != nil {
+	if err := checkName(cfg.Name); err != nil {
+		return err
+	}
+	s := state(cfg.Name)
+	if err := s.group().Kill(ctx); err != nil {
 		return fmt.Errorf("take the cluster down: %w", err)
 	}
 	// Independent of each other: one that fails keeps none from being tried.
-	err := errors.Join(removeUnderlay(), group.Remove(), s.restoreSysctls())
+	err := errors.Join(s.removeUnderlay(), s.group().Remove(), s.restoreSysctls())
 	if err != nil {
 		return fmt.Errorf("take the cluster down: %w", err)
 	}
-	if err := os.RemoveAll(string(s)); err != nil {
+	if err := os.RemoveAll(s.dir()); err != nil {
 		return fmt.Errorf("take the cluster down: %w", err)
 	}
 	return nil
@@ -31,13 +34,17 @@ func Down(ctx context.Context, cfg Config) error {
 
 // Down is as the function of that name.
 func (c *Cluster) Down(ctx context.Context) error {
-	return Down(ctx, Config{StateDir: string(c.state), Log: c.log})
+	return Down(ctx, Config{Name: string(c.state), Log: c.log})
 }
+
+// LogDir is the directory with the logs of the processes of the cluster of that
+// name, whether it is up or not.
+func LogDir(name string) string { return state(name).path("log") }
 
 // SaveLogs copies the logs of the cluster's processes and of its nodes (their
 // /var/log) into a directory, before Down or after a failed Up.
-func SaveLogs(stateDir, to string) error {
-	s := state(stateDir)
+func SaveLogs(name, to string) error {
+	s := state(name)
 	from := map[string]string{s.path("log"): to}
 	for _, n := range specs() {
 		from[s.disk(n.Name, "var/log")] = filepath.Join(to, n.Name)

@@ -3,26 +3,19 @@ package cluster
 import (
 	"embed"
 	"fmt"
+	"net"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"text/template"
 
 	"github.com/k8slan/k8slan/test/cluster/internal/cgroup"
 )
 
-// DefaultStateDir holds all that is the running cluster's.
-const DefaultStateDir = "/var/tmp/k8slan-cluster"
-
-// ForwardedAddress is the API server's for the machine's own programs.
-const ForwardedAddress = "127.0.0.1:26443"
-
 const (
-	group        cgroup.Group = "k8slan-cluster"               // everything the cluster runs
-	controlGroup cgroup.Group = "k8slan-cluster/control-plane" // beside one group per node
-	nodeLeaf                  = "system"                       // see nodeinit.Config.CgroupLeaf
+	nodeLeaf = "system" // see nodeinit.Config.CgroupLeaf
 
-	underlayNetns = "k8slan-underlay"
 	controlBridge = "control"  // carries the cluster; every node's eth0
 	lanBridge     = "underlay" // what LANs run over; every node's eth1 and eth2
 
@@ -79,19 +72,67 @@ func (s spec) port(d device) string { return s.Name + "-" + d.String() }
 // mac is the address of a node's device: the same after each power cycle.
 func (s spec) mac(d device) []byte { return []byte{0x02, 0x77, 0, 0, s.number, byte(d)} }
 
-func (s spec) group() cgroup.Group { return group + "/" + cgroup.Group(s.Name) }
+// Name is the name of the cluster that a program's environment means:
+// $K8SLAN_CLUSTER, a letter from a to z, for a cluster beside the usual one;
+// else empty.
+func Name(getenv func(string) string) (string, error) {
+	name := getenv("K8SLAN_CLUSTER")
+	if err := checkName(name); err != nil {
+		return "", fmt.Errorf("K8SLAN_CLUSTER: %w", err)
+	}
+	return name, nil
+}
 
-// state is the directory with all that is the cluster's; its methods name
-// what is in it.
+func checkName(name string) error {
+	if name == "" || len(name) == 1 && name[0] >= 'a' && name[0] <= 'z' {
+		return nil
+	}
+	return fmt.Errorf("a cluster is called by a letter from a to z or, the usual one, by none, not %q", name)
+}
+
+// state is a cluster by its name; its methods name what is the cluster's, here
+// in the machine and below in the cluster's directory.
 type state string
 
+func (s state) named(what string) string {
+	if s == "" {
+		return what
+	}
+	return what + "-" + string(s)
+}
+
+// dir has all files of the cluster.
+func (s state) dir() string { return filepath.Join(stateParent, s.named("k8slan-cluster")) }
+
+// stateParent outlives a boot of the machine, so that what a boot interrupted
+// is found and removed.
+const stateParent = "/var/tmp"
+
+// group has everything the cluster runs: the control plane's group and one per
+// node.
+func (s state) group() cgroup.Group        { return cgroup.Group(s.named("k8slan-cluster")) }
+func (s state) controlGroup() cgroup.Group { return s.group() + "/control-plane" }
+
+func (s state) nodeGroup(node string) cgroup.Group { return s.group() + "/" + cgroup.Group(node) }
+
+func (s state) underlayNetns() string { return s.named("k8slan-underlay") }
+func (s state) underlayPath() string  { return filepath.Join("/run/netns", s.underlayNetns()) }
+
+// address is the API server's for the machine's own programs.
+func (s state) address() string {
+	port := 26443
+	if s != "" {
+		port += 1 + int(s[0]-'a')
+	}
+	return net.JoinHostPort("127.0.0.1", strconv.Itoa(port))
+}
+
 func (s state) path(elements ...string) string {
-	return filepath.Join(append([]string{string(s)}, elements...)...)
+	return filepath.Join(append([]string{s.dir()}, elements...)...)
 }
 
 func (s state) kubeconfig() string            { return s.path("kubeconfig") }
 func (s state) record() string                { return s.path("cluster.json") }
-func (s state) sysctls() string               { return s.path("sysctls.json") }
 func (s state) bin(program string) string     { return s.path("bin", program) }
 func (s state) pki(file string) string        { return s.path("pki", file) }
 func (s state) log(process string) string     { return s.path("log", process+".log") }

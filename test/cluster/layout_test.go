@@ -86,3 +86,27 @@ func TestCacheDirectory(t *testing.T) {
 		}
 	}
 }
+
+func TestClustersOfOneMachineShareNoName(t *testing.T) {
+	taken := map[string]state{}
+	for _, s := range []state{"", "a", "b", "z"} {
+		if err := checkName(string(s)); err != nil {
+			t.Error(err)
+		}
+		for _, name := range []string{s.dir(), "group " + string(s.group()), s.underlayNetns(), s.address()} {
+			if other, ok := taken[name]; ok {
+				t.Errorf("clusters %q and %q share %s", s, other, name)
+			}
+			taken[name] = s
+		}
+	}
+}
+
+func TestClusterNameIsALetter(t *testing.T) {
+	for value, ok := range map[string]bool{"": true, "b": true, "B": false, "bb": false, "/": false, "1": false} {
+		name, err := Name(func(string) string { return value })
+		if (err == nil) != ok || ok && name != value {
+			t.Errorf("K8SLAN_CLUSTER=%q: %q, %v", value, name, err)
+		}
+	}
+}

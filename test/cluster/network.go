@@ -16,15 +16,13 @@ import (
 	"github.com/k8slan/k8slan/test/cluster/internal/process"
 )
 
-func underlayPath() string { return filepath.Join("/run/netns", underlayNetns) }
-
 // createUnderlay makes the network namespace with the bridges between the
 // nodes, where the control plane runs as well.
-func createUnderlay() error {
-	if err := createNetns(underlayNetns); err != nil {
-		return fmt.Errorf("make network namespace %s: %w", underlayNetns, err)
+func (s state) createUnderlay() error {
+	if err := createNetns(s.underlayNetns()); err != nil {
+		return fmt.Errorf("make network namespace %s: %w", s.underlayNetns(), err)
 	}
-	err := setSysctls(underlayPath(), map[string]string{
+	err := setSysctls(s.underlayPath(), map[string]string{
 		"net/ipv4/ip_forward": "1", // webhooks and Services: the control plane reaches pods through their nodes
 		// Ports and the LANs' bridge say nothing of their own.
 		"net/ipv6/conf/default/disable_ipv6": "1",
@@ -36,7 +34,7 @@ func createUnderlay() error {
 	if err != nil {
 		return err
 	}
-	return inside(underlayPath(), func(h *netlink.Handle) error {
+	return inside(s.underlayPath(), func(h *netlink.Handle) error {
 		if err := setUp(h, "lo"); err != nil {
 			return err
 		}
@@ -45,7 +43,7 @@ func createUnderlay() error {
 				return err
 			}
 		}
-		if err := setSysctls(underlayPath(), map[string]string{"net/ipv6/conf/" + controlBridge + "/disable_ipv6": "0"}); err != nil {
+		if err := setSysctls(s.underlayPath(), map[string]string{"net/ipv6/conf/" + controlBridge + "/disable_ipv6": "0"}); err != nil {
 			return err
 		}
 		return address(h, controlBridge, controlIPv4, controlIPv6)
@@ -68,13 +66,13 @@ func createNetns(name string) error {
 
 // removeUnderlay removes the network namespace, and with it the bridges' ends
 // of the nodes' devices; what is left of one that was half made, too.
-func removeUnderlay() error {
-	err := unix.Unmount(underlayPath(), unix.MNT_DETACH)
+func (s state) removeUnderlay() error {
+	err := unix.Unmount(s.underlayPath(), unix.MNT_DETACH)
 	if err != nil && !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.EINVAL) { // EINVAL: nothing is mounted there
-		return fmt.Errorf("unmount network namespace %s: %w", underlayNetns, err)
+		return fmt.Errorf("unmount network namespace %s: %w", s.underlayNetns(), err)
 	}
-	if err := os.Remove(underlayPath()); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("remove network namespace %s: %w", underlayNetns, err)
+	if err := os.Remove(s.underlayPath()); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("remove network namespace %s: %w", s.underlayNetns(), err)
 	}
 	return nil
 }
@@ -98,7 +96,7 @@ func (n *Node) connect() error {
 			return err
 		}
 	}
-	return inside(underlayPath(), func(h *netlink.Handle) error { return route(h, n.PodCIDR, n.IPv4) })
+	return inside(n.state.underlayPath(), func(h *netlink.Handle) error { return route(h, n.PodCIDR, n.IPv4) })
 }
 
 // plug connects one device of the node to its bridge.
@@ -112,7 +110,7 @@ func (n *Node) plug(d device) error {
 		return fmt.Errorf("open the network namespace of %s: %w", n.Name, err)
 	}
 	defer node.Close()
-	err = inside(underlayPath(), func(h *netlink.Handle) error {
+	err = inside(n.state.underlayPath(), func(h *netlink.Handle) error {
 		bridge, err := h.LinkByName(d.bridge())
 		if err != nil {
 			return fmt.Errorf("find bridge %s: %w", d.bridge(), err)
@@ -166,7 +164,7 @@ func (n *Node) configureControl(h *netlink.Handle) error {
 
 // unplug removes one device of the node, if it is there.
 func (n *Node) unplug(d device) error {
-	return inside(underlayPath(), func(h *netlink.Handle) error {
+	return inside(n.state.underlayPath(), func(h *netlink.Handle) error {
 		port, err := h.LinkByName(n.port(d))
 		if errors.As(err, &netlink.LinkNotFoundError{}) {
 			return nil
@@ -188,7 +186,7 @@ func (n *Node) CutUnderlay(dev string) error {
 	if err != nil {
 		return err
 	}
-	return inside(underlayPath(), func(h *netlink.Handle) error {
+	return inside(n.state.underlayPath(), func(h *netlink.Handle) error {
 		port, err := h.LinkByName(n.port(d))
 		if err != nil {
 			return fmt.Errorf("find %s: %w", n.port(d), err)
@@ -216,7 +214,7 @@ func (n *Node) RestoreUnderlay(dev string) error {
 		return err
 	}
 	missing := false
-	err = inside(underlayPath(), func(h *netlink.Handle) error {
+	err = inside(n.state.underlayPath(), func(h *netlink.Handle) error {
 		port, err := h.LinkByName(n.port(d))
 		if missing = errors.As(err, &netlink.LinkNotFoundError{}); missing {
 			return nil

@@ -61,7 +61,7 @@ func (n *Node) exec(ctx context.Context, stdin io.Reader, argv ...string) ([]byt
 // its pods included, and waits for their end. The name is the last part of
 // what the process was called by. It is an error if there is none.
 func (n *Node) KillProcess(ctx context.Context, name string) error {
-	pids, err := n.group().Processes()
+	pids, err := n.state.nodeGroup(n.Name).Processes()
 	if err != nil {
 		return err
 	}
@@ -133,7 +133,7 @@ func (n *Node) RestartKubelet(ctx context.Context) error {
 // PowerOff ends everything in the node at once. What it had in memory, /run
 // above all, is lost; its disk (nodeinit.Kept) stays.
 func (n *Node) PowerOff(ctx context.Context) error {
-	if err := n.group().Kill(ctx); err != nil {
+	if err := n.state.nodeGroup(n.Name).Kill(ctx); err != nil {
 		return err
 	}
 	// A control group is empty a moment before its processes have ended.
@@ -155,7 +155,7 @@ func (n *Node) PowerOff(ctx context.Context) error {
 			return err
 		}
 	}
-	return n.group().Remove()
+	return n.state.nodeGroup(n.Name).Remove()
 }
 
 // PowerOn starts a node that is off, and returns when it is Ready again.

@@ -35,7 +35,7 @@ const (
 
 // helper prepares a run of the helper.
 func (s state) helper(ctx context.Context, args ...string) *exec.Cmd {
-	cmd := exec.CommandContext(ctx, s.bin("cluster"), append([]string{"--state", string(s)}, args...)...)
+	cmd := exec.CommandContext(ctx, s.bin("cluster"), append([]string{"--name", string(s)}, args...)...)
 	cmd.WaitDelay = waitDelay
 	return cmd
 }
@@ -101,8 +101,8 @@ func (s state) tail(name string) string {
 // Spawn starts argv in a place, a node or one of the two beside them, with its
 // output on standard error, prints its number on out and lets it go. It moves
 // the calling program there: it is what the helper does.
-func Spawn(stateDir, place string, argv []string, out io.Writer) error {
-	s := state(stateDir)
+func Spawn(name, place string, argv []string, out io.Writer) error {
+	s := state(name)
 	if err := s.enter(place); err != nil {
 		return err
 	}
@@ -119,16 +119,16 @@ func Spawn(stateDir, place string, argv []string, out io.Writer) error {
 
 // SpawnNode starts the first process of a node and prints its number; like
 // Spawn it is what the helper does.
-func SpawnNode(stateDir, name string, out io.Writer) error {
-	s := state(stateDir)
+func SpawnNode(cluster, name string, out io.Writer) error {
+	s := state(cluster)
 	node, err := s.spec(name)
 	if err != nil {
 		return err
 	}
-	if err := node.group().Create(); err != nil {
+	if err := s.nodeGroup(node.Name).Create(); err != nil {
 		return err
 	}
-	if err := node.group().Join(""); err != nil {
+	if err := s.nodeGroup(node.Name).Join(""); err != nil {
 		return err
 	}
 	kubelet, err := filepath.EvalSymlinks(s.bin("kubelet"))
@@ -157,8 +157,8 @@ func SpawnNode(stateDir, name string, out io.Writer) error {
 // ExecHere runs argv in a node with the calling program's standard streams,
 // and returns its exit code. It moves the calling program there; if that is
 // killed, so is argv.
-func ExecHere(stateDir, node string, argv []string) (code int, err error) {
-	s := state(stateDir)
+func ExecHere(name, node string, argv []string) (code int, err error) {
+	s := state(name)
 	if err := s.enter(node); err != nil {
 		return 0, err
 	}
@@ -177,10 +177,16 @@ func ExecHere(stateDir, node string, argv []string) (code int, err error) {
 	return 0, err
 }
 
-// Forward carries connections that the listener accepts to the API server; it
-// returns when the listener fails.
-func Forward(log *slog.Logger, listener net.Listener) error {
-	return forward.Serve(log, listener, underlayPath(), apiServer)
+// Forward carries connections from the machine to the API server of the cluster
+// of that name; it returns when it can accept no more.
+func Forward(log *slog.Logger, name string) error {
+	s := state(name)
+	listener, err := net.Listen("tcp", s.address())
+	if err != nil {
+		return fmt.Errorf("forward the API server's port: %w", err)
+	}
+	defer listener.Close()
+	return forward.Serve(log, listener, s.underlayPath(), apiServer)
 }
 
 // enter moves the calling program to a place, for ever.
@@ -191,13 +197,13 @@ func (s state) enter(place string) error {
 	}
 	switch place {
 	case placeMachine, placeControlPlane:
-		if err := controlGroup.Join(""); err != nil {
+		if err := s.controlGroup().Join(""); err != nil {
 			return err
 		}
 		if place == placeMachine {
 			return nil
 		}
-		return process.EnterNetns(underlayPath())
+		return process.EnterNetns(s.underlayPath())
 	}
 	node, err := s.spec(place)
 	if err != nil {
@@ -210,7 +216,7 @@ func (s state) enter(place string) error {
 	if !alive {
 		return fmt.Errorf("%s has no power: cluster power on %s", place, place)
 	}
-	if err := node.group().Join(nodeLeaf); err != nil {
+	if err := s.nodeGroup(node.Name).Join(nodeLeaf); err != nil {
 		return err
 	}
 	return first.Enter()

@@ -7,13 +7,16 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/k8slan/k8slan/test/cluster/internal/process"
 )
 
-// inotifyInstances is what two nodes need; the kernel's default is 128.
+// inotifyInstances is what the two nodes of a cluster need; the kernel's default is 128.
 const inotifyInstances = 1024
 
 // machineSysctls are those that the cluster changes for the whole machine: the
@@ -27,61 +30,121 @@ func machineSysctls() []string {
 	}
 }
 
-// savedSysctls are values to restore, in the boot they were read in.
-type savedSysctls struct {
-	Boot   string            `json:"boot"`
-	Values map[string]string `json:"values"`
+// sysctlUse says which of the machine's clusters use the changed sysctls, and
+// what to restore when the last of them goes down.
+type sysctlUse struct {
+	Boot     string            `json:"boot"`     // of the machine, in which the values were read
+	Clusters []state           `json:"clusters"` // that came up in it
+	Values   map[string]string `json:"values"`   // before the first of them
 }
 
-// changeSysctls remembers the machine's sysctls and sets what the cluster
-// needs.
+// sysctlFile keeps the machine's sysctlUse, for all its clusters.
+const sysctlFile = stateParent + "/k8slan-cluster-sysctls.json"
+
+// changeSysctls remembers the machine's sysctls, unless another cluster has,
+// and sets what the machine's clusters need.
 func (s state) changeSysctls() error {
+	return changeSysctlUse(func(use sysctlUse) (sysctlUse, error) {
+		if len(use.Clusters) == 0 {
+			values, err := readSysctls()
+			if err != nil {
+				return use, err
+			}
+			use.Values = values
+		}
+		use.Clusters = append(slices.DeleteFunc(use.Clusters, s.is), s)
+		inotify := machineSysctls()[0]
+		want := inotifyInstances * len(use.Clusters)
+		if have, err := strconv.Atoi(use.Values[inotify]); err != nil || have >= want {
+			return use, err
+		}
+		return use, writeSysctl(inotify, strconv.Itoa(want))
+	})
+}
+
+// restoreSysctls undoes what was changed since the first changeSysctls, once no
+// cluster uses it any more.
+func (s state) restoreSysctls() error {
+	return changeSysctlUse(func(use sysctlUse) (sysctlUse, error) {
+		if !slices.ContainsFunc(use.Clusters, s.is) {
+			return use, nil
+		}
+		use.Clusters = slices.DeleteFunc(use.Clusters, s.is)
+		if len(use.Clusters) > 0 {
+			return use, nil
+		}
+		for name, value := range use.Values {
+			if err := writeSysctl(name, value); err != nil {
+				return use, err
+			}
+		}
+		return use, nil
+	})
+}
+
+func (s state) is(other state) bool { return s == other }
+
+// changeSysctlUse lets f change what sysctlFile says, which is nothing after
+// the machine has booted, and keeps other programs from it meanwhile.
+func changeSysctlUse(f func(sysctlUse) (sysctlUse, error)) (err error) {
+	// The directory, because the file comes and goes.
+	lock, err := os.Open(filepath.Dir(sysctlFile))
+	if err != nil {
+		return fmt.Errorf("lock the machine's sysctls: %w", err)
+	}
+	defer lock.Close()
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX); err != nil {
+		return fmt.Errorf("lock the machine's sysctls, %s: %w", lock.Name(), err)
+	}
 	boot, err := process.BootID()
 	if err != nil {
 		return err
 	}
-	saved := savedSysctls{Boot: boot, Values: map[string]string{}}
+	use, err := readSysctlUse()
+	if err != nil {
+		return err
+	}
+	if use.Boot != boot {
+		use = sysctlUse{Boot: boot}
+	}
+	if use, err = f(use); err != nil {
+		return err
+	}
+	if len(use.Clusters) > 0 {
+		return writeJSON(sysctlFile, use)
+	}
+	if err := os.Remove(sysctlFile); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("forget the machine's sysctls: %w", err)
+	}
+	return nil
+}
+
+// readSysctlUse returns what sysctlFile says, nothing if there is none.
+func readSysctlUse() (sysctlUse, error) {
+	content, err := os.ReadFile(sysctlFile)
+	if errors.Is(err, fs.ErrNotExist) {
+		return sysctlUse{}, nil
+	}
+	if err != nil {
+		return sysctlUse{}, fmt.Errorf("read the sysctls to restore: %w", err)
+	}
+	var use sysctlUse
+	if err := json.Unmarshal(content, &use); err != nil {
+		return sysctlUse{}, fmt.Errorf("read the sysctls to restore, %s: %w", sysctlFile, err)
+	}
+	return use, nil
+}
+
+func readSysctls() (map[string]string, error) {
+	values := map[string]string{}
 	for _, name := range machineSysctls() {
 		value, err := os.ReadFile(filepath.Join("/proc/sys", name))
 		if err != nil {
-			return fmt.Errorf("read sysctl %s: %w", name, err)
+			return nil, fmt.Errorf("read sysctl %s: %w", name, err)
 		}
-		saved.Values[name] = strings.TrimSpace(string(value))
+		values[name] = strings.TrimSpace(string(value))
 	}
-	if err := writeJSON(s.sysctls(), saved); err != nil {
-		return err
-	}
-	inotify := machineSysctls()[0]
-	if have, err := strconv.Atoi(saved.Values[inotify]); err != nil || have >= inotifyInstances {
-		return err
-	}
-	return writeSysctl(inotify, strconv.Itoa(inotifyInstances))
-}
-
-// restoreSysctls undoes what was changed since changeSysctls, unless the
-// machine has booted meanwhile.
-func (s state) restoreSysctls() error {
-	content, err := os.ReadFile(s.sysctls())
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
-		return fmt.Errorf("read the sysctls to restore: %w", err)
-	}
-	var saved savedSysctls
-	if err := json.Unmarshal(content, &saved); err != nil {
-		return fmt.Errorf("read the sysctls to restore, %s: %w", s.sysctls(), err)
-	}
-	boot, err := process.BootID()
-	if err != nil || boot != saved.Boot {
-		return err
-	}
-	for name, value := range saved.Values {
-		if err := writeSysctl(name, value); err != nil {
-			return err
-		}
-	}
-	return nil
+	return values, nil
 }
 
 func writeSysctl(name, value string) error {

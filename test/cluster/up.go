@@ -37,9 +37,9 @@ func components() []string { return []string{"kubernetes", "etcd", "containerd",
 // If it fails, what has been started stays, to be looked at; Down removes it.
 func Up(ctx context.Context, cfg Config) (*Cluster, error) {
 	cfg = cfg.withDefaults()
-	c, err := Open(cfg.StateDir)
+	c, err := Open(cfg.Name)
 	if err == nil {
-		cfg.Log.Info("the cluster is up already; its images are left as they are", "state", c.state)
+		cfg.Log.Info("the cluster is up already; its images are left as they are", "state", c.state.dir())
 		return c, nil
 	}
 	if !errors.Is(err, ErrNotUp) {
@@ -70,10 +70,10 @@ func (c *Cluster) up(ctx context.Context, cfg Config) error {
 	if err := c.state.changeSysctls(); err != nil {
 		return err
 	}
-	if err := group.Create(); err != nil {
+	if err := c.state.group().Create(); err != nil {
 		return err
 	}
-	if err := createUnderlay(); err != nil {
+	if err := c.state.createUnderlay(); err != nil {
 		return err
 	}
 	if err := c.start(ctx, cfg.Images); err != nil {
@@ -208,7 +208,7 @@ func (c *Cluster) writePKI() (pki.Authority, error) {
 			c.writeFile("pki/"+file+".kubeconfig", authority.Kubeconfig("https://"+apiServer, pair)),
 		)
 		if file == "admin" {
-			err = errors.Join(err, c.writeFile("kubeconfig", authority.Kubeconfig("https://"+ForwardedAddress, pair)))
+			err = errors.Join(err, c.writeFile("kubeconfig", authority.Kubeconfig("https://"+c.state.address(), pair)))
 		}
 		if err != nil {
 			return authority, err
@@ -282,7 +282,7 @@ func (n *Node) writeDisk(authority pki.Authority) error {
 // start starts everything: the control plane beside the nodes' runtimes and
 // images, then what needs both.
 func (c *Cluster) start(ctx context.Context, images []string) error {
-	if err := controlGroup.Create(); err != nil {
+	if err := c.state.controlGroup().Create(); err != nil {
 		return err
 	}
 	first, firstCtx := errgroup.WithContext(ctx)
@@ -326,7 +326,7 @@ func (c *Cluster) startAPI(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if _, err := c.state.spawn(ctx, placeMachine, "proxy", c.state.bin("cluster"), "proxy"); err != nil {
+	if _, err := c.state.spawn(ctx, placeMachine, "proxy", c.state.bin("cluster"), "--name", string(c.state), "proxy"); err != nil {
 		return err
 	}
 	client, err := c.state.client()

@@ -36,21 +36,25 @@ func demo(ctx context.Context) error {
 		return fmt.Errorf("only root can make nodes of namespaces: sudo make demo")
 	}
 	cache := cluster.CacheDir(os.Getenv)
-	details, err := openLog(filepath.Join(cache, "demo.log"))
+	name, err := cluster.Name(os.Getenv)
+	if err != nil {
+		return err
+	}
+	details, err := openLog(filepath.Join(cache, "demo"+name+".log"))
 	if err != nil {
 		return err
 	}
 	defer details.Close()
 	p := &progress{out: os.Stdout, terminal: isTerminal(os.Stdout), began: time.Now()}
 	bed, err := install.New(ctx, cluster.Config{
-		StateDir: cluster.DefaultStateDir, CacheDir: cache, Log: slog.New(slog.NewTextHandler(details, nil)),
+		Name: name, CacheDir: cache, Log: slog.New(slog.NewTextHandler(details, nil)),
 	})
 	if err != nil {
 		return err
 	}
 	fmt.Fprintf(p.out, "details: %s\n", details.Name())
 	if err := setUp(ctx, p, bed); err != nil {
-		return fmt.Errorf("%w\ndetails are in %s and %s", err, details.Name(), filepath.Join(cluster.DefaultStateDir, "log"))
+		return fmt.Errorf("%w\ndetails are in %s and %s", err, details.Name(), cluster.LogDir(name))
 	}
 	if err := show(ctx, p.out, bed); err != nil {
 		return err

@@ -55,8 +55,13 @@ func run(m *testing.M) (code int) {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
-	cfg := cluster.Config{CacheDir: cluster.CacheDir(os.Getenv), Log: log}
-	_, err := cluster.Open(cfg.StateDir)
+	name, err := cluster.Name(os.Getenv)
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "e2e:", err)
+		return 1
+	}
+	cfg := cluster.Config{Name: name, CacheDir: cluster.CacheDir(os.Getenv), Log: log}
+	_, err = cluster.Open(cfg.Name)
 	if errors.Is(err, cluster.ErrNotUp) && os.Getenv("K8SLAN_E2E_KEEP") == "" {
 		defer func() { code = max(code, takeDown(cfg, code != 0)) }()
 	}
@@ -87,7 +92,7 @@ func takeDown(cfg cluster.Config, failed bool) int {
 	defer cancel()
 	if failed {
 		logs := "../../dist/e2e-logs"
-		err := errors.Join(os.RemoveAll(logs), cluster.SaveLogs(cluster.DefaultStateDir, logs))
+		err := errors.Join(os.RemoveAll(logs), cluster.SaveLogs(cfg.Name, logs))
 		cfg.Log.Info("the cluster's logs are kept", "dir", logs, "err", err)
 	}
 	if err := cluster.Down(ctx, cfg); err != nil {

@@ -38,7 +38,7 @@ func New(ctx context.Context, cfg cluster.Config) (*Bed, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Bed{Config: cfg, root: filepath.Dir(strings.TrimSpace(gomod)), work: filepath.Join(cfg.CacheDir, "checkout")}, nil
+	return &Bed{Config: cfg, root: filepath.Dir(strings.TrimSpace(gomod)), work: filepath.Join(cfg.CacheDir, "checkout"+cfg.Name)}, nil
 }
 
 // Programs builds Kubernetes, etcd, containerd, Multus and Helm, or finds them built.
@@ -72,7 +72,7 @@ func (b *Bed) Images(ctx context.Context) error {
 
 // Up brings the cluster up, or takes the one that is, and gives both nodes the images.
 func (b *Bed) Up(ctx context.Context) error {
-	c, err := cluster.Open(b.StateDir)
+	c, err := cluster.Open(b.Name)
 	if errors.Is(err, cluster.ErrNotUp) {
 		b.Cluster, err = cluster.Up(ctx, b.Config)
 		return err

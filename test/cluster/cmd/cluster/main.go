@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net"
 	"os"
 	"os/signal"
 	"strings"
@@ -23,7 +22,10 @@ import (
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	err := root().ExecuteContext(ctx)
+	root, err := root()
+	if err == nil {
+		err = root.ExecuteContext(ctx)
+	}
 	var code exitCode
 	switch {
 	case errors.As(err, &code):
@@ -42,7 +44,11 @@ func (c exitCode) Error() string { return fmt.Sprintf("exit code %d", int(c)) }
 // options are the flags of all commands.
 type options struct{ cluster.Config }
 
-func root() *cobra.Command {
+func root() (*cobra.Command, error) {
+	name, err := cluster.Name(os.Getenv)
+	if err != nil {
+		return nil, err
+	}
 	o := &options{cluster.Config{
 		CacheDir: cluster.CacheDir(os.Getenv),
 		Log:      slog.New(slog.NewTextHandler(os.Stderr, nil)),
@@ -53,10 +59,10 @@ func root() *cobra.Command {
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
-	root.PersistentFlags().StringVar(&o.StateDir, "state", cluster.DefaultStateDir, "directory for all that is the running cluster's")
+	root.PersistentFlags().StringVar(&o.Name, "name", name, "a letter for a cluster beside the usual one ($K8SLAN_CLUSTER)")
 	root.AddCommand(up(o), down(o), status(o), kubeconfig(o), build(o), load(o), execute(o),
-		kubelet(o), kill(o), power(o), underlay(o), spawn(o), spawnNode(o), nodeInit(), proxy())
-	return root
+		kubelet(o), kill(o), power(o), underlay(o), spawn(o), spawnNode(o), nodeInit(), proxy(o))
+	return root, nil
 }
 
 func up(o *options) *cobra.Command {
@@ -97,7 +103,7 @@ func down(o *options) *cobra.Command {
 		Args:  cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
 			if logs != "" {
-				if err := cluster.SaveLogs(o.StateDir, logs); err != nil {
+				if err := cluster.SaveLogs(o.Name, logs); err != nil {
 					return err
 				}
 			}
@@ -150,7 +156,7 @@ func execute(o *options) *cobra.Command {
 		Short: "Run a command in a node",
 		Args:  cobra.MinimumNArgs(2),
 		RunE: func(_ *cobra.Command, args []string) error {
-			code, err := cluster.ExecHere(o.StateDir, args[0], args[1:])
+			code, err := cluster.ExecHere(o.Name, args[0], args[1:])
 			if err != nil || code == 0 {
 				return err
 			}
@@ -200,7 +206,7 @@ func opened(o *options, use, short string, args int, run func(context.Context, *
 		Short: short,
 		Args:  cobra.ExactArgs(args),
 		RunE: func(c *cobra.Command, args []string) error {
-			opened, err := cluster.Open(o.StateDir)
+			opened, err := cluster.Open(o.Name)
 			if err != nil {
 				return err
 			}
@@ -229,7 +235,7 @@ func spawn(o *options) *cobra.Command {
 		Hidden: true,
 		Args:   cobra.MinimumNArgs(2),
 		RunE: func(_ *cobra.Command, args []string) error {
-			return cluster.Spawn(o.StateDir, args[0], args[1:], os.Stdout)
+			return cluster.Spawn(o.Name, args[0], args[1:], os.Stdout)
 		},
 	}
 }
@@ -241,7 +247,7 @@ func spawnNode(o *options) *cobra.Command {
 		Hidden: true,
 		Args:   cobra.ExactArgs(1),
 		RunE: func(_ *cobra.Command, args []string) error {
-			return cluster.SpawnNode(o.StateDir, args[0], os.Stdout)
+			return cluster.SpawnNode(o.Name, args[0], os.Stdout)
 		},
 	}
 }
@@ -256,18 +262,14 @@ func nodeInit() *cobra.Command {
 	}
 }
 
-func proxy() *cobra.Command {
+func proxy(o *options) *cobra.Command {
 	return &cobra.Command{
 		Use:    "proxy",
 		Short:  "Forward the API server's port to this machine",
 		Hidden: true,
 		Args:   cobra.NoArgs,
-		RunE: func(c *cobra.Command, _ []string) error {
-			listener, err := net.Listen("tcp", cluster.ForwardedAddress)
-			if err != nil {
-				return err
-			}
-			return cluster.Forward(slog.New(slog.NewTextHandler(os.Stderr, nil)), listener)
+		RunE: func(*cobra.Command, []string) error {
+			return cluster.Forward(slog.New(slog.NewTextHandler(os.Stderr, nil)), o.Name)
 		},
 	}
 }
