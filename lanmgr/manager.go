@@ -46,7 +46,11 @@ type Manager struct {
 	mu      sync.Mutex
 	want    map[string]segment.Segment // by netns
 	started bool                       // Set was called
+	listed  bool                       // what an earlier run has left was looked for
+	first   map[string]bool            // what was wanted or here then and was not looked at yet
 	dirty   map[string]bool
+	unseen  map[string]bool // not looked at since it was said what is wanted there
+	at      string          // is being looked at
 	retry   map[string]*backoff
 	reports map[string]Report
 }
@@ -57,7 +61,7 @@ func New(k Kernel, cdiDir string, log *slog.Logger) *Manager {
 	return &Manager{
 		kernel: k, cdiDir: cdiDir, log: log,
 		poked: make(chan struct{}, 1), changed: make(chan struct{}, 1),
-		want: map[string]segment.Segment{}, dirty: map[string]bool{}, retry: map[string]*backoff{}, reports: map[string]Report{},
+		want: map[string]segment.Segment{}, dirty: map[string]bool{}, unseen: map[string]bool{}, retry: map[string]*backoff{}, reports: map[string]Report{},
 	}
 }
 
@@ -70,13 +74,13 @@ func (m *Manager) Set(want []segment.Segment) {
 	for _, s := range want {
 		next[s.Netns] = s
 		if old, ok := m.want[s.Netns]; !ok || !old.Equal(s) {
-			m.dirty[s.Netns] = true
+			m.dirty[s.Netns], m.unseen[s.Netns] = true, true
 			delete(m.retry, s.Netns) // what failed was the old wish
 		}
 	}
 	for name := range m.want {
 		if _, ok := next[name]; !ok {
-			m.dirty[name] = true
+			m.dirty[name], m.unseen[name] = true, true
 		}
 	}
 	m.want = next
@@ -111,6 +115,26 @@ func (m *Manager) Reports() []Report {
 		}
 		return 1
 	})
+}
+
+// Looked says whether every segment that was wanted or here at the start was looked at once: before, no report says nothing.
+func (m *Manager) Looked() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.listed && len(m.first) == 0
+}
+
+// Gone says whether the node has nothing left of a LAN that it should not have: it was looked for under the name of its netns,
+// with the segment's lock where there was anything, after the last Set; false where that is not known yet. Without a Set that
+// wants it again it stays gone: an attachment needs the record, which went first.
+func (m *Manager) Gone(lan segment.LAN, netns string) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if !m.listed || m.unseen[netns] || m.at == netns || m.want[netns].LAN == lan {
+		return false
+	}
+	r, here := m.reports[netns]
+	return !here || r.Segment.LAN.UID != "" && r.Segment.LAN != lan
 }
 
 // Run works until the context ends. Segments stay as they are then.
@@ -188,14 +212,17 @@ func (m *Manager) findOld() {
 		m.again("", time.Now())
 		return
 	}
+	m.listed = true
 	for _, name := range names {
-		m.dirty[name] = true
+		m.dirty[name], m.unseen[name] = true, true
 	}
 	for _, d := range devices {
 		if d.Netns != "" {
 			m.dirty[d.Netns] = true
 		}
 	}
+	m.first = maps.Clone(m.dirty)
+	signal(m.changed)
 }
 
 // work brings one segment in order and reports.
@@ -203,10 +230,12 @@ func (m *Manager) work(ctx context.Context, name string) {
 	m.mu.Lock()
 	want, wanted := m.want[name]
 	old, had := m.reports[name]
+	m.at = name
+	delete(m.unseen, name)
 	m.mu.Unlock()
 	began := time.Now()
 	stale, err := m.devicesBefore(name, old, had)
-	report, gone := m.reconcile(ctx, name, want, wanted, old)
+	report, known, gone := m.reconcile(ctx, name, want, wanted, old)
 	if ctx.Err() != nil {
 		return
 	}
@@ -218,6 +247,11 @@ func (m *Manager) work(ctx context.Context, name string) {
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	m.at = ""
+	delete(m.first, name)
+	if !known {
+		m.unseen[name] = true
+	}
 	switch {
 	case report.Err != nil:
 		if !had || old.Err == nil || old.Err.Error() != report.Err.Error() {
@@ -271,8 +305,8 @@ func (m *Manager) removeDevices(devices []cdi.Device, claims []segment.Claim) er
 	return errors.Join(errs...)
 }
 
-// reconcile does the work for one segment.
-func (m *Manager) reconcile(ctx context.Context, name string, want segment.Segment, wanted bool, old Report) (r Report, gone bool) {
+// reconcile does the work for one segment. known is false where it cannot be seen how the segment is.
+func (m *Manager) reconcile(ctx context.Context, name string, want segment.Segment, wanted bool, old Report) (r Report, known, gone bool) {
 	r = Report{Segment: want, Leaving: !wanted}
 	have, known, err := m.bring(ctx, name, func(have segment.State) []segment.Op {
 		ops, _ := decide(want, wanted, have)
@@ -283,13 +317,17 @@ func (m *Manager) reconcile(ctx context.Context, name string, want segment.Segme
 		r.Claims, r.Withdrawn = old.Claims, old.Withdrawn
 		if r.Leaving = r.Leaving || old.Leaving; r.Leaving {
 			r.Segment = old.Segment
+			r.Segment.Netns = name
 		}
-		return r, false
+		return r, false, false
 	}
 	left, leaving := decide(want, wanted, have)
 	r.Leaving = leaving
-	if leaving && have.Record != nil {
+	switch {
+	case leaving && have.Record != nil:
 		r.Segment = *have.Record
+	case !wanted:
+		r.Segment = nobodys(have)
 	}
 	r.Claims = have.Claims()
 	for _, c := range r.Claims {
@@ -298,7 +336,18 @@ func (m *Manager) reconcile(ctx context.Context, name string, want segment.Segme
 		}
 	}
 	r.Built = r.Err == nil && built(left)
-	return r, !wanted && !have.Exists && !have.Lost && !have.Dead && have.Record == nil && len(have.Links) == 0
+	return r, true, !wanted && !have.Exists && !have.Lost && !have.Dead && have.Record == nil && len(have.Links) == 0
+}
+
+// nobodys is what can be said of a segment whose record is lost.
+func nobodys(have segment.State) segment.Segment {
+	s := segment.Segment{Netns: have.Netns}
+	for _, l := range have.Links {
+		if l.Type == "vxlan" {
+			s.VXLAN = segment.VXLAN{Name: l.Name, VNI: l.VXLAN.VNI, Port: l.VXLAN.Port, Group: l.VXLAN.Group}
+		}
+	}
+	return s
 }
 
 // bring brings a segment in order and says how it is then, if that is known. It looks first without the lock, because most of the time

@@ -251,6 +251,47 @@ func TestAttachedSegmentStaysUntilItsPodIsGone(t *testing.T) {
 	}
 }
 
+// The API server lets a LAN go when every node says that it is gone.
+func TestALANIsGoneOnlyOnceItWasLookedForAndNothingIsThere(t *testing.T) {
+	old := lan("old", "1", "x")
+	n := &node{states: map[string]segment.State{"default.old": {Exists: true, Record: &old}}, blind: errors.New("no buffer space available")}
+	m, _ := start(t, n)
+	if m.Gone(old.LAN, old.Netns) || m.Looked() {
+		t.Error("gone before anybody looked")
+	}
+	m.Set([]segment.Segment{lan("a", "1", "y")})
+	await(t, m, "what cannot be seen is told of", func(rs []lanmgr.Report) bool {
+		return m.Looked() && len(rs) == 2 && rs[1].Segment.Netns == "default.old" && rs[1].Leaving && rs[1].Err != nil
+	})
+	if m.Gone(old.LAN, old.Netns) {
+		t.Error("gone, though it cannot be seen")
+	}
+	n.mu.Lock()
+	n.blind = nil
+	n.mu.Unlock()
+	await(t, m, "gone", func([]lanmgr.Report) bool { return m.Gone(old.LAN, old.Netns) })
+	if names, _ := n.List(); slices.Contains(names, "default.old") {
+		t.Errorf("said to be gone, but the node has %v", names)
+	}
+	a := lan("a", "1", "y")
+	await(t, m, "built", allBuilt(1))
+	if m.Gone(a.LAN, a.Netns) {
+		t.Error("a LAN that is wanted is gone")
+	}
+	if never := lan("a", "0", "y"); !m.Gone(never.LAN, never.Netns) {
+		t.Error("a LAN that never had the netns, which is another's, is not gone")
+	}
+	n.attach("default.a", "y")
+	m.Set(nil)
+	if m.Gone(a.LAN, a.Netns) {
+		t.Error("gone before anybody looked again")
+	}
+	await(t, m, "leaving", func(rs []lanmgr.Report) bool { return len(rs) == 1 && rs[0].Leaving && len(rs[0].Claims) == 1 })
+	if m.Gone(a.LAN, a.Netns) {
+		t.Error("gone with a pod attached")
+	}
+}
+
 func TestFailureIsReportedAndTriedAgain(t *testing.T) {
 	n := &node{states: map[string]segment.State{}, refuse: errors.New("no buffer space available")}
 	m, _ := start(t, n)
@@ -349,10 +390,17 @@ func TestAttachmentsAreReportedWhileTheKernelCannotBeRead(t *testing.T) {
 func TestASegmentOfNobodyGoesWithItsLastVM(t *testing.T) {
 	n := &node{states: map[string]segment.State{"default.old": {Exists: true, Links: []segment.Link{
 		{Name: segment.PlugName("vm"), Type: "veth", AltNames: []string{segment.ClaimID("c1", "net1")}, Promisc: 1},
+		{Name: "vx7", Type: "vxlan", VXLAN: segment.VXLANState{VNI: 7, Port: 4789}},
 	}}}}
 	m, _ := start(t, n)
 	m.Set(nil)
-	await(t, m, "attached", func(rs []lanmgr.Report) bool { return len(rs) == 1 && len(rs[0].Claims) == 1 })
+	rs := await(t, m, "attached", func(rs []lanmgr.Report) bool { return len(rs) == 1 && len(rs[0].Claims) == 1 })
+	if s := rs[0].Segment; s.Netns != "default.old" || s.VXLAN.VNI != 7 || s.VXLAN.Port != 4789 {
+		t.Errorf("what it occupies is reported as %+v", s)
+	}
+	if perhaps := lan("old", "1", "vm"); m.Gone(perhaps.LAN, perhaps.Netns) {
+		t.Error("nobody knows whose it is, but it is said not to be this LAN's")
+	}
 	n.change("default.old", func(s *segment.State) { s.Links[0].Promisc = 0 })
 	m.Poke("default.old")
 	await(t, m, "gone", func([]lanmgr.Report) bool { names, _ := n.List(); return len(names) == 0 })

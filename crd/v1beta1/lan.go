@@ -4,6 +4,10 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
+// Finalizer is the controller's on every LAN that holds something, or once did: the object stays until no node that counts has
+// anything left of it.
+const Finalizer = "lan.k8slan.io/deletion"
+
 // Limits and defaults of LANSpec.
 const (
 	DefaultGroup = "ff02::14" // multicast group of the VXLAN

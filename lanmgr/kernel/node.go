@@ -102,6 +102,29 @@ func (n *Node) Record(netnsName string) (segment.Segment, error) {
 	return s, nil
 }
 
+// Records are those of all segments on the node. One that is damaged is passed over: the daemon writes it anew.
+func (n *Node) Records() ([]segment.Segment, error) {
+	entries, err := os.ReadDir(filepath.Join(n.paths.Run, "lan"))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("list the records of LANs: %w", err)
+	}
+	var records []segment.Segment
+	for _, e := range entries {
+		name, ok := strings.CutSuffix(e.Name(), ".json")
+		if !ok || strings.HasPrefix(name, ".") {
+			continue // half written
+		}
+		r, err := n.Record(name)
+		switch {
+		case err == nil:
+			records = append(records, r)
+		case !errors.Is(err, ErrNoLAN) && !isDamaged(err):
+			return nil, err
+		}
+	}
+	return records, nil
+}
+
 // writeRecord publishes a segment; whoever reads sees the old one or the new one, whole.
 func (n *Node) writeRecord(s segment.Segment) error {
 	b, err := json.Marshal(s)

@@ -30,12 +30,15 @@ type Manager interface {
 	Set(want []segment.Segment)
 	Poke(netns string)
 	Reports() []lanmgr.Report
+	Looked() bool
+	Gone(lan segment.LAN, netns string) bool
 	Changed() <-chan struct{}
 }
 
 // Kernel is what the agent asks of the node; kernel.Node is one.
 type Kernel interface {
 	Underlays(ctx context.Context) (kernel.Underlays, error)
+	Records() ([]segment.Segment, error)
 	Watch(ctx context.Context, poke func(netns string)) error
 }
 
@@ -70,6 +73,7 @@ type Agent struct {
 	// Of the main loop alone.
 	plans   []Plan
 	planned bool
+	records map[string]segment.Segment // by netns: what an earlier run had, until there is a report
 	lans    map[types.UID]*v1beta1.LAN
 	offered []Spoke
 	told    map[types.UID]Problem // what the last event on a LAN said
@@ -150,8 +154,13 @@ func (a *Agent) plan(ctx context.Context) error {
 	for i := range lans.Items {
 		a.lans[lans.Items[i].UID] = &lans.Items[i]
 	}
+	if !a.planned {
+		if err := a.begin(ctx, &self); err != nil {
+			return err
+		}
+	}
 	node := Node{Name: a.Node, Labels: self.Labels, Underlays: *underlays}
-	a.plans, a.planned = planAll(lans.Items, node, a.Manager.Reports()), true
+	a.plans, a.planned = planAll(lans.Items, node, a.now()), true
 	segments := make([]segment.Segment, len(a.plans))
 	for i, p := range a.plans {
 		segments[i] = p.Segment
@@ -161,10 +170,34 @@ func (a *Agent) plan(ctx context.Context) error {
 	return nil
 }
 
+// begin is what has to be before the first plan. The LANNode has to exist: the controller takes a Node without one for a node
+// that has nothing of any LAN. And what an earlier run had has to be known.
+func (a *Agent) begin(ctx context.Context, self *corev1.Node) error {
+	records, err := a.Kernel.Records()
+	if err != nil {
+		return err
+	}
+	if err := a.publisher.introduce(ctx, self); err != nil {
+		return err
+	}
+	a.records = make(map[string]segment.Segment, len(records))
+	for _, r := range records {
+		a.records[r.Netns] = r
+	}
+	return nil
+}
+
+// now is what the node has, by netns, as far as it is known.
+func (a *Agent) now() map[string]segment.Segment {
+	for _, r := range a.Manager.Reports() {
+		a.records[r.Segment.Netns] = r.Segment
+	}
+	return a.records
+}
+
 // planAll plans every LAN. Where two seem to hold one netns, because the news of one is older than that of the other, the
 // one created first has it.
-func planAll(lans []v1beta1.LAN, node Node, reports []lanmgr.Report) []Plan {
-	byNetns := index(reports)
+func planAll(lans []v1beta1.LAN, node Node, now map[string]segment.Segment) []Plan {
 	byAge := slices.Clone(lans)
 	slices.SortFunc(byAge, func(x, y v1beta1.LAN) int {
 		return cmp.Or(x.CreationTimestamp.Compare(y.CreationTimestamp.Time), cmp.Compare(x.UID, y.UID))
@@ -172,14 +205,15 @@ func planAll(lans []v1beta1.LAN, node Node, reports []lanmgr.Report) []Plan {
 	var plans []Plan
 	taken := make(map[string]bool)
 	for i := range byAge {
-		lan, now := &byAge[i], segment.Segment{}
+		lan := &byAge[i]
 		if lan.Status.Holds == nil {
 			continue
 		}
-		if r, ok := byNetns[lan.Status.Holds.NS]; ok && r.Segment.LAN.UID == string(lan.UID) {
-			now = r.Segment
+		here := now[lan.Status.Holds.NS]
+		if here.LAN.UID != string(lan.UID) {
+			here = segment.Segment{}
 		}
-		p, ok := NewPlan(lan, node, now)
+		p, ok := NewPlan(lan, node, here)
 		if !ok || taken[p.Segment.Netns] {
 			continue
 		}
@@ -194,12 +228,15 @@ func (a *Agent) report() {
 	if !a.planned {
 		return
 	}
+	gone := a.gone()
 	reports := a.Manager.Reports()
 	if offers := Offers(a.plans, reports); a.offered == nil || !slices.Equal(offers, a.offered) {
 		a.offered = offers
 		a.Offer(offers)
 	}
-	a.publisher.set(Status(a.plans, reports, a.Version))
+	if a.Manager.Looked() { // before, attachments would seem to be gone
+		a.publisher.set(Status(a.plans, reports, gone, a.Version))
+	}
 	a.tell(reports)
 
 	byNetns := index(reports)
@@ -207,6 +244,20 @@ func (a *Agent) report() {
 		_, worked := byNetns[p.Segment.Netns]
 		return !worked
 	}))
+}
+
+// gone are the LANs that are being deleted and of which the node has nothing left. Their spokes are no longer offered then: the
+// plan without them came before.
+func (a *Agent) gone() []v1beta1.GoneLAN {
+	var gone []v1beta1.GoneLAN
+	for _, lan := range a.lans {
+		key := segment.LAN{Namespace: lan.Namespace, Name: lan.Name, UID: string(lan.UID)}
+		if !lan.DeletionTimestamp.IsZero() && a.Manager.Gone(key, lan.Effective().NS) {
+			gone = append(gone, v1beta1.GoneLAN{LAN: key.String(), UID: lan.UID, Generation: lan.Generation})
+		}
+	}
+	slices.SortFunc(gone, func(x, y v1beta1.GoneLAN) int { return cmp.Compare(x.UID, y.UID) })
+	return gone
 }
 
 // tell writes an event on each LAN whose segment got a problem or lost it.

@@ -19,6 +19,7 @@ import (
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/watch"
 	toolscache "k8s.io/client-go/tools/cache"
 	"k8s.io/client-go/tools/events"
@@ -76,6 +77,7 @@ type fakeManager struct {
 	claims  map[string][]segment.Claim // by netns
 	refuse  map[string]error           // by netns
 	hold    bool                       // reports stay as they are
+	blind   bool                       // nothing was looked at yet
 	pokes   []string
 	reports []lanmgr.Report
 }
@@ -128,6 +130,18 @@ func (m *fakeManager) Poke(netns string) {
 	m.note()
 }
 
+func (m *fakeManager) Looked() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return !m.blind
+}
+
+func (m *fakeManager) Gone(lan segment.LAN, netns string) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return !m.hold && !slices.ContainsFunc(m.reports, func(r lanmgr.Report) bool { return r.Segment.Netns == netns && r.Segment.LAN == lan })
+}
+
 func (m *fakeManager) Changed() <-chan struct{} { return m.changed }
 
 func (m *fakeManager) Reports() []lanmgr.Report {
@@ -148,7 +162,14 @@ type fakeKernel struct {
 
 	mu        sync.Mutex
 	underlays kernel.Underlays
+	records   []segment.Segment
 	err       error
+}
+
+func (k *fakeKernel) Records() ([]segment.Segment, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.records, nil
 }
 
 func (k *fakeKernel) Underlays(context.Context) (kernel.Underlays, error) {
@@ -261,6 +282,7 @@ type world struct {
 	mu     sync.Mutex
 	away   error // the API server's answer to everything
 	writes int   // of LANNode status
+	least  int32 // attachments in any of them, once there were some
 	offers [][]node.Spoke
 }
 
@@ -292,9 +314,12 @@ func newWorld(t *testing.T, lans ...client.Object) *world {
 				return w.unlessAway(func() error { return c.Create(ctx, obj, opts...) })
 			},
 			SubResourceUpdate: func(ctx context.Context, c client.Client, sub string, obj client.Object, opts ...client.SubResourceUpdateOption) error {
-				if _, ours := obj.(*v1beta1.LANNode); ours {
+				if lanNode, ours := obj.(*v1beta1.LANNode); ours {
 					w.mu.Lock()
 					w.writes++
+					if w.least = min(w.least, lanNode.Status.Attached); w.writes == 1 {
+						w.least = lanNode.Status.Attached
+					}
 					w.mu.Unlock()
 				}
 				return w.unlessAway(func() error { return c.SubResource(sub).Update(ctx, obj, opts...) })
@@ -442,7 +467,7 @@ func TestAnAdmittedLANIsBuiltOfferedAndReported(t *testing.T) {
 
 	want := v1beta1.SegmentStatus{
 		LAN: "default/lab", UID: "uid-lab", Generation: 3, State: v1beta1.SegmentReady,
-		NS: "default.lab", Underlay: "eth0", VTEP: "fe80::1", MTU: 1422, Offered: 2,
+		NS: "default.lab", VNI: 222, Port: 4789, Underlay: "eth0", VTEP: "fe80::1", MTU: 1422, Offered: 2,
 	}
 	if got := lanNode.Status.Segments[0]; fmt.Sprint(got) != fmt.Sprint(want) {
 		t.Errorf("segment\n%+v, want\n%+v", got, want)
@@ -612,6 +637,117 @@ func TestADeletedLANLeavesWithItsLastPod(t *testing.T) {
 	w.awaitStatus("gone", func(s v1beta1.LANNodeStatus) bool { return len(s.Segments) == 0 && s.Attached == 0 })
 }
 
+// The LAN object stays, as the controller's finalizer makes it, until every node has given its word.
+func TestADeletedLANIsAcknowledgedOnceNothingOfItIsLeft(t *testing.T) {
+	keep := func(name string) func(*v1beta1.LAN) {
+		return func(l *v1beta1.LAN) {
+			l.Name, l.UID, l.Finalizers = name, types.UID("uid-"+name), []string{v1beta1.Finalizer}
+		}
+	}
+	lan, never := lab(keep("lab")), lab(keep("never"))
+	never.Status.Holds = nil
+	w := newWorld(t, lan, never)
+	w.manager.claims["default.lab"] = []segment.Claim{claim("srl", "srl-1")}
+	w.start()
+	w.awaitStatus("attached", func(s v1beta1.LANNodeStatus) bool { return s.Attached == 1 && s.Gone == nil })
+	for _, l := range []*v1beta1.LAN{lan, never} {
+		if err := w.api.Delete(context.Background(), l); err != nil {
+			t.Fatal(err)
+		}
+	}
+	gone := func(names ...string) func(v1beta1.LANNodeStatus) bool {
+		return func(s v1beta1.LANNodeStatus) bool {
+			return slices.EqualFunc(s.Gone, names, func(g v1beta1.GoneLAN, name string) bool {
+				return g.LAN == "default/"+name && g.UID == types.UID("uid-"+name) && g.Generation > 0
+			})
+		}
+	}
+	w.awaitStatus("never built here", gone("never"))
+	w.awaitStatus("the other leaving", func(s v1beta1.LANNodeStatus) bool {
+		return len(s.Segments) == 1 && s.Segments[0].State == v1beta1.SegmentLeaving && s.Attached == 1 && gone("never")(s)
+	})
+	if got := w.offered(); got != "" {
+		t.Errorf("offer = %q, of a LAN that is being deleted", got)
+	}
+	w.manager.change(func() { w.manager.claims, w.manager.reports = nil, nil })
+	w.awaitStatus("both gone", gone("lab", "never"))
+
+	if err := w.api.Get(context.Background(), client.ObjectKeyFromObject(lan), lan); err != nil {
+		t.Fatal(err)
+	}
+	lan.Finalizers = nil
+	if err := w.api.Update(context.Background(), lan); err != nil {
+		t.Fatal(err)
+	}
+	w.awaitStatus("forgotten with its object", gone("never"))
+}
+
+// After a restart, attachments must not seem to be gone while the daemon looks at what there is.
+func TestNothingIsPublishedBeforeEverySegmentWasLookedAt(t *testing.T) {
+	w := newWorld(t, lab(nil))
+	w.manager.claims["default.lab"] = []segment.Claim{claim("srl", "srl-1")}
+	stop := w.start()
+	w.awaitStatus("attached", func(s v1beta1.LANNodeStatus) bool { return s.Attached == 1 })
+	stop()
+
+	w.manager.change(func() { w.manager.want, w.manager.reports, w.manager.blind, w.manager.hold = nil, nil, true, true })
+	sets, _ := w.manager.wanted()
+	writes := w.written()
+	w.start()
+	w.await(t, "the first wish", func() bool { now, _ := w.manager.wanted(); return now > sets })
+	<-time.After(400 * time.Millisecond) // changes are gathered for half as long
+	w.manager.change(func() { w.manager.blind, w.manager.hold = false, false })
+	w.awaitOffer("srl vm")
+	w.update(func(l *v1beta1.LAN) { l.Spec.Spokes = []string{"srl", "vm", "more"} })
+	w.awaitStatus("written again", func(s v1beta1.LANNodeStatus) bool { return len(s.Segments) == 1 && s.Segments[0].Generation == 4 })
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.least != 1 || w.writes != writes+1 {
+		t.Errorf("in %d writes, at one moment %d were attached", w.writes-writes, w.least)
+	}
+}
+
+// The controller lets a LAN go without the word of a Node that has no LANNode.
+func TestANodeIsKnownBeforeItHasAnythingOfALAN(t *testing.T) {
+	w := newWorld(t, lab(nil))
+	w.setAway(apierrors.NewServiceUnavailable("away"))
+	w.start()
+	w.kernel.pokes <- "default.lab" // the agent is at work
+	if sets, _ := w.manager.wanted(); sets != 0 {
+		t.Errorf("%d sets, though the LANNode could not be made", sets)
+	}
+	w.setAway(nil)
+	w.awaitOffer("srl vm")
+	w.awaitStatus("Ready", ready)
+}
+
+// A daemon that starts while spec.mtu is wrong, or while the underlay is away, finds on record what pods are attached with.
+func TestALANKeepsItsMTUThroughARestart(t *testing.T) {
+	jumbo := func(l *v1beta1.LAN) { l.Spec.DefaultVXLANDev = "jumbo" }
+	plan, _ := node.NewPlan(lab(jumbo), worker1(), segment.Segment{})
+	for name, test := range map[string]struct {
+		lan  func(*v1beta1.LAN)
+		away bool
+	}{
+		"spec.mtu too large": {lan: func(l *v1beta1.LAN) { jumbo(l); l.Spec.MTU = 9500 }},
+		"underlay away":      {lan: jumbo, away: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(t, lab(test.lan))
+			w.kernel.records = []segment.Segment{plan.Segment}
+			if test.away {
+				delete(w.kernel.underlays.Devices, "jumbo")
+			}
+			w.start()
+			w.awaitOffer("srl(unhealthy) vm(unhealthy)")
+			_, want := w.manager.wanted()
+			if have := want[0]; have.MTU != 8922 || (have.VXLAN == plan.Segment.VXLAN) == test.away {
+				t.Errorf("wanted %+v, on record is %+v", have, plan.Segment)
+			}
+		})
+	}
+}
+
 func TestALANMadeAnewWaitsForItsPredecessor(t *testing.T) {
 	w := newWorld(t, lab(nil))
 	w.manager.hold = true
@@ -733,7 +869,7 @@ func TestTheLANNodeOfAThousandAttachmentsIsSmall(t *testing.T) {
 			claim(s.Spokes[0], "a-deployment-of-routers-6d4cf56db6-x2v8j"), claim(s.Spokes[1], "a-deployment-of-routers-6d4cf56db6-k7w2p"),
 		}})
 	}
-	status := node.Status(plans, reports, "v1.0.0")
+	status := node.Status(plans, reports, nil, "v1.0.0")
 	size, err := json.Marshal(status)
 	if err != nil {
 		t.Fatal(err)

@@ -44,7 +44,7 @@ type Problem struct {
 
 // NewPlan decides what the node should have of a LAN; ok is false if that is nothing. A LAN that cannot reach other
 // nodes is planned without its VXLAN, so that what is attached to it goes on within the node. now is what the LAN has on the
-// node, zero if it isn't there: a LAN whose underlay is lost keeps its MTU, and one whose MTU has become too large for the
+// node, or had before this daemon started, zero if it isn't there: a LAN whose underlay is lost keeps its MTU, and one whose MTU has become too large for the
 // underlay stays as it is, for what is attached.
 func NewPlan(lan *v1beta1.LAN, node Node, now segment.Segment) (p Plan, ok bool) {
 	if lan.Status.Holds == nil || !lan.DeletionTimestamp.IsZero() || !selects(lan.Spec.NodeSelector, node.Labels) {
@@ -57,6 +57,7 @@ func NewPlan(lan *v1beta1.LAN, node Node, now segment.Segment) (p Plan, ok bool)
 		Netns:             holds.NS,
 		Bridge:            spec.Bridge,
 		Spokes:            held(spec.Spokes, holds.Spokes),
+		TxChecksumOff:     held(spec.TxChecksumOff(), holds.Spokes),
 		AllowedNamespaces: slices.Sorted(slices.Values(spec.AllowedNamespaces)),
 		VXLAN:             segment.VXLAN{Name: spec.VXLAN, VNI: uint32(holds.VNI), Port: uint16(holds.Port)},
 	}

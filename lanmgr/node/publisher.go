@@ -168,6 +168,16 @@ func (p *publisher) writeOnce(ctx context.Context) error {
 	return nil
 }
 
+// introduce makes sure that the node has a LANNode.
+func (p *publisher) introduce(ctx context.Context, node *corev1.Node) error {
+	p.setOwner(node)
+	p.mu.Lock()
+	owner := *p.owner
+	p.mu.Unlock()
+	_, err := p.find(ctx, owner)
+	return err
+}
+
 // find gets the LANNode or makes it.
 func (p *publisher) find(ctx context.Context, owner metav1.OwnerReference) (*v1beta1.LANNode, error) {
 	lanNode := &v1beta1.LANNode{}

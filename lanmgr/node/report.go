@@ -57,8 +57,8 @@ func index(reports []lanmgr.Report) map[string]lanmgr.Report {
 	return byNetns
 }
 
-// Status is what the node has of each LAN, sorted by netns.
-func Status(plans []Plan, reports []lanmgr.Report, version string) v1beta1.LANNodeStatus {
+// Status is what the node has of each LAN, sorted by netns, and the LANs that are gone.
+func Status(plans []Plan, reports []lanmgr.Report, gone []v1beta1.GoneLAN, version string) v1beta1.LANNodeStatus {
 	segments := make(map[string]v1beta1.SegmentStatus)
 	for _, p := range plans {
 		segments[p.Segment.Netns] = planned(p)
@@ -68,9 +68,6 @@ func Status(plans []Plan, reports []lanmgr.Report, version string) v1beta1.LANNo
 		byNetns[p.Segment.Netns] = p
 	}
 	for _, r := range reports {
-		if r.Segment.Netns == "" {
-			continue // nobody's, and nobody is attached: about to go
-		}
 		p, wanted := byNetns[r.Segment.Netns]
 		if !wanted || r.Leaving || r.Segment.LAN != p.Segment.LAN {
 			segments[r.Segment.Netns] = leaving(r)
@@ -78,7 +75,7 @@ func Status(plans []Plan, reports []lanmgr.Report, version string) v1beta1.LANNo
 			segments[r.Segment.Netns] = reported(p, r)
 		}
 	}
-	status := v1beta1.LANNodeStatus{Version: version, LANs: int32(len(segments))}
+	status := v1beta1.LANNodeStatus{Version: version, Gone: gone, LANs: int32(len(segments))}
 	for _, netns := range slices.Sorted(maps.Keys(segments)) {
 		s := segments[netns]
 		status.Segments = append(status.Segments, s)
@@ -91,9 +88,15 @@ func Status(plans []Plan, reports []lanmgr.Report, version string) v1beta1.LANNo
 }
 
 func ofSegment(s segment.Segment) v1beta1.SegmentStatus {
+	lan := s.LAN.String()
+	if s.LAN.Name == "" {
+		lan = "unknown" // its record is lost
+	}
 	return v1beta1.SegmentStatus{
-		LAN:      s.LAN.String(),
+		LAN:      lan,
 		UID:      types.UID(s.LAN.UID),
+		VNI:      int32(s.VXLAN.VNI),
+		Port:     int32(s.VXLAN.Port),
 		NS:       s.Netns,
 		Underlay: s.VXLAN.Underlay,
 		MTU:      int32(s.MTU),
