@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/k8slan/k8slan/test/debian"
@@ -44,54 +45,75 @@ func VM(ctx context.Context, cacheDir string) (archivePath string, err error) {
 		if err := debian.Install(ctx, slog.Default(), "qemu-system-x86", "seabios"); err != nil {
 			return Image{}, err
 		}
-		files, err := qemuWithLibraries(ctx)
-		if err != nil {
-			return Image{}, err
-		}
-		kernel, err := guestKernel(ctx, cacheDir)
-		if err != nil {
-			return Image{}, err
-		}
-		initramfs, err := guestFiles(ctx, kernel, bin)
+		files, err := machineFiles(ctx, cacheDir, bin)
 		if err != nil {
 			return Image{}, err
 		}
 		return Image{
-			Name: VMName,
-			Files: append(files,
-				Copy("/vm", bin["vm"], 0o755),
-				Copy("/guest/vmlinuz", filepath.Join(kernel, "vmlinuz"), 0o644),
-				File{Path: "/guest/initramfs", Mode: 0o644, Data: initramfs},
-				File{Path: "/run/vm", Mode: fs.ModeDir | 0o755, UID: QEMUUser, GID: QEMUUser},
-				Dir("/tmp", fs.ModeSticky|0o777),
-				Text("/etc/passwd", fmt.Sprintf("root:x:0:0:root:/:\nqemu:x:%d:%d:qemu:/:\n", QEMUUser, QEMUUser)),
-			),
+			Name:       VMName,
+			Files:      files,
 			Entrypoint: []string{"/vm", "run"},
 			User:       fmt.Sprintf("%d:%d", QEMUUser, QEMUUser),
 		}, nil
-	}, "test/image/vm", "test/image/vm/guest", "test/image/frames")
+	}, machinePrograms...)
 }
 
-// qemuWithLibraries are QEMU and what it needs, where Debian has it.
-func qemuWithLibraries(ctx context.Context) ([]File, error) {
+// machinePrograms are the folders of the programs that machineFiles needs.
+var machinePrograms = []string{"test/image/vm", "test/image/vm/guest", "test/image/frames"}
+
+// machineFiles are QEMU, the guest, the program vm that brings them together,
+// and what else the image has from Debian.
+func machineFiles(ctx context.Context, cacheDir string, bin programs, more ...string) ([]File, error) {
 	const qemu = "/usr/bin/qemu-system-x86_64"
-	files := []File{Copy(qemu, qemu, 0o755)}
+	files, err := withLibraries(ctx, append([]string{qemu}, more...))
+	if err != nil {
+		return nil, err
+	}
 	for _, path := range qemuFiles {
 		files = append(files, Copy(path, path, 0o644))
 	}
-	out, err := exec.CommandContext(ctx, "ldd", qemu).Output()
+	kernel, err := guestKernel(ctx, cacheDir)
 	if err != nil {
-		return nil, fmt.Errorf("ask ldd for the libraries of %s: %w", qemu, err)
+		return nil, err
 	}
+	initramfs, err := guestFiles(ctx, kernel, bin)
+	if err != nil {
+		return nil, err
+	}
+	return append(files,
+		Copy("/vm", bin["vm"], 0o755),
+		Copy("/guest/vmlinuz", filepath.Join(kernel, "vmlinuz"), 0o644),
+		File{Path: "/guest/initramfs", Mode: 0o644, Data: initramfs},
+		File{Path: "/run/vm", Mode: fs.ModeDir | 0o755, UID: QEMUUser, GID: QEMUUser},
+		Dir("/tmp", fs.ModeSticky|0o777),
+		Text("/etc/passwd", fmt.Sprintf("root:x:0:0:root:/:\nqemu:x:%d:%d:qemu:/:\n", QEMUUser, QEMUUser)),
+		Text("/etc/group", fmt.Sprintf("root:x:0:\nqemu:x:%d:\n", QEMUUser)),
+	), nil
+}
+
+// withLibraries are programs and the libraries they need, where Debian has them.
+func withLibraries(ctx context.Context, programs []string) ([]File, error) {
+	out, err := exec.CommandContext(ctx, "ldd", programs...).Output()
+	if err != nil {
+		return nil, fmt.Errorf("ask ldd for the libraries of %q: %w", programs, err)
+	}
+	paths := slices.Clone(programs)
 	for line := range strings.Lines(string(out)) {
-		// "libz.so.1 => /lib/… (0x…)", "/lib64/ld-linux… (0x…)" or "linux-vdso… (0x…)"
+		// "/usr/bin/program:" of several, "libz.so.1 => /lib/… (0x…)", "/lib64/ld-linux… (0x…)" or "linux-vdso… (0x…)"
+		if strings.HasSuffix(strings.TrimSpace(line), ":") {
+			continue
+		}
 		_, library, arrow := strings.Cut(line, "=>")
 		if !arrow {
 			library = line
 		}
-		if path := strings.Fields(library)[0]; filepath.IsAbs(path) {
-			files = append(files, Copy(path, path, 0o755))
+		if path := strings.Fields(library)[0]; filepath.IsAbs(path) && !slices.Contains(paths, path) {
+			paths = append(paths, path)
 		}
+	}
+	var files []File
+	for _, path := range paths {
+		files = append(files, Copy(path, path, 0o755))
 	}
 	return files, nil
 }

@@ -25,10 +25,14 @@ const (
 	guestPort = "10.0.2.15:2022"
 )
 
+// commandsBackend is QEMU's side of the NIC that carries commands to the guest.
+const commandsBackend = "user,id=commands,ipv6=off,restrict=on,hostfwd=tcp:" + hostPort + "-" + guestPort
+
 // machine says what VM to run.
 type machine struct {
 	Interface string // the macvtap; empty if it is the only one
 	Addresses string // of the guest, with prefix lengths, with commas
+	Queues    int    // of the NIC, each with a CPU; through libvirt alone
 }
 
 // tap is an opened macvtap.
@@ -38,24 +42,30 @@ type tap struct {
 	fd   int // stays open in QEMU
 }
 
-// openTap opens the character device of a macvtap in this network namespace by
-// its ifindex there, as libvirt does.
-func openTap(name string) (tap, error) {
+// findMacvtap returns the macvtap in this network namespace of that name, or
+// the only one.
+func findMacvtap(name string) (*net.Interface, error) {
 	if name == "" {
 		found, err := filepath.Glob("/sys/class/net/*/macvtap")
 		if err != nil || len(found) != 1 {
-			return tap{}, fmt.Errorf("%d macvtaps are in this network namespace, want one, or its name by --interface (%v)", len(found), err)
+			return nil, fmt.Errorf("%d macvtaps are in this network namespace, want one, or its name by --interface (%v)", len(found), err)
 		}
 		name = filepath.Base(filepath.Dir(found[0]))
 	}
 	link, err := net.InterfaceByName(name)
 	if err != nil {
-		return tap{}, fmt.Errorf("look for macvtap %s: %w", name, err)
+		return nil, fmt.Errorf("look for macvtap %s: %w", name, err)
 	}
+	return link, nil
+}
+
+// openTap opens the character device of a macvtap by its ifindex, as libvirt
+// does.
+func openTap(link *net.Interface) (tap, error) {
 	path := fmt.Sprintf("/dev/tap%d", link.Index)
 	fd, err := unix.Open(path, unix.O_RDWR, 0) // without O_CLOEXEC: it is for QEMU
 	if err != nil {
-		return tap{}, fmt.Errorf("open %s of macvtap %s as user %d: %w", path, name, os.Getuid(), err)
+		return tap{}, fmt.Errorf("open %s of macvtap %s as user %d: %w", path, link.Name, os.Getuid(), err)
 	}
 	return tap{link, path, fd}, nil
 }
@@ -72,14 +82,19 @@ func (m machine) arguments(t tap) []string {
 		qemu, "-machine", "q35", "-accel", "tcg", "-m", "192", "-smp", "1",
 		"-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-serial", "stdio",
 		"-kernel", kernel, "-initrd", initramfs,
-		"-append", "console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable no_timer_check" +
-			" guest.addresses=" + m.Addresses + " guest.listen=" + guestPort,
+		"-append", m.commandLine(),
 		// The LAN's NIC comes first and is eth0.
 		"-netdev", fmt.Sprintf("tap,id=lan,fd=%d,vhost=off", t.fd),
 		"-device", fmt.Sprintf("virtio-net-pci,netdev=lan,mac=%s,host_mtu=%d,romfile=", t.link.HardwareAddr, t.link.MTU),
-		"-netdev", "user,id=commands,ipv6=off,restrict=on,hostfwd=tcp:" + hostPort + "-" + guestPort,
+		"-netdev", commandsBackend,
 		"-device", "virtio-net-pci,netdev=commands,romfile=",
 	}
+}
+
+// commandLine is the guest kernel's.
+func (m machine) commandLine() string {
+	return "console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable no_timer_check" +
+		" guest.addresses=" + m.Addresses + " guest.listen=" + guestPort
 }
 
 // awaitStart returns when giveStart is called in another process.

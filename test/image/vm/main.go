@@ -1,6 +1,7 @@
-// Command vm plays virt-launcher's part in a test pod, as libvirt does it under
-// KubeVirt: it finds the pod's macvtap, opens /dev/tap<ifindex>, and becomes a
-// QEMU whose NIC has the macvtap's address and MTU.
+// Command vm plays virt-launcher's part in a test pod. Either it does what
+// libvirt does under KubeVirt: it finds the pod's macvtap, opens
+// /dev/tap<ifindex>, and becomes a QEMU whose NIC has the macvtap's address and
+// MTU. Or it lets libvirt itself do that.
 package main
 
 import (
@@ -13,6 +14,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 )
 
 // exitStatus is the status of a guest's command that failed.
@@ -39,7 +41,7 @@ func command() *cobra.Command {
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
-	root.AddCommand(run(), start(), execute())
+	root.AddCommand(run(), launch(), start(), execute())
 	return root
 }
 
@@ -51,7 +53,11 @@ func run() *cobra.Command {
 		Short: "Open the macvtap's tap and become QEMU",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			t, err := openTap(m.Interface)
+			link, err := findMacvtap(m.Interface)
+			if err != nil {
+				return err
+			}
+			t, err := openTap(link)
 			if err != nil {
 				return err
 			}
@@ -66,10 +72,42 @@ func run() *cobra.Command {
 		},
 	}
 	flags := cmd.Flags()
-	flags.StringVar(&m.Interface, "interface", os.Getenv("VM_INTERFACE"), "the macvtap, if there are several; or VM_INTERFACE")
-	flags.StringVar(&m.Addresses, "addresses", os.Getenv("VM_ADDRESSES"), "the guest's addresses with prefix lengths, with commas; or VM_ADDRESSES")
+	m.flags(flags)
 	flags.BoolVar(&wait, "wait", os.Getenv("VM_WAIT") != "", "open the tap, but start QEMU only after: vm start; or a VM_WAIT that isn't empty")
 	return cmd
+}
+
+func launch() *cobra.Command {
+	m := machine{Queues: 1}
+	var monitored bool
+	cmd := &cobra.Command{
+		Use:   "launch",
+		Short: "Let libvirt run QEMU on the macvtap",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if !monitored {
+				return reap(append(os.Args, "--monitored"))
+			}
+			ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+			defer stop()
+			link, err := findMacvtap(m.Interface)
+			if err != nil {
+				return err
+			}
+			return m.launch(ctx, link, cmd.OutOrStdout())
+		},
+	}
+	flags := cmd.Flags()
+	m.flags(flags)
+	flags.IntVar(&m.Queues, "queues", m.Queues, "how many queues the NIC has, and CPUs the VM")
+	flags.BoolVar(&monitored, "monitored", false, "another process of this program reaps what this one orphans")
+	return cmd
+}
+
+// flags are those of a machine, however it is run.
+func (m *machine) flags(flags *pflag.FlagSet) {
+	flags.StringVar(&m.Interface, "interface", os.Getenv("VM_INTERFACE"), "the macvtap, if there are several; or VM_INTERFACE")
+	flags.StringVar(&m.Addresses, "addresses", os.Getenv("VM_ADDRESSES"), "the guest's addresses with prefix lengths, with commas; or VM_ADDRESSES")
 }
 
 func start() *cobra.Command {
