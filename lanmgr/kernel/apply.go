@@ -141,6 +141,8 @@ func (b *builder) apply(op segment.Op) error {
 		return c.delLinks(o.Names)
 	case segment.DelPairs:
 		return c.delGroup(segment.LinkGroup)
+	case segment.SetTxChecksum:
+		return c.setTxChecksum(o.Name, o.On)
 	case segment.Settle:
 		return c.settle(o.Spoke, o.ClaimID)
 	}

@@ -278,6 +278,13 @@ func (n *Node) endMacvtap(ctx context.Context, lan *conn, want segment.Segment, 
 	if err := lan.addPair(pair); err != nil {
 		return fmt.Errorf("%s: %w", pair, err)
 	}
+	if slices.Contains(want.TxChecksumOff, spoke) {
+		for _, link := range []string{segment.PortName(spoke), segment.PlugName(spoke)} {
+			if err := lan.setTxChecksum(link, false); err != nil {
+				return err
+			}
+		}
+	}
 	return lan.set(segment.AddAltName{Name: segment.PortName(spoke), AltName: spoke})
 }
 
@@ -306,6 +313,7 @@ func (c *claiming) veth() (Attachment, error) {
 		{"name its owner", func() error { return c.lan.LinkSetAlias(v, c.claim().Alias()) }},
 		{"put it into the bridge", func() error { return c.lan.LinkSetMasterByIndex(v, c.bridge.Attrs().Index) }},
 		{"open it for link-local frames", func() error { return c.lan.setForwardMask(v) }},
+		{"have its frames finished", func() error { return c.finished(c.lan, id) }},
 		{"take the spoke's name off the standing port", func() error { return c.lan.LinkDelAltName(c.port, c.Spoke) }},
 		{"give it the spoke's name", func() error { return c.lan.LinkAddAltName(v, c.Spoke) }},
 		{"set the standing port down", func() error { return c.lan.LinkSetDown(c.port) }},
@@ -316,9 +324,20 @@ func (c *claiming) veth() (Attachment, error) {
 			return Attachment{}, fmt.Errorf("attach %s: %s: %w", id, s.what, err)
 		}
 	}
+	if err := c.finished(c.pod, c.Interface); err != nil {
+		return Attachment{}, fmt.Errorf("attach %s: have the pod's frames finished: %w", id, err)
+	}
 	att, err := c.podLink()
 	att.HostInterface = id
 	return att, err
+}
+
+// finished has what leaves by a new link bear finished checksums, if that is wished of the spoke.
+func (c *claiming) finished(conn *conn, link string) error {
+	if !slices.Contains(c.want.TxChecksumOff, c.Spoke) {
+		return nil
+	}
+	return conn.setTxChecksum(link, false)
 }
 
 // macvtap makes the VM's link on the standing plug. The plug's altname is the claim: there is one of each name.

@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"slices"
 
+	"github.com/safchain/ethtool"
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
 	"github.com/vishvananda/netns"
@@ -19,6 +20,7 @@ type conn struct {
 	*netlink.Handle
 	ns      netns.NsHandle
 	sockets map[int]*nl.SocketHandle // for the requests that the library has no call for
+	ethtool *ethtool.Ethtool         // nil until it is needed
 }
 
 // dial connects to a namespace and owns the handle from then on, also when it fails.
@@ -36,6 +38,9 @@ func (c *conn) close() {
 	c.Handle.Close()
 	for _, s := range c.sockets {
 		s.Close()
+	}
+	if c.ethtool != nil {
+		c.ethtool.Close()
 	}
 	c.ns.Close()
 }

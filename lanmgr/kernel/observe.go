@@ -38,6 +38,11 @@ func (n *Node) Observe(_ context.Context, netnsName string) (segment.State, erro
 	if s.Links, err = c.links(); err != nil {
 		return s, fmt.Errorf("observe %s: %w", netnsName, err)
 	}
+	if s.Record != nil && len(s.Record.TxChecksumOff) > 0 {
+		if err := c.askTxChecksums(s.Links, s.Record.TxChecksumOff); err != nil {
+			return s, fmt.Errorf("observe %s: %w", netnsName, err)
+		}
+	}
 	return s, nil
 }
 

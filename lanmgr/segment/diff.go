@@ -108,8 +108,33 @@ func (d *diff) namespace() {
 	if !d.have.Silent {
 		d.do(Silence{})
 	}
+	d.offloadAgain()
 	if d.have.Record == nil || !d.have.Record.Equal(d.want) {
 		d.do(WriteRecord{d.want})
+	}
+}
+
+// offloadAgain undoes what is not wished any more; what was withdrawn stays as its pod knows it. It comes before the
+// record is written anew: the old one is why the links were asked, and nothing else tells that they are not as they
+// were made.
+func (d *diff) offloadAgain() {
+	for _, l := range d.have.Links {
+		spoke, ok := l.Spoke()
+		if ok && l.TxChecksum > TxChecksumOn && slices.Contains(d.want.Spokes, spoke) && !slices.Contains(d.want.TxChecksumOff, spoke) {
+			d.do(SetTxChecksum{Name: l.Name, On: true})
+		}
+	}
+}
+
+// txChecksum switches off what leaves checksums unfinished. A link of which nothing is known is not asked but set.
+func (d *diff) txChecksum(spoke string, links ...Link) {
+	if !slices.Contains(d.want.TxChecksumOff, spoke) {
+		return
+	}
+	for _, l := range links {
+		if l.TxChecksum != TxChecksumOff {
+			d.do(SetTxChecksum{Name: l.Name})
+		}
 	}
 }
 
@@ -175,9 +200,11 @@ func (d *diff) spoke(spoke string) {
 	} else {
 		d.port(port)
 	}
+	d.txChecksum(spoke, port, plug)
 	carrier := port
 	if claim, ok := d.vethClaim(spoke); ok {
 		carrier = claim
+		d.txChecksum(spoke, claim)
 		d.port(claim)
 		d.settings(claim, d.want.MTU, true)
 	}

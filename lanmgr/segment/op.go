@@ -65,6 +65,11 @@ type (
 	SetUp struct{ Name string }
 	// SetDown switches a link off.
 	SetDown struct{ Name string }
+	// SetTxChecksum leaves checksums and segmentation of what leaves by a link to the hardware, or to this kernel.
+	SetTxChecksum struct {
+		Name string
+		On   bool
+	}
 	// AddAltName lets a link answer to a spoke's name.
 	AddAltName struct{ Name, AltName string }
 	// DelAltName takes that away.
@@ -119,6 +124,14 @@ func (o SetForwardMask) String() string {
 }
 func (o SetUp) String() string   { return fmt.Sprintf("ip link set %s up", o.Name) }
 func (o SetDown) String() string { return fmt.Sprintf("ip link set %s down", o.Name) }
+func (o SetTxChecksum) String() string {
+	state := "off"
+	if o.On {
+		state = "on"
+	}
+	return fmt.Sprintf("ethtool -K %s tx %[2]s tso %[2]s tx-udp-segmentation %[2]s tx-sctp-segmentation %[2]s", o.Name, state)
+}
+
 func (o AddAltName) String() string {
 	return fmt.Sprintf("ip link property add %s altname %s", o.Name, o.AltName)
 }

@@ -34,7 +34,20 @@ type Link struct {
 	ForwardMask uint16      // of a bridge port: which of 01-80-C2-00-00-0X pass
 	Bridge      BridgeState // of a bridge
 	VXLAN       VXLANState  // of a VXLAN
+	TxChecksum  TxChecksum  // asked only where the record has the spoke in TxChecksumOff
 }
+
+// TxChecksum says whether frames may leave by a link with checksums, and the cutting into frames of the MTU, left to
+// the hardware: a veth has none, so whoever reads the frame raw at the other end finds it unfinished.
+type TxChecksum int
+
+// The settings of a link. One that is neither wholly off nor wholly on is TxChecksumMixed.
+const (
+	TxChecksumUnknown TxChecksum = iota
+	TxChecksumOn
+	TxChecksumMixed
+	TxChecksumOff
+)
 
 // BridgeState is what of a bridge's own settings could make a LAN less than transparent.
 type BridgeState struct{ STP, VLANFiltering, MulticastSnooping bool }
@@ -58,6 +71,15 @@ func (s State) Link(name string) (Link, bool) {
 		return Link{}, false
 	}
 	return s.Links[i], true
+}
+
+// Spoke is the spoke that a link attaches: one of its standing pair, or a pod's.
+func (l Link) Spoke() (spoke string, ok bool) {
+	if spoke, _, ok = spokeOf(l.Name); ok {
+		return spoke, true
+	}
+	c, ok := l.claim()
+	return c.Spoke, ok
 }
 
 // answersTo says whether the link has that name, or has it as an altname.

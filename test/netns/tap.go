@@ -3,6 +3,7 @@ package netns
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
@@ -29,6 +30,51 @@ type tap struct {
 // device node on the machine, and skips the test where nobody may make one.
 func OpenTap(t testing.TB, major, minor uint32) Wire {
 	t.Helper()
+	return openTap(t, major, minor, 0)
+}
+
+// OffloadTap is a tap as the virtio driver of a common guest uses it: frames may pass either way with their checksums
+// unfinished and larger than the MTU.
+type OffloadTap struct{ tap }
+
+// OpenOffloadTap opens a tap like OpenTap, with the offloads for checksums and segmentation.
+func OpenOffloadTap(t testing.TB, major, minor uint32) OffloadTap {
+	t.Helper()
+	const udpSegmentation = 0x20 | 0x40 // TUN_F_USO4, TUN_F_USO6: Linux 6.2
+	return OffloadTap{openTap(t, major, minor, unix.TUN_F_CSUM|unix.TUN_F_TSO4|unix.TUN_F_TSO6|udpSegmentation)}
+}
+
+// The fields of struct virtio_net_hdr, and what its flags mean.
+const (
+	virtioFlags, virtioSegmentation       = 0, 1
+	virtioChecksumStart, virtioChecksumAt = 6, 8
+	virtioNeedsChecksum                   = 1
+)
+
+// SendUnfinished puts one frame in whose checksum is to be computed from start on, and put at offset from there. What
+// is there in the frame must be the sum of the pseudo header.
+func (w OffloadTap) SendUnfinished(frame []byte, start, offset uint16) error {
+	header := make([]byte, virtioHeader, virtioHeader+len(frame))
+	header[virtioFlags] = virtioNeedsChecksum
+	binary.NativeEndian.PutUint16(header[virtioChecksumStart:], start)
+	binary.NativeEndian.PutUint16(header[virtioChecksumAt:], offset)
+	if _, err := w.file.Write(append(header, frame...)); err != nil {
+		return fmt.Errorf("send a frame of %d bytes into %s: %w", len(frame), w.file.Name(), err)
+	}
+	return nil
+}
+
+// ReceiveUnfinished takes the next frame out and says whether its checksum, or its segmentation, is left to the guest.
+func (w OffloadTap) ReceiveUnfinished(ctx context.Context) (frame []byte, unfinished bool, err error) {
+	b, err := w.receive(ctx)
+	if err != nil {
+		return nil, false, err
+	}
+	return b[virtioHeader:], b[virtioFlags]&virtioNeedsChecksum != 0 || b[virtioSegmentation] != 0, nil
+}
+
+func openTap(t testing.TB, major, minor uint32, offloads int) tap {
+	t.Helper()
 	NeedDevices(t)
 	dir, err := os.MkdirTemp("/run", "tap-")
 	if err != nil {
@@ -45,7 +91,7 @@ func OpenTap(t testing.TB, major, minor uint32) Wire {
 	}
 	w := tap{file: os.NewFile(uintptr(fd), fmt.Sprintf("tap %d:%d", major, minor)), buf: make([]byte, 1<<16+virtioHeader)}
 	t.Cleanup(func() { _ = w.Close() }) // the test may have closed it
-	if err := configureTap(fd); err != nil {
+	if err := configureTap(fd, offloads); err != nil {
 		t.Fatalf("%s: %v", w.file.Name(), err)
 	}
 	if w.raw, err = w.file.SyscallConn(); err != nil {
@@ -54,7 +100,7 @@ func OpenTap(t testing.TB, major, minor uint32) Wire {
 	return w
 }
 
-func configureTap(fd int) error {
+func configureTap(fd, offloads int) error {
 	var request struct { // struct ifreq
 		name  [unix.IFNAMSIZ]byte
 		flags uint16
@@ -67,7 +113,7 @@ func configureTap(fd int) error {
 	if err := unix.IoctlSetPointerInt(fd, unix.TUNSETVNETHDRSZ, virtioHeader); err != nil {
 		return fmt.Errorf("TUNSETVNETHDRSZ: %w", err)
 	}
-	if err := unix.IoctlSetInt(fd, unix.TUNSETOFFLOAD, 0); err != nil {
+	if err := unix.IoctlSetInt(fd, unix.TUNSETOFFLOAD, offloads); err != nil {
 		return fmt.Errorf("TUNSETOFFLOAD: %w", err)
 	}
 	return nil
@@ -83,6 +129,15 @@ func (w tap) Send(frame []byte) error {
 
 // Receive takes the next frame out.
 func (w tap) Receive(ctx context.Context) ([]byte, error) {
+	b, err := w.receive(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return b[virtioHeader:], nil
+}
+
+// receive takes the next frame out with its virtio header.
+func (w tap) receive(ctx context.Context) ([]byte, error) {
 	if err := w.file.SetReadDeadline(time.Time{}); err != nil {
 		return nil, fmt.Errorf("receive from %s: %w", w.file.Name(), err)
 	}
@@ -103,7 +158,7 @@ func (w tap) Receive(ctx context.Context) ([]byte, error) {
 	if err := errors.Join(err, readErr); err != nil {
 		return nil, fmt.Errorf("receive from %s: %w", w.file.Name(), err)
 	}
-	return bytes.Clone(w.buf[virtioHeader:n]), nil
+	return bytes.Clone(w.buf[:n]), nil
 }
 
 // Close closes the tap; a VM does so when it ends.

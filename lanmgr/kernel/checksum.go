@@ -1,0 +1,110 @@
+package kernel
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+
+	"github.com/safchain/ethtool"
+	"golang.org/x/sys/unix"
+
+	"github.com/k8slan/k8slan/lanmgr/segment"
+)
+
+// txFeatures are the features of a link by which what the sender left undone passes on: TCP, UDP and SCTP checksums, and
+// frames larger than the MTU that are still to be cut. Where a link has them not, the kernel does it all before the frame
+// leaves (validate_xmit_skb and skb_csum_hwoffload_help in net/core/dev.c), whoever sent it and whatever carried it here.
+// Older kernels don't have all of them; scatter-gather and generic segmentation stay, for they are done before.
+var txFeatures = []string{
+	"tx-checksum-ip-generic", "tx-checksum-sctp",
+	"tx-tcp-segmentation", "tx-tcp6-segmentation", "tx-tcp-ecn-segmentation", "tx-tcp-mangleid-segmentation", "tx-tcp-accecn-segmentation",
+	"tx-udp-segmentation", "tx-sctp-segmentation",
+}
+
+// features opens ethtool in the connection's namespace.
+func (c *conn) features() (*ethtool.Ethtool, error) {
+	if c.ethtool != nil {
+		return c.ethtool, nil
+	}
+	err := do(c.ns, func() (err error) { // the socket stays in the namespace it was made in
+		c.ethtool, err = ethtool.NewEthtool()
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("open a socket for ethtool: %w", err)
+	}
+	return c.ethtool, nil
+}
+
+// setTxChecksum switches them for one link.
+func (c *conn) setTxChecksum(name string, on bool) error {
+	e, err := c.features()
+	if err != nil {
+		return err
+	}
+	have, err := e.Features(name)
+	if err != nil {
+		return fmt.Errorf("read the features of %s: %w", name, err)
+	}
+	change := map[string]bool{}
+	for _, f := range txFeatures {
+		if was, known := have[f]; known && was != on {
+			change[f] = on
+		}
+	}
+	if len(change) == 0 {
+		return nil
+	}
+	if err := e.Change(name, change); err != nil {
+		return fmt.Errorf("change the features of %s: %w", name, err)
+	}
+	if have, err = e.Features(name); err != nil {
+		return fmt.Errorf("read the features of %s: %w", name, err)
+	}
+	for _, f := range txFeatures {
+		if is, known := have[f]; known && is && !on {
+			return fmt.Errorf("%s of %s cannot be switched off", f, name)
+		}
+	}
+	return nil
+}
+
+// askTxChecksums notes in the links of these spokes how they are set.
+func (c *conn) askTxChecksums(links []segment.Link, spokes []string) error {
+	e, err := c.features()
+	if err != nil {
+		return err
+	}
+	for i := range links {
+		spoke, ok := links[i].Spoke()
+		if !ok || !slices.Contains(spokes, spoke) {
+			continue
+		}
+		have, err := e.Features(links[i].Name)
+		if errors.Is(err, unix.ENODEV) { // gone since the links were listed
+			continue
+		}
+		if err != nil {
+			return fmt.Errorf("read the features of %s: %w", links[i].Name, err)
+		}
+		links[i].TxChecksum = txChecksum(have)
+	}
+	return nil
+}
+
+func txChecksum(features map[string]bool) segment.TxChecksum {
+	on, off := false, false
+	for _, f := range txFeatures {
+		if is, known := features[f]; known {
+			on, off = on || is, off || !is
+		}
+	}
+	switch {
+	case !on:
+		return segment.TxChecksumOff
+	case !off:
+		return segment.TxChecksumOn
+	default:
+		return segment.TxChecksumMixed
+	}
+}
