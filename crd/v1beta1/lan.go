@@ -109,9 +109,9 @@ type LANSpec struct {
 	// +kubebuilder:validation:items:XValidation:rule="self == '*' || self.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?$')",message="an allowed namespace is the name of one, or \"*\" alone for all; patterns such as team-* are not known"
 	AllowedNamespaces []string `json:"allowedNamespaces,omitempty"`
 
-	// TxChecksum says who finishes the TCP and UDP checksums of what pods and VMs send. on leaves them to the hardware, as Linux
-	// does everywhere: frames between pods and VMs then bear unfinished ones, and TCP is several times faster. off has each
-	// checksum written before the frame leaves its sender. It is needed for network functions that read frames raw (AF_PACKET
+	// TxChecksum says who finishes TCP and UDP checksums. on leaves them to the hardware, as Linux does everywhere: frames between
+	// pods and VMs then bear unfinished ones, and TCP is several times faster. off has each checksum written, and each frame cut
+	// to the MTU, before it reaches a pod or VM, and in what one sends. It is needed for network functions that read frames raw (AF_PACKET
 	// without PACKET_AUXDATA, DPDK's af_packet, many a VNF's data plane) and drop what has a wrong checksum; the sign is that ping
 	// works, and BGP, SSH or any other TCP doesn't. It can be changed while the LAN runs. Default: on.
 	// +optional
@@ -133,9 +133,9 @@ type LANSpec struct {
 
 // SpokeOptions are settings of one spoke.
 type SpokeOptions struct {
-	// TxChecksum of what the spoke's pod or VM sends, on or off, as spec.txChecksum is for the whole LAN. Set it off on the spokes
-	// that send to a network function which drops unfinished checksums, and on that function's own spoke too if its kernel sends
-	// to others of the kind. Default: the LAN's.
+	// TxChecksum of what reaches the spoke's pod or VM and of what that sends, on or off, as spec.txChecksum is for the whole LAN.
+	// Set it off on the spoke of the network function that drops unfinished checksums; the others keep their speed among
+	// themselves. Default: the LAN's.
 	// +optional
 	// +kubebuilder:validation:Schemaless
 	// +kubebuilder:pruning:PreserveUnknownFields

@@ -118,6 +118,11 @@ func TestDiffMendsWhatIsMissingOrChanged(t *testing.T) {
 	moved.VXLAN.UnderlayIndex = 9
 	gone := lab
 	gone.VXLAN.UnderlayIndex = 0
+	finished := lab
+	finished.TxChecksumOff = []string{"srl"}
+	mixed := change(built(finished), "srl_b", func(l *segment.Link) { l.TxChecksum = segment.TxChecksumMixed })
+	mixed = change(mixed, "srl_p", func(l *segment.Link) { l.TxChecksum = segment.TxChecksumOff })
+	const off, on = " tx off tso off tx-udp-segmentation off tx-sctp-segmentation off", " tx on tso on tx-udp-segmentation on tx-sctp-segmentation on"
 	stray := built(lab)
 	stray.Links = append(stray.Links, segment.Link{Index: 60, Name: segment.ClaimID("dead", "net1"), Type: "veth"})
 
@@ -130,6 +135,9 @@ func TestDiffMendsWhatIsMissingOrChanged(t *testing.T) {
 		{"name of the netns taken away", lab, func() segment.State { s := built(lab); s.Exists, s.Lost = false, true; return s }(), `ip netns attach knlvrf`},
 		{"br_netfilter loaded", lab, func() segment.State { s := built(lab); s.Silent = false; return s }(), segment.Silence{}.String()},
 		{"record gone", lab, func() segment.State { s := built(lab); s.Record = nil; return s }(), "record knlvrf"},
+		{"checksums to be finished", finished, built(lab), "record knlvrf\nethtool -K srl_b" + off + "\nethtool -K srl_p" + off},
+		{"one switched back by hand", finished, mixed, "ethtool -K srl_b" + off},
+		{"left to hardware again", lab, mixed, "ethtool -K srl_b" + on + "\nethtool -K srl_p" + on + "\nrecord knlvrf"},
 		{"STP switched on", lab, change(built(lab), "br2", func(l *segment.Link) { l.Bridge.STP = true }), "ip link set br2 type bridge stp_state 0"},
 		{"VXLAN deleted", lab, without(built(lab), "vx2"), "ip link add vx2 mtu 1422 master br2 type vxlan id 222 dstport 4789 group ff02::14 dev eth1"},
 		{
