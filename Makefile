@@ -62,7 +62,7 @@ test: unit api dataplane e2e ## Run every test: what CI runs, as root
 .PHONY: unit
 unit: ## Run the tests that need neither root nor a cluster
 	go vet ./...
-	$(GOTEST) $$(go list ./... | grep -v -E '/test/(api|dataplane|netns|image/vm|e2e)$$')
+	$(GOTEST) $$(go list ./... | grep -v -E '/test/(api|dataplane|netns|soak|image/vm|e2e)$$')
 
 .PHONY: api
 api: ## Test objects and controller against a real kube-apiserver
@@ -70,11 +70,16 @@ api: ## Test objects and controller against a real kube-apiserver
 
 .PHONY: dataplane
 dataplane: ## Send real frames through LANs in network namespaces
-	$(GOTEST) -p 1 ./test/netns ./test/image/vm ./test/dataplane
+	$(GOTEST) -p 1 ./test/netns ./test/image/vm ./test/dataplane ./test/soak
 
 .PHONY: e2e
 e2e: ## Test everything on the cluster; FOCUS=<regexp> runs the tests of that name
 	$(GOTEST) -timeout 45m -count 1 -run '$(FOCUS)' ./test/e2e
+
+.PHONY: soak
+soak: ## Attach 10,000 times while daemon and plugin are killed, count what is left; CYCLES=, SEED=
+	go test -c -o bin/soak.test ./test/soak
+	cd test/soak && ../../bin/soak.test -test.timeout 3h -cycles $(or $(CYCLES),10000) -seed $(or $(SEED),$$RANDOM)
 
 .PHONY: verify
 verify: generate lint build ## Check generated code, modules, style, imports and the size of the CNI plugin

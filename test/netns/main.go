@@ -46,10 +46,16 @@ func Main(m *testing.M) {
 // NeedDevices skips a test that opens a device node, which no user namespace allows.
 func NeedDevices(t testing.TB) {
 	t.Helper()
+	NeedRoot(t, "a tap is opened by its device node, and making one needs root")
+}
+
+// NeedRoot skips a test that needs more than a user namespace gives, and says why.
+func NeedRoot(t testing.TB, why string) {
+	t.Helper()
 	if os.Getenv(inside) == "root" {
 		return
 	}
-	const why = "a tap is opened by its device node, and making one needs root: run this test as root"
+	why += ": run this test as root"
 	if os.Getenv(noSkip) == "1" {
 		t.Fatal(why)
 	}

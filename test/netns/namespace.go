@@ -24,14 +24,27 @@ type Namespace struct {
 // New makes a network namespace with loopback up, which goes with the test.
 func New(t testing.TB, name string) Namespace {
 	t.Helper()
+	ns, err := Make(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := ns.Remove(); err != nil {
+			t.Error(err)
+		}
+	})
+	return ns
+}
+
+// Make makes a network namespace with loopback up, bound to a file in a directory of its own, until Remove.
+func Make(name string) (Namespace, error) {
 	dir, err := os.MkdirTemp("/run", name+"-")
 	if err != nil {
-		t.Fatalf("directory of namespace %s: %v", name, err)
+		return Namespace{}, fmt.Errorf("directory of namespace %s: %w", name, err)
 	}
-	t.Cleanup(func() { removeTree(t, dir) })
 	ns := Namespace{Path: filepath.Join(dir, "netns")}
 	if err := os.WriteFile(ns.Path, nil, 0o444); err != nil {
-		t.Fatalf("file of namespace %s: %v", name, err)
+		return ns, errors.Join(fmt.Errorf("file of namespace %s: %w", name, err), ns.Remove())
 	}
 	err = onThread(func() error {
 		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
@@ -43,10 +56,13 @@ func New(t testing.TB, name string) Namespace {
 		return unix.Mount("/proc/thread-self/ns/net", ns.Path, "", unix.MS_BIND, "")
 	})
 	if err != nil {
-		t.Fatalf("namespace %s: %v", name, err)
+		return ns, errors.Join(fmt.Errorf("namespace %s: %w", name, err), ns.Remove())
 	}
-	return ns
+	return ns, nil
 }
+
+// Remove unmounts the namespace, and whatever else is mounted in the directory that Make gave it, and removes that.
+func (n Namespace) Remove() error { return removeTree(filepath.Dir(n.Path)) }
 
 // NewPod makes the namespace of a pod: empty but for loopback, and with IPv6 off, so that the test's frames are the
 // only ones.
@@ -189,7 +205,11 @@ func (n Namespace) Sysfs(t testing.TB) string {
 	if err != nil {
 		t.Fatalf("directory of a sysfs: %v", err)
 	}
-	t.Cleanup(func() { removeTree(t, dir) })
+	t.Cleanup(func() {
+		if err := removeTree(dir); err != nil {
+			t.Error(err)
+		}
+	})
 	if err := n.Do(func() error {
 		return unix.Mount("sysfs", dir, "sysfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "")
 	}); err != nil {
@@ -199,17 +219,18 @@ func (n Namespace) Sysfs(t testing.TB) string {
 }
 
 // removeTree unmounts whatever is mounted below a directory and removes it.
-func removeTree(t testing.TB, dir string) {
+func removeTree(dir string) error {
 	mounts, err := mountsUnder(dir)
 	if err != nil {
-		t.Error(err)
+		return err
 	}
 	for _, m := range mounts {
 		if err := unix.Unmount(m, unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) {
-			t.Errorf("unmount %s: %v", m, err)
+			return fmt.Errorf("unmount %s: %w", m, err)
 		}
 	}
 	if err := os.RemoveAll(dir); err != nil {
-		t.Errorf("remove %s: %v", dir, err)
+		return fmt.Errorf("remove %s: %w", dir, err)
 	}
+	return nil
 }

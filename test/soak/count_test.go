@@ -1,0 +1,247 @@
+package soak
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink/nl"
+	vnetns "github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
+
+	"github.com/k8slan/k8slan/lanmgr/kernel"
+	"github.com/k8slan/k8slan/test/netns"
+)
+
+// inventory is everything on the node that an attachment, a plugin or a daemon could leave behind, one thing a line, in
+// words that are the same for two nodes that have the same.
+type inventory []string
+
+// take makes the inventory. What the kernel removes a moment late may still be in it.
+func (l *site) take(t *testing.T) inventory {
+	t.Helper()
+	var have inventory
+	add := func(what string, things []string, err error) {
+		if err != nil {
+			t.Fatalf("count %s: %v", what, err)
+		}
+		for _, thing := range things {
+			have = append(have, what+" "+thing)
+		}
+	}
+	things, err := files(l.node.Run)
+	add("file of k8slan", things, err)
+	things, err = files(l.node.CDI)
+	add("CDI file", things, err)
+	things, err = filepath.Glob(filepath.Join(l.leases, "*", "[0-9]*")) // beside the IPAM plugin's own files
+	add("IPAM lease", things, err)
+	things, err = filepath.Glob(sandboxes)
+	add("sandbox", things, err)
+	things, err = l.mounts()
+	add("mount", things, err)
+	things, err = l.locks()
+	add("lock held on", things, err)
+	things, err = children()
+	add("process", things, err)
+	add("link of the node", l.node.Links(t), nil)
+	things, err = namespaces(l.node.Path)
+	add("number of a network namespace in the node's", things, err)
+	observer := kernel.New(kernel.Paths{Run: l.node.Run, HostNetns: l.node.Path})
+	defer observer.Close()
+	lans, err := observer.List()
+	add("LAN", lans, err)
+	for _, lan := range lans {
+		things, err = links(t, observer, lan)
+		add("link of "+lan, things, err)
+		path := filepath.Join(l.node.Run, "netns", lan)
+		things, err = namespaces(path)
+		add("number of a network namespace in that of "+lan, things, err)
+		things, err = sockets(netns.At(path))
+		add("netlink socket in "+lan, things, err)
+	}
+	slices.Sort(have)
+	return have
+}
+
+// awaits takes inventories until one is as wanted, and says what is different if none is for a while.
+func (l *site) awaits(t *testing.T, want inventory) {
+	t.Helper()
+	late := time.After(20 * time.Second) // namespaces and links in them go when the kernel gets to it
+	again := time.NewTicker(50 * time.Millisecond)
+	defer again.Stop()
+	for {
+		have := l.take(t)
+		if slices.Equal(have, want) {
+			return
+		}
+		select {
+		case <-again.C:
+		case <-late:
+			for _, thing := range less(have, want) {
+				t.Errorf("leaked: %s", thing)
+			}
+			for _, thing := range less(want, have) {
+				t.Errorf("lost: %s", thing)
+			}
+			return
+		}
+	}
+}
+
+// less is what of a is not in b, as often as it is too much.
+func less(a, b []string) []string {
+	count := map[string]int{}
+	for _, thing := range b {
+		count[thing]++
+	}
+	var more []string
+	for _, thing := range a {
+		if count[thing]--; count[thing] < 0 {
+			more = append(more, thing)
+		}
+	}
+	return more
+}
+
+// files lists what is below a directory, but for directories.
+func files(dir string) ([]string, error) {
+	var found []string
+	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil // made only when it is needed, or removed meanwhile
+		}
+		if err == nil && !d.IsDir() {
+			found = append(found, path)
+		}
+		return err
+	})
+	return found, err
+}
+
+// sandboxes are the directories that lab.NewSandbox makes.
+const sandboxes = "/run/pod-*"
+
+// mounts lists what is mounted below the node's directories, and sandboxes.
+func (l *site) mounts() ([]string, error) {
+	info, err := os.ReadFile("/proc/self/mountinfo")
+	var found []string
+	for line := range strings.Lines(string(info)) {
+		f := strings.Fields(line)
+		if len(f) < 5 {
+			continue
+		}
+		sandbox, err := filepath.Match(sandboxes+"/*", f[4])
+		if err != nil {
+			return nil, err
+		}
+		if sandbox || strings.HasPrefix(f[4], filepath.Dir(l.node.Run)) {
+			found = append(found, f[4])
+		}
+	}
+	return found, err
+}
+
+// locks lists the locks on LANs that somebody holds or waits for.
+func (l *site) locks() ([]string, error) {
+	table, err := os.ReadFile("/proc/locks")
+	if err != nil {
+		return nil, err
+	}
+	dir := filepath.Join(l.node.Run, "lock")
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return nil, err
+	}
+	var held []string
+	for _, e := range entries {
+		var st unix.Stat_t
+		if err := unix.Stat(filepath.Join(dir, e.Name()), &st); err != nil {
+			return nil, err
+		}
+		inode := fmt.Sprintf("%02x:%02x:%d ", unix.Major(st.Dev), unix.Minor(st.Dev), st.Ino)
+		if strings.Contains(string(table), inode) {
+			held = append(held, e.Name())
+		}
+	}
+	return held, nil
+}
+
+// children names the processes that this one has started, or that were left to it.
+func children() ([]string, error) {
+	lists, err := filepath.Glob("/proc/self/task/*/children")
+	var found []string
+	for _, list := range lists {
+		pids, _ := os.ReadFile(list) // of a thread that may have ended
+		for _, pid := range strings.Fields(string(pids)) {
+			name, _ := os.ReadFile(filepath.Join("/proc", pid, "comm"))
+			found = append(found, strings.TrimSpace(string(name)))
+		}
+	}
+	return found, err
+}
+
+// links words the links of a LAN with their names, owners and settings.
+func links(t *testing.T, observer *kernel.Node, lan string) ([]string, error) {
+	t.Helper()
+	have, err := observer.Observe(t.Context(), lan)
+	names := map[int]string{}
+	for _, l := range have.Links {
+		names[l.Index] = l.Name
+	}
+	var found []string
+	for _, l := range have.Links {
+		slices.Sort(l.AltNames)
+		mac := l.MAC.String()
+		if !strings.HasSuffix(l.Name, "_p") {
+			mac = "random" // but for that of a plug
+		}
+		found = append(found, fmt.Sprintf("%s %s %v %q mac=%s mtu=%d up=%t master=%s promisc=%d mask=%#x",
+			l.Type, l.Name, l.AltNames, l.Alias, mac, l.MTU, l.Up, names[l.Master], l.Promisc, l.ForwardMask))
+	}
+	return found, err
+}
+
+// namespaces lists the other network namespaces that one has numbers for: those at the far ends of its links, for as
+// long as they live.
+func namespaces(path string) ([]string, error) {
+	ns, err := vnetns.GetFromPath(path)
+	if err != nil {
+		return nil, err
+	}
+	defer ns.Close()
+	socket, err := nl.GetNetlinkSocketAt(ns, vnetns.None(), unix.NETLINK_ROUTE)
+	if err != nil {
+		return nil, err
+	}
+	handle := &nl.SocketHandle{Socket: socket}
+	defer handle.Close()
+	r := nl.NewNetlinkRequest(unix.RTM_GETNSID, unix.NLM_F_DUMP)
+	r.AddData(&nl.RtGenMsg{})
+	r.Sockets = map[int]*nl.SocketHandle{unix.NETLINK_ROUTE: handle}
+	answers, err := r.Execute(unix.NETLINK_ROUTE, unix.RTM_NEWNSID)
+	return slices.Repeat([]string{""}, len(answers)), err // the numbers themselves are used again
+}
+
+// sockets lists the netlink sockets in a namespace that processes have open.
+func sockets(ns netns.Namespace) ([]string, error) {
+	var found []string
+	err := ns.Do(func() error {
+		table, err := os.ReadFile("/proc/thread-self/net/netlink")
+		for line := range strings.Lines(string(table)) {
+			if f := strings.Fields(line); len(f) > 2 {
+				if pid, err := strconv.Atoi(f[2]); err == nil && pid != 0 {
+					found = append(found, "")
+				}
+			}
+		}
+		return err
+	})
+	return found, err
+}

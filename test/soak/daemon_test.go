@@ -1,0 +1,218 @@
+package soak
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"runtime"
+	"runtime/debug"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/k8slan/k8slan/lanmgr"
+	"github.com/k8slan/k8slan/lanmgr/kernel"
+	"github.com/k8slan/k8slan/lanmgr/segment"
+	"github.com/k8slan/k8slan/test/netns"
+)
+
+// daemonRole makes the test binary the node's daemon: k8slan node without the API server and kubelet, on the
+// directories that the variable names. It does what its standard input says, and ends with it.
+const daemonRole = "K8SLAN_TEST_DAEMON"
+
+// order is one line of the daemon's input.
+type order struct {
+	Want   []segment.Segment // what the node should have from now on
+	Settle bool              // answer when it has, nobody is attached, and nothing is in disorder
+}
+
+// answer is one line of its output.
+type answer struct {
+	Unsettled  string // why that is not so after a long time
+	Goroutines int
+	Heap       uint64   // bytes in use after a garbage collection
+	Files      []string // what is open
+}
+
+// settleTime is how long the daemon may take to bring everything in order: as long as it ever waits to try again, and then some.
+const settleTime = 40 * time.Second
+
+// runDaemon is the daemon's process.
+func runDaemon(dirs string, in io.Reader, out io.Writer) error {
+	run, cdi, _ := strings.Cut(dirs, ",")
+	node := kernel.New(kernel.Paths{Run: run})
+	log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelWarn}))
+	manager := lanmgr.New(node, cdi, log)
+	ctx, cancel := context.WithCancelCause(context.Background())
+	defer cancel(nil)
+	var running sync.WaitGroup
+	for _, part := range []func() error{
+		func() error { return manager.Run(ctx) },
+		func() error { return node.Watch(ctx, manager.Poke) },
+	} {
+		running.Go(func() { cancel(part()) })
+	}
+	orders, answers := json.NewDecoder(in), json.NewEncoder(out)
+	for {
+		var o order
+		err := orders.Decode(&o)
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err != nil {
+			return err
+		}
+		manager.Set(o.Want)
+		if !o.Settle {
+			continue
+		}
+		if err := answers.Encode(settle(ctx, manager, o.Want)); err != nil {
+			return err
+		}
+	}
+	cancel(nil)
+	running.Wait()
+	node.Close()
+	return nil
+}
+
+// settle waits until everything is as it should be, and tells of the process.
+func settle(ctx context.Context, m *lanmgr.Manager, want []segment.Segment) answer {
+	late := time.After(settleTime)
+	for {
+		trouble := unsettled(m.Reports(), want)
+		if trouble == "" {
+			break
+		}
+		select {
+		case <-m.Changed():
+		case <-ctx.Done():
+			return answer{Unsettled: fmt.Sprint("the daemon has ended: ", context.Cause(ctx))}
+		case <-late:
+			return answer{Unsettled: trouble}
+		}
+	}
+	runtime.GC() // what a sync.Pool has outlives one collection
+	debug.FreeOSMemory()
+	var memory runtime.MemStats
+	runtime.ReadMemStats(&memory)
+	return answer{Goroutines: runtime.NumGoroutine(), Heap: memory.HeapAlloc, Files: openFiles(os.Getpid())}
+}
+
+func unsettled(reports []lanmgr.Report, want []segment.Segment) string {
+	for _, r := range reports {
+		if r.Err != nil || !r.Built || r.Leaving || len(r.Claims) > 0 {
+			return fmt.Sprintf("%s: built=%t leaving=%t claims=%v: %v", r.Segment.LAN, r.Built, r.Leaving, r.Claims, r.Err)
+		}
+		if !slices.ContainsFunc(want, r.Segment.Equal) {
+			return fmt.Sprintf("%s: another one is wanted", r.Segment.LAN)
+		}
+	}
+	if len(reports) != len(want) {
+		return fmt.Sprintf("%d segments instead of %d", len(reports), len(want))
+	}
+	return ""
+}
+
+// openFiles lists what a process has open, without the numbers that differ from one to the next of its kind.
+func openFiles(pid int) []string {
+	dir := fmt.Sprintf("/proc/%d/fd", pid)
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return []string{err.Error()}
+	}
+	var files []string
+	for _, e := range entries {
+		target, err := os.Readlink(filepath.Join(dir, e.Name()))
+		if err == nil && target != dir { // that is the listing itself
+			files = append(files, numbers.ReplaceAllString(target, ""))
+		}
+	}
+	slices.Sort(files)
+	return files
+}
+
+var numbers = regexp.MustCompile(`\[\d+\]|/\d+/`)
+
+// daemon is the daemon's process as the test has it.
+type daemon struct {
+	node *netns.Node
+
+	mu      sync.Mutex
+	cmd     *exec.Cmd
+	orders  io.WriteCloser
+	answers *json.Decoder
+	log     *bytes.Buffer
+	want    []segment.Segment
+}
+
+// start starts the process.
+func (d *daemon) start() error {
+	d.cmd = exec.Command("/proc/self/exe")
+	d.cmd.Env = append(os.Environ(), daemonRole+"="+d.node.Run+","+d.node.CDI)
+	d.log = &bytes.Buffer{}
+	d.cmd.Stderr = d.log
+	var err error
+	if d.orders, err = d.cmd.StdinPipe(); err != nil {
+		return err
+	}
+	out, err := d.cmd.StdoutPipe()
+	if err != nil {
+		return err
+	}
+	d.answers = json.NewDecoder(out)
+	if err := d.node.Do(d.cmd.Start); err != nil {
+		return fmt.Errorf("start the daemon: %w", err)
+	}
+	return json.NewEncoder(d.orders).Encode(order{Want: d.want})
+}
+
+// kill ends the process without a warning, and starts the next one.
+func (d *daemon) kill() error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if err := d.cmd.Process.Kill(); err != nil {
+		return fmt.Errorf("kill the daemon: %w", err)
+	}
+	if err := d.cmd.Wait(); err == nil {
+		return errors.New("the daemon ended before it was killed")
+	}
+	return d.start()
+}
+
+// settled returns what the daemon says when the node has what is wanted, and all is in order.
+func (d *daemon) settled(t *testing.T, want []segment.Segment) answer {
+	t.Helper()
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.want = want
+	if err := json.NewEncoder(d.orders).Encode(order{Want: want, Settle: true}); err != nil {
+		t.Fatalf("the daemon does not listen: %v\n%s", err, d.log)
+	}
+	var a answer
+	if err := d.answers.Decode(&a); err != nil {
+		t.Fatalf("the daemon does not answer: %v\n%s", err, d.log)
+	}
+	if a.Unsettled != "" {
+		t.Fatalf("the daemon has not brought everything in order: %s\n%s", a.Unsettled, d.log)
+	}
+	return a
+}
+
+// stop ends the process.
+func (d *daemon) stop() error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.orders.Close()
+	return d.cmd.Wait()
+}
