@@ -32,7 +32,7 @@ image: build ## Write the image as an OCI archive, dist/k8slan.tar; needs no Doc
 
 .PHONY: manifests
 manifests: ## Write all.yaml, the chart as one file for kubectl apply -f
-	$(HELM) template k8slan charts/k8slan --namespace k8slan-system --include-crds --kube-version 1.31.0 \
+	$(HELM) template k8slan charts/k8slan --namespace k8slan-system --include-crds --no-hooks --kube-version 1.31.0 \
 		--set createNamespace=true --set-string 'image.tag=$(VERSION)' > all.yaml
 
 .PHONY: generate

@@ -30,6 +30,9 @@ var errHungUp = errors.New("kubelet ended its connection to the device plugin")
 // socketOf is the file name of a spoke's socket.
 func socketOf(spoke string) string { return "k8slan-" + spoke + ".sock" }
 
+// Sockets is the pattern of the names of all spokes' sockets.
+const Sockets = "k8slan-*.sock"
+
 // spokeOf is the inverse of socketOf.
 func spokeOf(socket string) (string, bool) {
 	rest, ours := strings.CutPrefix(socket, "k8slan-")

@@ -53,7 +53,8 @@ Its parts run in the cluster, installed by the Helm chart; people use kubectl:
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return usageError{fmt.Errorf("%w; see %s --help", err, cmd.CommandPath())}
 	})
-	root.AddCommand(nodeCommand(), controllerCommand(), installCNICommand(), versionCommand())
+	root.AddCommand(nodeCommand(), controllerCommand(), installCNICommand(), cleanCommand(), uninstallCommand(),
+		pauseCommand(), versionCommand())
 	return root
 }
 
@@ -63,6 +64,20 @@ func noArguments(cmd *cobra.Command, args []string) error {
 		return usageError{fmt.Errorf("%s takes no arguments, but got %q; see %s --help", cmd.CommandPath(), args, cmd.CommandPath())}
 	}
 	return nil
+}
+
+// pauseCommand is the main container of pods whose work is done before it starts.
+func pauseCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:    "pause",
+		Short:  "Do nothing until told to end",
+		Hidden: true,
+		Args:   noArguments,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			<-cmd.Context().Done()
+			return nil
+		},
+	}
 }
 
 func versionCommand() *cobra.Command {

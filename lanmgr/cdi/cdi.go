@@ -20,6 +20,9 @@ const (
 	// DefaultDir is the one of the two standard folders that is emptied by a reboot, and that wins over the other.
 	DefaultDir = "/var/run/cdi"
 
+	// Files is the pattern of the names of our files, half-written ones too.
+	Files = filePrefix + "*"
+
 	version     = "0.6.0" // the oldest that knows annotations of a spec
 	filePrefix  = "macvtap.k8slan.io-spoke_"
 	netnsKey    = "lan.k8slan.io/netns"

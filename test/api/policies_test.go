@@ -44,7 +44,9 @@ func policies(t *testing.T, file string, values ...string) {
 		}
 		// A policy still counts for a moment after it has gone.
 		beyond := parse(t, manifest("beyond", "{vni: 7, spokes: [beyond], defaultVxlanDev: eth7}"))
-		free := func(ctx context.Context) (bool, error) { return api.Create(ctx, beyond.DeepCopy(), client.DryRunAll) == nil, nil }
+		free := func(ctx context.Context) (bool, error) {
+			return api.Create(ctx, beyond.DeepCopy(), client.DryRunAll) == nil, nil
+		}
 		if err := wait.PollUntilContextTimeout(ctx, 20*time.Millisecond, deadline, true, free); err != nil {
 			t.Errorf("the limits are still there: %v", err)
 		}

@@ -20,6 +20,8 @@ const rightsPage = "../../docs/rights.md"
 var accounts = []struct{ name, who string }{
 	{"k8slan-node", "The daemon on every node."},
 	{"k8slan-controller", "The controller."},
+	{"k8slan-uninstall", "The jobs of `helm uninstall`; exists only while they run."},
+	{"k8slan-residue", "The last step of `helm uninstall`; removes itself within minutes."},
 }
 
 func TestRightsPageIsThatOfTheChart(t *testing.T) {
@@ -144,5 +146,5 @@ func resources(rule rbacv1.PolicyRule) string {
 // renderAll renders the chart with everything that is off by default.
 func renderAll(t *testing.T) []unstructured.Unstructured {
 	t.Helper()
-	return render(t, "k8slan-system", "limits.vniRange={1000,1999}", "limits.underlayDevices={eth1}")
+	return render(t, "k8slan-system", "limits.vniRange={1000,1999}", "limits.underlayDevices={eth1}", "uninstall.removeLANs=true")
 }

@@ -177,34 +177,3 @@ func TestDeletedLANStaysForItsPodsAndThenLeavesNothing(t *testing.T) {
 		}
 	}
 }
-
-func TestUninstalledK8slanLeavesItsPodsAlone(t *testing.T) {
-	l := newLab(t)
-	one, two := l.pair("stays", 1075)
-	ctx, cancel := context.WithTimeout(t.Context(), 3*patience)
-	defer cancel()
-	t.Cleanup(func() { // whatever happens here, the next test wants k8slan
-		ctx, cancel := context.WithTimeout(context.Background(), 3*patience)
-		defer cancel()
-		if err := bed.chart(ctx); err != nil {
-			t.Error(err)
-		}
-	})
-	losesNothing(one, two, 15*time.Second, func() {
-		if _, err := bed.Helm(ctx, "uninstall", install.Release, "--namespace", install.Namespace, "--wait"); err != nil {
-			t.Fatal(err)
-		}
-		// The last of k8slan's pods is gone, and who is attached goes on.
-		if _, err := await(ctx, bed.client, &corev1.PodList{}, []client.ListOption{client.InNamespace(install.Namespace)},
-			func(all []*corev1.Pod) bool { return len(all) == 0 }); err != nil {
-			t.Fatal(err)
-		}
-	})
-	if err := bed.chart(ctx); err != nil {
-		t.Fatal(err)
-	}
-	l.ready("stays")
-	third := l.start(pod("stays-3", worker1, "stays-3"))[0]
-	third.address(address(3) + "/24")
-	third.pings(address(2))
-}

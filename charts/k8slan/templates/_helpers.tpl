@@ -22,3 +22,57 @@ app.kubernetes.io/component: {{ . }}
 {{- range . }}{{ $names = append $names (. | default "the default route's device") }}{{ end }}
 {{- join ", " $names }}
 {{- end }}
+
+{{- /* What Helm runs at an event: takes the event and the weight, and optionally the policy of deletion. */ -}}
+{{- define "k8slan.hook" -}}
+helm.sh/hook: {{ index . 0 }}
+helm.sh/hook-weight: {{ index . 1 | quote }}
+helm.sh/hook-delete-policy: {{ if gt (len .) 2 }}{{ index . 2 }}{{ else }}before-hook-creation,hook-succeeded{{ end }}
+{{- end }}
+
+{{- /* A container that does one thing with the API server; takes the root, the container's name and its arguments. */ -}}
+{{- define "k8slan.hookContainer" -}}
+{{- $root := index . 0 -}}
+name: {{ index . 1 }}
+image: {{ include "k8slan.image" $root }}
+imagePullPolicy: {{ $root.Values.image.pullPolicy }}
+args: {{ toJson (index . 2) }}
+env:
+  - name: POD_NAMESPACE
+    valueFrom:
+      fieldRef:
+        fieldPath: metadata.namespace
+{{ include "k8slan.unprivileged" $root }}
+{{- end }}
+
+{{- define "k8slan.unprivileged" -}}
+securityContext:
+  allowPrivilegeEscalation: false
+  readOnlyRootFilesystem: true
+  runAsNonRoot: true
+  runAsUser: 65532
+  runAsGroup: 65532
+  capabilities:
+    drop: [ALL]
+  seccompProfile:
+    type: RuntimeDefault
+resources:
+  requests:
+    cpu: 10m
+    memory: 16Mi
+  limits:
+    memory: 256Mi
+{{- end }}
+
+{{- /* Where pods of the controller's kind may run. */ -}}
+{{- define "k8slan.placement" -}}
+{{- with .Values.image.pullSecrets }}
+imagePullSecrets:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+priorityClassName: {{ .Values.controller.priorityClassName | quote }}
+nodeSelector:
+  {{- toYaml .Values.controller.nodeSelector | nindent 2 }}
+tolerations:
+  {{- toYaml .Values.controller.tolerations | nindent 2 }}
+{{- end }}

@@ -1,0 +1,147 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"runtime"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"github.com/k8slan/k8slan/deviceplugin"
+	"github.com/k8slan/k8slan/lanmgr/cdi"
+	"github.com/k8slan/k8slan/lanmgr/kernel"
+	"github.com/k8slan/k8slan/lanmgr/segment"
+)
+
+// cleaning is the flags of k8slan clean.
+type cleaning struct {
+	host       bool
+	run        string
+	cdi        string
+	pluginsDir string
+	cniDir     string
+}
+
+func cleanCommand() *cobra.Command {
+	var c cleaning
+	cmd := &cobra.Command{
+		Use:   "clean",
+		Short: "Take all of k8slan off one node, and its pods off their LANs",
+		Long: `Take all of k8slan off one node: every LAN with its links, the links in pods and VMs that are attached, the CNI plugin, CDI files,
+device plugin sockets and /run/k8slan. helm uninstall does this on every node that answers. Where one did not, or for a single node:
+
+  kubectl debug node/<node> --profile=sysadmin --image=<k8slan's image> -- /k8slan clean --host
+
+The daemon must not run on the node: it would build its LANs again. To repeat it does no harm.`,
+		Args: noArguments,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if c.host {
+				return inHost(withoutHost(os.Args))
+			}
+			return c.clean(cmd.Context(), cmd.OutOrStdout())
+		},
+	}
+	cmd.Flags().BoolVar(&c.host, "host", false, "enter the node's mounts and network first, through its process 1 (hostPID, privileged)")
+	cmd.Flags().StringVar(&c.run, "run-dir", kernel.DefaultRun, "`directory` of the LANs' network namespaces, records and locks")
+	cmd.Flags().StringVar(&c.cdi, "cdi-dir", cdi.DefaultDir, "`directory` of the container runtime's CDI files")
+	cmd.Flags().StringVar(&c.pluginsDir, "device-plugin-dir", deviceplugin.Dir, "kubelet's `directory` of device plugins")
+	cmd.Flags().StringVar(&c.cniDir, "cni-dir", "/opt/cni/bin", "the container runtime's `directory` of CNI plugins")
+	return cmd
+}
+
+// clean goes on where something fails, so that as little as possible stays, and says on out what it did.
+func (c cleaning) clean(ctx context.Context, out io.Writer) error {
+	errs := []error{
+		// Who would attach goes first.
+		removeAll(c.cniDir, pluginName, "."+pluginName+"-new-*"),
+		removeAll(c.pluginsDir, deviceplugin.Sockets),
+	}
+	host := kernel.New(kernel.Paths{Run: c.run})
+	defer host.Close()
+	lans, err := host.List()
+	errs = append(errs, err)
+	for _, lan := range lans {
+		done, err := host.Reconcile(ctx, lan, segment.Teardown)
+		if err != nil {
+			errs = append(errs, fmt.Errorf("take LAN %s off the node: %w", lan, err))
+			continue
+		}
+		_, err = fmt.Fprintf(out, "LAN %s is off the node, %d steps\n", lan, len(done))
+		errs = append(errs, err)
+	}
+	errs = append(errs, removeAll(c.cdi, cdi.Files))
+	if errors.Join(errs...) == nil {
+		errs = append(errs, os.RemoveAll(c.run))
+	}
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("clean the node; what is named here is left: %w", err)
+	}
+	_, err = fmt.Fprintln(out, "nothing of k8slan is left on the node")
+	return err
+}
+
+// removeAll removes the files of a directory that one of the patterns fits.
+func removeAll(dir string, patterns ...string) error {
+	var errs []error
+	for _, pattern := range patterns {
+		paths, err := filepath.Glob(filepath.Join(dir, pattern))
+		errs = append(errs, err)
+		for _, path := range paths {
+			if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+				errs = append(errs, err)
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// inHost starts this program again, in its place, with the node's own mounts and network: those of process 1.
+func inHost(args []string) error {
+	program, err := os.Open("/proc/self/exe")
+	if err != nil {
+		return fmt.Errorf("open this program: %w", err)
+	}
+	defer program.Close()
+	// The thread that enters is the one that becomes the new program; exec ends the others.
+	runtime.LockOSThread()
+	// A thread that shares its root and working directory with others may not change mount namespaces (setns(2)).
+	if err := unix.Unshare(unix.CLONE_FS); err != nil {
+		return fmt.Errorf("part with the other threads: %w", err)
+	}
+	for _, ns := range []string{"net", "mnt"} {
+		if err := enter("/proc/1/ns/" + ns); err != nil {
+			return fmt.Errorf("enter the node (needs hostPID and privileged): %w", err)
+		}
+	}
+	err = unix.Exec(fmt.Sprintf("/proc/self/fd/%d", program.Fd()), args, os.Environ())
+	return fmt.Errorf("start again on the node: %w", err)
+}
+
+func enter(path string) error {
+	ns, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer ns.Close()
+	if err := unix.Setns(int(ns.Fd()), 0); err != nil {
+		return fmt.Errorf("setns %s: %w", path, err)
+	}
+	return nil
+}
+
+// withoutHost is the command line for the second start.
+func withoutHost(args []string) []string {
+	var rest []string
+	for _, a := range args {
+		if a != "--host" && a != "--host=true" {
+			rest = append(rest, a)
+		}
+	}
+	return rest
+}

@@ -1,0 +1,137 @@
+package uninstall
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+
+	appsv1 "k8s.io/api/apps/v1"
+	corev1 "k8s.io/api/core/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	"github.com/k8slan/k8slan/crd/v1beta1"
+)
+
+// Residue is the name of everything that the last step of an uninstallation consists of.
+const Residue = "k8slan-residue"
+
+// AwaitResidue removes our resources from the status of nodes and returns when no node has one left, or when ctx ends:
+// kubelet forgets a resource five minutes after its plugin has gone, and then leaves the entry there for ever, with the
+// value 0 (setters.go in pkg/kubelet/nodestatus).
+func (u Uninstaller) AwaitResidue(ctx context.Context) {
+	var left map[string][]string
+	err := await(ctx, u.Client, &corev1.NodeList{}, nil, func(nodes []corev1.Node) (bool, error) {
+		left = map[string][]string{}
+		for _, n := range nodes {
+			zero, others := ours(n)
+			if len(others) > 0 {
+				left[n.Name] = others
+			}
+			if len(zero) == 0 {
+				continue
+			}
+			if err := u.removeFrom(ctx, n.Name, zero); err != nil {
+				left[n.Name] = append(left[n.Name], zero...)
+				u.Log.Warn("cannot remove resources from the node; trying again when it changes", "node", n.Name, "err", err)
+				continue
+			}
+			u.Log.Info("resources are removed from the node", "node", n.Name, "number", len(zero))
+		}
+		if len(left) == 0 {
+			return true, nil
+		}
+		return u.isInstalled(ctx) // then the new controller sees to it
+	})
+	for _, node := range slices.Sorted(maps.Keys(left)) {
+		u.Log.Warn("the node still has resources", "node", node, "resources", left[node])
+	}
+	if err == nil && len(left) == 0 {
+		u.Log.Info("no node has a resource of k8slan's left")
+	}
+}
+
+// isInstalled says whether k8slan is there again.
+func (u Uninstaller) isInstalled(ctx context.Context) (bool, error) {
+	daemon := &appsv1.DaemonSet{ObjectMeta: metav1.ObjectMeta{Namespace: u.Namespace, Name: Daemon}}
+	err := u.Client.Get(ctx, client.ObjectKeyFromObject(daemon), daemon)
+	if apierrors.IsNotFound(err) {
+		return false, nil
+	}
+	return err == nil, err
+}
+
+// ours are the resources of a node that are spokes: those with value 0, and those that kubelet has not given up yet.
+func ours(n corev1.Node) (zero, others []string) {
+	for name, quantity := range n.Status.Capacity {
+		switch {
+		case !strings.HasPrefix(string(name), v1beta1.Resource("")):
+		case quantity.IsZero():
+			zero = append(zero, string(name))
+		default:
+			others = append(others, string(name))
+		}
+	}
+	slices.Sort(zero)
+	slices.Sort(others)
+	return zero, others
+}
+
+// removeFrom takes resources out of a node's status, all or none: where one is not 0 any more the API server refuses.
+func (u Uninstaller) removeFrom(ctx context.Context, node string, resources []string) error {
+	type operation struct {
+		Op    string `json:"op"`
+		Path  string `json:"path"`
+		Value any    `json:"value,omitempty"`
+	}
+	var patch []operation
+	for _, part := range []string{"capacity", "allocatable"} {
+		for _, r := range resources {
+			path := "/status/" + part + "/" + strings.ReplaceAll(r, "/", "~1")
+			patch = append(patch, operation{Op: "test", Path: path, Value: "0"}, operation{Op: "remove", Path: path})
+		}
+	}
+	body, err := json.Marshal(patch)
+	if err != nil {
+		return err
+	}
+	return u.Client.Status().Patch(ctx, &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: node}}, client.RawPatch(types.JSONPatchType, body))
+}
+
+// Adopt makes the ClusterRole of the last step the owner of the step's other objects, so that they all go with it.
+func (u Uninstaller) Adopt(ctx context.Context) error {
+	role := &rbacv1.ClusterRole{ObjectMeta: metav1.ObjectMeta{Name: Residue}}
+	if err := u.Client.Get(ctx, client.ObjectKeyFromObject(role), role); err != nil {
+		return fmt.Errorf("get ClusterRole %s: %w", Residue, err)
+	}
+	owner := map[string]any{"metadata": map[string]any{"ownerReferences": []metav1.OwnerReference{
+		{APIVersion: rbacv1.SchemeGroupVersion.String(), Kind: "ClusterRole", Name: role.Name, UID: role.UID},
+	}}}
+	patch, err := json.Marshal(owner)
+	if err != nil {
+		return err
+	}
+	here, everywhere := metav1.ObjectMeta{Namespace: u.Namespace, Name: Residue}, metav1.ObjectMeta{Name: Residue}
+	for _, o := range []client.Object{
+		&corev1.ServiceAccount{ObjectMeta: here}, &appsv1.Deployment{ObjectMeta: here},
+		&rbacv1.ClusterRoleBinding{ObjectMeta: everywhere},
+	} {
+		if err := u.Client.Patch(ctx, o, client.RawPatch(types.MergePatchType, patch)); err != nil {
+			return fmt.Errorf("make ClusterRole %s the owner of %T: %w", Residue, o, err)
+		}
+	}
+	return nil
+}
+
+// Vanish is the last act: with the ClusterRole the garbage collector takes all that it owns, this program too.
+func (u Uninstaller) Vanish(ctx context.Context) error {
+	role := &rbacv1.ClusterRole{ObjectMeta: metav1.ObjectMeta{Name: Residue}}
+	err := u.Client.Delete(ctx, role, client.PropagationPolicy(metav1.DeletePropagationBackground))
+	return absentIsFine(err)
+}

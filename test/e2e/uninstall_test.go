@@ -1,0 +1,194 @@
+package e2e
+
+import (
+	"context"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	nadv1 "github.com/k8snetworkplumbingwg/network-attachment-definition-client/pkg/apis/k8s.cni.cncf.io/v1"
+	admissionv1 "k8s.io/api/admissionregistration/v1"
+	appsv1 "k8s.io/api/apps/v1"
+	batchv1 "k8s.io/api/batch/v1"
+	coordinationv1 "k8s.io/api/coordination/v1"
+	corev1 "k8s.io/api/core/v1"
+	networkingv1 "k8s.io/api/networking/v1"
+	policyv1 "k8s.io/api/policy/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
+	"k8s.io/apimachinery/pkg/api/meta"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	"github.com/k8slan/k8slan/crd/uninstall"
+	"github.com/k8slan/k8slan/crd/v1beta1"
+	"github.com/k8slan/k8slan/test/install"
+)
+
+// reinstall puts k8slan back after a test, whatever happened there.
+func (l lab) reinstall() {
+	l.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), 3*patience)
+		defer cancel()
+		if err := bed.chart(ctx); err != nil {
+			l.Error(err)
+		}
+	})
+}
+
+func TestUninstallLeavesNothingButTheLANs(t *testing.T) {
+	l := newLab(t)
+	one, two := l.pair("goes", 1076)
+	l.start(vm("goes-3", worker1, "goes-3", address(3)+"/24"))
+	one.reaches(address(3))
+	l.reinstall()
+
+	ctx, cancel := context.WithTimeout(t.Context(), 12*patience)
+	defer cancel()
+	begin := time.Now()
+	out, err := bed.Helm(ctx, "uninstall", install.Release, "--namespace", install.Namespace)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.logTime("helm uninstall", begin)
+	t.Log(out)
+	for _, m := range l.machines() {
+		m.isClean()
+	}
+	l.objectsAreGone()
+	for _, s := range []station{one, two} {
+		if out, err := s.try("ip", "link", "show", s.link); err == nil {
+			t.Errorf("%s still has its interface: %s", s, out)
+		}
+	}
+	lan := l.awaitLAN("goes", "kept", func(*v1beta1.LAN) bool { return true })
+	if len(lan.Finalizers) > 0 || lan.Status.Reason != uninstall.ReasonUninstalled || condition(lan, v1beta1.ConditionReady).Reason != uninstall.ReasonUninstalled {
+		t.Errorf("the LAN that is kept has finalizers %q and status %+v", lan.Finalizers, lan.Status)
+	}
+
+	// A pod that was attached goes as fast as any other.
+	begin = time.Now()
+	l.delete(&corev1.Pod{}, one.pod)
+	l.awaitPodGone(one.pod)
+	l.logTime("deletion of a pod that had been attached", begin)
+
+	// Five minutes later kubelet forgets the resources.
+	_, err = await(ctx, bed.client, &corev1.NodeList{}, nil, func(all []*corev1.Node) bool {
+		return !slices.ContainsFunc(all, func(n *corev1.Node) bool { return len(spokeResources(n)) > 0 })
+	})
+	if err != nil {
+		t.Fatalf("waited for the resources to go from the nodes: %v", err)
+	}
+	l.logTime("until the last resource was gone from the nodes", begin)
+	for what, list := range map[string]client.ObjectList{"ClusterRole": &rbacv1.ClusterRoleList{}, "ClusterRoleBinding": &rbacv1.ClusterRoleBindingList{}} {
+		if _, err := await(ctx, bed.client, list, labelled, func(all []client.Object) bool { return len(all) == 0 }); err != nil {
+			t.Errorf("waited for the last %s to go: %v", what, err)
+		}
+	}
+	for what, list := range map[string]client.ObjectList{"Deployment": &appsv1.DeploymentList{}, "pod": &corev1.PodList{}, "ServiceAccount": &corev1.ServiceAccountList{}} {
+		which := append([]client.ListOption{client.InNamespace(install.Namespace)}, labelled...)
+		if _, err := await(ctx, bed.client, list, which, func(all []client.Object) bool { return len(all) == 0 }); err != nil {
+			t.Errorf("waited for the last %s to go: %v", what, err)
+		}
+	}
+	l.logTime("until nothing was left", begin)
+
+	if err := bed.chart(ctx); err != nil {
+		t.Fatal(err)
+	}
+	l.ready("goes")
+	l.delete(&corev1.Pod{}, two.pod)
+	l.awaitPodGone(two.pod)
+	again := l.start(pod("goes-1", worker1, "goes-1"), pod("goes-2", worker2, "goes-2"))
+	again[0].address(address(1) + "/24")
+	again[1].address(address(2) + "/24")
+	again[0].pings(address(2))
+}
+
+// labelled is what the chart's objects are found by.
+var labelled = []client.ListOption{client.MatchingLabels{"app.kubernetes.io/name": "k8slan"}}
+
+// spokeResources are the resources of ours that a node lists.
+func spokeResources(n *corev1.Node) []string {
+	var names []string
+	for name := range n.Status.Capacity {
+		if strings.HasPrefix(string(name), v1beta1.Resource("")) {
+			names = append(names, string(name))
+		}
+	}
+	return names
+}
+
+// isClean wants nothing of k8slan's on the node.
+func (m machine) isClean() {
+	m.Helper()
+	for dir, ours := range map[string]func(string) bool{
+		"/run":                            func(f string) bool { return strings.HasPrefix(f, "k8slan") },
+		"/var/run/cdi":                    func(f string) bool { return strings.Contains(f, "k8slan") },
+		"/opt/cni/bin":                    func(f string) bool { return strings.Contains(f, "k8slan") },
+		"/var/lib/kubelet/device-plugins": func(f string) bool { return strings.HasPrefix(f, "k8slan-") },
+	} {
+		if left := slices.DeleteFunc(m.files(dir), func(f string) bool { return !ours(f) }); len(left) > 0 {
+			m.Errorf("%s has %q in %s", m, left, dir)
+		}
+	}
+	if mounts := m.run("sh", "-c", "grep /run/k8slan /proc/1/mountinfo || true"); mounts != "" {
+		m.Errorf("%s has mounts of k8slan's:\n%s", m, mounts)
+	}
+	if links := m.run("sh", "-c", "ip -o link show type vxlan; ip -o link show type macvtap"); links != "" {
+		m.Errorf("%s has links:\n%s", m, links)
+	}
+}
+
+// objectsAreGone wants nothing of k8slan's in the API but LANs and the last step of the uninstallation.
+func (l lab) objectsAreGone() {
+	l.Helper()
+	ours := func(o client.Object) bool {
+		return strings.HasPrefix(o.GetName(), "k8slan") && !strings.HasPrefix(o.GetName(), uninstall.Residue) || o.GetLabels()["app.kubernetes.io/managed-by"] == "k8slan"
+	}
+	for _, list := range []client.ObjectList{
+		&v1beta1.LANNodeList{}, &nadv1.NetworkAttachmentDefinitionList{}, &coordinationv1.LeaseList{},
+		&appsv1.DaemonSetList{}, &appsv1.DeploymentList{}, &batchv1.JobList{}, &policyv1.PodDisruptionBudgetList{},
+		&networkingv1.NetworkPolicyList{}, &corev1.ServiceAccountList{}, &rbacv1.RoleList{}, &rbacv1.RoleBindingList{},
+		&rbacv1.ClusterRoleList{}, &rbacv1.ClusterRoleBindingList{},
+		&admissionv1.ValidatingAdmissionPolicyList{}, &admissionv1.ValidatingAdmissionPolicyBindingList{},
+	} {
+		if err := bed.client.List(l.Context(), list); err != nil {
+			l.Fatal(err)
+		}
+		items, err := meta.ExtractList(list)
+		if err != nil {
+			l.Fatal(err)
+		}
+		for _, item := range items {
+			o := item.(client.Object)
+			if _, lanNode := o.(*v1beta1.LANNode); lanNode || ours(o) {
+				l.Errorf("there still is %T %s/%s", o, o.GetNamespace(), o.GetName())
+			}
+		}
+	}
+}
+
+func TestUninstallWithoutHooksLeavesPodsAlone(t *testing.T) {
+	l := newLab(t)
+	one, two := l.pair("stays", 1075)
+	ctx, cancel := context.WithTimeout(t.Context(), 3*patience)
+	defer cancel()
+	l.reinstall()
+	losesNothing(one, two, 15*time.Second, func() {
+		if _, err := bed.Helm(ctx, "uninstall", install.Release, "--namespace", install.Namespace, "--wait", "--no-hooks"); err != nil {
+			t.Fatal(err)
+		}
+		// The last of k8slan's pods is gone, and who is attached goes on.
+		if _, err := await(ctx, bed.client, &corev1.PodList{}, []client.ListOption{client.InNamespace(install.Namespace)},
+			func(all []*corev1.Pod) bool { return len(all) == 0 }); err != nil {
+			t.Fatal(err)
+		}
+	})
+	if err := bed.chart(ctx); err != nil {
+		t.Fatal(err)
+	}
+	l.ready("stays")
+	third := l.start(pod("stays-3", worker1, "stays-3"))[0]
+	third.address(address(3) + "/24")
+	third.pings(address(2))
+}
