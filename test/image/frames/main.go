@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"os"
 	"os/signal"
 	"slices"
@@ -41,7 +42,7 @@ func command() *cobra.Command {
 	if err := root.MarkPersistentFlagRequired("interface"); err != nil {
 		panic(err) // no such flag: a mistake in this function
 	}
-	root.AddCommand(send(&iface), catalog(&iface), listen(&iface), stream(&iface))
+	root.AddCommand(send(&iface), catalog(&iface), listen(&iface), stream(&iface), respond(&iface))
 	return root
 }
 
@@ -201,6 +202,49 @@ func streamReceive(iface *string, id *uint32, count *int) *cobra.Command {
 		},
 	}
 	cmd.Flags().DurationVar(&patience, "for", 30*time.Second, "how long to wait for the stream's end")
+	return cmd
+}
+
+func respond(iface *string) *cobra.Command {
+	var addresses []string
+	var connections uint64
+	var patience time.Duration
+	cmd := &cobra.Command{
+		Use:   "respond",
+		Short: "Answer ARP, ping and TCP from raw frames, and print as JSON what came",
+		Long: "Answer ARP, neighbour discovery, ping and TCP for addresses that the kernel doesn't have, from raw frames,\n" +
+			"dropping what has a wrong checksum or is larger than the MTU. At the end print\n" +
+			"{\"pings\":…,\"good\":…,\"bad\":…,\"tooLarge\":…,\"opened\":…,\"closed\":…,\"bytes\":…}.\n" +
+			"The line \"listening\" on standard error says that from now on nothing is missed.",
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			responder := frames.Responder{}
+			for _, text := range addresses {
+				address, err := netip.ParseAddr(text)
+				if err != nil {
+					return fmt.Errorf("address to answer for: %w", err)
+				}
+				responder.Addresses = append(responder.Addresses, address)
+			}
+			err := withSender(*iface, func(s *frames.Sender) error {
+				responder.MAC, responder.MTU = s.Interface.HardwareAddr, s.Interface.MTU
+				var sendErr error
+				err := receive(cmd.Context(), *iface, patience, func(frame []byte) (done bool) {
+					sendErr = sendAll(s, responder.Answer(frame))
+					return sendErr != nil || responder.Heard().Closed >= connections
+				})
+				return errors.Join(sendErr, err)
+			})
+			if err != nil {
+				return err
+			}
+			return json.NewEncoder(cmd.OutOrStdout()).Encode(responder.Heard())
+		},
+	}
+	flags := cmd.Flags()
+	flags.StringSliceVar(&addresses, "address", nil, "the addresses to answer for")
+	flags.Uint64VarP(&connections, "count", "n", 1, "end after so many connections are closed")
+	flags.DurationVar(&patience, "for", 10*time.Second, "how long to answer")
 	return cmd
 }
 
