@@ -31,25 +31,30 @@ func (f *hookFlags) add(cmd *cobra.Command, timeout time.Duration) {
 	f.logFormat = "text"
 }
 
-// uninstaller is the way to the API server.
+// client is the way to the API server.
+func (f *hookFlags) client() (client.WithWatch, error) {
+	config, err := f.rest("hook")
+	if err != nil {
+		return nil, err
+	}
+	scheme := controller.NewScheme()
+	if err := apiextensionsv1.AddToScheme(scheme); err != nil {
+		return nil, err
+	}
+	c, err := client.NewWithWatch(config, client.Options{Scheme: scheme})
+	if err != nil {
+		return nil, fmt.Errorf("make a client: %w", err)
+	}
+	return c, nil
+}
+
 func (f *hookFlags) uninstaller() (uninstall.Uninstaller, error) {
 	log, err := f.logger()
 	if err != nil {
 		return uninstall.Uninstaller{}, err
 	}
-	config, err := f.rest("uninstall")
-	if err != nil {
-		return uninstall.Uninstaller{}, err
-	}
-	scheme := controller.NewScheme()
-	if err := apiextensionsv1.AddToScheme(scheme); err != nil {
-		return uninstall.Uninstaller{}, err
-	}
-	c, err := client.NewWithWatch(config, client.Options{Scheme: scheme})
-	if err != nil {
-		return uninstall.Uninstaller{}, fmt.Errorf("make a client: %w", err)
-	}
-	return uninstall.Uninstaller{Client: c, Namespace: f.namespace, Log: log}, nil
+	c, err := f.client()
+	return uninstall.Uninstaller{Client: c, Namespace: f.namespace, Log: log}, err
 }
 
 func uninstallCommand() *cobra.Command {

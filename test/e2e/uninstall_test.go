@@ -45,12 +45,13 @@ func TestUninstallLeavesNothingButTheLANs(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 12*patience)
 	defer cancel()
 	begin := time.Now()
-	out, err := bed.Helm(ctx, "uninstall", install.Release, "--namespace", install.Namespace)
-	if err != nil {
-		t.Fatal(err)
-	}
+	out := l.helm(ctx, "uninstall", install.Release, "--namespace", install.Namespace)
 	l.logTime("helm uninstall", begin)
-	t.Log(out)
+	for _, attached := range []string{one.pod, two.pod, "goes-3"} {
+		if !strings.Contains(out, "pod="+l.namespace+"/"+attached) {
+			t.Errorf("helm uninstall does not say that %s loses its interface", attached)
+		}
+	}
 	for _, m := range l.machines() {
 		m.isClean()
 	}
@@ -72,7 +73,7 @@ func TestUninstallLeavesNothingButTheLANs(t *testing.T) {
 	l.logTime("deletion of a pod that had been attached", begin)
 
 	// Five minutes later kubelet forgets the resources.
-	_, err = await(ctx, bed.client, &corev1.NodeList{}, nil, func(all []*corev1.Node) bool {
+	_, err := await(ctx, bed.client, &corev1.NodeList{}, nil, func(all []*corev1.Node) bool {
 		return !slices.ContainsFunc(all, func(n *corev1.Node) bool { return len(spokeResources(n)) > 0 })
 	})
 	if err != nil {

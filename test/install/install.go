@@ -122,13 +122,24 @@ func (b *Bed) Chart(ctx context.Context, values ...string) error {
 	return err
 }
 
-// Helm runs the real Helm against the cluster.
+// Helm runs the real Helm against the cluster and returns what it prints, without what hooks said.
 func (b *Bed) Helm(ctx context.Context, args ...string) (string, error) {
-	dir, err := cluster.Build(ctx, b.Config, "helm")
+	cmd, err := b.HelmCommand(ctx, args...)
 	if err != nil {
 		return "", err
 	}
-	return run(ctx, b.root, filepath.Join(dir, "helm"), append([]string{"--kubeconfig", b.Cluster.Kubeconfig()}, args...)...)
+	return output(cmd)
+}
+
+// HelmCommand is Helm against the cluster, ready to be started; what hooks say goes to its standard error.
+func (b *Bed) HelmCommand(ctx context.Context, args ...string) (*exec.Cmd, error) {
+	dir, err := cluster.Build(ctx, b.Config, "helm")
+	if err != nil {
+		return nil, err
+	}
+	cmd := exec.CommandContext(ctx, filepath.Join(dir, "helm"), append([]string{"--kubeconfig", b.Cluster.Kubeconfig()}, args...)...)
+	cmd.Dir = b.root
+	return cmd, nil
 }
 
 // Kubectl runs kubectl against the cluster.

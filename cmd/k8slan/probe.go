@@ -1,0 +1,96 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"github.com/spf13/cobra"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	"github.com/k8slan/k8slan/crd/v1beta1"
+	"github.com/k8slan/k8slan/lanmgr/probe"
+)
+
+func probeCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "probe",
+		Short: "Send frames through a LAN and count what comes back: what helm test runs",
+		Args:  noArguments,
+	}
+	cmd.AddCommand(answerCommand(), askCommand())
+	return cmd
+}
+
+func answerCommand() *cobra.Command {
+	var iface string
+	cmd := &cobra.Command{
+		Use:   "answer",
+		Short: "Answer every frame of the other end",
+		Args:  noArguments,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			port, err := probe.Open(iface, os.Getenv("NODE_NAME"))
+			if err != nil {
+				return err
+			}
+			defer port.Close()
+			return port.Answer(cmd.Context())
+		},
+	}
+	cmd.Flags().StringVar(&iface, "interface", "net1", "`name` of the interface")
+	return cmd
+}
+
+func askCommand() *cobra.Command {
+	var f hookFlags
+	var iface, lan string
+	var count int
+	cmd := &cobra.Command{
+		Use:   "ask",
+		Short: "Send frames to the other end, half of them as short and half as long as may be, and want an answer to each",
+		Args:  noArguments,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			out := cmd.OutOrStdout()
+			port, err := probe.Open(iface, os.Getenv("NODE_NAME"))
+			if err != nil {
+				return err
+			}
+			defer port.Close()
+			ctx, cancel := context.WithTimeout(cmd.Context(), f.timeout)
+			defer cancel()
+			r, err := port.Ask(ctx, count)
+			if err == nil && r.Lost > 0 {
+				err = fmt.Errorf("%d of %d frames were lost on the way to node %s and back", r.Lost, r.Sent, r.Peer)
+			}
+			if err == nil {
+				_, err = fmt.Fprintf(out, "%d frames of %d and %d bytes went from node %s to node %s and back, none was lost; %s each, the slowest %s\n",
+					r.Sent, r.Short, r.Long, os.Getenv("NODE_NAME"), r.Peer, r.Mean.Round(time.Microsecond), r.Slowest.Round(time.Microsecond))
+			}
+			if lan == "" {
+				return err
+			}
+			return errors.Join(err, f.removeLAN(cmd.Context(), lan))
+		},
+	}
+	f.add(cmd, 2*time.Minute)
+	cmd.Flags().StringVar(&iface, "interface", "net1", "`name` of the interface")
+	cmd.Flags().IntVar(&count, "count", 1000, "`number` of frames")
+	cmd.Flags().StringVar(&lan, "remove-lan", "", "`name` of the LAN to delete at the end, in the namespace; empty: none")
+	return cmd
+}
+
+// removeLAN deletes the LAN that was probed. It goes when the pods on it have gone.
+func (f *hookFlags) removeLAN(ctx context.Context, name string) error {
+	c, err := f.client()
+	if err != nil {
+		return err
+	}
+	err = c.Delete(ctx, &v1beta1.LAN{ObjectMeta: metav1.ObjectMeta{Namespace: f.namespace, Name: name}})
+	if client.IgnoreNotFound(err) != nil {
+		return fmt.Errorf("delete LAN %s/%s: %w", f.namespace, name, err)
+	}
+	return nil
+}
