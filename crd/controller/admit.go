@@ -11,10 +11,10 @@ import (
 	"github.com/k8slan/k8slan/crd/v1beta1"
 )
 
-// attached is a pod that hangs on a spoke of a LAN on a node that answers, whatever became of that LAN or of the spoke in its spec.
-type attached struct {
-	UID                       types.UID // of the LAN
-	LAN, NS, Spoke, Pod, Node string
+// standing is a segment that a node has, whatever became of its LAN. The segments of lost nodes are none: they hold nothing back.
+type standing struct {
+	Node string
+	v1beta1.SegmentStatus
 }
 
 // verdict is what a LAN holds, and why not all that it asks for.
@@ -25,29 +25,43 @@ type verdict struct {
 	Refused map[string]string // refused spokes and why, as phrases
 }
 
+// A LAN that is being deleted holds what it held, until it is gone.
+func deleted(lan *v1beta1.LAN) bool { return !lan.DeletionTimestamp.IsZero() }
+
 // vniKey is what a VNI is unique by.
 type vniKey struct{ vni, port int32 }
 
 // admission is the state of one run of admit: who holds what so far.
 type admission struct {
-	attached []attached
+	segments []standing
 	ns       map[string]*v1beta1.LAN
 	vni      map[vniKey]*v1beta1.LAN
 	spoke    map[string]*v1beta1.LAN
+	stays    map[types.UID]bool // has its ns since before
 }
 
 // admit decides what each LAN holds, by UID. A LAN keeps what its status says it holds as long as its spec asks for it; what is
-// free goes to the LAN that was created first, then to the smaller UID. What pods of another LAN still hang on is not free.
+// free goes to the LAN that was created first, then to the smaller UID. What a node still has of another LAN is not free, even if
+// that LAN is gone. A LAN that is being deleted keeps what it holds and gets nothing more.
 // No ns, no VNI on a port and no spoke ever has two holders in the answer, and answering the answer again changes nothing.
-func admit(lans []v1beta1.LAN, pods []attached) map[types.UID]verdict {
+func admit(lans []v1beta1.LAN, segments []standing) map[types.UID]verdict {
 	a := admission{
-		attached: pods,
+		segments: segments,
 		ns:       map[string]*v1beta1.LAN{},
 		vni:      map[vniKey]*v1beta1.LAN{},
 		spoke:    map[string]*v1beta1.LAN{},
+		stays:    map[types.UID]bool{},
 	}
-	ranked := rank(lans)
 	verdicts := map[types.UID]verdict{}
+	var ranked []*v1beta1.LAN
+	for _, lan := range rank(lans) {
+		if deleted(lan) {
+			verdicts[lan.UID] = a.keepAll(lan)
+			continue
+		}
+		ranked = append(ranked, lan)
+		a.stays[lan.UID] = tenure(lan) < newcomer
+	}
 	for _, lan := range byTenure(ranked) {
 		a.admitLAN(lan)
 	}
@@ -75,28 +89,48 @@ func rank(lans []v1beta1.LAN) []*v1beta1.LAN {
 	return ranked
 }
 
-// byTenure puts first who holds all that it asks for, then who holds its ns but asks for another port now, then who holds nothing.
-func byTenure(ranked []*v1beta1.LAN) []*v1beta1.LAN {
-	tenure := func(lan *v1beta1.LAN) int {
-		holds, spec := lan.Status.Holds, lan.Effective()
-		switch {
-		case holds == nil || holds.NS != spec.NS:
-			return 2
-		case holds.VNI != spec.VNI || holds.Port != spec.VXLANPort:
-			return 1
-		}
-		return 0
+// The tenures of LANs.
+const (
+	holder   = iota // holds all that it asks for
+	moving          // holds its ns, but asks for another port now
+	newcomer        // holds nothing
+)
+
+func tenure(lan *v1beta1.LAN) int {
+	holds, spec := lan.Status.Holds, lan.Effective()
+	switch {
+	case holds == nil || holds.NS != spec.NS:
+		return newcomer
+	case holds.VNI != spec.VNI || holds.Port != spec.VXLANPort:
+		return moving
 	}
+	return holder
+}
+
+// byTenure puts holders first, then who moves, then newcomers.
+func byTenure(ranked []*v1beta1.LAN) []*v1beta1.LAN {
 	ordered := slices.Clone(ranked)
 	slices.SortStableFunc(ordered, func(x, y *v1beta1.LAN) int { return cmp.Compare(tenure(x), tenure(y)) })
 	return ordered
+}
+
+// keepAll leaves a LAN that is being deleted all that it holds.
+func (a admission) keepAll(lan *v1beta1.LAN) verdict {
+	holds := lan.Status.Holds.DeepCopy()
+	if holds != nil {
+		a.ns[holds.NS], a.vni[vniKey{holds.VNI, holds.Port}] = lan, lan
+		for _, spoke := range holds.Spokes {
+			a.spoke[spoke] = lan
+		}
+	}
+	return verdict{Holds: holds}
 }
 
 // admitLAN gives the LAN its ns and VNI if both are free.
 func (a admission) admitLAN(lan *v1beta1.LAN) {
 	spec := lan.Effective()
 	key := vniKey{spec.VNI, spec.VXLANPort}
-	if a.ns[spec.NS] == nil && a.vni[key] == nil && len(a.inNS(lan, spec.NS)) == 0 {
+	if a.ns[spec.NS] == nil && a.vni[key] == nil && len(a.inNS(lan)) == 0 && len(a.onVNI(lan)) == 0 {
 		a.ns[spec.NS], a.vni[key] = lan, lan
 	}
 }
@@ -112,28 +146,65 @@ func (a admission) explain(lan *v1beta1.LAN) verdict {
 			Refused: map[string]string{},
 		}
 	case a.ns[spec.NS] != nil:
-		return verdict{
-			Clash:  fmt.Sprintf("ns %s is %s's", spec.NS, name(a.ns[spec.NS])),
-			WayOut: "ns cannot change: delete this LAN and create it with another ns, or without one",
-		}
+		return takenBy(a.ns[spec.NS], "ns "+spec.NS, "ns cannot change: delete this LAN and create it with another ns, or without one")
 	case a.vni[key] != nil:
-		return verdict{
-			Clash:  fmt.Sprintf("vni %s is %s's", key, name(a.vni[key])),
-			WayOut: "vni cannot change: choose another vxlanPort, or delete this LAN and create it with another vni",
-		}
+		return takenBy(a.vni[key], "vni "+key.String(), "vni cannot change: choose another vxlanPort, or delete this LAN and create it with another vni")
 	}
-	return verdict{
-		Clash:  fmt.Sprintf("ns %s is still in use", spec.NS),
-		WayOut: "it will be free when these pods are gone: " + describe(a.inNS(lan, spec.NS)),
+	if left := a.onVNI(lan); len(left) > 0 {
+		return leftBy(left, "vni "+key.String())
 	}
+	return leftBy(a.inNS(lan), "ns "+spec.NS)
 }
 
-// inNS are the pods that hang on another LAN's segment of that ns; none for a LAN that holds the ns already.
-func (a admission) inNS(lan *v1beta1.LAN, ns string) []attached {
-	if lan.Status.Holds != nil && lan.Status.Holds.NS == ns {
+// takenBy refuses a LAN what another one holds.
+func takenBy(other *v1beta1.LAN, what, wayOut string) verdict {
+	if deleted(other) {
+		return verdict{
+			Clash:  fmt.Sprintf("%s is still in use by %s (being deleted)", what, name(other)),
+			WayOut: fmt.Sprintf("it is taken up by itself when that LAN is gone; what it waits for: kubectl describe lan -n %s %s", other.Namespace, other.Name),
+		}
+	}
+	return verdict{Clash: fmt.Sprintf("%s is %s's", what, name(other)), WayOut: wayOut}
+}
+
+// leftBy refuses a LAN what nodes still have of others.
+func leftBy(left []standing, what string) verdict {
+	v := verdict{
+		Clash:  fmt.Sprintf("%s is still in use by %s (leaving) on node %s", what, left[0].LAN, left[0].Node),
+		WayOut: "it is taken up by itself when the node has let it go",
+	}
+	if more := len(left) - 1; more > 0 {
+		v.Clash += fmt.Sprintf(" and %d more", more)
+	}
+	if pods := podsOf(left, func(v1beta1.Attachment) bool { return true }); len(pods) > 0 {
+		v.WayOut = "it is taken up by itself when these pods are gone: " + enumerate(pods, ", ")
+	}
+	return v
+}
+
+// inNS are the segments of other LANs under the name of the LAN's ns; none for a LAN that has the ns already.
+func (a admission) inNS(lan *v1beta1.LAN) []standing {
+	if a.stays[lan.UID] {
 		return nil
 	}
-	return a.others(lan, func(p attached) bool { return p.NS == ns })
+	ns := lan.Effective().NS
+	return a.others(lan, func(s standing) bool { return s.NS == ns })
+}
+
+// onVNI are the segments of other LANs that occupy the LAN's VNI and are there to stay until a pod or the node lets them go. Those of a
+// LAN that moved to another port are not: their node rebuilds them in a moment.
+func (a admission) onVNI(lan *v1beta1.LAN) []standing {
+	if tenure(lan) == holder {
+		return nil
+	}
+	spec := lan.Effective()
+	return a.others(lan, func(s standing) bool {
+		if s.VNI != spec.VNI || s.Port != spec.VXLANPort {
+			return false
+		}
+		moves := a.stays[s.UID] && (a.stays[lan.UID] || a.ns[s.NS] != nil && a.ns[s.NS].UID == s.UID)
+		return !moves || s.State == v1beta1.SegmentLeaving
+	})
 }
 
 // keepSpokes leaves an admitted LAN the spokes that it holds and still asks for.
@@ -156,12 +227,13 @@ func (a admission) admitSpokes(lan *v1beta1.LAN, v verdict) {
 	for _, spoke := range slices.Sorted(slices.Values(lan.Spec.Spokes)) {
 		holder := a.spoke[spoke]
 		if holder != nil && holder != lan {
-			v.Refused[spoke] = fmt.Sprintf("spoke %s is %s's", spoke, name(holder))
+			v.Refused[spoke] = takenBy(holder, "spoke "+spoke, "").Clash
 			continue
 		}
 		if holder == nil {
-			if pods := a.others(lan, func(p attached) bool { return p.Spoke == spoke }); len(pods) > 0 {
-				v.Refused[spoke] = fmt.Sprintf("spoke %s is still in use by %s", spoke, describe(pods))
+			everywhere := a.others(lan, func(standing) bool { return true })
+			if pods := podsOf(everywhere, func(p v1beta1.Attachment) bool { return p.Spoke == spoke }); len(pods) > 0 {
+				v.Refused[spoke] = fmt.Sprintf("spoke %s is still in use by %s", spoke, enumerate(pods, ", "))
 				continue
 			}
 		}
@@ -170,15 +242,28 @@ func (a admission) admitSpokes(lan *v1beta1.LAN, v verdict) {
 	}
 }
 
-// others are the pods that hang on other LANs and match.
-func (a admission) others(lan *v1beta1.LAN, match func(attached) bool) []attached {
-	var pods []attached
-	for _, p := range a.attached {
-		if p.UID != lan.UID && match(p) {
-			pods = append(pods, p)
+// others are the segments of other LANs that match.
+func (a admission) others(lan *v1beta1.LAN, match func(standing) bool) []standing {
+	var segments []standing
+	for _, s := range a.segments {
+		if s.UID != lan.UID && match(s) {
+			segments = append(segments, s)
 		}
 	}
-	return pods
+	return segments
+}
+
+// podsOf are the attachments that match, in words: "default/srl-1 on worker1 (spoke srl of LAN default/lab)".
+func podsOf(segments []standing, match func(v1beta1.Attachment) bool) []string {
+	var words []string
+	for _, s := range segments {
+		for _, p := range s.Attachments {
+			if match(p) {
+				words = append(words, fmt.Sprintf("%s on %s (spoke %s of LAN %s)", p.Pod, s.Node, p.Spoke, s.LAN))
+			}
+		}
+	}
+	return words
 }
 
 // vnis are those that LANs hold.
@@ -220,15 +305,6 @@ func (k vniKey) String() string {
 }
 
 func name(lan *v1beta1.LAN) string { return lan.Namespace + "/" + lan.Name }
-
-// describe lists the first few pods: "default/srl-1 on worker1 (spoke srl of LAN default/lab)".
-func describe(pods []attached) string {
-	words := make([]string, len(pods))
-	for i, p := range pods {
-		words[i] = fmt.Sprintf("%s on %s (spoke %s of LAN %s)", p.Pod, p.Node, p.Spoke, p.LAN)
-	}
-	return enumerate(words, ", ")
-}
 
 // enumerate joins the first few words and says how many more there are.
 func enumerate(words []string, separator string) string {

@@ -50,6 +50,25 @@ func holding(spokes ...string) func(*v1beta1.LAN) {
 	}
 }
 
+// deleting makes somebody have deleted the LAN.
+func deleting(l *v1beta1.LAN) {
+	l.DeletionTimestamp, l.Finalizers = &epoch, []string{v1beta1.Finalizer}
+}
+
+// left is a segment on worker1 that is leaving; its ns is derived from the LAN's name.
+func left(uid types.UID, lan string, vni int32, pods ...v1beta1.Attachment) standing {
+	return standing{"worker1", v1beta1.SegmentStatus{
+		LAN: lan, UID: uid, NS: strings.Replace(lan, "/", ".", 1), VNI: vni, Port: 4789, State: v1beta1.SegmentLeaving, Attachments: pods,
+	}}
+}
+
+// here is a segment of default/<name> on worker1 that is well.
+func here(name string, vni, port int32) standing {
+	return standing{"worker1", v1beta1.SegmentStatus{
+		LAN: "default/" + name, UID: types.UID("uid-" + name), NS: "default." + name, VNI: vni, Port: port, State: v1beta1.SegmentReady,
+	}}
+}
+
 // answer is a verdict in one line.
 func answer(v verdict) string {
 	if v.Holds == nil {
@@ -66,7 +85,7 @@ func TestWhoHoldsKeepsAndWhoCameFirstGets(t *testing.T) {
 	for _, test := range []struct {
 		name string
 		lans []v1beta1.LAN
-		pods []attached
+		left []standing
 		want map[string]string
 	}{
 		{
@@ -156,25 +175,85 @@ func TestWhoHoldsKeepsAndWhoCameFirstGets(t *testing.T) {
 		{
 			"an ns that pods of a deleted LAN hang on is not free",
 			[]v1beta1.LAN{with(lan("lab", 5, 1, "srl"), uid("new"))},
-			[]attached{{"old", "default/lab", "default.lab", "srl", "default/srl-1", "worker1"}},
-			map[string]string{"lab": "ns default.lab is still in use"},
+			[]standing{left("old", "default/lab", 1, pod("srl", "srl-1"))},
+			map[string]string{"lab": "vni 1 is still in use by default/lab (leaving) on node worker1"},
+		},
+		{
+			"nor is one of which a node has not taken everything away",
+			[]v1beta1.LAN{with(lan("lab", 5, 2, "srl"), uid("new"))},
+			[]standing{left("old", "default/lab", 1)},
+			map[string]string{"lab": "ns default.lab is still in use by default/lab (leaving) on node worker1"},
+		},
+		{
+			"nor one of which nobody knows whose it is",
+			[]v1beta1.LAN{lan("lab", 5, 2, "srl")},
+			[]standing{left("", "default/lab", 0)},
+			map[string]string{"lab": "ns default.lab is still in use by default/lab (leaving) on node worker1"},
+		},
+		{
+			"a VNI that a node still has of a LAN that is gone is not free",
+			[]v1beta1.LAN{lan("b", 0, 1, "srl"), lan("c", 1, 1, "x")},
+			[]standing{left("old", "default/a", 1), left("old", "default/a", 1)},
+			map[string]string{
+				"b": "vni 1 is still in use by default/a (leaving) on node worker1 and 1 more",
+				"c": "vni 1 is still in use by default/a (leaving) on node worker1 and 1 more",
+			},
+		},
+		{
+			"on another port it is",
+			[]v1beta1.LAN{with(lan("b", 0, 1, "srl"), port(4790))},
+			[]standing{left("old", "default/a", 1)},
+			map[string]string{"b": "holds srl"},
+		},
+		{
+			"who holds a VNI keeps it, whatever comes back",
+			[]v1beta1.LAN{with(lan("b", 0, 1, "srl"), holding("srl"))},
+			[]standing{left("old", "default/b", 1, pod("srl", "srl-1"))},
+			map[string]string{"b": "holds srl"},
+		},
+		{
+			"a LAN that is being deleted keeps what it holds, whatever its spec says",
+			[]v1beta1.LAN{with(lan("a", 0, 1, "srl", "vm"), holding("srl", "vm"), port(4790), func(l *v1beta1.LAN) { l.Spec.Spokes = []string{"x"} }, deleting), lan("b", 1, 1, "y"), lan("c", 2, 2, "srl", "x")},
+			nil,
+			map[string]string{
+				"a": "holds srl,vm", "b": "vni 1 is still in use by default/a (being deleted)",
+				"c": "holds x; spoke srl is still in use by default/a (being deleted)",
+			},
+		},
+		{
+			"a LAN that is being deleted is given nothing",
+			[]v1beta1.LAN{with(lan("a", 0, 1, "srl"), deleting), lan("b", 1, 1, "srl")},
+			nil,
+			map[string]string{"a": "", "b": "holds srl"},
+		},
+		{
+			"two LANs that swap their ports are in nobody's way",
+			[]v1beta1.LAN{with(lan("a", 0, 1, "x"), holding("x"), port(4790)), with(lan("b", 1, 1, "y"), port(4790), holding("y"), port(4789))},
+			[]standing{here("a", 1, 4789), here("b", 1, 4790)},
+			map[string]string{"a": "holds x", "b": "holds y"},
+		},
+		{
+			"a VNI that another LAN has just left is free, unless a pod keeps it on a node",
+			[]v1beta1.LAN{with(lan("a", 0, 1, "x"), holding("x"), port(4790)), lan("b", 1, 1, "y"), with(lan("c", 0, 2, "z"), holding("z"), port(4790)), lan("d", 1, 2, "w")},
+			[]standing{here("a", 1, 4789), left("uid-c", "default/c", 2, pod("z", "pod-z"))},
+			map[string]string{"a": "holds x", "b": "holds y", "c": "holds z", "d": "vni 2 is still in use by default/c (leaving) on node worker1"},
 		},
 		{
 			"a spoke that a pod of another LAN hangs on is not free",
 			[]v1beta1.LAN{with(lan("a", 0, 1, "x"), holding("x")), lan("b", 1, 2, "srl", "y")},
-			[]attached{{"uid-a", "default/a", "default.a", "srl", "default/srl-1", "worker1"}},
+			[]standing{left("uid-a", "default/a", 1, pod("srl", "srl-1"))},
 			map[string]string{"a": "holds x", "b": "holds y; spoke srl is still in use by default/srl-1 on worker1 (spoke srl of LAN default/a)"},
 		},
 		{
 			"a LAN's own pods do not stand in its way",
 			[]v1beta1.LAN{lan("a", 0, 1, "srl")},
-			[]attached{{"uid-a", "default/a", "default.a", "srl", "default/srl-1", "worker1"}},
+			[]standing{left("uid-a", "default/a", 1, pod("srl", "srl-1"))},
 			map[string]string{"a": "holds srl"},
 		},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			have := map[string]string{}
-			for uid, v := range admit(test.lans, test.pods) {
+			for uid, v := range admit(test.lans, test.left) {
 				for _, l := range test.lans {
 					if l.UID == uid {
 						have[l.Name] = answer(v)
@@ -302,6 +381,9 @@ func TestReleasesBeforeGrantsNeverHaveTwoHolders(t *testing.T) {
 		changed := randomLANs(r)
 		for i := range min(len(lans), len(changed)) {
 			lans[i].Spec.VXLANPort, lans[i].Spec.Spokes = changed[i].Spec.VXLANPort, changed[i].Spec.Spokes
+			if r.IntN(4) == 0 {
+				deleting(&lans[i])
+			}
 		}
 		want := admit(lans, nil)
 		now := func(l *v1beta1.LAN) *v1beta1.Holding { return l.Status.Holds }

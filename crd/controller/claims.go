@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"time"
 
 	nadv1 "github.com/k8snetworkplumbingwg/network-attachment-definition-client/pkg/apis/k8s.cni.cncf.io/v1"
 	corev1 "k8s.io/api/core/v1"
@@ -40,6 +41,7 @@ func (c *claims) Reconcile(ctx context.Context, _ everything) (ctrl.Result, erro
 	if err != nil {
 		return ctrl.Result{}, err
 	}
+	result := ctrl.Result{RequeueAfter: untilLost(around.nodes, c.now().Time)}
 	var lans v1beta1.LANList
 	if err := c.cache.List(ctx, &lans); err != nil {
 		return ctrl.Result{}, fmt.Errorf("list LANs: %w", err)
@@ -52,20 +54,34 @@ func (c *claims) Reconcile(ctx context.Context, _ everything) (ctrl.Result, erro
 		}
 		want = decide(lans.Items, around, c.now())
 	}
-	return ctrl.Result{}, c.write(ctx, lans.Items, want)
+	if err := c.write(ctx, lans.Items, want); err != nil {
+		return ctrl.Result{}, err
+	}
+	return result, c.release(ctx, lans.Items, around.nodes)
+}
+
+// untilLost is how long it takes until the first of the silent nodes is lost, which is no event; 0 where all answer.
+func untilLost(nodes []node, now time.Time) time.Duration {
+	var first time.Duration
+	for _, n := range nodes {
+		if left := n.LostAt.Sub(now); !n.LostAt.IsZero() && (first == 0 || left < first) {
+			first = max(left, time.Second)
+		}
+	}
+	return first
 }
 
 func (c *claims) survey(ctx context.Context) (surroundings, error) {
-	var nodes corev1.NodeList
-	var lanNodes v1beta1.LANNodeList
+	nodes, err := c.nodes(ctx, c.cache)
+	if err != nil {
+		return surroundings{}, err
+	}
 	var nads nadv1.NetworkAttachmentDefinitionList
-	for _, list := range []client.ObjectList{&nodes, &lanNodes, &nads} {
-		if err := c.cache.List(ctx, list, client.UnsafeDisableDeepCopy); err != nil { // they are only read
-			return surroundings{}, fmt.Errorf("list %T: %w", list, err)
-		}
+	if err := c.cache.List(ctx, &nads, client.UnsafeDisableDeepCopy); err != nil { // they are only read
+		return surroundings{}, fmt.Errorf("list NADs: %w", err)
 	}
 	s := surroundings{
-		nodes: nodesOf(nodes.Items, lanNodes.Items),
+		nodes: nodes,
 		nads:  make(map[client.ObjectKey]*nadv1.NetworkAttachmentDefinition, len(nads.Items)),
 	}
 	for i := range nads.Items {
@@ -74,11 +90,26 @@ func (c *claims) survey(ctx context.Context) (surroundings, error) {
 	return s, nil
 }
 
+func (c *claims) nodes(ctx context.Context, from client.Reader) ([]node, error) {
+	var nodes corev1.NodeList
+	var lanNodes v1beta1.LANNodeList
+	for _, list := range []client.ObjectList{&nodes, &lanNodes} {
+		if err := from.List(ctx, list, client.UnsafeDisableDeepCopy); err != nil { // they are only read
+			return nil, fmt.Errorf("list %T: %w", list, err)
+		}
+	}
+	return nodesOf(nodes.Items, lanNodes.Items, c.now().Time), nil
+}
+
 // decide says what the status of each LAN should be.
 func decide(lans []v1beta1.LAN, around surroundings, now metav1.Time) []v1beta1.LANStatus {
-	verdicts := admit(lans, attachedOn(around.nodes))
+	verdicts := admit(lans, standingOn(around.nodes))
 	want := make([]v1beta1.LANStatus, len(lans))
 	for i := range lans {
+		if goes(&lans[i], around.nodes) {
+			want[i] = lans[i].Status // nobody will read another
+			continue
+		}
 		v := verdicts[lans[i].UID]
 		want[i] = status(&lans[i], v, around.nodes, around.foreignNADs(&lans[i], v.Holds), now)
 	}
@@ -128,19 +159,26 @@ func (c *claims) write(ctx context.Context, lans []v1beta1.LAN, want []v1beta1.L
 	}
 	var errs []error
 	for i := range lans {
-		err := c.announce(ctx, &lans[i], want[i])
-		if err == nil {
-			err = ignoreOutdated(c.update(ctx, &lans[i], want[i]))
-		}
-		errs = append(errs, err)
+		errs = append(errs, ignoreOutdated(c.grant(ctx, &lans[i], want[i])))
 	}
 	return errors.Join(errs...)
+}
+
+// grant writes a status; what is to be there before a node reads that the LAN holds something is made first.
+func (c *claims) grant(ctx context.Context, lan *v1beta1.LAN, want v1beta1.LANStatus) error {
+	if err := c.protect(ctx, lan, want); err != nil {
+		return err
+	}
+	if err := c.announce(ctx, lan, want); err != nil {
+		return err
+	}
+	return c.update(ctx, lan, want)
 }
 
 // announce writes the NADs of spokes that a LAN is about to be granted. Nodes offer a spoke as soon as they read of it, and a pod
 // that comes before its NAD waits long: kubelet tries again only after ten seconds and more.
 func (c *claims) announce(ctx context.Context, lan *v1beta1.LAN, want v1beta1.LANStatus) error {
-	if !grows(lan.Status.Holds, want.Holds) || !lan.DeletionTimestamp.IsZero() {
+	if !grows(lan.Status.Holds, want.Holds) || deleted(lan) {
 		return nil
 	}
 	granted := lan.DeepCopy()
@@ -203,10 +241,15 @@ func news(before, after []metav1.Condition) []lanEvent {
 			continue
 		case good && was != nil && was.Status == now.Status:
 			continue // still good, in other words
+		case now.Reason == v1beta1.ReasonInUse && was != nil && was.Reason == now.Reason:
+			continue // one pod less
 		case good:
 			e.Type = corev1.EventTypeNormal
 		}
 		list = append(list, e)
+	}
+	if meta.IsStatusConditionTrue(before, v1beta1.ConditionAttachedTwice) && !meta.IsStatusConditionTrue(after, v1beta1.ConditionAttachedTwice) {
+		list = append(list, lanEvent{corev1.EventTypeNormal, v1beta1.ReasonOneNode, v1beta1.ConditionAttachedTwice, "no spoke is attached twice any more"})
 	}
 	return list
 }
@@ -214,7 +257,7 @@ func news(before, after []metav1.Condition) []lanEvent {
 // told is true for a reason of Ready that passes by itself, or that is told with condition Accepted.
 func told(reason string) bool {
 	switch reason {
-	case v1beta1.ReasonPending, v1beta1.ReasonConflict, v1beta1.ReasonSpokeConflict:
+	case v1beta1.ReasonPending, v1beta1.ReasonConflict, v1beta1.ReasonSpokeConflict, v1beta1.ReasonDeleting:
 		return true
 	}
 	return false

@@ -2,10 +2,13 @@ package controller
 
 import (
 	"context"
+	"slices"
 	"testing"
 
 	nadv1 "github.com/k8snetworkplumbingwg/network-attachment-definition-client/pkg/apis/k8s.cni.cncf.io/v1"
+	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/equality"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/tools/events"
 	"sigs.k8s.io/controller-runtime/pkg/client"
@@ -126,6 +129,57 @@ func TestASecondRunWritesNothing(t *testing.T) {
 	}
 	if writes != 3 || !equality.Semantic.DeepEqual(before.Items, after.Items) {
 		t.Errorf("the second run wrote: %d writes in all", writes)
+	}
+}
+
+func TestALANThatHoldsSomethingHasTheFinalizer(t *testing.T) {
+	server := apiServer(t, func(l *v1beta1.LAN) {
+		if l.Status.Holds != nil && !slices.Contains(l.Finalizers, v1beta1.Finalizer) {
+			t.Errorf("LAN %s is granted what it asks for before it has the finalizer", l.Name)
+		}
+	}, lan("new", 0, 1, "srl"), lan("refused", 1, 1, "x"), with(lan("of-an-older-version", 0, 2, "vm"), holding("vm")))
+	reconcileClaims(t, server, server)
+	for name, want := range map[string]bool{"new": true, "refused": false, "of-an-older-version": true} {
+		var l v1beta1.LAN
+		if err := server.Get(t.Context(), client.ObjectKey{Namespace: "default", Name: name}, &l); err != nil {
+			t.Fatal(err)
+		}
+		if slices.Contains(l.Finalizers, v1beta1.Finalizer) != want {
+			t.Errorf("LAN %s has the finalizers %v", name, l.Finalizers)
+		}
+	}
+}
+
+// The cache does not yet show a node that has come a moment ago, and that may have read of the LAN before it was deleted.
+func TestADeletedLANStaysForANodeThatTheCacheDoesNotShow(t *testing.T) {
+	gone := with(lan("lab", 0, 1, "srl"), holding("srl"), deleting)
+	server := apiServer(t, func(*v1beta1.LAN) {}, gone)
+	worker1 := &v1beta1.LANNode{ObjectMeta: metav1.ObjectMeta{Name: "worker1"}}
+	for _, o := range []client.Object{&corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "worker1"}}, worker1} {
+		if err := server.Create(t.Context(), o); err != nil {
+			t.Fatal(err)
+		}
+	}
+	lagging := interceptor.NewClient(server, interceptor.Funcs{
+		List: func(ctx context.Context, c client.WithWatch, list client.ObjectList, opts ...client.ListOption) error {
+			if _, ok := list.(*v1beta1.LANNodeList); ok {
+				return nil
+			}
+			return c.List(ctx, list, opts...)
+		},
+	})
+	var l v1beta1.LAN
+	reconcileClaims(t, lagging, server)
+	if err := server.Get(t.Context(), client.ObjectKey{Namespace: "default", Name: "lab"}, &l); err != nil {
+		t.Fatalf("it is gone: %v", err)
+	}
+	worker1.Status.Gone = []v1beta1.GoneLAN{{UID: gone.UID}}
+	if err := server.Update(t.Context(), worker1); err != nil {
+		t.Fatal(err)
+	}
+	reconcileClaims(t, lagging, server)
+	if err := server.Get(t.Context(), client.ObjectKey{Namespace: "default", Name: "lab"}, &l); !apierrors.IsNotFound(err) {
+		t.Errorf("every node has let it go, but: %v", err)
 	}
 }
 

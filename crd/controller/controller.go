@@ -1,4 +1,5 @@
-// Package controller admits what LANs claim, writes their NADs, and sums up in their status what the nodes report.
+// Package controller admits what LANs claim, writes their NADs, sums up in their status what the nodes report, and lets LANs that are
+// deleted go when no node has anything left of them.
 //
 // Two reconcilers, each with a pure core. The first looks at all LANs together, one run at a time: admit decides what each holds
 // (status.holds), status says how it does. The second takes one LAN at a time and keeps two NADs for each spoke that it holds.
@@ -25,7 +26,7 @@ import (
 	"github.com/k8slan/k8slan/crd/v1beta1"
 )
 
-// +kubebuilder:rbac:groups=lan.k8slan.io,resources=lans,verbs=get;list;watch
+// +kubebuilder:rbac:groups=lan.k8slan.io,resources=lans,verbs=get;list;watch;patch
 // +kubebuilder:rbac:groups=lan.k8slan.io,resources=lans/status,verbs=update
 // +kubebuilder:rbac:groups=lan.k8slan.io,resources=lans/finalizers,verbs=update
 // +kubebuilder:rbac:groups=lan.k8slan.io,resources=lannodes,verbs=get;list;watch
@@ -92,7 +93,7 @@ func setupNADs(mgr ctrl.Manager) error {
 
 // nodeChanged passes over kubelet's heartbeats.
 func nodeChanged(before, after client.Object) bool {
-	return !equality.Semantic.DeepEqual(before.GetLabels(), after.GetLabels()) || answers(before.(*corev1.Node)) != answers(after.(*corev1.Node))
+	return !equality.Semantic.DeepEqual(before.GetLabels(), after.GetLabels()) || vitalsOf(before.(*corev1.Node)) != vitalsOf(after.(*corev1.Node))
 }
 
 // ofLAN tells whether a NAD belongs to some LAN and so is in nobody's way.

@@ -21,13 +21,14 @@ import (
 // nadReconciler keeps the NADs of one LAN as they should be.
 type nadReconciler struct{ client client.Client }
 
-// Reconcile creates, repairs and deletes the LAN's NADs. Those of a deleted LAN are the garbage collector's.
+// Reconcile creates, repairs and deletes the LAN's NADs. Those of a LAN that is being deleted stay until it is gone, because an attached
+// pod may get a new sandbox; then they are the garbage collector's.
 func (r *nadReconciler) Reconcile(ctx context.Context, request ctrl.Request) (ctrl.Result, error) {
 	var lan v1beta1.LAN
 	if err := r.client.Get(ctx, request.NamespacedName, &lan); err != nil {
 		return ctrl.Result{}, client.IgnoreNotFound(err)
 	}
-	if !lan.DeletionTimestamp.IsZero() {
+	if deleted(&lan) {
 		return ctrl.Result{}, nil
 	}
 	return ctrl.Result{}, r.bring(ctx, &lan)

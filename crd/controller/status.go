@@ -6,6 +6,7 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/meta"
@@ -15,54 +16,91 @@ import (
 	"github.com/k8slan/k8slan/crd/v1beta1"
 )
 
-// node is a Node that runs k8slan, with what it reports.
+// LostAfter is how long a node may be silent before it counts as lost: what it has holds nothing back any more. It is as long
+// as Kubernetes leaves pods on such a node (defaultTolerationSeconds of the admission plugin DefaultTolerationSeconds).
+const LostAfter = 5 * time.Minute
+
+// node is a node that runs k8slan, with what it reports.
 type node struct {
 	Name     string
 	Labels   map[string]string
-	Answers  bool // false once the node controller has given it up
+	Exists   bool      // false where there is a LANNode but no Node any more
+	Answers  bool      // false once the node controller has given it up
+	Lost     string    // why the node counts for nothing any more, "its Node is gone"; empty for one that counts
+	LostAt   time.Time // when a node that does not answer will be lost
 	Segments []v1beta1.SegmentStatus
+	Gone     []v1beta1.GoneLAN
 }
 
-// nodesOf pairs LANNodes with their Nodes, sorted by name. What the LANNode of a Node that is gone says does not count.
-func nodesOf(nodes []corev1.Node, lanNodes []v1beta1.LANNode) []node {
+// nodesOf pairs LANNodes with their Nodes, sorted by name. A Node without a LANNode has nothing of any LAN.
+func nodesOf(nodes []corev1.Node, lanNodes []v1beta1.LANNode, now time.Time) []node {
 	byName := map[string]*corev1.Node{}
 	for i := range nodes {
 		byName[nodes[i].Name] = &nodes[i]
 	}
 	var paired []node
 	for _, ln := range lanNodes {
+		p := node{Name: ln.Name, Segments: ln.Status.Segments, Gone: ln.Status.Gone, Lost: "its Node is gone"}
 		if n := byName[ln.Name]; n != nil {
-			paired = append(paired, node{Name: n.Name, Labels: n.Labels, Answers: answers(n), Segments: ln.Status.Segments})
+			p.Labels, p.Exists, p.Answers = n.Labels, true, true
+			p.Lost, p.LostAt = lost(vitalsOf(n), now)
+			p.Answers = p.Lost == "" && p.LostAt.IsZero()
 		}
+		paired = append(paired, p)
 	}
 	slices.SortFunc(paired, func(x, y node) int { return cmp.Compare(x.Name, y.Name) })
 	return paired
 }
 
-// answers is false for a Node whose kubelet has been silent for the node controller's grace period (Ready is Unknown then).
-func answers(n *corev1.Node) bool {
-	for _, c := range n.Status.Conditions {
-		if c.Type == corev1.NodeReady {
-			return c.Status != corev1.ConditionUnknown
-		}
-	}
-	return true
+// vitals are what of a Node says whether it is alive.
+type vitals struct {
+	Ready        corev1.ConditionStatus
+	Since        metav1.Time // of Ready
+	OutOfService bool        // an administrator says that the node is down, with the taint node.kubernetes.io/out-of-service
 }
 
-// attachedOn lists all attachments on nodes that answer: a node that is lost holds nothing back.
-func attachedOn(nodes []node) []attached {
-	var pods []attached
-	for _, n := range nodes {
-		if !n.Answers {
-			continue
-		}
-		for _, seg := range n.Segments {
-			for _, a := range seg.Attachments {
-				pods = append(pods, attached{UID: seg.UID, LAN: seg.LAN, NS: seg.NS, Spoke: a.Spoke, Pod: a.Pod, Node: n.Name})
-			}
+func vitalsOf(n *corev1.Node) vitals {
+	var v vitals
+	for _, c := range n.Status.Conditions {
+		if c.Type == corev1.NodeReady {
+			v.Ready, v.Since = c.Status, c.LastTransitionTime
 		}
 	}
-	return pods
+	for _, t := range n.Spec.Taints {
+		v.OutOfService = v.OutOfService || t.Key == corev1.TaintNodeOutOfService
+	}
+	return v
+}
+
+// lost says why a node is lost or, of one that has been silent for the node controller's grace period (Ready is Unknown
+// then), when it will be. Like the pod garbage collector, it believes the taint of a Node only that is not ready.
+func lost(v vitals, now time.Time) (why string, at time.Time) {
+	switch at := v.Since.Add(LostAfter); {
+	case v.OutOfService && v.Ready != corev1.ConditionTrue:
+		return "it is out of service", time.Time{}
+	case v.Ready != corev1.ConditionUnknown:
+		return "", time.Time{}
+	case now.Before(at):
+		return "", at
+	}
+	return fmt.Sprintf("it has not answered for %s", words(LostAfter)), time.Time{}
+}
+
+// words is a duration of whole minutes.
+func words(d time.Duration) string { return fmt.Sprintf("%d minutes", int(d.Minutes())) }
+
+// standingOn lists the segments of all nodes that are not lost.
+func standingOn(nodes []node) []standing {
+	var segments []standing
+	for _, n := range nodes {
+		if n.Lost != "" {
+			continue
+		}
+		for _, s := range n.Segments {
+			segments = append(segments, standing{Node: n.Name, SegmentStatus: s})
+		}
+	}
+	return segments
 }
 
 // problem is something that keeps a LAN from being Ready.
@@ -83,7 +121,25 @@ func status(lan *v1beta1.LAN, v verdict, nodes []node, foreignNADs []string, now
 	for _, spoke := range s.Spokes {
 		s.Attached += int32(len(spoke.Attachments))
 	}
+	set := func(c metav1.Condition) {
+		c.ObservedGeneration, c.LastTransitionTime = lan.Generation, now
+		meta.SetStatusCondition(&s.Conditions, c)
+	}
+	if twice := attachedTwice(s.Spokes, nodes); twice != "" {
+		set(metav1.Condition{Type: v1beta1.ConditionAttachedTwice, Status: metav1.ConditionTrue, Reason: v1beta1.ReasonTwoNodes, Message: twice})
+	} else {
+		meta.RemoveStatusCondition(&s.Conditions, v1beta1.ConditionAttachedTwice)
+	}
 	spanned := spannedBy(lan, nodes)
+	if deleted(lan) {
+		p := heldBy(lan, nodes).tell(lan)
+		s.State, s.Nodes = v1beta1.StateDeleting, fmt.Sprintf("0/%d", len(spanned))
+		if p.Reason != v1beta1.ReasonDeleting {
+			s.Reason = p.Reason
+		}
+		set(metav1.Condition{Type: v1beta1.ConditionReady, Status: metav1.ConditionFalse, Reason: p.Reason, Message: p.Message})
+		return s
+	}
 	ready, offered, problems := survey(lan, v, spanned)
 	s.Nodes = fmt.Sprintf("%d/%d", ready, len(spanned))
 	problems = append(problems, refusedSpokes(v)...)
@@ -94,10 +150,6 @@ func status(lan *v1beta1.LAN, v verdict, nodes []node, foreignNADs []string, now
 		})
 	}
 
-	set := func(c metav1.Condition) {
-		c.ObservedGeneration, c.LastTransitionTime = lan.Generation, now
-		meta.SetStatusCondition(&s.Conditions, c)
-	}
 	set(accepted(v))
 	summary := fmt.Sprintf("spokes are offered on %d of %d nodes", offered, len(spanned))
 	switch {
@@ -114,11 +166,6 @@ func status(lan *v1beta1.LAN, v verdict, nodes []node, foreignNADs []string, now
 			s.State = v1beta1.StatePending
 		}
 		set(metav1.Condition{Type: v1beta1.ConditionReady, Status: metav1.ConditionFalse, Reason: worst, Message: tell(problems) + "; " + summary})
-	}
-	if twice := attachedTwice(s.Spokes); twice != "" {
-		set(metav1.Condition{Type: v1beta1.ConditionAttachedTwice, Status: metav1.ConditionTrue, Reason: v1beta1.ReasonTwoNodes, Message: twice})
-	} else {
-		meta.RemoveStatusCondition(&s.Conditions, v1beta1.ConditionAttachedTwice)
 	}
 	return s
 }
@@ -154,7 +201,7 @@ func spannedBy(lan *v1beta1.LAN, nodes []node) []node {
 	}
 	var spanned []node
 	for _, n := range nodes {
-		if selector.AsSelector().Matches(labels.Set(n.Labels)) {
+		if n.Exists && selector.AsSelector().Matches(labels.Set(n.Labels)) {
 			spanned = append(spanned, n)
 		}
 	}
@@ -244,6 +291,9 @@ func spokes(lan *v1beta1.LAN, v verdict, nodes []node) []v1beta1.SpokeStatus {
 		entry(spoke).Refused = why
 	}
 	for _, n := range nodes {
+		if !n.Exists {
+			continue
+		}
 		for _, seg := range n.Segments {
 			if seg.UID != lan.UID {
 				continue
@@ -265,14 +315,22 @@ func spokes(lan *v1beta1.LAN, v verdict, nodes []node) []v1beta1.SpokeStatus {
 }
 
 // attachedTwice says which spokes are attached on more than one node, and where; empty if none is.
-func attachedTwice(spokes []v1beta1.SpokeStatus) string {
+func attachedTwice(spokes []v1beta1.SpokeStatus, nodes []node) string {
+	silent := map[string]bool{}
+	for _, n := range nodes {
+		silent[n.Name] = !n.Answers
+	}
 	var words []string
 	for _, spoke := range spokes {
 		on := map[string]bool{}
 		var where []string
 		for _, a := range spoke.Attachments {
 			on[a.Node] = true
-			where = append(where, a.Pod+" on "+a.Node)
+			place := a.Pod + " on " + a.Node
+			if silent[a.Node] {
+				place += " (which does not answer and may still forward)"
+			}
+			where = append(where, place)
 		}
 		if len(on) > 1 {
 			words = append(words, fmt.Sprintf("spoke %s is attached twice: %s", spoke.Name, strings.Join(where, ", ")))

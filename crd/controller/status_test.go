@@ -9,13 +9,14 @@ import (
 	"k8s.io/apimachinery/pkg/api/equality"
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/k8slan/k8slan/crd/v1beta1"
 )
 
 // worker is a node that answers and reports the segments.
 func worker(name string, segments ...v1beta1.SegmentStatus) node {
-	return node{Name: name, Answers: true, Segments: segments}
+	return node{Name: name, Exists: true, Answers: true, Segments: segments}
 }
 
 // segment is a Ready segment of LAN default/lab that offers so many spokes.
@@ -83,7 +84,7 @@ func TestStatusSaysWhatIsWhereAndWhatIsWrong(t *testing.T) {
 			ready:    "NoNodes: no node runs k8slan; spokes are offered on 0 of 0 nodes",
 		},
 		{
-			name: "a node that is lost", verdict: held, nodes: []node{worker("worker1", segment(2)), {Name: "worker2", Segments: []v1beta1.SegmentStatus{segment(2)}}},
+			name: "a node that is lost", verdict: held, nodes: []node{worker("worker1", segment(2)), {Name: "worker2", Exists: true, Segments: []v1beta1.SegmentStatus{segment(2)}}},
 			state: "Degraded", reason: "Unreachable", onNode: "1/2",
 			accepted: "holds ns default.lab, vni 222 and its spokes",
 			ready:    "Unreachable: node worker2 does not answer; it may still forward; spokes are offered on 1 of 2 nodes",
@@ -149,6 +150,7 @@ func TestOnlyMatchingNodesOfTheClusterCount(t *testing.T) {
 	nodes := nodesOf(
 		[]corev1.Node{object("in", "yes"), object("out", "no"), object("without-k8slan", "yes")},
 		[]v1beta1.LANNode{report("in"), report("out"), report("gone")},
+		epoch.Time,
 	)
 	s := status(&l, verdict{Holds: &v1beta1.Holding{Spokes: []string{"srl"}}}, nodes, nil, epoch)
 	if s.Nodes != "1/1" || s.State != v1beta1.StateReady {
@@ -156,18 +158,127 @@ func TestOnlyMatchingNodesOfTheClusterCount(t *testing.T) {
 	}
 }
 
-func TestASilentNodeHoldsNothingBack(t *testing.T) {
-	seg := segment(1, pod("srl", "srl-1"))
-	silent := corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "silent"}, Status: corev1.NodeStatus{
-		Conditions: []corev1.NodeCondition{{Type: corev1.NodeReady, Status: corev1.ConditionUnknown}},
-	}}
-	reports := []v1beta1.LANNode{{ObjectMeta: metav1.ObjectMeta{Name: "silent"}, Status: v1beta1.LANNodeStatus{Segments: []v1beta1.SegmentStatus{seg}}}}
-	if pods := attachedOn(nodesOf([]corev1.Node{silent}, reports)); len(pods) != 0 {
-		t.Errorf("a node that does not answer holds back %v", pods)
+func TestANodeIsLostWhenItsNodeIsGoneOutOfServiceOrSilentForLong(t *testing.T) {
+	outOfService := corev1.Taint{Key: "node.kubernetes.io/out-of-service", Effect: corev1.TaintEffectNoExecute}
+	for _, test := range []struct {
+		name   string
+		ready  corev1.ConditionStatus
+		silent time.Duration
+		taints []corev1.Taint
+		gone   bool
+
+		answers bool
+		lost    string
+		left    time.Duration // until it is lost
+	}{
+		{name: "well", ready: "True", silent: time.Hour, answers: true},
+		{name: "not ready", ready: "False", silent: time.Hour, answers: true},
+		{name: "not heard of yet", answers: true},
+		{name: "silent", ready: "Unknown", silent: time.Minute, left: 4 * time.Minute},
+		{name: "silent for long", ready: "Unknown", silent: 5 * time.Minute, lost: "it has not answered for 5 minutes"},
+		{name: "out of service", ready: "Unknown", taints: []corev1.Taint{outOfService}, lost: "it is out of service"},
+		{name: "out of service, says an administrator, but ready", ready: "True", taints: []corev1.Taint{outOfService}, answers: true},
+		{name: "its Node is gone", gone: true, lost: "its Node is gone"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			var objects []corev1.Node
+			if !test.gone {
+				n := corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "n"}, Spec: corev1.NodeSpec{Taints: test.taints}}
+				if test.ready != "" {
+					since := metav1.NewTime(epoch.Add(-test.silent))
+					n.Status.Conditions = []corev1.NodeCondition{{Type: corev1.NodeReady, Status: test.ready, LastTransitionTime: since}}
+				}
+				objects = append(objects, n)
+			}
+			report := v1beta1.LANNode{ObjectMeta: metav1.ObjectMeta{Name: "n"}}
+			report.Status.Segments = []v1beta1.SegmentStatus{segment(1, pod("srl", "srl-1"))}
+			have := nodesOf(objects, []v1beta1.LANNode{report}, epoch.Time)
+			if n := have[0]; n.Answers != test.answers || n.Lost != test.lost {
+				t.Errorf("answers %v, lost %q", n.Answers, n.Lost)
+			}
+			if left := untilLost(have, epoch.Time); left != test.left {
+				t.Errorf("looked at again after %v, want %v", left, test.left)
+			}
+			if segments := standingOn(have); (len(segments) == 0) != (test.lost != "") {
+				t.Errorf("it holds %d segments back", len(segments))
+			}
+		})
 	}
-	silent.Status.Conditions[0].Status = corev1.ConditionTrue
-	if pods := attachedOn(nodesOf([]corev1.Node{silent}, reports)); len(pods) != 1 {
-		t.Errorf("a node that answers: have %v, want its one pod", pods)
+}
+
+func TestADeletedLANSaysWhatHoldsIt(t *testing.T) {
+	gone := func(n node, uids ...types.UID) node {
+		for _, uid := range uids {
+			n.Gone = append(n.Gone, v1beta1.GoneLAN{UID: uid})
+		}
+		return n
+	}
+	leaving := func(attachments ...v1beta1.Attachment) v1beta1.SegmentStatus {
+		s := segment(0, attachments...)
+		s.State = v1beta1.SegmentLeaving
+		return s
+	}
+	stuck := leaving()
+	stuck.Reason, stuck.Message = v1beta1.ReasonBuildFailed, "delete link vx222: no buffer space available. It is tried again"
+	silent := func(n node) node { n.Answers = false; return n }
+	lost := func(n node) node { n.Answers, n.Lost = false, "its Node is gone"; return n }
+	for _, test := range []struct {
+		name   string
+		nodes  []node
+		reason string // of the condition
+		want   string // empty: it goes
+	}{
+		{name: "no node at all"},
+		{name: "every node has said so", nodes: []node{gone(worker("worker1"), "uid-lab"), gone(worker("worker2"), "uid-x", "uid-lab")}},
+		{
+			name: "a node that reports nothing may not have heard of it", nodes: []node{gone(worker("worker1"), "uid-lab"), worker("worker2")},
+			reason: "Deleting", want: "lab goes when these nodes have let it go: worker2",
+		},
+		{
+			name: "the word on another LAN is none", nodes: []node{gone(worker("worker1"), "uid-other")},
+			reason: "Deleting", want: "lab goes when these nodes have let it go: worker1",
+		},
+		{
+			name:   "pods are attached",
+			nodes:  []node{worker("worker1", leaving(pod("srl", "srl-1"))), gone(worker("worker2"), "uid-lab"), worker("worker3", segment(1, pod("vm", "vm-1")))},
+			reason: "InUse", want: "lab stays until its pods are gone: default/srl-1 on worker1 (spoke srl), default/vm-1 on worker3 (spoke vm)",
+		},
+		{
+			name: "a node cannot take it away", nodes: []node{worker("worker1", stuck)},
+			reason: "Deleting", want: "lab goes when these nodes have let it go: worker1 (delete link vx222: no buffer space available. It is tried again)",
+		},
+		{
+			name: "a node does not answer", nodes: []node{silent(worker("worker1", segment(1, pod("srl", "srl-1")))), silent(worker("worker2"))},
+			reason: "InUse", want: "lab stays until its pods are gone: default/srl-1 on worker1 (spoke srl); " +
+				"lab waits for nodes that do not answer: worker1, worker2; a node that is silent for 5 minutes counts no more",
+		},
+		{
+			name: "nothing but a node that does not answer", nodes: []node{silent(worker("worker1"))},
+			reason: "Unreachable", want: "lab waits for nodes that do not answer: worker1; a node that is silent for 5 minutes counts no more",
+		},
+		{name: "a node that is lost", nodes: []node{lost(worker("worker1", segment(1, pod("srl", "srl-1")))), lost(worker("worker2"))}},
+		{
+			name: "a node that is lost and one that is not", nodes: []node{lost(worker("worker1", segment(1, pod("srl", "srl-1")))), worker("worker2")},
+			reason: "Deleting", want: "lab goes when these nodes have let it go: worker2; lost, does not count and may still forward: node worker1 (its Node is gone)",
+		},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			l := with(lan("lab", 0, 222, "srl", "vm"), holding("srl", "vm"), deleting)
+			if goes(&l, test.nodes) != (test.want == "") {
+				t.Errorf("it goes: %v", goes(&l, test.nodes))
+			}
+			if test.want == "" {
+				return
+			}
+			s := status(&l, verdict{Holds: l.Status.Holds}, test.nodes, nil, epoch)
+			ready := meta.FindStatusCondition(s.Conditions, "Ready")
+			if s.State != v1beta1.StateDeleting || ready.Status != "False" || ready.Reason != test.reason || ready.Message != test.want {
+				t.Errorf("%s, Ready %s %s:\nhave %s\nwant %s", s.State, ready.Status, ready.Reason, ready.Message, test.want)
+			}
+			if !equality.Semantic.DeepEqual(s.Holds, l.Status.Holds) {
+				t.Errorf("it holds %+v", s.Holds)
+			}
+		})
 	}
 }
 
@@ -186,6 +297,13 @@ func TestASpokeOnTwoNodesIsTold(t *testing.T) {
 	s = status(&l, held, []node{worker("worker1", segment(1)), worker("worker2", segment(1, pod("vm", "b")))}, nil, epoch)
 	if meta.FindStatusCondition(s.Conditions, v1beta1.ConditionAttachedTwice) != nil {
 		t.Error("the condition stays after one of the two is gone")
+	}
+	silent := worker("worker1", segment(1, pod("vm", "a")))
+	silent.Answers = false
+	s = status(&l, held, []node{silent, worker("worker2", segment(1, pod("vm", "b")))}, nil, epoch)
+	twice = meta.FindStatusCondition(s.Conditions, v1beta1.ConditionAttachedTwice)
+	if twice == nil || !strings.Contains(twice.Message, "default/a on worker1 (which does not answer and may still forward), default/b on worker2") {
+		t.Errorf("a silent node: have %v", twice)
 	}
 }
 
@@ -211,6 +329,10 @@ func TestEventsTellChangesOnly(t *testing.T) {
 		{"refused", nil, []metav1.Condition{refused, condition("Ready", "False", "Conflict", "…")}, "Warning Conflict"},
 		{"taken up", []metav1.Condition{refused}, []metav1.Condition{accepted}, "Normal Held"},
 		{"attached twice", nil, []metav1.Condition{condition("AttachedTwice", "True", "TwoNodes", "…")}, "Warning TwoNodes"},
+		{"attached once again", []metav1.Condition{condition("AttachedTwice", "True", "TwoNodes", "…")}, nil, "Normal OneNode"},
+		{"deleted", []metav1.Condition{ready}, []metav1.Condition{condition("Ready", "False", "Deleting", "goes when")}, ""},
+		{"deleted in use", []metav1.Condition{ready}, []metav1.Condition{condition("Ready", "False", "InUse", "a, b")}, "Warning InUse"},
+		{"one pod less", []metav1.Condition{condition("Ready", "False", "InUse", "a, b")}, []metav1.Condition{condition("Ready", "False", "InUse", "a")}, ""},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			var have []string

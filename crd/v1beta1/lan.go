@@ -188,7 +188,10 @@ const (
 	ReasonPending       = "Pending"       // a node has not yet reported, or not yet offered every spoke
 	ReasonUnreachable   = "Unreachable"   // a node does not answer
 	ReasonTwoNodes      = "TwoNodes"      // AttachedTwice: a spoke is attached on more than one node
-	ReasonDeleting      = "Deleting"      // Ready: the LAN is being deleted, and pods or nodes hold it
+	ReasonOneNode       = "OneNode"       // an event: what TwoNodes told is over
+	ReasonDeleting      = "Deleting"      // Ready: the LAN is being deleted, and goes when the nodes have let it go
+	ReasonInUse         = "InUse"         // Ready: the LAN is being deleted, and stays until its pods are gone
+	ReasonNodeLost      = "NodeLost"      // an event: a LAN goes without the word of a node that is lost
 )
 
 // LANState sums up a LAN for people.

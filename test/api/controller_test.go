@@ -81,7 +81,11 @@ func createLAN(t *testing.T, name, spec string) *v1beta1.LAN {
 		t.Fatal(err)
 	}
 	lan.Namespace = "default"
-	return create(t, &lan)
+	if err := api.Create(t.Context(), &lan); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { forget(t, lan.DeepCopy()) })
+	return &lan
 }
 
 // edit changes an object that others may be changing.
@@ -117,16 +121,35 @@ func node(t *testing.T, name string, labels map[string]string) *v1beta1.LANNode 
 // report writes what a node has, as its daemon does.
 func report(t *testing.T, node *v1beta1.LANNode, segments ...v1beta1.SegmentStatus) {
 	t.Helper()
-	node.Status.Segments = segments
+	node.Status.Segments, node.Status.Gone = segments, nil
 	if err := api.Status().Update(t.Context(), node); err != nil {
 		t.Fatal(err)
 	}
 }
 
+// letGo writes that a node has nothing left of LANs that are being deleted, as its daemon does.
+func letGo(t *testing.T, node *v1beta1.LANNode, lans ...*v1beta1.LAN) {
+	t.Helper()
+	node.Status.Segments, node.Status.Gone = nil, nil
+	for _, l := range lans {
+		node.Status.Gone = append(node.Status.Gone, v1beta1.GoneLAN{LAN: "default/" + l.Name, UID: l.UID, Generation: l.Generation})
+	}
+	if err := api.Status().Update(t.Context(), node); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// leaving is a segment of a LAN that is not wanted any more.
+func leaving(lan *v1beta1.LAN, attachments ...v1beta1.Attachment) v1beta1.SegmentStatus {
+	s := offered(lan, attachments...)
+	s.State, s.Offered = v1beta1.SegmentLeaving, 0
+	return s
+}
+
 // offered is a segment of the LAN that offers all its spokes.
 func offered(lan *v1beta1.LAN, attachments ...v1beta1.Attachment) v1beta1.SegmentStatus {
 	return v1beta1.SegmentStatus{
-		LAN: lan.Namespace + "/" + lan.Name, UID: lan.UID, Generation: lan.Generation, NS: lan.Effective().NS,
+		LAN: lan.Namespace + "/" + lan.Name, UID: lan.UID, Generation: lan.Generation, NS: lan.Effective().NS, VNI: lan.Spec.VNI, Port: lan.Effective().VXLANPort,
 		State: v1beta1.SegmentReady, Offered: int32(len(lan.Spec.Spokes)), Attachments: attachments,
 	}
 }
@@ -330,7 +353,7 @@ func TestNADsAreWrittenRepairedAndRemoved(t *testing.T) {
 		awaitCondition(t, lan, "Ready", "False Pending: node nads-1 does not report the LAN yet; spokes are offered on 0 of 1 nodes")
 	})
 	t.Run("the LAN is deleted", func(t *testing.T) {
-		remove(t, lan)
+		forget(t, lan.DeepCopy())
 		awaitNADs(t, lan)
 	})
 }
@@ -396,16 +419,17 @@ func TestARecreatedLANWaitsForThePodsOfItsPredecessor(t *testing.T) {
 	awaitSummary(t, lan, "Pending|Pending|g1|0/1")
 	report(t, worker, offered(lan, pod("g1", "srl-1")))
 	awaitSummary(t, lan, "Ready||g1|1/1")
-	remove(t, lan)
+	forget(t, lan.DeepCopy()) // as if its node had been lost, and came back now
 
-	leaving := offered(lan, pod("g1", "srl-1"))
-	leaving.State, leaving.Offered = v1beta1.SegmentLeaving, 0
-	report(t, worker, leaving)
+	report(t, worker, leaving(lan, pod("g1", "srl-1")))
 	again := createLAN(t, "again", "{vni: 907, spokes: [g1]}")
-	awaitCondition(t, again, "Accepted", "False Conflict: ns default.again is still in use; it will be free when these pods are gone: "+
-		"default/srl-1 on predecessor-1 (spoke g1 of LAN default/again)")
+	sentence := "vni 907 is still in use by default/again (leaving) on node predecessor-1; it is taken up by itself when these pods are gone: " +
+		"default/srl-1 on predecessor-1 (spoke g1 of LAN default/again)"
+	awaitCondition(t, again, "Accepted", "False Conflict: "+sentence)
+	awaitEvent(t, again, "Warning Conflict: "+sentence)
 	report(t, worker)
 	awaitSummary(t, again, "Pending|Pending|g1|0/1")
+	awaitEvent(t, again, "Normal Held: holds ns default.again, vni 907 and its spokes")
 }
 
 func TestStatusSumsUpTheNodes(t *testing.T) {
@@ -459,8 +483,11 @@ func TestStatusSumsUpTheNodes(t *testing.T) {
 	report(t, worker2, offered(lan, pod("srl", "srl-2")))
 	awaitEvent(t, lan, "Warning TwoNodes: spoke srl is attached twice: default/srl-1 on sum-1, default/srl-2 on sum-2; "+
 		"that is right during a live migration only, since both have the same MAC unless another was requested")
+	awaitCondition(t, lan, "AttachedTwice", "True TwoNodes: spoke srl is attached twice: default/srl-1 on sum-1, default/srl-2 on sum-2; "+
+		"that is right during a live migration only, since both have the same MAC unless another was requested")
 	report(t, worker1, offered(lan))
 	awaitCondition(t, lan, "AttachedTwice", "absent")
+	awaitEvent(t, lan, "Normal OneNode: no spoke is attached twice any more")
 
 	remove(t, &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "sum-2"}})
 	awaitSummary(t, lan, "Ready||srl,vm|1/1")
@@ -593,9 +620,9 @@ func TestNoClaimEverHasTwoHolders(t *testing.T) {
 
 // liveALAN creates, edits and deletes a LAN a few times; several at once want the same few VNIs and spokes.
 func liveALAN(t *testing.T, name string, r *rand.Rand) {
-	for range 4 {
+	for round := range 4 {
 		lan := &v1beta1.LAN{
-			ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: name},
+			ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: fmt.Sprintf("%s-%d", name, round)}, // the last one may not be gone yet
 			Spec:       v1beta1.LANSpec{VNI: int32(920 + r.IntN(4)), NS: fmt.Sprintf("crowd-%d", r.IntN(10)), Spokes: few(r)},
 		}
 		if err := api.Create(t.Context(), lan); err != nil {

@@ -6,8 +6,11 @@ import (
 	"time"
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/util/wait"
 	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	"github.com/k8slan/k8slan/crd/v1beta1"
 )
 
 // deadline is far beyond what anything here takes; it bounds a failure.
@@ -34,9 +37,33 @@ func remove(t *testing.T, object client.Object) {
 		t.Errorf("delete %s: %v", object.GetName(), err)
 		return
 	}
+	awaitGone(t, object)
+}
+
+// forget is remove for a LAN that the nodes of the test, or the controller, may never let go.
+func forget(t *testing.T, lan *v1beta1.LAN) {
+	t.Helper()
+	ctx := context.WithoutCancel(t.Context())
+	err := api.Delete(ctx, lan)
+	if err == nil {
+		free := client.RawPatch(types.MergePatchType, []byte(`{"metadata":{"finalizers":null}}`))
+		err = api.Patch(ctx, lan.DeepCopy(), free)
+	}
+	if client.IgnoreNotFound(err) != nil {
+		t.Errorf("delete LAN %s: %v", lan.Name, err)
+		return
+	}
+	awaitGone(t, lan)
+}
+
+// awaitGone waits until an object is gone.
+func awaitGone(t *testing.T, object client.Object) {
+	t.Helper()
+	ctx := context.WithoutCancel(t.Context())
+	uid := object.GetUID()
 	gone := func(ctx context.Context) (bool, error) {
 		err := api.Get(ctx, client.ObjectKeyFromObject(object), object)
-		return apierrors.IsNotFound(err), client.IgnoreNotFound(err)
+		return apierrors.IsNotFound(err) || err == nil && object.GetUID() != uid, client.IgnoreNotFound(err)
 	}
 	if err := wait.PollUntilContextTimeout(ctx, 20*time.Millisecond, deadline, true, gone); err != nil {
 		t.Errorf("%s is still there: %v", object.GetName(), err)

@@ -1,0 +1,151 @@
+package controller
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	corev1 "k8s.io/api/core/v1"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/controller/controllerutil"
+	"sigs.k8s.io/controller-runtime/pkg/log"
+
+	"github.com/k8slan/k8slan/crd/v1beta1"
+)
+
+// holdups are what a LAN that is being deleted waits for, in words, and the lost nodes that it does not wait for.
+type holdups struct {
+	Pods   []string // that are attached
+	Nodes  []string // that have not said yet that nothing is left
+	Silent []string // the same, but do not answer
+	Lost   []string // that had something of the LAN and never said that it is gone
+}
+
+// heldBy says what holds a LAN that is being deleted. A node lets it go by its word alone: one that reports nothing of the LAN may
+// not have heard of it yet.
+func heldBy(lan *v1beta1.LAN, nodes []node) holdups {
+	var h holdups
+	for _, n := range nodes {
+		if slices.ContainsFunc(n.Gone, func(g v1beta1.GoneLAN) bool { return g.UID == lan.UID }) {
+			continue
+		}
+		i := slices.IndexFunc(n.Segments, func(s v1beta1.SegmentStatus) bool { return s.UID == lan.UID })
+		switch {
+		case n.Lost != "" && i >= 0:
+			h.Lost = append(h.Lost, fmt.Sprintf("node %s (%s)", n.Name, n.Lost))
+		case n.Lost != "":
+		case !n.Answers:
+			h.Silent = append(h.Silent, n.Name)
+		case i >= 0 && n.Segments[i].State == v1beta1.SegmentLeaving && n.Segments[i].Reason != "":
+			h.Nodes = append(h.Nodes, fmt.Sprintf("%s (%s)", n.Name, n.Segments[i].Message))
+		case i < 0 || len(n.Segments[i].Attachments) == 0:
+			h.Nodes = append(h.Nodes, n.Name)
+		}
+		if n.Lost != "" || i < 0 {
+			continue
+		}
+		for _, a := range n.Segments[i].Attachments {
+			h.Pods = append(h.Pods, fmt.Sprintf("%s on %s (spoke %s)", a.Pod, n.Name, a.Spoke))
+		}
+	}
+	return h
+}
+
+// none is true when the LAN can go.
+func (h holdups) none() bool { return len(h.Pods)+len(h.Nodes)+len(h.Silent) == 0 }
+
+// tell is the state of the deletion: a reason and a sentence.
+func (h holdups) tell(lan *v1beta1.LAN) problem {
+	p := problem{Reason: v1beta1.ReasonDeleting}
+	var parts []string
+	if len(h.Pods) > 0 {
+		p.Reason = v1beta1.ReasonInUse
+		parts = append(parts, fmt.Sprintf("%s stays until its pods are gone: %s", lan.Name, enumerate(h.Pods, ", ")))
+	}
+	if len(h.Silent) > 0 {
+		if len(h.Pods) == 0 {
+			p.Reason = v1beta1.ReasonUnreachable
+		}
+		parts = append(parts, fmt.Sprintf("%s waits for nodes that do not answer: %s; a node that is silent for %s counts no more",
+			lan.Name, enumerate(h.Silent, ", "), words(LostAfter)))
+	}
+	if len(h.Nodes) > 0 {
+		parts = append(parts, fmt.Sprintf("%s goes when these nodes have let it go: %s", lan.Name, enumerate(h.Nodes, ", ")))
+	}
+	if len(h.Lost) > 0 {
+		parts = append(parts, h.lost())
+	}
+	if len(parts) == 0 {
+		parts = []string{lan.Name + " goes now"}
+	}
+	p.Message = strings.Join(parts, "; ")
+	return p
+}
+
+func (h holdups) lost() string {
+	return fmt.Sprintf("lost, does not count and may still forward: %s", enumerate(h.Lost, ", "))
+}
+
+// goes is true for a LAN that only the controller's finalizer still holds.
+func goes(lan *v1beta1.LAN, nodes []node) bool {
+	return deleted(lan) && controllerutil.ContainsFinalizer(lan, v1beta1.Finalizer) && heldBy(lan, nodes).none()
+}
+
+// protect puts the finalizer on a LAN that holds something or is about to: from then on it goes only when release says so.
+func (c *claims) protect(ctx context.Context, lan *v1beta1.LAN, want v1beta1.LANStatus) error {
+	if want.Holds == nil || deleted(lan) {
+		return nil
+	}
+	return c.finalize(ctx, lan, controllerutil.AddFinalizer)
+}
+
+// finalize writes what change does to a LAN's finalizers and nothing else, if nobody has written the LAN since it was read.
+func (c *claims) finalize(ctx context.Context, lan *v1beta1.LAN, change func(client.Object, string) bool) error {
+	before := lan.DeepCopy()
+	if !change(lan, v1beta1.Finalizer) {
+		return nil
+	}
+	patch := client.MergeFromWithOptions(before, client.MergeFromWithOptimisticLock{})
+	if err := c.cache.Patch(ctx, lan, patch); err != nil {
+		before.DeepCopyInto(lan)
+		return fmt.Errorf("write the finalizer of LAN %s: %w", name(lan), err)
+	}
+	return nil
+}
+
+// release lets those LANs go that are being deleted and that nothing holds any more. The view of the nodes may lag behind one
+// that has just come, so it is taken anew first; the word of a node, once given, stays true.
+func (c *claims) release(ctx context.Context, lans []v1beta1.LAN, nodes []node) error {
+	var free []*v1beta1.LAN
+	for i := range lans {
+		if goes(&lans[i], nodes) {
+			free = append(free, &lans[i])
+		}
+	}
+	if len(free) == 0 {
+		return nil
+	}
+	nodes, err := c.nodes(ctx, c.live)
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, lan := range free {
+		held := heldBy(lan, nodes)
+		if !held.none() {
+			continue
+		}
+		if len(held.Lost) > 0 {
+			c.recorder.Eventf(lan, nil, corev1.EventTypeWarning, v1beta1.ReasonNodeLost, v1beta1.ConditionReady, "%s",
+				short(lan.Name+" goes without the word of all nodes; "+held.lost()))
+		}
+		err := c.finalize(ctx, lan, controllerutil.RemoveFinalizer)
+		if err == nil {
+			log.FromContext(ctx).Info("LAN is gone", "lan", name(lan), "uid", lan.UID)
+		}
+		errs = append(errs, ignoreOutdated(err))
+	}
+	return errors.Join(errs...)
+}
