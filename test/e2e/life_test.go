@@ -2,12 +2,9 @@ package e2e
 
 import (
 	"context"
-	"slices"
-	"strings"
 	"testing"
 	"time"
 
-	nadv1 "github.com/k8snetworkplumbingwg/network-attachment-definition-client/pkg/apis/k8s.cni.cncf.io/v1"
 	corev1 "k8s.io/api/core/v1"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
@@ -149,31 +146,4 @@ func TestWhatIsDeletedByHandIsRepaired(t *testing.T) {
 	})
 	l.ready("mended")
 	one.fetches(two, address(2))
-}
-
-func TestDeletedLANStaysForItsPodsAndThenLeavesNothing(t *testing.T) {
-	l := newLab(t)
-	one, two := l.pair("left", 1074)
-	ns := l.namespace + ".left"
-	l.delete(&v1beta1.LAN{}, "left")
-	l.awaitGone("left")
-	l.awaitSegment(worker2, "left", "leaving", func(s v1beta1.SegmentStatus) bool { return s.State == v1beta1.SegmentLeaving })
-	one.pings(address(2))
-	ctx, cancel := context.WithTimeout(t.Context(), patience)
-	defer cancel()
-	_, err := await(ctx, bed.client, &nadv1.NetworkAttachmentDefinitionList{}, []client.ListOption{client.InNamespace(l.namespace)},
-		func(all []*nadv1.NetworkAttachmentDefinition) bool { return len(all) == 0 })
-	if err != nil {
-		t.Fatalf("waited for the LAN's NADs to go: %v", err)
-	}
-	l.delete(&corev1.Pod{}, one.pod)
-	l.delete(&corev1.Pod{}, two.pod)
-	for _, m := range l.machines() {
-		one := func(files []string) bool {
-			return slices.ContainsFunc(files, func(f string) bool { return strings.HasPrefix(f, ns) || strings.Contains(f, "left-") })
-		}
-		for _, dir := range []string{"/run/k8slan/netns", "/run/k8slan/lan", "/run/k8slan/lock", "/var/run/cdi", "/var/lib/kubelet/device-plugins"} {
-			m.until("all of LAN left to go from "+dir, func() bool { return !one(m.files(dir)) })
-		}
-	}
 }
