@@ -4,53 +4,32 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
-
-	"github.com/spf13/cobra"
 )
 
 // pluginName is what the CNI plugin is called on a node: the type in the NADs.
 const pluginName = "k8slan"
 
-func installCNICommand() *cobra.Command {
-	var source, dir string
-	cmd := &cobra.Command{
-		Use:   "install-cni",
-		Short: "Put the CNI plugin where the node's container runtime finds it",
-		Long: `Copy the CNI plugin to <dir>/k8slan, in one step: whoever starts it meanwhile gets the old one or the new one, whole.
-Nothing is written if the same plugin is there already.`,
-		Args: noArguments,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			return installCNI(cmd.OutOrStdout(), source, filepath.Join(dir, pluginName))
-		},
-	}
-	cmd.Flags().StringVar(&source, "source", "/k8slan-cni", "the plugin's `file`")
-	cmd.Flags().StringVar(&dir, "dir", "/opt/cni/bin", "the container runtime's `directory` of CNI plugins")
-	return cmd
-}
-
-// installCNI copies the program source to target, whose directory must exist, and says on out what it did.
-func installCNI(out io.Writer, source, target string) error {
+// installCNI copies the program source to target, whose directory must exist, in one step: whoever starts it meanwhile gets
+// the old one or the new one, whole. Where the same is there already nothing is written.
+func installCNI(source, target string) (installed bool, err error) {
 	program, err := os.ReadFile(source)
 	if err != nil {
-		return fmt.Errorf("read the CNI plugin: %w", err)
+		return false, fmt.Errorf("read the CNI plugin: %w", err)
 	}
 	same, err := isInstalled(program, target)
 	if err != nil {
-		return fmt.Errorf("look at the CNI plugin that is there: %w", err)
+		return false, fmt.Errorf("look at the CNI plugin that is there: %w", err)
 	}
 	if same {
-		_, err = fmt.Fprintf(out, "%s is the same already\n", target)
-		return err
+		return false, nil
 	}
 	if err := replace(target, program); err != nil {
-		return fmt.Errorf("install the CNI plugin as %s: %w", target, err)
+		return false, fmt.Errorf("install the CNI plugin as %s: %w", target, err)
 	}
-	_, err = fmt.Fprintf(out, "%s installed, %d bytes\n", target, len(program))
-	return err
+	return true, nil
 }
 
 func isInstalled(program []byte, target string) (bool, error) {

@@ -1,26 +1,20 @@
 package main
 
 import (
-	"bytes"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 )
 
-// install runs the command on a plugin of the given content, and returns what it said.
-func install(t *testing.T, content, dir string) (string, error) {
+// install installs a plugin of the given content.
+func install(t *testing.T, content, dir string) (installed bool, err error) {
 	t.Helper()
 	source := filepath.Join(t.TempDir(), "k8slan-cni")
 	if err := os.WriteFile(source, []byte(content), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	var out bytes.Buffer
-	root := rootCommand()
-	root.SetOut(&out)
-	root.SetArgs([]string{"install-cni", "--source", source, "--dir", dir})
-	err := root.Execute()
-	return out.String(), err
+	return installCNI(source, filepath.Join(dir, pluginName))
 }
 
 func wantInstalled(t *testing.T, dir, content string) {
@@ -41,9 +35,8 @@ func wantInstalled(t *testing.T, dir, content string) {
 func TestThePluginIsInstalledAndReplacedWhole(t *testing.T) {
 	dir := t.TempDir()
 	for _, content := range []string{"old plugin", "new plugin, longer", "short"} {
-		out, err := install(t, content, dir)
-		if err != nil || !strings.Contains(out, "installed") {
-			t.Fatalf("%q, %v", out, err)
+		if installed, err := install(t, content, dir); !installed || err != nil {
+			t.Fatalf("installed is %t, %v", installed, err)
 		}
 		wantInstalled(t, dir, content)
 	}
@@ -79,9 +72,8 @@ func TestTheSamePluginIsNotWrittenAgain(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	out, err := install(t, "plugin", dir)
-	if err != nil || !strings.Contains(out, "is the same already") {
-		t.Errorf("%q, %v", out, err)
+	if installed, err := install(t, "plugin", dir); installed || err != nil {
+		t.Errorf("installed is %t, %v", installed, err)
 	}
 	if after, err := os.Stat(filepath.Join(dir, "k8slan")); err != nil || !os.SameFile(before, after) {
 		t.Errorf("the file was replaced, %v", err)

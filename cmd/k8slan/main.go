@@ -1,5 +1,5 @@
 // Command k8slan is everything of k8slan that runs in a cluster: the daemon of each node, the controller, and the
-// installer of the CNI plugin.
+// steps of an upgrade, an uninstallation and a test.
 package main
 
 import (
@@ -53,7 +53,7 @@ Its parts run in the cluster, installed by the Helm chart; people use kubectl:
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return usageError{fmt.Errorf("%w; see %s --help", err, cmd.CommandPath())}
 	})
-	root.AddCommand(nodeCommand(), controllerCommand(), installCNICommand(), cleanCommand(), uninstallCommand(), probeCommand(),
+	root.AddCommand(nodeCommand(), controllerCommand(), cleanCommand(), upgradeCommand(), uninstallCommand(), probeCommand(),
 		pauseCommand(), versionCommand())
 	return root
 }

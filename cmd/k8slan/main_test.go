@@ -30,7 +30,8 @@ func TestEveryCommandHelps(t *testing.T) {
 	}{
 		{"node", []string{"--node-name", "NODE_NAME", "--health-address", "--log-level", "/readyz"}},
 		{"controller", []string{"--leader-elect", "POD_NAMESPACE", "--health-address", "--log-level"}},
-		{"install-cni", []string{"--source", "--dir", "<dir>/k8slan"}},
+		{"clean", []string{"--host", "kubectl debug"}},
+		{"prepare-upgrade", []string{"--timeout", "CRDs"}},
 		{"version", []string{"Usage"}},
 	} {
 		out, err := run(c.command, "--help")
@@ -54,7 +55,7 @@ func TestMistakesInTheCommandLineExitWithTwo(t *testing.T) {
 		{[]string{"node"}, "NODE_NAME"},
 		{[]string{"node", "--log-format", "xml", "--node-name", "n"}, "--log-format"},
 		{[]string{"node", "--nonsense"}, "k8slan node --help"},
-		{[]string{"install-cni", "/somewhere"}, "takes no arguments"},
+		{[]string{"clean", "/somewhere"}, "takes no arguments"},
 	} {
 		_, err := run(c.args...)
 		if err == nil || !strings.Contains(err.Error(), c.want) || exitCode(err) != 2 {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/http"
 	"os"
+	"path/filepath"
 
 	"github.com/spf13/cobra"
 	corev1 "k8s.io/api/core/v1"
@@ -35,6 +36,8 @@ type nodeFlags struct {
 	run        string
 	cdi        string
 	pluginsDir string
+	cniSource  string
+	cniDir     string
 }
 
 func nodeCommand() *cobra.Command {
@@ -44,7 +47,7 @@ func nodeCommand() *cobra.Command {
 		Short: "Run the daemon of one node: it builds the LANs and offers their spokes to kubelet",
 		Long: `Run the daemon of one node.
 
-It builds each admitted LAN that the node belongs to, repairs what somebody else changed, offers the LAN's spokes to kubelet as
+It puts the CNI plugin in its place, builds each admitted LAN that the node belongs to, repairs what somebody else changed, offers the LAN's spokes to kubelet as
 resources macvtap.k8slan.io/k8slan-veth-<spoke>, and reports in the LANNode object of the node's name. It runs as root in the
 node's network namespace. When it ends, the LANs stay; kubelet offers their spokes again when it is back.
 
@@ -61,6 +64,8 @@ node's network namespace. When it ends, the LANs stay; kubelet offers their spok
 	cmd.Flags().StringVar(&f.node, "node-name", os.Getenv("NODE_NAME"), "`name` of the Node object (environment: NODE_NAME)")
 	cmd.Flags().StringVar(&f.run, "run-dir", kernel.DefaultRun, "`directory` of the LANs' network namespaces, records and locks")
 	cmd.Flags().StringVar(&f.cdi, "cdi-dir", cdi.DefaultDir, "`directory` of the container runtime's CDI files")
+	cmd.Flags().StringVar(&f.cniSource, "cni-source", "/k8slan-cni", "the CNI plugin's `file`")
+	cmd.Flags().StringVar(&f.cniDir, "cni-dir", "", "the container runtime's `directory` of CNI plugins, where to put it as k8slan; empty: nowhere")
 	cmd.Flags().StringVar(&f.pluginsDir, "device-plugin-dir", deviceplugin.Dir, "kubelet's `directory` of device plugins")
 	return cmd
 }
@@ -69,6 +74,14 @@ func (f *nodeFlags) runNode(ctx context.Context) error {
 	log, err := f.logger()
 	if err != nil {
 		return err
+	}
+	// Before spokes are offered; not by an init container, because kubelet refuses them until the daemon is back.
+	if f.cniDir != "" {
+		installed, err := installCNI(f.cniSource, filepath.Join(f.cniDir, pluginName))
+		if err != nil {
+			return err
+		}
+		log.Info("the CNI plugin is in its place", "dir", f.cniDir, "new", installed)
 	}
 	mgr, err := f.manager()
 	if err != nil {

@@ -21,6 +21,7 @@ var accounts = []struct{ name, who string }{
 	{"k8slan-node", "The daemon on every node."},
 	{"k8slan-controller", "The controller."},
 	{"k8slan-test", "The pod of `helm test` that asks; exists only while it runs."},
+	{"k8slan-upgrade", "The job of `helm upgrade`; exists only while it runs."},
 	{"k8slan-uninstall", "The jobs of `helm uninstall`; exists only while they run."},
 	{"k8slan-residue", "The last step of `helm uninstall`; removes itself within minutes."},
 }

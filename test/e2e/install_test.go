@@ -59,12 +59,6 @@ func (b *testbed) sweep(ctx context.Context) error {
 	return err
 }
 
-// crds applies the chart's CRDs: Helm never changes one that is there.
-func (b *testbed) crds(ctx context.Context) error {
-	_, err := b.Kubectl(ctx, "apply", "--server-side", "--force-conflicts", "-f", "../../"+chartDir+"/crds")
-	return err
-}
-
 // chartDir is the chart, in the checkout.
 const chartDir = "charts/k8slan"
 

@@ -107,7 +107,7 @@ func set(ctx context.Context, cfg cluster.Config) (b testbed, err error) {
 	if b.Bed, err = install.New(ctx, cfg); err != nil {
 		return b, err
 	}
-	steps := []func(context.Context) error{b.Programs, b.Images, b.Up, b.connect, b.sweep, b.Build, b.crds, b.chart}
+	steps := []func(context.Context) error{b.Programs, b.Images, b.Up, b.connect, b.sweep, b.Build, b.Definitions, b.chart}
 	for _, step := range steps {
 		if err := step(ctx); err != nil {
 			return b, err

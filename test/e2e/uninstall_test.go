@@ -19,7 +19,7 @@ import (
 	"k8s.io/apimachinery/pkg/api/meta"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
-	"github.com/k8slan/k8slan/crd/uninstall"
+	"github.com/k8slan/k8slan/crd/release"
 	"github.com/k8slan/k8slan/crd/v1beta1"
 	"github.com/k8slan/k8slan/test/install"
 )
@@ -62,7 +62,7 @@ func TestUninstallLeavesNothingButTheLANs(t *testing.T) {
 		}
 	}
 	lan := l.awaitLAN("goes", "kept", func(*v1beta1.LAN) bool { return true })
-	if len(lan.Finalizers) > 0 || lan.Status.Reason != uninstall.ReasonUninstalled || condition(lan, v1beta1.ConditionReady).Reason != uninstall.ReasonUninstalled {
+	if len(lan.Finalizers) > 0 || lan.Status.Reason != release.ReasonUninstalled || condition(lan, v1beta1.ConditionReady).Reason != release.ReasonUninstalled {
 		t.Errorf("the LAN that is kept has finalizers %q and status %+v", lan.Finalizers, lan.Status)
 	}
 
@@ -144,7 +144,7 @@ func (m machine) isClean() {
 func (l lab) objectsAreGone() {
 	l.Helper()
 	ours := func(o client.Object) bool {
-		return strings.HasPrefix(o.GetName(), "k8slan") && !strings.HasPrefix(o.GetName(), uninstall.Residue) || o.GetLabels()["app.kubernetes.io/managed-by"] == "k8slan"
+		return strings.HasPrefix(o.GetName(), "k8slan") && !strings.HasPrefix(o.GetName(), release.Residue) || o.GetLabels()["app.kubernetes.io/managed-by"] == "k8slan"
 	}
 	for _, list := range []client.ObjectList{
 		&v1beta1.LANNodeList{}, &nadv1.NetworkAttachmentDefinitionList{}, &coordinationv1.LeaseList{},

@@ -2,6 +2,7 @@
 package install
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -30,6 +31,8 @@ type Bed struct {
 	root string // of the checkout
 	tag  string // of the image
 	work string // for what is built from the checkout
+
+	version string // that the programs are built as; empty: test
 }
 
 // New returns a bed for the checkout that the working directory is in.
@@ -89,10 +92,52 @@ func (b *Bed) Up(ctx context.Context) error {
 	return nil
 }
 
+// Previous returns a bed on the same cluster for the commit before the checkout's, and says which that is. It lies in dir
+// from then on. Without a history the error is ErrNoHistory.
+func (b *Bed) Previous(ctx context.Context, dir string) (previous *Bed, commit string, err error) {
+	commit, err = run(ctx, b.root, "git", "rev-parse", "--short", "HEAD^")
+	if err != nil {
+		return nil, "", fmt.Errorf("%w: %w", ErrNoHistory, err)
+	}
+	commit = strings.TrimSpace(commit)
+	archive := filepath.Join(dir, "source.tar")
+	if _, err := run(ctx, b.root, "git", "archive", "--output", archive, commit); err != nil {
+		return nil, "", err
+	}
+	root := filepath.Join(dir, "source")
+	if err := os.Mkdir(root, 0o755); err != nil {
+		return nil, "", err
+	}
+	if _, err := run(ctx, root, "tar", "-xf", archive); err != nil {
+		return nil, "", err
+	}
+	return &Bed{Config: b.Config, Cluster: b.Cluster, root: root, work: filepath.Join(dir, "built"), version: commit}, commit, nil
+}
+
+// ErrNoHistory says that the checkout is not one of git's, or has one commit.
+var ErrNoHistory = errors.New("the checkout has no commit before this one")
+
+// As returns a bed for the same checkout, built as another version.
+func (b *Bed) As(version, dir string) *Bed {
+	return &Bed{Config: b.Config, Cluster: b.Cluster, root: b.root, work: dir, version: version}
+}
+
+// Version is what the installed programs call themselves.
+func (b *Bed) Version() string { return cmp.Or(b.version, "test") }
+
+// Built is the path of a program after Build.
+func (b *Bed) Built(program string) string { return filepath.Join(b.work, program) }
+
+// Definitions brings the CRDs to the state they have in the checkout: Helm never changes one that is there.
+func (b *Bed) Definitions(ctx context.Context) error {
+	_, err := b.Kubectl(ctx, "apply", "--server-side", "--force-conflicts", "-f", filepath.Join(b.root, "charts/k8slan/crds"))
+	return err
+}
+
 // Build builds k8slan's two programs and its image from the checkout and loads it into both nodes.
 // The image's tag is made of the image itself, so that a changed one is rolled out.
 func (b *Bed) Build(ctx context.Context) error {
-	if _, err := run(ctx, b.root, "go", "build", "-trimpath", "-ldflags", "-s -w -X main.version=test", "-o", b.work+"/", "./cmd/..."); err != nil {
+	if _, err := run(ctx, b.root, "go", "build", "-trimpath", "-ldflags", "-s -w -X main.version="+b.Version(), "-o", b.work+"/", "./cmd/..."); err != nil {
 		return err
 	}
 	programs := image.Product{K8slan: filepath.Join(b.work, "k8slan"), CNI: filepath.Join(b.work, "k8slan-cni")}

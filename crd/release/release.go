@@ -1,6 +1,5 @@
-// Package uninstall takes k8slan out of a cluster, step by step: first who would build, then, when the nodes are clean,
-// the objects. LANs stay, as what their users want.
-package uninstall
+// Package release does what Helm cannot when it brings a release of k8slan into a cluster, or takes one out.
+package release
 
 import (
 	"context"
@@ -26,12 +25,13 @@ import (
 const (
 	Daemon     = "k8slan-ds"
 	Controller = "k8slan-controller-manager"
+	Puller     = "k8slan-pull"
 	Cleaner    = "k8slan-clean"
 	Lease      = "k8slan-controller"
 )
 
-// Uninstaller takes one installation away.
-type Uninstaller struct {
+// Release is one installation.
+type Release struct {
 	Client    client.WithWatch
 	Namespace string // of the installation
 	Log       *slog.Logger
@@ -39,21 +39,21 @@ type Uninstaller struct {
 
 // Stop deletes the daemon and the controller, and returns when the last of their pods is gone from every node that
 // answers, or with an error when ctx ends before. What is attached goes on talking.
-func (u Uninstaller) Stop(ctx context.Context) error {
-	u.tellAttached(ctx)
-	here := metav1.ObjectMeta{Namespace: u.Namespace}
+func (r Release) Stop(ctx context.Context) error {
+	r.tellAttached(ctx)
+	here := metav1.ObjectMeta{Namespace: r.Namespace}
 	daemon, controller := &appsv1.DaemonSet{ObjectMeta: here}, &appsv1.Deployment{ObjectMeta: here}
 	daemon.Name, controller.Name = Daemon, Controller
 	for _, o := range []client.Object{daemon, controller} {
-		err := u.Client.Delete(ctx, o, client.PropagationPolicy(metav1.DeletePropagationBackground))
+		err := r.Client.Delete(ctx, o, client.PropagationPolicy(metav1.DeletePropagationBackground))
 		if client.IgnoreNotFound(err) != nil {
 			return fmt.Errorf("delete %s: %w", o.GetName(), err)
 		}
 	}
-	which := []client.ListOption{client.InNamespace(u.Namespace), client.MatchingLabels{"app.kubernetes.io/name": "k8slan"}}
+	which := []client.ListOption{client.InNamespace(r.Namespace), client.MatchingLabels{"app.kubernetes.io/name": "k8slan"}}
 	var left []string
-	err := await(ctx, u.Client, &corev1.PodList{}, which, func(all []corev1.Pod) (bool, error) {
-		dead, err := u.deadNodes(ctx)
+	err := await(ctx, r.Client, &corev1.PodList{}, which, func(all []corev1.Pod) (bool, error) {
+		dead, err := r.deadNodes(ctx)
 		left = nil
 		for _, p := range all {
 			if c := p.Labels["app.kubernetes.io/component"]; (c == "node" || c == "controller") && p.Spec.NodeName != "" && !dead[p.Spec.NodeName] {
@@ -65,21 +65,21 @@ func (u Uninstaller) Stop(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("wait until the pods %s have ended: %w", strings.Join(left, ", "), err)
 	}
-	u.Log.Info("daemon and controller have ended")
+	r.Log.Info("daemon and controller have ended")
 	return nil
 }
 
 // tellAttached names who is about to lose an interface.
-func (u Uninstaller) tellAttached(ctx context.Context) {
+func (r Release) tellAttached(ctx context.Context) {
 	var lans v1beta1.LANList
-	if err := u.Client.List(ctx, &lans); err != nil {
-		u.Log.Warn("cannot tell who is attached", "err", err)
+	if err := r.Client.List(ctx, &lans); err != nil {
+		r.Log.Warn("cannot tell who is attached", "err", err)
 		return
 	}
 	for _, lan := range lans.Items {
 		for _, spoke := range lan.Status.Spokes {
 			for _, a := range spoke.Attachments {
-				u.Log.Warn("a pod loses its interface", "pod", a.Pod, "interface", a.Interface, "node", a.Node,
+				r.Log.Warn("a pod loses its interface", "pod", a.Pod, "interface", a.Interface, "node", a.Node,
 					"lan", lan.Namespace+"/"+lan.Name, "spoke", spoke.Name)
 			}
 		}
@@ -88,41 +88,57 @@ func (u Uninstaller) tellAttached(ctx context.Context) {
 
 // AwaitClean returns when the cleaner has done its work on every node that answers. Where that takes longer than ctx it
 // says which nodes are left, and that is no error: a node must not hold the others up.
-func (u Uninstaller) AwaitClean(ctx context.Context) error {
-	which := []client.ListOption{client.InNamespace(u.Namespace), client.MatchingFields{"metadata.name": Cleaner}}
-	var left []string
-	err := await(ctx, u.Client, &appsv1.DaemonSetList{}, which, func(all []appsv1.DaemonSet) (clean bool, err error) {
-		if len(all) != 1 || all[0].Status.ObservedGeneration != all[0].Generation {
-			return false, nil
-		}
-		clean, left, err = u.isClean(ctx, all[0])
-		return clean, err
-	})
+func (r Release) AwaitClean(ctx context.Context) error {
+	left, err := r.awaitEverywhere(ctx, Cleaner)
 	for _, node := range left {
-		u.Log.Warn("node is not clean: it does not answer, or its pod says why; when it is back: "+
+		r.Log.Warn("node is not clean: it does not answer, or its pod says why; when it is back: "+
 			"kubectl debug node/"+node+" --profile=sysadmin --image=<k8slan's image> -- /k8slan clean --host", "node", node)
 	}
 	if err != nil && ctx.Err() == nil {
 		return fmt.Errorf("wait until the nodes are clean: %w", err)
 	}
 	if err == nil {
-		u.Log.Info("every node that answers is clean", "left", len(left))
+		r.Log.Info("every node that answers is clean", "left", len(left))
 	}
 	return nil
 }
 
-// isClean says whether all is done but on nodes that do not answer, and on which nodes it is not.
-func (u Uninstaller) isClean(ctx context.Context, cleaner appsv1.DaemonSet) (clean bool, left []string, err error) {
-	dead, err := u.deadNodes(ctx)
+// AwaitPulled returns when every node that answers has the new image, or with an error when ctx ends before.
+func (r Release) AwaitPulled(ctx context.Context) error {
+	left, err := r.awaitEverywhere(ctx, Puller)
+	if err != nil {
+		return fmt.Errorf("wait until the nodes have the new image; %s have not, see kubectl -n %s describe pods -l app.kubernetes.io/component=pull; "+
+			"nothing has been changed: %w", strings.Join(left, ", "), r.Namespace, err)
+	}
+	r.Log.Info("every node that answers has the new image", "without", len(left))
+	return nil
+}
+
+// awaitEverywhere returns when a DaemonSet's pods are ready on every node that answers, or with an error when ctx ends
+// before; and on which nodes they are not.
+func (r Release) awaitEverywhere(ctx context.Context, name string) (left []string, err error) {
+	which := []client.ListOption{client.InNamespace(r.Namespace), client.MatchingFields{"metadata.name": name}}
+	err = await(ctx, r.Client, &appsv1.DaemonSetList{}, which, func(all []appsv1.DaemonSet) (done bool, err error) {
+		if len(all) != 1 || all[0].Status.ObservedGeneration != all[0].Generation {
+			return false, nil
+		}
+		done, left, err = r.isEverywhere(ctx, all[0])
+		return done, err
+	})
+	return left, err
+}
+
+// isEverywhere says whether a DaemonSet's pods are ready but on nodes that do not answer, and on which nodes they are not.
+func (r Release) isEverywhere(ctx context.Context, set appsv1.DaemonSet) (done bool, left []string, err error) {
+	dead, err := r.deadNodes(ctx)
 	if err != nil {
 		return false, nil, err
 	}
 	var pods corev1.PodList
-	labels := client.MatchingLabels(cleaner.Spec.Selector.MatchLabels)
-	if err := u.Client.List(ctx, &pods, client.InNamespace(u.Namespace), labels); err != nil {
-		return false, nil, fmt.Errorf("list the cleaner's pods: %w", err)
+	if err := r.Client.List(ctx, &pods, client.InNamespace(r.Namespace), client.MatchingLabels(set.Spec.Selector.MatchLabels)); err != nil {
+		return false, nil, fmt.Errorf("list the pods of %s: %w", set.Name, err)
 	}
-	clean = len(pods.Items) >= int(cleaner.Status.DesiredNumberScheduled)
+	done = len(pods.Items) >= int(set.Status.DesiredNumberScheduled)
 	for _, p := range pods.Items {
 		ready := slices.ContainsFunc(p.Status.Conditions, func(c corev1.PodCondition) bool {
 			return c.Type == corev1.PodReady && c.Status == corev1.ConditionTrue
@@ -131,9 +147,9 @@ func (u Uninstaller) isClean(ctx context.Context, cleaner appsv1.DaemonSet) (cle
 		if !ready {
 			left = append(left, node)
 		}
-		clean = clean && (ready || dead[node])
+		done = done && (ready || dead[node])
 	}
-	return clean, left, nil
+	return done, left, nil
 }
 
 // nodeOf is the node that a DaemonSet's pod is for, bound to it or not yet.
@@ -153,9 +169,9 @@ func nodeOf(p corev1.Pod) string {
 }
 
 // deadNodes are those that do not answer.
-func (u Uninstaller) deadNodes(ctx context.Context) (map[string]bool, error) {
+func (r Release) deadNodes(ctx context.Context) (map[string]bool, error) {
 	var nodes corev1.NodeList
-	if err := u.Client.List(ctx, &nodes); err != nil {
+	if err := r.Client.List(ctx, &nodes); err != nil {
 		return nil, fmt.Errorf("list nodes: %w", err)
 	}
 	dead := map[string]bool{}
@@ -172,19 +188,19 @@ const ReasonUninstalled = "Uninstalled"
 
 // Objects removes what k8slan made in the API: NADs, LANNodes, the lease of the controller, and the finalizers of LANs.
 // LANs stay, with a status that says how things are and what they hold, so that a later installation gives it to them again.
-func (u Uninstaller) Objects(ctx context.Context) error {
-	lease := &coordinationv1.Lease{ObjectMeta: metav1.ObjectMeta{Namespace: u.Namespace, Name: Lease}}
+func (r Release) Objects(ctx context.Context) error {
+	lease := &coordinationv1.Lease{ObjectMeta: metav1.ObjectMeta{Namespace: r.Namespace, Name: Lease}}
 	return errors.Join(
-		u.removeNADs(ctx),
-		u.releaseLANs(ctx),
-		u.removeLANNodes(ctx),
-		absentIsFine(u.Client.Delete(ctx, lease)),
+		r.removeNADs(ctx),
+		r.releaseLANs(ctx),
+		r.removeLANNodes(ctx),
+		absentIsFine(r.Client.Delete(ctx, lease)),
 	)
 }
 
-func (u Uninstaller) removeNADs(ctx context.Context) error {
+func (r Release) removeNADs(ctx context.Context) error {
 	var nads nadv1.NetworkAttachmentDefinitionList
-	if err := u.Client.List(ctx, &nads, client.MatchingLabels{"app.kubernetes.io/managed-by": "k8slan"}); err != nil {
+	if err := r.Client.List(ctx, &nads, client.MatchingLabels{"app.kubernetes.io/managed-by": "k8slan"}); err != nil {
 		return absentIsFine(err)
 	}
 	var errs []error
@@ -193,30 +209,30 @@ func (u Uninstaller) removeNADs(ctx context.Context) error {
 		if owner := metav1.GetControllerOf(nad); owner == nil || owner.Kind != "LAN" || owner.APIVersion != v1beta1.GroupVersion.String() {
 			continue
 		}
-		if err := absentIsFine(u.Client.Delete(ctx, nad, client.Preconditions{UID: &nad.UID})); err != nil {
+		if err := absentIsFine(r.Client.Delete(ctx, nad, client.Preconditions{UID: &nad.UID})); err != nil {
 			errs = append(errs, fmt.Errorf("delete NAD %s/%s: %w", nad.Namespace, nad.Name, err))
 		}
 	}
-	u.Log.Info("NADs are deleted", "number", len(nads.Items))
+	r.Log.Info("NADs are deleted", "number", len(nads.Items))
 	return errors.Join(errs...)
 }
 
-func (u Uninstaller) releaseLANs(ctx context.Context) error {
+func (r Release) releaseLANs(ctx context.Context) error {
 	var lans v1beta1.LANList
-	if err := u.Client.List(ctx, &lans); err != nil {
+	if err := r.Client.List(ctx, &lans); err != nil {
 		return absentIsFine(err)
 	}
 	var errs []error
 	for i := range lans.Items {
-		if err := absentIsFine(u.releaseLAN(ctx, &lans.Items[i])); err != nil {
+		if err := absentIsFine(r.releaseLAN(ctx, &lans.Items[i])); err != nil {
 			errs = append(errs, fmt.Errorf("LAN %s/%s: %w", lans.Items[i].Namespace, lans.Items[i].Name, err))
 		}
 	}
-	u.Log.Info("LANs are kept without k8slan's finalizer", "number", len(lans.Items))
+	r.Log.Info("LANs are kept without k8slan's finalizer", "number", len(lans.Items))
 	return errors.Join(errs...)
 }
 
-func (u Uninstaller) releaseLAN(ctx context.Context, lan *v1beta1.LAN) error {
+func (r Release) releaseLAN(ctx context.Context, lan *v1beta1.LAN) error {
 	before := lan.DeepCopy()
 	lan.Status = v1beta1.LANStatus{
 		ObservedGeneration: lan.Status.ObservedGeneration, Holds: lan.Status.Holds, SpokeCount: lan.Status.SpokeCount,
@@ -226,7 +242,7 @@ func (u Uninstaller) releaseLAN(ctx context.Context, lan *v1beta1.LAN) error {
 		Type: v1beta1.ConditionReady, Status: metav1.ConditionFalse, ObservedGeneration: lan.Generation, Reason: ReasonUninstalled,
 		Message: "k8slan is not installed any more; once it is again, it takes the LAN up by itself",
 	})
-	if err := u.Client.Status().Patch(ctx, lan, client.MergeFrom(before)); err != nil {
+	if err := r.Client.Status().Patch(ctx, lan, client.MergeFrom(before)); err != nil {
 		return fmt.Errorf("say that it is uninstalled: %w", err)
 	}
 	before = lan.DeepCopy()
@@ -234,14 +250,14 @@ func (u Uninstaller) releaseLAN(ctx context.Context, lan *v1beta1.LAN) error {
 	if len(lan.Finalizers) == len(before.Finalizers) {
 		return nil
 	}
-	if err := u.Client.Patch(ctx, lan, client.MergeFromWithOptions(before, client.MergeFromWithOptimisticLock{})); err != nil {
+	if err := r.Client.Patch(ctx, lan, client.MergeFromWithOptions(before, client.MergeFromWithOptimisticLock{})); err != nil {
 		return fmt.Errorf("remove the finalizer: %w", err)
 	}
 	return nil
 }
 
-func (u Uninstaller) removeLANNodes(ctx context.Context) error {
-	if err := u.Client.DeleteAllOf(ctx, &v1beta1.LANNode{}); absentIsFine(err) != nil {
+func (r Release) removeLANNodes(ctx context.Context) error {
+	if err := r.Client.DeleteAllOf(ctx, &v1beta1.LANNode{}); absentIsFine(err) != nil {
 		return fmt.Errorf("delete LANNodes: %w", err)
 	}
 	return nil

@@ -1,4 +1,4 @@
-package uninstall
+package release
 
 import (
 	"context"
@@ -25,9 +25,9 @@ const Residue = "k8slan-residue"
 // AwaitResidue removes our resources from the status of nodes and returns when no node has one left, or when ctx ends:
 // kubelet forgets a resource five minutes after its plugin has gone, and then leaves the entry there for ever, with the
 // value 0 (setters.go in pkg/kubelet/nodestatus).
-func (u Uninstaller) AwaitResidue(ctx context.Context) {
+func (r Release) AwaitResidue(ctx context.Context) {
 	var left map[string][]string
-	err := await(ctx, u.Client, &corev1.NodeList{}, nil, func(nodes []corev1.Node) (bool, error) {
+	err := await(ctx, r.Client, &corev1.NodeList{}, nil, func(nodes []corev1.Node) (bool, error) {
 		left = map[string][]string{}
 		for _, n := range nodes {
 			zero, others := ours(n)
@@ -37,30 +37,30 @@ func (u Uninstaller) AwaitResidue(ctx context.Context) {
 			if len(zero) == 0 {
 				continue
 			}
-			if err := u.removeFrom(ctx, n.Name, zero); err != nil {
+			if err := r.removeFrom(ctx, n.Name, zero); err != nil {
 				left[n.Name] = append(left[n.Name], zero...)
-				u.Log.Warn("cannot remove resources from the node; trying again when it changes", "node", n.Name, "err", err)
+				r.Log.Warn("cannot remove resources from the node; trying again when it changes", "node", n.Name, "err", err)
 				continue
 			}
-			u.Log.Info("resources are removed from the node", "node", n.Name, "number", len(zero))
+			r.Log.Info("resources are removed from the node", "node", n.Name, "number", len(zero))
 		}
 		if len(left) == 0 {
 			return true, nil
 		}
-		return u.isInstalled(ctx) // then the new controller sees to it
+		return r.isInstalled(ctx) // then the new controller sees to it
 	})
 	for _, node := range slices.Sorted(maps.Keys(left)) {
-		u.Log.Warn("the node still has resources", "node", node, "resources", left[node])
+		r.Log.Warn("the node still has resources", "node", node, "resources", left[node])
 	}
 	if err == nil && len(left) == 0 {
-		u.Log.Info("no node has a resource of k8slan's left")
+		r.Log.Info("no node has a resource of k8slan's left")
 	}
 }
 
 // isInstalled says whether k8slan is there again.
-func (u Uninstaller) isInstalled(ctx context.Context) (bool, error) {
-	daemon := &appsv1.DaemonSet{ObjectMeta: metav1.ObjectMeta{Namespace: u.Namespace, Name: Daemon}}
-	err := u.Client.Get(ctx, client.ObjectKeyFromObject(daemon), daemon)
+func (r Release) isInstalled(ctx context.Context) (bool, error) {
+	daemon := &appsv1.DaemonSet{ObjectMeta: metav1.ObjectMeta{Namespace: r.Namespace, Name: Daemon}}
+	err := r.Client.Get(ctx, client.ObjectKeyFromObject(daemon), daemon)
 	if apierrors.IsNotFound(err) {
 		return false, nil
 	}
@@ -84,7 +84,7 @@ func ours(n corev1.Node) (zero, others []string) {
 }
 
 // removeFrom takes resources out of a node's status, all or none: where one is not 0 any more the API server refuses.
-func (u Uninstaller) removeFrom(ctx context.Context, node string, resources []string) error {
+func (r Release) removeFrom(ctx context.Context, node string, resources []string) error {
 	type operation struct {
 		Op    string `json:"op"`
 		Path  string `json:"path"`
@@ -101,13 +101,13 @@ func (u Uninstaller) removeFrom(ctx context.Context, node string, resources []st
 	if err != nil {
 		return err
 	}
-	return u.Client.Status().Patch(ctx, &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: node}}, client.RawPatch(types.JSONPatchType, body))
+	return r.Client.Status().Patch(ctx, &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: node}}, client.RawPatch(types.JSONPatchType, body))
 }
 
 // Adopt makes the ClusterRole of the last step the owner of the step's other objects, so that they all go with it.
-func (u Uninstaller) Adopt(ctx context.Context) error {
+func (r Release) Adopt(ctx context.Context) error {
 	role := &rbacv1.ClusterRole{ObjectMeta: metav1.ObjectMeta{Name: Residue}}
-	if err := u.Client.Get(ctx, client.ObjectKeyFromObject(role), role); err != nil {
+	if err := r.Client.Get(ctx, client.ObjectKeyFromObject(role), role); err != nil {
 		return fmt.Errorf("get ClusterRole %s: %w", Residue, err)
 	}
 	owner := map[string]any{"metadata": map[string]any{"ownerReferences": []metav1.OwnerReference{
@@ -117,12 +117,12 @@ func (u Uninstaller) Adopt(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	here, everywhere := metav1.ObjectMeta{Namespace: u.Namespace, Name: Residue}, metav1.ObjectMeta{Name: Residue}
+	here, everywhere := metav1.ObjectMeta{Namespace: r.Namespace, Name: Residue}, metav1.ObjectMeta{Name: Residue}
 	for _, o := range []client.Object{
 		&corev1.ServiceAccount{ObjectMeta: here}, &appsv1.Deployment{ObjectMeta: here},
 		&rbacv1.ClusterRoleBinding{ObjectMeta: everywhere},
 	} {
-		if err := u.Client.Patch(ctx, o, client.RawPatch(types.MergePatchType, patch)); err != nil {
+		if err := r.Client.Patch(ctx, o, client.RawPatch(types.MergePatchType, patch)); err != nil {
 			return fmt.Errorf("make ClusterRole %s the owner of %T: %w", Residue, o, err)
 		}
 	}
@@ -130,8 +130,8 @@ func (u Uninstaller) Adopt(ctx context.Context) error {
 }
 
 // Vanish is the last act: with the ClusterRole the garbage collector takes all that it owns, this program too.
-func (u Uninstaller) Vanish(ctx context.Context) error {
+func (r Release) Vanish(ctx context.Context) error {
 	role := &rbacv1.ClusterRole{ObjectMeta: metav1.ObjectMeta{Name: Residue}}
-	err := u.Client.Delete(ctx, role, client.PropagationPolicy(metav1.DeletePropagationBackground))
+	err := r.Client.Delete(ctx, role, client.PropagationPolicy(metav1.DeletePropagationBackground))
 	return absentIsFine(err)
 }

@@ -1,0 +1,82 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"time"
+
+	"github.com/spf13/cobra"
+	apiextensionsv1 "k8s.io/apiextensions-apiserver/pkg/apis/apiextensions/v1"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	"github.com/k8slan/k8slan/crd/controller"
+	"github.com/k8slan/k8slan/crd/manifests"
+	"github.com/k8slan/k8slan/crd/release"
+)
+
+// hookFlags are those of what Helm runs, once, in a pod.
+type hookFlags struct {
+	daemonFlags
+	namespace string
+	timeout   time.Duration
+}
+
+func (f *hookFlags) add(cmd *cobra.Command, timeout time.Duration) {
+	flags := cmd.Flags()
+	flags.StringVar(&f.kubeconfig, "kubeconfig", os.Getenv("KUBECONFIG"),
+		"kubeconfig `file` (environment: KUBECONFIG); empty: the service account of the pod")
+	flags.StringVar(&f.namespace, "namespace", os.Getenv("POD_NAMESPACE"), "`namespace` of the installation (environment: POD_NAMESPACE)")
+	flags.DurationVar(&f.timeout, "timeout", timeout, "longest `time` to wait")
+	f.logFormat = "text"
+}
+
+// client is the way to the API server.
+func (f *hookFlags) client() (client.WithWatch, error) {
+	config, err := f.rest("hook")
+	if err != nil {
+		return nil, err
+	}
+	scheme := controller.NewScheme()
+	if err := apiextensionsv1.AddToScheme(scheme); err != nil {
+		return nil, err
+	}
+	c, err := client.NewWithWatch(config, client.Options{Scheme: scheme})
+	if err != nil {
+		return nil, fmt.Errorf("make a client: %w", err)
+	}
+	return c, nil
+}
+
+// release is the installation.
+func (f *hookFlags) release() (release.Release, error) {
+	log, err := f.logger()
+	if err != nil {
+		return release.Release{}, err
+	}
+	c, err := f.client()
+	return release.Release{Client: c, Namespace: f.namespace, Log: log}, err
+}
+
+func upgradeCommand() *cobra.Command {
+	var f hookFlags
+	cmd := &cobra.Command{
+		Use:   "prepare-upgrade",
+		Short: "Wait until every node that answers has this image, then bring the CRDs up to date: what helm upgrade runs first",
+		Args:  noArguments,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			r, err := f.release()
+			if err != nil {
+				return err
+			}
+			ctx, cancel := context.WithTimeout(cmd.Context(), f.timeout)
+			defer cancel()
+			if err := r.AwaitPulled(ctx); err != nil {
+				return err
+			}
+			return r.ApplyDefinitions(cmd.Context(), manifests.Files)
+		},
+	}
+	f.add(cmd, 4*time.Minute)
+	return cmd
+}
