@@ -12,10 +12,12 @@ import (
 	"testing"
 	"time"
 
+	"github.com/go-logr/logr"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
 	"sigs.k8s.io/controller-runtime/pkg/client"
+	ctrllog "sigs.k8s.io/controller-runtime/pkg/log"
 
 	"github.com/k8slan/k8slan/crd/controller"
 	"github.com/k8slan/k8slan/test/cluster"
@@ -39,6 +41,7 @@ type testbed struct {
 // brought up it takes down again, unless K8SLAN_E2E_KEEP is set.
 func TestMain(m *testing.M) {
 	flag.Parse()
+	ctrllog.SetLogger(logr.Discard())                      // the clients' library wants to be told
 	if err := flag.Set("test.parallel", "4"); err != nil { // tests wait more than they work
 		panic(err)
 	}
