@@ -62,7 +62,7 @@ test: unit api dataplane e2e ## Run every test: what CI runs, as root
 .PHONY: unit
 unit: ## Run the tests that need neither root nor a cluster
 	go vet ./...
-	$(GOTEST) $$(go list ./... | grep -v -E '/test/(api|dataplane|netns|soak|image/vm|e2e)$$')
+	$(GOTEST) $$(go list ./... | grep -v -E '/test/(api|dataplane|netns|soak|bench|image/vm|e2e)$$')
 
 .PHONY: api
 api: ## Test objects and controller against a real kube-apiserver
@@ -70,11 +70,16 @@ api: ## Test objects and controller against a real kube-apiserver
 
 .PHONY: dataplane
 dataplane: ## Send real frames through LANs in network namespaces
-	$(GOTEST) -p 1 ./test/netns ./test/image/vm ./test/dataplane ./test/soak
+	$(GOTEST) -p 1 ./test/netns ./test/image/vm ./test/dataplane ./test/soak ./test/bench
 
 .PHONY: e2e
 e2e: ## Test everything on the cluster; FOCUS=<regexp> runs the tests of that name
 	$(GOTEST) -timeout 45m -count 1 -run '$(FOCUS)' ./test/e2e
+
+.PHONY: bench
+bench: ## Measure the speed against floors and peers, as root: a table, and bench.json; FOCUS=B8
+	go test -c -o bin/bench.test ./test/bench
+	cd test/bench && ../../bin/bench.test -long -test.timeout 2h -test.run 'TestPerformance/$(FOCUS)' -json $(CURDIR)/bench.json
 
 .PHONY: soak
 soak: ## Attach 10,000 times while daemon and plugin are killed, count what is left; CYCLES=, SEED=
@@ -101,7 +106,7 @@ format: ## Format the code as lint wants it
 
 .PHONY: clean
 clean: ## Remove what was built here; caches stay
-	rm -rf bin dist all.yaml
+	rm -rf bin dist all.yaml bench.json
 
 .PHONY: help
 help: ## Show this

@@ -1,0 +1,223 @@
+package bench
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/containernetworking/cni/pkg/types"
+	"github.com/vishvananda/netlink"
+
+	"github.com/k8slan/k8slan/lanmgr/kernel"
+	"github.com/k8slan/k8slan/lanmgr/segment"
+	"github.com/k8slan/k8slan/test/lab"
+	"github.com/k8slan/k8slan/test/netns"
+)
+
+// station is a node with k8slan's parts on it.
+type station struct {
+	*netns.Node
+	kernel *kernel.Node
+	device int // ifindex of the underlay device
+}
+
+func join(t *testing.T, u *netns.Underlay, name string) station {
+	t.Helper()
+	n := u.Join(t, name)
+	device, err := n.Netlink(t).LinkByName(netns.UnderlayDevice)
+	try(t, err)
+	k := kernel.New(kernel.Paths{Run: n.Run, HostNetns: n.Path})
+	t.Cleanup(k.Close)
+	return station{Node: n, kernel: k, device: device.Attrs().Index}
+}
+
+// build makes LANs as the daemon does.
+func (n station) build(t *testing.T, lans ...segment.Segment) {
+	t.Helper()
+	for _, s := range lans {
+		_, err := n.kernel.Reconcile(t.Context(), s.Netns, func(have segment.State) []segment.Op { return segment.Diff(s, have) })
+		try(t, err)
+	}
+}
+
+func sandbox(t *testing.T) lab.Sandbox {
+	t.Helper()
+	s, err := lab.NewSandbox()
+	try(t, err)
+	t.Cleanup(func() {
+		if err := s.Remove(); err != nil {
+			t.Error(err)
+		}
+	})
+	return s
+}
+
+// addTime measures B1 and B2: how long an ADD takes as a process from start to end, of k8slan and of others.
+func addTime(t *testing.T, b *bench) {
+	n := join(t, netns.NewUnderlay(t, lab.UnderlayMTU), "worker1")
+	lan := lab.LAN(1, n.device, "pod", "vm", "other")
+	n.build(t, lan)
+	k8slan, err := lab.BuildPlugin(t.Context(), filepath.Join(t.TempDir(), "k8slan-cni"), n.Node)
+	try(t, err)
+	peers, err := lab.Component(t.Context(), "cni")
+	try(t, err)
+	peer := func(name string) lab.Plugin {
+		return lab.Plugin{Path: filepath.Join(peers, name), Dirs: peers, Node: n.Namespace}
+	}
+	peerConfig := func(name string) lab.Config { return lab.Config{"cniVersion": "1.1.0", "name": name, "type": name} }
+	// The LAN is in use, so that its VXLAN is up: so it is for all pods but a LAN's first.
+	_, err = k8slan.Call(t.Context(), "ADD", sandbox(t), lab.Network(lan, "other", segment.Veth))
+	try(t, err)
+
+	spare := netlink.NewLinkAttrs() // for the plugin that moves one, and at DEL moves it back
+	spare.Name = "spare"
+	try(t, n.Netlink(t).LinkAdd(&netlink.Veth{LinkAttrs: spare, PeerName: "spare-peer"}))
+
+	adds := func(p lab.Plugin, c lab.Config) func() (float64, error) {
+		s := sandbox(t)
+		return func() (float64, error) { return attachOnce(t.Context(), p, s, c) }
+	}
+	nowhere := lab.Network(lan, "pod", segment.Veth).With("ns", "nowhere")
+	parse := sandbox(t)
+	got := race(t, times(200, 2),
+		contender{"parse", func() (float64, error) { return refusedOnce(t.Context(), k8slan, parse, nowhere) }},
+		contender{"pod", adds(k8slan, lab.Network(lan, "pod", segment.Veth))},
+		contender{"vm", adds(k8slan, lab.Network(lan, "vm", segment.Macvtap))},
+		contender{"bridge", adds(peer("bridge"), peerConfig("bridge").With("bridge", "cni0"))},
+		contender{"macvlan", adds(peer("macvlan"), peerConfig("macvlan").With("master", netns.UnderlayDevice))},
+		contender{"host-device", adds(peer("host-device"), peerConfig("host-device").With("device", "spare"))},
+	)
+	ratio := func(id, what, ours, theirs string, target float64) {
+		b.atMost(id, what, got[ours].over(got[theirs]).median(), target, figures("ms", got[ours], got[theirs]))
+	}
+	ratio("B1", "CNI ADD of a pod / the plugin only parsing", "pod", "parse", 1.6)
+	ratio("B1-vm", "CNI ADD of a VM / the plugin only parsing", "vm", "parse", 1.8)
+	ratio("B2", "CNI ADD of a pod / reference plugin bridge", "pod", "bridge", 0.6)
+	ratio("B2-macvlan", "CNI ADD of a VM / reference plugin macvlan", "vm", "macvlan", 0.7)
+	ratio("B2-host-device", "CNI ADD of a pod / reference plugin host-device", "pod", "host-device", 0.1)
+}
+
+// attachOnce attaches and detaches, and says how long the ADD took in milliseconds.
+func attachOnce(ctx context.Context, p lab.Plugin, s lab.Sandbox, c lab.Config) (float64, error) {
+	took, err := callTime(ctx, p, "ADD", s, c)
+	if err != nil {
+		return 0, err
+	}
+	_, err = p.Call(ctx, "DEL", s, c)
+	return took, err
+}
+
+// refusedOnce runs an ADD that ends when its configuration is parsed, because there is no such LAN.
+func refusedOnce(ctx context.Context, p lab.Plugin, s lab.Sandbox, c lab.Config) (float64, error) {
+	took, err := callTime(ctx, p, "ADD", s, c)
+	if words, ok := errors.AsType[*types.Error](err); !ok || words.Code != types.ErrTryAgainLater {
+		return 0, fmt.Errorf("an ADD to no LAN: %w", err)
+	}
+	return took, nil
+}
+
+// callTime calls a plugin and says how long its process took, in milliseconds.
+func callTime(ctx context.Context, p lab.Plugin, verb string, s lab.Sandbox, c lab.Config) (float64, error) {
+	cmd, err := p.Command(ctx, verb, s, c)
+	if err != nil {
+		return 0, err
+	}
+	var took time.Duration
+	var out []byte
+	err = p.Node.Do(func() (err error) {
+		began := time.Now()
+		out, err = cmd.Output()
+		took = time.Since(began)
+		return err
+	})
+	if err != nil {
+		return milliseconds(took), lab.Said(err, out, nil)
+	}
+	return milliseconds(took), nil
+}
+
+func milliseconds(d time.Duration) float64 { return d.Seconds() * 1000 }
+
+// attachRate measures B3: how fast pods that start at one time are attached.
+func attachRate(t *testing.T, b *bench) {
+	const pods, workers, perLAN = 64, 8, 8
+	n := join(t, netns.NewUnderlay(t, lab.UnderlayMTU), "worker1")
+	var requests []kernel.ClaimRequest
+	var bare []bareAttach
+	for i := range pods / perLAN {
+		var spokes []string
+		for j := range perLAN {
+			spokes = append(spokes, fmt.Sprintf("s%d-%d", i, j))
+		}
+		lan := lab.LAN(uint32(1+i), n.device, spokes...)
+		n.build(t, lan)
+		for _, spoke := range spokes {
+			pod := sandbox(t)
+			r := kernel.ClaimRequest{
+				Netns: lan.Netns, Spoke: spoke, Kind: segment.Veth, Sandbox: pod.ID, Interface: pod.Interface, PodNetns: pod.Path,
+				PodNamespace: "default", Pod: pod.ID, PodUID: pod.ID,
+			}
+			requests = append(requests, r)
+			bare = append(bare, newBareAttach(t, n, lan, r))
+		}
+	}
+	release := func() error {
+		var errs []error
+		for _, r := range requests {
+			errs = append(errs, n.kernel.Release(t.Context(), r.Netns, r.Spoke, r.ID()))
+		}
+		return errors.Join(errs...)
+	}
+	got := race(t, times(20, 1),
+		contender{"k8slan", func() (float64, error) {
+			began := time.Now()
+			err := atOnce(workers, requests, func(r kernel.ClaimRequest) error {
+				_, err := n.kernel.Claim(t.Context(), r)
+				return err
+			})
+			took := time.Since(began)
+			return pods / took.Seconds(), errors.Join(err, release())
+		}},
+		contender{"bare", func() (float64, error) {
+			began := time.Now()
+			for _, a := range bare {
+				if err := a.attach(); err != nil {
+					return 0, err
+				}
+			}
+			took := time.Since(began)
+			return pods / took.Seconds(), release()
+		}},
+	)
+	b.atLeast("B3", "64 pods attached by 8 workers / a loop of the bare netlink messages", got["k8slan"].over(got["bare"]).median(), 0.7,
+		figures("per s", got["k8slan"], got["bare"]))
+}
+
+// atOnce does something for each item, several at a time.
+func atOnce[T any](workers int, items []T, do func(T) error) error {
+	todo := make(chan T)
+	errs := make(chan error, len(items))
+	var group sync.WaitGroup
+	for range workers {
+		group.Go(func() {
+			for item := range todo {
+				errs <- do(item)
+			}
+		})
+	}
+	for _, item := range items {
+		todo <- item
+	}
+	close(todo)
+	group.Wait()
+	close(errs)
+	var failed []error
+	for err := range errs {
+		failed = append(failed, err)
+	}
+	return errors.Join(failed...)
+}

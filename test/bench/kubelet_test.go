@@ -1,0 +1,397 @@
+package bench
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"runtime/debug"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+	podresources "k8s.io/kubelet/pkg/apis/podresources/v1"
+
+	"github.com/k8slan/k8slan/crd/v1beta1"
+	"github.com/k8slan/k8slan/deviceplugin"
+	"github.com/k8slan/k8slan/test/lab"
+)
+
+// kubeletCost measures B7: what it costs to offer spokes to a real kubelet. It needs no API server: kubelet runs on its
+// own, with a real container runtime that has nothing to run.
+func kubeletCost(t *testing.T, b *bench) {
+	spokes := times(1000, 20)
+	k := startKubelet(t)
+	p := startPlugins(t)
+	p.offer(t, 1)
+	k.lists(t, 1)
+	before, after := p.memory(t), int64(0)
+
+	var each, ours, kubelets samples
+	for round := range times(5, 1) {
+		if round > 0 {
+			p.offer(t, 1)
+			k.lists(t, 1)
+		}
+		began, oursBefore, kubeletsBefore := time.Now(), work(t, p.process), work(t, k.process)
+		p.offer(t, spokes)
+		k.lists(t, spokes)
+		per := func(d time.Duration) float64 { return milliseconds(d) / float64(spokes) }
+		each = append(each, per(time.Since(began)))
+		ours, kubelets = append(ours, per(work(t, p.process)-oursBefore)), append(kubelets, per(work(t, k.process)-kubeletsBefore))
+		if round == 0 {
+			after = p.memory(t)
+		}
+	}
+	b.atMost("B7-time", fmt.Sprintf("%d spokes offered until kubelet lists them, each, in ms", spokes), each.median(), 0.6,
+		fmt.Sprintf("middle half %s ms, %d rounds; the daemon worked for %v ms, kubelet for %v ms",
+			each.spread(), len(each), round(ours.median()), round(kubelets.median())))
+
+	idle := time.Duration(times(20, 1)) * time.Second
+	calls, written := p.idle(t, idle), k.checkpoints(t)
+	calls = p.idle(t, idle) - calls
+	written = k.checkpoints(t) - written
+	b.atMost("B7-idle", "messages per second while nothing happens", float64(calls)/idle.Seconds(), 0,
+		fmt.Sprintf("%d reads and writes of the daemon in %v; kubelet wrote its checkpoint %d times", calls, idle, written))
+
+	b.atMost("B7-memory", "memory of the daemon for each spoke, in KB", float64(after-before)/float64(spokes-1)/1000, 60,
+		fmt.Sprintf("%.1f MB resident with %d spokes, %.1f MB with one", float64(after)/1e6, spokes, float64(before)/1e6))
+}
+
+// spokesRole makes the test binary offer spokes, so that their cost is counted alone: as many as a line of its input
+// says, answered by a line when all of them are registered. To any other line it answers with its resident memory in
+// bytes after a garbage collection.
+const spokesRole = "K8SLAN_TEST_SPOKES"
+
+func offerSpokes(in io.Reader, out io.Writer) int {
+	plugins := deviceplugin.New(deviceplugin.Dir, slog.New(slog.DiscardHandler))
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan error, 1)
+	go func() { ended <- plugins.Run(ctx) }()
+	again := time.NewTicker(time.Millisecond)
+	defer again.Stop()
+	for lines := bufio.NewScanner(in); lines.Scan(); {
+		number, err := strconv.Atoi(lines.Text())
+		if err != nil {
+			runtime.GC() // what a sync.Pool has outlives one collection
+			debug.FreeOSMemory()
+			fmt.Fprintln(out, resident())
+			continue
+		}
+		offer := make([]deviceplugin.Spoke, number)
+		for i := range offer {
+			offer[i] = deviceplugin.Spoke{Name: fmt.Sprint("s", i), Healthy: true}
+		}
+		plugins.Set(offer)
+		for again.Reset(time.Millisecond); plugins.Ready() != nil; {
+			<-again.C
+		}
+		again.Stop()
+		fmt.Fprintln(out, number)
+	}
+	cancel()
+	if err := <-ended; err != nil {
+		fmt.Fprintln(os.Stderr, "device plugins:", err)
+		return 1
+	}
+	return 0
+}
+
+// resident is this process's resident memory in bytes.
+func resident() int64 {
+	status, _ := os.ReadFile("/proc/self/status")
+	for line := range strings.Lines(string(status)) {
+		var kilobytes int64
+		if _, err := fmt.Sscanf(line, "VmRSS: %d kB", &kilobytes); err == nil {
+			return kilobytes << 10
+		}
+	}
+	return 0
+}
+
+// plugins is the process that offers spokes.
+type plugins struct {
+	process *os.Process
+	in      io.Writer
+	out     *bufio.Reader
+}
+
+func startPlugins(t *testing.T) *plugins {
+	t.Helper()
+	cmd := exec.Command("/proc/self/exe")
+	cmd.Env = append(os.Environ(), spokesRole+"=1")
+	cmd.Stderr = os.Stderr
+	in, err := cmd.StdinPipe()
+	try(t, err)
+	out, err := cmd.StdoutPipe()
+	try(t, err)
+	try(t, cmd.Start())
+	t.Cleanup(func() {
+		in.Close()
+		if err := cmd.Wait(); err != nil {
+			t.Errorf("device plugins: %v", err)
+		}
+	})
+	return &plugins{process: cmd.Process, in: in, out: bufio.NewReader(out)}
+}
+
+func (p *plugins) say(t *testing.T, line string) int64 {
+	t.Helper()
+	_, err := fmt.Fprintln(p.in, line)
+	try(t, err)
+	answer, err := p.out.ReadString('\n')
+	try(t, err)
+	bytes, err := strconv.ParseInt(strings.TrimSpace(answer), 10, 64)
+	try(t, err)
+	return bytes
+}
+
+func (p *plugins) offer(t *testing.T, spokes int) {
+	t.Helper()
+	p.say(t, strconv.Itoa(spokes))
+}
+
+func (p *plugins) memory(t *testing.T) int64 {
+	t.Helper()
+	return p.say(t, "memory")
+}
+
+// idle lets that time go by and returns how many reads and writes the process has done since it started.
+func (p *plugins) idle(t *testing.T, long time.Duration) (calls int64) {
+	t.Helper()
+	timer := time.NewTimer(long)
+	defer timer.Stop()
+	<-timer.C
+	counts, err := os.ReadFile(fmt.Sprintf("/proc/%d/io", p.process.Pid))
+	try(t, err)
+	for line := range strings.Lines(string(counts)) {
+		var n int64
+		for _, format := range []string{"syscr: %d", "syscw: %d"} {
+			if _, err := fmt.Sscanf(line, format, &n); err == nil {
+				calls += n
+			}
+		}
+	}
+	return calls
+}
+
+// work is the processor time that a process has taken.
+func work(t *testing.T, p *os.Process) time.Duration {
+	t.Helper()
+	var all time.Duration
+	tasks, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/schedstat", p.Pid))
+	try(t, err)
+	for _, task := range tasks {
+		stat, _ := os.ReadFile(task) // of a thread that may have ended
+		var ns int64
+		if _, err := fmt.Sscan(string(stat), &ns); err == nil {
+			all += time.Duration(ns)
+		}
+	}
+	return all
+}
+
+// kubelet is a kubelet on its own.
+type kubelet struct {
+	process   *os.Process
+	resources podresources.PodResourcesListerClient
+	log       string
+	written   time.Time // when the checkpoint was last seen to be new
+	writes    int
+}
+
+// startKubelet starts kubelet and its container runtime, in folders of their own that they take for the machine's.
+func startKubelet(t *testing.T) *kubelet {
+	t.Helper()
+	kubernetes, err := lab.Component(t.Context(), "kubernetes")
+	try(t, err)
+	containerd, err := lab.Component(t.Context(), "containerd")
+	try(t, err)
+	dir := t.TempDir()
+	ownFolders(t, dir)
+	ownSysctls(t, dir)
+
+	containerdConfig := filepath.Join(dir, "containerd.toml")
+	try(t, os.WriteFile(containerdConfig, []byte("version = 3\n"), 0o600))
+	path := "PATH=" + containerd + ":" + os.Getenv("PATH")
+	start(t, filepath.Join(dir, "containerd.log"), path, filepath.Join(containerd, "containerd"), "--config="+containerdConfig)
+	const runtimeSocket = "/run/containerd/containerd.sock"
+	awaitSocket(t, runtimeSocket, filepath.Join(dir, "containerd.log"))
+
+	kubeletConfig := filepath.Join(dir, "kubelet.yaml")
+	try(t, os.WriteFile(kubeletConfig, []byte(`
+apiVersion: kubelet.config.k8s.io/v1beta1
+kind: KubeletConfiguration
+containerRuntimeEndpoint: unix://`+runtimeSocket+`
+enableServer: false
+authentication: {anonymous: {enabled: true}, webhook: {enabled: false}}
+authorization: {mode: AlwaysAllow}
+cgroupDriver: cgroupfs
+cgroupsPerQOS: false
+enforceNodeAllocatable: []
+failCgroupV1: false
+failSwapOn: false
+makeIPTablesUtilChains: false
+resolvConf: ""
+evictionHard: {memory.available: 50Mi, nodefs.available: 1%, imagefs.available: 1%, nodefs.inodesFree: 1%}
+`), 0o600))
+	log := filepath.Join(dir, "kubelet.log")
+	process := start(t, log, path, filepath.Join(kubernetes, "kubelet"), "--config="+kubeletConfig, "--hostname-override=bench")
+	awaitSocket(t, filepath.Join(deviceplugin.Dir, "kubelet.sock"), log)
+	const resources = "/var/lib/kubelet/pod-resources/kubelet.sock"
+	awaitSocket(t, resources, log)
+	conn, err := grpc.NewClient("unix:"+resources, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	try(t, err)
+	t.Cleanup(func() { conn.Close() })
+	return &kubelet{process: process, resources: podresources.NewPodResourcesListerClient(conn), log: log}
+}
+
+// ownFolders gives this process's mount namespace a /var/lib and a /var/log on disk, where a node's kubelet has its
+// own, too, and the machine's /sys, where the control groups are.
+func ownFolders(t *testing.T, dir string) {
+	t.Helper()
+	for _, folder := range []string{"/var/lib", "/var/log"} {
+		own := filepath.Join(dir, filepath.Base(folder))
+		try(t, os.Mkdir(own, 0o755))
+		try(t, unix.Mount(own, folder, "", unix.MS_BIND, ""))
+		t.Cleanup(func() {
+			if err := unix.Unmount(folder, unix.MNT_DETACH); err != nil {
+				t.Errorf("unmount %s: %v", folder, err)
+			}
+		})
+	}
+	try(t, unix.Unmount("/sys", unix.MNT_DETACH)) // that of the test's network namespace, on top of it
+	t.Cleanup(func() {
+		if err := unix.Mount("sysfs", "/sys", "sysfs", unix.MS_NOSUID|unix.MS_NOEXEC|unix.MS_NODEV, ""); err != nil {
+			t.Errorf("mount sysfs: %v", err)
+		}
+	})
+}
+
+// ownSysctls covers the settings that a kubelet would change for the whole machine with files of the test's own
+// (setupKernelTunables in pkg/kubelet/cm/container_manager_linux.go).
+func ownSysctls(t *testing.T, dir string) {
+	t.Helper()
+	for _, name := range []string{
+		"vm/overcommit_memory", "vm/panic_on_oom", "kernel/panic", "kernel/panic_on_oops", "kernel/keys/root_maxkeys", "kernel/keys/root_maxbytes",
+	} {
+		setting := filepath.Join("/proc/sys", name)
+		value, err := os.ReadFile(setting)
+		try(t, err)
+		own := filepath.Join(dir, filepath.Base(name))
+		try(t, os.WriteFile(own, value, 0o644))
+		try(t, unix.Mount(own, setting, "", unix.MS_BIND, ""))
+		t.Cleanup(func() {
+			if err := unix.Unmount(setting, unix.MNT_DETACH); err != nil {
+				t.Errorf("unmount %s: %v", setting, err)
+			}
+		})
+	}
+}
+
+// start starts a program that ends with the test, even if that is killed.
+func start(t *testing.T, log, env, program string, args ...string) *os.Process {
+	t.Helper()
+	out, err := os.Create(log)
+	try(t, err)
+	defer out.Close()
+	cmd := exec.Command(program, args...)
+	cmd.Env = append(os.Environ(), env)
+	cmd.Stdout, cmd.Stderr = out, out
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	started, ended := make(chan error, 1), make(chan struct{})
+	go func() {
+		runtime.LockOSThread() // the program would die with the thread that started it
+		defer runtime.UnlockOSThread()
+		err := cmd.Start()
+		started <- err
+		if err == nil {
+			_ = cmd.Wait() // it is killed
+		}
+		close(ended)
+	}()
+	try(t, <-started)
+	t.Cleanup(func() {
+		_ = cmd.Process.Kill() // it may have ended
+		<-ended
+	})
+	return cmd.Process
+}
+
+// awaitSocket returns when something listens.
+func awaitSocket(t *testing.T, socket, log string) {
+	t.Helper()
+	late := time.After(time.Minute)
+	again := time.NewTicker(20 * time.Millisecond)
+	defer again.Stop()
+	for {
+		conn, err := net.Dial("unix", socket)
+		if err == nil {
+			conn.Close()
+			return
+		}
+		select {
+		case <-again.C:
+		case <-late:
+			t.Fatalf("nothing listens at %s after a minute: %v\n%s", socket, err, tail(log))
+		}
+	}
+}
+
+func tail(log string) string {
+	text, _ := os.ReadFile(log)
+	const most = 4000
+	return string(text[max(0, len(text)-most):])
+}
+
+// lists returns when kubelet has so many spokes to give away.
+func (k *kubelet) lists(t *testing.T, spokes int) {
+	t.Helper()
+	late := time.After(time.Minute)
+	again := time.NewTicker(20 * time.Millisecond) // kubelet answers at most a hundred times a second
+	defer again.Stop()
+	for {
+		answer, err := k.resources.GetAllocatableResources(t.Context(), &podresources.AllocatableResourcesRequest{})
+		have := 0
+		for _, d := range answer.GetDevices() {
+			if strings.HasPrefix(d.GetResourceName(), v1beta1.Resource("")) {
+				have += len(d.GetDeviceIds())
+			}
+		}
+		if err == nil && have == spokes {
+			return
+		}
+		select {
+		case <-again.C:
+		case <-late:
+			t.Fatalf("kubelet lists %d spokes after a minute, want %d: %v\n%s", have, spokes, err, tail(k.log))
+		}
+	}
+}
+
+// checkpoints is how often kubelet was seen to have written its checkpoint, which it does with each message of a plugin.
+func (k *kubelet) checkpoints(t *testing.T) int {
+	t.Helper()
+	info, err := os.Stat(filepath.Join(deviceplugin.Dir, "kubelet_internal_checkpoint"))
+	if errors.Is(err, os.ErrNotExist) {
+		return k.writes
+	}
+	try(t, err)
+	if !info.ModTime().Equal(k.written) {
+		k.written = info.ModTime()
+		k.writes++
+	}
+	return k.writes
+}

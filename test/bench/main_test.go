@@ -1,0 +1,132 @@
+package bench
+
+import (
+	"encoding/json"
+	"flag"
+	"fmt"
+	"math"
+	"os"
+	"strings"
+	"testing"
+	"text/tabwriter"
+
+	"github.com/k8slan/k8slan/test/netns"
+)
+
+// long is how much is measured: with it as much as docs/performance.md tells of, else as little as shows that it can be.
+var long = flag.Bool("long", false, "measure for a quarter of an hour instead of a moment")
+
+// output is where the results go.
+var output = flag.String("json", "", "`file` for the results")
+
+func TestMain(m *testing.M) {
+	if os.Getenv(spokesRole) != "" {
+		os.Exit(offerSpokes(os.Stdin, os.Stdout))
+	}
+	netns.Main(m)
+}
+
+// TestPerformance measures everything. It fails where something cannot be measured; a target that is missed is told.
+func TestPerformance(t *testing.T) {
+	netns.NeedRoot(t, "a kubelet needs root")
+	b := &bench{}
+	for _, m := range []struct {
+		name    string
+		measure func(*testing.T, *bench)
+	}{
+		{"B1-B2", addTime},
+		{"B3", attachRate},
+		{"B4", removalStall},
+		{"B5-B6", coldAndIdle},
+		{"B7", kubeletCost},
+		{"B8", traffic},
+	} {
+		t.Run(m.name, func(t *testing.T) { m.measure(t, b) })
+	}
+	b.print()
+	if *output != "" {
+		b.write(t)
+	}
+}
+
+// bench collects results.
+type bench struct{ results []result }
+
+// result is one line of the table. Value and Target are numbers or text.
+type result struct {
+	ID     string `json:"id"`
+	What   string `json:"what"`
+	Value  any    `json:"value"`
+	Target string `json:"target"`
+	Met    bool   `json:"met"`
+
+	figures string // what the value comes from, for people
+}
+
+func (b *bench) add(r result) {
+	b.results = append(b.results, r)
+	fmt.Printf("%s %s: %v, wanted %s; %s\n", r.ID, r.What, r.Value, r.Target, r.figures)
+}
+
+// atMost and atLeast add a result that has a number for a target.
+func (b *bench) atMost(id, what string, value, target float64, figures string) {
+	value = round(value)
+	b.add(result{ID: id, What: what, Value: value, Target: fmt.Sprintf("≤ %v", target), Met: value <= target, figures: figures})
+}
+
+func (b *bench) atLeast(id, what string, value, target float64, figures string) {
+	value = round(value)
+	b.add(result{ID: id, What: what, Value: value, Target: fmt.Sprintf("≥ %v", target), Met: value >= target, figures: figures})
+}
+
+// round keeps three significant digits.
+func round(v float64) float64 {
+	if v == 0 {
+		return 0
+	}
+	unit := math.Pow(10, 2-math.Floor(math.Log10(math.Abs(v))))
+	return math.Round(v*unit) / unit
+}
+
+func (b *bench) print() {
+	fmt.Println()
+	table := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(table, "id\twhat\tvalue\ttarget\tmet\tfrom")
+	for _, r := range b.results {
+		met := "yes"
+		if !r.Met {
+			met = "NO"
+		}
+		fmt.Fprintf(table, "%s\t%s\t%v\t%s\t%s\t%s\n", r.ID, r.What, r.Value, r.Target, met, r.figures)
+	}
+	table.Flush()
+}
+
+func (b *bench) write(t *testing.T) {
+	t.Helper()
+	var text strings.Builder
+	encoder := json.NewEncoder(&text)
+	encoder.SetIndent("", "  ")
+	encoder.SetEscapeHTML(false)
+	if err := encoder.Encode(b.results); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(*output, []byte(text.String()), 0o644); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// times is how often something is repeated: often in a long run, else as often as a smoke test needs.
+func times(often, smoke int) int {
+	if *long {
+		return often
+	}
+	return smoke
+}
+
+func try(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}

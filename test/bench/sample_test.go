@@ -1,0 +1,67 @@
+package bench
+
+import (
+	"fmt"
+	"slices"
+	"testing"
+)
+
+// contender is one of several ways to the same end. Each call of once does it once, and says what that cost or gave.
+type contender struct {
+	name string
+	once func() (float64, error)
+}
+
+// samples are a contender's results, one a round.
+type samples []float64
+
+// race lets all contenders run once a round, each time beginning with another one, so that whatever slows the machine
+// down meets all of them. The first round warms up and doesn't count.
+func race(t *testing.T, rounds int, contenders ...contender) map[string]samples {
+	t.Helper()
+	all := map[string]samples{}
+	for round := range rounds + 1 {
+		for i := range contenders {
+			c := contenders[(i+round)%len(contenders)]
+			v, err := c.once()
+			if err != nil {
+				t.Fatalf("%s: %v", c.name, err)
+			}
+			if round > 0 {
+				all[c.name] = append(all[c.name], v)
+			}
+		}
+	}
+	return all
+}
+
+// over are the ratios to another contender's results, round by round.
+func (s samples) over(o samples) samples {
+	ratios := make(samples, len(s))
+	for i := range s {
+		ratios[i] = s[i] / o[i]
+	}
+	return ratios
+}
+
+// quantile is the value below which that part of the samples lies.
+func (s samples) quantile(q float64) float64 {
+	sorted := slices.Sorted(slices.Values(s))
+	at := q * float64(len(sorted)-1)
+	low := int(at)
+	high := min(low+1, len(sorted)-1)
+	return sorted[low] + (sorted[high]-sorted[low])*(at-float64(low))
+}
+
+func (s samples) median() float64 { return s.quantile(0.5) }
+
+// spread says between what the middle half of the samples lies.
+func (s samples) spread() string {
+	return fmt.Sprintf("%v–%v", round(s.quantile(0.25)), round(s.quantile(0.75)))
+}
+
+// figures are the medians that a ratio is made of, and how it is spread over the rounds.
+func figures(unit string, ours, theirs samples) string {
+	return fmt.Sprintf("%v %s / %v %s, middle half %s, %d rounds",
+		round(ours.median()), unit, round(theirs.median()), unit, ours.over(theirs).spread(), len(ours))
+}

@@ -1,0 +1,397 @@
+package bench
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
+	vnetns "github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
+
+	"github.com/k8slan/k8slan/lanmgr"
+	"github.com/k8slan/k8slan/lanmgr/kernel"
+	"github.com/k8slan/k8slan/lanmgr/segment"
+	"github.com/k8slan/k8slan/test/lab"
+	"github.com/k8slan/k8slan/test/netns"
+)
+
+// managed is a node with the daemon's manager at work, and a count of what that does.
+type managed struct {
+	*lanmgr.Manager
+	*counted
+}
+
+// counted is the kernel as the manager has it.
+type counted struct {
+	*kernel.Node
+	reconciled atomic.Int64
+	observed   atomic.Int64
+	until      atomic.Int64  // how many observations are waited for
+	enough     chan struct{} // has a value when there were so many
+}
+
+func (c *counted) Observe(ctx context.Context, netns string) (segment.State, error) {
+	s, err := c.Node.Observe(ctx, netns)
+	if c.observed.Add(1) == c.until.Load() {
+		c.enough <- struct{}{}
+	}
+	return s, err
+}
+
+func (c *counted) Reconcile(ctx context.Context, netns string, decide func(segment.State) []segment.Op) ([]segment.Op, error) {
+	c.reconciled.Add(1)
+	return c.Node.Reconcile(ctx, netns, decide)
+}
+
+// manage runs a manager on the node until stop.
+func (n station) manage(t *testing.T) (m managed, stop func()) {
+	t.Helper()
+	k := kernel.New(kernel.Paths{Run: n.Run, HostNetns: n.Path})
+	c := &counted{Node: k, enough: make(chan struct{}, 1)}
+	m = managed{lanmgr.New(c, n.CDI, slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelWarn}))), c}
+	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
+	var running sync.WaitGroup
+	for _, part := range []func() error{
+		func() error { return m.Run(ctx) },
+		func() error { return k.Watch(ctx, m.Poke) },
+	} {
+		running.Go(func() {
+			if err := part(); err != nil && !errors.Is(err, context.Canceled) {
+				t.Errorf("the daemon of %s: %v", n.Name, err)
+			}
+		})
+	}
+	stop = sync.OnceFunc(func() {
+		cancel()
+		running.Wait()
+		k.Close()
+	})
+	t.Cleanup(stop)
+	return m, stop
+}
+
+// has says what the node should have, and returns when it has it.
+func (m managed) has(t *testing.T, want []segment.Segment) {
+	t.Helper()
+	m.Set(want)
+	late := time.After(10 * time.Minute)
+	again := time.NewTicker(5 * time.Millisecond) // less often than there is news: to ask is work as well
+	defer again.Stop()
+	for !m.settled(len(want)) {
+		select {
+		case <-again.C:
+		case <-late:
+			t.Fatalf("the daemon has not done its work after 10 minutes: %d of %d LANs", len(m.Reports()), len(want))
+		}
+	}
+}
+
+func (m managed) settled(lans int) bool {
+	reports := m.Reports()
+	for _, r := range reports {
+		if !r.Built || r.Leaving {
+			return false
+		}
+	}
+	return len(reports) == lans
+}
+
+// manyLANs are LANs of two spokes, with VNIs from first on.
+func (n station) manyLANs(first, number int) []segment.Segment {
+	lans := make([]segment.Segment, number)
+	for i := range lans {
+		vni := first + i
+		lans[i] = lab.LAN(uint32(vni), n.device, fmt.Sprintf("a%d", vni), fmt.Sprintf("b%d", vni))
+	}
+	return lans
+}
+
+// removalStall measures B4: how long the removal of LANs keeps others from the kernel's one lock for all links.
+func removalStall(t *testing.T, b *bench) {
+	n := join(t, netns.NewUnderlay(t, lab.UnderlayMTU), "worker1")
+	links := n.Netlink(t)
+	one := contender{"one", func() (float64, error) {
+		a := netlink.NewLinkAttrs()
+		a.Name = "one"
+		if err := links.LinkAdd(&netlink.Veth{LinkAttrs: a, PeerName: "other"}); err != nil {
+			return 0, err
+		}
+		began := time.Now()
+		err := links.LinkDel(&netlink.Veth{LinkAttrs: a})
+		return milliseconds(time.Since(began)), err
+	}}
+	m, _ := n.manage(t)
+	for _, c := range []struct {
+		id           string
+		lans, rounds int
+	}{
+		{"B4-100", times(100, 2), 5},
+		{"B4-500", times(500, 10), 2},
+	} {
+		singles := race(t, times(20, 2), one)["one"]
+		var worst, idle samples
+		var took time.Duration
+		for range times(c.rounds, 1) {
+			w := writeLinks(t, n)
+			w.stop(t, time.Second)
+			idle = append(idle, w.worst)
+
+			m.has(t, n.manyLANs(1, c.lans))
+			w = writeLinks(t, n)
+			began := time.Now()
+			m.has(t, nil)
+			took = time.Since(began)
+			w.stop(t, time.Second) // what the kernel removes later counts, too
+			worst = append(worst, w.worst)
+		}
+		b.atMost(c.id, fmt.Sprintf("worst stall of a writer while %d LANs are removed / one link deletion", c.lans),
+			worst.median()/singles.median(), 3,
+			fmt.Sprintf("%v ms / %v ms, in %d rounds %v–%v ms, removal takes %v; without one the writer stalls %v ms",
+				round(worst.median()), round(singles.median()), len(worst), round(worst.quantile(0)), round(worst.quantile(1)),
+				took.Round(10*time.Millisecond), round(idle.median())))
+	}
+}
+
+// writer is somebody else who changes links.
+type writer struct {
+	worst   float64 // milliseconds that one change took
+	ending  chan struct{}
+	ended   chan struct{}
+	failure error
+}
+
+// writeLinks changes a link of the node's once a millisecond, or as soon as it can.
+func writeLinks(t *testing.T, n station) *writer {
+	t.Helper()
+	links := n.Netlink(t)
+	a := netlink.NewLinkAttrs()
+	a.Name = "written"
+	try(t, links.LinkAdd(&netlink.Veth{LinkAttrs: a, PeerName: "peer"}))
+	link, err := links.LinkByName("written")
+	try(t, err)
+	w := &writer{ending: make(chan struct{}), ended: make(chan struct{})}
+	go func() {
+		defer close(w.ended)
+		tick := time.NewTicker(time.Millisecond)
+		defer tick.Stop()
+		for i := 0; w.failure == nil; i++ {
+			select {
+			case <-w.ending:
+				w.failure = links.LinkDel(link)
+				return
+			case <-tick.C:
+			}
+			began := time.Now()
+			w.failure = links.LinkSetAlias(link, fmt.Sprint(i))
+			w.worst = max(w.worst, milliseconds(time.Since(began)))
+		}
+	}()
+	return w
+}
+
+// stop lets the writer go on for a while and ends it.
+func (w *writer) stop(t *testing.T, after time.Duration) {
+	t.Helper()
+	timer := time.NewTimer(after)
+	<-timer.C
+	close(w.ending)
+	<-w.ended
+	try(t, w.failure)
+}
+
+// coldAndIdle measures B5, how long it takes to build LANs, and B6, how long to see that there is nothing to do.
+func coldAndIdle(t *testing.T, b *bench) {
+	lans := times(500, 10)
+	n := join(t, netns.NewUnderlay(t, lab.UnderlayMTU), "worker1")
+	host, ns, err := open(n.Path)
+	try(t, err)
+	defer ns.Close()
+	defer host.close()
+	run := filepath.Join(n.Run, "netns")
+	vni := 1 // each time others: the kernel may not have removed the last ones yet
+	next := func() []segment.Segment {
+		vni += lans
+		return n.manyLANs(vni, lans)
+	}
+	got := race(t, times(5, 1),
+		contender{"k8slan", func() (float64, error) {
+			want := next()
+			m, stop := n.manage(t)
+			began := time.Now()
+			m.has(t, want)
+			took := time.Since(began)
+			stop()
+			return milliseconds(took), n.forget(t)
+		}},
+		contender{"bare", func() (float64, error) {
+			want := next()
+			if err := os.MkdirAll(run, 0o755); err != nil {
+				return 0, err
+			}
+			began := time.Now()
+			for _, s := range want {
+				if err := bareLAN(host, s, filepath.Join(run, s.Netns)); err != nil {
+					return 0, fmt.Errorf("LAN %s: %w", s.Netns, err)
+				}
+			}
+			took := time.Since(began)
+			return milliseconds(took), n.forget(t)
+		}},
+	)
+	b.atMost("B5", fmt.Sprintf("%d LANs of 2 spokes built / the bare netlink messages", lans), got["k8slan"].over(got["bare"]).median(), 1.3,
+		figures("ms", got["k8slan"], got["bare"]))
+	idle(t, b, n, next())
+}
+
+// forget removes all LANs of the node at once, as no daemon would, and waits until the kernel has done it.
+func (n station) forget(t *testing.T) error {
+	t.Helper()
+	last := sandbox(t)
+	fd, err := vnetns.GetFromPath(last.Path)
+	if err != nil {
+		return err
+	}
+	defer fd.Close()
+	links := n.Netlink(t)
+	a := netlink.NewLinkAttrs()
+	a.Name = "last"
+	if err := links.LinkAdd(&netlink.Veth{LinkAttrs: a, PeerName: "end", PeerNamespace: netlink.NsFd(int(fd))}); err != nil {
+		return err
+	}
+	fd.Close()
+	names, err := filepath.Glob(filepath.Join(n.Run, "netns", "*"))
+	if err != nil {
+		return err
+	}
+	for _, name := range append(names, last.Path) {
+		if err := unix.Unmount(name, unix.MNT_DETACH); err != nil {
+			return fmt.Errorf("unmount %s: %w", name, err)
+		}
+	}
+	if err := os.RemoveAll(n.Run); err != nil {
+		return err
+	}
+	// The kernel takes namespaces down one after the other, and the last one has the veth.
+	late := time.After(5 * time.Minute)
+	again := time.NewTicker(10 * time.Millisecond)
+	defer again.Stop()
+	for {
+		_, err := links.LinkByName("last")
+		if errors.As(err, &netlink.LinkNotFoundError{}) {
+			return nil
+		}
+		select {
+		case <-again.C:
+		case <-late:
+			return errors.New("the kernel has not removed the namespaces of LANs after 5 minutes")
+		}
+	}
+}
+
+// idle measures B6 on LANs that stand.
+func idle(t *testing.T, b *bench, n station, lans []segment.Segment) {
+	m, stop := n.manage(t)
+	m.has(t, lans)
+	look := func() (float64, error) {
+		m.until.Store(m.observed.Load() + int64(len(lans)))
+		began := time.Now()
+		for _, s := range lans {
+			m.Poke(s.Netns)
+		}
+		<-m.enough
+		return milliseconds(time.Since(began)), nil
+	}
+	_, err := look()
+	try(t, err)
+	events := watchAll(t, n)
+	quiet(t, events)
+	reconciled := m.reconciled.Load()
+	got := race(t, times(30, 1), contender{"k8slan", look}, contender{"bare", func() (float64, error) {
+		began := time.Now()
+		for _, s := range lans {
+			if err := dump(filepath.Join(n.Run, "netns", s.Netns)); err != nil {
+				return 0, err
+			}
+		}
+		return milliseconds(time.Since(began)), nil
+	}})
+	b.atMost("B6", fmt.Sprintf("looking over %d LANs where nothing is to be done / opening and dumping each namespace", len(lans)),
+		got["k8slan"].over(got["bare"]).median(), 2, figures("ms", got["k8slan"], got["bare"]))
+	changes, locked := events(), m.reconciled.Load()-reconciled
+	b.atMost("B6-writes", "what it changes meanwhile", float64(int64(changes)+locked), 0,
+		fmt.Sprintf("%d netlink events, %d times that a LAN was locked to work on it, in %d looks", changes, locked, times(30, 1)+1))
+	stop()
+	try(t, n.forget(t))
+}
+
+// quiet waits until there was nothing for two seconds: the kernel tells late of carriers that have come.
+func quiet(t *testing.T, events func() int) {
+	t.Helper()
+	late := time.After(time.Minute)
+	again := time.NewTicker(2 * time.Second)
+	defer again.Stop()
+	for {
+		select {
+		case <-again.C:
+			if events() == 0 {
+				return
+			}
+		case <-late:
+			t.Fatal("links in LANs still change a minute after they were built")
+		}
+	}
+}
+
+// dump opens a namespace and has the kernel list its links.
+func dump(path string) error {
+	s, ns, err := open(path)
+	if err != nil {
+		return err
+	}
+	defer ns.Close()
+	defer s.close()
+	r := nl.NewNetlinkRequest(unix.RTM_GETLINK, unix.NLM_F_DUMP)
+	r.AddData(nl.NewIfInfomsg(unix.AF_UNSPEC))
+	r.Sockets = s.handles
+	_, err = r.Execute(unix.NETLINK_ROUTE, unix.RTM_NEWLINK)
+	return err
+}
+
+// watchAll subscribes to what is changed in the node's namespace and in those of LANs, and returns what counts it.
+func watchAll(t *testing.T, n station) (count func() int) {
+	t.Helper()
+	var fd int
+	try(t, n.Do(func() (err error) {
+		fd, err = unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_ROUTE)
+		return err
+	}))
+	t.Cleanup(func() { unix.Close(fd) })
+	const listenAllNSID = 8 // NETLINK_LISTEN_ALL_NSID in include/uapi/linux/netlink.h
+	try(t, unix.SetsockoptInt(fd, unix.SOL_NETLINK, listenAllNSID, 1))
+	try(t, unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}))
+	for _, group := range []int{
+		unix.RTNLGRP_LINK, unix.RTNLGRP_NEIGH, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR,
+		unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE, unix.RTNLGRP_NSID,
+	} {
+		try(t, unix.SetsockoptInt(fd, unix.SOL_NETLINK, unix.NETLINK_ADD_MEMBERSHIP, group))
+	}
+	return func() int {
+		events, buf := 0, make([]byte, 1<<16)
+		for {
+			_, _, err := unix.Recvfrom(fd, buf, 0)
+			if errors.Is(err, unix.EAGAIN) {
+				return events
+			}
+			events++ // an overflow is one, too
+		}
+	}
+}
