@@ -38,6 +38,7 @@ type guest struct {
 	Networks   string   // value of the annotation
 	Spokes     []string // with a resource limit each
 	Addresses  string   // of a VM's guest, with prefix lengths, with commas
+	Plain      bool     // a VM whose NIC offers its guest no offloads
 	Wait       bool     // a VM that opens its tap, but starts QEMU only when told
 	vm         bool
 }

@@ -16,6 +16,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/safchain/ethtool"
 	"github.com/spf13/cobra"
 
 	"github.com/k8slan/k8slan/test/frames"
@@ -213,7 +214,7 @@ func respond(iface *string) *cobra.Command {
 		Use:   "respond",
 		Short: "Answer ARP, ping and TCP from raw frames, and print as JSON what came",
 		Long: "Answer ARP, neighbour discovery, ping and TCP for addresses that the kernel doesn't have, from raw frames,\n" +
-			"dropping what has a wrong checksum or is larger than the MTU. At the end print\n" +
+			"dropping what has a wrong checksum or is larger than the MTU. At the end, or when terminated, print\n" +
 			"{\"pings\":…,\"good\":…,\"bad\":…,\"tooLarge\":…,\"opened\":…,\"closed\":…,\"bytes\":…}.\n" +
 			"The line \"listening\" on standard error says that from now on nothing is missed.",
 		Args: cobra.NoArgs,
@@ -226,6 +227,9 @@ func respond(iface *string) *cobra.Command {
 				}
 				responder.Addresses = append(responder.Addresses, address)
 			}
+			if err := wholeFrames(*iface); err != nil {
+				return err
+			}
 			err := withSender(*iface, func(s *frames.Sender) error {
 				responder.MAC, responder.MTU = s.Interface.HardwareAddr, s.Interface.MTU
 				var sendErr error
@@ -235,7 +239,7 @@ func respond(iface *string) *cobra.Command {
 				})
 				return errors.Join(sendErr, err)
 			})
-			if err != nil {
+			if err != nil && !errors.Is(err, context.Canceled) { // by a signal: that is an end, too
 				return err
 			}
 			return json.NewEncoder(cmd.OutOrStdout()).Encode(responder.Heard())
@@ -246,6 +250,25 @@ func respond(iface *string) *cobra.Command {
 	flags.Uint64VarP(&connections, "count", "n", 1, "end after so many connections are closed")
 	flags.DurationVar(&patience, "for", 10*time.Second, "how long to answer")
 	return cmd
+}
+
+// wholeFrames has the kernel hand on what comes as it comes, as who reads frames
+// raw must: generic receive offload puts several of them together.
+func wholeFrames(iface string) error {
+	e, err := ethtool.NewEthtool()
+	if err != nil {
+		return fmt.Errorf("open a socket for ethtool: %w", err)
+	}
+	defer e.Close()
+	const gro = "rx-gro"
+	have, err := e.Features(iface)
+	if err == nil && have[gro] {
+		err = e.Change(iface, map[string]bool{gro: false})
+	}
+	if err != nil {
+		return fmt.Errorf("switch %s of %s off: %w", gro, iface, err)
+	}
+	return nil
 }
 
 // withSender calls use with a sender on the interface.

@@ -33,6 +33,7 @@ type machine struct {
 	Interface string // the macvtap; empty if it is the only one
 	Addresses string // of the guest, with prefix lengths, with commas
 	Queues    int    // of the NIC, each with a CPU; through libvirt alone
+	Plain     bool   // the NIC offers the guest no offloads; without libvirt alone
 }
 
 // tap is an opened macvtap.
@@ -85,10 +86,19 @@ func (m machine) arguments(t tap) []string {
 		"-append", m.commandLine(),
 		// The LAN's NIC comes first and is eth0.
 		"-netdev", fmt.Sprintf("tap,id=lan,fd=%d,vhost=off", t.fd),
-		"-device", fmt.Sprintf("virtio-net-pci,netdev=lan,mac=%s,host_mtu=%d,romfile=", t.link.HardwareAddr, t.link.MTU),
+		"-device", fmt.Sprintf("virtio-net-pci,netdev=lan,mac=%s,host_mtu=%d,romfile=%s", t.link.HardwareAddr, t.link.MTU, m.offloads()),
 		"-netdev", commandsBackend,
 		"-device", "virtio-net-pci,netdev=commands,romfile=",
 	}
+}
+
+// offloads are the NIC's options for them.
+func (m machine) offloads() string {
+	if !m.Plain {
+		return ""
+	}
+	return ",csum=off,gso=off,host_tso4=off,host_tso6=off,host_ecn=off,host_ufo=off" +
+		",guest_csum=off,guest_tso4=off,guest_tso6=off,guest_ecn=off,guest_ufo=off"
 }
 
 // commandLine is the guest kernel's.

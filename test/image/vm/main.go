@@ -73,6 +73,7 @@ func run() *cobra.Command {
 	}
 	flags := cmd.Flags()
 	m.flags(flags)
+	flags.BoolVar(&m.Plain, "plain", os.Getenv("VM_PLAIN") != "", "the NIC offers no offloads; or a VM_PLAIN that isn't empty")
 	flags.BoolVar(&wait, "wait", os.Getenv("VM_WAIT") != "", "open the tap, but start QEMU only after: vm start; or a VM_WAIT that isn't empty")
 	return cmd
 }

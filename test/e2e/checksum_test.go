@@ -1,0 +1,129 @@
+package e2e
+
+import (
+	"encoding/json"
+	"fmt"
+	"strings"
+	"testing"
+
+	"github.com/k8slan/k8slan/crd/v1beta1"
+	"github.com/k8slan/k8slan/test/frames"
+)
+
+// function is a network function at a station, which reads frames raw and drops what has a wrong checksum or is larger
+// than the MTU. Its addresses are its own, not the kernel's.
+type function struct {
+	station
+	addresses []string
+}
+
+// in is the same function for a subtest.
+func (f function) in(t *testing.T) function {
+	f.station = f.station.in(t)
+	return f
+}
+
+func TestTCPReachesANetworkFunctionThatReadsFramesRawWhereTxChecksumIsOff(t *testing.T) {
+	l := newLab(t)
+	l.lan("raw", 1043, []string{"raw-near", "raw-fin", "raw-far", "raw-pod", "raw-vm", "raw-plain"}, "spokeOptions: {raw-fin: {txChecksum: off}}")
+	plain := vm("plain", worker1, "raw-plain")
+	plain.Plain = true
+	all := l.start(
+		pod("near", worker2, "raw-near"), pod("fin", worker2, "raw-fin"), pod("far", worker1, "raw-far"),
+		pod("pod", worker2, "raw-pod"), vm("vm", worker2, "raw-vm", "10.43.0.5/24", "fd43::5/64"), plain,
+	)
+	for i, s := range all[:3] {
+		s.address(fmt.Sprintf("10.43.0.%d/24", i+1), fmt.Sprintf("fd43::%d/64", i+1))
+	}
+	near, fin, far := all[0], all[1], all[2]
+	inPod := function{all[3], []string{"10.43.0.14", "fd43::14"}}
+	inVM := function{all[4], []string{"10.43.0.15", "fd43::15"}}
+	inPlainVM := function{all[5], []string{"10.43.0.16", "fd43::16"}}
+
+	t.Run("on", func(t *testing.T) {
+		t.Run("ping works and TCP doesn't, on the same node", func(t *testing.T) { wantsPingAlone(near.in(t), inPod.in(t)) })
+		t.Run("ping works and TCP doesn't, into a VM", func(t *testing.T) { wantsPingAlone(near.in(t), inVM.in(t)) })
+		t.Run("TCP works into a VM whose NIC has no offloads", func(t *testing.T) { wantsTCP(near.in(t), inPlainVM.in(t)) })
+		t.Run("TCP works on the same node from a spoke that has it off", func(t *testing.T) { wantsTCP(fin.in(t), inPod.in(t)) })
+		t.Run("Linux's own TCP works", func(t *testing.T) { wantsSessions(near.in(t), far.in(t), inVM.in(t)) })
+	})
+	everywhere := func(t *testing.T) {
+		t.Run("TCP works on the same node", func(t *testing.T) { wantsTCP(near.in(t), inPod.in(t)) })
+		t.Run("TCP works from the other node", func(t *testing.T) { wantsTCP(far.in(t), inPod.in(t)) })
+		t.Run("TCP works into a VM", func(t *testing.T) { wantsTCP(near.in(t), inVM.in(t)) })
+		t.Run("TCP works into a VM from the other node", func(t *testing.T) { wantsTCP(far.in(t), inVM.in(t)) })
+		t.Run("TCP works out of a VM", func(t *testing.T) { wantsTCP(inVM.station.in(t), inPod.in(t)) })
+		t.Run("Linux's own TCP works", func(t *testing.T) { wantsSessions(near.in(t), far.in(t), inVM.in(t)) })
+	}
+	l.edit("raw", func(s *v1beta1.LANSpec) {
+		off := v1beta1.SpokeOptions{TxChecksum: v1beta1.Off}
+		s.SpokeOptions = map[string]v1beta1.SpokeOptions{"raw-pod": off, "raw-vm": off}
+	})
+	l.ready("raw")
+	t.Run("off for the function's spoke", everywhere)
+	l.edit("raw", func(s *v1beta1.LANSpec) { s.SpokeOptions, s.TxChecksum = nil, v1beta1.Off })
+	l.ready("raw")
+	t.Run("off for the LAN", everywhere)
+	l.edit("raw", func(s *v1beta1.LANSpec) { s.TxChecksum = v1beta1.On })
+	l.ready("raw")
+	t.Run("on again", func(t *testing.T) { wantsPingAlone(near.in(t), inPod.in(t)) })
+}
+
+// wantsSessions wants Linux's own TCP to work within the node, across nodes, and into and out of a VM.
+func wantsSessions(near, far station, vm function) {
+	near.fetches(far, "10.43.0.3")
+	far.fetches(near, "fd43::1")
+	vm.fetches(near, "10.43.0.1")
+	near.fetches(vm.station, "fd43::5")
+}
+
+// wantsTCP sends a megabyte over IPv4 and one over IPv6, and wants all of it to arrive, and nothing that is bad.
+func wantsTCP(from station, to function) {
+	to.Helper()
+	ear := to.respond()
+	for _, a := range to.addresses {
+		from.sh("ping -c 1 -W 5 %s && head -c 1000000 /dev/urandom | timeout 20 nc %[1]s 179", a)
+	}
+	if heard := ear.heard(); heard.Bytes != 2_000_000 || heard.Opened != 2 || heard.Closed != 2 || heard.Bad+heard.TooLarge > 0 {
+		to.Errorf("from %s, %s heard %+v, want two connections with a megabyte each and nothing bad", from, to, heard)
+	}
+}
+
+// wantsPingAlone wants pings to be answered, and no TCP connection to come about for want of right checksums.
+func wantsPingAlone(from station, to function) {
+	to.Helper()
+	ear := to.respond()
+	for _, a := range to.addresses {
+		from.sh("ping -c 1 -W 5 %s", a)
+		if out, err := from.try("sh", "-c", "echo hello | timeout 1 nc "+a+" 179"); err == nil {
+			from.Errorf("TCP from %s to %s at %s works: %q", from, a, to, out)
+		}
+	}
+	to.run("killall", "frames")
+	if heard := ear.heard(); heard.Pings != 2 || heard.Bad < 2 || heard.Opened > 0 {
+		to.Errorf("from %s, %s heard %+v, want two pings, bad segments, and no connection", from, to, heard)
+	}
+}
+
+// respond starts the function, which ends after two TCP connections.
+func (f function) respond() listener {
+	f.Helper()
+	return f.listen("respond", "--address", strings.Join(f.addresses, ","), "--count", "2", "--for", "60s")
+}
+
+// heard returns what the program says at its end.
+func (h listener) heard() frames.Heard {
+	h.Helper()
+	lines, err := h.all()
+	var heard frames.Heard
+	if err == nil && len(lines) != 1 {
+		err = fmt.Errorf("it said %q", lines)
+	}
+	if err == nil {
+		err = json.Unmarshal([]byte(lines[0]), &heard)
+	}
+	if err != nil {
+		h.Fatalf("the network function at %s: %v", h.station, err)
+	}
+	return heard
+}
