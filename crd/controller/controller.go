@@ -1,7 +1,7 @@
 // Package controller admits what LANs claim, writes their NADs, sums up in their status what the nodes report, and lets LANs that are
 // deleted go when no node has anything left of them.
 //
-// Two reconcilers, each with a pure core. The first looks at all LANs together, one run at a time: admit decides what each holds
+// Three reconcilers, each with a pure core. The first looks at all LANs together, one run at a time: admit decides what each holds
 // (status.holds), status says how it does. The second takes one LAN at a time and keeps two NADs for each spoke that it holds.
 package controller
 
@@ -9,6 +9,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
+	"time"
 
 	nadv1 "github.com/k8snetworkplumbingwg/network-attachment-definition-client/pkg/apis/k8s.cni.cncf.io/v1"
 	corev1 "k8s.io/api/core/v1"
@@ -19,6 +21,7 @@ import (
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/builder"
 	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/controller"
 	"sigs.k8s.io/controller-runtime/pkg/event"
 	"sigs.k8s.io/controller-runtime/pkg/handler"
 	"sigs.k8s.io/controller-runtime/pkg/predicate"
@@ -31,6 +34,7 @@ import (
 // +kubebuilder:rbac:groups=lan.k8slan.io,resources=lans/finalizers,verbs=update
 // +kubebuilder:rbac:groups=lan.k8slan.io,resources=lannodes,verbs=get;list;watch
 // +kubebuilder:rbac:groups="",resources=nodes,verbs=get;list;watch
+// +kubebuilder:rbac:groups="",resources=nodes/status,verbs=patch
 // +kubebuilder:rbac:groups=k8s.cni.cncf.io,resources=network-attachment-definitions,verbs=get;list;watch;create;update;delete
 // +kubebuilder:rbac:groups=events.k8s.io,resources=events,verbs=create;patch
 
@@ -53,6 +57,9 @@ func Setup(mgr ctrl.Manager) error {
 	}
 	if err := setupNADs(mgr); err != nil {
 		return fmt.Errorf("set up the controller of NADs: %w", err)
+	}
+	if err := setupResidue(mgr); err != nil {
+		return fmt.Errorf("set up the controller of residue: %w", err)
 	}
 	return nil
 }
@@ -89,6 +96,26 @@ func setupNADs(mgr ctrl.Manager) error {
 		For(&v1beta1.LAN{}).
 		Watches(&nadv1.NetworkAttachmentDefinition{}, handler.EnqueueRequestsFromMapFunc(r.lansOf)).
 		Complete(r)
+}
+
+func setupResidue(mgr ctrl.Manager) error {
+	r := &residueReconciler{client: mgr.GetClient(), now: time.Now, rests: map[string]rest{}}
+	return ctrl.NewControllerManagedBy(mgr).
+		Named("residue").
+		For(&corev1.Node{}, builder.WithPredicates(predicate.NewPredicateFuncs(hasZeros))).
+		Watches(&v1beta1.LAN{}, handler.EnqueueRequestsFromMapFunc(r.nodesWithZeros), builder.WithPredicates(predicate.Funcs{
+			CreateFunc: func(event.CreateEvent) bool { return false }, // gives nobody's spoke up
+			UpdateFunc: func(e event.UpdateEvent) bool {
+				return offersChanged(e.ObjectOld.(*v1beta1.LAN), e.ObjectNew.(*v1beta1.LAN))
+			},
+		})).
+		WithOptions(controller.Options{MaxConcurrentReconciles: 1}).
+		Complete(r)
+}
+
+// offersChanged says whether other spokes are offered, or on other nodes.
+func offersChanged(before, after *v1beta1.LAN) bool {
+	return !equality.Semantic.DeepEqual(before.Status.Holds, after.Status.Holds) || !maps.Equal(before.Spec.NodeSelector, after.Spec.NodeSelector)
 }
 
 // nodeChanged passes over kubelet's heartbeats.

@@ -16,6 +16,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
+	"github.com/k8slan/k8slan/crd/controller"
 	"github.com/k8slan/k8slan/crd/v1beta1"
 )
 
@@ -29,7 +30,8 @@ func (r Release) AwaitResidue(ctx context.Context) {
 	var left map[string][]string
 	err := await(ctx, r.Client, &corev1.NodeList{}, nil, func(nodes []corev1.Node) (bool, error) {
 		left = map[string][]string{}
-		for _, n := range nodes {
+		for i := range nodes {
+			n := &nodes[i]
 			zero, others := ours(n)
 			if len(others) > 0 {
 				left[n.Name] = others
@@ -37,7 +39,7 @@ func (r Release) AwaitResidue(ctx context.Context) {
 			if len(zero) == 0 {
 				continue
 			}
-			if err := r.removeFrom(ctx, n.Name, zero); err != nil {
+			if err := controller.RemoveResidue(ctx, r.Client, n, zero); err != nil {
 				left[n.Name] = append(left[n.Name], zero...)
 				r.Log.Warn("cannot remove resources from the node; trying again when it changes", "node", n.Name, "err", err)
 				continue
@@ -68,40 +70,15 @@ func (r Release) isInstalled(ctx context.Context) (bool, error) {
 }
 
 // ours are the resources of a node that are spokes: those with value 0, and those that kubelet has not given up yet.
-func ours(n corev1.Node) (zero, others []string) {
-	for name, quantity := range n.Status.Capacity {
-		switch {
-		case !strings.HasPrefix(string(name), v1beta1.Resource("")):
-		case quantity.IsZero():
-			zero = append(zero, string(name))
-		default:
+func ours(n *corev1.Node) (zero, others []string) {
+	zero = controller.Residue(n, func(string) bool { return false })
+	for name := range n.Status.Capacity {
+		if strings.HasPrefix(string(name), v1beta1.Resource("")) && !slices.Contains(zero, string(name)) {
 			others = append(others, string(name))
 		}
 	}
-	slices.Sort(zero)
 	slices.Sort(others)
 	return zero, others
-}
-
-// removeFrom takes resources out of a node's status, all or none: where one is not 0 any more the API server refuses.
-func (r Release) removeFrom(ctx context.Context, node string, resources []string) error {
-	type operation struct {
-		Op    string `json:"op"`
-		Path  string `json:"path"`
-		Value any    `json:"value,omitempty"`
-	}
-	var patch []operation
-	for _, part := range []string{"capacity", "allocatable"} {
-		for _, r := range resources {
-			path := "/status/" + part + "/" + strings.ReplaceAll(r, "/", "~1")
-			patch = append(patch, operation{Op: "test", Path: path, Value: "0"}, operation{Op: "remove", Path: path})
-		}
-	}
-	body, err := json.Marshal(patch)
-	if err != nil {
-		return err
-	}
-	return r.Client.Status().Patch(ctx, &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: node}}, client.RawPatch(types.JSONPatchType, body))
 }
 
 // Adopt makes the ClusterRole of the last step the owner of the step's other objects, so that they all go with it.

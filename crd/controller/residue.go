@@ -1,0 +1,150 @@
+package controller
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+	ctrl "sigs.k8s.io/controller-runtime"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/log"
+	"sigs.k8s.io/controller-runtime/pkg/reconcile"
+
+	"github.com/k8slan/k8slan/crd/v1beta1"
+)
+
+// Residue are the resources of spokes that a node's status lists with the value 0, sorted, without those to keep. kubelet forgets
+// a resource five minutes after its plugin has ended, and leaves it there so for ever (MachineInfo in
+// pkg/kubelet/nodestatus/setters.go). Before that its capacity is not 0, and kubelet would write it back.
+func Residue(n *corev1.Node, keep func(resource string) bool) []string {
+	var names []string
+	for name, capacity := range n.Status.Capacity {
+		allocatable := n.Status.Allocatable[name] // 0 where there is none
+		if strings.HasPrefix(string(name), v1beta1.Resource("")) && capacity.IsZero() && allocatable.IsZero() && !keep(string(name)) {
+			names = append(names, string(name))
+		}
+	}
+	slices.Sort(names)
+	return names
+}
+
+// RemoveResidue takes resources out of a node's status, all or none: where one of them is not 0 any more, the API server refuses.
+func RemoveResidue(ctx context.Context, c client.Client, n *corev1.Node, resources []string) error {
+	type operation struct {
+		Op    string `json:"op"`
+		Path  string `json:"path"`
+		Value string `json:"value,omitempty"`
+	}
+	var patch []operation
+	for part, list := range map[string]corev1.ResourceList{"capacity": n.Status.Capacity, "allocatable": n.Status.Allocatable} {
+		for _, r := range resources {
+			if _, there := list[corev1.ResourceName(r)]; there {
+				path := "/status/" + part + "/" + strings.ReplaceAll(r, "/", "~1")
+				patch = append(patch, operation{Op: "test", Path: path, Value: "0"}, operation{Op: "remove", Path: path})
+			}
+		}
+	}
+	body, err := json.Marshal(patch)
+	if err != nil {
+		return err
+	}
+	bare := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: n.Name}}
+	if err := c.Status().Patch(ctx, bare, client.RawPatch(types.JSONPatchType, body)); err != nil {
+		return fmt.Errorf("remove %s from the status of node %s: %w", enumerate(resources, ", "), n.Name, err)
+	}
+	return nil
+}
+
+// How long a node rests after a removal: a kubelet that writes back what was removed is not fought.
+const (
+	shortestRest = time.Second
+	longestRest  = 5 * time.Minute
+)
+
+// residueReconciler removes from one node at a time the resources of spokes that no LAN offers there. It must run one at a time.
+type residueReconciler struct {
+	client client.Client
+	now    func() time.Time
+	rests  map[string]rest // by node
+}
+
+// rest is a node's after a removal.
+type rest struct {
+	until   time.Time
+	length  time.Duration
+	removed []string
+}
+
+// Reconcile removes what is left on a node.
+func (r *residueReconciler) Reconcile(ctx context.Context, request ctrl.Request) (ctrl.Result, error) {
+	var n corev1.Node
+	if err := r.client.Get(ctx, request.NamespacedName, &n); err != nil {
+		delete(r.rests, request.Name)
+		return ctrl.Result{}, client.IgnoreNotFound(err)
+	}
+	var lans v1beta1.LANList
+	if err := r.client.List(ctx, &lans, client.UnsafeDisableDeepCopy); err != nil {
+		return ctrl.Result{}, fmt.Errorf("list LANs: %w", err)
+	}
+	left := Residue(&n, offeredOn(&n, lans.Items))
+	if len(left) == 0 {
+		return ctrl.Result{}, nil
+	}
+	now, last := r.now(), r.rests[n.Name]
+	if wait := last.until.Sub(now); wait > 0 {
+		return ctrl.Result{RequeueAfter: wait}, nil
+	}
+	next := rest{length: shortestRest, removed: left}
+	if slices.ContainsFunc(left, func(name string) bool { return slices.Contains(last.removed, name) }) {
+		next.length = min(2*last.length, longestRest)
+	}
+	next.until = now.Add(next.length)
+	if err := RemoveResidue(ctx, r.client, &n, left); err != nil {
+		return ctrl.Result{}, client.IgnoreNotFound(err)
+	}
+	r.rests[n.Name] = next
+	log.FromContext(ctx).Info("resources that no LAN offers are removed from the node's status", "node", n.Name, "resources", left)
+	return ctrl.Result{}, nil
+}
+
+// offeredOn says which resources are those of spokes that a LAN holds which spans the node. They stay, whatever their value: the
+// node's daemon may be away.
+func offeredOn(n *corev1.Node, lans []v1beta1.LAN) func(resource string) bool {
+	offered := map[string]bool{}
+	here := []node{{Name: n.Name, Labels: n.Labels, Exists: true}}
+	for i := range lans {
+		if holds := lans[i].Status.Holds; holds != nil && len(spannedBy(&lans[i], here)) > 0 {
+			for _, spoke := range holds.Spokes {
+				offered[v1beta1.Resource(spoke)] = true
+			}
+		}
+	}
+	return func(resource string) bool { return offered[resource] }
+}
+
+// nodesWithZeros are the nodes that a change of a LAN may leave something on.
+func (r *residueReconciler) nodesWithZeros(ctx context.Context, _ client.Object) []reconcile.Request {
+	var nodes corev1.NodeList
+	if err := r.client.List(ctx, &nodes, client.UnsafeDisableDeepCopy); err != nil {
+		log.FromContext(ctx).Error(err, "list the nodes that may have resources left")
+		return nil
+	}
+	var requests []reconcile.Request
+	for i := range nodes.Items {
+		if hasZeros(&nodes.Items[i]) {
+			requests = append(requests, reconcile.Request{NamespacedName: client.ObjectKeyFromObject(&nodes.Items[i])})
+		}
+	}
+	return requests
+}
+
+// hasZeros is true for a node that lists a spoke with the value 0.
+func hasZeros(n client.Object) bool {
+	return len(Residue(n.(*corev1.Node), func(string) bool { return false })) > 0
+}
