@@ -75,18 +75,12 @@ func (s sandbox) call(verb string, config keys) ([]byte, error) {
 
 // send is call with whatever on standard input.
 func (s sandbox) send(verb string, stdin []byte) ([]byte, error) {
-	binary, err := pluginBinary()
+	cmd, err := s.command(verb)
 	if err != nil {
 		return nil, err
 	}
 	var stdout, stderr bytes.Buffer
-	cmd := exec.Command(binary)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = bytes.NewReader(stdin), &stdout, &stderr
-	cmd.Env = []string{
-		"CNI_COMMAND=" + verb, "CNI_CONTAINERID=" + s.id, "CNI_NETNS=" + s.Path, "CNI_IFNAME=" + s.ifname, "CNI_PATH=" + s.host.Run,
-		"CNI_ARGS=IgnoreUnknown=1;K8S_POD_NAMESPACE=default;K8S_POD_NAME=" + s.id + ";K8S_POD_UID=1234",
-		"K8SLAN_RUN_DIR=" + s.host.Run, "K8SLAN_CDI_DIR=" + s.host.CDI,
-	}
 	err = s.host.Do(cmd.Run)
 	if err == nil {
 		return stdout.Bytes(), nil
@@ -96,6 +90,21 @@ func (s sandbox) send(verb string, stdin []byte) ([]byte, error) {
 		return nil, fmt.Errorf("%s gave no CNI error: %w: %s%s", verb, err, &stdout, &stderr)
 	}
 	return nil, said
+}
+
+// command is the plugin as a runtime starts it.
+func (s sandbox) command(verb string) (*exec.Cmd, error) {
+	binary, err := pluginBinary()
+	if err != nil {
+		return nil, err
+	}
+	cmd := exec.Command(binary)
+	cmd.Env = []string{
+		"CNI_COMMAND=" + verb, "CNI_CONTAINERID=" + s.id, "CNI_NETNS=" + s.Path, "CNI_IFNAME=" + s.ifname, "CNI_PATH=" + s.host.plugins(),
+		"CNI_ARGS=IgnoreUnknown=1;K8S_POD_NAMESPACE=default;K8S_POD_NAME=" + s.id + ";K8S_POD_UID=1234",
+		"K8SLAN_RUN_DIR=" + s.host.Run, "K8SLAN_CDI_DIR=" + s.host.CDI,
+	}
+	return cmd, nil
 }
 
 func (s sandbox) must(t *testing.T, verb string, config keys) []byte {
@@ -511,6 +520,9 @@ func TestPluginWaitsForANamespaceThatHasLostItsName(t *testing.T) {
 	crosses(t, wire, other, frames.Stream(nil, segment.MAC(s.LAN, "srl"), 1, 1))
 }
 
+// plugins is where the node has other CNI plugins.
+func (h host) plugins() string { return filepath.Join(filepath.Dir(h.Path), "plugins") }
+
 // installIPAM puts an IPAM plugin on the node that gives these addresses and does not mind who has them already.
 func (h host) installIPAM(t *testing.T, addresses ...string) keys {
 	t.Helper()
@@ -522,11 +534,11 @@ func (h host) installIPAM(t *testing.T, addresses ...string) keys {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := os.MkdirAll(h.Run, 0o755); err != nil {
+	if err := os.MkdirAll(h.plugins(), 0o755); err != nil {
 		t.Fatal(err)
 	}
 	script := fmt.Sprintf("#!/bin/sh\nif [ $CNI_COMMAND = ADD ]; then echo '%s'; fi\n", answer)
-	if err := os.WriteFile(filepath.Join(h.Run, "fixed"), []byte(script), 0o755); err != nil {
+	if err := os.WriteFile(filepath.Join(h.plugins(), "fixed"), []byte(script), 0o755); err != nil {
 		t.Fatal(err)
 	}
 	return keys{"ipam": keys{"type": "fixed"}}

@@ -18,7 +18,12 @@ import (
 	"github.com/k8slan/k8slan/test/netns"
 )
 
-func TestMain(m *testing.M) { netns.Main(m) }
+func TestMain(m *testing.M) {
+	if os.Getenv(daemonRun) != "" {
+		os.Exit(daemon())
+	}
+	netns.Main(m)
+}
 
 const (
 	// underlayMTU is that of the network between the nodes, lanMTU what is left of it for a LAN: 70 bytes of
@@ -28,6 +33,10 @@ const (
 
 	// patience is how long a test waits for what should come at once.
 	patience = 3 * time.Second
+
+	// longPatience is how long it waits for what the daemon does: all of a machine's namespaces share one lock, and who
+	// removes many at once has it for seconds.
+	longPatience = 30 * time.Second
 )
 
 // host is a node with k8slan on it.

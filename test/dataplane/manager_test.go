@@ -65,7 +65,7 @@ func (m managed) runs(t *testing.T, want ...segment.Segment) {
 // awaitReports returns when the manager's reports fit.
 func (m managed) awaitReports(t *testing.T, what string, fit func([]lanmgr.Report) bool) {
 	t.Helper()
-	deadline := time.After(2 * patience)
+	deadline := time.After(longPatience)
 	for !fit(m.Reports()) {
 		select {
 		case <-m.Changed():
@@ -90,7 +90,7 @@ func (h host) awaitState(t *testing.T, s segment.Segment, what string, fits func
 		if fits(have) {
 			return time.Since(began)
 		}
-		if time.Since(began) > 2*patience {
+		if time.Since(began) > longPatience {
 			t.Fatalf("waited for %s on %s; %s is\n%s", what, h.Name, s.Netns, describe(have))
 		}
 		<-again.C

@@ -1,0 +1,461 @@
+package dataplane
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/k8slan/k8slan/lanmgr"
+	"github.com/k8slan/k8slan/lanmgr/kernel"
+	"github.com/k8slan/k8slan/lanmgr/segment"
+	"github.com/k8slan/k8slan/test/frames"
+	"github.com/k8slan/k8slan/test/netns"
+)
+
+// doomed is a process that is killed at each of its steps in turn, and the node it runs on.
+type doomed struct {
+	host
+	segment.Segment // as the node is to have it afterwards
+	cmd             *exec.Cmd
+	stdin           any        // as JSON
+	old             []attached // pods that were there before, or half so
+	refused         bool       // a plugin's process that ends with an error by itself
+	stays           bool       // the LAN: it is as a new one, and the next process may have it
+}
+
+// attached is a sandbox with the network it is or was to be attached to.
+type attached struct {
+	sandbox
+	config keys
+}
+
+// Whatever the daemon or the plugin was about to change when it was killed: the daemon that comes next leads the node
+// to where it should be, a pod can attach and speak, and once it has gone nothing is left of it all.
+func TestKilledAtEveryStep(t *testing.T) {
+	netns.NeedDevices(t)
+	for name, prepare := range map[string]func(*testing.T, host) doomed{
+		"ADD of a pod":                         add(segment.Veth, nil, nil),
+		"ADD of a VM":                          add(segment.Macvtap, nil, nil),
+		"ADD of a pod with finished checksums": add(segment.Veth, []string{"srl"}, nil),
+		"ADD of a pod with addresses":          addWithAddresses,
+		"ADD of a pod that is refused":         addRefused(segment.Veth),
+		"ADD of a VM that is refused":          addRefused(segment.Macvtap),
+		"ADD where the standing pair is gone":  addWithoutPair,
+		"take-over of a pod by a pod":          takeOver(segment.Veth, segment.Veth),
+		"take-over of a pod by a VM":           takeOver(segment.Veth, segment.Macvtap),
+		"take-over of a VM by a pod":           takeOver(segment.Macvtap, segment.Veth),
+		"take-over of a VM by a VM":            takeOver(segment.Macvtap, segment.Macvtap),
+		"DEL of a pod":                         del(segment.Veth),
+		"DEL of a VM":                          del(segment.Macvtap),
+		"LAN built":                            built,
+		"LAN edited":                           edited,
+		"LAN repaired":                         repaired,
+		"LAN of pods that are gone":            abandoned,
+		"LAN in another's place":               replaced,
+		"LAN removed":                          removed,
+	} {
+		t.Run(name, func(t *testing.T) { killAtEveryStep(t, prepare) })
+	}
+}
+
+func killAtEveryStep(t *testing.T, prepare func(*testing.T, host) doomed) {
+	h := join(t, netns.NewUnderlay(t, underlayMTU), "worker1")
+	for at := 0; ; at++ {
+		h.kernel = h.start(t)
+		d := prepare(t, h)
+		h.kernel.Close() // what it has in hand is nothing a new process has
+		d.kernel = h.start(t)
+		steps, killed := d.run(t, at)
+		story := "lived"
+		if killed {
+			story = fmt.Sprintf("killed at step %d, %s", at, steps[len(steps)-1])
+		}
+		d.goesOn(t, story, at)
+		if t.Failed() {
+			return
+		}
+		if !killed { // every step it takes was one at which it was killed
+			if len(steps) != at || at == 0 {
+				t.Fatalf("killed %d times, but takes %d steps: %v", at, len(steps), steps)
+			}
+			t.Logf("killed at each of %d steps", at)
+			return
+		}
+	}
+}
+
+// run is the life and death of the process.
+func (d doomed) run(t *testing.T, killAt int) (steps []step, killed bool) {
+	t.Helper()
+	stdin, err := json.Marshal(d.stdin)
+	try(t, err)
+	dir := t.TempDir()
+	try(t, os.WriteFile(filepath.Join(dir, "stdin"), stdin, 0o600))
+	in, err := os.Open(filepath.Join(dir, "stdin"))
+	try(t, err)
+	defer in.Close()
+	out, err := os.Create(filepath.Join(dir, "out"))
+	try(t, err)
+	defer out.Close()
+	d.cmd.Stdin, d.cmd.Stdout, d.cmd.Stderr = in, out, out
+	err = d.Do(func() (err error) {
+		steps, killed, err = walk(d.cmd, killAt)
+		return err
+	})
+	if _, exited := errors.AsType[exitStatus](err); exited && d.refused {
+		return steps, killed
+	}
+	if err != nil || !killed && d.refused {
+		said, _ := os.ReadFile(out.Name())
+		t.Fatalf("to be killed at step %d, after %v: %v\n%s", killAt, steps, err, said)
+	}
+	return steps, killed
+}
+
+// goesOn is life after the process.
+func (d doomed) goesOn(t *testing.T, story string, number int) {
+	t.Helper()
+	defer func() {
+		if t.Failed() {
+			t.Log(story)
+		}
+	}()
+	m := d.manage(t)
+	m.runs(t, d.Segment)
+	there := d.inside(d.Segment).Open(t, segment.PlugName("peer"))
+	// A pod and a VM by turns: which follows must not matter.
+	young := attached{d.sandbox(t), network(d.Segment, "srl", []segment.Kind{segment.Veth, segment.Macvtap}[number%2], nil)}
+	here, _ := young.add(t, d.Segment, young.config)
+	for _, when := range []string{"before", "after"} {
+		reaches(t, here, there, frames.Stream(nil, segment.MAC(d.LAN, "srl"), 1, 1))
+		reaches(t, there, here, frames.Stream(nil, segment.MAC(d.LAN, "peer"), 1, 2))
+		if when == "before" {
+			for _, old := range d.old {
+				old.must(t, "DEL", old.config)
+			}
+		}
+	}
+	here.Close()
+	there.Close()
+	for _, gone := range append(d.old, young) {
+		gone.must(t, "DEL", gone.config)
+		if links := gone.Links(t); len(links) != 0 {
+			t.Errorf("after DEL the pod has %v", links)
+		}
+	}
+	m.runs(t, d.Segment)
+	d.awaitState(t, d.Segment, "the segment to be as a new one", func(have segment.State) bool {
+		return len(segment.Diff(d.Segment, have)) == 0 && len(have.Claims()) == 0 && len(have.Links) == 2+2*len(d.Spokes)
+	})
+	d.reconcilesInSilence(t)
+	d.expectFiles(t, "lan/"+d.Netns+".json", "lock/"+d.Netns, "netns/"+d.Netns)
+	if d.stays {
+		m.stop()
+		d.kernel.Close()
+		return
+	}
+	m.Set(nil)
+	m.awaitReports(t, "nothing", func(reports []lanmgr.Report) bool { return len(reports) == 0 })
+	m.stop()
+	d.kernel.Close()
+	d.expectFiles(t)
+	expectNothing(t, d.host)
+}
+
+// reaches sends a frame and waits for it at the other end, among whatever a pod that is going may have said.
+func reaches(t *testing.T, from, to netns.Wire, frame []byte) {
+	t.Helper()
+	try(t, from.Send(frame))
+	_, err := netns.Await(to, patience, func(got []byte) bool { return bytes.Equal(got, frame) })
+	try(t, err)
+}
+
+// expectFiles wants these files below Run and none of CDI.
+func (d doomed) expectFiles(t *testing.T, want ...string) {
+	t.Helper()
+	have := []string{}
+	for _, dir := range []string{d.Run, d.CDI} {
+		try(t, filepath.WalkDir(dir, func(path string, e fs.DirEntry, err error) error {
+			if errors.Is(err, fs.ErrNotExist) {
+				return nil
+			}
+			if err == nil && !e.IsDir() {
+				have = append(have, strings.TrimPrefix(path, d.Run+"/"))
+			}
+			return err
+		}))
+	}
+	if !slices.Equal(have, want) {
+		t.Errorf("on the node are %q, want %q", have, want)
+	}
+}
+
+// reconcilesInSilence wants a look by a new process that finds nothing to do and of which rtnetlink says nothing.
+// What earlier changes have left to say may come late (linkwatch, up to a second), so the look is repeated then.
+func (d doomed) reconcilesInSilence(t *testing.T) {
+	t.Helper()
+	for range 30 {
+		ears := []*netlinkEar{d.listen(t, d.Namespace), d.listen(t, d.inside(d.Segment))}
+		k := d.start(t)
+		ops := reconcile(t, k, d.Netns, func(have segment.State) []segment.Op { return segment.Diff(d.Segment, have) })
+		k.Close()
+		if len(ops) != 0 {
+			t.Fatalf("to do once more: %v", ops)
+		}
+		heard := false
+		for _, ear := range ears {
+			heard = ear.heard(t) || heard
+		}
+		if !heard {
+			return
+		}
+	}
+	t.Error("each time that nothing was to be done, rtnetlink had events")
+}
+
+// netlinkEar hears all that rtnetlink tells of a namespace.
+type netlinkEar struct{ file *os.File }
+
+func (h host) listen(t *testing.T, ns netns.Namespace) *netlinkEar {
+	t.Helper()
+	var fd int
+	try(t, ns.Do(func() (err error) {
+		if fd, err = unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_ROUTE); err != nil {
+			return err
+		}
+		return unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK, Groups: ^uint32(0)})
+	}))
+	return &netlinkEar{os.NewFile(uintptr(fd), "rtnetlink")}
+}
+
+// heard says whether there was anything, and is done.
+func (e *netlinkEar) heard(t *testing.T) bool {
+	t.Helper()
+	defer e.file.Close()
+	try(t, e.file.SetReadDeadline(time.Now().Add(2*time.Millisecond))) // what the look caused is there already
+	n, err := e.file.Read(make([]byte, 1<<16))
+	if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Fatal(err)
+	}
+	return n > 0
+}
+
+// killable is the LAN of these tests.
+func (h host) killable(t *testing.T) segment.Segment {
+	t.Helper()
+	return h.here(t, lan("killed", 101, "peer", "srl"))
+}
+
+func (a attached) doomed(t *testing.T, verb string, s segment.Segment, old ...attached) doomed {
+	t.Helper()
+	cmd, err := a.command(verb)
+	try(t, err)
+	return doomed{host: a.host, Segment: s, cmd: cmd, stdin: a.config, old: append(old, a), stays: true}
+}
+
+func add(kind segment.Kind, txChecksumOff []string, extra keys) func(*testing.T, host) doomed {
+	return func(t *testing.T, h host) doomed {
+		s := h.killable(t)
+		s.TxChecksumOff = txChecksumOff
+		h.build(t, s)
+		return attached{h.sandbox(t), network(s, "srl", kind, extra)}.doomed(t, "ADD", s)
+	}
+}
+
+func addWithAddresses(t *testing.T, h host) doomed {
+	d := add(segment.Veth, nil, h.installIPAM(t, "192.0.2.1/24", "2001:db8::1/64"))(t, h)
+	d.old[0].Sysctl(t, "net/ipv6/conf/default/accept_dad", "0") // nobody else has it
+	return d
+}
+
+// addRefused is an ADD that has to take everything back at its last step.
+func addRefused(kind segment.Kind) func(*testing.T, host) doomed {
+	return func(t *testing.T, h host) doomed {
+		d := add(kind, nil, nil)(t, h)
+		d.refused = true
+		d.cmd.Env = append(d.cmd.Env, "K8SLAN_CDI_DIR=/dev/null/cdi")
+		return d
+	}
+}
+
+func addWithoutPair(t *testing.T, h host) doomed {
+	d := add(segment.Veth, nil, nil)(t, h)
+	inside := h.inside(d.Segment).Netlink(t)
+	for _, name := range []string{segment.PlugName("srl"), d.Bridge} {
+		l, err := inside.LinkByName(name)
+		try(t, err)
+		try(t, inside.LinkDel(l))
+	}
+	return d
+}
+
+// with attaches a pod or VM to the LAN as it is.
+func (h host) with(t *testing.T, s segment.Segment, spoke string, kind segment.Kind) attached {
+	t.Helper()
+	a := attached{h.sandbox(t), network(s, spoke, kind, nil)}
+	a.must(t, "ADD", a.config)
+	return a
+}
+
+func takeOver(from, to segment.Kind) func(*testing.T, host) doomed {
+	return func(t *testing.T, h host) doomed {
+		s := h.killable(t)
+		s.TxChecksumOff = []string{"srl"}
+		h.build(t, s)
+		old := h.with(t, s, "srl", from)
+		return attached{h.sandbox(t), network(s, "srl", to, nil)}.doomed(t, "ADD", s, old)
+	}
+}
+
+func del(kind segment.Kind) func(*testing.T, host) doomed {
+	return func(t *testing.T, h host) doomed {
+		s := h.killable(t)
+		h.build(t, s)
+		return h.with(t, s, "srl", kind).doomed(t, "DEL", s)
+	}
+}
+
+// Environment of a process that is the daemon: where it keeps its things.
+const (
+	daemonRun = "K8SLAN_TEST_RUN"
+	daemonCDI = "K8SLAN_TEST_CDI"
+)
+
+// daemon is such a process. It has the manager make what standard input says, and ends when that is there.
+func daemon() int {
+	var want []segment.Segment
+	if err := json.NewDecoder(os.Stdin).Decode(&want); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 2
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), longPatience)
+	defer cancel()
+	k := kernel.New(kernel.Paths{Run: os.Getenv(daemonRun)})
+	m := lanmgr.New(k, os.Getenv(daemonCDI), slog.New(slog.NewTextHandler(os.Stderr, nil)))
+	ended := make(chan error, 1)
+	go func() { ended <- m.Run(ctx) }()
+	m.Set(want)
+	for {
+		select {
+		case <-m.Changed():
+			reports, left := m.Reports(), []string{}
+			if len(want) == 0 {
+				left, _ = k.List()
+			}
+			if len(left) == 0 && len(reports) == len(want) && !slices.ContainsFunc(reports, func(r lanmgr.Report) bool { return !r.Built || r.Leaving }) {
+				cancel()
+				if err := <-ended; err != nil {
+					fmt.Fprintln(os.Stderr, err)
+					return 1
+				}
+				return 0
+			}
+		case <-ctx.Done():
+			fmt.Fprintf(os.Stderr, "after %v: %+v\n", longPatience, m.Reports())
+			return 1
+		}
+	}
+}
+
+// daemon is the daemon's process on a node, which makes that LAN or, without one, takes away what is there.
+func (h host) daemon(want segment.Segment, made ...segment.Segment) doomed {
+	cmd := exec.Command("/proc/self/exe")
+	cmd.Env = append(os.Environ(), daemonRun+"="+h.Run, daemonCDI+"="+h.CDI)
+	return doomed{host: h, Segment: want, cmd: cmd, stdin: append([]segment.Segment{}, made...)}
+}
+
+func built(t *testing.T, h host) doomed {
+	s := h.killable(t)
+	s.TxChecksumOff = []string{"peer"}
+	return h.daemon(s, s)
+}
+
+// edited changes all that can be changed, with a pod attached.
+func edited(t *testing.T, h host) doomed {
+	from := h.killable(t)
+	from.Spokes = append(from.Spokes, "w-one", "w-two")
+	from.TxChecksumOff = []string{"peer"}
+	h.build(t, from)
+	pod := h.with(t, from, "srl", segment.Veth)
+	to := h.killable(t)
+	to.Generation, to.MTU = 2, lanMTU-100
+	to.Spokes = append(to.Spokes, "x-new")
+	to.TxChecksumOff = []string{"srl"}
+	to.VXLAN.Port, to.VXLAN.Group = 4790, netip.MustParseAddr("ff02::15")
+	d := h.daemon(to, to)
+	d.old = []attached{pod}
+	return d
+}
+
+// repaired mends what somebody did to a LAN.
+func repaired(t *testing.T, h host) doomed {
+	s := h.killable(t)
+	s.TxChecksumOff = []string{"peer"}
+	h.build(t, s)
+	pod := h.with(t, s, "srl", segment.Veth)
+	h.setFeature(t, s, segment.PlugName("peer"), "tx-checksum-ip-generic", true)
+	inside := h.inside(s)
+	bridge := inside.Sysfs(t) + "/class/net/" + s.Bridge + "/bridge/"
+	try(t, os.WriteFile(bridge+"stp_state", []byte("1"), 0))
+	inside.Sysctl(t, "net/ipv6/conf/all/disable_ipv6", "0")
+	links := inside.Netlink(t)
+	change := func(name string, f func(netlink.Link) error) {
+		l, err := links.LinkByName(name)
+		try(t, err)
+		try(t, f(l))
+	}
+	change(s.VXLAN.Name, links.LinkDel)
+	change(segment.PortName("peer"), links.LinkSetNoMaster)
+	change(segment.PortName("peer"), links.LinkSetDown)
+	change(segment.PlugName("srl"), links.LinkDel)
+	change("srl", func(l netlink.Link) error { return links.LinkDelAltName(l, "srl") })
+	change(s.Bridge, func(l netlink.Link) error { return links.LinkAddAltName(l, "srl") })
+	try(t, os.Remove(h.Run+"/lan/"+s.Netns+".json"))
+	d := h.daemon(s, s)
+	d.old = []attached{pod}
+	return d
+}
+
+// abandoned clears up behind pods whose DEL never came.
+func abandoned(t *testing.T, h host) doomed {
+	s := h.killable(t)
+	h.build(t, s)
+	for spoke, kind := range map[string]segment.Kind{"srl": segment.Macvtap, "peer": segment.Veth} {
+		a := h.with(t, s, spoke, kind)
+		links := a.Netlink(t)
+		l, err := links.LinkByName(a.ifname)
+		try(t, err)
+		try(t, links.LinkDel(l))
+	}
+	return h.daemon(s, s)
+}
+
+// replaced makes a LAN where another one has the name of its namespace.
+func replaced(t *testing.T, h host) doomed {
+	s := h.killable(t)
+	other := s
+	other.LAN.UID = "another"
+	h.build(t, other)
+	return h.daemon(s, s)
+}
+
+func removed(t *testing.T, h host) doomed {
+	s := h.killable(t)
+	h.build(t, s)
+	return h.daemon(s)
+}
