@@ -22,6 +22,8 @@ type Kernel interface {
 	Observe(ctx context.Context, netns string) (segment.State, error)
 	// Reconcile observes a segment while nobody else changes it, does what decide says, and returns what was done.
 	Reconcile(ctx context.Context, netns string, decide func(segment.State) []segment.Op) ([]segment.Op, error)
+	// Release ends a claim; one that is not there is no error.
+	Release(ctx context.Context, netns, spoke, claimID string) error
 }
 
 // Report is what became of one segment.
@@ -100,6 +102,16 @@ func (m *Manager) Poke(netns string) {
 	}
 	m.dirty[netns] = true
 	signal(m.poked)
+}
+
+// Release ends the claim of a pod that is gone, in the order of the CNI plugin's DEL: the device's name first, so that it
+// never means a device that is gone.
+func (m *Manager) Release(ctx context.Context, netns string, claim segment.Claim) error {
+	if err := cdi.Remove(m.cdiDir, claim.Spoke, claim.ID); err != nil {
+		return err
+	}
+	defer m.Poke(netns)
+	return m.kernel.Release(ctx, netns, claim.Spoke, claim.ID)
 }
 
 // Changed has a value whenever a report may have changed since the last one was taken from it.

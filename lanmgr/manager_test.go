@@ -47,6 +47,10 @@ func (n *node) Observe(_ context.Context, name string) (segment.State, error) {
 	return s, n.blind
 }
 
+func (n *node) Release(context.Context, string, string, string) error {
+	return errors.New("no test of the manager alone ends a claim")
+}
+
 func (n *node) state(name string) segment.State {
 	s := n.states[name]
 	s.Netns, s.Links = name, slices.Clone(s.Links)

@@ -27,6 +27,7 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/cdi"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
 	"github.com/k8slan/k8slan/lanmgr/node"
+	"github.com/k8slan/k8slan/lanmgr/podresources"
 )
 
 // nodeFlags are the flags of k8slan node.
@@ -38,6 +39,8 @@ type nodeFlags struct {
 	pluginsDir string
 	cniSource  string
 	cniDir     string
+	kubelet    string // socket of its pod resources
+	self       podresources.Pod
 }
 
 func nodeCommand() *cobra.Command {
@@ -67,6 +70,10 @@ node's network namespace. When it ends, the LANs stay; kubelet offers their spok
 	cmd.Flags().StringVar(&f.cniSource, "cni-source", "/k8slan-cni", "the CNI plugin's `file`")
 	cmd.Flags().StringVar(&f.cniDir, "cni-dir", "", "the container runtime's `directory` of CNI plugins, where to put it as k8slan; empty: nowhere")
 	cmd.Flags().StringVar(&f.pluginsDir, "device-plugin-dir", deviceplugin.Dir, "kubelet's `directory` of device plugins")
+	cmd.Flags().StringVar(&f.kubelet, "pod-resources-socket", podresources.Socket, "`socket` by which kubelet tells of its pods")
+	cmd.Flags().StringVar(&f.self.Name, "pod-name", os.Getenv("POD_NAME"),
+		"`name` of the pod that this is; without it, claims of pods that went without a CNI DEL are not collected (environment: POD_NAME)")
+	cmd.Flags().StringVar(&f.self.Namespace, "pod-namespace", os.Getenv("POD_NAMESPACE"), "`namespace` of that pod (environment: POD_NAMESPACE)")
 	return cmd
 }
 
@@ -107,6 +114,7 @@ func (f *nodeFlags) runNode(ctx context.Context) error {
 		mgr.Add(manager.RunnableFunc(lans.Run)),
 		mgr.Add(manager.RunnableFunc(plugins.Run)),
 		mgr.Add(manager.RunnableFunc(agent.Run)),
+		mgr.Add(manager.RunnableFunc(podresources.New(f.kubelet, f.self, lans, log).Run)),
 		f.serveHealth(mgr,
 			func(context.Context) error { return agent.Ready() },
 			func(context.Context) error { return plugins.Ready() }),

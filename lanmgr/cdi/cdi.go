@@ -48,6 +48,9 @@ func file(dir, spoke, claimID string) string {
 	return filepath.Join(dir, filePrefix+spoke+"_"+claimID+".json")
 }
 
+// halfWritten is a device's file until it is whole; runtimes read *.json alone.
+func halfWritten(path string) string { return strings.TrimSuffix(path, ".json") + ".tmp" }
+
 // Write makes the device known to the container runtime, in one step. The folder is made if it is missing. Devices of the
 // same spoke that an earlier claim has left are removed first: of two with one name a runtime knows neither.
 func Write(dir string, d Device) error {
@@ -84,7 +87,7 @@ func Write(dir string, d Device) error {
 			return fmt.Errorf("remove CDI device %s of an earlier claim: %w", Name(d.Spoke), err)
 		}
 	}
-	tmp := strings.TrimSuffix(path, ".json") + ".tmp" // runtimes read *.json alone
+	tmp := halfWritten(path)
 	if err := os.WriteFile(tmp, b, 0o644); err != nil {
 		return fmt.Errorf("write CDI device %s: %w", Name(d.Spoke), err)
 	}
@@ -94,10 +97,14 @@ func Write(dir string, d Device) error {
 	return nil
 }
 
-// Remove takes one claim's device away; absent is success. Another claim's device of the same spoke stays.
+// Remove takes one claim's device away, whole or half-written; absent is success. Another claim's device of the same
+// spoke stays.
 func Remove(dir, spoke, claimID string) error {
-	if err := os.Remove(file(dir, spoke, claimID)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("remove CDI device %s: %w", Name(spoke), err)
+	path := file(dir, spoke, claimID)
+	for _, f := range []string{path, halfWritten(path)} {
+		if err := os.Remove(f); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("remove CDI device %s: %w", Name(spoke), err)
+		}
 	}
 	return nil
 }

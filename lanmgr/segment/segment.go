@@ -164,6 +164,11 @@ func (c Claim) OfSandbox(containerID string) bool {
 	return c.Sandbox == containerID && containerID != ""
 }
 
+// IsOf says whether the claim may have been made for that pod: of a long name an alias has the beginning alone.
+func (c Claim) IsOf(namespace, pod string) bool {
+	return c.PodNamespace == namespace && (c.Pod == pod || len(c.Alias()) == maxAlias && strings.HasPrefix(pod, c.Pod))
+}
+
 // ParseAlias reads what Alias wrote; ok is false where the text is not of that form.
 func ParseAlias(id, alias string) (c Claim, ok bool) {
 	kind, rest, _ := strings.Cut(alias, " ")

@@ -315,3 +315,17 @@ func TestSpokesWithFinishedChecksumsArePartOfTheWish(t *testing.T) {
 		t.Error("two wishes that differ in txChecksumOff alone are taken for the same, or one for two")
 	}
 }
+
+func TestAClaimIsOfItsPodHoweverLongTheName(t *testing.T) {
+	for _, pod := range []string{"srl-1", strings.Repeat("long-", 50)} {
+		c := claim("srl", segment.Veth)
+		c.Pod = pod
+		got, _ := segment.ParseAlias(c.ID, c.Alias())
+		if !got.IsOf("default", pod) {
+			t.Errorf("%+v is not of its pod %s", got, pod)
+		}
+		if got.IsOf("default", "srl-12") || got.IsOf("other", pod) || got.IsOf("default", "another") {
+			t.Errorf("%+v is of another pod, too", got)
+		}
+	}
+}

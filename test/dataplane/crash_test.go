@@ -18,44 +18,6 @@ import (
 	"github.com/k8slan/k8slan/test/netns"
 )
 
-// A daemon may be killed between any two steps; the next one ends where the first would have.
-func TestDaemonKilledAnywhereEndsWhereItWouldHave(t *testing.T) {
-	a, _ := hosts(t)
-	s := a.here(t, lan("killed", 101, "one", "two"))
-	build := func(have segment.State) []segment.Op { return segment.Diff(s, have) }
-	building := a.live(t, s, build)
-	whole := a.describe(t, s)
-	taking := a.live(t, s, segment.Teardown)
-	expectNothing(t, a)
-	for k := range len(building) + 1 {
-		t.Run(fmt.Sprintf("built up to step %d", k), func(t *testing.T) {
-			a.live(t, s, killedAfter(k, build))
-			a.live(t, s, build)
-			if got := a.describe(t, s); got != whole {
-				t.Errorf("the segment is\n%s\nwant\n%s", got, whole)
-			}
-			a.live(t, s, segment.Teardown)
-			expectNothing(t, a)
-		})
-	}
-	for k := range len(taking) + 1 {
-		t.Run(fmt.Sprintf("taken away up to step %d", k), func(t *testing.T) {
-			a.live(t, s, build)
-			a.live(t, s, killedAfter(k, segment.Teardown))
-			a.live(t, s, segment.Teardown)
-			expectNothing(t, a)
-		})
-	}
-}
-
-// live is the life of one daemon: it starts, does what is decided, and is gone with all it had in hand.
-func (h host) live(t *testing.T, s segment.Segment, decide func(segment.State) []segment.Op) []segment.Op {
-	t.Helper()
-	k := h.start(t)
-	defer k.Close()
-	return reconcile(t, k, s.Netns, decide)
-}
-
 // describe is the segment as somebody sees it who comes new to the node.
 func (h host) describe(t *testing.T, s segment.Segment) string {
 	t.Helper()

@@ -10,6 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/k8slan/k8slan/lanmgr"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 	"github.com/k8slan/k8slan/test/netns"
@@ -82,5 +83,30 @@ func TestManySpokesRemovedAtOnceLeaveTheOthersAlone(t *testing.T) {
 	a.build(t, few)
 	if got := describe(a.observe(t, few)); got != want {
 		t.Errorf("the segment is\n%s\nwant\n%s", got, want)
+	}
+}
+
+// The sandbox of a pod that is gone stays, and nobody detaches it: the daemon does, when kubelet no longer has the pod.
+func TestAClaimIsEndedThoughItsSandboxStays(t *testing.T) {
+	netns.NeedDevices(t)
+	h, s := plugged(t)
+	m := h.manage(t)
+	m.runs(t, s)
+	empty := h.links(t, s)
+	for _, kind := range []segment.Kind{segment.Veth, segment.Macvtap} {
+		pod := h.with(t, s, "srl", kind)
+		claims := h.observe(t, s).Claims()
+		if len(claims) != 1 {
+			t.Fatalf("claims %+v", claims)
+		}
+		try(t, m.Release(t.Context(), s.Netns, claims[0]))
+		if links := pod.Links(t); len(links) != 0 {
+			t.Errorf("%s: the pod still has %v", kind, links)
+		}
+		if now, devices := h.links(t, s), h.devices(t); now != empty || len(devices) != 0 {
+			t.Errorf("%s: left are %v and\n%s\nwant\n%s", kind, devices, now, empty)
+		}
+		m.awaitReports(t, "no claim", func(reports []lanmgr.Report) bool { return len(reports[0].Claims) == 0 })
+		try(t, m.Release(t.Context(), s.Netns, claims[0])) // it ended meanwhile
 	}
 }

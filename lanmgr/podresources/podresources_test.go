@@ -1,0 +1,211 @@
+package podresources
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"net"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc"
+	api "k8s.io/kubelet/pkg/apis/podresources/v1"
+
+	"github.com/k8slan/k8slan/lanmgr"
+	"github.com/k8slan/k8slan/lanmgr/segment"
+)
+
+// kubelet answers List as kubelet does.
+type kubelet struct {
+	api.UnimplementedPodResourcesListerServer
+	socket string
+
+	mu    sync.Mutex
+	pods  []Pod
+	fails error
+	asked int
+}
+
+func (k *kubelet) List(context.Context, *api.ListPodResourcesRequest) (*api.ListPodResourcesResponse, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.asked++
+	answer := &api.ListPodResourcesResponse{}
+	for _, p := range k.pods {
+		answer.PodResources = append(answer.PodResources, &api.PodResources{Namespace: p.Namespace, Name: p.Name})
+	}
+	return answer, k.fails
+}
+
+func (k *kubelet) has(pods ...Pod) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.pods = pods
+}
+
+// start listens until stop is called.
+func (k *kubelet) start(t *testing.T) (stop func()) {
+	t.Helper()
+	listener, err := net.Listen("unix", k.socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := grpc.NewServer()
+	api.RegisterPodResourcesListerServer(server, k)
+	served := make(chan struct{})
+	go func() {
+		defer close(served)
+		_ = server.Serve(listener)
+	}()
+	stop = sync.OnceFunc(func() {
+		server.Stop()
+		<-served
+	})
+	t.Cleanup(stop)
+	return stop
+}
+
+// lans is a node with one LAN.
+type lans struct {
+	claims []segment.Claim
+	refuse error
+}
+
+func (l *lans) Reports() []lanmgr.Report {
+	return []lanmgr.Report{{Segment: segment.Segment{Netns: "default.lab"}, Claims: slices.Clone(l.claims)}}
+}
+
+func (l *lans) Release(_ context.Context, netns string, claim segment.Claim) error {
+	if l.refuse == nil && netns == "default.lab" {
+		l.claims = slices.DeleteFunc(l.claims, func(c segment.Claim) bool { return c.ID == claim.ID })
+	}
+	return l.refuse
+}
+
+func (l *lans) spokes() string {
+	var spokes []string
+	for _, c := range l.claims {
+		spokes = append(spokes, c.Spoke)
+	}
+	return strings.Join(spokes, " ")
+}
+
+func claim(spoke, namespace, pod string) segment.Claim {
+	return segment.Claim{ID: segment.ClaimID(spoke, "net1"), Spoke: spoke, Kind: segment.Veth, PodNamespace: namespace, Pod: pod}
+}
+
+var (
+	self  = Pod{"k8slan-system", "k8slan-ds-x"}
+	lives = Pod{"default", "lives"}
+	gone  = Pod{"default", "gone"}
+)
+
+func setUp(t *testing.T) (*Collector, *kubelet, *lans) {
+	t.Helper()
+	k := &kubelet{socket: filepath.Join(t.TempDir(), "kubelet.sock"), pods: []Pod{self, lives, gone}}
+	l := &lans{claims: []segment.Claim{claim("lives", "default", "lives"), claim("gone", "default", "gone"), claim("nobody", "", "")}}
+	return New(k.socket, self, l, slog.New(slog.DiscardHandler)), k, l
+}
+
+// noon is when the first look takes place.
+var noon = time.Date(2026, 1, 1, 12, 0, 0, 0, time.UTC)
+
+// look looks so long after noon and wants that an error says why, or none.
+func look(t *testing.T, c *Collector, after time.Duration, why string) {
+	t.Helper()
+	err := c.look(t.Context(), noon.Add(after))
+	if (err == nil) != (why == "") || err != nil && !strings.Contains(err.Error(), why) {
+		t.Fatalf("look: %v, want: %s", err, why)
+	}
+}
+
+func TestAClaimWhosePodIsGoneEnds(t *testing.T) {
+	c, k, l := setUp(t)
+	k.start(t)
+	look(t, c, 0, "")
+	k.has(self, lives)
+	look(t, c, time.Minute, "")
+	look(t, c, 2*time.Minute, "")
+	if l.spokes() != "lives gone nobody" {
+		t.Fatalf("after a minute there are claims on %s", l.spokes())
+	}
+	look(t, c, 3*time.Minute, "")
+	if l.spokes() != "lives nobody" {
+		t.Errorf("after %v there are claims on %s", Grace, l.spokes())
+	}
+}
+
+func TestAPodThatIsSeenAgainStartsAnew(t *testing.T) {
+	c, k, l := setUp(t)
+	k.start(t)
+	k.has(self, lives)
+	look(t, c, 0, "")
+	k.has(self, gone)
+	look(t, c, time.Minute, "")
+	k.has(self, lives)
+	look(t, c, 2*time.Minute, "")
+	look(t, c, 3*time.Minute, "")
+	if l.spokes() != "lives gone nobody" {
+		t.Errorf("claims on %s", l.spokes())
+	}
+}
+
+// Kubelet away, failing, hanging behind or just started: whatever cannot be known ends no claim, however long it lasts.
+func TestWhatIsNotKnownEndsNoClaim(t *testing.T) {
+	c, k, l := setUp(t)
+	look(t, c, 0, "ask kubelet for its pods")
+	stop := k.start(t)
+	k.has(self, lives)
+	look(t, c, time.Minute, "")
+	k.has(Pod{"kube-system", "static-pod"})
+	look(t, c, time.Hour, "does not know its pods yet")
+	k.fails = errors.New("rejected by rate limit")
+	look(t, c, 2*time.Hour, "rejected by rate limit")
+	stop()
+	look(t, c, 3*time.Hour, "ask kubelet for its pods")
+	if l.spokes() != "lives gone nobody" {
+		t.Errorf("claims on %s", l.spokes())
+	}
+	k.fails = nil
+	k.start(t)
+	k.has(self, lives)
+	look(t, c, 4*time.Hour, "") // the second look that did not find it
+	if l.spokes() != "lives nobody" {
+		t.Errorf("claims on %s", l.spokes())
+	}
+}
+
+func TestKubeletIsAskedOnlyWhereThereAreClaimsOfPods(t *testing.T) {
+	c, k, l := setUp(t)
+	k.start(t)
+	l.claims = l.claims[2:]
+	look(t, c, 0, "")
+	if k.asked != 0 {
+		t.Errorf("asked %d times", k.asked)
+	}
+}
+
+func TestAClaimThatCannotBeEndedIsTriedAgain(t *testing.T) {
+	c, k, l := setUp(t)
+	k.start(t)
+	k.has(self, lives)
+	l.refuse = errors.New("no way")
+	look(t, c, 0, "")
+	look(t, c, 2*time.Minute, "no way")
+	l.refuse = nil
+	look(t, c, 3*time.Minute, "")
+	if l.spokes() != "lives nobody" {
+		t.Errorf("claims on %s", l.spokes())
+	}
+}
+
+func TestAProcessThatDoesNotKnowItsPodCollectsNothing(t *testing.T) {
+	_, k, l := setUp(t)
+	if err := New(k.socket, Pod{}, l, slog.New(slog.DiscardHandler)).Run(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
