@@ -101,7 +101,7 @@ func TestValuesReachTheNodesAgent(t *testing.T) {
 	}
 	want := map[string]string{
 		"run": "/run/k8slan", "cdi": "/var/run/cdi",
-		"device-plugins": "/var/lib/k0s/kubelet/device-plugins", "cni-bin": "/usr/libexec/cni",
+		"device-plugins": "/var/lib/k0s/kubelet/device-plugins", "pod-resources": "/var/lib/k0s/kubelet/pod-resources", "cni-bin": "/usr/libexec/cni",
 	}
 	if !maps.Equal(host, want) {
 		t.Errorf("paths on the node are %v, want %v", host, want)
