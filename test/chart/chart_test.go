@@ -123,7 +123,10 @@ func TestUnknownAndImpossibleValuesAreRefused(t *testing.T) {
 
 func TestOneFileHoldsNamespaceAndCRDs(t *testing.T) {
 	kinds := map[string]int{}
-	for _, o := range render(t, "k8slan-system", "createNamespace=true") {
+	for _, o := range renderWith(t, []string{"--no-hooks"}, "k8slan-system", "createNamespace=true") {
+		if o.GetAnnotations()["helm.sh/hook"] != "" {
+			t.Errorf("has %s %s, which kubectl would run at once", o.GetKind(), o.GetName())
+		}
 		kinds[o.GetKind()]++
 		if o.GetKind() == "Namespace" && o.GetName() != "k8slan-system" {
 			t.Errorf("makes namespace %s, want k8slan-system", o.GetName())
@@ -256,7 +259,13 @@ func TestHelmLintIsContent(t *testing.T) {
 // namespace with the values set, such as "image.tag=v7".
 func render(t *testing.T, namespace string, set ...string) []unstructured.Unstructured {
 	t.Helper()
-	args := []string{"template", "k8slan", chart, "--namespace", namespace, "--include-crds", "--kube-version", "1.31.0"}
+	return renderWith(t, nil, namespace, set...)
+}
+
+// renderWith does that with more of Helm's flags.
+func renderWith(t *testing.T, flags []string, namespace string, set ...string) []unstructured.Unstructured {
+	t.Helper()
+	args := append([]string{"template", "k8slan", chart, "--namespace", namespace, "--include-crds", "--kube-version", "1.31.0"}, flags...)
 	for _, value := range set {
 		args = append(args, "--set", value)
 	}

@@ -70,7 +70,7 @@ func TestAllInOneManifestIsAcceptedByTheAPIServer(t *testing.T) {
 	l := newLab(t)
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
-	all, err := bed.Helm(ctx, "template", install.Release, chartDir, "--namespace", install.Namespace, "--include-crds",
+	all, err := bed.Helm(ctx, "template", install.Release, chartDir, "--namespace", install.Namespace, "--include-crds", "--no-hooks",
 		"--kube-version", "1.31.0", "--set", "createNamespace=true")
 	if err != nil {
 		t.Fatal(err)

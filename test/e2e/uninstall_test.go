@@ -105,6 +105,53 @@ func TestUninstallLeavesNothingButTheLANs(t *testing.T) {
 	again[0].pings(address(2))
 }
 
+func TestUninstallWithADeadNodeEndsAndTheNodeIsCleanedLater(t *testing.T) {
+	l := newLab(t)
+	l.lan("dead", 1084, []string{"dead"})
+	ctx, cancel := context.WithTimeout(t.Context(), 6*patience)
+	defer cancel()
+	l.reinstall()
+	m := l.machine(worker2)
+	if err := m.PowerOff(ctx); err != nil {
+		t.Fatal(err)
+	}
+	l.awaitReady(ctx, worker2, false)
+	begin := time.Now()
+	out := l.helm(ctx, "uninstall", install.Release, "--namespace", install.Namespace)
+	l.logTime("helm uninstall with a dead node", begin)
+	if !strings.Contains(out, "node is not clean") || !strings.Contains(out, "node="+worker2) || strings.Contains(out, "node="+worker1) {
+		t.Errorf("helm uninstall does not say that %s is left:\n%s", worker2, out)
+	}
+	l.machine(worker1).isClean()
+	l.objectsAreGone()
+	if lan := l.awaitLAN("dead", "kept", func(*v1beta1.LAN) bool { return true }); len(lan.Finalizers) > 0 {
+		t.Errorf("the LAN still has finalizers %q", lan.Finalizers)
+	}
+
+	if err := m.PowerOn(ctx); err != nil {
+		t.Fatal(err)
+	}
+	l.awaitReady(ctx, worker2, true)
+	image := bed.Image()
+	l.kubectl("debug", "node/"+worker2, "--profile=sysadmin", "--image="+image, "--", "/k8slan", "clean", "--host")
+	m.until("the node to be clean", func() bool { return !slices.Contains(m.files("/opt/cni/bin"), "k8slan") })
+	m.isClean()
+}
+
+// awaitReady returns when a node answers, or does not any more.
+func (l lab) awaitReady(ctx context.Context, node string, want bool) {
+	l.Helper()
+	which := []client.ListOption{client.MatchingFields{"metadata.name": node}}
+	_, err := await(ctx, bed.client, &corev1.NodeList{}, which, func(all []*corev1.Node) bool {
+		return len(all) == 1 && want == slices.ContainsFunc(all[0].Status.Conditions, func(c corev1.NodeCondition) bool {
+			return c.Type == corev1.NodeReady && c.Status == corev1.ConditionTrue
+		})
+	})
+	if err != nil {
+		l.Fatalf("waited for node %s to be ready (%t): %v", node, want, err)
+	}
+}
+
 // labelled is what the chart's objects are found by.
 var labelled = []client.ListOption{client.MatchingLabels{"app.kubernetes.io/name": "k8slan"}}
 

@@ -125,6 +125,9 @@ func (b *Bed) As(version, dir string) *Bed {
 // Version is what the installed programs call themselves.
 func (b *Bed) Version() string { return cmp.Or(b.version, "test") }
 
+// Image is the name of the image after Build.
+func (b *Bed) Image() string { return "ghcr.io/k8slan/k8slan:" + b.tag }
+
 // Built is the path of a program after Build.
 func (b *Bed) Built(program string) string { return filepath.Join(b.work, program) }
 
