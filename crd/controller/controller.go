@@ -29,15 +29,6 @@ import (
 	"github.com/k8slan/k8slan/crd/v1beta1"
 )
 
-// +kubebuilder:rbac:groups=lan.k8slan.io,resources=lans,verbs=get;list;watch;patch
-// +kubebuilder:rbac:groups=lan.k8slan.io,resources=lans/status,verbs=update
-// +kubebuilder:rbac:groups=lan.k8slan.io,resources=lans/finalizers,verbs=update
-// +kubebuilder:rbac:groups=lan.k8slan.io,resources=lannodes,verbs=get;list;watch
-// +kubebuilder:rbac:groups="",resources=nodes,verbs=get;list;watch
-// +kubebuilder:rbac:groups="",resources=nodes/status,verbs=patch
-// +kubebuilder:rbac:groups=k8s.cni.cncf.io,resources=network-attachment-definitions,verbs=get;list;watch;create;update;delete
-// +kubebuilder:rbac:groups=events.k8s.io,resources=events,verbs=create;patch
-
 // NewScheme knows the kinds that the controller reads and writes.
 func NewScheme() *runtime.Scheme {
 	scheme := runtime.NewScheme()

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 
+	admissionv1 "k8s.io/api/admissionregistration/v1"
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
@@ -98,6 +99,7 @@ func (r Release) Adopt(ctx context.Context) error {
 	for _, o := range []client.Object{
 		&corev1.ServiceAccount{ObjectMeta: here}, &appsv1.Deployment{ObjectMeta: here},
 		&rbacv1.ClusterRoleBinding{ObjectMeta: everywhere},
+		&admissionv1.ValidatingAdmissionPolicy{ObjectMeta: everywhere}, &admissionv1.ValidatingAdmissionPolicyBinding{ObjectMeta: everywhere},
 	} {
 		if err := r.Client.Patch(ctx, o, client.RawPatch(types.MergePatchType, patch)); err != nil {
 			return fmt.Errorf("make ClusterRole %s the owner of %T: %w", Residue, o, err)

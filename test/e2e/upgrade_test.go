@@ -197,7 +197,7 @@ func TestUpgradeToAnImageThatNobodyHasChangesNothing(t *testing.T) {
 	before := daemons()
 	// The pods that wait run the image that is there, as they would if one node alone could not get the new one.
 	_, err := bed.Helm(ctx, "upgrade", install.Release, chartDir, "--namespace", install.Namespace, "--reuse-values",
-		"--set", "image.tag=nowhere", "--set", "upgrade.timeout=5s", "--timeout", "30s")
+		"--set", "image.tag=nowhere", "--set", "upgrade.timeout=5s", "--timeout", "15s")
 	if err == nil {
 		t.Error("helm upgrade succeeds with an image that no node can get")
 	}
