@@ -1,0 +1,285 @@
+package dataplane
+
+import (
+	"bufio"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/k8slan/k8slan/lanmgr/segment"
+	"github.com/k8slan/k8slan/test/frames"
+	"github.com/k8slan/k8slan/test/netns"
+)
+
+// The pod and the VM of what older versions left, as their runtime knows them.
+const (
+	olderPod = "0a1b2c3d4e5f60718293a4b5c6d7e8f90a1b2c3d4e5f60718293a4b5c6d7e8f9"
+	olderVM  = "ffeeddccbbaa99887766554433221100ffeeddccbbaa99887766554433221100"
+)
+
+// older is a node as an older version has left it.
+type older struct {
+	host
+	segment.Segment // as that version recorded it
+	pod, vm         attached
+	version         string
+}
+
+// leave makes a node what that version leaves on one: by ip(8) and the bytes of its files, with nothing of today's.
+func leave(t *testing.T, version string) older {
+	t.Helper()
+	netns.NeedDevices(t)
+	dir := filepath.Join("testdata", version)
+	h := join(t, netns.NewUnderlay(t, underlayMTU), "worker1")
+	try(t, os.CopyFS(h.Run, os.DirFS(filepath.Join(dir, "run"))))
+	try(t, os.CopyFS(h.CDI, os.DirFS(filepath.Join(dir, "cdi"))))
+	o := older{host: h, version: version}
+	o.Segment = o.record(t)
+	lan := netns.New(t, "lan")
+	try(t, os.MkdirAll(h.Run+"/netns", 0o755))
+	try(t, os.WriteFile(h.inside(o.Segment).Path, nil, 0o444))
+	try(t, unix.Mount(lan.Path, h.inside(o.Segment).Path, "", unix.MS_BIND, ""))
+	o.pod = attached{h.sandbox(t), o.config(t, "srl")}
+	o.pod.id, o.pod.ifname = olderPod, "e1-1"
+	o.vm = attached{h.sandbox(t), o.config(t, "vm")}
+	o.vm.id, o.vm.ifname = olderVM, "pod37a8eec1ce1"
+	o.play(t, filepath.Join(dir, "steps"))
+	return o
+}
+
+// play does the steps of a file.
+func (o older) play(t *testing.T, file string) {
+	t.Helper()
+	places := map[string]netns.Namespace{
+		"node": o.Namespace, "lan": o.inside(o.Segment), "pod": o.pod.Namespace, "vm": o.vm.Namespace,
+	}
+	paths := strings.NewReplacer("$LAN", places["lan"].Path, "$POD", places["pod"].Path, "$VM", places["vm"].Path)
+	f, err := os.Open(file)
+	try(t, err)
+	defer f.Close()
+	lines := bufio.NewScanner(f)
+	for lines.Scan() {
+		where, what, _ := strings.Cut(lines.Text(), " ")
+		if where == "#" {
+			continue
+		}
+		ns, ok := places[where]
+		if !ok {
+			t.Fatalf("%s: no namespace %q", file, where)
+		}
+		if setting, ok := strings.CutPrefix(what, "sysctl "); ok {
+			name, value, _ := strings.Cut(setting, " ")
+			if _, err := os.Stat("/proc/sys/" + name); err == nil || !strings.HasPrefix(name, "net/bridge/") { // without br_netfilter there is none
+				ns.Sysctl(t, name, value)
+			}
+			continue
+		}
+		try(t, ns.Do(func() error {
+			ip := exec.Command("ip", "-batch", "-")
+			ip.Stdin = strings.NewReader(paths.Replace(what))
+			if out, err := ip.CombinedOutput(); err != nil {
+				return fmt.Errorf("ip %s: %w\n%s", what, err, out)
+			}
+			return nil
+		}))
+	}
+	try(t, lines.Err())
+}
+
+// record is the LAN as that version wrote it down.
+func (o older) record(t *testing.T) (s segment.Segment) {
+	t.Helper()
+	paths, err := filepath.Glob(o.Run + "/lan/*.json")
+	if err != nil || len(paths) != 1 {
+		t.Fatalf("records %v, %v", paths, err)
+	}
+	b, err := os.ReadFile(paths[0])
+	try(t, err)
+	try(t, json.Unmarshal(b, &s))
+	return s
+}
+
+// config is the network configuration as Multus keeps it from ADD to DEL.
+func (o older) config(t *testing.T, spoke string) (config keys) {
+	t.Helper()
+	b, err := os.ReadFile(filepath.Join("testdata", o.version, "cni", spoke+".json"))
+	try(t, err)
+	try(t, json.Unmarshal(b, &config))
+	return config
+}
+
+// speakers are the old pod and the old VM, where they speak.
+func (o older) speakers(t *testing.T) (pod, vm *station) {
+	t.Helper()
+	devices, err := filepath.Glob(o.vm.Sysfs(t) + "/class/net/" + o.vm.ifname + "/macvtap/tap*/dev")
+	if err != nil || len(devices) != 1 {
+		t.Fatalf("taps of the VM: %v, %v", devices, err)
+	}
+	var major, minor uint32
+	_, err = fmt.Sscanf(read(t, devices[0]), "%d:%d", &major, &minor)
+	try(t, err)
+	pod = &station{Namespace: o.pod.Namespace, Wire: o.pod.Open(t, o.pod.ifname)}
+	vm = &station{Namespace: o.vm.Namespace, Wire: netns.OpenTap(t, major, minor)}
+	pod.MAC, vm.MAC = segment.MAC(o.LAN, "srl"), segment.MAC(o.LAN, "vm")
+	o.inside(o.Segment).AwaitCarrier(t, "srl")
+	o.inside(o.Segment).AwaitCarrier(t, "vm")
+	return pod, vm
+}
+
+// versions are those of which there is a fixture.
+func versions(t *testing.T) []string {
+	t.Helper()
+	entries, err := fs.ReadDir(os.DirFS("testdata"), ".")
+	try(t, err)
+	var versions []string
+	for _, e := range entries {
+		versions = append(versions, e.Name())
+	}
+	return versions
+}
+
+func TestWhatAnOlderVersionLeftIsAdoptedUntouched(t *testing.T) {
+	for _, version := range versions(t) {
+		t.Run(version, func(t *testing.T) {
+			o := leave(t, version)
+			o.isAdopted(t)
+		})
+	}
+}
+
+// After a way back to this version: what a newer one wrote beside is passed over.
+func TestWhatANewerVersionLeftIsAdoptedUntouched(t *testing.T) {
+	o := leave(t, versions(t)[0])
+	for _, file := range []string{o.Run + "/lan/" + o.Netns + ".json", o.deviceFileOf(o.pod), o.deviceFileOf(o.vm)} {
+		b, err := os.ReadFile(file)
+		try(t, err)
+		newer := `{"later":{"than":["this"]},` + string(b[1:])
+		try(t, os.WriteFile(file, []byte(newer), 0o600))
+	}
+	links := o.inside(o.Segment).Netlink(t)
+	for _, name := range []string{"srl", segment.PlugName("vm")} {
+		l, err := links.LinkByName(name)
+		try(t, err)
+		try(t, links.LinkSetAlias(l, l.Attrs().Alias+" later=x"))
+	}
+	o.isAdopted(t)
+}
+
+func (o older) deviceFileOf(a attached) string { return a.deviceFile(a.config) }
+
+// isAdopted has today's daemon take the node over. It must change nothing, lose no frame, and today's plugin must let
+// the old pods go and new ones come.
+func (o older) isAdopted(t *testing.T) {
+	t.Helper()
+	if index := o.here(t, o.Segment).VXLAN.UnderlayIndex; index != o.VXLAN.UnderlayIndex {
+		t.Fatalf("the underlay device is number %d here, and the record says %d", index, o.VXLAN.UnderlayIndex)
+	}
+	pod, vm := o.speakers(t)
+	before := o.files(t)
+	var ears []*netlinkEar
+	for _, ns := range []netns.Namespace{o.inside(o.Segment), o.pod.Namespace, o.vm.Namespace} {
+		ear := o.listen(t, ns)
+		ear.awaitSilence(t)
+		ears = append(ears, ear)
+	}
+	streams := []*stream{startStream(t, 1, streamLength, pod, vm), startStream(t, 2, streamLength, vm, pod)}
+	m := o.manage(t)
+	m.runs(t, o.Segment)
+	for _, s := range streams {
+		s.expectAll(t)
+	}
+	for _, ear := range ears {
+		if ear.heardOfLinks(t) {
+			t.Error("rtnetlink told of a change to a link")
+		}
+	}
+	if after := o.files(t); after != before {
+		t.Errorf("files were\n%s\nand are\n%s", before, after)
+	}
+	if claims := o.observe(t, o.Segment).Claims(); len(claims) != 2 || claims[0].Spoke != "srl" || claims[1].Spoke != "vm" || claims[0].Pod != "srl-1" {
+		t.Errorf("claims %+v", claims)
+	}
+	if ops := segment.Diff(o.Segment, o.observe(t, o.Segment)); len(ops) != 0 {
+		t.Errorf("to do: %v", ops)
+	}
+
+	for _, a := range []attached{o.pod, o.vm} {
+		a.must(t, "DEL", a.config)
+		if links := a.Links(t); len(links) != 0 {
+			t.Errorf("after DEL the pod has %v", links)
+		}
+	}
+	if devices := o.devices(t); len(devices) != 0 {
+		t.Errorf("CDI devices %v", devices)
+	}
+	one, other := o.with(t, o.Segment, "vm", segment.Veth), o.with(t, o.Segment, "srl", segment.Veth)
+	from, err := one.speak(t, one.config)
+	try(t, err)
+	to, err := other.speak(t, other.config)
+	try(t, err)
+	o.inside(o.Segment).AwaitCarrier(t, "vm")
+	o.inside(o.Segment).AwaitCarrier(t, "srl")
+	reaches(t, from, to, frames.Stream(nil, vm.MAC, 1, 1))
+}
+
+// files are the bytes of all that the node keeps in files.
+func (o older) files(t *testing.T) string {
+	t.Helper()
+	var all []string
+	for _, dir := range []string{o.Run, o.CDI} {
+		try(t, filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+			if err != nil || d.IsDir() || filepath.Base(filepath.Dir(path)) == "netns" {
+				return err
+			}
+			b, err := os.ReadFile(path)
+			all = append(all, path+" "+string(b))
+			return err
+		}))
+	}
+	return strings.Join(all, "\n")
+}
+
+// awaitSilence returns when rtnetlink has told of what was done before: it may keep that back for a second
+// (linkwatch_event in net/core/link_watch.c).
+func (e *netlinkEar) awaitSilence(t *testing.T) {
+	t.Helper()
+	const longest = 1200 * time.Millisecond
+	for {
+		try(t, e.file.SetReadDeadline(time.Now().Add(longest)))
+		if _, err := e.file.Read(make([]byte, 1<<16)); errors.Is(err, os.ErrDeadlineExceeded) {
+			return
+		} else if err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// heardOfLinks says whether there was an event of a link until now, and is done.
+func (e *netlinkEar) heardOfLinks(t *testing.T) (heard bool) {
+	t.Helper()
+	defer e.file.Close()
+	b := make([]byte, 1<<16)
+	for {
+		try(t, e.file.SetReadDeadline(time.Now().Add(2*time.Millisecond)))
+		n, err := e.file.Read(b)
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			return heard
+		}
+		try(t, err)
+		messages, err := syscall.ParseNetlinkMessage(b[:n])
+		try(t, err)
+		for _, m := range messages {
+			heard = heard || m.Header.Type == unix.RTM_NEWLINK || m.Header.Type == unix.RTM_DELLINK
+		}
+	}
+}
