@@ -19,11 +19,13 @@ import (
 
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
+	networkingv1 "k8s.io/api/networking/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/util/yaml"
 
+	"github.com/k8slan/k8slan/crd/v1beta1"
 	"github.com/k8slan/k8slan/test/cluster"
 )
 
@@ -248,6 +250,43 @@ func TestOnlyTheDaemonIsPrivileged(t *testing.T) {
 
 // privilegedContainers are those that make and remove network namespaces on a node.
 var privilegedContainers = []string{"k8slan-ds/node", "k8slan-clean/clean"}
+
+func TestHelmTestKeepsWithinTheLimits(t *testing.T) {
+	for _, c := range []struct {
+		values []string
+		vni    int32
+		device string
+	}{
+		{nil, 16777215, ""},
+		{[]string{"limits.vniRange={1000,1999}", "limits.underlayDevices={eth1,eth2}"}, 1999, "eth1"},
+		{[]string{"limits.underlayDevices={eth1,}"}, 16777215, ""},
+		{[]string{"limits.vniRange={1000,1999}", "test.vni=1500", "test.underlayDevice=eth3"}, 1500, "eth3"},
+	} {
+		lan := find[v1beta1.LAN](t, render(t, "k8slan-system", c.values...), "k8slan-test")
+		if lan.Spec.VNI != c.vni || string(lan.Spec.DefaultVXLANDev) != c.device {
+			t.Errorf("%v: helm test takes VNI %d over %q, want %d over %q", c.values, lan.Spec.VNI, lan.Spec.DefaultVXLANDev, c.vni, c.device)
+		}
+	}
+}
+
+func TestMetricsAreOffUnlessSet(t *testing.T) {
+	for _, set := range [][]string{nil, {"node.metricsPort=9100", "controller.metricsPort=9101"}} {
+		objects := render(t, "k8slan-system", set...)
+		node := find[appsv1.DaemonSet](t, objects, "k8slan-ds").Spec.Template.Spec.Containers[0]
+		controller := find[appsv1.Deployment](t, objects, "k8slan-controller-manager").Spec.Template.Spec.Containers[0]
+		on := set != nil
+		if slices.Contains(node.Args, "--metrics-address=:9100") != on || slices.Contains(controller.Args, "--metrics-address=:9101") != on {
+			t.Errorf("with %v the daemon has %q, the controller %q", set, node.Args, controller.Args)
+		}
+		ports := 1
+		if on {
+			ports = 2
+		}
+		if policy := find[networkingv1.NetworkPolicy](t, objects, "k8slan-controller-manager"); len(policy.Spec.Ingress[0].Ports) != ports {
+			t.Errorf("with %v the NetworkPolicy lets %v in", set, policy.Spec.Ingress[0].Ports)
+		}
+	}
+}
 
 func TestHelmLintIsContent(t *testing.T) {
 	if out, err := helm(t, "lint", "--strict", "--quiet", chart); err != nil {
