@@ -34,6 +34,9 @@ func fail(code uint, format string, args ...any) error {
 
 // explain turns an error of the node into a CNI error whose sentence says what to do.
 func (a attachment) explain(err error) error {
+	if said, ok := errors.AsType[*types.Error](err); ok { // it is one: the spoke was refused
+		return said
+	}
 	switch {
 	case errors.Is(err, kernel.ErrNoLAN):
 		return a.noLAN(types.ErrTryAgainLater)

@@ -69,6 +69,9 @@ func (n *memoryNode) Claim(_ context.Context, r kernel.ClaimRequest) (kernel.Att
 	if err != nil {
 		return kernel.Attachment{}, err
 	}
+	if err := r.Admit(lan); err != nil {
+		return kernel.Attachment{}, err
+	}
 	key := r.Netns + "/" + r.Spoke
 	old, taken := n.claims[key]
 	pod, ok := n.pods[r.PodNetns]

@@ -73,9 +73,6 @@ func (p *Plugin) add(ctx context.Context, args *skel.CmdArgs) error {
 	if err != nil {
 		return err
 	}
-	if err := p.admit(r); err != nil {
-		return err
-	}
 	if isOwnNetns(r.podNetns) {
 		return fail(types.ErrInvalidNetNS, "%s: CNI_NETNS %s is the node's own network namespace: a pod with hostNetwork gets no interface in a LAN", r, r.podNetns)
 	}
@@ -101,9 +98,8 @@ func isOwnNetns(path string) bool {
 }
 
 // admit says whether the node's record of the LAN and kubelet's allocation let the pod have the spoke.
-func (p *Plugin) admit(r request) error {
-	record, err := p.record(r.attachment, types.ErrTryAgainLater)
-	switch {
+func (r request) admit(record segment.Segment) error {
+	switch err := r.isOf(record); {
 	case err != nil:
 		return err
 	case !record.Allows(r.pod.namespace) && r.pod.namespace == "":
@@ -127,6 +123,14 @@ func (p *Plugin) admit(r request) error {
 	return nil
 }
 
+// isOf says whether a record is that of the attachment's LAN.
+func (a attachment) isOf(record segment.Segment) error {
+	if record.LAN.Namespace != a.lan.Namespace || record.LAN.Name != a.lan.Name {
+		return fail(types.ErrInvalidNetworkConfig, "ns: %q is the network namespace of LAN %s, not of %s as lan says", a.netns, record.LAN, a.lan)
+	}
+	return nil
+}
+
 // record reads what the node has on record of the LAN. Where it has nothing, the error has the code missing.
 func (p *Plugin) record(a attachment, missing uint) (segment.Segment, error) {
 	record, err := p.node.Record(a.netns)
@@ -136,10 +140,7 @@ func (p *Plugin) record(a attachment, missing uint) (segment.Segment, error) {
 	if err != nil {
 		return record, fail(types.ErrIOFailure, "%s: the node's record of it: %v", a, err)
 	}
-	if record.LAN.Namespace != a.lan.Namespace || record.LAN.Name != a.lan.Name {
-		return record, fail(types.ErrInvalidNetworkConfig, "ns: %q is the network namespace of LAN %s, not of %s as lan says", a.netns, record.LAN, a.lan)
-	}
-	return record, nil
+	return record, a.isOf(record)
 }
 
 // attach makes the attachment; steps takes back what it has done so far.
@@ -214,6 +215,7 @@ func (r request) claim() kernel.ClaimRequest {
 		Sandbox: r.sandbox, Interface: r.ifname, PodNetns: r.podNetns,
 		PodNamespace: r.pod.namespace, Pod: r.pod.name, PodUID: r.pod.uid,
 		MAC: r.mac, MTU: r.mtu, Promiscuous: r.promisc,
+		Admit: r.admit,
 	}
 }
 

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
 	"github.com/k8slan/k8slan/lanmgr/segment"
@@ -126,7 +127,7 @@ func (b *builder) apply(op segment.Op) error {
 	}
 	switch o := op.(type) {
 	case segment.Silence:
-		return do(c.ns, silence)
+		return c.silence(o.Bridge)
 	case segment.AddBridge:
 		return c.addBridge(o)
 	case segment.SetBridge:
@@ -147,6 +148,15 @@ func (b *builder) apply(op segment.Op) error {
 		return c.settle(o.Spoke, o.ClaimID)
 	}
 	return c.set(op)
+}
+
+// silence makes a namespace silent. Links that spoke before have taught the bridge where their addresses are, and a plug
+// has that of the pod or VM that it waits for, which may be elsewhere: it forgets what it learnt.
+func (c *conn) silence(bridge string) error {
+	if err := do(c.ns, silence); err != nil || bridge == "" {
+		return err
+	}
+	return c.setLinkInfo(bridge, "bridge", func(data *nl.RtAttr) { data.AddRtAttr(nl.IFLA_BR_FDB_FLUSH, nil) })
 }
 
 // set does the operations that change one setting of one link.
@@ -221,12 +231,14 @@ func (n *Node) createNetns(name string) error {
 
 // restoreNetns mounts the namespace in hand at its name again, over whatever is there.
 func (n *Node) restoreNetns(name string) error {
-	n.mu.Lock()
-	h, ok := n.held[name]
-	n.mu.Unlock()
+	ns, ok, err := n.inHand(name)
+	if err != nil {
+		return err
+	}
 	if !ok {
 		return fmt.Errorf("network namespace %s is not in hand", name)
 	}
+	defer ns.Close()
 	path := n.netnsPath(name)
 	if err := unmountNetns(path); err != nil {
 		return err
@@ -234,7 +246,7 @@ func (n *Node) restoreNetns(name string) error {
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return fmt.Errorf("make the folder of network namespaces: %w", err)
 	}
-	return mountNetns(fmt.Sprintf("/proc/self/fd/%d", int(h.ns)), path)
+	return mountNetns(fmt.Sprintf("/proc/self/fd/%d", int(ns)), path)
 }
 
 // removeNetns takes a segment's name and lock away.

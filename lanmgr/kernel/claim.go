@@ -34,6 +34,9 @@ type ClaimRequest struct {
 	MAC         net.HardwareAddr // nil: derived from LAN and spoke
 	MTU         int              // bytes; 0: the LAN's
 	Promiscuous bool             // of the link in the pod
+
+	// Admit may refuse the pod by the LAN's record, which nobody changes until the claim is made; nil refuses nobody.
+	Admit func(segment.Segment) error
 }
 
 // ID is the claim's ID.
@@ -67,6 +70,11 @@ func (n *Node) Claim(ctx context.Context, r ClaimRequest) (Attachment, error) {
 	}
 	if err != nil {
 		return Attachment{}, err
+	}
+	if r.Admit != nil {
+		if err := r.Admit(want); err != nil {
+			return Attachment{}, err
+		}
 	}
 	if !slices.Contains(want.Spokes, r.Spoke) {
 		return Attachment{}, fmt.Errorf("%w: %q", ErrNoSpoke, r.Spoke)

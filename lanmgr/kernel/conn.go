@@ -121,11 +121,41 @@ func parseLink(m []byte) (segment.Link, error) {
 		return l, err
 	}
 	for _, attr := range attrs {
-		if attr.Attr.Type&^unix.NLA_F_NESTED == unix.IFLA_LINKINFO {
-			return l, parseLinkInfo(&l, attr.Value)
+		switch attr.Attr.Type &^ unix.NLA_F_NESTED {
+		case unix.IFLA_LINKINFO:
+			err = parseLinkInfo(&l, attr.Value)
+		case unix.IFLA_AF_SPEC:
+			l.IPv6, err = parseIPv6(attr.Value)
+		}
+		if err != nil {
+			return l, err
 		}
 	}
 	return l, nil
+}
+
+// parseIPv6 says whether a link has IPv6 switched on.
+func parseIPv6(b []byte) (bool, error) {
+	const disableIPv6 = 26 // DEVCONF_DISABLE_IPV6 (include/uapi/linux/ipv6.h), of an array of int32
+	families, err := nl.ParseRouteAttr(b)
+	if err != nil {
+		return false, err
+	}
+	for _, family := range families {
+		if family.Attr.Type&^unix.NLA_F_NESTED != unix.AF_INET6 {
+			continue
+		}
+		settings, err := nl.ParseRouteAttr(family.Value)
+		if err != nil {
+			return false, err
+		}
+		for _, s := range settings {
+			if s.Attr.Type == unix.IFLA_INET6_CONF && len(s.Value) >= 4*(disableIPv6+1) {
+				return nl.NativeEndian().Uint32(s.Value[4*disableIPv6:]) == 0, nil
+			}
+		}
+	}
+	return false, nil
 }
 
 func parseLinkInfo(l *segment.Link, b []byte) error {

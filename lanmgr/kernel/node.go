@@ -42,6 +42,18 @@ type held struct {
 	id int // of the namespace, as the host's netns counts: what link events bear
 }
 
+// inHand opens a namespace in hand once more, for the caller to close: what is in hand itself may be let go at any time.
+func (n *Node) inHand(name string) (ns netns.NsHandle, ok bool, err error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	h, ok := n.held[name]
+	if !ok {
+		return netns.None(), false, nil
+	}
+	ns, err = dup(h.ns)
+	return ns, err == nil, err
+}
+
 // New returns the node's kernel.
 func New(p Paths) *Node {
 	if p.Run == "" {

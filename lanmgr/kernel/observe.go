@@ -8,6 +8,7 @@ import (
 	"os"
 
 	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
 
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
@@ -60,9 +61,13 @@ func (n *Node) reach(s *segment.State) (*conn, error) {
 		return nil, fmt.Errorf("observe %s: %w", s.Netns, err)
 	}
 	named := err == nil
-	n.mu.Lock()
-	h, inHand := n.held[s.Netns]
-	n.mu.Unlock()
+	held, inHand, err := n.inHand(s.Netns)
+	if err != nil {
+		if named {
+			ns.Close()
+		}
+		return nil, fmt.Errorf("observe %s: %w", s.Netns, err)
+	}
 	switch {
 	case !named && !inHand:
 		info, err := os.Lstat(n.netnsPath(s.Netns))
@@ -73,29 +78,33 @@ func (n *Node) reach(s *segment.State) (*conn, error) {
 		return nil, nil
 	case !named:
 		s.Lost = true
+		return dial(held)
 	case !inHand:
 		s.Exists = true
 		if err := n.hold(s.Netns, ns); err != nil {
 			ns.Close()
 			return nil, fmt.Errorf("observe %s: %w", s.Netns, err)
 		}
-	default:
-		same, err := sameNetns(h.ns, ns)
-		if err != nil {
-			ns.Close()
-			return nil, fmt.Errorf("observe %s: %w", s.Netns, err)
-		}
-		s.Exists, s.Lost = same, !same
+		return dial(ns)
 	}
-	if s.Lost {
-		if named {
-			ns.Close()
-		}
-		if ns, err = dup(h.ns); err != nil {
-			return nil, fmt.Errorf("observe %s: %w", s.Netns, err)
-		}
+	same, err := sameNetns(held, ns)
+	if err != nil {
+		err = fmt.Errorf("observe %s: %w", s.Netns, err)
 	}
-	return dial(ns)
+	s.Exists, s.Lost = same, !same
+	if err != nil || same {
+		held.Close()
+	}
+	if err != nil || !same {
+		ns.Close()
+	}
+	switch {
+	case err != nil:
+		return nil, err
+	case same:
+		return dial(ns)
+	}
+	return dial(held)
 }
 
 // hold keeps a namespace in hand, and gives it the number by which the host's netns will know events from it.
@@ -159,12 +168,13 @@ func (n *Node) dialHost() (*conn, error) {
 	return dial(ns)
 }
 
+// dup opens a namespace once more.
 func dup(ns netns.NsHandle) (netns.NsHandle, error) {
-	d, err := netns.GetFromPath(fmt.Sprintf("/proc/self/fd/%d", int(ns)))
+	fd, err := unix.FcntlInt(uintptr(ns), unix.F_DUPFD_CLOEXEC, 0)
 	if err != nil {
 		return netns.None(), fmt.Errorf("open a network namespace again: %w", err)
 	}
-	return d, nil
+	return netns.NsHandle(fd), nil
 }
 
 // removeFile removes a file; absent is success.

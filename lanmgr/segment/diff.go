@@ -105,8 +105,12 @@ func (d *diff) namespace() {
 	default:
 		d.do(CreateNetns{d.want.Netns})
 	}
-	if !d.have.Silent {
-		d.do(Silence{})
+	if !d.have.Silent || slices.ContainsFunc(d.have.Links, func(l Link) bool { return l.IPv6 }) {
+		var bridge string
+		if l, ok := d.links[d.want.Bridge]; ok && l.Type == "bridge" {
+			bridge = l.Name
+		}
+		d.do(Silence{bridge})
 	}
 	d.offloadAgain()
 	if d.have.Record == nil || !d.have.Record.Equal(d.want) {

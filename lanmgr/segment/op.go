@@ -17,8 +17,8 @@ type (
 	RestoreNetns struct{ Netns string }
 	// RemoveNetns takes the name away; the namespace goes with it.
 	RemoveNetns struct{ Netns string }
-	// Silence switches IPv6 and bridge netfilter off in the namespace.
-	Silence struct{}
+	// Silence switches IPv6 and bridge netfilter off in the namespace, and has a bridge that is there forget what it learnt.
+	Silence struct{ Bridge string }
 	// WriteRecord publishes the segment for the CNI plugin.
 	WriteRecord struct{ Segment Segment }
 	// RemoveRecord takes it back.

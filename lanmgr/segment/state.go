@@ -13,7 +13,7 @@ type State struct {
 	Exists bool     // its network namespace has its name
 	Lost   bool     // the name is gone or means something else, but the namespace itself is still in hand
 	Dead   bool     // the file of its name is there, but no namespace
-	Silent bool     // IPv6 and bridge netfilter are off in it
+	Silent bool     // IPv6, but for single links', and bridge netfilter are off in it
 	Record *Segment // what the node last wanted here; nil where there is none that can be read
 	Links  []Link   // everything in the namespace but lo
 }
@@ -28,8 +28,9 @@ type Link struct {
 	MAC      net.HardwareAddr
 	MTU      int
 	Up       bool
-	Master   int // ifindex of its bridge; 0 for none
-	Promisc  int // how many ask it to be promiscuous; at least 1 while a macvtap on it is up
+	IPv6     bool // is on
+	Master   int  // ifindex of its bridge; 0 for none
+	Promisc  int  // how many ask it to be promiscuous; at least 1 while a macvtap on it is up
 
 	ForwardMask uint16      // of a bridge port: which of 01-80-C2-00-00-0X pass
 	Bridge      BridgeState // of a bridge

@@ -3,11 +3,15 @@ package dataplane
 import (
 	"context"
 	"encoding/binary"
+	"net"
 	"slices"
 	"strings"
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"github.com/k8slan/k8slan/lanmgr/segment"
 	"github.com/k8slan/k8slan/test/frames"
@@ -89,6 +93,37 @@ func TestNodesOwnNamespaceShowsNoLinkOfOurs(t *testing.T) {
 	if got := a.Links(t); !slices.Equal(got, want) {
 		t.Errorf("after the LAN the node has %v, want %v", got, want)
 	}
+}
+
+// Somebody switches IPv6 on for a plug alone. It speaks with the address of the VM that it waits for, and that may be
+// running on another node: the bridge must not believe it for longer than that lasts.
+func TestAPlugThatSpokeIsSilencedAndForgotten(t *testing.T) {
+	a, _ := hosts(t)
+	m := a.manage(t)
+	s := a.here(t, lan("spoke", 56, "vm"))
+	m.runs(t, s)
+	inside, plug := a.inside(s), segment.PlugName("vm")
+	wire := inside.Open(t, plug)
+	try(t, wire.Send(frames.Stream(nil, segment.MAC(s.LAN, "vm"), 1, 1)))
+	if !a.hasLearnt(t, s, segment.MAC(s.LAN, "vm")) {
+		t.Fatal("the bridge learns no address")
+	}
+	inside.Sysctl(t, "net/ipv6/conf/"+plug+"/disable_ipv6", "0")
+	a.awaitState(t, s, "the plug to be silenced", func(have segment.State) bool {
+		l, _ := have.Link(plug)
+		return !l.IPv6 && !a.hasLearnt(t, s, segment.MAC(s.LAN, "vm"))
+	})
+}
+
+// hasLearnt says whether a LAN's bridge knows by which port to reach an address.
+func (h host) hasLearnt(t *testing.T, s segment.Segment, mac net.HardwareAddr) bool {
+	t.Helper()
+	links := h.inside(s).Netlink(t)
+	port, err := links.LinkByName(segment.PortName("vm"))
+	try(t, err)
+	entries, err := links.NeighList(port.Attrs().Index, unix.AF_BRIDGE)
+	try(t, err)
+	return slices.ContainsFunc(entries, func(e netlink.Neigh) bool { return e.HardwareAddr.String() == mac.String() })
 }
 
 // A VXLAN that is up joins its group, and then every node gets every LAN's broadcast.
