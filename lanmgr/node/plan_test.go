@@ -8,6 +8,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/k8slan/k8slan/crd/v1beta1"
+	"github.com/k8slan/k8slan/lanmgr"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
 	"github.com/k8slan/k8slan/lanmgr/node"
 	"github.com/k8slan/k8slan/lanmgr/segment"
@@ -274,5 +275,27 @@ func TestALANWhoseMTUBecameTooLargeStaysAsItIs(t *testing.T) {
 	}
 	if after.Problem.Reason != v1beta1.ReasonMTUTooLarge || !after.Problem.Blocking {
 		t.Errorf("problem = %+v", after.Problem)
+	}
+}
+
+// Its VXLAN is made anew in a moment; kubelet would not offer the spokes to pods for longer than that.
+func TestAnEditOfTheVXLANLeavesSpokesOnOffer(t *testing.T) {
+	plan, _ := node.NewPlan(lab(nil), worker1(), segment.Segment{})
+	for name, c := range map[string]struct {
+		built   func(*segment.VXLAN)
+		healthy bool
+	}{
+		"another group":    {func(v *segment.VXLAN) { v.Group = netip.MustParseAddr("ff02::15") }, true},
+		"another port":     {func(v *segment.VXLAN) { v.Port = 4790 }, true},
+		"another underlay": {func(v *segment.VXLAN) { v.Underlay, v.UnderlayIndex = "eth1", 3 }, true},
+		"no underlay":      {func(v *segment.VXLAN) { v.UnderlayIndex = 0 }, false},
+	} {
+		report := lanmgr.Report{Segment: plan.Segment, Built: true}
+		c.built(&report.Segment.VXLAN)
+		for _, spoke := range node.Offers([]node.Plan{plan}, []lanmgr.Report{report}) {
+			if spoke.Healthy != c.healthy {
+				t.Errorf("built with %s, spoke %s is healthy: %t", name, spoke.Name, spoke.Healthy)
+			}
+		}
 	}
 }

@@ -43,10 +43,11 @@ func Offers(plans []Plan, reports []lanmgr.Report) []Spoke {
 	return offers
 }
 
-// stands says whether the segment is built in all that its spokes need. A plan with other spokes than the report
-// changes nothing for those that stay.
+// stands says whether the segment is built in all that its spokes need. A plan with other spokes than the report, or
+// with another VXLAN than the one that stands, changes nothing for those that stay: what becomes of it is in the next
+// report. But where the underlay was away, what was built has no VXLAN.
 func stands(p Plan, r lanmgr.Report) bool {
-	return r.Built && !p.Problem.Blocking && r.Segment.VXLAN == p.Segment.VXLAN
+	return r.Built && !p.Problem.Blocking && (r.Segment.VXLAN.UnderlayIndex != 0 || p.Segment.VXLAN.UnderlayIndex == 0)
 }
 
 func index(reports []lanmgr.Report) map[string]lanmgr.Report {
