@@ -177,7 +177,16 @@ func (n *Node) boot(ctx context.Context) error {
 	if err := n.connect(); err != nil {
 		return err
 	}
+	return n.startRuntime(ctx)
+}
+
+// startRuntime starts the node's container runtime, if it does not run, and
+// returns when it listens.
+func (n *Node) startRuntime(ctx context.Context) error {
 	name := n.Name + "-containerd"
+	if _, alive, err := n.state.running(name); err != nil || alive {
+		return err
+	}
 	containerd, err := n.state.spawn(ctx, n.Name, name, "containerd", "--config=/etc/containerd/config.toml")
 	if err != nil {
 		return err
@@ -207,13 +216,31 @@ func (n *Node) join(ctx context.Context) error {
 	if err := n.StartKubelet(ctx); err != nil {
 		return err
 	}
-	_, err := n.state.spawn(ctx, n.Name, n.Name+"-kube-proxy", "kube-proxy",
-		"--kubeconfig=/etc/kubernetes/kube-proxy.kubeconfig", "--proxy-mode=nftables",
-		"--cluster-cidr="+podCIDR, "--conntrack-max-per-core=0") // 0: leave it, it is the machine's
-	if err != nil {
+	if err := n.startProxy(ctx); err != nil {
 		return err
 	}
 	return n.waitReady(ctx)
+}
+
+// startProxy starts the node's kube-proxy if it does not run.
+func (n *Node) startProxy(ctx context.Context) error {
+	name := n.Name + "-kube-proxy"
+	if _, alive, err := n.state.running(name); err != nil || alive {
+		return err
+	}
+	_, err := n.state.spawn(ctx, n.Name, name, "kube-proxy",
+		"--kubeconfig=/etc/kubernetes/kube-proxy.kubeconfig", "--proxy-mode=nftables",
+		"--cluster-cidr="+podCIDR, "--conntrack-max-per-core=0") // 0: leave it, it is the machine's
+	return err
+}
+
+// Mend starts those of containerd, kubelet and kube-proxy that do not run in a
+// node that has power, and returns when it is Ready.
+func (n *Node) Mend(ctx context.Context) error {
+	if err := n.startRuntime(ctx); err != nil {
+		return err
+	}
+	return n.join(ctx)
 }
 
 // waitReady returns when the kubelet of this boot of the node says Ready.

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
 
 	"github.com/k8slan/k8slan/test/cluster/internal/nodeinit"
 	"github.com/k8slan/k8slan/test/cluster/internal/pki"
@@ -322,18 +323,41 @@ func (c *Cluster) startAPI(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	server, err := c.state.spawn(ctx, placeControlPlane, "kube-apiserver", append([]string{"kube-apiserver"}, c.apiServerFlags()...)...)
-	if err != nil {
+	// Before the API server: the first look at that goes through it.
+	if _, err := c.state.spawn(ctx, placeMachine, "proxy", c.state.bin("cluster"), "--name", string(c.state), "proxy"); err != nil {
 		return err
 	}
-	if _, err := c.state.spawn(ctx, placeMachine, "proxy", c.state.bin("cluster"), "--name", string(c.state), "proxy"); err != nil {
+	return c.StartAPIServer(ctx)
+}
+
+// StartAPIServer starts the API server, if it does not run, and returns when
+// it is ready.
+func (c *Cluster) StartAPIServer(ctx context.Context) error {
+	const name = "kube-apiserver"
+	if _, alive, err := c.state.running(name); err != nil || alive {
+		return err
+	}
+	server, err := c.state.spawn(ctx, placeControlPlane, name, append([]string{name}, c.apiServerFlags()...)...)
+	if err != nil {
 		return err
 	}
 	client, err := c.state.client()
 	if err != nil {
 		return err
 	}
-	return c.state.until(ctx, "kube-apiserver", server, client.ready)
+	return c.state.until(ctx, name, server, client.ready)
+}
+
+// StopAPIServer kills the API server; all else goes on without it.
+func (c *Cluster) StopAPIServer(ctx context.Context) error {
+	server, alive, err := c.state.running("kube-apiserver")
+	if err != nil || !alive {
+		return err
+	}
+	if err := server.Stop(ctx, unix.SIGKILL); err != nil {
+		return fmt.Errorf("stop the API server: %w", err)
+	}
+	return nil
 }
 
 func (c *Cluster) apiServerFlags() []string {

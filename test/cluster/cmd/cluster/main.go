@@ -61,7 +61,7 @@ func root() (*cobra.Command, error) {
 	}
 	root.PersistentFlags().StringVar(&o.Name, "name", name, "a letter for a cluster beside the usual one ($K8SLAN_CLUSTER)")
 	root.AddCommand(up(o), down(o), status(o), kubeconfig(o), build(o), load(o), execute(o),
-		kubelet(o), kill(o), power(o), underlay(o), spawn(o), spawnNode(o), nodeInit(), proxy(o))
+		kubelet(o), kill(o), mend(o), power(o), underlay(o), spawn(o), spawnNode(o), nodeInit(), proxy(o))
 	return root, nil
 }
 
@@ -187,6 +187,11 @@ func power(o *options) *cobra.Command {
 		onNode(o, "on node", "Boot the node and wait until it is Ready", 1, func(ctx context.Context, n *cluster.Node, _ []string) error { return n.PowerOn(ctx) }),
 	)
 	return c
+}
+
+func mend(o *options) *cobra.Command {
+	return onNode(o, "mend node", "Start those of containerd, kubelet and kube-proxy that do not run", 1,
+		func(ctx context.Context, n *cluster.Node, _ []string) error { return n.Mend(ctx) })
 }
 
 func underlay(o *options) *cobra.Command {
