@@ -60,7 +60,7 @@ func (s *stream) receive() {
 			s.err = err
 			return
 		}
-		s.counter.Add(frame)
+		s.counter.Add(frame, time.Now())
 	}
 }
 

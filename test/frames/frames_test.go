@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"net"
 	"testing"
+	"time"
 )
 
 var testSrc = mac(0x02, 0, 0, 0, 0, 0x0a)
@@ -120,26 +121,30 @@ func TestFilterWantsWhatItSays(t *testing.T) {
 }
 
 func TestCounterTellsLossDuplicatesAndReordering(t *testing.T) {
+	began := time.Now()
+	at := func(i int) time.Time { return began.Add(time.Duration(i) * time.Second) }
 	for name, c := range map[string]struct {
 		arrived []uint64
 		want    Tally
 	}{
 		"all in order":   {[]uint64{0, 1, 2, 3}, Tally{Received: 4}},
-		"nothing":        {nil, Tally{Lost: 4}},
-		"one lost":       {[]uint64{0, 2, 3}, Tally{Received: 3, Lost: 1}},
-		"the last lost":  {[]uint64{0, 1, 2}, Tally{Received: 3, Lost: 1}},
+		"nothing":        {nil, Tally{Lost: 4, LongestLoss: 4}},
+		"one lost":       {[]uint64{0, 2, 3}, Tally{Received: 3, Lost: 1, LongestLoss: 1, FirstLost: 1, Resumed: at(1)}},
+		"two in a row":   {[]uint64{0, 3}, Tally{Received: 2, Lost: 2, LongestLoss: 2, FirstLost: 1, Resumed: at(1)}},
+		"two apart":      {[]uint64{1, 3}, Tally{Received: 2, Lost: 2, LongestLoss: 1, Resumed: at(0)}},
+		"the last lost":  {[]uint64{0, 1, 2}, Tally{Received: 3, Lost: 1, LongestLoss: 1, FirstLost: 3}},
 		"one twice":      {[]uint64{0, 1, 1, 2, 3}, Tally{Received: 4, Duplicates: 1}},
 		"one late":       {[]uint64{0, 2, 1, 3}, Tally{Received: 4, Reordered: 1}},
 		"one late twice": {[]uint64{0, 2, 1, 1, 3}, Tally{Received: 4, Duplicates: 1, Reordered: 1}},
 		"beyond the end": {[]uint64{0, 1, 2, 3, 4}, Tally{Received: 4}},
 	} {
 		counter := Counter{ID: 7, Total: 4}
-		for _, seq := range c.arrived {
-			counter.Add(Stream(nil, testSrc, 7, seq))
-			counter.Add(Stream(nil, testSrc, 8, seq))
+		for i, seq := range c.arrived {
+			counter.Add(Stream(nil, testSrc, 7, seq), at(i))
+			counter.Add(Stream(nil, testSrc, 8, seq), at(i))
 		}
 		for _, f := range Catalog(testSrc, 1400) {
-			counter.Add(f.Bytes)
+			counter.Add(f.Bytes, began)
 		}
 		if got := counter.Tally(); got != c.want {
 			t.Errorf("%s: %+v, want %+v", name, got, c.want)

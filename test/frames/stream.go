@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"net"
+	"time"
 )
 
 // streamMarker begins the payload of a stream's frames.
@@ -34,6 +35,10 @@ type Tally struct {
 	Lost       uint64 `json:"lost"`       // frames that never came
 	Duplicates uint64 `json:"duplicates"` // frames that had come before
 	Reordered  uint64 `json:"reordered"`  // frames that came after a later one
+
+	LongestLoss uint64    `json:"longestLoss"`      // most frames in a row that never came
+	FirstLost   uint64    `json:"firstLost"`        // the number of the first of those
+	Resumed     time.Time `json:"resumed,omitzero"` // when the first frame after those came; zero if there is none
 }
 
 // Counter counts the frames of the stream ID with the numbers 0 to Total-1.
@@ -42,17 +47,18 @@ type Counter struct {
 	Total uint64
 
 	seen                            map[uint64]bool
+	jumps                           map[uint64]time.Time // when a frame came that was not the next one
 	duplicates, reordered, expected uint64
 }
 
-// Add counts the frame if it is one of the stream's.
-func (c *Counter) Add(frame []byte) {
+// Add counts the frame if it is one of the stream's; it came at that time.
+func (c *Counter) Add(frame []byte, at time.Time) {
 	seq, ok := parseStream(frame, c.ID)
 	if !ok || seq >= c.Total {
 		return
 	}
 	if c.seen == nil {
-		c.seen = map[uint64]bool{}
+		c.seen, c.jumps = map[uint64]bool{}, map[uint64]time.Time{}
 	}
 	switch {
 	case c.seen[seq]:
@@ -60,6 +66,9 @@ func (c *Counter) Add(frame []byte) {
 	case seq < c.expected:
 		c.reordered++
 	default:
+		if seq > c.expected {
+			c.jumps[seq] = at
+		}
 		c.expected = seq + 1
 	}
 	c.seen[seq] = true
@@ -71,5 +80,17 @@ func (c *Counter) Complete() bool { return uint64(len(c.seen)) == c.Total }
 // Tally returns the count so far.
 func (c *Counter) Tally() Tally {
 	received := uint64(len(c.seen))
-	return Tally{Received: received, Lost: c.Total - received, Duplicates: c.duplicates, Reordered: c.reordered}
+	t := Tally{Received: received, Lost: c.Total - received, Duplicates: c.duplicates, Reordered: c.reordered}
+	missing := uint64(0)
+	for seq := range c.Total + 1 {
+		if !c.seen[seq] && seq < c.Total {
+			missing++
+			continue
+		}
+		if missing > t.LongestLoss {
+			t.LongestLoss, t.FirstLost, t.Resumed = missing, seq-missing, c.jumps[seq]
+		}
+		missing = 0
+	}
+	return t
 }

@@ -187,13 +187,13 @@ func streamReceive(iface *string, id *uint32, count *int) *cobra.Command {
 		Use:   "receive",
 		Short: "Count what arrives of a stream, and print it as JSON",
 		Long: "Count what arrives of a stream until it is complete or the time is over, and print\n" +
-			"{\"received\":…,\"lost\":…,\"duplicates\":…,\"reordered\":…}.\n" +
+			"{\"received\":…,\"lost\":…,\"duplicates\":…,\"reordered\":…,\"longestLoss\":…,\"firstLost\":…,\"resumed\":…}.\n" +
 			"The line \"listening\" on standard error says that from now on nothing is missed.",
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			counter := frames.Counter{ID: *id, Total: uint64(*count)}
 			err := receive(cmd.Context(), *iface, patience, func(frame []byte) (done bool) {
-				counter.Add(frame)
+				counter.Add(frame, time.Now())
 				return counter.Complete()
 			})
 			if err != nil {
