@@ -83,16 +83,17 @@ func Write(dir string, d Device) error {
 		if earlier == path {
 			continue
 		}
-		if err := os.Remove(earlier); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		if err := remove(earlier); err != nil {
 			return fmt.Errorf("remove CDI device %s of an earlier claim: %w", Name(d.Spoke), err)
 		}
 	}
 	tmp := halfWritten(path)
-	if err := os.WriteFile(tmp, b, 0o644); err != nil {
-		return fmt.Errorf("write CDI device %s: %w", Name(d.Spoke), err)
+	err = os.WriteFile(tmp, b, 0o644)
+	if err == nil {
+		err = os.Rename(tmp, path)
 	}
-	if err := os.Rename(tmp, path); err != nil {
-		return errors.Join(fmt.Errorf("write CDI device %s: %w", Name(d.Spoke), err), os.Remove(tmp))
+	if err != nil { // a full file system takes the file's name, but not its content
+		return errors.Join(fmt.Errorf("write CDI device %s: %w", Name(d.Spoke), err), remove(tmp))
 	}
 	return nil
 }
@@ -102,9 +103,17 @@ func Write(dir string, d Device) error {
 func Remove(dir, spoke, claimID string) error {
 	path := file(dir, spoke, claimID)
 	for _, f := range []string{path, halfWritten(path)} {
-		if err := os.Remove(f); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		if err := remove(f); err != nil {
 			return fmt.Errorf("remove CDI device %s: %w", Name(spoke), err)
 		}
+	}
+	return nil
+}
+
+// remove removes a file; absent is success.
+func remove(path string) error {
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
 	}
 	return nil
 }

@@ -148,11 +148,12 @@ func (n *Node) writeRecord(s segment.Segment) error {
 		return fmt.Errorf("write the record of %s: %w", s.LAN, err)
 	}
 	tmp := filepath.Join(filepath.Dir(path), "."+filepath.Base(path))
-	if err := os.WriteFile(tmp, b, 0o600); err != nil {
-		return fmt.Errorf("write the record of %s: %w", s.LAN, err)
+	err = os.WriteFile(tmp, b, 0o600)
+	if err == nil {
+		err = os.Rename(tmp, path)
 	}
-	if err := os.Rename(tmp, path); err != nil {
-		return fmt.Errorf("write the record of %s: %w", s.LAN, err)
+	if err != nil { // a full file system takes the file's name, but not its content
+		return errors.Join(fmt.Errorf("write the record of %s: %w", s.LAN, err), removeFile(tmp))
 	}
 	return nil
 }
