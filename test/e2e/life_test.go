@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"context"
+	"strings"
 	"testing"
 	"time"
 
@@ -15,28 +16,42 @@ import (
 func TestDaemonIsKilledWhilePodsTalk(t *testing.T) {
 	l := newLab(t)
 	one, two := l.pair("killed", 1070)
-	m := l.machine(worker2)
+	m, ns := l.machine(worker2), l.namespace+".killed"
+	before, inPod := m.indexes(ns), two.index()
 	var third station
 	losesNothing(one, two, 15*time.Second, func() {
 		l.awaitDaemon(worker2, "restarted", m.killDaemon())
-		l.setSpokes("killed", "killed-1", "killed-2", "killed-4")
+		l.setSpokes("killed", "killed-1", "killed-2", "killed-3", "killed-4")
 		l.ready("killed") // by the new daemon
 		third = l.start(pod("killed-4", worker2, "killed-4"))[0]
 	})
+	after := m.indexes(ns)
+	for name, index := range before {
+		if after[name] != index {
+			t.Errorf("link %s was built anew: its index is %d, it was %d", name, after[name], index)
+		}
+	}
+	if index := two.index(); index != inPod {
+		t.Errorf("the pod's link has index %s, it was %s", index, inPod)
+	}
 	third.address(address(4) + "/24")
 	third.pings(address(1))
 	l.awaitSegment(worker2, "killed", "told of both pods", func(s v1beta1.SegmentStatus) bool { return len(s.Attachments) == 2 })
 }
 
-// killDaemon kills the node's daemon and returns what fits its pod when it is ready again.
-func (m machine) killDaemon() func(*corev1.Pod) bool {
+// index is that of the pod's link.
+func (s station) index() string { return s.sh("cat /sys/class/net/%s/ifindex", s.link) }
+
+// killDaemon kills the node's daemon, does some more before kubelet starts it again, and returns what fits its pod when it is ready.
+func (m machine) killDaemon(more ...string) func(*corev1.Pod) bool {
 	m.Helper()
 	var before int32
 	m.awaitDaemon(m.Name, "ready", func(p *corev1.Pod) bool {
 		before = p.Status.ContainerStatuses[0].RestartCount
 		return p.Status.ContainerStatuses[0].Ready
 	})
-	m.run("kill", "-9", m.daemon())
+	pid := m.daemon()
+	m.run("sh", "-ec", strings.Join(append([]string{"kill -9 " + pid}, more...), "\n"))
 	return func(p *corev1.Pod) bool {
 		return p.Status.ContainerStatuses[0].RestartCount > before && p.Status.ContainerStatuses[0].Ready
 	}
@@ -63,11 +78,27 @@ func (l lab) awaitDaemon(node, what string, fits func(*corev1.Pod) bool) {
 func TestKubeletIsRestartedWhilePodsTalk(t *testing.T) {
 	l := newLab(t)
 	one, two := l.pair("kubelet", 1071)
+	m := l.machine(worker2)
+	offers := m.allocatable(t.Context(), "kubelet-")
+	if offers != 3 {
+		t.Fatalf("kubelet says that it has %d spokes of the LAN to allocate, want 3", offers)
+	}
 	losesNothing(one, two, 15*time.Second, func() {
-		if err := l.machine(worker2).RestartKubelet(t.Context()); err != nil {
+		if err := m.StopKubelet(t.Context()); err != nil {
 			t.Fatal(err)
 		}
-		l.startSet("again", worker2, "kubelet-3") // the spoke is offered again
+		stopped := time.Now()
+		if err := m.StartKubelet(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		listens := m.awaitSocket("/var/lib/kubelet/device-plugins/kubelet.sock", stopped)
+		m.until("all spokes to be allocatable again", func() bool { return m.allocatable(t.Context(), "kubelet-") == offers })
+		took := time.Since(listens)
+		t.Logf("from kubelet's socket to allocatable spokes: %s", took.Round(time.Millisecond))
+		if took > 2*time.Second {
+			t.Errorf("kubelet had the spokes again %s after its socket, want 2 s at most", took)
+		}
+		l.startSet("again", worker2, "kubelet-3")
 	})
 	for _, s := range []station{one, two} {
 		p := l.awaitRunning(s.pod)
@@ -77,12 +108,21 @@ func TestKubeletIsRestartedWhilePodsTalk(t *testing.T) {
 	}
 }
 
+// What controllers made comes back attached. A bare pod does not: kubelet admits it before the daemon, a pod like any other, can
+// offer its spoke, and fails it for good.
 func TestNodeLosesPowerAndComesBack(t *testing.T) {
 	l := newLab(t)
-	one, _ := l.pair("power", 1072)
+	one, bare := l.pair("power", 1072)
+	l.setSpokes("power", "power-1", "power-2", "power-3", "power-4", "power-5")
+	l.ready("power")
+	l.apply(l.controlled("Deployment", pod("deployed", worker2, "power-4")))
+	l.apply(l.controlled("StatefulSet", vm("vm", worker2, "power-5", address(5)+"/24")))
 	before := l.startSet("back", worker2, "power-3")
 	before.address(address(3) + "/24")
 	one.pings(address(3))
+	deployed := l.onlyPodOf("deployed", "running", isRunning)
+	machine := l.station(vm("vm-0", worker2, "power-5"))
+	one.reaches(address(5))
 	ctx, cancel := context.WithTimeout(t.Context(), 3*patience)
 	defer cancel()
 	m := l.machine(worker2)
@@ -102,6 +142,15 @@ func TestNodeLosesPowerAndComesBack(t *testing.T) {
 	}
 	after.address(address(3) + "/24")
 	one.reaches(address(3))
+	l.onlyPodOf("deployed", "another one that runs", func(p *corev1.Pod) bool { return p.UID != deployed.UID && isRunning(p) })
+	l.logTime("until the Deployment's pod ran again", begin)
+	l.awaitPod("vm-0", "another one that runs", func(p *corev1.Pod) bool { return string(p.UID) != machine.uid && isRunning(p) })
+	one.reaches(address(5))
+	l.logTime("until the VM answered through a new tap", begin)
+	failed := l.awaitPod(bare.pod, "failed", func(p *corev1.Pod) bool { return p.Status.Phase == corev1.PodFailed })
+	if failed.Status.Reason != "UnexpectedAdmissionError" || !strings.Contains(failed.Status.Message, v1beta1.Resource("power-2")) {
+		t.Errorf("the bare pod failed for %s: %s", failed.Status.Reason, failed.Status.Message)
+	}
 	if p := l.awaitRunning(one.pod); string(p.UID) != one.uid || p.Status.ContainerStatuses[0].RestartCount != 0 {
 		t.Errorf("%s was touched: %+v", one, p.Status.ContainerStatuses)
 	}
@@ -111,7 +160,7 @@ func TestNodeLosesPowerAndComesBack(t *testing.T) {
 	}
 }
 
-func TestWhatIsDeletedByHandIsRepaired(t *testing.T) {
+func TestWhatIsDeletedByHandIsRepairedWithinASecond(t *testing.T) {
 	l := newLab(t)
 	one, two := l.pair("mended", 1073)
 	m, ns := l.machine(worker2), l.namespace+".mended"
@@ -119,31 +168,86 @@ func TestWhatIsDeletedByHandIsRepaired(t *testing.T) {
 		return links.up("br1073") && links.up("vx1073") && links.up("mended-3_b") && links.up("mended-3_p") && links.have("mended-2_b", "mended-2_p")
 	}
 	m.awaitLinks(ns, "whole", whole)
-	for _, link := range []string{"vx1073", "mended-3_b", "mended-3_p", "mended-2_b", "br1073"} {
-		t.Run(link, func(t *testing.T) {
+	inside := "nsenter --net=/run/k8slan/netns/" + ns + " "
+	for _, c := range []struct{ what, command string }{
+		{"the VXLAN", inside + "ip link del vx1073"},
+		{"the bridge", inside + "ip link del br1073"},
+		{"a waiting spoke's port", inside + "ip link del mended-3_b"},
+		{"a waiting spoke's plug", inside + "ip link del mended-3_p"},
+		{"the port beside an attached pod", inside + "ip link del mended-2_b"},
+		{"the plug beside an attached pod", inside + "ip link del mended-2_p"},
+		{"all of them at once", inside + "sh -c 'for l in vx1073 br1073 mended-2_b mended-3_b; do ip link del $l; done'"},
+		{"the name of the network namespace", "umount -l /run/k8slan/netns/" + ns},
+	} {
+		t.Run(c.what, func(t *testing.T) {
 			l := l.in(t)
-			m, one, two := l.machine(worker2), one.in(t), two.in(t)
-			begin := time.Now()
-			m.run("nsenter", "--net=/run/k8slan/netns/"+ns, "ip", "link", "del", link)
-			m.awaitLinks(ns, "whole again", whole)
-			l.logTime("from ip link del to the last repaired link", begin)
-			one.reaches(address(2))
-			two.pings(address(1))
+			m := l.machine(worker2)
+			losesLittle(one.in(t), two.in(t), 3*time.Second, func() {
+				begin := time.Now()
+				m.run("sh", "-c", c.command)
+				m.until("the segment to have its name", func() bool {
+					_, err := m.Exec(t.Context(), "nsenter", "--net=/run/k8slan/netns/"+ns, "true")
+					return err == nil
+				})
+				m.awaitLinks(ns, "whole again", whole)
+				l.logTime("until the last link was repaired", begin)
+			})
 		})
 	}
-	t.Run("the name of the network namespace", func(t *testing.T) {
-		l := l.in(t)
-		m, one, two := l.machine(worker2), one.in(t), two.in(t)
-		begin := time.Now()
-		m.run("sh", "-ec", "umount -l /run/k8slan/netns/"+ns)
-		m.until("the name to be back", func() bool {
-			_, err := m.Exec(t.Context(), "nsenter", "--net=/run/k8slan/netns/"+ns, "ip", "link", "show", "br1073")
-			return err == nil
-		})
-		l.logTime("from umount to a name that leads to the bridge", begin)
-		one.reaches(address(2))
-		two.pings(address(1))
-	})
 	l.ready("mended")
 	one.fetches(two, address(2))
+}
+
+// A pod's own link, and the plug that a VM's tap is on, take the pod's end along: the pod has lost its interface, and only
+// its successor gets another one.
+func TestWhatTakesThePodsInterfaceAlongIsRepairedForItsSuccessor(t *testing.T) {
+	l := newLab(t)
+	l.lan("cutoff", 1130, []string{"cutoff-1", "cutoff-2", "cutoff-3", "cutoff-4"})
+	one := l.start(pod("cutoff-1", worker1, "cutoff-1"))[0]
+	one.address(address(1) + "/24")
+	attached := l.startSet("attached", worker2, "cutoff-2")
+	l.apply(l.controlled("StatefulSet", vm("vm", worker2, "cutoff-3", address(3)+"/24")))
+	machine := l.station(vm("vm-0", worker2, "cutoff-3"))
+	stays := l.start(pod("cutoff-4", worker2, "cutoff-4"))[0]
+	one.reaches(address(3))
+	m, ns := l.machine(worker2), l.namespace+".cutoff"
+	losesNothing(one, stays, 8*time.Second, func() {
+		for _, link := range []string{"cutoff-2", "cutoff-3_p"} { // the first answers to the spoke's name
+			m.run("nsenter", "--net=/run/k8slan/netns/"+ns, "ip", "link", "del", link)
+		}
+		l.awaitSegment(worker2, "cutoff", "without both attachments", func(s v1beta1.SegmentStatus) bool {
+			return s.State == v1beta1.SegmentReady && len(s.Attachments) == 1
+		})
+	})
+	for _, s := range []station{attached, machine} {
+		l.delete(&corev1.Pod{}, s.pod)
+		l.awaitPod(s.pod, "another one that runs", func(p *corev1.Pod) bool { return string(p.UID) != s.uid && isRunning(p) })
+	}
+	next := l.station(pod("attached-0", worker2, "cutoff-2"))
+	next.address(address(2) + "/24")
+	one.reaches(address(2))
+	one.reaches(address(3))
+	l.awaitSegment(worker2, "cutoff", "told of all pods", func(s v1beta1.SegmentStatus) bool { return len(s.Attachments) == 3 })
+}
+
+// Nobody holds the namespace once the daemon is dead and the name is gone: it dies, with the interfaces of its pods.
+func TestDeletedNetworkNamespaceIsBuiltAnewForThePodsSuccessors(t *testing.T) {
+	l := newLab(t)
+	l.lan("dead", 1131, []string{"dead-1", "dead-2"})
+	one := l.start(pod("dead-1", worker1, "dead-1"))[0]
+	one.address(address(1) + "/24")
+	before := l.startSet("reborn", worker2, "dead-2")
+	m, ns := l.machine(worker2), l.namespace+".dead"
+	restarted := m.killDaemon(`umount -l /run/k8slan/netns/` + ns)
+	before.sh("until ! [ -e /sys/class/net/%s ]; do usleep 20000; done", before.link)
+	l.awaitDaemon(worker2, "restarted", restarted)
+	l.awaitSegment(worker2, "dead", "Ready without a pod", func(s v1beta1.SegmentStatus) bool {
+		return s.State == v1beta1.SegmentReady && len(s.Attachments) == 0
+	})
+	l.delete(&corev1.Pod{}, before.pod)
+	l.awaitPod(before.pod, "another one that runs", func(p *corev1.Pod) bool { return string(p.UID) != before.uid && isRunning(p) })
+	after := l.station(pod(before.pod, worker2, "dead-2"))
+	after.address(address(2) + "/24")
+	one.reaches(address(2))
+	losesNothing(one, after, 2*time.Second, func() {})
 }

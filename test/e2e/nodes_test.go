@@ -13,7 +13,11 @@ import (
 
 	"github.com/vishvananda/netlink"
 	vnetns "github.com/vishvananda/netns"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+	podresources "k8s.io/kubelet/pkg/apis/podresources/v1"
 
+	"github.com/k8slan/k8slan/crd/v1beta1"
 	"github.com/k8slan/k8slan/test/cluster"
 	"github.com/k8slan/k8slan/test/netns"
 )
@@ -200,4 +204,65 @@ func (m machine) tapOwner(command string) string {
 func (m machine) daemon() string {
 	m.Helper()
 	return m.run("pgrep", "-o", "-f", "^/k8slan node")
+}
+
+// indexes are the indexes of the links in a LAN's network namespace.
+func (m machine) indexes(ns string) map[string]int {
+	m.Helper()
+	fd, err := vnetns.GetFromPath(m.inside(ns).Path)
+	if err != nil {
+		m.Fatal(err)
+	}
+	defer fd.Close()
+	handle, err := netlink.NewHandleAt(fd)
+	if err != nil {
+		m.Fatal(err)
+	}
+	defer handle.Close()
+	links, err := handle.LinkList()
+	if err != nil {
+		m.Fatal(err)
+	}
+	all := map[string]int{}
+	for _, l := range links {
+		all[l.Attrs().Name] = l.Attrs().Index
+	}
+	return all
+}
+
+// allocatable is how many spokes, whose names begin so, kubelet says that it can allocate or has allocated; -1 while it says nothing.
+func (m machine) allocatable(ctx context.Context, prefix string) int {
+	m.Helper()
+	conn, err := grpc.NewClient("unix:"+m.path("/var/lib/kubelet/pod-resources/kubelet.sock"), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		m.Fatal(err)
+	}
+	defer conn.Close()
+	ctx, cancel := context.WithTimeout(ctx, time.Second)
+	defer cancel()
+	answer, err := podresources.NewPodResourcesListerClient(conn).GetAllocatableResources(ctx, &podresources.AllocatableResourcesRequest{})
+	if err != nil {
+		return -1
+	}
+	count := 0
+	for _, d := range answer.GetDevices() {
+		if strings.HasPrefix(d.GetResourceName(), v1beta1.Resource(prefix)) {
+			count += len(d.GetDeviceIds())
+		}
+	}
+	return count
+}
+
+// awaitSocket returns when a socket of the node's was made, after that time.
+func (m machine) awaitSocket(path string, after time.Time) (made time.Time) {
+	m.Helper()
+	m.until("socket "+path, func() bool {
+		info, err := os.Stat(m.path(path))
+		if err != nil {
+			return false
+		}
+		made = info.ModTime()
+		return made.After(after)
+	})
+	return made
 }

@@ -132,6 +132,7 @@ func namespace(t *testing.T) string {
 func remove(ctx context.Context, namespace string) error {
 	return errors.Join(
 		bed.client.DeleteAllOf(ctx, &appsv1.StatefulSet{}, client.InNamespace(namespace)),
+		bed.client.DeleteAllOf(ctx, &appsv1.Deployment{}, client.InNamespace(namespace), client.PropagationPolicy(metav1.DeletePropagationBackground)),
 		bed.client.DeleteAllOf(ctx, &corev1.Pod{}, client.InNamespace(namespace)),
 		bed.client.DeleteAllOf(ctx, &v1beta1.LAN{}, client.InNamespace(namespace)),
 		client.IgnoreNotFound(bed.client.Delete(ctx, &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: namespace}})),

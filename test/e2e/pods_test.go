@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"context"
 	"embed"
 	"fmt"
 	"slices"
@@ -8,6 +9,9 @@ import (
 	"text/template"
 
 	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/yaml"
 
 	"github.com/k8slan/k8slan/crd/v1beta1"
 )
@@ -91,9 +95,49 @@ func (l lab) start(guests ...guest) []station {
 // where the pod speaks once it runs.
 func (l lab) startSet(name, node, spoke string) station {
 	l.Helper()
-	set := pod(name, node, spoke)
-	l.apply(l.manifest("statefulset", set))
+	l.apply(l.controlled("StatefulSet", pod(name, node, spoke)))
 	return l.station(pod(name+"-0", node, spoke))
+}
+
+// controlled is a StatefulSet or a Deployment of one such guest.
+func (l lab) controlled(kind string, g guest) string {
+	l.Helper()
+	template := &unstructured.Unstructured{}
+	if err := yaml.Unmarshal([]byte(l.yaml(g)), &template.Object); err != nil {
+		l.Fatal(err)
+	}
+	labels := map[string]any{appLabel: g.Name}
+	set := map[string]any{
+		"apiVersion": "apps/v1", "kind": kind, "metadata": map[string]any{"name": g.Name},
+		"spec": map[string]any{
+			"selector": map[string]any{"matchLabels": labels},
+			"template": map[string]any{
+				"metadata": map[string]any{"labels": labels, "annotations": template.GetAnnotations()},
+				"spec":     template.Object["spec"],
+			},
+		},
+	}
+	manifest, err := yaml.Marshal(set)
+	if err != nil {
+		l.Fatal(err)
+	}
+	return string(manifest)
+}
+
+// appLabel is how a controller's pods are recognized.
+const appLabel = "app"
+
+// onlyPodOf returns the pod of a controller once it fits.
+func (l lab) onlyPodOf(name, what string, fits func(*corev1.Pod) bool) *corev1.Pod {
+	l.Helper()
+	ctx, cancel := context.WithTimeout(l.Context(), patience)
+	defer cancel()
+	which := []client.ListOption{client.InNamespace(l.namespace), client.MatchingLabels{appLabel: name}}
+	all, err := await(ctx, bed.client, &corev1.PodList{}, which, func(all []*corev1.Pod) bool { return slices.ContainsFunc(all, fits) })
+	if err != nil {
+		l.Fatalf("waited for a pod of %s to be %s: %v", name, what, err)
+	}
+	return all[slices.IndexFunc(all, fits)]
 }
 
 // station awaits that the guest runs and returns where it speaks.

@@ -254,28 +254,58 @@ func crosses(from, to station) {
 	}
 }
 
-// losesNothing sends 1,000 frames a second from one pod to another for so long, does something meanwhile, and wants
-// every frame to arrive. The programs run in the pods by themselves: kubelet, which carries exec, may be restarted.
-func losesNothing(from, to station, during time.Duration, do func()) {
+// stream is 1,000 frames a second from one pod to another. The programs run in the pods by themselves: kubelet and the API
+// server, which carry exec, may be away meanwhile.
+type stream struct {
+	from, to station
+	during   time.Duration
+	count    int
+}
+
+// startStream starts a stream of that length.
+func startStream(from, to station, during time.Duration) stream {
 	to.Helper()
-	count := int(during.Milliseconds())
+	s := stream{from: from, to: to, during: during, count: int(during.Milliseconds())}
 	to.sh(`frames -i %s stream receive --count %d --for %s >/tmp/tally 2>/tmp/ear &
-until grep -q listening /tmp/ear; do usleep 20000; done`, to.link, count, during+10*time.Second)
-	begin := time.Now()
-	from.sh(`frames -i %s stream send --dst %s --count %d --rate 1000 >/tmp/sent 2>&1 &`, from.link, to.mac, count)
-	do()
-	took := time.Since(begin)
-	out := to.sh(`while pidof frames >/dev/null; do usleep 100000; done; cat /tmp/tally /tmp/ear`)
+until grep -q listening /tmp/ear; do usleep 20000; done`, to.link, s.count, during+3*time.Second)
+	from.sh(`frames -i %s stream send --dst %s --count %d --rate 1000 >/tmp/sent 2>&1 &`, from.link, to.mac, s.count)
+	return s
+}
+
+// end waits for the stream's end and returns what of it arrived.
+func (s stream) end() frames.Tally {
+	s.to.Helper()
+	out := s.to.sh(`while pidof frames >/dev/null; do usleep 100000; done; cat /tmp/tally /tmp/ear`)
 	result, rest, _ := strings.Cut(out, "\n")
 	var tally frames.Tally
 	if err := json.Unmarshal([]byte(result), &tally); err != nil {
-		to.Fatalf("the receiver said %q %q: %v; the sender %q", result, rest, err, from.sh("cat /tmp/sent"))
+		s.to.Fatalf("the receiver said %q %q: %v; the sender %q", result, rest, err, s.from.sh("cat /tmp/sent"))
 	}
-	to.Logf("%d frames in %s: %+v; what was done meanwhile took %s", count, during, tally, took.Round(time.Millisecond))
-	if tally.Lost > 0 {
-		to.Errorf("%d of %d frames from %s to %s were lost; the sender said %q", tally.Lost, count, from, to, from.sh("cat /tmp/sent"))
+	s.to.Logf("%d frames from %s to %s in %s: %+v", s.count, s.from, s.to, s.during, tally)
+	return tally
+}
+
+// losesNothing does something while a stream flows, and wants every frame of it to arrive.
+func losesNothing(from, to station, during time.Duration, do func()) {
+	to.Helper()
+	s := startStream(from, to, during)
+	begin := time.Now()
+	do()
+	took := time.Since(begin)
+	if tally := s.end(); tally.Lost > 0 {
+		to.Errorf("%d of %d frames from %s to %s were lost; the sender said %q", tally.Lost, s.count, from, to, from.sh("cat /tmp/sent"))
 	}
 	if took > during {
 		to.Errorf("what was done took %s, longer than the stream of %s that watched it", took, during)
+	}
+}
+
+// losesLittle does something while a stream flows, and wants it to be interrupted for at most a second.
+func losesLittle(from, to station, during time.Duration, do func()) {
+	to.Helper()
+	s := startStream(from, to, during)
+	do()
+	if tally := s.end(); tally.LongestLoss > 1000 || tally.Resumed.IsZero() && tally.Lost > 0 {
+		to.Errorf("the stream from %s to %s was interrupted for %d ms, want 1,000 at most, and an end", from, to, tally.LongestLoss)
 	}
 }

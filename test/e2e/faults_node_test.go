@@ -1,0 +1,212 @@
+package e2e
+
+import (
+	"context"
+	"maps"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/k8slan/k8slan/crd/v1beta1"
+)
+
+// TestAPIServerIsAwayWhilePodsTalk takes the API server away for the time in K8SLAN_E2E_OUTAGE, 10 seconds if it is not set.
+func TestAPIServerIsAwayWhilePodsTalk(t *testing.T) {
+	outage := 10 * time.Second
+	if text := os.Getenv("K8SLAN_E2E_OUTAGE"); text != "" {
+		var err error
+		if outage, err = time.ParseDuration(text); err != nil {
+			t.Fatal(err)
+		}
+	}
+	l := newLab(t)
+	one, two := l.pair("away", 1132)
+	m := l.machine(worker2)
+	before := m.indexes(l.namespace + ".away")
+	s := m.sandbox("away", "away-3")
+	ctx, cancel := context.WithTimeout(t.Context(), outage+2*patience)
+	defer cancel()
+	t.Cleanup(func() { // every other test wants it
+		ctx, cancel := context.WithTimeout(context.Background(), patience)
+		defer cancel()
+		if err := bed.Cluster.StartAPIServer(ctx); err != nil {
+			t.Error(err)
+		}
+	})
+	losesNothing(one, two, outage+20*time.Second, func() {
+		if err := bed.Cluster.StopAPIServer(ctx); err != nil {
+			t.Fatal(err)
+		}
+		over := time.After(outage)
+		for attached := 0; ; attached++ {
+			s.must("ADD")
+			s.pings(address(3), address(1))
+			s.must("DEL")
+			select {
+			case <-over:
+				t.Logf("the plugin attached and detached %d times without an API server", attached+1)
+			default:
+				continue
+			}
+			break
+		}
+		if err := bed.Cluster.StartAPIServer(ctx); err != nil {
+			t.Fatal(err)
+		}
+		l.ready("away")
+	})
+	if after := m.indexes(l.namespace + ".away"); !maps.Equal(before, after) {
+		t.Errorf("the LAN's links are %v, they were %v", after, before)
+	}
+	if err := bed.awaitInstalled(ctx); err != nil {
+		t.Error(err)
+	}
+	third := l.start(pod("away-3", worker2, "away-3"))[0]
+	third.address(address(3) + "/24")
+	third.pings(address(1))
+	l.awaitSegment(worker2, "away", "told of the two pods", func(s v1beta1.SegmentStatus) bool { return len(s.Attachments) == 2 })
+}
+
+func TestRunIsFullWhilePodsTalk(t *testing.T) {
+	const full = "no space left on device"
+	l := newLab(t)
+	one, two := l.pair("full", 1133)
+	m, ns := l.machine(worker2), l.namespace+".full"
+	before, devices := m.indexes(ns), m.files("/run/cdi")
+	s := m.sandbox("full", "full-3")
+	losesNothing(one, two, 25*time.Second, func() {
+		m.fillRun()
+		// The plugin says so, and takes back what it has done.
+		if err := s.call("ADD"); err == nil || !strings.Contains(err.Error(), full) {
+			t.Errorf("ADD says %v, want %q", err, full)
+		}
+		if after := m.indexes(ns); !maps.Equal(before, after) {
+			t.Errorf("after an ADD that failed the LAN's links are %v, before it they were %v", after, before)
+		}
+		if after := m.files("/run/cdi"); !slices.Equal(devices, after) {
+			t.Errorf("after an ADD that failed the CDI devices are %v, before it they were %v", after, devices)
+		}
+		// So does the daemon, of a LAN that is new and of one that has changed.
+		l.apply(lanYAML("late", 1134, []string{"late-1"}))
+		l.setSpokes("full", "full-1", "full-2", "full-3", "full-4")
+		for _, lan := range []string{"late", "full"} {
+			status := l.awaitSegment(worker2, lan, "NotReady", func(s v1beta1.SegmentStatus) bool { return s.State == v1beta1.SegmentNotReady })
+			if status.Reason != v1beta1.ReasonBuildFailed || !strings.Contains(status.Message, full) {
+				t.Errorf("LANNode says of %s %s: %s; want %q", lan, status.Reason, status.Message, full)
+			}
+			l.awaitEvent(lan, v1beta1.ReasonBuildFailed, worker2, full)
+		}
+		if status := l.awaitSegment(worker2, "full", "with its pod", func(s v1beta1.SegmentStatus) bool { return true }); len(status.Attachments) != 1 {
+			t.Errorf("LANNode tells of %v", status.Attachments)
+		}
+		m.emptyRun()
+		begin := time.Now()
+		l.ready("late")
+		l.ready("full")
+		l.logTime("from space to two LANs that are Ready", begin)
+		s.must("ADD")
+		s.pings(address(3), address(1))
+		s.must("DEL")
+	})
+	after := m.indexes(ns)
+	for name, index := range before {
+		if after[name] != index {
+			t.Errorf("link %s was built anew", name)
+		}
+	}
+	l.start(pod("late-1", worker2, "late-1"), pod("full-4", worker2, "full-4"))
+	for _, dir := range []string{"/run/k8slan/lan", "/run/cdi"} {
+		for _, file := range m.files(dir) {
+			if !strings.HasSuffix(file, ".json") {
+				t.Errorf("%s/%s was left half written", dir, file)
+			}
+		}
+	}
+}
+
+// fillRun fills the node's /run, whose size it cuts down to little more than what is in it.
+func (m machine) fillRun() {
+	m.Helper()
+	m.Cleanup(func() {
+		if m.Failed() {
+			m.emptyRun()
+		}
+	})
+	used, err := strconv.Atoi(strings.Fields(m.run("df", "--output=used", "/run"))[1])
+	if err != nil {
+		m.Fatal(err)
+	}
+	m.run("mount", "-o", "remount,size="+strconv.Itoa(used+1024)+"k", "/run")
+	m.run("sh", "-c", "cat /dev/zero >/run/full; ! echo 1 >/run/one") // ends when nothing fits any more
+}
+
+// emptyRun undoes that.
+func (m machine) emptyRun() {
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	if _, err := m.Exec(ctx, "sh", "-ec", "rm -f /run/full /run/one; mount -o remount,size=50% /run"); err != nil {
+		m.Error(err)
+	}
+}
+
+// Many pods at once, on a LAN that is edited meanwhile: kubelet never hears that a spoke is not to be had.
+func TestNoSpokeIsWithdrawnWhileManyPodsAttach(t *testing.T) {
+	const pods = 12 // on each node
+	l := newLab(t)
+	var spokes []string
+	for i := range 2*pods + 8 {
+		spokes = append(spokes, "many-"+strconv.Itoa(i))
+	}
+	l.lan("many", 1135, spokes)
+	for _, m := range l.machines() {
+		m.until("kubelet to have all spokes", func() bool { return m.allocatable(t.Context(), "many-") == len(spokes) })
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	fewest := make(chan string, 2)
+	for _, m := range l.machines() {
+		go func() { // ends with the context
+			least, looks := len(spokes), 0
+			for tick := time.NewTicker(20 * time.Millisecond); ; {
+				select {
+				case <-ctx.Done():
+					tick.Stop()
+					if least < len(spokes) || looks < 10 {
+						fewest <- m.Name + " offered only " + strconv.Itoa(least) + " spokes, in " + strconv.Itoa(looks) + " looks"
+						return
+					}
+					fewest <- ""
+					return
+				case <-tick.C:
+					if n := m.allocatable(context.WithoutCancel(ctx), "many-"); n >= 0 {
+						least = min(least, n)
+						looks++
+					}
+				}
+			}
+		}()
+	}
+	begin := time.Now()
+	var guests []guest
+	for i := range pods {
+		guests = append(guests, pod("many-"+strconv.Itoa(i), worker1, spokes[i]), pod("many-"+strconv.Itoa(pods+i), worker2, spokes[pods+i]))
+	}
+	l.create(guests...)
+	for i := range 4 {
+		l.setSpokes("many", append(slices.Clone(spokes), "more-"+strconv.Itoa(i))...)
+		l.ready("many")
+	}
+	for _, g := range guests {
+		l.awaitRunning(g.Name)
+	}
+	l.logTime("until "+strconv.Itoa(2*pods)+" pods ran", begin)
+	cancel()
+	for range l.machines() {
+		if complaint := <-fewest; complaint != "" {
+			t.Error(complaint)
+		}
+	}
+}
