@@ -75,7 +75,7 @@ func TestSpokesComeAndGoWithoutALostFrameForTheOthers(t *testing.T) {
 	l.lan("edited", 1005, []string{"stay-1", "stay-2", "go"})
 	both := l.start(pod("stay-1", worker1, "stay-1"), pod("stay-2", worker2, "stay-2"))
 	const netns = ".edited"
-	losesNothing(both[0], both[1], 15*time.Second, func() {
+	losesNothing(both[0], both[1], func() {
 		spokes := []string{"stay-1", "stay-2", "go"}
 		for i := range 20 {
 			spokes = append(spokes, "come-"+strconv.Itoa(i))

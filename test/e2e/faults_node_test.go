@@ -36,7 +36,7 @@ func TestAPIServerIsAwayWhilePodsTalk(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	losesNothing(one, two, outage+20*time.Second, func() {
+	losesNothing(one, two, func() {
 		if err := bed.Cluster.StopAPIServer(ctx); err != nil {
 			t.Fatal(err)
 		}
@@ -77,7 +77,7 @@ func TestRunIsFullWhilePodsTalk(t *testing.T) {
 	m, ns := l.machine(worker2), l.namespace+".full"
 	before, devices := m.indexes(ns), m.files("/run/cdi")
 	s := m.sandbox("full", "full-3")
-	losesNothing(one, two, 25*time.Second, func() {
+	losesNothing(one, two, func() {
 		m.fillRun()
 		// The plugin says so, and takes back what it has done.
 		if err := s.call("ADD"); err == nil || !strings.Contains(err.Error(), full) {

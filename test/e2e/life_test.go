@@ -19,7 +19,7 @@ func TestDaemonIsKilledWhilePodsTalk(t *testing.T) {
 	m, ns := l.machine(worker2), l.namespace+".killed"
 	before, inPod := m.indexes(ns), two.index()
 	var third station
-	losesNothing(one, two, 15*time.Second, func() {
+	losesNothing(one, two, func() {
 		l.awaitDaemon(worker2, "restarted", m.killDaemon())
 		l.setSpokes("killed", "killed-1", "killed-2", "killed-3", "killed-4")
 		l.ready("killed") // by the new daemon
@@ -83,7 +83,7 @@ func TestKubeletIsRestartedWhilePodsTalk(t *testing.T) {
 	if offers != 3 {
 		t.Fatalf("kubelet says that it has %d spokes of the LAN to allocate, want 3", offers)
 	}
-	losesNothing(one, two, 15*time.Second, func() {
+	losesNothing(one, two, func() {
 		if err := m.StopKubelet(t.Context()); err != nil {
 			t.Fatal(err)
 		}
@@ -182,7 +182,7 @@ func TestWhatIsDeletedByHandIsRepairedWithinASecond(t *testing.T) {
 		t.Run(c.what, func(t *testing.T) {
 			l := l.in(t)
 			m := l.machine(worker2)
-			losesLittle(one.in(t), two.in(t), 3*time.Second, func() {
+			losesLittle(one.in(t), two.in(t), func() {
 				begin := time.Now()
 				m.run("sh", "-c", c.command)
 				m.until("the segment to have its name", func() bool {
@@ -201,6 +201,7 @@ func TestWhatIsDeletedByHandIsRepairedWithinASecond(t *testing.T) {
 // A pod's own link, and the plug that a VM's tap is on, take the pod's end along: the pod has lost its interface, and only
 // its successor gets another one.
 func TestWhatTakesThePodsInterfaceAlongIsRepairedForItsSuccessor(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	l.lan("cutoff", 1130, []string{"cutoff-1", "cutoff-2", "cutoff-3", "cutoff-4"})
 	one := l.start(pod("cutoff-1", worker1, "cutoff-1"))[0]
@@ -211,7 +212,7 @@ func TestWhatTakesThePodsInterfaceAlongIsRepairedForItsSuccessor(t *testing.T) {
 	stays := l.start(pod("cutoff-4", worker2, "cutoff-4"))[0]
 	one.reaches(address(3))
 	m, ns := l.machine(worker2), l.namespace+".cutoff"
-	losesNothing(one, stays, 8*time.Second, func() {
+	losesNothing(one, stays, func() {
 		for _, link := range []string{"cutoff-2", "cutoff-3_p"} { // the first answers to the spoke's name
 			m.run("nsenter", "--net=/run/k8slan/netns/"+ns, "ip", "link", "del", link)
 		}
@@ -249,5 +250,5 @@ func TestDeletedNetworkNamespaceIsBuiltAnewForThePodsSuccessors(t *testing.T) {
 	after := l.station(pod(before.pod, worker2, "dead-2"))
 	after.address(address(2) + "/24")
 	one.reaches(address(2))
-	losesNothing(one, after, 2*time.Second, func() {})
+	losesNothing(one, after, func() {})
 }

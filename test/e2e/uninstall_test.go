@@ -231,7 +231,7 @@ func TestUninstallWithoutHooksLeavesPodsAlone(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 3*patience)
 	defer cancel()
 	l.reinstall()
-	losesNothing(one, two, 15*time.Second, func() {
+	losesNothing(one, two, func() {
 		if _, err := bed.Helm(ctx, "uninstall", install.Release, "--namespace", install.Namespace, "--wait", "--no-hooks"); err != nil {
 			t.Fatal(err)
 		}

@@ -50,7 +50,7 @@ func TestUpgradeFromThePreviousCommitTouchesNoAttachment(t *testing.T) {
 	one, two := l.pair("upgraded", 1077)
 
 	var gaps []*gap
-	losesNothing(one, two, 45*time.Second, func() {
+	losesNothing(one, two, func() {
 		for _, m := range l.machines() {
 			gaps = append(gaps, m.watchOffer("upgraded-3"))
 		}

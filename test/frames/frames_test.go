@@ -154,3 +154,14 @@ func TestCounterTellsLossDuplicatesAndReordering(t *testing.T) {
 		}
 	}
 }
+
+func TestCounterOfAStreamOfUnknownLength(t *testing.T) {
+	var counter Counter
+	for _, seq := range []uint64{0, 1, 4} {
+		counter.Add(Stream(nil, testSrc, 0, seq), time.Unix(int64(seq), 0))
+	}
+	want := Tally{Received: 3, Lost: 2, LongestLoss: 2, FirstLost: 2, Resumed: time.Unix(4, 0)}
+	if got := counter.Tally(); got != want || counter.Complete() {
+		t.Errorf("%+v, complete %v; want %+v, and never complete", got, counter.Complete(), want)
+	}
+}

@@ -41,7 +41,8 @@ type Tally struct {
 	Resumed     time.Time `json:"resumed,omitzero"` // when the first frame after those came; zero if there is none
 }
 
-// Counter counts the frames of the stream ID with the numbers 0 to Total-1.
+// Counter counts the frames of the stream ID with the numbers 0 to Total-1. A
+// Total of 0 stands for a stream that ends with the last frame that comes.
 type Counter struct {
 	ID    uint32
 	Total uint64
@@ -54,7 +55,7 @@ type Counter struct {
 // Add counts the frame if it is one of the stream's; it came at that time.
 func (c *Counter) Add(frame []byte, at time.Time) {
 	seq, ok := parseStream(frame, c.ID)
-	if !ok || seq >= c.Total {
+	if !ok || c.Total > 0 && seq >= c.Total {
 		return
 	}
 	if c.seen == nil {
@@ -75,15 +76,18 @@ func (c *Counter) Add(frame []byte, at time.Time) {
 }
 
 // Complete reports whether every frame of the stream came.
-func (c *Counter) Complete() bool { return uint64(len(c.seen)) == c.Total }
+func (c *Counter) Complete() bool { return c.Total > 0 && uint64(len(c.seen)) == c.Total }
 
 // Tally returns the count so far.
 func (c *Counter) Tally() Tally {
-	received := uint64(len(c.seen))
-	t := Tally{Received: received, Lost: c.Total - received, Duplicates: c.duplicates, Reordered: c.reordered}
+	received, total := uint64(len(c.seen)), c.Total
+	if total == 0 {
+		total = c.expected
+	}
+	t := Tally{Received: received, Lost: total - received, Duplicates: c.duplicates, Reordered: c.reordered}
 	missing := uint64(0)
-	for seq := range c.Total + 1 {
-		if !c.seen[seq] && seq < c.Total {
+	for seq := range total + 1 {
+		if !c.seen[seq] && seq < total {
 			missing++
 			continue
 		}

@@ -152,7 +152,7 @@ func stream(iface *string) *cobra.Command {
 	var count int
 	root := &cobra.Command{Use: "stream", Short: "Send numbered frames at an even rate, or count what is lost of them"}
 	root.PersistentFlags().Uint32Var(&id, "id", 1, "the stream's number, if there are several")
-	root.PersistentFlags().IntVarP(&count, "count", "n", 1000, "how many frames the stream has")
+	root.PersistentFlags().IntVarP(&count, "count", "n", 1000, "how many frames the stream has; 0: until the sender is interrupted")
 	root.AddCommand(streamSend(iface, &id, &count), streamReceive(iface, &id, &count))
 	return root
 }
@@ -162,7 +162,7 @@ func streamSend(iface *string, id *uint32, count *int) *cobra.Command {
 	var rate int
 	cmd := &cobra.Command{
 		Use:   "send",
-		Short: "Send numbered frames",
+		Short: "Send numbered frames; of an endless stream print, when interrupted, how many",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			to, err := address(dst)
@@ -170,9 +170,16 @@ func streamSend(iface *string, id *uint32, count *int) *cobra.Command {
 				return err
 			}
 			return withSender(*iface, func(s *frames.Sender) error {
-				return paced(cmd.Context(), *count, rate, func(seq int) error {
+				sent := 0
+				err := paced(cmd.Context(), *count, rate, func(seq int) error {
+					sent = seq + 1
 					return s.Send(frames.Stream(to, s.Interface.HardwareAddr, *id, uint64(seq)))
 				})
+				if *count == 0 && errors.Is(err, context.Canceled) {
+					fmt.Fprintln(cmd.OutOrStdout(), sent)
+					return nil
+				}
+				return err
 			})
 		},
 	}
@@ -289,7 +296,7 @@ func sendAll(s *frames.Sender, all [][]byte) error {
 	return nil
 }
 
-// paced calls do with 0 to count-1, rate times per second; what was missed
+// paced calls do with 0 to count-1, or for ever if count is 0, rate times per second; what was missed
 // because the machine is busy is done as soon as possible.
 func paced(ctx context.Context, count, rate int, do func(int) error) error {
 	if rate <= 0 {
@@ -298,7 +305,7 @@ func paced(ctx context.Context, count, rate int, do func(int) error) error {
 	start := time.Now()
 	timer := time.NewTimer(0)
 	defer timer.Stop()
-	for i := range count {
+	for i := 0; count == 0 || i < count; i++ {
 		timer.Reset(time.Until(start.Add(time.Duration(i) * time.Second / time.Duration(rate))))
 		select {
 		case <-ctx.Done():
@@ -312,7 +319,8 @@ func paced(ctx context.Context, count, rate int, do func(int) error) error {
 	return nil
 }
 
-// receive calls take with what arrives until that is done or the time is over.
+// receive calls take with what arrives until that is done, the time is over or
+// the program is interrupted.
 // It is an error if the kernel dropped a frame because this was too slow.
 func receive(ctx context.Context, iface string, patience time.Duration, take func([]byte) (done bool)) error {
 	r, err := frames.NewReceiver(iface)
@@ -324,7 +332,7 @@ func receive(ctx context.Context, iface string, patience time.Duration, take fun
 	defer cancel()
 	for done := false; !done; {
 		frame, err := r.Receive(limited)
-		if errors.Is(err, context.DeadlineExceeded) {
+		if errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled) {
 			break
 		}
 		if err != nil {
