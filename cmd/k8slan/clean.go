@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"time"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
@@ -67,7 +68,7 @@ func (c cleaning) clean(ctx context.Context, out io.Writer) error {
 	lans, err := host.List()
 	errs = append(errs, err)
 	for _, lan := range lans {
-		done, err := host.Reconcile(ctx, lan, segment.Teardown)
+		done, err := takeDown(ctx, host, lan)
 		if err != nil {
 			errs = append(errs, fmt.Errorf("take LAN %s off the node: %w", lan, err))
 			continue
@@ -84,6 +85,15 @@ func (c cleaning) clean(ctx context.Context, out io.Writer) error {
 	}
 	_, err = fmt.Fprintln(out, "nothing of k8slan is left on the node")
 	return err
+}
+
+// lockPatience is longer than a CNI plugin keeps the lock of a LAN, which ends after a minute.
+const lockPatience = 90 * time.Second
+
+func takeDown(ctx context.Context, host *kernel.Node, lan string) ([]segment.Op, error) {
+	ctx, cancel := context.WithTimeout(ctx, lockPatience)
+	defer cancel()
+	return host.Reconcile(ctx, lan, segment.Teardown)
 }
 
 // removeAll removes the files of a directory that one of the patterns fits.

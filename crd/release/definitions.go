@@ -5,12 +5,14 @@ import (
 	"fmt"
 	"io/fs"
 
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/yaml"
 )
 
-// ApplyDefinitions brings the CustomResourceDefinitions in files, one in each, to the state that they have there.
+// ApplyDefinitions brings the CustomResourceDefinitions in files, one in each, to the state that they have there. One that is not
+// in the cluster is passed over: to make it is the installation's.
 func (r Release) ApplyDefinitions(ctx context.Context, files fs.FS) error {
 	names, err := fs.Glob(files, "*.yaml")
 	if err != nil {
@@ -24,6 +26,15 @@ func (r Release) ApplyDefinitions(ctx context.Context, files fs.FS) error {
 		definition := &unstructured.Unstructured{}
 		if err := yaml.Unmarshal(content, &definition.Object); err != nil {
 			return fmt.Errorf("read %s: %w", name, err)
+		}
+		there := definition.DeepCopy()
+		err = r.Client.Get(ctx, client.ObjectKeyFromObject(there), there)
+		if apierrors.IsNotFound(err) {
+			r.Log.Info("CRD is not there yet", "crd", definition.GetName())
+			continue
+		}
+		if err != nil {
+			return fmt.Errorf("get CRD %s: %w", definition.GetName(), err)
 		}
 		err = r.Client.Apply(ctx, client.ApplyConfigurationFromUnstructured(definition), client.FieldOwner("k8slan"), client.ForceOwnership)
 		if err != nil {
