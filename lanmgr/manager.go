@@ -53,6 +53,7 @@ type Manager struct {
 	dirty   map[string]bool
 	unseen  map[string]bool // not looked at since it was said what is wanted there
 	at      string          // is being looked at
+	last    string          // was looked at last, or is
 	retry   map[string]*backoff
 	reports map[string]Report
 }
@@ -202,15 +203,26 @@ func (m *Manager) next() (name string, wait time.Duration, ok bool) {
 		return "", longest, false
 	}
 	now, wait := time.Now(), longest
-	for _, name := range slices.Sorted(maps.Keys(m.dirty)) {
+	for _, name := range m.turns() {
 		if b, ok := m.retry[name]; ok && b.rest.After(now) {
 			wait = min(wait, b.rest.Sub(now))
 			continue
 		}
 		delete(m.dirty, name)
+		m.last = name
 		return name, 0, true
 	}
 	return "", max(wait, time.Millisecond), false
+}
+
+// turns are the segments that need a look, those after the last one first: one that changes all the time must not keep the others waiting.
+func (m *Manager) turns() []string {
+	names := slices.Sorted(maps.Keys(m.dirty))
+	if m.dirty[""] {
+		return names // what an earlier run has left comes before all
+	}
+	next, _ := slices.BinarySearch(names, m.last+"\x00")
+	return slices.Concat(names[next:], names[:next])
 }
 
 // findOld marks what an earlier run has left.

@@ -92,16 +92,18 @@ func unmountNetns(path string) error {
 
 // openNetns opens a named namespace. A name without a namespace behind it is fs.ErrNotExist.
 func openNetns(path string) (netns.NsHandle, error) {
-	var st unix.Statfs_t
-	if err := unix.Statfs(path, &st); err != nil {
-		return netns.None(), &fs.PathError{Op: "statfs", Path: path, Err: err}
-	}
-	if st.Type != unix.NSFS_MAGIC {
-		return netns.None(), &fs.PathError{Op: "open network namespace", Path: path, Err: fs.ErrNotExist}
-	}
 	ns, err := netns.GetFromPath(path)
 	if err != nil {
 		return netns.None(), fmt.Errorf("open network namespace %s: %w", path, err)
+	}
+	var st unix.Statfs_t // of what was opened: the name may be taken away meanwhile
+	if err := unix.Fstatfs(int(ns), &st); err != nil {
+		ns.Close()
+		return netns.None(), &fs.PathError{Op: "statfs", Path: path, Err: err}
+	}
+	if st.Type != unix.NSFS_MAGIC {
+		ns.Close()
+		return netns.None(), &fs.PathError{Op: "open network namespace", Path: path, Err: fs.ErrNotExist}
 	}
 	return ns, nil
 }

@@ -1,0 +1,246 @@
+package dataplane
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"math/rand/v2"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/containernetworking/cni/pkg/skel"
+	"github.com/containernetworking/cni/pkg/types"
+	"github.com/vishvananda/netlink"
+
+	"github.com/k8slan/k8slan/cni"
+	"github.com/k8slan/k8slan/lanmgr"
+	"github.com/k8slan/k8slan/lanmgr/kernel"
+	"github.com/k8slan/k8slan/lanmgr/segment"
+	"github.com/k8slan/k8slan/test/netns"
+)
+
+// A LAN is deleted in the very moment in which a pod attaches, a thousand times. Either the pod is attached, and the LAN stays,
+// whole, until it is detached; or it is refused, and nothing is left. The node never says that a LAN is gone while a pod has it.
+// Each time the next LAN takes ns, VNI and spokes at once.
+func TestLANIsDeletedWhileAPodAttaches(t *testing.T) {
+	const tries, lanes, seed = 500, 10, 20261121 // tries of each kind
+	for _, kind := range []segment.Kind{segment.Veth, segment.Macvtap} {
+		t.Run(string(kind), func(t *testing.T) {
+			if kind == segment.Macvtap {
+				netns.NeedDevices(t)
+			}
+			a, _ := hosts(t)
+			w := &wishes{managed: a.manage(t), want: map[string]segment.Segment{}}
+			var races [lanes]race
+			var running sync.WaitGroup
+			for i := range races {
+				pod := netns.NewPod(t)
+				races[i] = race{
+					wishes: w, kind: kind, pod: pod, links: pod.Netlink(t), rng: rand.New(rand.NewPCG(seed, uint64(i))),
+					lan: a.here(t, lan(fmt.Sprintf("raced%d", i), uint32(500+i), fmt.Sprintf("r%d", i), fmt.Sprintf("s%d", i))),
+				}
+				running.Go(func() { races[i].run(t, tries/lanes) })
+			}
+			running.Wait()
+			attached, refused := 0, 0
+			for _, r := range races {
+				attached, refused = attached+r.attached, refused+r.refused
+			}
+			t.Logf("%d attached, %d refused", attached, refused)
+			if attached+refused != tries || attached < tries/10 || refused < tries/10 {
+				t.Errorf("%d attached and %d refused in %d tries: that is no race", attached, refused, tries)
+			}
+			w.stop()
+			expectNothing(t, a)
+			if devices := a.devices(t); len(devices) != 0 {
+				t.Errorf("CDI devices left: %v", devices)
+			}
+		})
+	}
+}
+
+// wishes is what a node should have, of which several decide a part each.
+type wishes struct {
+	managed
+	mu   sync.Mutex
+	want map[string]segment.Segment // by netns
+}
+
+// add wants one LAN more.
+func (w *wishes) add(s segment.Segment) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.want[s.Netns] = s
+	w.Set(slices.Collect(maps.Values(w.want)))
+}
+
+// drop wants one LAN less.
+func (w *wishes) drop(s segment.Segment) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	delete(w.want, s.Netns)
+	w.Set(slices.Collect(maps.Values(w.want)))
+}
+
+// race is that of one LAN, and one pod's network namespace, again and again.
+type race struct {
+	*wishes
+	lan   segment.Segment
+	kind  segment.Kind
+	pod   netns.Namespace
+	links *netlink.Handle // the pod's
+	rng   *rand.Rand
+
+	attached, refused int
+
+	// head is the head start of the deletion. It grows with each pod that was attached and shrinks with each that was refused, so
+	// that most tries are about the moment in which the LAN is taken away.
+	head time.Duration
+}
+
+// run is one try after the other, each with a LAN of a new UID.
+func (r *race) run(t *testing.T, tries int) {
+	for number := range tries {
+		s := r.lan
+		s.LAN.UID += fmt.Sprintf("-%d", number)
+		sandbox := fmt.Sprintf("sandbox-%s-%d", s.Netns, number)
+		if err := r.once(t, s, sandbox); err != nil {
+			t.Errorf("%s, try %d: %v", s.LAN, number, err)
+			return
+		}
+	}
+}
+
+// once makes the LAN, and deletes it while the pod attaches.
+func (r *race) once(t *testing.T, s segment.Segment, sandbox string) error {
+	r.add(s)
+	if err := r.until(s, "the LAN to stand", func(report lanmgr.Report) bool {
+		return report.Built && !report.Leaving && report.Segment.Equal(s)
+	}); err != nil {
+		return err
+	}
+	r.drop(s)
+	<-time.After(time.Duration(r.rng.Int64N(int64(2*r.head) + 1)))
+	refusal := r.call(t, "ADD", s, sandbox)
+	var err error
+	if refusal == nil {
+		r.attached++
+		r.head = r.head*5/4 + time.Millisecond
+		err = r.stays(t, s, sandbox)
+	} else {
+		r.refused++
+		r.head = r.head * 4 / 5
+		err = r.isRefused(t, s, sandbox, refusal)
+	}
+	if err != nil {
+		return err
+	}
+	if err := r.until(s, "the LAN to be gone", func(lanmgr.Report) bool { return r.Gone(s.LAN, s.Netns) }); err != nil {
+		return err
+	}
+	if have, err := r.see(t, s); err != nil || have.Exists || have.Record != nil {
+		return fmt.Errorf("it is said to be gone, but there is %s, %w", describe(have), err)
+	}
+	return r.podHas(0)
+}
+
+// stays wants the LAN as whole as it was, for as long as the pod has it.
+func (r *race) stays(t *testing.T, s segment.Segment, sandbox string) error {
+	if err := r.until(s, "the LAN to be leaving", func(report lanmgr.Report) bool {
+		return report.Leaving && report.Segment.LAN == s.LAN && len(report.Claims) == 1 && report.Claims[0].OfSandbox(sandbox)
+	}); err != nil {
+		return err
+	}
+	have, err := r.see(t, s)
+	if err != nil {
+		return err
+	}
+	if left := segment.Diff(s, have); len(left) > 0 || len(have.Claims()) != 1 {
+		return fmt.Errorf("a pod is attached, and the LAN lacks %v:\n%s", left, describe(have))
+	}
+	if err := r.podHas(1); err != nil {
+		return err
+	}
+	if r.Gone(s.LAN, s.Netns) {
+		return errors.New("it is said to be gone while a pod is attached")
+	}
+	return r.call(t, "DEL", s, sandbox)
+}
+
+// isRefused wants that the pod got nothing, and the reason in words.
+func (r *race) isRefused(t *testing.T, s segment.Segment, sandbox string, refusal error) error {
+	if said, ok := errors.AsType[*types.Error](refusal); !ok || said.Code != types.ErrTryAgainLater {
+		return fmt.Errorf("refused with %w", refusal)
+	}
+	if err := r.podHas(0); err != nil {
+		return err
+	}
+	if r.rng.IntN(2) == 0 {
+		return nil // a runtime that asks for no DEL
+	}
+	return r.call(t, "DEL", s, sandbox)
+}
+
+// podHas counts the pod's links.
+func (r *race) podHas(count int) error {
+	links, err := r.links.LinkList()
+	if err != nil {
+		return err
+	}
+	if have := len(links) - 1; have != count { // without lo
+		return fmt.Errorf("the pod has %d interfaces, want %d: %v", have, count, links)
+	}
+	return nil
+}
+
+// until waits until what the manager reports of the segment fits; the zero Report stands for none.
+func (r *race) until(s segment.Segment, what string, fits func(lanmgr.Report) bool) error {
+	again, deadline := time.NewTicker(time.Millisecond), time.After(20*patience)
+	defer again.Stop()
+	for {
+		var here lanmgr.Report
+		for _, report := range r.Reports() {
+			if report.Segment.Netns == s.Netns {
+				here = report
+			}
+		}
+		if fits(here) {
+			return nil
+		}
+		select {
+		case <-again.C:
+		case <-deadline:
+			return fmt.Errorf("waited for %s; the manager reports %+v", what, here)
+		}
+	}
+}
+
+// see reads the segment as somebody who comes new to the node, and has no namespace of an earlier try in hand.
+func (r *race) see(t *testing.T, s segment.Segment) (segment.State, error) {
+	k := kernel.New(kernel.Paths{Run: r.host.Run, HostNetns: r.Path})
+	defer k.Close()
+	return k.Observe(t.Context(), s.Netns)
+}
+
+// call is one run of the CNI plugin, which knows nothing but what it reads on the node.
+func (r *race) call(t *testing.T, verb string, s segment.Segment, sandbox string) error {
+	k := kernel.New(kernel.Paths{Run: r.host.Run, HostNetns: r.Path})
+	defer k.Close()
+	config, err := json.Marshal(network(s, s.Spokes[0], r.kind, nil))
+	if err != nil {
+		return err
+	}
+	args := &skel.CmdArgs{
+		ContainerID: sandbox, Netns: r.pod.Path, IfName: ifname, StdinData: config,
+		Args: "IgnoreUnknown=1;K8S_POD_NAMESPACE=default;K8S_POD_NAME=" + sandbox + ";K8S_POD_UID=1234",
+	}
+	plugin := cni.New(k, cni.Host{Run: r.host.Run, CDI: r.CDI, Stdout: io.Discard}).Funcs(t.Context())
+	if verb == "DEL" {
+		return plugin.Del(args)
+	}
+	return plugin.Add(args)
+}
