@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"context"
+	"fmt"
 	"slices"
 	"strings"
 	"testing"
@@ -55,6 +56,7 @@ func TestUninstallLeavesNothingButTheLANs(t *testing.T) {
 	}
 	for _, m := range l.machines() {
 		m.isClean()
+		m.hasFree(1076)
 	}
 	l.objectsAreGone()
 	for _, s := range []station{one, two} {
@@ -130,6 +132,7 @@ func TestUninstallOfLANsTooWithADeadNodeEndsAndTheNodeIsCleanedLater(t *testing.
 		t.Errorf("helm uninstall does not say that %s is left:\n%s", worker2, out)
 	}
 	l.machine(worker1).isClean()
+	l.machine(worker1).hasFree(1084)
 	l.objectsAreGone()
 	if out, err := bed.Kubectl(ctx, "get", "crds", "-o", "name"); err != nil || strings.Contains(out, "k8slan") {
 		t.Errorf("there still are CRDs (%v):\n%s", err, out)
@@ -192,6 +195,12 @@ func (m machine) isClean() {
 	if links := m.run("sh", "-c", "ip -o link show type vxlan; ip -o link show type macvtap"); links != "" {
 		m.Errorf("%s has links:\n%s", m, links)
 	}
+}
+
+// hasFree wants no VXLAN in whatever network namespace to keep a VNI: the kernel allows one of each VNI, port and underlay.
+func (m machine) hasFree(vni int) {
+	m.Helper()
+	m.run("sh", "-ec", fmt.Sprintf("ip link add probe type vxlan id %d dstport 4789 group ff02::14 dev eth1 && ip link set probe up; ip link del probe", vni))
 }
 
 // objectsAreGone wants nothing of k8slan's in the API but LANs and the last step of the uninstallation.
