@@ -203,11 +203,14 @@ func (m *Manager) next() (name string, wait time.Duration, ok bool) {
 		return "", longest, false
 	}
 	now, wait := time.Now(), longest
-	for _, name := range m.turns() {
-		if b, ok := m.retry[name]; ok && b.rest.After(now) {
+	for n := range m.dirty {
+		if b, resting := m.retry[n]; resting && b.rest.After(now) {
 			wait = min(wait, b.rest.Sub(now))
-			continue
+		} else if !ok || m.before(n, name) {
+			name, ok = n, true
 		}
+	}
+	if ok {
 		delete(m.dirty, name)
 		m.last = name
 		return name, 0, true
@@ -215,14 +218,17 @@ func (m *Manager) next() (name string, wait time.Duration, ok bool) {
 	return "", max(wait, time.Millisecond), false
 }
 
-// turns are the segments that need a look, those after the last one first: one that changes all the time must not keep the others waiting.
-func (m *Manager) turns() []string {
-	names := slices.Sorted(maps.Keys(m.dirty))
-	if m.dirty[""] {
-		return names // what an earlier run has left comes before all
+// before says which of two segments that need a look has it first: one after the last one, for one that changes all the
+// time must not keep the others waiting. What an earlier run has left comes before all.
+func (m *Manager) before(a, b string) bool {
+	switch {
+	case a == "" || b == "":
+		return a == ""
+	case (a > m.last) != (b > m.last):
+		return a > m.last
+	default:
+		return a < b
 	}
-	next, _ := slices.BinarySearch(names, m.last+"\x00")
-	return slices.Concat(names[next:], names[:next])
 }
 
 // findOld marks what an earlier run has left.

@@ -17,10 +17,10 @@ import (
 
 // conn is a netlink connection into one network namespace.
 type conn struct {
-	*netlink.Handle
-	ns      netns.NsHandle
-	sockets map[int]*nl.SocketHandle // for the requests that the library has no call for
-	ethtool *ethtool.Ethtool         // nil until it is needed
+	*netlink.Handle // nil where nothing but execute is needed
+	ns              netns.NsHandle
+	sockets         map[int]*nl.SocketHandle // for the requests that the library has no call for
+	ethtool         *ethtool.Ethtool         // nil until it is needed
 }
 
 // dial connects to a namespace and owns the handle from then on, also when it fails.
@@ -35,7 +35,9 @@ func dial(ns netns.NsHandle) (*conn, error) {
 
 // close ends the connection.
 func (c *conn) close() {
-	c.Handle.Close()
+	if c.Handle != nil {
+		c.Handle.Close()
+	}
 	for _, s := range c.sockets {
 		s.Close()
 	}
@@ -246,12 +248,20 @@ func (c *conn) delGroup(group uint32) error {
 // execute sends a request that the library has no call for.
 func (c *conn) execute(req *nl.NetlinkRequest, answer uint16) ([][]byte, error) {
 	if c.sockets == nil {
-		s, err := nl.GetNetlinkSocketAt(c.ns, netns.None(), unix.NETLINK_ROUTE)
-		if err != nil {
-			return nil, fmt.Errorf("open a netlink socket: %w", err)
+		if err := do(c.ns, c.openSocket); err != nil {
+			return nil, err
 		}
-		c.sockets = map[int]*nl.SocketHandle{unix.NETLINK_ROUTE: {Socket: s}}
 	}
 	req.Sockets = c.sockets
 	return req.Execute(unix.NETLINK_ROUTE, answer)
+}
+
+// openSocket opens what execute needs, on a thread that is in the namespace.
+func (c *conn) openSocket() error {
+	s, err := nl.Subscribe(unix.NETLINK_ROUTE)
+	if err != nil {
+		return fmt.Errorf("open a netlink socket: %w", err)
+	}
+	c.sockets = map[int]*nl.SocketHandle{unix.NETLINK_ROUTE: {Socket: s}}
+	return nil
 }

@@ -124,40 +124,66 @@ func sameNetns(a, b netns.NsHandle) (bool, error) {
 // Bridge netfilter starts switched on in every namespace (brnf_init_net in net/bridge/br_netfilter_hooks.c) and would
 // pass a LAN's frames through IP validation; its files are absent where the module is not loaded.
 var settings = []struct {
-	path, value string
+	dir, value string
+	files      []string
 }{
-	{"/proc/sys/net/ipv6/conf/all/disable_ipv6", "1"},
-	{"/proc/sys/net/ipv6/conf/default/disable_ipv6", "1"},
-	{"/proc/sys/net/bridge/bridge-nf-call-iptables", "0"},
-	{"/proc/sys/net/bridge/bridge-nf-call-ip6tables", "0"},
-	{"/proc/sys/net/bridge/bridge-nf-call-arptables", "0"},
+	{"/proc/sys/net/ipv6/conf", "1", []string{"all/disable_ipv6", "default/disable_ipv6"}},
+	{"/proc/sys/net/bridge", "0", []string{"bridge-nf-call-iptables", "bridge-nf-call-ip6tables", "bridge-nf-call-arptables"}},
 }
 
 // silence makes the settings in the thread's own namespace.
 func silence() error {
 	for _, s := range settings {
-		if err := os.WriteFile(s.path, []byte(s.value), 0); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return fmt.Errorf("sysctl: %w", err)
+		for _, file := range s.files {
+			if err := os.WriteFile(filepath.Join(s.dir, file), []byte(s.value), 0); err != nil && !errors.Is(err, fs.ErrNotExist) {
+				return fmt.Errorf("sysctl: %w", err)
+			}
 		}
 	}
 	return nil
 }
 
-// isSilent reads them back.
+// isSilent reads them back. Each folder is looked up once: in the kernel's cache of names, the folders of all namespaces
+// are in one chain, so that a look-up takes time in proportion to the LANs (proc_sys_compare in fs/proc/proc_sysctl.c).
 func isSilent() (bool, error) {
 	for _, s := range settings {
-		b, err := os.ReadFile(s.path)
+		dir, err := unix.Open(s.dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 		if errors.Is(err, fs.ErrNotExist) {
 			continue
 		}
 		if err != nil {
-			return false, fmt.Errorf("sysctl: %w", err)
+			return false, fmt.Errorf("sysctl: open %s: %w", s.dir, err)
 		}
-		if strings.TrimSpace(string(b)) != s.value {
-			return false, nil
+		defer unix.Close(dir)
+		for _, file := range s.files {
+			value, err := readAt(dir, file)
+			if errors.Is(err, fs.ErrNotExist) {
+				continue
+			}
+			if err != nil {
+				return false, fmt.Errorf("sysctl: read %s in %s: %w", file, s.dir, err)
+			}
+			if value != s.value {
+				return false, nil
+			}
 		}
 	}
 	return true, nil
+}
+
+// readAt reads a short file of one line in a folder.
+func readAt(dir int, file string) (string, error) {
+	fd, err := unix.Openat(dir, file, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return "", err
+	}
+	defer unix.Close(fd)
+	line := make([]byte, 32)
+	n, err := unix.Read(fd, line)
+	if err != nil {
+		return "", err
+	}
+	return strings.TrimSpace(string(line[:n])), nil
 }
 
 // noIPv6 keeps one link in the thread's own namespace from speaking IPv6 for itself.

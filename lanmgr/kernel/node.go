@@ -32,8 +32,9 @@ type Paths struct {
 type Node struct {
 	paths Paths
 
-	mu   sync.Mutex
-	held map[string]held // by the netns's name
+	mu       sync.Mutex
+	held     map[string]held // by the netns's name
+	numbered map[int]string  // the names in held, by the namespace's number
 }
 
 // held is a segment's namespace as the daemon has it in hand: with it, a name that somebody took away can be given back.
@@ -59,7 +60,7 @@ func New(p Paths) *Node {
 	if p.Run == "" {
 		p.Run = DefaultRun
 	}
-	return &Node{paths: p, held: map[string]held{}}
+	return &Node{paths: p, held: map[string]held{}, numbered: map[int]string{}}
 }
 
 // Close lets go of the namespaces in hand; they stay.
@@ -69,6 +70,7 @@ func (n *Node) Close() {
 	for name, h := range n.held {
 		h.ns.Close()
 		delete(n.held, name)
+		n.forgetNumber(h.id, name)
 	}
 }
 

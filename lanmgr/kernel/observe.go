@@ -24,14 +24,17 @@ func (n *Node) Observe(_ context.Context, netnsName string) (segment.State, erro
 	} else if !errors.Is(err, ErrNoLAN) && !isDamaged(err) {
 		return s, err
 	}
-	c, err := n.reach(&s)
-	if err != nil || c == nil {
+	ns, found, err := n.find(&s)
+	if err != nil || !found {
 		return s, err
 	}
+	c := &conn{ns: ns}
 	defer c.close()
-	err = do(c.ns, func() (err error) {
-		s.Silent, err = isSilent()
-		return err
+	err = do(ns, func() (err error) {
+		if s.Silent, err = isSilent(); err != nil {
+			return err
+		}
+		return c.openSocket()
 	})
 	if err != nil {
 		return s, fmt.Errorf("observe %s: %w", netnsName, err)
@@ -53,12 +56,20 @@ func isDamaged(err error) bool {
 	return !errors.As(err, &pathErr)
 }
 
-// reach connects to a segment's namespace, by its name or, where the name is lost, by what is in hand;
-// nil where there is neither. It notes in the state which.
+// reach connects to a segment's namespace where find finds it; nil where it doesn't.
 func (n *Node) reach(s *segment.State) (*conn, error) {
-	ns, err := openNetns(n.netnsPath(s.Netns))
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("observe %s: %w", s.Netns, err)
+	ns, found, err := n.find(s)
+	if err != nil || !found {
+		return nil, err
+	}
+	return dial(ns)
+}
+
+// find opens a segment's namespace, by its name or, where the name is lost, by what is in hand, if there is one of the two.
+// It notes in the state which.
+func (n *Node) find(s *segment.State) (ns netns.NsHandle, found bool, err error) {
+	if ns, err = openNetns(n.netnsPath(s.Netns)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return ns, false, fmt.Errorf("observe %s: %w", s.Netns, err)
 	}
 	named := err == nil
 	held, inHand, err := n.inHand(s.Netns)
@@ -66,26 +77,26 @@ func (n *Node) reach(s *segment.State) (*conn, error) {
 		if named {
 			ns.Close()
 		}
-		return nil, fmt.Errorf("observe %s: %w", s.Netns, err)
+		return ns, false, fmt.Errorf("observe %s: %w", s.Netns, err)
 	}
 	switch {
 	case !named && !inHand:
 		info, err := os.Lstat(n.netnsPath(s.Netns))
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return nil, fmt.Errorf("observe %s: %w", s.Netns, err)
+			return ns, false, fmt.Errorf("observe %s: %w", s.Netns, err)
 		}
 		s.Dead = err == nil && info.Mode().IsRegular()
-		return nil, nil
+		return ns, false, nil
 	case !named:
 		s.Lost = true
-		return dial(held)
+		return held, true, nil
 	case !inHand:
 		s.Exists = true
 		if err := n.hold(s.Netns, ns); err != nil {
 			ns.Close()
-			return nil, fmt.Errorf("observe %s: %w", s.Netns, err)
+			return ns, false, fmt.Errorf("observe %s: %w", s.Netns, err)
 		}
-		return dial(ns)
+		return ns, true, nil
 	}
 	same, err := sameNetns(held, ns)
 	if err != nil {
@@ -100,11 +111,11 @@ func (n *Node) reach(s *segment.State) (*conn, error) {
 	}
 	switch {
 	case err != nil:
-		return nil, err
+		return ns, false, err
 	case same:
-		return dial(ns)
+		return ns, true, nil
 	}
-	return dial(held)
+	return held, true, nil
 }
 
 // hold keeps a namespace in hand, and gives it the number by which the host's netns will know events from it.
@@ -122,8 +133,9 @@ func (n *Node) hold(name string, ns netns.NsHandle) error {
 	defer n.mu.Unlock()
 	if old, ok := n.held[name]; ok {
 		old.ns.Close()
+		n.forgetNumber(old.id, name)
 	}
-	n.held[name] = held{ns: mine, id: id}
+	n.held[name], n.numbered[id] = held{ns: mine, id: id}, name
 	return nil
 }
 
@@ -134,6 +146,14 @@ func (n *Node) letGo(name string) {
 	if h, ok := n.held[name]; ok {
 		h.ns.Close()
 		delete(n.held, name)
+		n.forgetNumber(h.id, name)
+	}
+}
+
+// forgetNumber takes back what hold noted; n.mu is held.
+func (n *Node) forgetNumber(id int, name string) {
+	if n.numbered[id] == name {
+		delete(n.numbered, id)
 	}
 }
 

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/fsnotify/fsnotify"
 	"github.com/vishvananda/netlink/nl"
@@ -212,12 +213,8 @@ func (n *Node) byNumber(id int) (string, bool) {
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	for name, h := range n.held {
-		if h.id == id {
-			return name, true
-		}
-	}
-	return "", false
+	name, ok := n.numbered[id]
+	return name, ok
 }
 
 func (n *Node) pokeAll(poke func(string)) {
@@ -319,8 +316,17 @@ func (n *Node) readMountEvents(ctx context.Context, poke func(string)) error {
 				poke(name)
 			}
 		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(mountsRest):
+		}
 	}
 }
+
+// mountsRest is how long the mount table is left alone after a look at it. A look takes time in proportion to the LANs,
+// and while LANs come or go there is a change for each of them.
+const mountsRest = 50 * time.Millisecond
 
 // lost says whether a segment's name stands for its namespace no more.
 func (n *Node) lost(name string) (bool, error) {
