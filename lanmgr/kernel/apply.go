@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"math/rand/v2"
+	"net"
 	"os"
 	"path/filepath"
 
@@ -325,26 +326,20 @@ func vniTaken(host *conn, v segment.VXLAN) error {
 // addPair makes a spoke's standing pair. The bridge's end can be up from the start, its peer cannot
 // (rtnl_configure_link runs before the ends know each other: ENOTCONN).
 func (c *conn) addPair(o segment.AddPair) error {
-	a := netlink.NewLinkAttrs()
-	a.Name, a.MTU, a.Group = segment.PortName(o.Spoke), segment.PortMTU(o.MTU), segment.LinkGroup
-	v := netlink.NewVeth(a)
-	v.PeerName, v.PeerHardwareAddr, v.PeerMTU = segment.PlugName(o.Spoke), o.MAC, uint32(o.MTU)
-	if err := c.LinkAdd(v); err != nil {
-		return err
-	}
-	err := c.with(a.Name, func(port netlink.Link) error {
-		if err := c.enslave(port, o.Bridge); err != nil {
+	return c.with(o.Bridge, func(bridge netlink.Link) error {
+		a := netlink.NewLinkAttrs()
+		a.Name, a.MTU, a.Group = segment.PortName(o.Spoke), segment.PortMTU(o.MTU), segment.LinkGroup
+		a.MasterIndex, a.Flags = bridge.Attrs().Index, net.FlagUp
+		port := netlink.NewVeth(a)
+		port.PeerName, port.PeerHardwareAddr, port.PeerMTU = segment.PlugName(o.Spoke), o.MAC, uint32(o.MTU)
+		if err := c.LinkAdd(port); err != nil {
 			return err
 		}
 		if err := c.setForwardMask(port); err != nil {
 			return err
 		}
-		return c.LinkSetUp(port)
+		return c.with(port.PeerName, func(plug netlink.Link) error { return c.LinkSetUp(plug) })
 	})
-	if err != nil {
-		return err
-	}
-	return c.with(v.PeerName, func(plug netlink.Link) error { return c.LinkSetUp(plug) })
 }
 
 func (c *conn) delLink(name string) error {
