@@ -55,18 +55,25 @@ func TestTCPReachesANetworkFunctionThatReadsFramesRawWhereTxChecksumIsOff(t *tes
 		t.Run("TCP works out of a VM", func(t *testing.T) { wantsTCP(inVM.station.in(t), inPod.in(t)) })
 		t.Run("Linux's own TCP works", func(t *testing.T) { wantsSessions(near.in(t), far.in(t), inVM.in(t)) })
 	}
-	l.edit("raw", func(s *v1beta1.LANSpec) {
+	l.change("raw", func(s *v1beta1.LANSpec) {
 		off := v1beta1.SpokeOptions{TxChecksum: v1beta1.Off}
 		s.SpokeOptions = map[string]v1beta1.SpokeOptions{"raw-pod": off, "raw-vm": off}
 	})
-	l.ready("raw")
 	t.Run("off for the function's spoke", everywhere)
-	l.edit("raw", func(s *v1beta1.LANSpec) { s.SpokeOptions, s.TxChecksum = nil, v1beta1.Off })
-	l.ready("raw")
+	l.change("raw", func(s *v1beta1.LANSpec) { s.SpokeOptions, s.TxChecksum = nil, v1beta1.Off })
 	t.Run("off for the LAN", everywhere)
-	l.edit("raw", func(s *v1beta1.LANSpec) { s.TxChecksum = v1beta1.On })
-	l.ready("raw")
+	l.change("raw", func(s *v1beta1.LANSpec) { s.TxChecksum = v1beta1.On })
 	t.Run("on again", func(t *testing.T) { wantsPingAlone(near.in(t), inPod.in(t)) })
+}
+
+// change edits a LAN's spec and returns when both nodes have built it so.
+func (l lab) change(name string, edit func(*v1beta1.LANSpec)) {
+	l.Helper()
+	l.edit(name, edit)
+	generation := l.ready(name).Generation
+	for _, node := range []string{worker1, worker2} {
+		l.awaitSegment(node, name, fmt.Sprintf("of generation %d", generation), func(s v1beta1.SegmentStatus) bool { return s.Generation == generation })
+	}
 }
 
 // wantsSessions wants Linux's own TCP to work within the node, across nodes, and into and out of a VM.
