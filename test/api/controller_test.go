@@ -366,6 +366,9 @@ func TestClashesAreExplainedAndTakenUp(t *testing.T) {
 	awaitSummary(t, vni, "Conflict|vni 903 is default/clash-lab's|none|0/0")
 	ns := createLAN(t, "clash-ns", "{vni: 904, ns: default.clash-lab, spokes: [c3]}")
 	awaitSummary(t, ns, "Conflict|ns default.clash-lab is default/clash-lab's|none|0/0")
+	reserved := "ns default.clash-lab is default/clash-lab's; ns cannot change: delete this LAN and create it with another ns, or without one"
+	awaitCondition(t, ns, "Accepted", "False Conflict: "+reserved)
+	awaitEvent(t, ns, "Warning Conflict: "+reserved)
 	spoke := createLAN(t, "clash-spoke", "{vni: 905, spokes: [c1, c4]}")
 	awaitSummary(t, spoke, "Degraded|SpokeConflict|c4|0/0")
 
@@ -391,6 +394,7 @@ func TestClashesAreExplainedAndTakenUp(t *testing.T) {
 	// The holder lets go of its spoke, then of everything.
 	edit(t, lab, func(l *v1beta1.LAN) { l.Spec.Spokes = []string{"c5"} })
 	awaitSummary(t, spoke, "Pending|NoNodes|c1,c4|0/0")
+	awaitEvent(t, spoke, "Normal Held: holds ns default.clash-spoke, vni 905 and its spokes")
 	awaitNADs(t, spoke, "k8slan-veth-c1", "k8slan-mac-c1", "k8slan-veth-c4", "k8slan-mac-c4")
 	remove(t, lab)
 	awaitSummary(t, vni, "Pending|NoNodes|c2|0/0")
