@@ -110,6 +110,7 @@ func (c *Collector) look(ctx context.Context, now time.Time) error {
 	for id, claim := range claims {
 		first, before := c.missed[id]
 		switch {
+		// A pod that is gone and was made again under its name counts: its ADD takes the spoke over.
 		case slices.ContainsFunc(pods, func(p Pod) bool { return claim.IsOf(p.Namespace, p.Name) }):
 			delete(c.missed, id)
 		case !before:
@@ -125,28 +126,34 @@ func (c *Collector) look(ctx context.Context, now time.Time) error {
 	return nil
 }
 
-// pods are those that kubelet deals with: from before their sandbox is made until after it was stopped, terminating ones
-// too (GetActivePods in pkg/kubelet/kubelet_pods.go). Their devices are not looked at, because kubelet does not tell those
-// of plain init containers. A pod counts that is gone and was made again under its name: its ADD takes the spoke over.
+// pods are kubelet's, if it knows them yet.
 func (c *Collector) pods(ctx context.Context) ([]Pod, error) {
 	ctx, cancel := context.WithTimeout(ctx, answerTime)
 	defer cancel()
-	conn, err := grpc.NewClient("unix://"+c.socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	pods, err := List(ctx, c.socket)
+	if err == nil && !slices.Contains(pods, c.self) {
+		err = fmt.Errorf("kubelet's list of %d pods lacks %s/%s, which is this one: it does not know its pods yet", len(pods), c.self.Namespace, c.self.Name)
+	}
+	return pods, err
+}
+
+// List asks kubelet for the pods that it deals with: from before their sandbox is made until after it was stopped,
+// terminating ones too (GetActivePods in pkg/kubelet/kubelet_pods.go). Their devices are not looked at, because kubelet
+// does not tell those of plain init containers.
+func List(ctx context.Context, socket string) ([]Pod, error) {
+	conn, err := grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
-		return nil, fmt.Errorf("reach kubelet at %s: %w", c.socket, err)
+		return nil, fmt.Errorf("reach kubelet at %s: %w", socket, err)
 	}
 	defer conn.Close()
 	// A node's 500 pods with their devices and CPUs may be more than the 4 MiB that gRPC takes by itself.
 	answer, err := api.NewPodResourcesListerClient(conn).List(ctx, &api.ListPodResourcesRequest{}, grpc.MaxCallRecvMsgSize(math.MaxInt32))
 	if err != nil {
-		return nil, fmt.Errorf("ask kubelet for its pods at %s: %w", c.socket, err)
+		return nil, fmt.Errorf("ask kubelet for its pods at %s: %w", socket, err)
 	}
 	var pods []Pod
 	for _, p := range answer.GetPodResources() {
 		pods = append(pods, Pod{p.GetNamespace(), p.GetName()})
-	}
-	if !slices.Contains(pods, c.self) {
-		return nil, fmt.Errorf("kubelet's list of %d pods lacks %s/%s, which is this one: it does not know its pods yet", len(pods), c.self.Namespace, c.self.Name)
 	}
 	return pods, nil
 }
