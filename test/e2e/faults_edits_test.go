@@ -42,7 +42,7 @@ func TestLANIsEditedWhilePodsTalk(t *testing.T) {
 				s.NodeSelector = map[string]v1beta1.LabelValue{"kubernetes.io/hostname": worker1}
 			})
 			l.awaitSegment(worker2, "edits", "Leaving", func(s v1beta1.SegmentStatus) bool {
-				return s.State == v1beta1.SegmentLeaving && len(s.Attachments) == 2
+				return s.State == v1beta1.SegmentLeaving && len(s.Attachments) > 0
 			})
 			l.awaitAllocatable(worker2, "edits-2", 0)
 			edit(func(s *v1beta1.LANSpec) { s.NodeSelector = nil })()
