@@ -2,6 +2,7 @@ package node_test
 
 import (
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 
@@ -253,6 +254,27 @@ func TestAProblemSaysWhatIsWrongAndTheWayOut(t *testing.T) {
 				t.Errorf("the rest is not planned: %+v", plan.Segment)
 			}
 		})
+	}
+}
+
+func TestAFinishedChecksumIsTheLANsChoiceAndASpokesBeforeIt(t *testing.T) {
+	for name, test := range map[string]struct {
+		lan    v1beta1.Switch
+		spokes map[string]v1beta1.SpokeOptions
+		want   []string
+	}{
+		"nothing said":         {},
+		"off for the LAN":      {lan: v1beta1.Off, want: []string{"srl", "vm"}},
+		"off, but for a spoke": {lan: v1beta1.Off, spokes: map[string]v1beta1.SpokeOptions{"srl": {TxChecksum: v1beta1.On}, "vm": {}}, want: []string{"vm"}},
+		"off for a spoke":      {spokes: map[string]v1beta1.SpokeOptions{"srl": {TxChecksum: v1beta1.Off}, "refused": {TxChecksum: v1beta1.Off}}, want: []string{"srl"}},
+	} {
+		plan, _ := node.NewPlan(lab(func(l *v1beta1.LAN) {
+			l.Spec.Spokes = append(l.Spec.Spokes, "refused")
+			l.Spec.TxChecksum, l.Spec.SpokeOptions = test.lan, test.spokes
+		}), worker1(), segment.Segment{})
+		if have := plan.Segment.TxChecksumOff; !slices.Equal(have, test.want) {
+			t.Errorf("%s: finished for %v, want %v", name, have, test.want)
+		}
 	}
 }
 
