@@ -89,11 +89,13 @@ func killAtEveryStep(t *testing.T, prepare func(*testing.T, host) doomed) {
 		if t.Failed() {
 			return
 		}
-		if !killed { // every step it takes was one at which it was killed
-			if len(steps) != at || at == 0 {
+		if !killed {
+			// Every step it takes was one at which it was killed. It may take fewer than others did: on a busy machine the
+			// manager looks once more.
+			if len(steps) == 0 || len(steps) > at {
 				t.Fatalf("killed %d times, but takes %d steps: %v", at, len(steps), steps)
 			}
-			t.Logf("killed at each of %d steps", at)
+			t.Logf("killed at %d steps; takes %d", at, len(steps))
 			return
 		}
 	}
