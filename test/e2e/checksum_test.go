@@ -89,7 +89,10 @@ func wantsTCP(from station, to function) {
 	to.Helper()
 	ear := to.respond()
 	for _, a := range to.addresses {
-		from.sh("ping -c 1 -W 5 %s && head -c 1000000 /dev/urandom | timeout 20 nc %[1]s 179", a)
+		if _, err := from.try("sh", "-ec", fmt.Sprintf("ping -c 1 -W 5 %s; head -c 1000000 /dev/urandom | timeout 20 nc %[1]s 179", a)); err != nil {
+			to.Error(err)
+			to.run("killall", "frames")
+		}
 	}
 	if heard := ear.heard(); heard.Bytes != 2_000_000 || heard.Opened != 2 || heard.Closed != 2 || heard.Bad+heard.TooLarge > 0 {
 		to.Errorf("from %s, %s heard %+v, want two connections with a megabyte each and nothing bad", from, to, heard)

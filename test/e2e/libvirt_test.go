@@ -62,7 +62,7 @@ func TestLibvirtRunsAVMOnItsTapAsUnderKubeVirt(t *testing.T) {
 		t.Errorf("the guest's NIC has the queues %q, want two", queues)
 	}
 	near.pings("10.42.0.3")
-	far.pings("fd42::3")
+	far.reaches("fd42::3") // once the guest has found that nobody else has it
 	again.fetches(near, "fd42::2")
 	crosses(near, again)
 }

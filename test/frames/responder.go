@@ -42,7 +42,31 @@ type session struct{ theirs, ours netip.AddrPort }
 // conversation is the state of one (RFC 9293, 3.3.1).
 type conversation struct {
 	receiveNext, sendNext uint32
-	closing               bool // our FIN is sent
+	early                 map[uint32]uint32 // where what came before its turn ends, by where it begins
+	end                   *uint32           // where their FIN is, once it came
+	closing               bool              // our FIN is sent
+}
+
+// take notes that what lies between two sequence numbers came, in whatever
+// order, and returns how much more there is now without a gap.
+func (c *conversation) take(begin, end uint32) (more uint32) {
+	before := c.receiveNext
+	if earlier, ok := c.early[begin]; !ok || int32(end-earlier) > 0 {
+		c.early[begin] = end
+	}
+	for advanced := true; advanced; {
+		advanced = false
+		for begin, end := range c.early {
+			if int32(begin-c.receiveNext) > 0 { // numbers go round
+				continue
+			}
+			delete(c.early, begin)
+			if int32(end-c.receiveNext) > 0 {
+				c.receiveNext, advanced = end, true
+			}
+		}
+	}
+	return c.receiveNext - before
 }
 
 // TCP's flags (RFC 9293, 3.1).
@@ -225,7 +249,7 @@ func (r *Responder) segment(p *packet) []byte {
 		return nil
 	case flags&flagSYN != 0:
 		if c == nil || c.receiveNext != sequence+1 {
-			c = &conversation{receiveNext: sequence + 1, sendNext: ourFirst + 1}
+			c = &conversation{receiveNext: sequence + 1, sendNext: ourFirst + 1, early: map[uint32]uint32{}}
 			if r.sessions == nil {
 				r.sessions = map[session]*conversation{}
 			}
@@ -244,10 +268,15 @@ func (r *Responder) segment(p *packet) []byte {
 		r.heard.Closed++
 		delete(r.sessions, key)
 		return nil
-	case sequence == c.receiveNext && !c.closing:
-		r.heard.Bytes += uint64(len(data))
-		c.receiveNext += uint32(len(data))
+	case !c.closing:
+		behind := sequence + uint32(len(data))
+		if len(data) > 0 {
+			r.heard.Bytes += uint64(c.take(sequence, behind))
+		}
 		if flags&flagFIN != 0 {
+			c.end = &behind
+		}
+		if c.end != nil && c.receiveNext == *c.end {
 			c.receiveNext++
 			c.sendNext++
 			c.closing = true
@@ -256,7 +285,7 @@ func (r *Responder) segment(p *packet) []byte {
 	switch {
 	case c.closing: // also when theirs is sent again because this was lost
 		return answer(c.sendNext-1, flagFIN)
-	case len(data) > 0 || flags&flagFIN != 0: // also for what came out of order
+	case len(data) > 0 || flags&flagFIN != 0: // also for what came before its turn, or twice
 		return answer(c.sendNext, 0)
 	default:
 		return nil
