@@ -223,7 +223,7 @@ func coldAndIdle(t *testing.T, b *bench) {
 		vni += lans
 		return n.manyLANs(vni, lans)
 	}
-	got := race(t, times(4, 1),
+	got := race(t, times(3, 1),
 		contender{"k8slan", func() (float64, error) {
 			want := next()
 			m, stop := n.manage(t)

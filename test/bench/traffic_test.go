@@ -52,7 +52,7 @@ func traffic(t *testing.T, b *bench) {
 			once := func(name string) contender {
 				return contender{name, func() (float64, error) { return kind.measure(ways[name][i], span) }}
 			}
-			got := race(t, times(120, 1), once("k8slan"), once("hand"))
+			got := race(t, times(60, 1), once("k8slan"), once("hand"))
 			ours, theirs := got["k8slan"], got["hand"]
 			ratio := ours.over(theirs)
 			if kind.less {
