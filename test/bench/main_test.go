@@ -14,7 +14,7 @@ import (
 )
 
 // long is how much is measured: with it as much as docs/performance.md tells of, else as little as shows that it can be.
-var long = flag.Bool("long", false, "measure for a quarter of an hour instead of a moment")
+var long = flag.Bool("long", false, "measure for about ten minutes instead of a moment")
 
 // output is where the results go.
 var output = flag.String("json", "", "`file` for the results")
