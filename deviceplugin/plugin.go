@@ -106,6 +106,12 @@ func level(err error) slog.Level {
 // runOnce serves, registers with the kubelet that is there, and watches both sockets. It returns nil when all that
 // is to be done again with another kubelet or another socket, or when ctx ends.
 func (s *plugin) runOnce(ctx context.Context, kubelet socketID) error {
+	// A kubelet that starts removes all sockets here before it makes its own (server.Start in
+	// pkg/kubelet/cm/devicemanager/plugin/v1beta1/server.go). One that is made while the dead one's socket is still there could be removed
+	// between its registration and kubelet's call, for which kubelet would wait 10 s.
+	if err := s.kubelet.listens(); err != nil {
+		return err
+	}
 	server, err := serve(s.socket, s.device)
 	if err != nil {
 		return err

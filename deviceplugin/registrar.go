@@ -3,6 +3,7 @@ package deviceplugin
 import (
 	"context"
 	"fmt"
+	"net"
 	"sync"
 	"time"
 
@@ -59,6 +60,15 @@ func (r *registrar) register(ctx context.Context, request *pluginapi.RegisterReq
 		return fmt.Errorf("register %s with kubelet at %s: %w", request.GetResourceName(), r.socket, err)
 	}
 	return nil
+}
+
+// listens is nil if a kubelet takes connections.
+func (r *registrar) listens() error {
+	conn, err := net.Dial("unix", r.socket)
+	if err != nil {
+		return fmt.Errorf("connect to kubelet: %w", err)
+	}
+	return conn.Close()
 }
 
 func (r *registrar) connect() (*link, error) {
