@@ -226,8 +226,8 @@ func survey(lan *v1beta1.LAN, v verdict, spanned []node) (ready, offered int, pr
 			ready, offered = ready+1, offered+1
 			continue
 		}
-		if n.Answers && seg.State == v1beta1.SegmentDegraded {
-			offered++
+		if held := int32(len(v.Holds.Spokes)); seg.Offered > 0 && seg.Offered >= held {
+			offered++ // Degraded, or with the spec of before the last change
 		}
 		problems = append(problems, *p)
 	}
@@ -249,6 +249,8 @@ func segmentOn(lan *v1beta1.LAN, v verdict, n node) (v1beta1.SegmentStatus, *pro
 		return seg, &problem{v1beta1.ReasonPending, "node " + n.Name + " is still building the LAN"}
 	case seg.State != v1beta1.SegmentReady:
 		return seg, &problem{seg.Reason, "node " + n.Name + ": " + seg.Message}
+	case seg.Generation != lan.Generation:
+		return seg, &problem{v1beta1.ReasonPending, "node " + n.Name + " is still making the last change"}
 	case seg.Offered < held:
 		return seg, &problem{v1beta1.ReasonPending, fmt.Sprintf("node %s offers %d of %d spokes so far", n.Name, seg.Offered, held)}
 	}

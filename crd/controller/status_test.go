@@ -29,7 +29,16 @@ func segment(offered int32, attachments ...v1beta1.Attachment) v1beta1.SegmentSt
 
 func unwell(state v1beta1.SegmentState, reason, message string) v1beta1.SegmentStatus {
 	seg := segment(0)
+	if state == v1beta1.SegmentDegraded {
+		seg = segment(2)
+	}
 	seg.State, seg.Reason, seg.Message = state, reason, message
+	return seg
+}
+
+// behind is a segment that is well, but as the spec was before the last change.
+func behind(seg v1beta1.SegmentStatus) v1beta1.SegmentStatus {
+	seg.Generation--
 	return seg
 }
 
@@ -70,6 +79,12 @@ func TestStatusSaysWhatIsWhereAndWhatIsWrong(t *testing.T) {
 			state: "Degraded", reason: "UnderlayDown", onNode: "1/2",
 			accepted: "holds ns default.lab, vni 222 and its spokes",
 			ready:    "UnderlayDown: node worker2: eth1 has no carrier; spokes are offered on 2 of 2 nodes",
+		},
+		{
+			name: "a node that is behind", verdict: held, nodes: []node{worker("worker1", segment(2)), worker("worker2", behind(segment(2)))},
+			state: "Pending", reason: "Pending", onNode: "1/2",
+			accepted: "holds ns default.lab, vni 222 and its spokes",
+			ready:    "Pending: node worker2 is still making the last change; spokes are offered on 2 of 2 nodes",
 		},
 		{
 			name: "no report yet", verdict: held,
