@@ -56,6 +56,7 @@ type Manager struct {
 	last    string          // was looked at last, or is
 	retry   map[string]*backoff
 	reports map[string]Report
+	pause   time.Time // until then no further segment is taken away
 }
 
 // New returns a manager that does nothing until its first Set and Run. It removes the CDI devices in cdiDir of pods
@@ -206,6 +207,8 @@ func (m *Manager) next() (name string, wait time.Duration, ok bool) {
 	for n := range m.dirty {
 		if b, resting := m.retry[n]; resting && b.rest.After(now) {
 			wait = min(wait, b.rest.Sub(now))
+		} else if _, wanted := m.want[n]; n != "" && !wanted && m.pause.After(now) {
+			wait = min(wait, m.pause.Sub(now))
 		} else if !ok || m.before(n, name) {
 			name, ok = n, true
 		}
@@ -294,6 +297,9 @@ func (m *Manager) work(ctx context.Context, name string) {
 		m.rest(name, began)
 	}
 	if gone {
+		// The kernel takes the namespace down after it has lost its name, with its lock for all links in hand again and again
+		// (cleanup_net in net/core/net_namespace.c). Where the next segment's removal comes on top of that, others wait for both.
+		m.pause = time.Now().Add(time.Since(began))
 		delete(m.reports, name)
 		delete(m.retry, name)
 		if _, again := m.want[name]; !again {
