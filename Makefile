@@ -82,9 +82,10 @@ bench: ## Measure the speed against floors and peers, as root: a table, and benc
 	cd test/bench && nice -n -10 ../../bin/bench.test -long -test.timeout 2h -test.run 'TestPerformance/$(FOCUS)' -json $(CURDIR)/bench.json
 
 .PHONY: soak
-soak: ## Attach 10,000 times while daemon and plugin are killed, count what is left; CYCLES=, SEED=
+soak: ## Attach 10,000 times while daemon and plugin are killed, and 1,000 times while LANs are deleted; CYCLES=, SEED=
 	go test -c -o bin/soak.test ./test/soak
 	cd test/soak && ../../bin/soak.test -test.timeout 3h -cycles $(or $(CYCLES),10000) -seed $(or $(SEED),$$RANDOM)
+	$(GOTEST) -timeout 1h -run TestLANIsDeletedWhileAPodAttaches ./test/dataplane -tries 1000
 
 .PHONY: verify
 verify: generate lint build ## Check generated code, modules, style, imports and the size of the CNI plugin
