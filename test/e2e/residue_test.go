@@ -12,7 +12,8 @@ import (
 )
 
 // kubelet gives a spoke that is gone up after five minutes (endpointStopGracePeriod in pkg/kubelet/cm/devicemanager), and would list
-// it with the value 0 for ever. The test waits beside those that come after it.
+// it with the value 0 for ever. The test waits beside those that come after it, some of which take k8slan and all LANs away and put
+// k8slan back; run alone, it is about the controller.
 func TestSpokeThatIsGoneLeavesNoResourceOnTheNode(t *testing.T) {
 	l := newLab(t)
 	l.lan("residue", 1093, []string{"residue-1", "residue-2"})
@@ -34,8 +35,6 @@ func TestSpokeThatIsGoneLeavesNoResourceOnTheNode(t *testing.T) {
 		t.Fatalf("waited for the spoke's resource to go from the node: %v", err)
 	}
 	l.logTime("until the resource of a spoke was gone from the node", begin)
-	l.awaitAllocatable(worker1, "residue-1", 1)
-	l.start(pod("residue-1", worker1, "residue-1"))
 }
 
 // lists says whether a Node's status has a resource.
