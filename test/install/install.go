@@ -92,12 +92,17 @@ func (b *Bed) Up(ctx context.Context) error {
 	return nil
 }
 
-// Previous returns a bed on the same cluster for the commit before the checkout's, and says which that is. It lies in dir
-// from then on. Without a history the error is ErrNoHistory.
+// Previous returns a bed on the same cluster for the commit before the checkout's, or for the one that K8SLAN_UPGRADE_FROM
+// names, and says which that is. It lies in dir from then on. Where there is no such commit, or no k8slan in it, the error
+// is ErrNoHistory.
 func (b *Bed) Previous(ctx context.Context, dir string) (previous *Bed, commit string, err error) {
-	commit, err = run(ctx, b.root, "git", "rev-parse", "--short", "HEAD^")
-	if err != nil {
+	from := os.Getenv("K8SLAN_UPGRADE_FROM")
+	commit, err = run(ctx, b.root, "git", "rev-parse", "--short", cmp.Or(from, "HEAD^"))
+	switch {
+	case err != nil && from == "":
 		return nil, "", fmt.Errorf("%w: %w", ErrNoHistory, err)
+	case err != nil:
+		return nil, "", err
 	}
 	commit = strings.TrimSpace(commit)
 	archive := filepath.Join(dir, "source.tar")
@@ -110,6 +115,9 @@ func (b *Bed) Previous(ctx context.Context, dir string) (previous *Bed, commit s
 	}
 	if _, err := run(ctx, root, "tar", "-xf", archive); err != nil {
 		return nil, "", err
+	}
+	if _, err := os.Stat(filepath.Join(root, "charts/k8slan/Chart.yaml")); err != nil {
+		return nil, "", fmt.Errorf("%w that has a k8slan: %w", ErrNoHistory, err)
 	}
 	return &Bed{Config: b.Config, Cluster: b.Cluster, root: root, work: filepath.Join(dir, "built"), version: commit}, commit, nil
 }
