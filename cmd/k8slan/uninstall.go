@@ -34,9 +34,7 @@ func stopCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			ctx, cancel := context.WithTimeout(cmd.Context(), f.timeout)
-			defer cancel()
-			return r.Stop(ctx)
+			return f.within(cmd.Context(), r, release.Release.Stop)
 		},
 	}
 	f.add(cmd, time.Minute)
@@ -55,9 +53,7 @@ func finishCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			wait, cancel := context.WithTimeout(cmd.Context(), f.timeout)
-			defer cancel()
-			if err := r.AwaitClean(wait); err != nil {
+			if err := f.within(cmd.Context(), r, release.Release.AwaitClean); err != nil {
 				return err
 			}
 			if err := r.Objects(cmd.Context()); err != nil || !lans {
@@ -97,11 +93,12 @@ func residueCommand() *cobra.Command {
 			if err := r.Adopt(ctx); err != nil {
 				return err
 			}
-			wait, cancel := context.WithTimeout(ctx, f.timeout)
-			defer cancel()
-			r.AwaitResidue(wait)
+			err = f.within(ctx, r, release.Release.AwaitResidue)
 			if ctx.Err() != nil {
 				return nil // the pod moves: another takes over
+			}
+			if err != nil {
+				return err
 			}
 			if err := r.Vanish(ctx); err != nil {
 				return err

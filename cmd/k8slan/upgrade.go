@@ -58,6 +58,13 @@ func (f *hookFlags) release() (release.Release, error) {
 	return release.Release{Client: c, Namespace: f.namespace, Log: log}, err
 }
 
+// within does a part of a hook's work that may take as long as the flag timeout says.
+func (f *hookFlags) within(ctx context.Context, r release.Release, wait func(release.Release, context.Context) error) error {
+	ctx, cancel := context.WithTimeout(ctx, f.timeout)
+	defer cancel()
+	return wait(r, ctx)
+}
+
 func upgradeCommand() *cobra.Command {
 	var f hookFlags
 	cmd := &cobra.Command{
@@ -69,9 +76,7 @@ func upgradeCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			ctx, cancel := context.WithTimeout(cmd.Context(), f.timeout)
-			defer cancel()
-			if err := r.AwaitPulled(ctx); err != nil {
+			if err := f.within(cmd.Context(), r, release.Release.AwaitPulled); err != nil {
 				return err
 			}
 			return r.ApplyDefinitions(cmd.Context(), manifests.Files)

@@ -204,6 +204,7 @@ func (r Release) removeNADs(ctx context.Context) error {
 		return absentIsFine(err)
 	}
 	var errs []error
+	deleted := 0
 	for i := range nads.Items {
 		nad := &nads.Items[i]
 		if owner := metav1.GetControllerOf(nad); owner == nil || owner.Kind != "LAN" || owner.APIVersion != v1beta1.GroupVersion.String() {
@@ -211,9 +212,11 @@ func (r Release) removeNADs(ctx context.Context) error {
 		}
 		if err := absentIsFine(r.Client.Delete(ctx, nad, client.Preconditions{UID: &nad.UID})); err != nil {
 			errs = append(errs, fmt.Errorf("delete NAD %s/%s: %w", nad.Namespace, nad.Name, err))
+			continue
 		}
+		deleted++
 	}
-	r.Log.Info("NADs are deleted", "number", len(nads.Items))
+	r.Log.Info("NADs are deleted", "number", deleted)
 	return errors.Join(errs...)
 }
 

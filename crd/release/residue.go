@@ -24,10 +24,10 @@ import (
 // Residue is the name of everything that the last step of an uninstallation consists of.
 const Residue = "k8slan-residue"
 
-// AwaitResidue removes our resources from the status of nodes and returns when no node has one left, or when ctx ends:
-// kubelet forgets a resource five minutes after its plugin has gone, and then leaves the entry there for ever, with the
-// value 0 (setters.go in pkg/kubelet/nodestatus).
-func (r Release) AwaitResidue(ctx context.Context) {
+// AwaitResidue removes our resources from the status of nodes and returns when no node has one left, or when ctx ends,
+// which is no error: kubelet forgets a resource five minutes after its plugin has gone, and then leaves the entry there
+// for ever, with the value 0 (setters.go in pkg/kubelet/nodestatus).
+func (r Release) AwaitResidue(ctx context.Context) error {
 	var left map[string][]string
 	err := await(ctx, r.Client, &corev1.NodeList{}, nil, func(nodes []corev1.Node) (bool, error) {
 		left = map[string][]string{}
@@ -55,9 +55,13 @@ func (r Release) AwaitResidue(ctx context.Context) {
 	for _, node := range slices.Sorted(maps.Keys(left)) {
 		r.Log.Warn("the node still has resources", "node", node, "resources", left[node])
 	}
+	if err != nil && ctx.Err() == nil {
+		return fmt.Errorf("wait until no node has a resource of k8slan's left: %w", err)
+	}
 	if err == nil && len(left) == 0 {
 		r.Log.Info("no node has a resource of k8slan's left")
 	}
+	return nil
 }
 
 // isInstalled says whether k8slan is there again.

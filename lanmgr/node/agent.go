@@ -73,7 +73,7 @@ type Agent struct {
 	// Of the main loop alone.
 	plans   []Plan
 	planned bool
-	records map[string]segment.Segment // by netns: what an earlier run had, until there is a report
+	records []segment.Segment // of an earlier run; nil once the manager has looked at all that it left
 	lans    map[types.UID]*v1beta1.LAN
 	offered []Spoke
 	told    map[types.UID]Problem // what the last event on a LAN said
@@ -180,19 +180,23 @@ func (a *Agent) begin(ctx context.Context, self *corev1.Node) error {
 	if err := a.publisher.introduce(ctx, self); err != nil {
 		return err
 	}
-	a.records = make(map[string]segment.Segment, len(records))
-	for _, r := range records {
-		a.records[r.Netns] = r
-	}
+	a.records = records
 	return nil
 }
 
 // now is what the node has, by netns, as far as it is known.
 func (a *Agent) now() map[string]segment.Segment {
-	for _, r := range a.Manager.Reports() {
-		a.records[r.Segment.Netns] = r.Segment
+	if a.Manager.Looked() {
+		a.records = nil
 	}
-	return a.records
+	now := make(map[string]segment.Segment)
+	for _, r := range a.records {
+		now[r.Netns] = r
+	}
+	for _, r := range a.Manager.Reports() {
+		now[r.Segment.Netns] = r.Segment
+	}
+	return now
 }
 
 // planAll plans every LAN. Where two seem to hold one netns, because the news of one is older than that of the other, the

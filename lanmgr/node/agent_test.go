@@ -133,7 +133,7 @@ func (m *fakeManager) Poke(netns string) {
 func (m *fakeManager) Looked() bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return !m.blind
+	return !m.blind && m.sets > 0 // before the first Set a manager does nothing
 }
 
 func (m *fakeManager) Gone(lan segment.LAN, netns string) bool {

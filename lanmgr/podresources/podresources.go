@@ -4,6 +4,7 @@ package podresources
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"math"
@@ -107,6 +108,7 @@ func (c *Collector) look(ctx context.Context, now time.Time) error {
 	if err != nil {
 		return err
 	}
+	var errs []error
 	for id, claim := range claims {
 		first, before := c.missed[id]
 		switch {
@@ -119,11 +121,11 @@ func (c *Collector) look(ctx context.Context, now time.Time) error {
 			c.log.Warn("kubelet no longer has the pod of a claim, and nobody detached it: ending the claim",
 				"netns", claim.netns, "spoke", claim.Spoke, "pod", claim.PodNamespace+"/"+claim.Pod, "since", claim.Since)
 			if err := c.lans.Release(ctx, claim.netns, claim.Claim); err != nil {
-				return fmt.Errorf("end the claim of pod %s/%s on spoke %s: %w", claim.PodNamespace, claim.Pod, claim.Spoke, err)
+				errs = append(errs, fmt.Errorf("end the claim of pod %s/%s on spoke %s: %w", claim.PodNamespace, claim.Pod, claim.Spoke, err))
 			}
 		}
 	}
-	return nil
+	return errors.Join(errs...)
 }
 
 // pods are kubelet's, if it knows them yet.

@@ -3,6 +3,7 @@ package podresources
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net"
 	"path/filepath"
@@ -72,7 +73,7 @@ func (k *kubelet) start(t *testing.T) (stop func()) {
 // lans is a node with one LAN.
 type lans struct {
 	claims []segment.Claim
-	refuse error
+	refuse error // to end the claim on spoke gone
 }
 
 func (l *lans) Reports() []lanmgr.Report {
@@ -80,10 +81,13 @@ func (l *lans) Reports() []lanmgr.Report {
 }
 
 func (l *lans) Release(_ context.Context, netns string, claim segment.Claim) error {
-	if l.refuse == nil && netns == "default.lab" {
+	if l.refuse != nil && claim.Spoke == "gone" {
+		return l.refuse
+	}
+	if netns == "default.lab" {
 		l.claims = slices.DeleteFunc(l.claims, func(c segment.Claim) bool { return c.ID == claim.ID })
 	}
-	return l.refuse
+	return nil
 }
 
 func (l *lans) spokes() string {
@@ -189,13 +193,19 @@ func TestKubeletIsAskedOnlyWhereThereAreClaimsOfPods(t *testing.T) {
 	}
 }
 
-func TestAClaimThatCannotBeEndedIsTriedAgain(t *testing.T) {
+func TestAClaimThatCannotBeEndedIsTriedAgainAndHoldsUpNoOther(t *testing.T) {
 	c, k, l := setUp(t)
+	for i := range 8 { // in whatever order claims are gone through, some come after it
+		l.claims = append(l.claims, claim(fmt.Sprintf("gone-%d", i), "default", "gone"))
+	}
 	k.start(t)
 	k.has(self, lives)
 	l.refuse = errors.New("no way")
 	look(t, c, 0, "")
 	look(t, c, 2*time.Minute, "no way")
+	if l.spokes() != "lives gone nobody" {
+		t.Errorf("claims on %s", l.spokes())
+	}
 	l.refuse = nil
 	look(t, c, 3*time.Minute, "")
 	if l.spokes() != "lives nobody" {
