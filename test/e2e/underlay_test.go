@@ -126,29 +126,93 @@ func TestTrafficIsBackWithinASecondOfItsUnderlay(t *testing.T) {
 		}},
 	} {
 		t.Run(c.what, func(t *testing.T) {
-			streams := []stream{startStream(one.in(t), two.in(t)), startStream(two.in(t), one.in(t))}
-			c.broken()
-			begin := time.Now()
-			c.mended()
-			back := node.awaitAddress("eth2")
-			t.Logf("the underlay's address was back after %s", back.Sub(begin).Round(time.Millisecond))
-			<-time.After(2 * aMoment)
-			for _, s := range streams {
-				tally := s.end()
-				if tally.Lost == 0 {
-					continue // the kernel kept what it could not send
-				}
-				took := tally.Resumed.Sub(back)
-				t.Logf("the stream to %s was back %s after the underlay's address", s.to, took.Round(time.Millisecond))
-				if took > time.Second {
-					t.Errorf("the stream to %s came back %s after the underlay, want a second at most", s.to, took)
-				}
-			}
+			trafficIsBack(one.in(t), two.in(t), c.broken, func() time.Time {
+				begin := time.Now()
+				c.mended()
+				back := node.awaitAddress("eth2")
+				t.Logf("the underlay's address was back after %s", back.Sub(begin).Round(time.Millisecond))
+				return back
+			})
 			l.ready("cut")
 		})
 	}
 	one.pings(address(2))
 	l.awaitRunning("cut-3")
+}
+
+// Where nobody asks for duplicate addresses, the underlay is back with its link.
+func TestTrafficIsBackWithinASecondOfItsUnderlaysLink(t *testing.T) {
+	l := newLab(t)
+	node := l.machine(worker2)
+	for _, device := range []string{"eth2", "default"} { // of a new device, what is default counts
+		setting := "/proc/sys/net/ipv6/conf/" + device + "/accept_dad"
+		before := strings.TrimSpace(node.run("cat", setting))
+		node.run("sh", "-c", "echo 0 >"+setting)
+		t.Cleanup(func() {
+			ctx, cancel := context.WithTimeout(context.Background(), patience)
+			defer cancel()
+			if _, err := node.Exec(ctx, "sh", "-c", "echo "+before+" >"+setting); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	one, two := l.pair("prompt", 1053, "vxlanDevMap: {worker2: eth2}")
+	l.restoreAfterwards(node, "eth2")
+	try := func(err error) {
+		l.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, c := range []struct {
+		what           string
+		reason         string
+		broken, mended func()
+	}{
+		{
+			"after it was set down", v1beta1.ReasonUnderlayDown,
+			func() { node.run("ip", "link", "set", "eth2", "down") }, func() { node.run("ip", "link", "set", "eth2", "up") },
+		},
+		{
+			"after it was removed", v1beta1.ReasonUnderlayMissing,
+			func() { try(node.RemoveUnderlay("eth2")) }, func() { try(node.RestoreUnderlay("eth2")) },
+		},
+	} {
+		t.Run(c.what, func(t *testing.T) {
+			trafficIsBack(one.in(t), two.in(t), func() {
+				c.broken()
+				l.awaitLAN("prompt", "Degraded for "+c.reason, func(lan *v1beta1.LAN) bool {
+					return lan.Status.State == v1beta1.StateDegraded && lan.Status.Reason == c.reason
+				})
+			}, func() time.Time {
+				begin := time.Now()
+				c.mended()
+				return begin
+			})
+			l.ready("prompt")
+		})
+	}
+}
+
+// trafficIsBack breaks the underlay between two pods, mends it, and wants traffic back within a second of the moment that
+// mended returns.
+func trafficIsBack(one, two station, broken func(), mended func() time.Time) {
+	one.Helper()
+	streams := []stream{startStream(one, two), startStream(two, one)}
+	broken()
+	back := mended()
+	<-time.After(2 * aMoment)
+	for _, s := range streams {
+		tally := s.end()
+		if tally.Lost == 0 {
+			continue // the kernel kept what it could not send
+		}
+		took := tally.Resumed.Sub(back)
+		one.Logf("the stream to %s was back %s after the underlay", s.to, took.Round(time.Millisecond))
+		if took > time.Second {
+			one.Errorf("the stream to %s came back %s after the underlay, want a second at most", s.to, took)
+		}
+	}
 }
 
 // awaitAddress returns when a device of the node has an IPv6 address that nobody else has.
