@@ -123,7 +123,7 @@ func TestDeadNodeDoesNotHoldADeletedLAN(t *testing.T) {
 		}},
 		{"out", "it is out of service", 1092, func(l lab, ctx context.Context) error {
 			one(l, &corev1.NodeList{}, "", worker2, "not ready", func(n *corev1.Node) bool { return n != nil && !isNodeReady(n) })
-			return taint(ctx, corev1.Taint{Key: corev1.TaintNodeOutOfService, Value: "nodeshutdown", Effect: corev1.TaintEffectNoExecute})
+			return taint(ctx, worker2, corev1.Taint{Key: corev1.TaintNodeOutOfService, Value: "nodeshutdown", Effect: corev1.TaintEffectNoExecute})
 		}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -132,9 +132,7 @@ func TestDeadNodeDoesNotHoldADeletedLAN(t *testing.T) {
 			ctx, cancel := context.WithTimeout(t.Context(), 3*patience)
 			defer cancel()
 			m := l.machine(worker2)
-			if err := m.PowerOff(ctx); err != nil {
-				t.Fatal(err)
-			}
+			m.powerOff(ctx)
 			l.delete(&v1beta1.LAN{}, c.name)
 			l.delete(&corev1.Pod{}, one.pod)
 			l.awaitPodGone(one.pod)
@@ -147,10 +145,8 @@ func TestDeadNodeDoesNotHoldADeletedLAN(t *testing.T) {
 			l.logTime("from the node's death to the end of the LAN", begin)
 			l.awaitEvent(c.name, v1beta1.ReasonNodeLost, "may still forward", "node worker2 ("+c.why+")")
 
-			if err := m.PowerOn(ctx); err != nil {
-				t.Fatal(err)
-			}
-			if err := taint(ctx); err != nil {
+			m.powerOn(ctx)
+			if err := taint(ctx, worker2); err != nil {
 				t.Fatal(err)
 			}
 			if err := bed.awaitInstalled(ctx); err != nil {
@@ -169,10 +165,10 @@ func isNodeReady(n *corev1.Node) bool {
 	})
 }
 
-// taint gives worker2 the taint of a node that is out of service, or takes it away.
-func taint(ctx context.Context, taints ...corev1.Taint) error {
+// taint gives a node the taint of one that is out of service, or takes it away.
+func taint(ctx context.Context, node string, taints ...corev1.Taint) error {
 	n := &corev1.Node{}
-	if err := bed.client.Get(ctx, client.ObjectKey{Name: worker2}, n); err != nil {
+	if err := bed.client.Get(ctx, client.ObjectKey{Name: node}, n); err != nil {
 		return err
 	}
 	before := n.DeepCopy()

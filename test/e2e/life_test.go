@@ -131,13 +131,9 @@ func TestNodeLosesPowerAndComesBack(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 3*patience)
 	defer cancel()
 	m := l.machine(worker2)
-	if err := m.PowerOff(ctx); err != nil {
-		t.Fatal(err)
-	}
+	m.powerOff(ctx)
 	begin := time.Now()
-	if err := m.PowerOn(ctx); err != nil {
-		t.Fatal(err)
-	}
+	m.powerOn(ctx)
 	l.logTime("until the node was Ready", begin)
 	l.awaitPod(before.pod, "another one that runs", func(p *corev1.Pod) bool { return string(p.UID) != before.uid && isRunning(p) })
 	l.logTime("until the StatefulSet's pod ran again", begin)

@@ -42,6 +42,30 @@ func (l lab) machine(name string) machine { return machine{bed.Cluster.Node(name
 // String is the node's name.
 func (m machine) String() string { return m.Name }
 
+// powerOff cuts the node's power. After the test it has power again, and no taint, whatever became of the test: the
+// next one wants two nodes.
+func (m machine) powerOff(ctx context.Context) {
+	m.Helper()
+	m.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), 2*patience)
+		defer cancel()
+		if err := errors.Join(m.PowerOn(ctx), taint(ctx, m.Name)); err != nil {
+			m.Errorf("give %s back: %v", m, err)
+		}
+	})
+	if err := m.PowerOff(ctx); err != nil {
+		m.Fatal(err)
+	}
+}
+
+// powerOn gives the node its power back, and returns when it is Ready.
+func (m machine) powerOn(ctx context.Context) {
+	m.Helper()
+	if err := m.PowerOn(ctx); err != nil {
+		m.Fatal(err)
+	}
+}
+
 // run runs a command in the node.
 func (m machine) run(command ...string) string {
 	m.Helper()

@@ -147,9 +147,7 @@ func TestUninstallOfLANsTooWithADeadNodeEndsAndTheNodeIsCleanedLater(t *testing.
 		t.Fatal(err)
 	}
 	m := l.machine(worker2)
-	if err := m.PowerOff(ctx); err != nil {
-		t.Fatal(err)
-	}
+	m.powerOff(ctx)
 	l.awaitReady(ctx, worker2, false)
 	begin := time.Now()
 	out := l.helm(ctx, "uninstall", install.Release, "--namespace", install.Namespace)
@@ -164,9 +162,7 @@ func TestUninstallOfLANsTooWithADeadNodeEndsAndTheNodeIsCleanedLater(t *testing.
 		t.Errorf("there still are CRDs (%v):\n%s", err, out)
 	}
 
-	if err := m.PowerOn(ctx); err != nil {
-		t.Fatal(err)
-	}
+	m.powerOn(ctx)
 	l.awaitReady(ctx, worker2, true)
 	image := bed.Image()
 	l.kubectl("debug", "node/"+worker2, "--profile=sysadmin", "--image="+image, "--", "/k8slan", "clean", "--host")
