@@ -50,7 +50,26 @@ func heldBy(lan *v1beta1.LAN, nodes []node) holdups {
 			h.Pods = append(h.Pods, fmt.Sprintf("%s on %s (spoke %s)", a.Pod, n.Name, a.Spoke))
 		}
 	}
+	for _, a := range unheard(lan, nodes) {
+		if lost := fmt.Sprintf("node %s (its LANNode is gone)", a.Node); !slices.Contains(h.Lost, lost) {
+			h.Lost = append(h.Lost, lost)
+		}
+	}
 	return h
+}
+
+// unheard are the attachments that a LAN which is being deleted last had on nodes whose LANNode has gone since: Kubernetes' garbage
+// collector deletes it with the Node, and what it said is known from the LAN alone then.
+func unheard(lan *v1beta1.LAN, nodes []node) []v1beta1.SpokeAttachment {
+	var list []v1beta1.SpokeAttachment
+	for _, spoke := range lan.Status.Spokes {
+		for _, a := range spoke.Attachments {
+			if deleted(lan) && !slices.ContainsFunc(nodes, func(n node) bool { return n.Name == a.Node }) {
+				list = append(list, a)
+			}
+		}
+	}
+	return list
 }
 
 // none is true when the LAN can go.

@@ -280,7 +280,8 @@ func tell(problems []problem) string {
 	return enumerate(words, "; ")
 }
 
-// spokes lists the spokes that are attached, whether they are still in the spec or not, and those that are refused.
+// spokes lists the spokes that are attached, whether they are still in the spec or not, and those that are refused. A LAN that is
+// being deleted keeps what it had on nodes that are gone: what they do now nobody knows.
 func spokes(lan *v1beta1.LAN, v verdict, nodes []node) []v1beta1.SpokeStatus {
 	byName := map[string]*v1beta1.SpokeStatus{}
 	entry := func(spoke string) *v1beta1.SpokeStatus {
@@ -292,8 +293,12 @@ func spokes(lan *v1beta1.LAN, v verdict, nodes []node) []v1beta1.SpokeStatus {
 	for spoke, why := range v.Refused {
 		entry(spoke).Refused = why
 	}
+	for _, a := range unheard(lan, nodes) {
+		e := entry(a.Spoke)
+		e.Attachments = append(e.Attachments, a)
+	}
 	for _, n := range nodes {
-		if !n.Exists {
+		if !n.Exists && !deleted(lan) {
 			continue
 		}
 		for _, seg := range n.Segments {

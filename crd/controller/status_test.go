@@ -240,8 +240,9 @@ func TestADeletedLANSaysWhatHoldsIt(t *testing.T) {
 	for _, test := range []struct {
 		name   string
 		nodes  []node
-		reason string // of the condition
-		want   string // empty: it goes
+		had    []string // nodes where it was attached when its status was last written
+		reason string   // of the condition
+		want   string   // empty: it goes
 	}{
 		{name: "no node at all"},
 		{name: "every node has said so", nodes: []node{gone(worker("worker1"), "uid-lab"), gone(worker("worker2"), "uid-x", "uid-lab")}},
@@ -276,9 +277,16 @@ func TestADeletedLANSaysWhatHoldsIt(t *testing.T) {
 			name: "a node that is lost and one that is not", nodes: []node{lost(worker("worker1", segment(1, pod("srl", "srl-1")))), worker("worker2")},
 			reason: "Deleting", want: "lab goes when these nodes have let it go: worker2; lost, does not count and may still forward: node worker1 (its Node is gone)",
 		},
+		{
+			name: "a node whose LANNode is gone, and one that is not", nodes: []node{worker("worker2")}, had: []string{"worker1", "worker2"},
+			reason: "Deleting", want: "lab goes when these nodes have let it go: worker2; lost, does not count and may still forward: node worker1 (its LANNode is gone)",
+		},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			l := with(lan("lab", 0, 222, "srl", "vm"), holding("srl", "vm"), deleting)
+			for _, on := range test.had {
+				l.Status.Spokes = append(l.Status.Spokes, v1beta1.SpokeStatus{Name: "srl", Attachments: []v1beta1.SpokeAttachment{{Node: on, Attachment: pod("srl", "srl-1")}}})
+			}
 			if goes(&l, test.nodes) != (test.want == "") {
 				t.Errorf("it goes: %v", goes(&l, test.nodes))
 			}
@@ -292,6 +300,9 @@ func TestADeletedLANSaysWhatHoldsIt(t *testing.T) {
 			}
 			if !equality.Semantic.DeepEqual(s.Holds, l.Status.Holds) {
 				t.Errorf("it holds %+v", s.Holds)
+			}
+			if len(test.had) > 0 && (s.Attached != 1 || s.Spokes[0].Attachments[0].Node != test.had[0]) {
+				t.Errorf("attached are %d, %+v; want what nobody is heard of any more to stay", s.Attached, s.Spokes)
 			}
 		})
 	}

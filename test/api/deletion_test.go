@@ -108,6 +108,10 @@ func TestALostNodeDoesNotHoldADeletedLAN(t *testing.T) {
 		{"lost-gone", func(t *testing.T, node string) {
 			remove(t, &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: node}})
 		}, false, "its Node is gone"},
+		{"lost-early", func(t *testing.T, node string) { // as the garbage collector does it, when it is faster than the controller
+			remove(t, &v1beta1.LANNode{ObjectMeta: metav1.ObjectMeta{Name: node}})
+			remove(t, &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: node}})
+		}, false, "its LANNode is gone"},
 		{"lost-out", func(t *testing.T, node string) {
 			silence(t, node, time.Now())
 			edit(t, &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: node}}, func(n *corev1.Node) {

@@ -118,10 +118,11 @@ func TestDeadNodeDoesNotHoldADeletedLAN(t *testing.T) {
 		vni       int
 		lose      func(l lab, ctx context.Context) error
 	}{
-		{"gone", "its Node is gone", 1091, func(l lab, ctx context.Context) error {
+		// Its Node is gone, or its LANNode: that is deleted with it.
+		{"gone", "its ", 1091, func(l lab, ctx context.Context) error {
 			return bed.client.Delete(ctx, &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: worker2}})
 		}},
-		{"out", "it is out of service", 1092, func(l lab, ctx context.Context) error {
+		{"out", "it is out of service)", 1092, func(l lab, ctx context.Context) error {
 			one(l, &corev1.NodeList{}, "", worker2, "not ready", func(n *corev1.Node) bool { return n != nil && !isNodeReady(n) })
 			return taint(ctx, worker2, corev1.Taint{Key: corev1.TaintNodeOutOfService, Value: "nodeshutdown", Effect: corev1.TaintEffectNoExecute})
 		}},
@@ -143,7 +144,7 @@ func TestDeadNodeDoesNotHoldADeletedLAN(t *testing.T) {
 			}
 			l.awaitGone(c.name)
 			l.logTime("from the node's death to the end of the LAN", begin)
-			l.awaitEvent(c.name, v1beta1.ReasonNodeLost, "may still forward", "node worker2 ("+c.why+")")
+			l.awaitEvent(c.name, v1beta1.ReasonNodeLost, "may still forward", "node worker2 ("+c.why)
 
 			m.powerOn(ctx)
 			if err := taint(ctx, worker2); err != nil {
