@@ -297,9 +297,10 @@ func (m *Manager) work(ctx context.Context, name string) {
 		m.rest(name, began)
 	}
 	if gone {
-		// The kernel takes the namespace down after it has lost its name, with its lock for all links in hand again and again
-		// (cleanup_net in net/core/net_namespace.c). Where the next segment's removal comes on top of that, others wait for both.
-		m.pause = time.Now().Add(time.Since(began))
+		// The kernel takes the namespace down after it has lost its name (cleanup_net in net/core/net_namespace.c), in about the time
+		// that its links took, and waits for RCU again and again. A bridge's deletion on top of that waits for those waits, with the
+		// kernel's lock for all links in hand (br_multicast_dev_del in net/bridge/br_multicast.c).
+		m.pause = time.Now().Add(2 * time.Since(began))
 		delete(m.reports, name)
 		delete(m.retry, name)
 		if _, again := m.want[name]; !again {

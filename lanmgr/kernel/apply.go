@@ -76,35 +76,35 @@ func (e *VNITaken) Error() string {
 	return fmt.Sprintf("VNI %d on UDP port %d is in use by %s on this node; choose another vni or vxlanPort", e.VNI, e.Port, by)
 }
 
-// builder applies operations to one segment, over one connection.
+// builder applies operations to one segment, over the connection in hand.
 type builder struct {
 	node  *Node
 	netns string
-	conn  *conn
+	held  *held // nil until it is needed
 }
 
 func (b *builder) close() {
-	if b.conn != nil {
-		b.conn.close()
-		b.conn = nil
+	if b.held != nil {
+		b.node.giveBack(b.held)
+		b.held = nil
 	}
 }
 
 // lan is the connection into the segment's namespace.
 func (b *builder) lan() (*conn, error) {
-	if b.conn != nil {
-		return b.conn, nil
+	if b.held != nil {
+		return b.held.conn, nil
 	}
 	s := segment.State{Netns: b.netns}
-	c, err := b.node.reach(&s)
+	h, err := b.node.take(&s)
 	if err != nil {
 		return nil, err
 	}
-	if c == nil {
+	if h == nil {
 		return nil, fmt.Errorf("%w (no %s)", ErrNoLAN, b.node.netnsPath(b.netns))
 	}
-	b.conn = c
-	return c, nil
+	b.held = h
+	return h.conn, nil
 }
 
 // apply does one operation; doing it again does no harm.
@@ -232,14 +232,11 @@ func (n *Node) createNetns(name string) error {
 
 // restoreNetns mounts the namespace in hand at its name again, over whatever is there.
 func (n *Node) restoreNetns(name string) error {
-	ns, ok, err := n.inHand(name)
-	if err != nil {
-		return err
-	}
-	if !ok {
+	h := n.inHand(name)
+	if h == nil {
 		return fmt.Errorf("network namespace %s is not in hand", name)
 	}
-	defer ns.Close()
+	defer n.giveBack(h)
 	path := n.netnsPath(name)
 	if err := unmountNetns(path); err != nil {
 		return err
@@ -247,7 +244,7 @@ func (n *Node) restoreNetns(name string) error {
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return fmt.Errorf("make the folder of network namespaces: %w", err)
 	}
-	return mountNetns(fmt.Sprintf("/proc/self/fd/%d", int(ns)), path)
+	return mountNetns(fmt.Sprintf("/proc/self/fd/%d", int(h.conn.ns)), path)
 }
 
 // removeNetns takes a segment's name and lock away.

@@ -23,6 +23,8 @@ var txFeatures = []string{
 
 // features opens ethtool in the connection's namespace.
 func (c *conn) features() (*ethtool.Ethtool, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	if c.ethtool != nil {
 		return c.ethtool, nil
 	}

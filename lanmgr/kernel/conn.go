@@ -1,10 +1,14 @@
 package kernel
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"slices"
+	"sync"
+	"syscall"
 
 	"github.com/safchain/ethtool"
 	"github.com/vishvananda/netlink"
@@ -15,12 +19,14 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
-// conn is a netlink connection into one network namespace.
+// conn is a netlink connection into one network namespace. One that is in hand is used by many goroutines.
 type conn struct {
 	*netlink.Handle // nil where nothing but execute is needed
 	ns              netns.NsHandle
 	sockets         map[int]*nl.SocketHandle // for the requests that the library has no call for
-	ethtool         *ethtool.Ethtool         // nil until it is needed
+
+	mu      sync.Mutex
+	ethtool *ethtool.Ethtool // nil until it is needed; mu guards it
 }
 
 // dial connects to a namespace and owns the handle from then on, also when it fails.
@@ -89,7 +95,7 @@ func (c *conn) links() ([]segment.Link, error) {
 		if err != nil {
 			return nil, fmt.Errorf("list links: %w", err)
 		}
-		if l.Type != "" {
+		if nl.DeserializeIfInfomsg(m).Flags&unix.IFF_LOOPBACK == 0 { // lo is in every namespace and nobody's
 			links = append(links, l)
 		}
 	}
@@ -100,30 +106,31 @@ func (c *conn) links() ([]segment.Link, error) {
 // skipStats is RTEXT_FILTER_SKIP_STATS (include/uapi/linux/rtnetlink.h): counters are most of a dump's size.
 const skipStats = 1 << 3
 
-// parseLink reads a link from the kernel's message: what the library knows and, beside it, a bridge's and a port's own settings.
-func parseLink(m []byte) (segment.Link, error) {
-	nlLink, err := netlink.LinkDeserialize(nil, m)
-	if err != nil {
-		return segment.Link{}, err
-	}
-	a := nlLink.Attrs()
-	l := segment.Link{
-		Index: a.Index, Name: a.Name, AltNames: a.AltNames, Alias: a.Alias, Type: nlLink.Type(), MAC: a.HardwareAddr,
-		MTU: a.MTU, Up: a.RawFlags&unix.IFF_UP != 0, Master: a.MasterIndex, Promisc: a.Promisc,
-	}
-	if a.RawFlags&unix.IFF_LOOPBACK != 0 {
-		l.Type = "" // lo is in every namespace and nobody's
-	}
-	if v, ok := nlLink.(*netlink.Vxlan); ok {
-		group, _ := netip.AddrFromSlice(v.Group)
-		l.VXLAN = segment.VXLANState{VNI: uint32(v.VxlanId), Port: uint16(v.Port), Group: group.Unmap(), UnderlayIndex: v.VtepDevIndex}
-	}
+// parseLink reads a link from the kernel's message. The library's own reader knows neither a bridge's nor a port's settings, and
+// reads very much that nobody asks for, which makes a look at a LAN take twice as long.
+func parseLink(m []byte) (l segment.Link, err error) {
+	info := nl.DeserializeIfInfomsg(m)
+	l.Index, l.Up, l.Type = int(info.Index), info.Flags&unix.IFF_UP != 0, "device" // unless it says something else
 	attrs, err := nl.ParseRouteAttr(m[unix.SizeofIfInfomsg:])
 	if err != nil {
 		return l, err
 	}
 	for _, attr := range attrs {
 		switch attr.Attr.Type &^ unix.NLA_F_NESTED {
+		case unix.IFLA_IFNAME:
+			l.Name = nl.BytesToString(attr.Value)
+		case unix.IFLA_IFALIAS:
+			l.Alias = nl.BytesToString(attr.Value)
+		case unix.IFLA_ADDRESS:
+			l.MAC = net.HardwareAddr(attr.Value)
+		case unix.IFLA_MTU:
+			l.MTU = int(nl.NativeEndian().Uint32(attr.Value))
+		case unix.IFLA_MASTER:
+			l.Master = int(nl.NativeEndian().Uint32(attr.Value))
+		case unix.IFLA_PROMISCUITY:
+			l.Promisc = int(nl.NativeEndian().Uint32(attr.Value))
+		case unix.IFLA_PROP_LIST:
+			l.AltNames, err = parseAltNames(attr.Value)
 		case unix.IFLA_LINKINFO:
 			err = parseLinkInfo(&l, attr.Value)
 		case unix.IFLA_AF_SPEC:
@@ -134,6 +141,16 @@ func parseLink(m []byte) (segment.Link, error) {
 		}
 	}
 	return l, nil
+}
+
+func parseAltNames(b []byte) (names []string, err error) {
+	list, err := nl.ParseRouteAttr(b)
+	for _, name := range list {
+		if name.Attr.Type == unix.IFLA_ALT_IFNAME {
+			names = append(names, nl.BytesToString(name.Value))
+		}
+	}
+	return names, err
 }
 
 // parseIPv6 says whether a link has IPv6 switched on.
@@ -160,41 +177,67 @@ func parseIPv6(b []byte) (bool, error) {
 	return false, nil
 }
 
+// parseLinkInfo reads what is particular to a link of its kind, and to a bridge's port.
 func parseLinkInfo(l *segment.Link, b []byte) error {
 	infos, err := nl.ParseRouteAttr(b)
 	if err != nil {
 		return err
 	}
-	for _, info := range infos {
-		switch {
-		case info.Attr.Type&^unix.NLA_F_NESTED == nl.IFLA_INFO_DATA && l.Type == "bridge":
-			data, err := nl.ParseRouteAttr(info.Value)
-			if err != nil {
-				return err
-			}
-			for _, d := range data {
-				switch d.Attr.Type {
-				case nl.IFLA_BR_STP_STATE:
-					l.Bridge.STP = nl.NativeEndian().Uint32(d.Value) != 0
-				case nl.IFLA_BR_VLAN_FILTERING:
-					l.Bridge.VLANFiltering = d.Value[0] != 0
-				case nl.IFLA_BR_MCAST_SNOOPING:
-					l.Bridge.MulticastSnooping = d.Value[0] != 0
-				}
-			}
-		case info.Attr.Type&^unix.NLA_F_NESTED == nl.IFLA_INFO_SLAVE_DATA:
-			data, err := nl.ParseRouteAttr(info.Value)
-			if err != nil {
-				return err
-			}
-			for _, d := range data {
-				if d.Attr.Type == nl.IFLA_BRPORT_GROUP_FWD_MASK {
-					l.ForwardMask = nl.NativeEndian().Uint16(d.Value)
-				}
-			}
+	for _, info := range infos { // its kind comes first (rtnl_link_info_fill in net/core/rtnetlink.c)
+		if info.Attr.Type == nl.IFLA_INFO_KIND {
+			l.Type = nl.BytesToString(info.Value)
+			continue
+		}
+		var parse func(*segment.Link, syscall.NetlinkRouteAttr)
+		switch about := info.Attr.Type &^ unix.NLA_F_NESTED; {
+		case about == nl.IFLA_INFO_DATA && l.Type == "bridge":
+			parse = parseBridge
+		case about == nl.IFLA_INFO_DATA && l.Type == "vxlan":
+			parse = parseVXLAN
+		case about == nl.IFLA_INFO_SLAVE_DATA:
+			parse = parsePort
+		default:
+			continue
+		}
+		data, err := nl.ParseRouteAttr(info.Value)
+		if err != nil {
+			return err
+		}
+		for _, d := range data {
+			parse(l, d)
 		}
 	}
 	return nil
+}
+
+func parseBridge(l *segment.Link, d syscall.NetlinkRouteAttr) {
+	switch d.Attr.Type {
+	case nl.IFLA_BR_STP_STATE:
+		l.Bridge.STP = nl.NativeEndian().Uint32(d.Value) != 0
+	case nl.IFLA_BR_VLAN_FILTERING:
+		l.Bridge.VLANFiltering = d.Value[0] != 0
+	case nl.IFLA_BR_MCAST_SNOOPING:
+		l.Bridge.MulticastSnooping = d.Value[0] != 0
+	}
+}
+
+func parseVXLAN(l *segment.Link, d syscall.NetlinkRouteAttr) {
+	switch d.Attr.Type {
+	case nl.IFLA_VXLAN_ID:
+		l.VXLAN.VNI = nl.NativeEndian().Uint32(d.Value)
+	case nl.IFLA_VXLAN_PORT:
+		l.VXLAN.Port = binary.BigEndian.Uint16(d.Value)
+	case nl.IFLA_VXLAN_LINK:
+		l.VXLAN.UnderlayIndex = int(nl.NativeEndian().Uint32(d.Value))
+	case nl.IFLA_VXLAN_GROUP, nl.IFLA_VXLAN_GROUP6:
+		l.VXLAN.Group, _ = netip.AddrFromSlice(d.Value)
+	}
+}
+
+func parsePort(l *segment.Link, d syscall.NetlinkRouteAttr) {
+	if d.Attr.Type == nl.IFLA_BRPORT_GROUP_FWD_MASK {
+		l.ForwardMask = nl.NativeEndian().Uint16(d.Value)
+	}
 }
 
 // setBridge switches off what makes a bridge less than transparent, in one message. What is off already is not named:

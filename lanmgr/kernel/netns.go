@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"sync"
 
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
@@ -108,27 +109,41 @@ func openNetns(path string) (netns.NsHandle, error) {
 	return ns, nil
 }
 
-// sameNetns says whether two handles stand for one namespace.
-func sameNetns(a, b netns.NsHandle) (bool, error) {
-	var sa, sb unix.Stat_t
-	if err := unix.Fstat(int(a), &sa); err != nil {
-		return false, fmt.Errorf("stat network namespace: %w", err)
+// inode is what tells a network namespace from others, as long as somebody has it open.
+type inode struct{ dev, ino uint64 }
+
+func inodeOf(ns netns.NsHandle) (inode, error) {
+	var st unix.Stat_t
+	if err := unix.Fstat(int(ns), &st); err != nil {
+		return inode{}, fmt.Errorf("stat network namespace: %w", err)
 	}
-	if err := unix.Fstat(int(b), &sb); err != nil {
-		return false, fmt.Errorf("stat network namespace: %w", err)
+	return inode{st.Dev, st.Ino}, nil
+}
+
+// isAt says whether the namespace has that name.
+func (i inode) isAt(path string) (bool, error) {
+	var st unix.Stat_t
+	err := unix.Stat(path, &st)
+	if errors.Is(err, unix.ENOENT) {
+		return false, nil
 	}
-	return sa.Dev == sb.Dev && sa.Ino == sb.Ino, nil
+	if err != nil {
+		return false, &fs.PathError{Op: "stat", Path: path, Err: err}
+	}
+	return i == inode{st.Dev, st.Ino}, nil
 }
 
 // The settings that keep a LAN silent and transparent. New links inherit "default"; "all" is for those that are there.
 // Bridge netfilter starts switched on in every namespace (brnf_init_net in net/bridge/br_netfilter_hooks.c) and would
 // pass a LAN's frames through IP validation; its files are absent where the module is not loaded.
-var settings = []struct {
-	dir, value string
-	files      []string
-}{
-	{"/proc/sys/net/ipv6/conf", "1", []string{"all/disable_ipv6", "default/disable_ipv6"}},
-	{"/proc/sys/net/bridge", "0", []string{"bridge-nf-call-iptables", "bridge-nf-call-ip6tables", "bridge-nf-call-arptables"}},
+var settings = []setting{
+	{"/proc/sys/net/ipv6/conf", "ipv6", "1", []string{"all/disable_ipv6", "default/disable_ipv6"}},
+	{"/proc/sys/net/bridge", "br_netfilter", "0", []string{"bridge-nf-call-iptables", "bridge-nf-call-ip6tables", "bridge-nf-call-arptables"}},
+}
+
+type setting struct {
+	dir, module, value string
+	files              []string
 }
 
 // silence makes the settings in the thread's own namespace.
@@ -143,25 +158,52 @@ func silence() error {
 	return nil
 }
 
-// isSilent reads them back. Each folder is looked up once: in the kernel's cache of names, the folders of all namespaces
-// are in one chain, so that a look-up takes time in proportion to the LANs (proc_sys_compare in fs/proc/proc_sysctl.c).
-func isSilent() (bool, error) {
-	for _, s := range settings {
-		dir, err := unix.Open(s.dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
-		if errors.Is(err, fs.ErrNotExist) {
-			continue
+// settingFiles are the files of settings in one namespace, open: in the kernel's cache of names, the folders of all
+// namespaces are in one chain, so that a look-up takes time in proportion to the LANs (proc_sys_compare in
+// fs/proc/proc_sysctl.c), and needs a thread that is in the namespace.
+type settingFiles struct {
+	mu    sync.Mutex
+	files [][]int // of each of settings; none where its folder is not there
+}
+
+// openSettings opens them in the thread's own namespace.
+func openSettings() (*settingFiles, error) {
+	f := &settingFiles{files: make([][]int, len(settings))}
+	for i, s := range settings {
+		var err error
+		if f.files[i], err = s.open(); err != nil {
+			f.close()
+			return nil, err
 		}
-		if err != nil {
-			return false, fmt.Errorf("sysctl: open %s: %w", s.dir, err)
+	}
+	return f, nil
+}
+
+func (f *settingFiles) close() {
+	for _, files := range f.files {
+		closeAll(files)
+	}
+}
+
+// areMade reads the settings of the namespace whose files they are.
+func (f *settingFiles) areMade(ns netns.NsHandle) (bool, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for i, s := range settings {
+		if f.files[i] == nil && s.isLoaded() { // meanwhile
+			if err := do(ns, func() (err error) { f.files[i], err = s.open(); return err }); err != nil {
+				return false, err
+			}
 		}
-		defer unix.Close(dir)
-		for _, file := range s.files {
-			value, err := readAt(dir, file)
-			if errors.Is(err, fs.ErrNotExist) {
-				continue
+		for _, file := range f.files[i] {
+			value, err := readLine(file)
+			if errors.Is(err, fs.ErrNotExist) { // the module is not loaded any more
+				closeAll(f.files[i])
+				f.files[i] = nil
+				break
 			}
 			if err != nil {
-				return false, fmt.Errorf("sysctl: read %s in %s: %w", file, s.dir, err)
+				return false, fmt.Errorf("sysctl: read in %s: %w", s.dir, err)
 			}
 			if value != s.value {
 				return false, nil
@@ -171,15 +213,46 @@ func isSilent() (bool, error) {
 	return true, nil
 }
 
-// readAt reads a short file of one line in a folder.
-func readAt(dir int, file string) (string, error) {
-	fd, err := unix.Openat(dir, file, unix.O_RDONLY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return "", err
+// isLoaded says whether the kernel has the module that the setting is of.
+func (s setting) isLoaded() bool {
+	_, err := os.Stat("/sys/module/" + s.module)
+	return err == nil
+}
+
+// open opens the setting's files in the thread's own namespace; none where their folder is not there.
+func (s setting) open() (files []int, err error) {
+	dir, err := unix.Open(s.dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
 	}
-	defer unix.Close(fd)
+	if err != nil {
+		return nil, fmt.Errorf("sysctl: open %s: %w", s.dir, err)
+	}
+	defer unix.Close(dir)
+	for _, name := range s.files {
+		file, err := unix.Openat(dir, name, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			closeAll(files)
+			return nil, fmt.Errorf("sysctl: open %s in %s: %w", name, s.dir, err)
+		}
+		files = append(files, file)
+	}
+	return files, nil
+}
+
+func closeAll(files []int) {
+	for _, file := range files {
+		unix.Close(file)
+	}
+}
+
+// readLine reads a short file of one line.
+func readLine(file int) (string, error) {
 	line := make([]byte, 32)
-	n, err := unix.Read(fd, line)
+	n, err := unix.Pread(file, line, 0)
 	if err != nil {
 		return "", err
 	}

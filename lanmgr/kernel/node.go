@@ -33,26 +33,8 @@ type Node struct {
 	paths Paths
 
 	mu       sync.Mutex
-	held     map[string]held // by the netns's name
-	numbered map[int]string  // the names in held, by the namespace's number
-}
-
-// held is a segment's namespace as the daemon has it in hand: with it, a name that somebody took away can be given back.
-type held struct {
-	ns netns.NsHandle
-	id int // of the namespace, as the host's netns counts: what link events bear
-}
-
-// inHand opens a namespace in hand once more, for the caller to close: what is in hand itself may be let go at any time.
-func (n *Node) inHand(name string) (ns netns.NsHandle, ok bool, err error) {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	h, ok := n.held[name]
-	if !ok {
-		return netns.None(), false, nil
-	}
-	ns, err = dup(h.ns)
-	return ns, err == nil, err
+	held     map[string]*held // by the netns's name
+	numbered map[int]string   // the names in held, by the namespace's number
 }
 
 // New returns the node's kernel.
@@ -60,7 +42,7 @@ func New(p Paths) *Node {
 	if p.Run == "" {
 		p.Run = DefaultRun
 	}
-	return &Node{paths: p, held: map[string]held{}, numbered: map[int]string{}}
+	return &Node{paths: p, held: map[string]*held{}, numbered: map[int]string{}}
 }
 
 // Close lets go of the namespaces in hand; they stay.
@@ -68,9 +50,7 @@ func (n *Node) Close() {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	for name, h := range n.held {
-		h.ns.Close()
-		delete(n.held, name)
-		n.forgetNumber(h.id, name)
+		n.drop(name, h)
 	}
 }
 

@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -330,20 +329,11 @@ const mountsRest = 50 * time.Millisecond
 
 // lost says whether a segment's name stands for its namespace no more.
 func (n *Node) lost(name string) (bool, error) {
-	ns, err := openNetns(n.netnsPath(name))
-	if errors.Is(err, fs.ErrNotExist) {
-		return true, nil
-	}
-	if err != nil {
-		return false, err
-	}
-	defer ns.Close()
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	h, ok := n.held[name]
-	if !ok {
+	h := n.inHand(name)
+	if h == nil {
 		return false, nil
 	}
-	same, err := sameNetns(h.ns, ns)
-	return !same, err
+	defer n.giveBack(h)
+	named, err := h.inode.isAt(n.netnsPath(name))
+	return !named, err
 }
