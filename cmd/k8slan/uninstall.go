@@ -93,12 +93,11 @@ func residueCommand() *cobra.Command {
 			if err := r.Adopt(ctx); err != nil {
 				return err
 			}
-			err = f.within(ctx, r, release.Release.AwaitResidue)
-			if ctx.Err() != nil {
-				return nil // the pod moves: another takes over
-			}
-			if err != nil {
+			if err := f.within(ctx, r, release.Release.AwaitResidue); err != nil && ctx.Err() == nil {
 				return err
+			}
+			if ctx.Err() != nil {
+				return nil //nolint:nilerr // the pod moves: another takes over
 			}
 			if err := r.Vanish(ctx); err != nil {
 				return err
