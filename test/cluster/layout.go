@@ -115,8 +115,11 @@ func (s state) controlGroup() cgroup.Group { return s.group() + "/control-plane"
 
 func (s state) nodeGroup(node string) cgroup.Group { return s.group() + "/" + cgroup.Group(node) }
 
+// netnsDir is where ip-netns(8) looks for network namespaces by name.
+const netnsDir = "/run/netns"
+
 func (s state) underlayNetns() string { return s.named("k8slan-underlay") }
-func (s state) underlayPath() string  { return filepath.Join("/run/netns", s.underlayNetns()) }
+func (s state) underlayPath() string  { return filepath.Join(netnsDir, s.underlayNetns()) }
 
 // address is the API server's for the machine's own programs.
 func (s state) address() string {

@@ -50,8 +50,29 @@ func (s state) createUnderlay() error {
 	})
 }
 
+// shareNetnsDir makes the folder of named network namespaces a shared mount of
+// its own, as ip-netns(8) does before it makes its first. Done later, by
+// somebody's "ip netns add", it would cover the cluster's name, and nobody
+// could remove that any more.
+func shareNetnsDir() error {
+	if err := os.MkdirAll(netnsDir, 0o755); err != nil {
+		return err
+	}
+	err := unix.Mount("", netnsDir, "none", unix.MS_SHARED|unix.MS_REC, "")
+	if !errors.Is(err, unix.EINVAL) { // EINVAL: it is no mount yet
+		return err
+	}
+	if err := unix.Mount(netnsDir, netnsDir, "none", unix.MS_BIND|unix.MS_REC, ""); err != nil {
+		return err
+	}
+	return unix.Mount("", netnsDir, "none", unix.MS_SHARED|unix.MS_REC, "")
+}
+
 // createNetns makes a named network namespace, as ip-netns(8) does.
 func createNetns(name string) error {
+	if err := shareNetnsDir(); err != nil {
+		return fmt.Errorf("share %s: %w", netnsDir, err)
+	}
 	done := make(chan error)
 	go func() {
 		runtime.LockOSThread() // for ever: the thread ends, in the new namespace, with the goroutine
