@@ -166,7 +166,11 @@ func TestUninstallOfLANsTooWithADeadNodeEndsAndTheNodeIsCleanedLater(t *testing.
 	l.awaitReady(ctx, worker2, true)
 	image := bed.Image()
 	l.kubectl("debug", "node/"+worker2, "--profile=sysadmin", "--image="+image, "--", "/k8slan", "clean", "--host")
-	m.until("the node to be clean", func() bool { return !slices.Contains(m.files("/opt/cni/bin"), "k8slan") })
+	if _, err := await(ctx, bed.client, &corev1.PodList{}, []client.ListOption{client.InNamespace(l.namespace)}, func(all []*corev1.Pod) bool {
+		return len(all) == 1 && all[0].Status.Phase == corev1.PodSucceeded
+	}); err != nil {
+		t.Fatalf("waited for k8slan clean to be done: %v", err)
+	}
 	m.isClean()
 }
 
