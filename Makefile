@@ -74,7 +74,7 @@ dataplane: ## Send real frames through LANs in network namespaces
 
 .PHONY: e2e
 e2e: ## Test everything on the cluster; FOCUS=<regexp> runs the tests of that name
-	$(GOTEST) -timeout 45m -count 1 -run '$(FOCUS)' ./test/e2e
+	$(GOTEST) -timeout 1h -count 1 -run '$(FOCUS)' ./test/e2e
 
 .PHONY: bench
 bench: ## Measure the speed against floors and peers, as root: a table, and bench.json; FOCUS=B8

@@ -14,7 +14,7 @@ import (
 )
 
 // deadline is far beyond what anything here takes; it bounds a failure.
-const deadline = 45 * time.Second
+const deadline = 2 * time.Minute
 
 // eventually waits until look finds nothing amiss; what it found last is the failure.
 func eventually(t *testing.T, look func() (amiss string)) {

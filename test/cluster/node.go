@@ -264,7 +264,7 @@ func (n *Node) waitReady(ctx context.Context) error {
 }
 
 const (
-	startTimeout = time.Minute           // for any one process to become ready
+	startTimeout = 3 * time.Minute       // for any one process to become ready
 	waitDelay    = 5 * time.Second       // for a helper's streams to close after its end
 	tryInterval  = 20 * time.Millisecond // between looks at a process that is starting
 )

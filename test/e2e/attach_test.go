@@ -172,7 +172,7 @@ func TestSpokeGoesFromOneToTheNext(t *testing.T) {
 
 // stubborn adds a container that does not end on SIGTERM and gives the pod some seconds of grace.
 func stubborn(manifest string) string {
-	manifest = strings.Replace(manifest, "terminationGracePeriodSeconds: 1\n", "terminationGracePeriodSeconds: 10\n", 1)
+	manifest = strings.Replace(manifest, "terminationGracePeriodSeconds: 1\n", "terminationGracePeriodSeconds: 30\n", 1)
 	return strings.Replace(manifest, "  containers:\n", `  containers:
   - name: stubborn
     image: localhost/k8slan/toolbox:1
