@@ -120,8 +120,8 @@ func attachments(lan *v1beta1.LAN, spoke string) []v1beta1.SpokeAttachment {
 	return nil
 }
 
-// A second pod for a taken spoke waits, and gets the spoke while the old pod's sandbox is still dying: a pod that is
-// deleted by force is gone from the API at once, but its containers have all of their grace period.
+// A second pod for a taken spoke waits, and gets the spoke while the old pod's sandbox still stands: a pod that is deleted by
+// force is gone from the API at once, whether its node can end it or not.
 func TestSpokeGoesFromOneToTheNext(t *testing.T) {
 	kinds := map[string]func(name, node, spoke string, addresses ...string) guest{
 		"pod": func(name, node, spoke string, _ ...string) guest { return pod(name, node, spoke) },
@@ -140,11 +140,11 @@ func TestSpokeGoesFromOneToTheNext(t *testing.T) {
 				network := "10." + strconv.Itoa(vni-1000) + ".0."
 				older, younger := kinds[from](spoke+"-old", worker1, spoke), kinds[to](spoke+"-new", worker1, spoke, network+"2/24")
 				older.Wait = from == "VM" // which holds its tap open
-				l.apply(stubborn(l.yaml(older)))
-				old := l.station(older)
+				old := l.start(older)[0]
 				l.create(younger)
 				l.awaitPending(younger.Name, spoke)
 
+				goOn := l.machine(worker1).hang(old.uid)
 				l.delete(&corev1.Pod{}, older.Name, client.GracePeriodSeconds(0))
 				begin := time.Now()
 				l.awaitRunning(younger.Name)
@@ -159,6 +159,7 @@ func TestSpokeGoesFromOneToTheNext(t *testing.T) {
 				far := l.start(pod(spoke+"-far", worker2, spoke[5:]+"-x"))[0]
 				far.address(network + "1/24")
 				far.reaches(network + "2")
+				goOn()
 				l.machine(worker1).awaitSandboxGone(old.uid)
 				far.pings(network + "2") // the old pod's end took nothing from the new one
 				l.awaitLAN(spoke, "told of the new pod alone", func(lan *v1beta1.LAN) bool {
@@ -168,17 +169,6 @@ func TestSpokeGoesFromOneToTheNext(t *testing.T) {
 			})
 		}
 	}
-}
-
-// stubborn adds a container that does not end on SIGTERM and gives the pod some seconds of grace.
-func stubborn(manifest string) string {
-	manifest = strings.Replace(manifest, "terminationGracePeriodSeconds: 1\n", "terminationGracePeriodSeconds: 30\n", 1)
-	return strings.Replace(manifest, "  containers:\n", `  containers:
-  - name: stubborn
-    image: localhost/k8slan/toolbox:1
-    imagePullPolicy: Never
-    command: [sh, -c, 'trap "" TERM; while :; do sleep 1; done']
-`, 1)
 }
 
 func TestSpokeGoesFromOneToTheNextWithGrace(t *testing.T) {

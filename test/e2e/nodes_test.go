@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/vishvananda/netlink"
@@ -199,17 +200,41 @@ func (m machine) until(what string, fits func() bool) {
 // sandboxGone says whether the runtime runs nothing of a pod any more, its sandbox included, whose end comes after CNI DEL.
 func (m machine) sandboxGone(uid string) bool {
 	m.Helper()
-	tasks, err := filepath.Glob(m.path("/run/containerd/io.containerd.runtime.v2.task/k8s.io/*/config.json"))
+	return len(m.tasks(uid)) == 0
+}
+
+// tasks are the runtime's IDs of a pod's sandbox and containers that it still has.
+func (m machine) tasks(uid string) (ids []string) {
+	m.Helper()
+	configs, err := filepath.Glob(m.path("/run/containerd/io.containerd.runtime.v2.task/k8s.io/*/config.json"))
 	if err != nil {
 		m.Fatal(err)
 	}
-	return !slices.ContainsFunc(tasks, func(task string) bool {
-		config, err := os.ReadFile(task)
+	for _, path := range configs {
+		config, err := os.ReadFile(path)
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			m.Fatal(err)
 		}
-		return strings.Contains(string(config), uid)
+		if strings.Contains(string(config), uid) {
+			ids = append(ids, filepath.Base(filepath.Dir(path)))
+		}
+	}
+	return ids
+}
+
+// hang keeps all of a pod as it is, whatever kubelet wants, until goOn is called or the test ends: the shim, through which the
+// runtime ends a pod's containers, is stopped.
+func (m machine) hang(uid string) (goOn func()) {
+	m.Helper()
+	shim := "containerd-shim.* -id (" + strings.Join(m.tasks(uid), "|") + ") "
+	m.run("pkill", "-STOP", "-f", shim)
+	goOn = sync.OnceFunc(func() { m.run("pkill", "-CONT", "-f", shim) })
+	m.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), patience)
+		defer cancel()
+		_, _ = m.Exec(ctx, "pkill", "-CONT", "-f", shim) // of a test that has failed; none may be left
 	})
+	return goOn
 }
 
 // awaitSandboxGone returns when the runtime has nothing of a pod any more.
