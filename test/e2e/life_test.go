@@ -100,8 +100,8 @@ func TestKubeletIsRestartedWhilePodsTalk(t *testing.T) {
 		m.until("all spokes to be allocatable again", func() bool { return m.allocatable(t.Context(), "kubelet-") == offers })
 		took := time.Since(listens)
 		t.Logf("from kubelet's socket to %d allocatable spokes: %s", offers, took.Round(time.Millisecond))
-		if took > 2*time.Second {
-			t.Errorf("kubelet had the spokes again %s after its socket, want 2 s at most", took)
+		if took > slack*2*time.Second {
+			t.Errorf("kubelet had the spokes again %s after its socket; 2 s are promised", took)
 		}
 		l.startSet("again", worker2, "kubelet-3")
 	})
