@@ -93,11 +93,12 @@ func residueCommand() *cobra.Command {
 			if err := r.Adopt(ctx); err != nil {
 				return err
 			}
-			if err := f.within(ctx, r, release.Release.AwaitResidue); err != nil && ctx.Err() == nil {
-				return err
-			}
+			err = f.within(ctx, r, release.Release.AwaitResidue)
 			if ctx.Err() != nil {
 				return nil //nolint:nilerr // the pod moves: another takes over
+			}
+			if err != nil {
+				return err
 			}
 			if err := r.Vanish(ctx); err != nil {
 				return err

@@ -61,10 +61,13 @@ func heldBy(lan *v1beta1.LAN, nodes []node) holdups {
 // unheard are the attachments that a LAN which is being deleted last had on nodes whose LANNode has gone since: Kubernetes' garbage
 // collector deletes it with the Node, and what it said is known from the LAN alone then.
 func unheard(lan *v1beta1.LAN, nodes []node) []v1beta1.SpokeAttachment {
+	if !deleted(lan) {
+		return nil
+	}
 	var list []v1beta1.SpokeAttachment
 	for _, spoke := range lan.Status.Spokes {
 		for _, a := range spoke.Attachments {
-			if deleted(lan) && !slices.ContainsFunc(nodes, func(n node) bool { return n.Name == a.Node }) {
+			if !slices.ContainsFunc(nodes, func(n node) bool { return n.Name == a.Node }) {
 				list = append(list, a)
 			}
 		}

@@ -213,10 +213,10 @@ func (f *settingFiles) areMade(ns netns.NsHandle) (bool, error) {
 	return true, nil
 }
 
-// isLoaded says whether the kernel has the module that the setting is of.
+// isLoaded says whether the kernel may have the module that the setting is of.
 func (s setting) isLoaded() bool {
 	_, err := os.Stat("/sys/module/" + s.module)
-	return err == nil
+	return !errors.Is(err, fs.ErrNotExist)
 }
 
 // open opens the setting's files in the thread's own namespace; none where their folder is not there.

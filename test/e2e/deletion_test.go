@@ -119,7 +119,7 @@ func TestDeadNodeDoesNotHoldADeletedLAN(t *testing.T) {
 		lose      func(l lab, ctx context.Context) error
 	}{
 		// Its Node is gone, or its LANNode: that is deleted with it.
-		{"gone", "its ", 1091, func(l lab, ctx context.Context) error {
+		{"gone", "Node is gone)", 1091, func(l lab, ctx context.Context) error {
 			return bed.client.Delete(ctx, &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: worker2}})
 		}},
 		{"out", "it is out of service)", 1092, func(l lab, ctx context.Context) error {
@@ -144,7 +144,7 @@ func TestDeadNodeDoesNotHoldADeletedLAN(t *testing.T) {
 			}
 			l.awaitGone(c.name)
 			l.logTime("from the node's death to the end of the LAN", begin)
-			l.awaitEvent(c.name, v1beta1.ReasonNodeLost, "may still forward", "node worker2 ("+c.why)
+			l.awaitEvent(c.name, v1beta1.ReasonNodeLost, "may still forward", "node worker2 (it", c.why)
 
 			m.powerOn(ctx)
 			if err := taint(ctx, worker2); err != nil {

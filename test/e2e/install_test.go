@@ -19,10 +19,6 @@ import (
 // patience is how long a test waits for what takes a second or two on an idle machine.
 const patience = 3 * time.Minute
 
-// slack is how many times as long as is promised something may take: the machine may be busy with something else. How long it
-// took is in the test's log.
-const slack = 10
-
 // sweep removes what earlier runs and the demo left: pods on LANs, LANs, and the tests' namespaces.
 func (b *testbed) sweep(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, 2*patience)

@@ -100,8 +100,9 @@ func TestKubeletIsRestartedWhilePodsTalk(t *testing.T) {
 		m.until("all spokes to be allocatable again", func() bool { return m.allocatable(t.Context(), "kubelet-") == offers })
 		took := time.Since(listens)
 		t.Logf("from kubelet's socket to %d allocatable spokes: %s", offers, took.Round(time.Millisecond))
-		if took > slack*2*time.Second {
-			t.Errorf("kubelet had the spokes again %s after its socket; 2 s are promised", took)
+		// A machine on which kubelet itself needs long to come up is given as long.
+		if itself := listens.Sub(stopped); took > max(2*time.Second, itself) {
+			t.Errorf("kubelet had the spokes again %s after its socket, for which it took %s itself; want 2 s at most", took, itself)
 		}
 		l.startSet("again", worker2, "kubelet-3")
 	})

@@ -118,6 +118,14 @@ func newLab(t *testing.T) lab {
 	return l
 }
 
+// try ends the test on an error.
+func (l lab) try(err error) {
+	l.Helper()
+	if err != nil {
+		l.Fatal(err)
+	}
+}
+
 // namespace makes a namespace that tests are recognized by.
 func namespace(t *testing.T) string {
 	t.Helper()
