@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"math/rand/v2"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 
@@ -135,6 +136,12 @@ func (b *builder) apply(op segment.Op) error {
 		return c.setBridge(o)
 	case segment.AddVXLAN:
 		return b.addVXLAN(c, o)
+	case segment.SetVXLAN:
+		return c.setVXLAN(o)
+	case segment.AddRemotes:
+		return c.changeRemotes(o.Name, o.Remotes, c.NeighAppend)
+	case segment.DelRemotes:
+		return c.changeRemotes(o.Name, o.Remotes, c.forget)
 	case segment.AddPair:
 		return c.addPair(o)
 	case segment.DelLink:
@@ -277,7 +284,7 @@ func (b *builder) addVXLAN(lan *conn, o segment.AddVXLAN) error {
 	a := netlink.NewLinkAttrs()
 	a.Name, a.MTU, a.Namespace = o.Name, o.MTU, netlink.NsFd(int(lan.ns))
 	v := &netlink.Vxlan{
-		LinkAttrs: a, VxlanId: int(o.VNI), Port: int(o.Port), Group: o.Group.AsSlice(),
+		LinkAttrs: a, VxlanId: int(o.VNI), Port: int(o.Port), Group: o.Group.AsSlice(), SrcAddr: o.Local.AsSlice(),
 		VtepDevIndex: o.UnderlayIndex, Learning: true, TTL: ttl(o.VXLAN),
 	}
 	err = host.LinkAdd(v)
@@ -296,6 +303,57 @@ func (b *builder) addVXLAN(lan *conn, o segment.AddVXLAN) error {
 		}
 		return lan.setForwardMask(l)
 	})
+}
+
+// setVXLAN changes a VXLAN's group and source, each of which may be none: the unspecified address of the family then. The old
+// group is left and the new one joined in one step; what the VXLAN has learnt stays (vxlan_changelink in
+// drivers/net/vxlan/vxlan_core.c).
+func (c *conn) setVXLAN(o segment.SetVXLAN) error {
+	none, group, local := netip.IPv6Unspecified(), nl.IFLA_VXLAN_GROUP6, nl.IFLA_VXLAN_LOCAL6
+	if o.Group.Is4() || o.Local.Is4() {
+		none, group, local = netip.IPv4Unspecified(), nl.IFLA_VXLAN_GROUP, nl.IFLA_VXLAN_LOCAL
+	}
+	or := func(a netip.Addr) []byte {
+		if !a.IsValid() {
+			a = none
+		}
+		return a.AsSlice()
+	}
+	return c.setLinkInfo(o.Name, "vxlan", func(data *nl.RtAttr) {
+		data.AddRtAttr(nl.IFLA_VXLAN_ID, nl.Uint32Attr(o.VNI))
+		data.AddRtAttr(group, or(o.Group))
+		data.AddRtAttr(local, or(o.Local))
+		data.AddRtAttr(nl.IFLA_VXLAN_TTL, nl.Uint8Attr(uint8(ttl(o.VXLAN))))
+	})
+}
+
+// flooded is the address under which a VXLAN's table has those who get what is flooded (all_zeros_mac in
+// drivers/net/vxlan/vxlan_core.c).
+var flooded = make(net.HardwareAddr, 6)
+
+// changeRemotes adds or deletes remotes one by one. No device is named: the kernel would look for it in the LAN's namespace
+// (vxlan_fdb_parse), so the node's routes say by which device a packet leaves.
+func (c *conn) changeRemotes(vxlan string, remotes []netip.Addr, change func(*netlink.Neigh) error) error {
+	return c.with(vxlan, func(l netlink.Link) error {
+		for _, r := range remotes {
+			err := change(&netlink.Neigh{
+				LinkIndex: l.Attrs().Index, Family: unix.AF_BRIDGE, Flags: netlink.NTF_SELF, State: netlink.NUD_PERMANENT,
+				HardwareAddr: flooded, IP: r.AsSlice(),
+			})
+			if err != nil {
+				return fmt.Errorf("remote %s: %w", r, err)
+			}
+		}
+		return nil
+	})
+}
+
+// forget deletes an entry of a table; one that is gone is no error.
+func (c *conn) forget(n *netlink.Neigh) error {
+	if err := c.NeighDel(n); err != nil && !errors.Is(err, unix.ENOENT) {
+		return err
+	}
+	return nil
 }
 
 // ttl is 0, the kernel's own choice, for groups that stay on the link; others are meant to be routed.

@@ -231,7 +231,72 @@ func parseVXLAN(l *segment.Link, d syscall.NetlinkRouteAttr) {
 		l.VXLAN.UnderlayIndex = int(nl.NativeEndian().Uint32(d.Value))
 	case nl.IFLA_VXLAN_GROUP, nl.IFLA_VXLAN_GROUP6:
 		l.VXLAN.Group, _ = netip.AddrFromSlice(d.Value)
+	case nl.IFLA_VXLAN_LOCAL, nl.IFLA_VXLAN_LOCAL6:
+		l.VXLAN.Local, _ = netip.AddrFromSlice(d.Value)
 	}
+}
+
+// askRemotes asks each VXLAN that may have them for the remotes to which it sends what is flooded. The kernel tells what else
+// the VXLAN and its bridge have learnt of that port as well (rtnl_fdb_dump in net/core/rtnetlink.c has no finer filter).
+func (c *conn) askRemotes(s *segment.State) error {
+	for i := range s.Links {
+		if !s.MayHaveRemotes(s.Links[i]) {
+			continue
+		}
+		var err error
+		if s.Links[i].VXLAN.Remotes, err = c.remotes(s.Links[i].Index); err != nil {
+			return fmt.Errorf("list the remotes of %s: %w", s.Links[i].Name, err)
+		}
+	}
+	return nil
+}
+
+func (c *conn) remotes(index int) (remotes []netip.Addr, err error) {
+	var msgs [][]byte
+	for range dumpTries {
+		req := nl.NewNetlinkRequest(unix.RTM_GETNEIGH, unix.NLM_F_DUMP)
+		msg := nl.NewIfInfomsg(unix.AF_BRIDGE)
+		msg.Index = int32(index)
+		req.AddData(msg)
+		msgs, err = c.execute(req, unix.RTM_NEWNEIGH)
+		if !errors.Is(err, nl.ErrDumpInterrupted) {
+			break
+		}
+	}
+	if err != nil {
+		return nil, err
+	}
+	for _, m := range msgs {
+		if r, ok := parseRemote(m, index); ok {
+			remotes = append(remotes, r)
+		}
+	}
+	slices.SortFunc(remotes, netip.Addr.Compare)
+	return remotes, nil
+}
+
+// parseRemote reads an entry of a VXLAN's own table, if it is a remote's such as k8slan makes: one with a port, VNI or device
+// of its own is somebody else's.
+func parseRemote(m []byte, index int) (remote netip.Addr, ok bool) {
+	const flags, size = 10, 12 // of struct ndmsg (include/uapi/linux/neighbour.h)
+	if len(m) < size || int(nl.NativeEndian().Uint32(m[4:])) != index || m[flags]&netlink.NTF_SELF == 0 {
+		return remote, false
+	}
+	attrs, err := nl.ParseRouteAttr(m[size:])
+	if err != nil {
+		return remote, false
+	}
+	for _, a := range attrs {
+		switch a.Attr.Type {
+		case unix.NDA_LLADDR:
+			ok = slices.Equal(a.Value, flooded)
+		case unix.NDA_DST:
+			remote, _ = netip.AddrFromSlice(a.Value)
+		case unix.NDA_PORT, unix.NDA_VNI, unix.NDA_IFINDEX:
+			return remote, false
+		}
+	}
+	return remote, ok && remote.IsValid() && !remote.IsMulticast()
 }
 
 func parsePort(l *segment.Link, d syscall.NetlinkRouteAttr) {

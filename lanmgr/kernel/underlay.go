@@ -28,6 +28,7 @@ type Underlay struct {
 	Carrier bool
 	IPv4    netip.Addr // first address of the family; the zero Addr if there is none
 	IPv6    netip.Addr // link-local is enough, and preferred
+	Global6 netip.Addr // first IPv6 address that is not link-local, nor temporary, deprecated or tentative
 	IPv6Off bool       // net.ipv6.conf.<device>.disable_ipv6
 }
 
@@ -60,7 +61,7 @@ func (n *Node) Underlays(context.Context) (Underlays, error) {
 	}
 	for _, a := range addrs {
 		if name, ok := names[a.LinkIndex]; ok {
-			u.Devices[name] = u.Devices[name].withAddress(a.IP)
+			u.Devices[name] = u.Devices[name].withAddress(a.IP, a.Flags)
 		}
 	}
 	if u.Default, err = c.defaultDevice(names); err != nil {
@@ -69,10 +70,16 @@ func (n *Node) Underlays(context.Context) (Underlays, error) {
 	return u, do(c.ns, func() error { return readIPv6Off(u.Devices) })
 }
 
-func (d Underlay) withAddress(ip net.IP) Underlay {
+// passing are addresses that are not to be built on: they are not there yet, or not for long.
+const passing = unix.IFA_F_TEMPORARY | unix.IFA_F_DEPRECATED | unix.IFA_F_TENTATIVE | unix.IFA_F_DADFAILED
+
+func (d Underlay) withAddress(ip net.IP, flags int) Underlay {
 	a, ok := netip.AddrFromSlice(ip)
 	if a = a.Unmap(); !ok {
 		return d
+	}
+	if a.Is6() && !a.IsLinkLocalUnicast() && flags&passing == 0 && !d.Global6.IsValid() {
+		d.Global6 = a
 	}
 	switch {
 	case a.Is4() && !d.IPv4.IsValid():

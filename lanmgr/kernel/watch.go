@@ -24,25 +24,33 @@ func (n *Node) Watch(ctx context.Context, poke func(netnsName string)) error {
 	ctx, stop := context.WithCancelCause(ctx)
 	defer stop(nil)
 	// An IPv6 address in a LAN's namespace is the only sign that somebody has switched IPv6 on there.
-	links, err := n.subscribe(true, unix.RTNLGRP_LINK, unix.RTNLGRP_IPV6_IFADDR)
+	links, err := n.subscribe(true, nil, unix.RTNLGRP_LINK, unix.RTNLGRP_IPV6_IFADDR)
 	if err != nil {
 		return fmt.Errorf("watch the links of LANs: %w", err)
 	}
-	host, err := n.subscribe(false, unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR,
+	remotes, err := n.subscribe(true, ofRemotes, unix.RTNLGRP_NEIGH)
+	if err != nil {
+		links.Close()
+		return fmt.Errorf("watch the remotes of LANs: %w", err)
+	}
+	host, err := n.subscribe(false, nil, unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR,
 		unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE)
 	if err != nil {
 		links.Close()
+		remotes.Close()
 		return fmt.Errorf("watch the node's links: %w", err)
 	}
 	uevents, err := openUevents()
 	if err != nil {
 		links.Close()
+		remotes.Close()
 		host.Close()
 		return fmt.Errorf("watch kernel modules: %w", err)
 	}
 	records, err := n.openRecords()
 	if err != nil {
 		links.Close()
+		remotes.Close()
 		host.Close()
 		uevents.Close()
 		return fmt.Errorf("watch the records of LANs: %w", err)
@@ -52,6 +60,7 @@ func (n *Node) Watch(ctx context.Context, poke func(netnsName string)) error {
 	for what, read := range map[string]func() error{
 		"the records of LANs": func() error { return readRecordEvents(ctx, records, poke) },
 		"the links of LANs":   func() error { return n.readLinkEvents(ctx, links, poke) },
+		"the remotes of LANs": func() error { return n.readLinkEvents(ctx, remotes, poke) },
 		"the node's links":    func() error { return n.readHostEvents(ctx, host, poke) },
 		"kernel modules":      func() error { return n.readUevents(ctx, uevents, poke) },
 		"mounts":              func() error { return n.readMountEvents(ctx, poke) },
@@ -113,8 +122,26 @@ const (
 	listenAllNSID = 8
 )
 
-// subscribe opens a route socket in the node's own netns.
-func (n *Node) subscribe(all bool, groups ...int) (*os.File, error) {
+// ofRemotes is a socket filter that lets the events of a VXLAN's remotes pass, in a bridge's or VXLAN's table (AF_BRIDGE) under the
+// address of zeros. All else that becomes known of neighbours, in every namespace, wakes nobody.
+var ofRemotes = []unix.SockFilter{
+	{Code: unix.BPF_LD | unix.BPF_B | unix.BPF_ABS, K: unix.SizeofNlMsghdr}, // ndm_family
+	{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: unix.AF_BRIDGE, Jf: 9},
+	{Code: unix.BPF_LD | unix.BPF_IMM, K: unix.SizeofNlMsghdr + 12}, // where the attributes begin, after struct ndmsg
+	{Code: unix.BPF_LDX | unix.BPF_IMM, K: unix.NDA_LLADDR},
+	{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS, K: 0xfffff000 + 12}, // SKF_AD_OFF + SKF_AD_NLATTR: finds the attribute
+	{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: 0, Jt: 5},
+	{Code: unix.BPF_MISC | unix.BPF_TAX},
+	{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_IND, K: 4}, // the address, after struct nlattr
+	{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: 0, Jf: 2},
+	{Code: unix.BPF_LD | unix.BPF_H | unix.BPF_IND, K: 8},
+	{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: 0, Jt: 1},
+	{Code: unix.BPF_RET | unix.BPF_K, K: 0},
+	{Code: unix.BPF_RET | unix.BPF_K, K: 1 << 18},
+}
+
+// subscribe opens a route socket in the node's own netns; it hears what the filter passes, if there is one.
+func (n *Node) subscribe(all bool, filter []unix.SockFilter, groups ...int) (*os.File, error) {
 	host, err := n.host()
 	if err != nil {
 		return nil, err
@@ -138,6 +165,9 @@ func (n *Node) subscribe(all bool, groups ...int) (*os.File, error) {
 	}
 	if err == nil {
 		err = unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK})
+	}
+	if err == nil && len(filter) > 0 {
+		err = unix.SetsockoptSockFprog(fd, unix.SOL_SOCKET, unix.SO_ATTACH_FILTER, &unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]})
 	}
 	for _, g := range groups { // after bind, which would leave the groups again (netlink_bind in net/netlink/af_netlink.c)
 		if err == nil {

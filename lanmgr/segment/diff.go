@@ -1,6 +1,9 @@
 package segment
 
-import "slices"
+import (
+	"net/netip"
+	"slices"
+)
 
 // Diff says what has to be done to a node so that it has the segment: deterministic, additions before deletions.
 // What a pod is attached to stays, wanted or not. Links that k8slan would not name so are left alone.
@@ -113,8 +116,9 @@ func (d *diff) namespace() {
 		d.do(Silence{bridge})
 	}
 	d.offloadAgain()
-	if d.have.Record == nil || !d.have.Record.Equal(d.want) {
-		d.do(WriteRecord{d.want})
+	d.groupAgain()
+	if d.have.Record == nil || !d.have.Record.Equal(d.want.Recorded()) {
+		d.do(WriteRecord{d.want.Recorded()})
 	}
 }
 
@@ -128,6 +132,56 @@ func (d *diff) offloadAgain() {
 			d.do(SetTxChecksum{Name: l.Name, On: true})
 		}
 	}
+}
+
+// groupAgain has a VXLAN that stands send to its group instead of remotes one by one. It comes before the record is written
+// anew, as offloadAgain does: of a VXLAN with a group the old record alone tells that it may have remotes left.
+func (d *diff) groupAgain() {
+	want := d.want.VXLAN
+	l, ok := d.links[want.Name]
+	if !ok || !want.Group.IsValid() || want.UnderlayIndex == 0 || !sameVXLAN(want, l) {
+		return
+	}
+	if !sameEnds(want, l.VXLAN) {
+		d.do(SetVXLAN{want})
+	}
+	if len(l.VXLAN.Remotes) > 0 {
+		d.do(DelRemotes{want.Name, l.VXLAN.Remotes})
+	}
+}
+
+// remotes has a VXLAN without a group send what is flooded to each remote: to new ones before the group is left, and to
+// those that stay throughout.
+func (d *diff) remotes(l Link) {
+	want := d.want.VXLAN
+	if !want.Unicast() {
+		return
+	}
+	add, del := changes(d.want.Remotes, l.VXLAN.Remotes)
+	if len(add) > 0 {
+		d.do(AddRemotes{want.Name, add})
+	}
+	if l.Index != 0 && !sameEnds(want, l.VXLAN) {
+		d.do(SetVXLAN{want})
+	}
+	if d.want.Remotes != nil && len(del) > 0 {
+		d.do(DelRemotes{want.Name, del})
+	}
+}
+
+// changes are what one sorted list has and the other has not, and the reverse.
+func changes(want, have []netip.Addr) (add, del []netip.Addr) {
+	for len(want) > 0 || len(have) > 0 {
+		switch {
+		case len(have) == 0 || len(want) > 0 && want[0].Less(have[0]):
+			add, want = append(add, want[0]), want[1:]
+		case len(want) == 0 || have[0].Less(want[0]):
+			del, have = append(del, have[0]), have[1:]
+		default:
+			want, have = want[1:], have[1:]
+		}
+	}
+	return add, del
 }
 
 // txChecksum switches off what leaves checksums unfinished. A link of which nothing is known is not asked but set.
@@ -183,6 +237,7 @@ func (d *diff) vxlan() {
 	default:
 		d.port(l)
 	}
+	d.remotes(l)
 	// A LAN that nobody uses here costs the underlay nothing: a VXLAN joins its group only while it is up.
 	d.settings(l, d.want.MTU, len(d.claims) > 0)
 }

@@ -39,6 +39,18 @@ type (
 		MTU    int
 		Bridge string
 	}
+	// SetVXLAN gives a VXLAN that stands another group or source of the same family, or takes them away.
+	SetVXLAN struct{ VXLAN }
+	// AddRemotes has a VXLAN send what is flooded to these as well.
+	AddRemotes struct {
+		Name    string
+		Remotes []netip.Addr
+	}
+	// DelRemotes has it send no more to these.
+	DelRemotes struct {
+		Name    string
+		Remotes []netip.Addr
+	}
 	// AddPair makes a spoke's standing pair: the port up in the bridge, the plug up beside it.
 	AddPair struct {
 		Spoke  string
@@ -105,8 +117,33 @@ func (o SetBridge) String() string {
 }
 
 func (o AddVXLAN) String() string {
-	return fmt.Sprintf("ip link add %s mtu %d master %s type vxlan id %d dstport %d group %s dev %s",
-		o.Name, o.MTU, o.Bridge, o.VNI, o.Port, o.Group, o.Underlay)
+	return fmt.Sprintf("ip link add %s mtu %d master %s type vxlan id %d dstport %d%s dev %s",
+		o.Name, o.MTU, o.Bridge, o.VNI, o.Port, o.ends(), o.Underlay)
+}
+
+// ends are a VXLAN's two ends in ip's words.
+func (v VXLAN) ends() (s string) {
+	if v.Group.IsValid() {
+		s += " group " + v.Group.String()
+	}
+	if v.Local.IsValid() {
+		s += " local " + v.Local.String()
+	}
+	return s
+}
+
+func (o SetVXLAN) String() string {
+	return fmt.Sprintf("ip link set %s type vxlan id %d%s", o.Name, o.VNI, o.ends())
+}
+func (o AddRemotes) String() string { return flood("append", o.Name, o.Remotes) }
+func (o DelRemotes) String() string { return flood("del", o.Name, o.Remotes) }
+
+func flood(verb, vxlan string, remotes []netip.Addr) string {
+	s := fmt.Sprintf("bridge fdb %s 00:00:00:00:00:00 dev %s", verb, vxlan)
+	for _, r := range remotes {
+		s += " dst " + r.String()
+	}
+	return s
 }
 
 func (o AddPair) String() string {
@@ -149,7 +186,21 @@ const LinkGroup = 0x6b38
 func sameVXLAN(want VXLAN, have Link) bool {
 	v := have.VXLAN
 	return have.Type == "vxlan" && v.VNI == want.VNI && v.Port == want.Port &&
-		unmapped(v.Group) == unmapped(want.Group) && v.UnderlayIndex == want.UnderlayIndex
+		family(v.Group, v.Local) == family(want.Group, want.Local) && v.UnderlayIndex == want.UnderlayIndex
+}
+
+// family is the length in bits of a VXLAN's addresses, 0 for one that has none: its socket is of that family for ever
+// (vxlan_nl2conf in drivers/net/vxlan/vxlan_core.c).
+func family(group, local netip.Addr) int {
+	if group.IsValid() {
+		return unmapped(group).BitLen()
+	}
+	return unmapped(local).BitLen()
+}
+
+// sameEnds says whether its group and source are those that are wanted.
+func sameEnds(want VXLAN, have VXLANState) bool {
+	return unmapped(want.Group) == unmapped(have.Group) && unmapped(want.Local) == unmapped(have.Local)
 }
 
 func unmapped(a netip.Addr) netip.Addr { return a.Unmap().WithZone("") }

@@ -35,14 +35,19 @@ type Segment struct {
 	Spokes            []string `json:"spokes"`
 	TxChecksumOff     []string `json:"txChecksumOff,omitempty"` // sorted: spokes whose frames bear finished checksums
 	AllowedNamespaces []string `json:"allowedNamespaces,omitempty"`
+
+	// Remotes are the other nodes that take part, sorted, where the VXLAN has no group; nil: not known, those that stand stay.
+	// They are not in the record: only who watches the other nodes knows them.
+	Remotes []netip.Addr `json:"-"`
 }
 
 // VXLAN is the link that carries the LAN to other nodes.
 type VXLAN struct {
 	Name          string     `json:"name"`
 	VNI           uint32     `json:"vni"`
-	Port          uint16     `json:"port"`  // UDP
-	Group         netip.Addr `json:"group"` // multicast, IPv4 or IPv6
+	Port          uint16     `json:"port"`           // UDP
+	Group         netip.Addr `json:"group"`          // multicast, IPv4 or IPv6; the zero Addr where remotes are told one by one
+	Local         netip.Addr `json:"local,omitzero"` // its packets' source; the zero Addr leaves it to the node's routes
 	Underlay      string     `json:"underlay"`
 	UnderlayIndex int        `json:"underlayIndex"` // in the node's own netns; 0 where the node has no such device, and then no VXLAN is built
 }
@@ -52,8 +57,18 @@ func (s Segment) Equal(o Segment) bool {
 	return s.LAN == o.LAN && s.Generation == o.Generation && s.Netns == o.Netns && s.Bridge == o.Bridge &&
 		s.MTU == o.MTU && s.VXLAN == o.VXLAN &&
 		slices.Equal(s.Spokes, o.Spokes) && slices.Equal(s.TxChecksumOff, o.TxChecksumOff) &&
-		slices.Equal(s.AllowedNamespaces, o.AllowedNamespaces)
+		slices.Equal(s.AllowedNamespaces, o.AllowedNamespaces) &&
+		(s.Remotes == nil) == (o.Remotes == nil) && slices.Equal(s.Remotes, o.Remotes)
 }
+
+// Recorded is what of a segment its record has.
+func (s Segment) Recorded() Segment {
+	s.Remotes = nil
+	return s
+}
+
+// Unicast says whether the VXLAN knows its remotes one by one.
+func (v VXLAN) Unicast() bool { return !v.Group.IsValid() && v.Local.IsValid() }
 
 // Allows says whether pods of the namespace may attach.
 func (s Segment) Allows(namespace string) bool {

@@ -1,6 +1,7 @@
 package segment_test
 
 import (
+	"encoding/json"
 	"fmt"
 	"net"
 	"net/netip"
@@ -18,9 +19,19 @@ var lab = segment.Segment{
 	Spokes: []string{"srl", "vm"},
 }
 
+// unicast is the segment with remotes instead of a group.
+func unicast(local string, remotes ...string) segment.Segment {
+	s := lab
+	s.VXLAN.Group, s.VXLAN.Local = netip.Addr{}, netip.MustParseAddr(local)
+	for _, r := range remotes {
+		s.Remotes = append(s.Remotes, netip.MustParseAddr(r))
+	}
+	return s
+}
+
 // built is the state of a node that has the segment, with nothing attached.
 func built(s segment.Segment) segment.State {
-	record := s
+	record := s.Recorded()
 	port := segment.Link{Type: "veth", Master: 1, Up: true, MTU: segment.PortMTU(s.MTU), ForwardMask: segment.ForwardMask}
 	state := segment.State{
 		Netns: s.Netns, Exists: true, Silent: true, Record: &record,
@@ -28,7 +39,7 @@ func built(s segment.Segment) segment.State {
 			{Index: 1, Name: s.Bridge, Type: "bridge", MTU: s.MTU, Up: true},
 			{
 				Index: 2, Name: s.VXLAN.Name, Type: "vxlan", Master: 1, MTU: s.MTU, ForwardMask: segment.ForwardMask,
-				VXLAN: segment.VXLANState{VNI: s.VXLAN.VNI, Port: s.VXLAN.Port, Group: s.VXLAN.Group, UnderlayIndex: s.VXLAN.UnderlayIndex},
+				VXLAN: segment.VXLANState{VNI: s.VXLAN.VNI, Port: s.VXLAN.Port, Group: s.VXLAN.Group, Local: s.VXLAN.Local, Remotes: s.Remotes, UnderlayIndex: s.VXLAN.UnderlayIndex},
 			},
 		},
 	}
@@ -123,6 +134,12 @@ func TestDiffMendsWhatIsMissingOrChanged(t *testing.T) {
 	mixed := change(built(finished), "srl_b", func(l *segment.Link) { l.TxChecksum = segment.TxChecksumMixed })
 	mixed = change(mixed, "srl_p", func(l *segment.Link) { l.TxChecksum = segment.TxChecksumOff })
 	const off, on = " tx off tso off tx-udp-segmentation off tx-sctp-segmentation off", " tx on tso on tx-udp-segmentation on tx-sctp-segmentation on"
+	four := unicast("192.0.2.1", "192.0.2.2", "192.0.2.4")
+	six, sixMore := unicast("2001:db8::1", "2001:db8::2"), unicast("2001:db8::1", "2001:db8::2", "2001:db8::3")
+	moved6 := unicast("2001:db8::9", "2001:db8::2")
+	unknown := six
+	unknown.Remotes = nil
+	both := change(built(lab), "vx2", func(l *segment.Link) { l.VXLAN.Remotes = six.Remotes })
 	stray := built(lab)
 	stray.Links = append(stray.Links, segment.Link{Index: 60, Name: segment.ClaimID("dead", "net1"), Type: "veth"})
 
@@ -151,6 +168,28 @@ func TestDiffMendsWhatIsMissingOrChanged(t *testing.T) {
 			"record knlvrf\nip link del vx2\nip link add vx2 mtu 1422 master br2 type vxlan id 222 dstport 4789 group ff02::14 dev eth1",
 		},
 		{"underlay gone", gone, built(lab), "record knlvrf\nip link del vx2"},
+		{"remote added", sixMore, built(six), "bridge fdb append 00:00:00:00:00:00 dev vx2 dst 2001:db8::3"},
+		{"remote gone", six, built(sixMore), "bridge fdb del 00:00:00:00:00:00 dev vx2 dst 2001:db8::3"},
+		{
+			"remote with another address", unicast("192.0.2.1", "192.0.2.2", "192.0.2.3"), built(four),
+			"bridge fdb append 00:00:00:00:00:00 dev vx2 dst 192.0.2.3\nbridge fdb del 00:00:00:00:00:00 dev vx2 dst 192.0.2.4",
+		},
+		{"remotes not known", unknown, built(sixMore), ""},
+		{
+			"multicast to unicast", six, built(lab),
+			"record knlvrf\nbridge fdb append 00:00:00:00:00:00 dev vx2 dst 2001:db8::2\nip link set vx2 type vxlan id 222 local 2001:db8::1",
+		},
+		{
+			"unicast to multicast", lab, built(six),
+			"ip link set vx2 type vxlan id 222 group ff02::14\nbridge fdb del 00:00:00:00:00:00 dev vx2 dst 2001:db8::2\nrecord knlvrf",
+		},
+		{"multicast with remotes left", lab, both, "bridge fdb del 00:00:00:00:00:00 dev vx2 dst 2001:db8::2"},
+		{"another address of this node", moved6, built(six), "record knlvrf\nip link set vx2 type vxlan id 222 local 2001:db8::9"},
+		{
+			"unicast of another family", four, built(lab),
+			"record knlvrf\nip link del vx2\nip link add vx2 mtu 1422 master br2 type vxlan id 222 dstport 4789 local 192.0.2.1 dev eth1\n" +
+				"bridge fdb append 00:00:00:00:00:00 dev vx2 dst 192.0.2.2 dst 192.0.2.4",
+		},
 		{
 			"spoke added", more, built(lab),
 			"record knlvrf\nip link add host_b mtu 1426 master br2 up type veth peer name host_p mtu 1422 address " +
@@ -199,6 +238,23 @@ func TestDiffMendsWhatIsMissingOrChanged(t *testing.T) {
 				t.Errorf("to do:\n%s\nwant:\n%s", ops, tt.ops)
 			}
 		})
+	}
+}
+
+func TestRemotesArePartOfTheWishButNotOfTheRecord(t *testing.T) {
+	one, two := unicast("192.0.2.1", "192.0.2.2"), unicast("192.0.2.1", "192.0.2.2", "192.0.2.3")
+	none, unknown := one, one
+	none.Remotes, unknown.Remotes = []netip.Addr{}, nil
+	if one.Equal(two) || none.Equal(unknown) || !one.Equal(unicast("192.0.2.1", "192.0.2.2")) {
+		t.Error("two wishes that differ in their remotes alone are taken for the same, or one for two")
+	}
+	b, err := json.Marshal(one)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var read segment.Segment
+	if err := json.Unmarshal(b, &read); err != nil || !read.Equal(one.Recorded()) || !read.Equal(two.Recorded()) {
+		t.Errorf("read back %+v, %v", read, err)
 	}
 }
 

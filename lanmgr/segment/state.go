@@ -53,12 +53,20 @@ const (
 // BridgeState is what of a bridge's own settings could make a LAN less than transparent.
 type BridgeState struct{ STP, VLANFiltering, MulticastSnooping bool }
 
-// VXLANState is what a VXLAN was created with.
+// VXLANState is where a VXLAN sends to, and how.
 type VXLANState struct {
 	VNI           uint32
 	Port          uint16
 	Group         netip.Addr
-	UnderlayIndex int // as the node's own netns counts
+	Local         netip.Addr
+	Remotes       []netip.Addr // who gets what is flooded, sorted, the group aside; read only where MayHaveRemotes
+	UnderlayIndex int          // as the node's own netns counts
+}
+
+// MayHaveRemotes says whether it has to be asked which remotes a VXLAN has. With a group it has none, unless a change from
+// remotes to a group was broken off: the record is written at the end of that.
+func (s State) MayHaveRemotes(l Link) bool {
+	return l.Type == "vxlan" && (!l.VXLAN.Group.IsValid() || s.Record == nil || !s.Record.VXLAN.Group.IsValid())
 }
 
 // ForwardMask lets every link-local frame pass a port but PAUSE (01-80-C2-00-00-01), which the kernel never

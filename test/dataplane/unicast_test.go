@@ -1,0 +1,248 @@
+package dataplane
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/k8slan/k8slan/lanmgr/segment"
+	"github.com/k8slan/k8slan/test/frames"
+	"github.com/k8slan/k8slan/test/netns"
+)
+
+// family is what a LAN over underlays of one IP version needs.
+type family struct {
+	overhead int
+	bits     int
+	vteps    [2]netip.Addr // of the two nodes
+}
+
+var families = map[string]family{
+	"IPv4": {58, 24, [2]netip.Addr{netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("192.0.2.2")}},
+	"IPv6": {78, 64, [2]netip.Addr{netip.MustParseAddr("2001:db8::1"), netip.MustParseAddr("2001:db8::2")}},
+}
+
+// unicastHosts makes two nodes with addresses of a family, and the LAN as each of them should have it.
+func unicastHosts(t *testing.T, f family, vni uint32) (a, b host, onA, onB segment.Segment) {
+	t.Helper()
+	a, b = hosts(t)
+	s := lan(fmt.Sprintf("u%d", vni), vni, "one", "two")
+	s.MTU = underlayMTU - f.overhead
+	lans := [2]segment.Segment{}
+	for i, h := range []host{a, b} {
+		h.address(t, netip.PrefixFrom(f.vteps[i], f.bits))
+		lans[i] = h.here(t, unicast(s, f.vteps[i], f.vteps[1-i]))
+	}
+	return a, b, lans[0], lans[1]
+}
+
+// unicast is the LAN without a group.
+func unicast(s segment.Segment, local netip.Addr, remotes ...netip.Addr) segment.Segment {
+	s.VXLAN.Group, s.VXLAN.Local = netip.Addr{}, local
+	s.Remotes = append([]netip.Addr{}, remotes...)
+	slices.SortFunc(s.Remotes, netip.Addr.Compare)
+	return s
+}
+
+// address gives the underlay device an address that can be used at once.
+func (h host) address(t *testing.T, p netip.Prefix) {
+	t.Helper()
+	device, err := h.Netlink(t).LinkByName(netns.UnderlayDevice)
+	try(t, err)
+	addr, err := netlink.ParseAddr(p.String())
+	try(t, err)
+	addr.Flags = unix.IFA_F_NODAD
+	try(t, h.Netlink(t).AddrAdd(device, addr))
+}
+
+func TestUnicastLANCarriesTheCatalog(t *testing.T) {
+	for name, f := range families {
+		t.Run(name, func(t *testing.T) {
+			a, b, onA, onB := unicastHosts(t, f, 301)
+			a.build(t, onA)
+			b.build(t, onB)
+			if ops := append(a.build(t, onA), b.build(t, onB)...); len(ops) > 0 {
+				t.Errorf("a second look finds to do: %v", ops)
+			}
+			one, two := a.attach(t, onA, "one", segment.Veth), b.attach(t, onB, "two", segment.Veth)
+			catalogCrosses(t, one, two)
+			catalogCrosses(t, two, one)
+			vm := b.attach(t, onB, "two", segment.Macvtap)
+			doubleTaggedCrosses(t, vm, one)
+		})
+	}
+}
+
+// A remote beside a thousand is one write; the others are not touched.
+func TestOneRemoteMoreIsOneWrite(t *testing.T) {
+	a, _, s, _ := unicastHosts(t, families["IPv4"], 302)
+	s.Remotes = nil
+	for i := range 1000 {
+		s.Remotes = append(s.Remotes, netip.AddrFrom4([4]byte{10, 1, byte(i / 250), byte(1 + i%250)}))
+	}
+	began := time.Now()
+	a.build(t, s)
+	t.Logf("1,000 remotes with the segment: %v", time.Since(began))
+	updates, done := make(chan netlink.NeighUpdate, 4096), make(chan struct{})
+	try(t, a.inside(s).Do(func() error { return netlink.NeighSubscribe(updates, done) }))
+	defer close(done)
+
+	more := s
+	more.Remotes = append(slices.Clone(s.Remotes), netip.MustParseAddr("10.9.9.9"))
+	began = time.Now()
+	ops := a.build(t, more)
+	t.Logf("one more, with the look: %v", time.Since(began))
+	if len(ops) != 1 || ops[0].String() != "bridge fdb append 00:00:00:00:00:00 dev vx302 dst 10.9.9.9" {
+		t.Errorf("did %v", ops)
+	}
+	if ops := a.build(t, s); len(ops) != 1 || ops[0].String() != "bridge fdb del 00:00:00:00:00:00 dev vx302 dst 10.9.9.9" {
+		t.Errorf("did %v", ops)
+	}
+	for _, want := range []uint16{unix.RTM_NEWNEIGH, unix.RTM_DELNEIGH} {
+		select {
+		case u := <-updates:
+			if u.Type != want || u.IP.String() != "10.9.9.9" {
+				t.Errorf("event %d for %v, want %d for 10.9.9.9", u.Type, u.IP, want)
+			}
+		case <-time.After(patience):
+			t.Fatal("the kernel tells of no change")
+		}
+	}
+	select {
+	case u := <-updates:
+		t.Errorf("another event: %+v", u)
+	default:
+	}
+}
+
+// Remotes that are not known are left alone, those of an empty list are not.
+func TestUnknownRemotesAreLeftAlone(t *testing.T) {
+	a, _, s, _ := unicastHosts(t, families["IPv6"], 303)
+	a.build(t, s)
+	unknown, none := s, s
+	unknown.Remotes, none.Remotes = nil, []netip.Addr{}
+	if ops := a.build(t, unknown); len(ops) > 0 {
+		t.Errorf("did %v", ops)
+	}
+	if ops := a.build(t, none); len(ops) != 1 {
+		t.Errorf("did %v, want the one remote to be deleted", ops)
+	}
+}
+
+// A LAN changes between multicast and unicast of one family while it runs: the VXLANs stay, and with them what goes from pod to
+// pod. What is flooded is lost from when one node has left the group until the other has.
+func TestALANChangesItsDiscoveryUnderTraffic(t *testing.T) {
+	a, b, onA, onB := unicastHosts(t, families["IPv6"], 304)
+	multicast := func(s segment.Segment) segment.Segment {
+		s.VXLAN.Group, s.VXLAN.Local, s.Remotes = netip.MustParseAddr("ff02::14"), netip.Addr{}, nil
+		return s
+	}
+	a.build(t, multicast(onA))
+	b.build(t, multicast(onB))
+	one, two := a.attach(t, onA, "one", segment.Veth), b.attach(t, onB, "two", segment.Veth)
+	crosses(t, two, one, frames.Stream(nil, two.MAC, 9, 1)) // both are known from now on
+	crosses(t, one, two, frames.Stream(nil, one.MAC, 9, 1))
+	links := func() string { return describe(a.observe(t, onA)) + describe(b.observe(t, onB)) }
+	before := links()
+	change := func() (ops []segment.Op) {
+		ops = append(ops, a.build(t, onA)...)
+		ops = append(ops, b.build(t, onB)...)
+		ops = append(ops, a.build(t, multicast(onA))...)
+		return append(ops, b.build(t, multicast(onB))...)
+	}
+
+	there, back := startStream(t, 1, streamLength, one, two), startStream(t, 2, streamLength, two, one)
+	for range 20 {
+		for _, op := range change() {
+			switch op.(type) {
+			case segment.WriteRecord, segment.SetVXLAN, segment.AddRemotes, segment.DelRemotes:
+			default:
+				t.Errorf("did %s", op)
+			}
+		}
+	}
+	there.expectAll(t)
+	back.expectAll(t)
+	if after := links(); after != before {
+		t.Errorf("the segments are\n%s\nwant\n%s", after, before)
+	}
+
+	flood := *two
+	flood.Attachment.MAC = nil
+	flooded := startStream(t, 3, streamLength, one, &flood)
+	change()
+	flooded.done.Wait()
+	t.Logf("of what is flooded, in one change there and back: %+v", flooded.counter.Tally())
+}
+
+// A change back to multicast that was broken off leaves no remote behind.
+func TestABrokenChangeOfDiscoveryIsFinished(t *testing.T) {
+	a, _, s, _ := unicastHosts(t, families["IPv6"], 305)
+	multicast := s
+	multicast.VXLAN.Group, multicast.VXLAN.Local, multicast.Remotes = netip.MustParseAddr("ff02::14"), netip.Addr{}, nil
+	for _, change := range []struct{ from, to segment.Segment }{{multicast, s}, {s, multicast}} {
+		for k := range 5 {
+			a.build(t, change.from)
+			reconcile(t, a.kernel, s.Netns, killedAfter(k, func(have segment.State) []segment.Op { return segment.Diff(change.to, have) }))
+			a.build(t, change.to)
+			have := a.observe(t, change.to)
+			link, _ := have.Link(s.VXLAN.Name)
+			have.Record = nil // so that the remotes are asked for in any case
+			t.Log(k, link.VXLAN)
+			if ops := segment.Diff(change.to, a.observe(t, change.to)); len(ops) > 0 || !slices.Equal(a.remotes(t, s), change.to.Remotes) {
+				t.Errorf("after %d steps: has remotes %v, to do %v", k, a.remotes(t, s), ops)
+			}
+		}
+	}
+}
+
+// remotes are those that the VXLAN's table has, the group aside.
+func (h host) remotes(t *testing.T, s segment.Segment) (remotes []netip.Addr) {
+	t.Helper()
+	link, err := h.inside(s).Netlink(t).LinkByName(s.VXLAN.Name)
+	try(t, err)
+	entries, err := h.inside(s).Netlink(t).NeighList(link.Attrs().Index, unix.AF_BRIDGE)
+	try(t, err)
+	for _, e := range entries {
+		if r, ok := netip.AddrFromSlice(e.IP); ok && e.Flags&netlink.NTF_SELF != 0 && !r.IsMulticast() {
+			remotes = append(remotes, r.Unmap())
+		}
+	}
+	slices.SortFunc(remotes, netip.Addr.Compare)
+	return remotes
+}
+
+// A remote that somebody deletes, or adds, is put right.
+func TestRemotesChangedByHandArePutRight(t *testing.T) {
+	a, _, s, _ := unicastHosts(t, families["IPv4"], 306)
+	m := a.manage(t)
+	m.runs(t, s)
+	inside := a.inside(s).Netlink(t)
+	link, err := inside.LinkByName(s.VXLAN.Name)
+	try(t, err)
+	entry := func(ip string) *netlink.Neigh {
+		return &netlink.Neigh{
+			LinkIndex: link.Attrs().Index, Family: unix.AF_BRIDGE, Flags: netlink.NTF_SELF, State: netlink.NUD_PERMANENT,
+			HardwareAddr: make([]byte, 6), IP: netip.MustParseAddr(ip).AsSlice(),
+		}
+	}
+	for _, change := range []func() error{
+		func() error { return inside.NeighDel(entry(s.Remotes[0].String())) },
+		func() error { return inside.NeighAppend(entry("192.0.2.99")) },
+	} {
+		began := time.Now()
+		try(t, change())
+		a.awaitState(t, s, "the remotes to be as they were", func(have segment.State) bool {
+			l, ok := have.Link(s.VXLAN.Name)
+			return ok && slices.Equal(l.VXLAN.Remotes, s.Remotes)
+		})
+		if took := time.Since(began); took > time.Second {
+			t.Errorf("took %v", took)
+		}
+	}
+}
