@@ -23,7 +23,7 @@ GOTEST := go run ./test/report $(if $(CI),-count 1)
 ##@ Build
 
 .PHONY: build
-build: ## Build bin/k8slan and bin/k8slan-cni, static
+build: ## Build bin/k8slan, bin/k8slan-cni and bin/kubectl-k8slan, static
 	go build -ldflags '-s -w -X main.version=$(VERSION)' -o bin/ ./cmd/...
 
 .PHONY: image

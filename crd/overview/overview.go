@@ -1,0 +1,287 @@
+// Package overview tells in text where LANs are, who is on them, and what is wrong.
+package overview
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/meta"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/labels"
+	"k8s.io/apimachinery/pkg/util/duration"
+
+	"github.com/k8slan/k8slan/crd/v1beta1"
+)
+
+// Facts are the objects that the text is made of.
+type Facts struct {
+	LANs     []v1beta1.LAN
+	LANNodes []v1beta1.LANNode
+	Nodes    []corev1.Node
+	Unread   []string // sentences: what could not be read, and why
+}
+
+// Screen is what the text is for.
+type Screen struct {
+	Width  int  // in characters; 0: no limit
+	Colour bool // by the escape sequences of a terminal
+	Brief  bool // of a LAN that is Ready, the headline is enough
+	Now    time.Time
+}
+
+// AllReady says whether every LAN is Ready as its spec is now.
+func AllReady(lans []v1beta1.LAN) bool {
+	return !slices.ContainsFunc(lans, func(l v1beta1.LAN) bool { return !ready(&l) })
+}
+
+func ready(l *v1beta1.LAN) bool {
+	return l.Status.State == v1beta1.StateReady && l.Status.ObservedGeneration == l.Generation && l.DeletionTimestamp.IsZero()
+}
+
+// Draw is the text.
+func (s Screen) Draw(f Facts) string {
+	var p page
+	p.Screen = s
+	for _, why := range f.Unread {
+		p.sentence("", why)
+	}
+	for i := range f.LANs {
+		lan := &f.LANs[i]
+		brief := s.Brief && ready(lan)
+		if i > 0 && !(brief && ready(&f.LANs[i-1])) {
+			p.line("")
+		}
+		p.headline(lan)
+		if brief {
+			continue
+		}
+		nodes := f.nodesOf(lan)
+		p.faults(lan, nodes)
+		p.spokes(lan, f.attachments(lan))
+		p.nodes(nodes)
+	}
+	return p.text.String()
+}
+
+// headline sums a LAN up.
+func (p *page) headline(lan *v1beta1.LAN) {
+	st := lan.Status
+	state := cmp.Or(string(st.State), "Unknown")
+	if !lan.DeletionTimestamp.IsZero() {
+		state = string(v1beta1.StateDeleting)
+	}
+	words := []string{fmt.Sprintf("vni %d", lan.Spec.VNI)}
+	if st.Discovery != "" {
+		words = append(words, st.Discovery)
+	}
+	if st.Nodes != "" {
+		words = append(words, st.Nodes+" nodes")
+	}
+	words = append(words, fmt.Sprintf("%d spokes, %d attached", st.SpokeCount, st.Attached), age(p.Now, lan.CreationTimestamp))
+	name, colour := lan.Namespace+"/"+lan.Name, colourOf(state)
+	if st.Reason != "" && st.Reason != state && !strings.Contains(st.Reason, " ") { // a reason of several words stands below, as a sentence
+		state += " " + st.Reason
+	}
+	head, about := p.paint(bold, name)+"  "+p.paint(colour, state), strings.Join(words, ", ")
+	if p.Width > 0 && len(name)+len(state)+len(about)+4 > p.Width {
+		p.line(head)
+		p.sentence("  ", about)
+		return
+	}
+	p.line(head + "  " + about)
+}
+
+// faults are the LAN's own, beside those of its nodes.
+func (p *page) faults(lan *v1beta1.LAN, nodes []onNode) {
+	for _, sentence := range faultsOf(lan, nodes) {
+		p.sentence("  ", sentence)
+	}
+}
+
+func faultsOf(lan *v1beta1.LAN, nodes []onNode) (sentences []string) {
+	if len(lan.Status.Conditions) == 0 {
+		return []string{"no controller has looked at it yet: kubectl get pods -n k8slan-system"}
+	}
+	accepted := meta.FindStatusCondition(lan.Status.Conditions, v1beta1.ConditionAccepted)
+	refused := accepted != nil && accepted.Status == metav1.ConditionFalse
+	if refused {
+		sentences = append(sentences, accepted.Message)
+	}
+	if c := meta.FindStatusCondition(lan.Status.Conditions, v1beta1.ConditionAttachedTwice); c != nil && c.Status == metav1.ConditionTrue {
+		sentences = append(sentences, c.Message)
+	}
+	c := meta.FindStatusCondition(lan.Status.Conditions, v1beta1.ConditionReady)
+	said := refused || slices.ContainsFunc(nodes, func(n onNode) bool { return n.reason == lan.Status.Reason && n.sentence != "" })
+	if c != nil && c.Status == metav1.ConditionFalse && !said {
+		sentences = append(sentences, c.Message)
+	}
+	if mtus := differing(nodes); mtus != "" {
+		sentences = append(sentences, mtus)
+	}
+	return sentences
+}
+
+// differing says that a LAN has not the same MTU everywhere; empty where it has.
+func differing(nodes []onNode) string {
+	var words []string
+	var smallest, largest int32
+	for _, n := range nodes {
+		if n.segment.MTU == 0 {
+			continue
+		}
+		words = append(words, fmt.Sprintf("%d on %s", n.segment.MTU, n.name))
+		if smallest == 0 || n.segment.MTU < smallest {
+			smallest = n.segment.MTU
+		}
+		largest = max(largest, n.segment.MTU)
+	}
+	if smallest == largest {
+		return ""
+	}
+	return fmt.Sprintf("its MTU is %s, because their underlays differ: longer packets than %d bytes do not reach every node; give all the same, or set spec.mtu to %[2]d",
+		strings.Join(words, ", "), smallest)
+}
+
+// attachments are who is on the LAN, by spoke: as the nodes say or, where that could not be read, the LAN's status.
+func (f Facts) attachments(lan *v1beta1.LAN) map[string][]v1beta1.SpokeAttachment {
+	bySpoke := map[string][]v1beta1.SpokeAttachment{}
+	if len(f.LANNodes) == 0 {
+		for _, s := range lan.Status.Spokes {
+			bySpoke[s.Name] = s.Attachments
+		}
+		return bySpoke
+	}
+	for _, n := range f.LANNodes {
+		for _, seg := range n.Status.Segments {
+			if seg.UID != lan.UID {
+				continue
+			}
+			for _, a := range seg.Attachments {
+				bySpoke[a.Spoke] = append(bySpoke[a.Spoke], v1beta1.SpokeAttachment{Node: n.Name, Attachment: a})
+			}
+		}
+	}
+	return bySpoke
+}
+
+// spokes are a table of those that are attached, and a line of those that are free.
+func (p *page) spokes(lan *v1beta1.LAN, attached map[string][]v1beta1.SpokeAttachment) {
+	t := table{head: []string{"SPOKE", "POD", "NODE", "INTERFACE", "MAC", "KIND", "SINCE"}, spare: []string{"KIND", "INTERFACE", "MAC"}}
+	for _, spoke := range keys(attached) {
+		for _, a := range attached[spoke] {
+			t.row(plain(spoke, a.Pod, a.Node, a.Interface, a.MAC, string(a.Kind), age(p.Now, a.Since)))
+		}
+	}
+	p.table(t)
+	var free []string
+	if lan.Status.Holds != nil && lan.DeletionTimestamp.IsZero() {
+		for _, spoke := range lan.Status.Holds.Spokes {
+			if len(attached[spoke]) == 0 {
+				free = append(free, spoke)
+			}
+		}
+	}
+	if more := len(free) - maxFree; more > 0 {
+		free = append(free[:maxFree], fmt.Sprintf("and %d more", more))
+	}
+	if len(free) > 0 {
+		p.sentence("  ", "free: "+strings.Join(free, ", "))
+	}
+}
+
+// maxFree is how many free spokes are named.
+const maxFree = 20
+
+// onNode is a LAN on one node.
+type onNode struct {
+	name             string
+	segment          v1beta1.SegmentStatus
+	state            string
+	reason, sentence string // what is wrong
+}
+
+// nodesOf are the nodes that have the LAN, or should.
+func (f Facts) nodesOf(lan *v1beta1.LAN) []onNode {
+	byName := map[string]*corev1.Node{}
+	for i := range f.Nodes {
+		byName[f.Nodes[i].Name] = &f.Nodes[i]
+	}
+	var nodes []onNode
+	for _, ln := range f.LANNodes {
+		n := onNode{name: ln.Name, state: "Pending"}
+		i := slices.IndexFunc(ln.Status.Segments, func(s v1beta1.SegmentStatus) bool { return s.UID == lan.UID })
+		switch {
+		case i >= 0:
+			n.segment = ln.Status.Segments[i]
+			n.state, n.reason, n.sentence = string(n.segment.State), n.segment.Reason, n.segment.Message
+			if n.segment.State == v1beta1.SegmentReady && n.segment.Generation != lan.Generation {
+				n.reason, n.sentence = v1beta1.ReasonPending, "is still making the last change"
+			}
+		case wants(lan, byName[ln.Name]):
+			n.reason, n.sentence = v1beta1.ReasonPending, "does not report the LAN yet"
+		default:
+			continue
+		}
+		if node := byName[ln.Name]; node != nil && !answers(node) {
+			n.state, n.reason = "Silent", v1beta1.ReasonUnreachable
+			n.sentence = "does not answer; it may still forward. This is what it said last"
+		}
+		nodes = append(nodes, n)
+	}
+	slices.SortFunc(nodes, func(x, y onNode) int { return cmp.Compare(x.name, y.name) })
+	return nodes
+}
+
+// wants says whether the LAN is to be on a node.
+func wants(lan *v1beta1.LAN, node *corev1.Node) bool {
+	if node == nil || lan.Status.Holds == nil || !lan.DeletionTimestamp.IsZero() {
+		return false
+	}
+	selector := labels.Set{}
+	for k, v := range lan.Spec.NodeSelector {
+		selector[k] = string(v)
+	}
+	return selector.AsSelector().Matches(labels.Set(node.Labels))
+}
+
+// answers says whether the node controller hears of a node: kubelet's own word that it is not ready is an answer.
+func answers(node *corev1.Node) bool {
+	return !slices.ContainsFunc(node.Status.Conditions, func(c corev1.NodeCondition) bool {
+		return c.Type == corev1.NodeReady && c.Status == corev1.ConditionUnknown
+	})
+}
+
+// nodes are a table, with a sentence below each node where something is wrong.
+func (p *page) nodes(nodes []onNode) {
+	t := table{head: []string{"NODE", "STATE", "VTEP", "UNDERLAY", "MTU", "OFFERED", "ATTACHED"}, spare: []string{"OFFERED", "ATTACHED", "MTU"}}
+	for _, n := range nodes {
+		s := n.segment
+		mtu := ""
+		if s.MTU != 0 {
+			mtu = strconv.Itoa(int(s.MTU))
+		}
+		state := n.state
+		if n.reason != "" && n.reason != n.state {
+			state += " " + n.reason
+		}
+		cells := plain(n.name, state, s.VTEP, s.Underlay, mtu, strconv.Itoa(int(s.Offered)), strconv.Itoa(len(s.Attachments)))
+		cells[1].colour = colourOf(n.state)
+		t.row(cells)
+		if n.sentence != "" {
+			t.below[len(t.rows)-1] = n.sentence
+		}
+	}
+	p.table(t)
+}
+
+func age(now time.Time, since metav1.Time) string {
+	if since.IsZero() {
+		return "-"
+	}
+	return duration.HumanDuration(now.Sub(since.Time))
+}

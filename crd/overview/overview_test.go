@@ -1,0 +1,217 @@
+package overview
+
+import (
+	"flag"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+
+	"github.com/k8slan/k8slan/crd/v1beta1"
+)
+
+var update = flag.Bool("update", false, "write testdata anew")
+
+var now = time.Date(2026, 11, 21, 12, 0, 0, 0, time.UTC)
+
+func ago(d time.Duration) metav1.Time { return metav1.NewTime(now.Add(-d)) }
+
+// lan is a LAN that is Ready with two spokes.
+func lan(name string, vni int32, change ...func(*v1beta1.LAN)) v1beta1.LAN {
+	l := v1beta1.LAN{
+		ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: name, UID: types.UID("uid-" + name), Generation: 1, CreationTimestamp: ago(3 * time.Hour)},
+		Spec:       v1beta1.LANSpec{VNI: vni, Spokes: []string{name + "-1", name + "-2"}},
+		Status: v1beta1.LANStatus{
+			ObservedGeneration: 1, State: v1beta1.StateReady, Discovery: "multicast", Nodes: "2/2", SpokeCount: 2,
+			Holds: &v1beta1.Holding{NS: "default." + name, VNI: vni, Port: 4789, Spokes: []string{name + "-1", name + "-2"}},
+			Conditions: []metav1.Condition{
+				{Type: v1beta1.ConditionAccepted, Status: metav1.ConditionTrue, Reason: v1beta1.ReasonHeld},
+				{Type: v1beta1.ConditionReady, Status: metav1.ConditionTrue, Reason: v1beta1.ReasonOffered},
+			},
+		},
+	}
+	for _, c := range change {
+		c(&l)
+	}
+	return l
+}
+
+func unready(state v1beta1.LANState, reason, conditionReason, message string) func(*v1beta1.LAN) {
+	return func(l *v1beta1.LAN) {
+		l.Status.State, l.Status.Reason = state, reason
+		l.Status.Conditions[1] = metav1.Condition{Type: v1beta1.ConditionReady, Status: metav1.ConditionFalse, Reason: conditionReason, Message: message}
+	}
+}
+
+func attached(n int32) func(*v1beta1.LAN) { return func(l *v1beta1.LAN) { l.Status.Attached = n } }
+
+func segment(lan, vtep string, attachments ...v1beta1.Attachment) v1beta1.SegmentStatus {
+	return v1beta1.SegmentStatus{
+		LAN: "default/" + lan, UID: types.UID("uid-" + lan), Generation: 1, NS: "default." + lan, State: v1beta1.SegmentReady,
+		Underlay: "eth1", VTEP: vtep, MTU: 1422, Offered: 2, Attachments: attachments,
+	}
+}
+
+func pod(spoke, name string, kind v1beta1.AttachmentKind) v1beta1.Attachment {
+	return v1beta1.Attachment{Spoke: spoke, Pod: "default/" + name, Interface: "net1", MAC: "02:6b:5c:10:00:01", Kind: kind, Since: ago(5 * time.Minute)}
+}
+
+func lanNode(name string, segments ...v1beta1.SegmentStatus) v1beta1.LANNode {
+	return v1beta1.LANNode{ObjectMeta: metav1.ObjectMeta{Name: name}, Status: v1beta1.LANNodeStatus{Segments: segments}}
+}
+
+func node(name string, ready corev1.ConditionStatus) corev1.Node {
+	return corev1.Node{
+		ObjectMeta: metav1.ObjectMeta{Name: name},
+		Status:     corev1.NodeStatus{Conditions: []corev1.NodeCondition{{Type: corev1.NodeReady, Status: ready}}},
+	}
+}
+
+func TestDrawTellsWhatIsWhereAndWhatIsWrong(t *testing.T) {
+	both := []corev1.Node{node("worker1", corev1.ConditionTrue), node("worker2", corev1.ConditionTrue)}
+	missing := segment("core", "")
+	missing.State, missing.Reason, missing.Underlay, missing.MTU, missing.Offered = v1beta1.SegmentNotReady, v1beta1.ReasonUnderlayMissing, "eth7", 0, 0
+	missing.Message = `no device "eth7" (spec.vxlanDevMap.worker2). Create it, or change spec.vxlanDevMap; pods wait until then`
+	core := lan("core", 300, unready(v1beta1.StateDegraded, v1beta1.ReasonUnderlayMissing, v1beta1.ReasonUnderlayMissing,
+		"node worker2: "+missing.Message+"; spokes are offered on 1 of 2 nodes"))
+	small := segment("lab", "fe80::2")
+	small.MTU = 1322
+	clash := func(l *v1beta1.LAN) {
+		l.Status.Holds, l.Status.SpokeCount, l.Status.Nodes = nil, 0, "0/2"
+		l.Status.Conditions[0] = metav1.Condition{
+			Type: v1beta1.ConditionAccepted, Status: metav1.ConditionFalse,
+			Reason: v1beta1.ReasonConflict, Message: "vni 222 is default/lab's; choose another vni, or delete default/lab",
+		}
+	}
+	refused := func(l *v1beta1.LAN) {
+		l.Status.Holds.Spokes = l.Status.Holds.Spokes[:1]
+		l.Status.Spokes = []v1beta1.SpokeStatus{{Name: "edge-2", Refused: "spoke edge-2 is default/lab's"}}
+		l.Status.Conditions[0] = metav1.Condition{
+			Type: v1beta1.ConditionAccepted, Status: metav1.ConditionFalse,
+			Reason: v1beta1.ReasonSpokeConflict, Message: "spoke edge-2 is default/lab's; the other spokes are held",
+		}
+	}
+	onTwo := func(l *v1beta1.LAN) {
+		l.Status.Conditions = append(l.Status.Conditions, metav1.Condition{
+			Type: v1beta1.ConditionAttachedTwice, Status: metav1.ConditionTrue,
+			Message: "spoke lab-1 is attached twice: default/vm-1 on worker1, default/vm-2 on worker2",
+		})
+	}
+	well := Facts{
+		LANs: []v1beta1.LAN{lan("lab", 222, attached(2))},
+		LANNodes: []v1beta1.LANNode{
+			lanNode("worker1", segment("lab", "fe80::1", pod("lab-1", "srl-1", v1beta1.KindVeth))),
+			lanNode("worker2", segment("lab", "fe80::2", pod("lab-2", "vm-1", v1beta1.KindMacvtap))),
+		},
+		Nodes: both,
+	}
+	many := Facts{LANs: []v1beta1.LAN{core}, LANNodes: []v1beta1.LANNode{lanNode("worker1", segment("core", "fe80::1")), lanNode("worker2", missing)}, Nodes: both}
+	for i := range 3 {
+		many.LANs = append(many.LANs, lan(fmt.Sprintf("lab%d", i), int32(i+1)))
+	}
+	crowd := lan("crowd", 7, func(l *v1beta1.LAN) {
+		l.Status.Holds.Spokes = nil
+		for i := range 500 {
+			l.Status.Holds.Spokes = append(l.Status.Holds.Spokes, fmt.Sprintf("s%d", i))
+		}
+		l.Status.SpokeCount = 500
+	})
+
+	for _, test := range []struct {
+		name   string
+		screen Screen
+		facts  Facts
+	}{
+		{name: "well", facts: well},
+		{name: "well-narrow-colour", screen: Screen{Width: 60, Colour: true}, facts: well},
+		{name: "underlay-missing", screen: Screen{Width: 80}, facts: Facts{
+			LANs:     []v1beta1.LAN{core},
+			LANNodes: []v1beta1.LANNode{lanNode("worker1", segment("core", "fe80::1")), lanNode("worker2", missing)}, Nodes: both,
+		}},
+		{name: "conflict", facts: Facts{
+			LANs:     []v1beta1.LAN{lan("copy", 222, unready(v1beta1.StateConflict, "vni 222 is default/lab's", v1beta1.ReasonConflict, "vni 222 is default/lab's"), clash)},
+			LANNodes: well.LANNodes, Nodes: both,
+		}},
+		{name: "spoke-refused", facts: Facts{
+			LANs: []v1beta1.LAN{lan("edge", 223, unready(v1beta1.StateDegraded, v1beta1.ReasonSpokeConflict, v1beta1.ReasonSpokeConflict,
+				"spoke edge-2 is default/lab's; spokes are offered on 1 of 1 nodes"), refused)},
+			LANNodes: []v1beta1.LANNode{lanNode("worker1", segment("edge", "fe80::1"))}, Nodes: both[:1],
+		}},
+		{name: "node-silent-and-twice", facts: Facts{
+			LANs: []v1beta1.LAN{lan("lab", 222, attached(2), unready(v1beta1.StateDegraded, v1beta1.ReasonUnreachable, v1beta1.ReasonUnreachable,
+				"node worker2 does not answer; it may still forward; spokes are offered on 1 of 2 nodes"), onTwo)},
+			LANNodes: []v1beta1.LANNode{
+				lanNode("worker1", segment("lab", "fe80::1", pod("lab-1", "vm-1", v1beta1.KindMacvtap))),
+				lanNode("worker2", segment("lab", "fe80::2", pod("lab-1", "vm-2", v1beta1.KindMacvtap))),
+			},
+			Nodes: []corev1.Node{node("worker1", corev1.ConditionTrue), node("worker2", corev1.ConditionUnknown)},
+		}},
+		{name: "not-reported-yet", facts: Facts{
+			LANs: []v1beta1.LAN{lan("new", 224, unready(v1beta1.StatePending, v1beta1.ReasonPending, v1beta1.ReasonPending,
+				"node worker2 does not report the LAN yet; spokes are offered on 1 of 2 nodes"))},
+			LANNodes: []v1beta1.LANNode{lanNode("worker1", segment("new", "fe80::1")), lanNode("worker2")}, Nodes: both,
+		}},
+		{name: "no-controller", facts: Facts{LANs: []v1beta1.LAN{{ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: "lab"}, Spec: v1beta1.LANSpec{VNI: 1}}}}},
+		{name: "mtu-differs", facts: Facts{
+			LANs: []v1beta1.LAN{lan("lab", 222)}, LANNodes: []v1beta1.LANNode{lanNode("worker1", segment("lab", "fe80::1")), lanNode("worker2", small)}, Nodes: both,
+		}},
+		{name: "nodes-unread", facts: Facts{
+			LANs: []v1beta1.LAN{lan("lab", 222, attached(1), func(l *v1beta1.LAN) {
+				l.Status.Spokes = []v1beta1.SpokeStatus{{Name: "lab-1", Attachments: []v1beta1.SpokeAttachment{{Node: "worker1", Attachment: pod("lab-1", "srl-1", v1beta1.KindVeth)}}}}
+			})},
+			Unread: []string{"You may not list lannodes in this cluster, so some of what they say is missing here."},
+		}},
+		{name: "many-brief", screen: Screen{Brief: true}, facts: many},
+		{name: "many-free-spokes", screen: Screen{Width: 80}, facts: Facts{LANs: []v1beta1.LAN{crowd}}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			test.screen.Now = now
+			got := test.screen.Draw(test.facts)
+			file := filepath.Join("testdata", test.name+".txt")
+			if *update {
+				if err := os.WriteFile(file, []byte(got), 0o644); err != nil {
+					t.Fatal(err)
+				}
+			}
+			want, err := os.ReadFile(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got != string(want) {
+				t.Errorf("drew\n%s\nwant\n%s", got, want)
+			}
+			if test.screen.Width > 0 && !test.screen.Colour {
+				for line := range strings.Lines(got) {
+					if n := len([]rune(strings.TrimRight(line, "\n"))); n > test.screen.Width {
+						t.Errorf("a line has %d characters, the screen %d: %s", n, test.screen.Width, line)
+					}
+				}
+			}
+		})
+	}
+}
+
+func TestALANIsReadyByItsSpecAsItIsNow(t *testing.T) {
+	edited := lan("lab", 1, func(l *v1beta1.LAN) { l.Generation = 2 })
+	deleted := lan("lab", 1, func(l *v1beta1.LAN) { at := ago(0); l.DeletionTimestamp = &at })
+	for name, test := range map[string]struct {
+		lans []v1beta1.LAN
+		want bool
+	}{
+		"none":    {nil, true},
+		"ready":   {[]v1beta1.LAN{lan("lab", 1)}, true},
+		"edited":  {[]v1beta1.LAN{lan("lab", 1), edited}, false},
+		"deleted": {[]v1beta1.LAN{deleted}, false},
+		"new":     {[]v1beta1.LAN{{}}, false},
+	} {
+		if got := AllReady(test.lans); got != test.want {
+			t.Errorf("%s: AllReady is %t, want %t", name, got, test.want)
+		}
+	}
+}
