@@ -9,6 +9,7 @@ import (
 	"github.com/containernetworking/cni/pkg/types"
 
 	"github.com/k8slan/k8slan/lanmgr/kernel"
+	"github.com/k8slan/k8slan/lanmgr/outcome"
 )
 
 // The plugin's own error codes; those below 100 are the CNI specification's
@@ -26,6 +27,41 @@ const (
 	CodeChanged                       // CHECK: the attachment is not any more what ADD made
 	CodeCDI                           // the CDI file could not be written or removed
 )
+
+// Reason is what an error of the plugin is counted as.
+func Reason(err error) outcome.Reason {
+	said, ok := errors.AsType[*types.Error](err)
+	if !ok {
+		return outcome.Other
+	}
+	switch said.Code {
+	case types.ErrIncompatibleCNIVersion, types.ErrInvalidEnvironmentVariables, types.ErrDecodingFailure, types.ErrInvalidNetworkConfig:
+		return outcome.Configuration
+	case types.ErrInvalidNetNS:
+		return outcome.Netns
+	case types.ErrTryAgainLater:
+		return outcome.Unavailable
+	case CodeNoDevice:
+		return outcome.NoDevice
+	case CodeWrongDevice:
+		return outcome.WrongDevice
+	case CodeForbidden:
+		return outcome.Forbidden
+	case CodeNoSpoke:
+		return outcome.NoSpoke
+	case CodeNameTaken:
+		return outcome.NameTaken
+	case CodeSameSandbox:
+		return outcome.SameSandbox
+	case types.ErrIOFailure, CodeAttach:
+		return outcome.Kernel
+	case CodeIPAM:
+		return outcome.IPAM
+	case CodeCDI:
+		return outcome.CDI
+	}
+	return outcome.Other
+}
 
 // fail is a CNI error with a sentence.
 func fail(code uint, format string, args ...any) error {

@@ -101,7 +101,7 @@ func (n *memoryNode) Claim(_ context.Context, r kernel.ClaimRequest) (kernel.Att
 		PodNamespace: r.PodNamespace, Pod: r.Pod, PodUID: r.PodUID, MAC: r.MAC,
 	}}
 	pod[r.Interface] = r.Spoke
-	a := kernel.Attachment{ClaimID: r.ID(), MAC: r.MAC, MTU: r.MTU, Index: 17, HostInterface: r.ID()}
+	a := kernel.Attachment{ClaimID: r.ID(), MAC: r.MAC, MTU: r.MTU, Index: 17, HostInterface: r.ID(), TookOver: taken}
 	if r.Kind == segment.Macvtap {
 		a.HostInterface, a.TapMajor, a.TapMinor = segment.PlugName(r.Spoke), 241, 3
 	}

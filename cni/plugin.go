@@ -23,6 +23,7 @@ import (
 
 	"github.com/k8slan/k8slan/lanmgr/cdi"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
+	"github.com/k8slan/k8slan/lanmgr/outcome"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
@@ -52,6 +53,8 @@ type Host struct {
 	CDI    string    // folder of CDI devices, one file per attachment, which the container runtime reads
 	Env    []string  // environment that IPAM plugins get, beside what the specification gives them
 	Stdout io.Writer // where results go
+
+	Tell func(outcome.Outcome) // hears what became of each ADD and DEL; nil: nobody does
 }
 
 // New makes the plugin of a node.
@@ -62,22 +65,42 @@ func (p *Plugin) Funcs(ctx context.Context) skel.CNIFuncs {
 	with := func(verb func(context.Context, *skel.CmdArgs) error) func(*skel.CmdArgs) error {
 		return func(args *skel.CmdArgs) error { return verb(ctx, args) }
 	}
-	return skel.CNIFuncs{Add: with(p.add), Del: with(p.del), Check: with(p.check), GC: with(p.gc), Status: with(p.status)}
+	return skel.CNIFuncs{
+		Add: with(p.told(outcome.Add, p.add)), Del: with(p.told(outcome.Del, p.del)),
+		Check: with(p.check), GC: with(p.gc), Status: with(p.status),
+	}
+}
+
+// told has a verb told of once it has answered.
+func (p *Plugin) told(name outcome.Verb, verb func(context.Context, *skel.CmdArgs, *outcome.Outcome) error) func(context.Context, *skel.CmdArgs) error {
+	return func(ctx context.Context, args *skel.CmdArgs) error {
+		o, began := outcome.Outcome{Verb: name}, time.Now()
+		err := verb(ctx, args, &o)
+		o.Took = time.Since(began)
+		if err != nil && o.Reason == "" {
+			o.Reason = Reason(err)
+		}
+		if p.host.Tell != nil {
+			p.host.Tell(o)
+		}
+		return err
+	}
 }
 
 // undoTime is how long taking back a failed ADD may last, whatever became of ADD's own time.
 const undoTime = 10 * time.Second
 
-func (p *Plugin) add(ctx context.Context, args *skel.CmdArgs) error {
+func (p *Plugin) add(ctx context.Context, args *skel.CmdArgs, o *outcome.Outcome) error {
 	r, err := p.request(args)
 	if err != nil {
 		return err
 	}
+	o.Kind = r.kind
 	if isOwnNetns(r.podNetns) {
 		return fail(types.ErrInvalidNetNS, "%s: CNI_NETNS %s is the node's own network namespace: a pod with hostNetwork gets no interface in a LAN", r, r.podNetns)
 	}
 	var steps undo
-	result, err := p.attach(ctx, r, &steps)
+	result, err := p.attach(ctx, r, &steps, o)
 	if err == nil {
 		err = p.print(result, r.version)
 	}
@@ -143,16 +166,17 @@ func (p *Plugin) record(a attachment, missing uint) (segment.Segment, error) {
 	return record, a.isOf(record)
 }
 
-// attach makes the attachment; steps takes back what it has done so far.
-func (p *Plugin) attach(ctx context.Context, r request, steps *undo) (*current.Result, error) {
+// attach makes the attachment; steps takes back what it has done so far, o says how it came about.
+func (p *Plugin) attach(ctx context.Context, r request, steps *undo, o *outcome.Outcome) (*current.Result, error) {
 	made, err := p.node.Claim(ctx, r.claim())
 	if err != nil {
 		return nil, r.explain(err)
 	}
 	*steps = append(*steps, func(ctx context.Context) error { return p.node.Release(ctx, r.netns, r.spoke, r.claimID) })
+	o.TookOver = made.TookOver
 	result := &current.Result{CNIVersion: current.ImplementedSpecVersion, DNS: r.dns}
 	if r.ipam != "" {
-		if result, err = p.address(ctx, r, steps); err != nil {
+		if result, err = p.address(ctx, r, steps, o); err != nil {
 			return nil, err
 		}
 	}
@@ -174,13 +198,14 @@ func (p *Plugin) attach(ctx context.Context, r request, steps *undo) (*current.R
 }
 
 // address has the IPAM plugin allocate addresses and gives them to the pod's interface.
-func (p *Plugin) address(ctx context.Context, r request, steps *undo) (*current.Result, error) {
+func (p *Plugin) address(ctx context.Context, r request, steps *undo, o *outcome.Outcome) (*current.Result, error) {
 	*steps = append(*steps, func(ctx context.Context) error {
 		_, err := r.delegate(ctx, "DEL")
 		return err
 	})
 	result, err := r.askIPAM(ctx)
 	if err != nil {
+		o.Reason = outcome.IPAM // whatever the code that the IPAM plugin chose
 		return nil, err
 	}
 	if r.dns.IsEmpty() {
@@ -251,15 +276,17 @@ func envName(spoke string) string {
 
 // del takes the attachment away. What is not there is not an error, and that includes everything that a configuration
 // which ADD refuses could have made: kubelet repeats a failed DEL for ever, and the pod would never go.
-func (p *Plugin) del(ctx context.Context, args *skel.CmdArgs) error {
+func (p *Plugin) del(ctx context.Context, args *skel.CmdArgs, o *outcome.Outcome) error {
 	w, _ := decode(args.StdinData)
 	a, err := p.attachment(w, args)
 	if err != nil {
 		return nil //nolint:nilerr // as said above
 	}
+	o.Kind = a.kind
 	var failed []error
 	if a.ipam != "" {
 		if _, err := a.delegate(ctx, "DEL"); err != nil {
+			o.Reason = outcome.IPAM
 			failed = append(failed, err)
 		}
 	}

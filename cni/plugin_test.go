@@ -19,6 +19,7 @@ import (
 
 	"github.com/k8slan/k8slan/cni"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
+	"github.com/k8slan/k8slan/lanmgr/outcome"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
@@ -36,6 +37,7 @@ type host struct {
 	cdi    string
 	bin    string // CNI_PATH
 	stdout io.Writer
+	told   []outcome.Outcome
 }
 
 func newHost(t *testing.T) *host {
@@ -95,7 +97,10 @@ func (h *host) run(c call) (string, *types.Error) {
 	if stdout == nil {
 		stdout = &out
 	}
-	plugin := cni.New(h.node, cni.Host{Run: "/run/k8slan", CDI: h.cdi, Stdout: stdout})
+	plugin := cni.New(h.node, cni.Host{
+		Run: "/run/k8slan", CDI: h.cdi, Stdout: stdout,
+		Tell: func(o outcome.Outcome) { h.told = append(h.told, o) },
+	})
 	e := skel.PluginMainFuncsWithError(plugin.Funcs(h.t.Context()), cniversion.All, "")
 	return out.String(), e
 }
@@ -731,5 +736,71 @@ func TestIPAMAnswerWithoutVersionIsOfTheConfigurations(t *testing.T) {
 	out := h.mustRun(pod1("ADD", config(keys{"ipam": keys{"type": "diarist"}})))
 	if r := parse(t, out); len(r.IPs) != 1 || r.IPs[0].Address != "10.0.0.1/8" {
 		t.Errorf("result %s", out)
+	}
+}
+
+func TestWhatBecameOfEachAttachmentIsTold(t *testing.T) {
+	add, vm := config(nil), config(keys{"kind": "macvtap"})
+	ipam := config(keys{"ipam": keys{"type": "diarist"}})
+	for _, c := range []struct {
+		name string
+		do   func(h *host)
+		want outcome.Outcome
+	}{
+		{"ADD", func(h *host) { h.mustRun(pod1("ADD", add)) }, outcome.Outcome{Verb: outcome.Add, Kind: segment.Veth}},
+		{"take-over", func(h *host) {
+			h.mustRun(pod1("ADD", add))
+			h.mustRun(pod2("ADD", vm))
+		}, outcome.Outcome{Verb: outcome.Add, Kind: segment.Macvtap, TookOver: true}},
+		{"DEL", func(h *host) { h.mustRun(pod1("DEL", add)) }, outcome.Outcome{Verb: outcome.Del, Kind: segment.Veth}},
+		{
+			"no device", func(h *host) { h.mustFail(pod1("ADD", config(keys{"deviceID": ""})), cni.CodeNoDevice, "") },
+			outcome.Outcome{Verb: outcome.Add, Kind: segment.Veth, Reason: outcome.NoDevice},
+		},
+		{
+			"no sense", func(h *host) { h.mustFail(pod1("ADD", config(keys{"kind": "x"})), types.ErrInvalidNetworkConfig, "") },
+			outcome.Outcome{Verb: outcome.Add, Reason: outcome.Configuration},
+		},
+		{
+			"no LAN", func(h *host) { h.mustFail(pod1("ADD", config(keys{"ns": "x"})), types.ErrTryAgainLater, "") },
+			outcome.Outcome{Verb: outcome.Add, Kind: segment.Veth, Reason: outcome.Unavailable},
+		},
+		{"the IPAM plugin's own code, which is one of ours", func(h *host) {
+			h.installIPAM(`echo '{"code":102,"msg":"no address left"}'; exit 1`)
+			h.mustFail(pod1("ADD", ipam), 102, "")
+		}, outcome.Outcome{Verb: outcome.Add, Kind: segment.Veth, Reason: outcome.IPAM}},
+		{"DEL that the kernel refuses", func(h *host) {
+			h.mustRun(pod1("ADD", add))
+			h.node.busy = errors.New("RTNETLINK: no buffer space")
+			if _, err := h.run(pod1("DEL", add)); err == nil {
+				h.t.Error("DEL succeeded")
+			}
+		}, outcome.Outcome{Verb: outcome.Del, Kind: segment.Veth, Reason: outcome.Kernel}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			h := newHost(t)
+			c.do(h)
+			last := h.told[len(h.told)-1]
+			if last.Took <= 0 {
+				t.Errorf("it took %v", last.Took)
+			}
+			if last.Took = 0; last != c.want {
+				t.Errorf("told %+v, want %+v", last, c.want)
+			}
+		})
+	}
+	h := newHost(t)
+	h.mustRun(call{verb: "STATUS", config: config(keys{"cniVersion": "1.1.0"})})
+	if len(h.told) > 0 {
+		t.Errorf("told of STATUS: %+v", h.told)
+	}
+}
+
+// Whatever the plugin says has a reason of its own to be counted under.
+func TestEveryErrorCodeHasAReason(t *testing.T) {
+	for code := cni.CodeNoDevice; code <= cni.CodeCDI; code++ {
+		if code != cni.CodeChanged && cni.Reason(types.NewError(code, "", "")) == outcome.Other { // CHECK is not told of
+			t.Errorf("code %d is counted as nothing in particular", code)
+		}
 	}
 }

@@ -48,6 +48,26 @@ func New(dir string, log *slog.Logger) *Plugins {
 	}
 }
 
+// Watch has told hear how each registration with kubelet ended, nil for well. It is called before Run.
+func (p *Plugins) Watch(told func(error)) { p.kubelet.told = told }
+
+// Registered is how many spokes on offer kubelet knows.
+func (p *Plugins) Registered() int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.known()
+}
+
+func (p *Plugins) known() int {
+	known := 0
+	for name := range p.offered {
+		if s := p.running[name]; s != nil && s.registered.Load() {
+			known++
+		}
+	}
+	return known
+}
+
 // Set says which spokes are on offer from now on; it replaces the last set and never blocks.
 func (p *Plugins) Set(offered []Spoke) {
 	set := make(map[string]bool, len(offered))
@@ -64,13 +84,7 @@ func (p *Plugins) Set(offered []Spoke) {
 func (p *Plugins) Ready() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	unknown := 0
-	for name := range p.offered {
-		if s := p.running[name]; s == nil || !s.registered.Load() {
-			unknown++
-		}
-	}
-	if unknown > 0 {
+	if unknown := len(p.offered) - p.known(); unknown > 0 {
 		return fmt.Errorf("%d of %d spokes are not registered with kubelet yet", unknown, len(p.offered))
 	}
 	return nil

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -29,7 +30,14 @@ const (
 // run runs plugins on dir until the test ends or the returned function is called.
 func run(t testing.TB, dir string, offer ...deviceplugin.Spoke) (*deviceplugin.Plugins, func()) {
 	t.Helper()
+	return runWatched(t, dir, nil, offer...)
+}
+
+// runWatched is run with somebody who hears of registrations.
+func runWatched(t testing.TB, dir string, told func(error), offer ...deviceplugin.Spoke) (*deviceplugin.Plugins, func()) {
+	t.Helper()
 	plugins := deviceplugin.New(dir, slog.New(slog.NewTextHandler(&testLog{t: t}, nil)))
+	plugins.Watch(told)
 	plugins.Set(offer)
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error)
@@ -197,14 +205,28 @@ func TestARefusedRegistrationIsRepeated(t *testing.T) {
 	dir := pluginDir(t)
 	kubelet := startKubelet(t, dir)
 	kubelet.setRefuse(errors.New("not today"))
-	plugins, _ := run(t, dir, deviceplugin.Spoke{Name: "srl", Healthy: true})
+	var refused, accepted atomic.Int32
+	plugins, stop := runWatched(t, dir, func(err error) {
+		if err != nil {
+			refused.Add(1)
+		} else {
+			accepted.Add(1)
+		}
+	}, deviceplugin.Spoke{Name: "srl", Healthy: true})
 	kubelet.await(t, srl, func(r resource) bool { return r.Registrations >= 3 })
 	if plugins.Ready() == nil {
 		t.Error("Ready though kubelet refuses")
 	}
+	if n := plugins.Registered(); n != 0 {
+		t.Errorf("%d are registered though kubelet refuses", n)
+	}
 
 	kubelet.setRefuse(nil)
-	kubelet.await(t, srl, offered("srl", pluginapi.Healthy))
+	r := kubelet.await(t, srl, offered("srl", pluginapi.Healthy))
+	stop()
+	if refused.Load() != int32(r.Registrations-1) || accepted.Load() != 1 {
+		t.Errorf("told of %d refusals and %d registrations; kubelet counts %d tries", refused.Load(), accepted.Load(), r.Registrations)
+	}
 }
 
 func TestASocketDeletedByHandIsMadeAgain(t *testing.T) {

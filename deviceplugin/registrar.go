@@ -22,7 +22,8 @@ const (
 
 // registrar registers plugins with kubelet. Registrations at one time share a connection; none is kept at rest.
 type registrar struct {
-	socket string // path of kubelet's registration socket
+	told   func(error) // hears how each registration ended; nil: nobody does
+	socket string      // path of kubelet's registration socket
 	slots  chan struct{}
 
 	mu   sync.Mutex
@@ -56,6 +57,9 @@ func (r *registrar) register(ctx context.Context, request *pluginapi.RegisterReq
 	defer cancel()
 	_, err = pluginapi.NewRegistrationClient(l.conn).Register(ctx, request)
 	r.disconnect(l, err != nil)
+	if r.told != nil {
+		r.told(err)
+	}
 	if err != nil {
 		return fmt.Errorf("register %s with kubelet at %s: %w", request.GetResourceName(), r.socket, err)
 	}

@@ -34,11 +34,23 @@ type Report struct {
 	Built     bool            // all of it stands
 	Err       error           // why it does not
 	Claims    []segment.Claim
+	Learnt    int // addresses that the bridge has learnt; -1 where the kernel does not count them
+}
+
+// Look is one look at a segment and what was done about it.
+type Look struct {
+	Took   time.Duration
+	Done   []segment.Op
+	Repair bool // it stood, and neither what is wanted nor who is attached has changed since: somebody else changed it
+	Err    error
 }
 
 // Manager is the one long-lived writer of LAN state on a node. It works on one segment at a time: the kernel has one
 // lock for all of them (RTNL), so more hands would not be faster, and others are let in between.
 type Manager struct {
+	// Watch is told of every look; nil: nobody is. It is set before Run.
+	Watch func(Look)
+
 	kernel  Kernel
 	cdiDir  string
 	log     *slog.Logger
@@ -268,7 +280,7 @@ func (m *Manager) work(ctx context.Context, name string) {
 	m.mu.Unlock()
 	began := time.Now()
 	stale, err := m.devicesBefore(name, old, had)
-	report, known, gone := m.reconcile(ctx, name, want, wanted, old)
+	report, done, known, gone := m.reconcile(ctx, name, want, wanted, old)
 	if ctx.Err() != nil {
 		return
 	}
@@ -277,6 +289,10 @@ func (m *Manager) work(ctx context.Context, name string) {
 	}
 	if report.Err == nil {
 		report.Err = m.removeDevices(stale, report.Claims)
+	}
+	if m.Watch != nil {
+		stood := wanted && old.Built && !old.Leaving && old.Segment.Equal(want) && sameClaims(old.Claims, report.Claims)
+		m.Watch(Look{Took: time.Since(began), Done: done, Repair: stood && !built(done), Err: report.Err})
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -342,10 +358,14 @@ func (m *Manager) removeDevices(devices []cdi.Device, claims []segment.Claim) er
 	return errors.Join(errs...)
 }
 
+func sameClaims(a, b []segment.Claim) bool {
+	return slices.EqualFunc(a, b, func(x, y segment.Claim) bool { return x.ID == y.ID })
+}
+
 // reconcile does the work for one segment. known is false where it cannot be seen how the segment is.
-func (m *Manager) reconcile(ctx context.Context, name string, want segment.Segment, wanted bool, old Report) (r Report, known, gone bool) {
-	r = Report{Segment: want, Leaving: !wanted}
-	have, known, err := m.bring(ctx, name, func(have segment.State) []segment.Op {
+func (m *Manager) reconcile(ctx context.Context, name string, want segment.Segment, wanted bool, old Report) (r Report, done []segment.Op, known, gone bool) {
+	r = Report{Segment: want, Leaving: !wanted, Learnt: -1}
+	have, done, known, err := m.bring(ctx, name, func(have segment.State) []segment.Op {
 		ops, _ := decide(want, wanted, have)
 		return ops
 	})
@@ -356,7 +376,7 @@ func (m *Manager) reconcile(ctx context.Context, name string, want segment.Segme
 			r.Segment = old.Segment
 			r.Segment.Netns = name
 		}
-		return r, false, false
+		return r, done, false, false
 	}
 	left, leaving := decide(want, wanted, have)
 	r.Leaving = leaving
@@ -373,7 +393,10 @@ func (m *Manager) reconcile(ctx context.Context, name string, want segment.Segme
 		}
 	}
 	r.Built = r.Err == nil && built(left)
-	return r, true, !wanted && !have.Exists && !have.Lost && !have.Dead && have.Record == nil && len(have.Links) == 0
+	if bridge, ok := have.Link(r.Segment.Bridge); ok {
+		r.Learnt = bridge.Learnt
+	}
+	return r, done, true, !wanted && !have.Exists && !have.Lost && !have.Dead && have.Record == nil && len(have.Links) == 0
 }
 
 // nobodys is what can be said of a segment whose record is lost.
@@ -389,18 +412,20 @@ func nobodys(have segment.State) segment.Segment {
 
 // bring brings a segment in order and says how it is then, if that is known. It looks first without the lock, because most of the time
 // nothing is to be done. That something is, and how all is afterwards, is judged with the lock: half of somebody's attach looks like damage.
-func (m *Manager) bring(ctx context.Context, name string, plan func(segment.State) []segment.Op) (have segment.State, known bool, err error) {
+func (m *Manager) bring(
+	ctx context.Context, name string, plan func(segment.State) []segment.Op,
+) (have segment.State, done []segment.Op, known bool, err error) {
 	have, err = m.kernel.Observe(ctx, name)
 	if err != nil || len(plan(have)) == 0 {
-		return have, err == nil, err
+		return have, nil, err == nil, err
 	}
-	done, err := m.kernel.Reconcile(ctx, name, func(s segment.State) []segment.Op {
+	done, err = m.kernel.Reconcile(ctx, name, func(s segment.State) []segment.Op {
 		have, known = s, true
 		return plan(s)
 	})
 	m.logOps(name, done)
 	if err == nil && len(done) == 0 {
-		return have, known, nil
+		return have, nil, known, nil
 	}
 	known = false
 	_, lookErr := m.kernel.Reconcile(ctx, name, func(s segment.State) []segment.Op {
@@ -410,7 +435,7 @@ func (m *Manager) bring(ctx context.Context, name string, plan func(segment.Stat
 	if err == nil {
 		err = lookErr
 	}
-	return have, known, err
+	return have, done, known, err
 }
 
 // built says whether operations are none that a segment cannot do its work without: Settle is a question, asked again at each look.

@@ -25,6 +25,7 @@ type node struct {
 
 	unlocked func(segment.State) segment.State // what a look without the lock sees of a segment
 	after    func(segment.Op)                  // is told of every change
+	watch    func(lanmgr.Look)                 // is told of every look
 }
 
 func (n *node) List() ([]string, error) {
@@ -146,6 +147,7 @@ func start(t *testing.T, n *node) (m *lanmgr.Manager, cdiDir string) {
 	t.Helper()
 	cdiDir = t.TempDir()
 	m = lanmgr.New(n, cdiDir, slog.New(slog.DiscardHandler))
+	m.Watch = n.watch
 	ctx, stop := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
 	go func() { ended <- m.Run(ctx) }()
@@ -305,6 +307,58 @@ func TestFailureIsReportedAndTriedAgain(t *testing.T) {
 	n.refuse = nil
 	n.mu.Unlock()
 	await(t, m, "built by itself", allBuilt(1))
+}
+
+// What k8slan itself had reason to change is no repair: a wish, and pods that come and go without its doing.
+func TestARepairIsWhatSomebodyElseMadeNecessary(t *testing.T) {
+	looks := make(chan lanmgr.Look, 1000)
+	n := &node{states: map[string]segment.State{}, watch: func(l lanmgr.Look) { looks <- l }}
+	m, _ := start(t, n)
+	repairs := func() (count int) {
+		for {
+			select {
+			case l := <-looks:
+				if l.Took <= 0 || l.Repair && len(l.Done) == 0 {
+					t.Errorf("look %+v", l)
+				}
+				if l.Repair {
+					count++
+				}
+			default:
+				return count
+			}
+		}
+	}
+	m.Set([]segment.Segment{lan("a", "1", "x")})
+	await(t, m, "built", allBuilt(1))
+	m.Set([]segment.Segment{lan("a", "1", "x", "y")})
+	await(t, m, "edited", func(rs []lanmgr.Report) bool { return allBuilt(1)(rs) && len(rs[0].Segment.Spokes) == 2 })
+	claim := n.attach("default.a", "x")
+	m.Poke("default.a")
+	await(t, m, "attached", func(rs []lanmgr.Report) bool { return allBuilt(1)(rs) && len(rs[0].Claims) == 1 })
+	n.detach("default.a", claim.ID)
+	m.Poke("default.a")
+	await(t, m, "detached", func(rs []lanmgr.Report) bool { return allBuilt(1)(rs) && len(rs[0].Claims) == 0 })
+	if count := repairs(); count != 0 {
+		t.Errorf("%d repairs where nobody else changed anything", count)
+	}
+	n.change("default.a", func(s *segment.State) { *s = apply(*s, segment.DelLink{Name: segment.PortName("y")}) })
+	m.Poke("default.a")
+	deadline := time.After(20 * time.Second)
+	for {
+		select {
+		case l := <-looks:
+			if !l.Repair {
+				continue
+			}
+			if !slices.ContainsFunc(l.Done, func(op segment.Op) bool { p, ok := op.(segment.AddPair); return ok && p.Spoke == "y" }) {
+				t.Errorf("repaired %v", l.Done)
+			}
+			return
+		case <-deadline:
+			t.Fatal("a port that somebody deleted is no repair")
+		}
+	}
 }
 
 func TestLookingWithoutACauseChangesNothing(t *testing.T) {

@@ -13,6 +13,7 @@ import (
 	"github.com/k8slan/k8slan/cni"
 	"github.com/k8slan/k8slan/lanmgr/cdi"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
+	"github.com/k8slan/k8slan/lanmgr/outcome"
 )
 
 // patience is how long one request may take. kubelet gives a sandbox with all its networks four minutes (twice
@@ -31,6 +32,8 @@ func main() {
 		CDI:    cmp.Or(os.Getenv("K8SLAN_CDI_DIR"), cdi.DefaultDir),
 		Env:    os.Environ(),
 		Stdout: os.Stdout,
+		// Counting is the least of it: where the daemon is away, it is left out.
+		Tell: func(o outcome.Outcome) { _ = outcome.Send(run, o) },
 	})
 	skel.PluginMainFuncs(plugin.Funcs(ctx), cniversion.All, "CNI plugin k8slan "+version)
 }

@@ -66,7 +66,11 @@ func (f *controllerFlags) runController(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("set up the controller: %w", err)
 	}
-	if err := controller.Setup(mgr); err != nil {
+	m := controller.NewMetrics()
+	if err := register(m); err != nil {
+		return err
+	}
+	if err := controller.Setup(mgr, m); err != nil {
 		return err
 	}
 	err = f.serveHealth(mgr, func(ctx context.Context) error {

@@ -9,11 +9,13 @@ import (
 	"time"
 
 	"github.com/go-logr/logr"
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spf13/pflag"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
 	"k8s.io/klog/v2"
 	ctrl "sigs.k8s.io/controller-runtime"
+	ctrlmetrics "sigs.k8s.io/controller-runtime/pkg/metrics"
 )
 
 // daemonFlags are those of everything that runs for long.
@@ -34,6 +36,14 @@ func (f *daemonFlags) add(flags *pflag.FlagSet) {
 		"`address` that answers /metrics without encryption, host:port; 0 for none")
 	flags.TextVar(&f.logLevel, "log-level", slog.LevelInfo, "least severe `level` to log: debug, info, warn or error")
 	flags.StringVar(&f.logFormat, "log-format", "json", "`form` of a log line: json or text")
+}
+
+// register adds metrics to those that /metrics answers: controller-runtime's.
+func register(c prometheus.Collector) error {
+	if err := ctrlmetrics.Registry.Register(c); err != nil {
+		return fmt.Errorf("register the metrics: %w", err)
+	}
+	return nil
 }
 
 // logger is the one logger of the process; the libraries' own are led to it.

@@ -26,7 +26,9 @@ import (
 	"github.com/k8slan/k8slan/lanmgr"
 	"github.com/k8slan/k8slan/lanmgr/cdi"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
+	"github.com/k8slan/k8slan/lanmgr/metrics"
 	"github.com/k8slan/k8slan/lanmgr/node"
+	"github.com/k8slan/k8slan/lanmgr/outcome"
 	"github.com/k8slan/k8slan/lanmgr/podresources"
 )
 
@@ -98,6 +100,13 @@ func (f *nodeFlags) runNode(ctx context.Context) error {
 	defer host.Close()
 	lans := lanmgr.New(host, f.cdi, log)
 	plugins := deviceplugin.New(f.pluginsDir, log)
+	collector := podresources.New(f.kubelet, f.self, lans, log)
+	m := metrics.New(metrics.Sources{Reports: lans.Reports, Registered: plugins.Registered})
+	lans.Watch, collector.Collected = m.Look, m.Collected
+	plugins.Watch(m.Registration)
+	if err := register(m); err != nil {
+		return err
+	}
 	agent := node.New(node.Config{
 		Node:      f.node,
 		Version:   version,
@@ -106,15 +115,23 @@ func (f *nodeFlags) runNode(ctx context.Context) error {
 		Live:      mgr.GetAPIReader(),
 		Kernel:    host,
 		Manager:   lans,
-		Offer:     func(spokes []node.Spoke) { plugins.Set(offered(spokes)) },
-		Events:    mgr.GetEventRecorder("k8slan-node"),
-		Log:       log,
+		Offer: func(spokes []node.Spoke) {
+			plugins.Set(offered(spokes))
+			m.Offer(spokes)
+		},
+		Show:   m.Show,
+		Events: mgr.GetEventRecorder("k8slan-node"),
+		Log:    log,
 	})
 	err = errors.Join(
 		mgr.Add(manager.RunnableFunc(lans.Run)),
 		mgr.Add(manager.RunnableFunc(plugins.Run)),
 		mgr.Add(manager.RunnableFunc(agent.Run)),
-		mgr.Add(manager.RunnableFunc(podresources.New(f.kubelet, f.self, lans, log).Run)),
+		mgr.Add(manager.RunnableFunc(collector.Run)),
+		mgr.Add(manager.RunnableFunc(func(ctx context.Context) error {
+			outcome.Listen(ctx, f.run, log, m.Outcome)
+			return nil
+		})),
 		f.serveHealth(mgr,
 			func(context.Context) error { return agent.Ready() },
 			func(context.Context) error { return plugins.Ready() }),

@@ -27,6 +27,7 @@ type claims struct {
 	live     client.Reader
 	recorder events.EventRecorder
 	now      func() metav1.Time
+	metrics  *Metrics
 }
 
 // surroundings is what the status of LANs depends on beside the LANs.
@@ -54,6 +55,7 @@ func (c *claims) Reconcile(ctx context.Context, _ everything) (ctrl.Result, erro
 		}
 		want = decide(lans.Items, around, c.now())
 	}
+	c.metrics.sum(want)
 	if err := c.write(ctx, lans.Items, want); err != nil {
 		return ctrl.Result{}, err
 	}

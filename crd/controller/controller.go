@@ -41,15 +41,15 @@ func NewScheme() *runtime.Scheme {
 }
 
 // Setup registers the controller's reconcilers with a manager, whose scheme is NewScheme's. Where several replicas run, the manager
-// must elect a leader: claims are decided by one controller alone.
-func Setup(mgr ctrl.Manager) error {
-	if err := setupClaims(mgr); err != nil {
+// must elect a leader: claims are decided by one controller alone. m counts what they do; whoever calls registers it.
+func Setup(mgr ctrl.Manager, m *Metrics) error {
+	if err := setupClaims(mgr, m); err != nil {
 		return fmt.Errorf("set up the controller of claims: %w", err)
 	}
 	if err := setupNADs(mgr); err != nil {
 		return fmt.Errorf("set up the controller of NADs: %w", err)
 	}
-	if err := setupResidue(mgr); err != nil {
+	if err := setupResidue(mgr, m); err != nil {
 		return fmt.Errorf("set up the controller of residue: %w", err)
 	}
 	return nil
@@ -58,7 +58,7 @@ func Setup(mgr ctrl.Manager) error {
 // everything is the one key of the work queue of claims.
 type everything struct{}
 
-func setupClaims(mgr ctrl.Manager) error {
+func setupClaims(mgr ctrl.Manager, m *Metrics) error {
 	all := handler.TypedEnqueueRequestsFromMapFunc(func(context.Context, client.Object) []everything { return []everything{{}} })
 	return builder.TypedControllerManagedBy[everything](mgr).
 		Named("claims").
@@ -77,6 +77,7 @@ func setupClaims(mgr ctrl.Manager) error {
 			live:     mgr.GetAPIReader(),
 			recorder: mgr.GetEventRecorder("k8slan-controller"),
 			now:      metav1.Now,
+			metrics:  m,
 		})
 }
 
@@ -89,8 +90,8 @@ func setupNADs(mgr ctrl.Manager) error {
 		Complete(r)
 }
 
-func setupResidue(mgr ctrl.Manager) error {
-	r := &residueReconciler{client: mgr.GetClient(), now: time.Now, rests: map[string]rest{}}
+func setupResidue(mgr ctrl.Manager, m *Metrics) error {
+	r := &residueReconciler{client: mgr.GetClient(), now: time.Now, rests: map[string]rest{}, metrics: m}
 	return ctrl.NewControllerManagedBy(mgr).
 		Named("residue").
 		For(&corev1.Node{}, builder.WithPredicates(predicate.NewPredicateFuncs(hasZeros))).

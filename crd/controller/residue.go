@@ -69,9 +69,10 @@ const (
 
 // residueReconciler removes from one node at a time the resources of spokes that no LAN offers there. It must run one at a time.
 type residueReconciler struct {
-	client client.Client
-	now    func() time.Time
-	rests  map[string]rest // by node
+	client  client.Client
+	now     func() time.Time
+	rests   map[string]rest // by node
+	metrics *Metrics
 }
 
 // rest is a node's after a removal.
@@ -109,6 +110,7 @@ func (r *residueReconciler) Reconcile(ctx context.Context, request ctrl.Request)
 		return ctrl.Result{}, client.IgnoreNotFound(err)
 	}
 	r.rests[n.Name] = next
+	r.metrics.residue.Add(float64(len(left)))
 	log.FromContext(ctx).Info("resources that no LAN offers are removed from the node's status", "node", n.Name, "resources", left)
 	return ctrl.Result{}, nil
 }

@@ -55,7 +55,8 @@ func TestAKubeletThatWritesBackWhatWasRemovedIsNotFought(t *testing.T) {
 	n := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "worker1"}, Status: zero}
 	server := fake.NewClientBuilder().WithScheme(NewScheme()).WithObjects(n).WithStatusSubresource(n).Build()
 	now := epoch.Time
-	r := &residueReconciler{client: server, now: func() time.Time { return now }, rests: map[string]rest{}}
+	m := NewMetrics()
+	r := &residueReconciler{client: server, now: func() time.Time { return now }, rests: map[string]rest{}, metrics: m}
 	look := func() (wait time.Duration, left bool) {
 		t.Helper()
 		result, err := r.Reconcile(t.Context(), ctrl.Request{NamespacedName: client.ObjectKey{Name: "worker1"}})
@@ -86,5 +87,8 @@ func TestAKubeletThatWritesBackWhatWasRemovedIsNotFought(t *testing.T) {
 		if _, left := look(); left {
 			t.Fatal("not removed when its time had come")
 		}
+	}
+	if removed := scrape(t, m)["k8slan_residue_removed_total"]; removed != 12 {
+		t.Errorf("%v removals are counted, want 12", removed)
 	}
 }

@@ -49,6 +49,7 @@ type Attachment struct {
 	MTU           int
 	Index         int    // ifindex in the pod
 	HostInterface string // the link in the LAN's netns that the pod's hangs on
+	TookOver      bool   // another sandbox had the spoke until then
 	TapMajor      uint32 // of a macvtap's character device
 	TapMinor      uint32
 }
@@ -106,6 +107,7 @@ type claiming struct {
 	// What stands in the LAN's netns, looked up once: a look-up is a tenth of a claim's time.
 	bridge, port, plug netlink.Link
 	carrier            netlink.Link // answers to the spoke's name
+	tookOver           bool
 }
 
 func (c *claiming) close() {
@@ -152,6 +154,7 @@ func (c *claiming) run(ctx context.Context) (Attachment, error) {
 	if err != nil {
 		return Attachment{}, err
 	}
+	a.TookOver = c.tookOver
 	return a, c.vxlanUp()
 }
 
@@ -226,6 +229,7 @@ func (c *claiming) takeOver(ctx context.Context) error {
 	if err := end(id); err != nil {
 		return err
 	}
+	c.tookOver = true
 	complete, err := c.find() // a VM's pair may have been built anew
 	if err == nil && !complete {
 		err = fmt.Errorf("the standing pair of spoke %s is gone", c.Spoke)

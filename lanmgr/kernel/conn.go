@@ -191,7 +191,7 @@ func parseLinkInfo(l *segment.Link, b []byte) error {
 		var parse func(*segment.Link, syscall.NetlinkRouteAttr)
 		switch about := info.Attr.Type &^ unix.NLA_F_NESTED; {
 		case about == nl.IFLA_INFO_DATA && l.Type == "bridge":
-			parse = parseBridge
+			parse, l.Learnt = parseBridge, -1
 		case about == nl.IFLA_INFO_DATA && l.Type == "vxlan":
 			parse = parseVXLAN
 		case about == nl.IFLA_INFO_SLAVE_DATA:
@@ -210,6 +210,9 @@ func parseLinkInfo(l *segment.Link, b []byte) error {
 	return nil
 }
 
+// fdbLearned is IFLA_BR_FDB_N_LEARNED (include/uapi/linux/if_link.h), which kernels before 6.7 don't have.
+const fdbLearned = 48
+
 func parseBridge(l *segment.Link, d syscall.NetlinkRouteAttr) {
 	switch d.Attr.Type {
 	case nl.IFLA_BR_STP_STATE:
@@ -218,6 +221,8 @@ func parseBridge(l *segment.Link, d syscall.NetlinkRouteAttr) {
 		l.Bridge.VLANFiltering = d.Value[0] != 0
 	case nl.IFLA_BR_MCAST_SNOOPING:
 		l.Bridge.MulticastSnooping = d.Value[0] != 0
+	case fdbLearned:
+		l.Learnt = int(nl.NativeEndian().Uint32(d.Value))
 	}
 }
 

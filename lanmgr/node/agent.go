@@ -54,7 +54,8 @@ type Config struct {
 
 	Kernel  Kernel
 	Manager Manager
-	Offer   func([]Spoke) // the whole set for kubelet, never blocks
+	Offer   func([]Spoke)               // the whole set for kubelet, never blocks
+	Show    func(v1beta1.LANNodeStatus) // is shown what the LANNode is to say; nil: nobody is
 	Events  events.EventRecorder
 	Log     *slog.Logger
 }
@@ -239,7 +240,11 @@ func (a *Agent) report() {
 		a.Offer(offers)
 	}
 	if a.Manager.Looked() { // before, attachments would seem to be gone
-		a.publisher.set(Status(a.plans, reports, gone, a.Version))
+		status := Status(a.plans, reports, gone, a.Version)
+		a.publisher.set(status)
+		if a.Show != nil {
+			a.Show(status)
+		}
 	}
 	a.tell(reports)
 

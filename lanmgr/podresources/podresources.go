@@ -44,6 +44,9 @@ type LANs interface {
 
 // Collector compares claims with kubelet's pods.
 type Collector struct {
+	// Collected is told of every claim that was ended; nil: nobody is. It is set before Run.
+	Collected func()
+
 	socket string
 	self   Pod
 	lans   LANs
@@ -122,6 +125,8 @@ func (c *Collector) look(ctx context.Context, now time.Time) error {
 				"netns", claim.netns, "spoke", claim.Spoke, "pod", claim.PodNamespace+"/"+claim.Pod, "since", claim.Since)
 			if err := c.lans.Release(ctx, claim.netns, claim.Claim); err != nil {
 				errs = append(errs, fmt.Errorf("end the claim of pod %s/%s on spoke %s: %w", claim.PodNamespace, claim.Pod, claim.Spoke, err))
+			} else if c.Collected != nil {
+				c.Collected()
 			}
 		}
 	}

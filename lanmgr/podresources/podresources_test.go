@@ -129,17 +129,19 @@ func look(t *testing.T, c *Collector, after time.Duration, why string) {
 
 func TestAClaimWhosePodIsGoneEnds(t *testing.T) {
 	c, k, l := setUp(t)
+	collected := 0
+	c.Collected = func() { collected++ }
 	k.start(t)
 	look(t, c, 0, "")
 	k.has(self, lives)
 	look(t, c, time.Minute, "")
 	look(t, c, 2*time.Minute, "")
-	if l.spokes() != "lives gone nobody" {
+	if l.spokes() != "lives gone nobody" || collected != 0 {
 		t.Fatalf("after a minute there are claims on %s", l.spokes())
 	}
 	look(t, c, 3*time.Minute, "")
-	if l.spokes() != "lives nobody" {
-		t.Errorf("after %v there are claims on %s", Grace, l.spokes())
+	if l.spokes() != "lives nobody" || collected != 1 {
+		t.Errorf("after %v there are claims on %s, told of %d", Grace, l.spokes(), collected)
 	}
 }
 

@@ -35,6 +35,7 @@ type Link struct {
 	ForwardMask uint16      // of a bridge port: which of 01-80-C2-00-00-0X pass
 	Bridge      BridgeState // of a bridge
 	VXLAN       VXLANState  // of a VXLAN
+	Learnt      int         // of a bridge: how many addresses it has learnt; -1 where the kernel does not count them
 	TxChecksum  TxChecksum  // asked only where the record has the spoke in TxChecksumOff
 }
 

@@ -22,6 +22,7 @@ import (
 	networkingv1 "k8s.io/api/networking/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/util/yaml"
 
@@ -285,6 +286,35 @@ func TestMetricsAreOffUnlessSet(t *testing.T) {
 		if policy := find[networkingv1.NetworkPolicy](t, objects, "k8slan-controller-manager"); len(policy.Spec.Ingress[0].Ports) != ports {
 			t.Errorf("with %v the NetworkPolicy lets %v in", set, policy.Spec.Ingress[0].Ports)
 		}
+	}
+}
+
+func TestPodMonitorFindsWhatHasMetrics(t *testing.T) {
+	objects := render(t, "k8slan-system", "podMonitor.enabled=true", "podMonitor.labels.release=prometheus", "node.metricsPort=9100", "controller.metricsPort=9101")
+	i := slices.IndexFunc(objects, func(o unstructured.Unstructured) bool { return o.GetKind() == "PodMonitor" })
+	if i < 0 {
+		t.Fatal("there is no PodMonitor")
+	}
+	if objects[i].GetLabels()["release"] != "prometheus" {
+		t.Errorf("its labels are %v", objects[i].GetLabels())
+	}
+	selector, _, err := unstructured.NestedStringMap(objects[i].Object, "spec", "selector", "matchLabels")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, pod := range map[string]corev1.PodTemplateSpec{
+		"daemon":     find[appsv1.DaemonSet](t, objects, "k8slan-ds").Spec.Template,
+		"controller": find[appsv1.Deployment](t, objects, "k8slan-controller-manager").Spec.Template,
+	} {
+		if !labels.SelectorFromSet(selector).Matches(labels.Set(pod.Labels)) {
+			t.Errorf("it does not select the %s", name)
+		}
+		if !slices.ContainsFunc(pod.Spec.Containers[0].Ports, func(p corev1.ContainerPort) bool { return p.Name == "metrics" }) {
+			t.Errorf("the %s has no port of the name that it asks", name)
+		}
+	}
+	if _, err := helm(t, "template", "k8slan", chart, "--kube-version", "1.31.0", "--set", "podMonitor.enabled=true"); err == nil || !strings.Contains(err.Error(), "needs node.metricsPort or controller.metricsPort") {
+		t.Errorf("without a port: %v", err)
 	}
 }
 

@@ -1,0 +1,118 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/testutil/promlint"
+	ctrlmetrics "sigs.k8s.io/controller-runtime/pkg/metrics"
+
+	"github.com/k8slan/k8slan/crd/controller"
+	"github.com/k8slan/k8slan/crd/v1beta1"
+	"github.com/k8slan/k8slan/lanmgr"
+	"github.com/k8slan/k8slan/lanmgr/metrics"
+	"github.com/k8slan/k8slan/lanmgr/outcome"
+	"github.com/k8slan/k8slan/lanmgr/segment"
+)
+
+// nodeMetrics are those of a daemon to which everything has happened once.
+func nodeMetrics() *metrics.Metrics {
+	lab := segment.Segment{LAN: segment.LAN{Namespace: "default", Name: "lab"}}
+	m := metrics.New(metrics.Sources{
+		Registered: func() int { return 1 },
+		Reports:    func() []lanmgr.Report { return []lanmgr.Report{{Segment: lab}} },
+	})
+	m.Show(v1beta1.LANNodeStatus{})
+	m.Look(lanmgr.Look{Done: []segment.Op{segment.AddBridge{}}, Repair: true})
+	m.Registration(nil)
+	m.Registration(errors.New("refused"))
+	m.Collected()
+	for _, verb := range []outcome.Verb{outcome.Add, outcome.Del} {
+		m.Outcome(outcome.Outcome{Verb: verb, Kind: segment.Veth, Reason: outcome.Kernel})
+	}
+	return m
+}
+
+// What is answered at /metrics follows Prometheus's conventions, with what controller-runtime adds.
+func TestPrometheusHasNothingToSayAgainstTheMetrics(t *testing.T) {
+	for name, c := range map[string]prometheus.Collector{"daemon": nodeMetrics(), "controller": controller.NewMetrics()} {
+		registry := prometheus.NewPedanticRegistry()
+		if err := registry.Register(c); err != nil {
+			t.Fatal(err)
+		}
+		families, err := prometheus.Gatherers{registry, ctrlmetrics.Registry}.Gather()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(families) < 10 { // those of the Go runtime alone are more
+			t.Fatalf("the %s has %d metrics", name, len(families))
+		}
+		problems, err := promlint.NewWithMetricFamilies(families).Lint()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, p := range problems {
+			t.Errorf("%s: %s: %s", name, p.Metric, p.Text)
+		}
+	}
+}
+
+const metricsPage = "../../docs/metrics.md"
+
+// rows are a collector's metrics as rows of the page's tables.
+func rows(t *testing.T, c prometheus.Collector) []string {
+	t.Helper()
+	descs := make(chan *prometheus.Desc, 100)
+	c.Describe(descs)
+	close(descs)
+	var rows []string
+	for d := range descs {
+		part := regexp.MustCompile(`fqName: "(\w+)", help: "([^"]*)".* variableLabels: {([^}]*)}`).FindStringSubmatch(d.String())
+		if part == nil {
+			t.Fatalf("a metric that cannot be read: %s", d)
+		}
+		name, help, labels := part[1], part[2], part[3]
+		kind := "gauge"
+		switch {
+		case strings.HasSuffix(name, "_total"):
+			kind = "counter"
+		case strings.HasSuffix(name, "_seconds"):
+			kind = "histogram"
+		}
+		if labels != "" {
+			labels = "`" + strings.ReplaceAll(labels, ",", "`, `") + "`"
+		}
+		rows = append(rows, fmt.Sprintf("| `%s` | %s | %s | %s |", name, kind, labels, help))
+	}
+	return rows
+}
+
+func TestMetricsPageIsThatOfTheCode(t *testing.T) {
+	page, err := os.ReadFile(metricsPage)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := append(rows(t, nodeMetrics()), rows(t, controller.NewMetrics())...)
+	var have []string
+	for line := range strings.Lines(string(page)) {
+		if strings.HasPrefix(line, "| `k8slan_") {
+			have = append(have, strings.TrimSpace(line))
+		}
+	}
+	if !slices.Equal(have, want) {
+		t.Errorf("the tables of docs/metrics.md should be\n%s\nbut are\n%s", strings.Join(want, "\n"), strings.Join(have, "\n"))
+	}
+	known := strings.Join(want, "\n")
+	for _, name := range regexp.MustCompile(`\bk8slan_\w+`).FindAllString(string(page), -1) {
+		base := regexp.MustCompile(`_(bucket|sum|count)$`).ReplaceAllString(name, "")
+		if !strings.Contains(known, "`"+base+"`") {
+			t.Errorf("docs/metrics.md speaks of %s, which there is not", name)
+		}
+	}
+}
