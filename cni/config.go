@@ -1,6 +1,7 @@
 package cni
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -21,6 +22,7 @@ const (
 	minMTU     = 68    // bytes; the least that IPv4 allows (RFC 791), and Linux for an Ethernet link (ETH_MIN_MTU)
 	maxMTU     = 65535 // bytes; the most that Linux allows for a veth (ETH_MAX_MTU)
 	maxSpoke   = 13    // characters: a link name has at most 15, and the spoke's links add a suffix of two
+	maxPool    = 9     // characters: its ports' names add an underscore and a number below 500
 	defaultTap = 107   // owner and group of the tap: qemu's in KubeVirt's images
 )
 
@@ -34,6 +36,7 @@ type wire struct {
 	LAN      string `json:"lan"`
 	NS       string `json:"ns"`
 	Spoke    string `json:"spoke"`
+	Pool     string `json:"pool"`
 	DeviceID string `json:"deviceID"`
 
 	MTU         *int    `json:"mtu"`
@@ -66,7 +69,8 @@ type attachment struct {
 	lan       segment.LAN
 	netns     string // the LAN's, by name
 	netnsPath string // for people
-	spoke     string
+	spoke     string // of a pool the port that kubelet allocated, if that is known
+	pool      string // empty for a single spoke
 	kind      segment.Kind
 	ipam      string // type of the IPAM plugin; empty for none
 	config    []byte // as it came, for the IPAM plugin
@@ -81,13 +85,35 @@ type attachment struct {
 }
 
 // String names the attachment's spoke in a sentence.
-func (a attachment) String() string { return fmt.Sprintf("spoke %q of LAN %s", a.spoke, a.lan) }
+func (a attachment) String() string {
+	if a.pool != "" && a.spoke == "" {
+		return fmt.Sprintf("pool %q of LAN %s", a.pool, a.lan)
+	}
+	return fmt.Sprintf("spoke %q of LAN %s", a.spoke, a.lan)
+}
+
+// offer is what the attachment's resource, NADs and variables are named after: the spoke or the pool.
+func (a attachment) offer() string { return cmp.Or(a.pool, a.spoke) }
+
+// takes says whether a spoke is the attachment's or, of a pool, one of its ports.
+func (a attachment) takes(spoke string) bool {
+	if a.pool == "" {
+		return spoke == a.spoke
+	}
+	pool, _, ok := segment.PoolOf(spoke)
+	return ok && pool == a.pool
+}
+
+// isIn says whether a LAN as the node has it has the attachment's spoke or any port of its pool.
+func (a attachment) isIn(record segment.Segment) bool {
+	return slices.ContainsFunc(record.Spokes, a.takes)
+}
 
 // request is an attachment with how it is to be made.
 type request struct {
 	attachment
 	deviceID string
-	mac      net.HardwareAddr // nil: the spoke's own
+	mac      net.HardwareAddr // nil: what is derived
 	mtu      int              // bytes; 0: the LAN's
 	promisc  bool
 	owner    uint32 // of the tap
@@ -118,7 +144,7 @@ func decode(config []byte) (wire, error) {
 func (p *Plugin) attachment(w wire, args *skel.CmdArgs) (attachment, error) {
 	a := attachment{
 		version: w.CNIVersion, network: w.Name,
-		netns: w.NS, spoke: w.Spoke, kind: segment.Kind(w.Kind), config: args.StdinData,
+		netns: w.NS, spoke: w.Spoke, pool: w.Pool, kind: segment.Kind(w.Kind), config: args.StdinData,
 		claimID: segment.ClaimID(args.ContainerID, args.IfName),
 		sandbox: args.ContainerID, podNetns: args.Netns, ifname: args.IfName,
 		pathList: args.Path, arguments: args.Args, env: p.host.Env,
@@ -136,8 +162,15 @@ func (p *Plugin) attachment(w wire, args *skel.CmdArgs) (attachment, error) {
 		return a, invalid("ns", w.NS, "is not the name of a network namespace: a file name without a slash or a space")
 	}
 	a.netnsPath = filepath.Join(p.host.Run, "netns", a.netns)
-	if !isSpoke(a.spoke) {
+	switch {
+	case a.pool != "" && a.spoke != "":
+		return a, invalid("pool", w.Pool, "is there beside a spoke: an attachment is to one of them")
+	case a.pool != "" && !isName(a.pool, maxPool):
+		return a, invalid("pool", w.Pool, "is not the name of a pool: 1 to %d of a-z, 0-9, - and .", maxPool)
+	case a.pool == "" && !isName(a.spoke, maxSpoke):
 		return a, invalid("spoke", w.Spoke, "is not the name of a spoke: 1 to %d of a-z, 0-9, - and .", maxSpoke)
+	case a.pool != "" && a.takes(w.DeviceID):
+		a.spoke = w.DeviceID
 	}
 	namespace, name, _ := strings.Cut(w.LAN, "/")
 	if !isObjectName(namespace) || !isObjectName(name) {
@@ -304,5 +337,5 @@ func isObjectName(s string) bool {
 		!strings.ContainsFunc(s, func(r rune) bool { return !letter(r) && r != '-' && r != '.' })
 }
 
-// isSpoke says whether a LAN could have a spoke of that name: NADs and links are named after it.
-func isSpoke(s string) bool { return len(s) <= maxSpoke && isObjectName(s) }
+// isName says whether a LAN could have a spoke or pool of that name: NADs and links are named after it.
+func isName(s string, longest int) bool { return len(s) <= longest && isObjectName(s) }

@@ -10,6 +10,7 @@ import (
 
 	"github.com/k8slan/k8slan/lanmgr/kernel"
 	"github.com/k8slan/k8slan/lanmgr/outcome"
+	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
 // The plugin's own error codes; those below 100 are the CNI specification's
@@ -26,6 +27,7 @@ const (
 	CodeIPAM                          // the IPAM plugin could not be run, or gave an answer that cannot be used
 	CodeChanged                       // CHECK: the attachment is not any more what ADD made
 	CodeCDI                           // the CDI file could not be written or removed
+	CodeNoOrdinal                     // the pool derives MACs from ordinals, and the pod has none
 )
 
 // Reason is what an error of the plugin is counted as.
@@ -35,7 +37,7 @@ func Reason(err error) outcome.Reason {
 		return outcome.Other
 	}
 	switch said.Code {
-	case types.ErrIncompatibleCNIVersion, types.ErrInvalidEnvironmentVariables, types.ErrDecodingFailure, types.ErrInvalidNetworkConfig:
+	case types.ErrIncompatibleCNIVersion, types.ErrInvalidEnvironmentVariables, types.ErrDecodingFailure, types.ErrInvalidNetworkConfig, CodeNoOrdinal:
 		return outcome.Configuration
 	case types.ErrInvalidNetNS:
 		return outcome.Netns
@@ -78,6 +80,8 @@ func (a attachment) explain(err error) error {
 		return a.noLAN(types.ErrTryAgainLater)
 	case errors.Is(err, kernel.ErrNoSpoke):
 		return a.noSpoke(CodeNoSpoke)
+	case errors.Is(err, segment.ErrNoOrdinal):
+		return fail(CodeNoOrdinal, "%s: %v; attach the pods of a StatefulSet, or take macBy: ordinal out of the pool", a, err)
 	case errors.Is(err, kernel.ErrNameTaken):
 		return fail(CodeNameTaken, "%s: the pod already has an interface %q; ask for another name, as in %s@<name>", a, a.ifname, a.network)
 	case errors.Is(err, kernel.ErrSameSandbox):
@@ -96,6 +100,10 @@ func (a attachment) noLAN(code uint) error {
 }
 
 func (a attachment) noSpoke(code uint) error {
+	if a.pool != "" {
+		return fail(code, "LAN %s has no pool %q with a port %q on this node: is it in spec.spokePools, not refused, and not made smaller? kubectl describe lan -n %s %s",
+			a.lan, a.pool, a.spoke, a.lan.Namespace, a.lan.Name)
+	}
 	return fail(code, "LAN %s has no spoke %q on this node: is it in spec.spokes, and not refused? kubectl describe lan -n %s %s",
 		a.lan, a.spoke, a.lan.Namespace, a.lan.Name)
 }

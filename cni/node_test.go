@@ -91,7 +91,9 @@ func (n *memoryNode) Claim(_ context.Context, r kernel.ClaimRequest) (kernel.Att
 		n.end(key)
 	}
 	if r.MAC == nil {
-		r.MAC = segment.MAC(lan.LAN, r.Spoke)
+		if r.MAC, err = lan.PodMAC(r.Spoke, r.Pod); err != nil {
+			return kernel.Attachment{}, err
+		}
 	}
 	if r.MTU == 0 {
 		r.MTU = lan.MTU

@@ -131,15 +131,15 @@ func (r request) admit(record segment.Segment) error {
 	case !record.Allows(r.pod.namespace):
 		return fail(CodeForbidden, "LAN %s is not open to namespace %s; its owner can add %s to spec.allowedNamespaces",
 			r.lan, r.pod.namespace, r.pod.namespace)
-	case !slices.Contains(record.Spokes, r.spoke):
+	case !r.isIn(record):
 		return r.noSpoke(CodeNoSpoke)
 	case r.deviceID == "":
 		return fail(CodeNoDevice, "%s: kubelet allocated no macvtap.k8slan.io/k8slan-veth-%s to this pod. "+
 			"Either none of its containers has it in resources.limits: add it there; or it was bound to a node that didn't offer it: see kubectl get lan -n %s %s",
-			r, r.spoke, r.lan.Namespace, r.lan.Name)
-	case r.deviceID != r.spoke:
+			r, r.offer(), r.lan.Namespace, r.lan.Name)
+	case !r.takes(r.deviceID):
 		return fail(CodeWrongDevice, "%s: kubelet allocated the device of spoke %q to this pod; "+
-			"the annotation k8s.v1.cni.cncf.io/resourceName of this network must be macvtap.k8slan.io/k8slan-veth-%s", r, r.deviceID, r.spoke)
+			"the annotation k8s.v1.cni.cncf.io/resourceName of this network must be macvtap.k8slan.io/k8slan-veth-%s", r, r.deviceID, r.offer())
 	case r.mtu > record.MTU:
 		return fail(types.ErrInvalidNetworkConfig, "%s: mtu %d is more than the LAN carries: %d", r, r.mtu, record.MTU)
 	}
@@ -246,7 +246,7 @@ func (r request) claim() kernel.ClaimRequest {
 
 // device is what the spoke's CDI name means for this attachment: some environment variables and, for a macvtap, its tap.
 func (r request) device(made kernel.Attachment) cdi.Device {
-	prefix := "K8SLAN_" + envName(r.spoke) + "_"
+	prefix := "K8SLAN_" + envName(r.offer()) + "_"
 	d := cdi.Device{
 		Netns: r.netns, Spoke: r.spoke, ClaimID: r.claimID,
 		Env: []string{
@@ -264,7 +264,7 @@ func (r request) device(made kernel.Attachment) cdi.Device {
 	return d
 }
 
-// envName is a spoke's name as part of an environment variable's.
+// envName is the name of a spoke or pool as part of an environment variable's.
 func envName(spoke string) string {
 	return strings.Map(func(r rune) rune {
 		if r == '-' || r == '.' {
@@ -290,18 +290,45 @@ func (p *Plugin) del(ctx context.Context, args *skel.CmdArgs, o *outcome.Outcome
 			failed = append(failed, err)
 		}
 	}
-	if err := p.release(ctx, a, a.claimID); err != nil {
+	if err := p.releaseOwn(ctx, a); err != nil {
 		failed = append(failed, err)
 	}
 	return join(failed)
 }
 
+// releaseOwn takes the attachment's claim away. Where the runtime doesn't say which port of a pool it is on, the kernel
+// knows; a claim that is gone from there is the daemon's to clean up after.
+func (p *Plugin) releaseOwn(ctx context.Context, a attachment) error {
+	if a.spoke != "" {
+		return p.release(ctx, a, a.spoke, a.claimID)
+	}
+	claims, err := p.claims(ctx, a)
+	if err != nil {
+		return err
+	}
+	for _, c := range claims {
+		if c.ID == a.claimID {
+			return p.release(ctx, a, c.Spoke, c.ID)
+		}
+	}
+	return nil
+}
+
+// claims are those of the attachment's LAN; none where it is not on this node.
+func (p *Plugin) claims(ctx context.Context, a attachment) ([]segment.Claim, error) {
+	claims, err := p.node.Claims(ctx, a.netns)
+	if err != nil && !errors.Is(err, kernel.ErrNoLAN) && !errors.Is(err, fs.ErrNotExist) {
+		return nil, a.explain(err)
+	}
+	return claims, nil
+}
+
 // release takes one claim away: the device's name first, so that it never means a device that is gone.
-func (p *Plugin) release(ctx context.Context, a attachment, claimID string) error {
-	if err := cdi.Remove(p.host.CDI, a.spoke, claimID); err != nil {
+func (p *Plugin) release(ctx context.Context, a attachment, spoke, claimID string) error {
+	if err := cdi.Remove(p.host.CDI, spoke, claimID); err != nil {
 		return fail(CodeCDI, "%s: %v", a, err)
 	}
-	err := p.node.Release(ctx, a.netns, a.spoke, claimID)
+	err := p.node.Release(ctx, a.netns, spoke, claimID)
 	if err != nil && !errors.Is(err, kernel.ErrNoLAN) {
 		return a.explain(err)
 	}
@@ -405,32 +432,26 @@ func (p *Plugin) gc(ctx context.Context, args *skel.CmdArgs) error {
 			failed = append(failed, err)
 		}
 	}
-	claims, err := p.node.Claims(ctx, a.netns)
-	if err != nil && !errors.Is(err, kernel.ErrNoLAN) && !errors.Is(err, fs.ErrNotExist) {
-		failed = append(failed, a.explain(err))
+	claims, err := p.claims(ctx, a)
+	if err != nil {
+		failed = append(failed, err)
 	}
-	for _, id := range stale(claims, a, w.ValidAttachments) {
-		if err := p.release(ctx, a, id); err != nil {
+	for _, c := range stale(claims, a, w.ValidAttachments) {
+		if err := p.release(ctx, a, c.Spoke, c.ID); err != nil {
 			failed = append(failed, err)
 		}
 	}
 	return join(failed)
 }
 
-// stale are the claims on the attachment's spoke, of its kind, that are none of the valid ones.
+// stale are the claims on the attachment's spoke or pool, of its kind, that are none of the valid ones.
 // The two networks of a spoke differ in kind, and each is collected with the attachments of its own.
-func stale(claims []segment.Claim, a attachment, valid []types.GCAttachment) []string {
+func stale(claims []segment.Claim, a attachment, valid []types.GCAttachment) []segment.Claim {
 	keep := map[string]bool{}
 	for _, v := range valid {
 		keep[segment.ClaimID(v.ContainerID, v.IfName)] = true
 	}
-	var ids []string
-	for _, c := range claims {
-		if c.Spoke == a.spoke && c.Kind == a.kind && !keep[c.ID] {
-			ids = append(ids, c.ID)
-		}
-	}
-	return ids
+	return slices.DeleteFunc(claims, func(c segment.Claim) bool { return !a.takes(c.Spoke) || c.Kind != a.kind || keep[c.ID] })
 }
 
 func (p *Plugin) status(ctx context.Context, args *skel.CmdArgs) error {
@@ -446,7 +467,7 @@ func (p *Plugin) status(ctx context.Context, args *skel.CmdArgs) error {
 	switch {
 	case err != nil:
 		return err
-	case !slices.Contains(record.Spokes, a.spoke):
+	case !a.isIn(record):
 		return a.noSpoke(types.ErrPluginNotAvailable)
 	case record.VXLAN.UnderlayIndex == 0:
 		return fail(types.ErrLimitedConnectivity, "LAN %s: this node has no underlay device %q, so that its pods here reach no other node; kubectl describe lan -n %s %s",

@@ -27,7 +27,7 @@ var lab = segment.Segment{
 	LAN:   segment.LAN{Namespace: "default", Name: "lab"},
 	Netns: "knlvrf", Bridge: "br2", MTU: 1422,
 	VXLAN:  segment.VXLAN{Name: "vx2", VNI: 222, Underlay: "eth1", UnderlayIndex: 3},
-	Spokes: []string{"srl", "vm"},
+	Spokes: []string{"db_0", "srl", "vm", "web_0", "web_1"}, MACByOrdinal: []string{"db"}, Node: "worker1",
 }
 
 // host is a node with the LAN lab and some pods, and the plugin on it.
@@ -173,6 +173,9 @@ func config(set map[string]any) string {
 }
 
 type keys = map[string]any
+
+// pooled are the keys of a pool's configuration for which kubelet has allocated that port.
+func pooled(pool string, port any) keys { return keys{"pool": pool, "spoke": nil, "deviceID": port} }
 
 type result struct {
 	CNIVersion string `json:"cniVersion"`
@@ -378,12 +381,37 @@ func TestBadRequestIsRefusedWithASentence(t *testing.T) {
 			want: "LAN default/lab is not on this node (no /run/k8slan/netns/other): was it deleted, or is the daemon still starting? kubectl get lan -n default lab",
 		},
 		{name: "netns of another LAN", set: keys{"lan": "default/core"}, code: network, want: `"knlvrf" is the network namespace of LAN default/lab, not of default/core`},
+		{name: "a spoke and a pool", set: keys{"pool": "web"}, code: network, want: `pool: "web" is there beside a spoke`},
+		{name: "pool leaves its folder", set: keys{"pool": "../x", "spoke": nil}, code: network, want: "is not the name of a pool"},
+		{name: "pool too long", set: keys{"pool": "abcdefghij", "spoke": nil}, code: network, want: "1 to 9 of"},
+		{name: "a port for a spoke", set: keys{"spoke": "web_0", "deviceID": "web_0"}, code: network, want: "is not the name of a spoke"},
+		{name: "unknown pool", set: pooled("edge", "edge_0"), code: cni.CodeNoSpoke, want: `LAN default/lab has no pool "edge"`},
+		{
+			name: "no device of the pool", set: pooled("web", nil), code: cni.CodeNoDevice,
+			want: `pool "web" of LAN default/lab: kubelet allocated no macvtap.k8slan.io/k8slan-veth-web to this pod`,
+		},
+		{
+			name: "a device of another pool", set: pooled("web", "db_0"), code: cni.CodeWrongDevice,
+			want: `allocated the device of spoke "db_0" to this pod; the annotation k8s.v1.cni.cncf.io/resourceName of this network must be macvtap.k8slan.io/k8slan-veth-web`,
+		},
+		{name: "a spoke's device for a pool", set: pooled("web", "srl"), code: cni.CodeWrongDevice, want: `allocated the device of spoke "srl"`},
+		{
+			name: "a port that the pool has lost", set: pooled("web", "web_2"), code: cni.CodeNoSpoke,
+			want: `LAN default/lab has no pool "web" with a port "web_2" on this node: is it in spec.spokePools, not refused, and not made smaller?`,
+		},
+		{
+			name: "no ordinal", set: pooled("db", "db_0"), code: cni.CodeNoOrdinal,
+			want: `the pod has no ordinal: pool db derives MACs from it, and the pod is called "nameless"`,
+		},
 		{name: "unknown spoke", set: keys{"spoke": "edge", "deviceID": "edge"}, code: cni.CodeNoSpoke, want: `LAN default/lab has no spoke "edge" on this node`},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			h := newHost(t)
 			add := pod1("ADD", config(c.set))
 			add.args += c.args
+			if c.code == cni.CodeNoOrdinal {
+				add.args = strings.ReplaceAll(add.args, "srl-1", "nameless")
+			}
 			h.mustFail(add, c.code, c.want)
 		})
 	}
@@ -398,6 +426,78 @@ func TestWhatIsNotJSONIsRefused(t *testing.T) {
 			}
 		}
 	}
+}
+
+func TestPodGetsThePortThatKubeletAllocated(t *testing.T) {
+	h := newHost(t)
+	r := parse(t, h.mustRun(pod1("ADD", config(pooled("web", "web_1")))))
+	mac := lab.PlugMAC("web_1").String()
+	if r.Interfaces[1].Mac != mac || !strings.Contains(h.node.String(), "claim knlvrf/web_1 ") {
+		t.Errorf("result %+v, node has\n%s", r, h.node)
+	}
+	d := h.device("macvtap.k8slan.io-spoke_web_1_" + segment.ClaimID("c1", "net1") + ".json")
+	want := []string{"K8SLAN_WEB_LAN=default/lab", "K8SLAN_WEB_INTERFACE=net1", "K8SLAN_WEB_MAC=" + mac, "K8SLAN_WEB_MTU=1422"}
+	if d.Name != "web_1" || !slices.Equal(d.ContainerEdits.Env, want) {
+		t.Errorf("device %+v", d)
+	}
+	h.mustRun(pod2("ADD", config(pooled("web", "web_0"))))
+	if n := len(h.devices()); n != 2 {
+		t.Errorf("%d CDI devices of two ports", n)
+	}
+}
+
+func TestMACByOrdinalIsThatOfThePodsNumber(t *testing.T) {
+	h := newHost(t)
+	want, err := lab.PodMAC("db_0", "srl-1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if r := parse(t, h.mustRun(pod1("ADD", config(pooled("db", "db_0"))))); r.Interfaces[1].Mac != want.String() {
+		t.Errorf("MAC %s, want %s", r.Interfaces[1].Mac, want)
+	}
+}
+
+func TestDELFindsThePortThoughNobodyTellsIt(t *testing.T) {
+	for name, set := range map[string]keys{"told": pooled("web", "web_1"), "not told": pooled("web", nil), "told another": pooled("web", "srl")} {
+		t.Run(name, func(t *testing.T) {
+			h := newHost(t)
+			h.mustRun(pod2("ADD", config(pooled("web", "web_0"))))
+			before := h.String()
+			h.mustRun(pod1("ADD", config(pooled("web", "web_1"))))
+			for range 2 {
+				h.mustRun(pod1("DEL", config(set)))
+				if h.String() != before {
+					t.Fatalf("left:\n%s\nwant\n%s", h, before)
+				}
+			}
+			delete(h.node.lans, "knlvrf")
+			h.mustRun(pod1("DEL", config(set)))
+		})
+	}
+}
+
+func TestGCOfAPoolReleasesItsPortsAlone(t *testing.T) {
+	h := newHost(t)
+	h.mustRun(pod2("ADD", config(nil)))
+	before := h.String()
+	h.mustRun(pod1("ADD", config(pooled("web", "web_1"))))
+	attached := h.String()
+	gc := func(pool string, valid ...types.GCAttachment) call {
+		set := pooled(pool, nil)
+		set["cniVersion"], set["cni.dev/valid-attachments"] = "1.1.0", append([]types.GCAttachment{}, valid...)
+		return call{verb: "GC", config: config(set)}
+	}
+	for _, c := range []call{gc("web", types.GCAttachment{ContainerID: "c1", IfName: "net1"}), gc("db")} {
+		if h.mustRun(c); h.String() != attached {
+			t.Fatalf("GC %s released a valid attachment", c.config)
+		}
+	}
+	if h.mustRun(gc("web")); h.String() != before {
+		t.Errorf("left:\n%s", h)
+	}
+	h.mustRun(call{verb: "STATUS", config: config(keys{"cniVersion": "1.1.0", "pool": "web", "spoke": nil, "deviceID": nil})})
+	h.mustFail(call{verb: "STATUS", config: config(keys{"cniVersion": "1.1.0", "pool": "edge", "spoke": nil, "deviceID": nil})},
+		types.ErrPluginNotAvailable, `has no pool "edge"`)
 }
 
 func TestInterfaceThatIsThereIsNotReplaced(t *testing.T) {

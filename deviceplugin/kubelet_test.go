@@ -214,6 +214,29 @@ func (k *fakeKubelet) allocate(name string, ids ...string) (*pluginapi.AllocateR
 	})
 }
 
+// prefer asks which of the free devices to take, as kubelet does where a plugin wants it.
+func (k *fakeKubelet) prefer(name string, size int32, free, must []string) ([]string, error) {
+	k.mu.Lock()
+	client := k.clients[name]
+	k.mu.Unlock()
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	options, err := client.api.GetDevicePluginOptions(ctx, &pluginapi.Empty{})
+	if err != nil {
+		return nil, err
+	}
+	if !options.GetPreferredAllocationAvailable {
+		return nil, errors.New("the plugin doesn't want to be asked")
+	}
+	response, err := client.api.GetPreferredAllocation(ctx, &pluginapi.PreferredAllocationRequest{
+		ContainerRequests: []*pluginapi.ContainerPreferredAllocationRequest{{AvailableDeviceIDs: free, MustIncludeDeviceIDs: must, AllocationSize: size}},
+	})
+	if err != nil {
+		return nil, err
+	}
+	return response.ContainerResponses[0].DeviceIDs, nil
+}
+
 func offered(spoke, health string) func(resource) bool {
 	return func(r resource) bool {
 		return r.Connected && len(r.Devices) == 1 && r.Devices[spoke] == health

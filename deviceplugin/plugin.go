@@ -40,25 +40,25 @@ func spokeOf(socket string) (string, bool) {
 	return spoke, ours && ok
 }
 
-// plugin is the device plugin of one spoke. It has its own life: it serves and registers, for as long as it
+// plugin is the device plugin of one spoke or pool. It has its own life: it serves and registers, for as long as it
 // takes and as often as kubelet needs it, until its context ends.
 type plugin struct {
 	name       string
 	socket     string // path of the plugin's own socket
 	kubelet    *registrar
-	device     *device
+	offer      *offer
 	log        *slog.Logger
 	cancel     context.CancelFunc
 	pokes      chan struct{} // one slot: something happened in the plugin directory, look again
 	registered atomic.Bool
 }
 
-func newPlugin(dir, name string, healthy bool, kubelet *registrar, log *slog.Logger) *plugin {
+func newPlugin(dir string, offered Spoke, kubelet *registrar, log *slog.Logger) *plugin {
 	return &plugin{
-		name:    name,
-		socket:  filepath.Join(dir, socketOf(name)),
+		name:    offered.Name,
+		socket:  filepath.Join(dir, socketOf(offered.Name)),
 		kubelet: kubelet,
-		device:  newDevice(name, healthy),
+		offer:   newOffer(offered),
 		log:     log,
 		pokes:   make(chan struct{}, 1),
 	}
@@ -112,7 +112,7 @@ func (s *plugin) runOnce(ctx context.Context, kubelet socketID) error {
 	if err := s.kubelet.listens(); err != nil {
 		return err
 	}
-	server, err := serve(s.socket, s.device)
+	server, err := serve(s.socket, s.offer)
 	if err != nil {
 		return err
 	}

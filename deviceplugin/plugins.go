@@ -1,4 +1,4 @@
-// Package deviceplugin offers each spoke to kubelet as a resource of its own, through one device plugin per spoke.
+// Package deviceplugin offers each spoke and each pool to kubelet as a resource of its own, through one device plugin for each.
 package deviceplugin
 
 import (
@@ -12,15 +12,30 @@ import (
 	"sync"
 
 	"github.com/fsnotify/fsnotify"
+
+	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
 // Dir is kubelet's plugin directory where its root directory is the usual one.
 const Dir = "/var/lib/kubelet/device-plugins"
 
-// Spoke is one spoke as this node offers it.
+// Spoke is one spoke, or one pool, as this node offers it.
 type Spoke struct {
 	Name    string
+	Ports   int  // of a pool; 0 for a single spoke
 	Healthy bool // a pod may have it now
+}
+
+// devices are the IDs of the devices that kubelet gets to choose from: the spokes' names.
+func (s Spoke) devices() []string {
+	if s.Ports == 0 {
+		return []string{s.Name}
+	}
+	ids := make([]string, s.Ports)
+	for number := range ids {
+		ids[number] = segment.Port(s.Name, number)
+	}
+	return ids
 }
 
 // Plugins are the device plugins of one node, one for each spoke on offer.
@@ -31,7 +46,7 @@ type Plugins struct {
 	changed chan struct{} // one slot: the offer changed, or a plugin has ended
 
 	mu      sync.Mutex
-	offered map[string]bool    // spoke → healthy
+	offered map[string]Spoke   // by name
 	running map[string]*plugin // those that have not ended, offered or not
 }
 
@@ -70,9 +85,9 @@ func (p *Plugins) known() int {
 
 // Set says which spokes are on offer from now on; it replaces the last set and never blocks.
 func (p *Plugins) Set(offered []Spoke) {
-	set := make(map[string]bool, len(offered))
+	set := make(map[string]Spoke, len(offered))
 	for _, s := range offered {
-		set[s.Name] = s.Healthy
+		set[s.Name] = s
 	}
 	p.mu.Lock()
 	p.offered = set
@@ -135,13 +150,13 @@ func (p *Plugins) reconcile(ctx context.Context, plugins *sync.WaitGroup) {
 			s.cancel()
 		}
 	}
-	for name, healthy := range p.offered {
+	for name, offer := range p.offered {
 		if s := p.running[name]; s != nil {
-			s.device.set(healthy)
+			s.offer.set(offer)
 			continue
 		}
 		pluginCtx, cancel := context.WithCancel(ctx)
-		s := newPlugin(p.dir, name, healthy, p.kubelet, p.log.With("spoke", name))
+		s := newPlugin(p.dir, offer, p.kubelet, p.log.With("spoke", name))
 		s.cancel = cancel
 		p.running[name] = s
 		plugins.Go(func() {

@@ -366,3 +366,90 @@ func TestAThousandSpokesSurviveAKubeletRestart(t *testing.T) {
 	}
 	stop()
 }
+
+const web = "macvtap.k8slan.io/k8slan-veth-web"
+
+// pool is what kubelet knows of a pool: so many ports, all of that health.
+func pool(name string, ports int, health string) func(resource) bool {
+	return func(r resource) bool {
+		for number := range ports {
+			if r.Devices[fmt.Sprintf("%s_%d", name, number)] != health {
+				return false
+			}
+		}
+		return r.Connected && len(r.Devices) == ports
+	}
+}
+
+func TestAPoolIsOneResourceWithADevicePerPort(t *testing.T) {
+	dir := pluginDir(t)
+	kubelet := startKubelet(t, dir)
+	plugins, _ := run(t, dir, deviceplugin.Spoke{Name: "web", Ports: 11})
+	kubelet.await(t, web, pool("web", 11, pluginapi.Unhealthy))
+	messages := 1
+	for _, offer := range []deviceplugin.Spoke{
+		{Name: "web", Ports: 11, Healthy: true}, {Name: "web", Ports: 500, Healthy: true}, {Name: "web", Ports: 1, Healthy: true},
+	} {
+		plugins.Set([]deviceplugin.Spoke{offer})
+		plugins.Set([]deviceplugin.Spoke{offer})
+		r := kubelet.await(t, web, pool("web", offer.Ports, pluginapi.Healthy))
+		if messages++; r.Messages != messages || r.Registrations != 1 {
+			t.Errorf("with %+v kubelet has got %d messages in %d registrations, want %d in 1", offer, r.Messages, r.Registrations, messages)
+		}
+	}
+	plugins.Set([]deviceplugin.Spoke{{Name: "web", Healthy: true}})
+	kubelet.await(t, web, offered("web", pluginapi.Healthy))
+}
+
+func TestPortsAreAllocatedByTheirCDINames(t *testing.T) {
+	dir := pluginDir(t)
+	kubelet := startKubelet(t, dir)
+	plugins, _ := run(t, dir, deviceplugin.Spoke{Name: "web", Ports: 11, Healthy: true})
+	kubelet.await(t, web, pool("web", 11, pluginapi.Healthy))
+
+	response, err := kubelet.allocate(web, "web_10", "web_2")
+	if err != nil {
+		t.Fatal(err)
+	}
+	devices := response.ContainerResponses[0].CdiDevices
+	if len(devices) != 2 || devices[0].Name != "macvtap.k8slan.io/spoke=web_10" || devices[1].Name != "macvtap.k8slan.io/spoke=web_2" {
+		t.Errorf("CDI devices are %v", devices)
+	}
+	for _, id := range []string{"web_11", "web", "db_0"} {
+		if _, err := kubelet.allocate(web, id); status.Code(err) != codes.NotFound || !strings.Contains(err.Error(), `pool "web" has the ports web_0 to web_10`) {
+			t.Errorf("%s: %v", id, err)
+		}
+	}
+	plugins.Set([]deviceplugin.Spoke{{Name: "web", Ports: 11}})
+	kubelet.await(t, web, pool("web", 11, pluginapi.Unhealthy))
+	if _, err := kubelet.allocate(web, "web_0"); status.Code(err) != codes.Unavailable {
+		t.Errorf("a port that cannot be had: %v", err)
+	}
+}
+
+// A pool that is made smaller loses its highest ports.
+func TestKubeletIsToldToTakeTheLowestPorts(t *testing.T) {
+	dir := pluginDir(t)
+	kubelet := startKubelet(t, dir)
+	run(t, dir, deviceplugin.Spoke{Name: "web", Ports: 11, Healthy: true}, deviceplugin.Spoke{Name: "srl", Healthy: true})
+	kubelet.await(t, web, pool("web", 11, pluginapi.Healthy))
+	kubelet.await(t, srl, offered("srl", pluginapi.Healthy))
+	for _, c := range []struct {
+		free, must []string
+		size       int32
+		want       string
+	}{
+		{[]string{"web_10", "web_9", "web_2"}, nil, 1, "web_2"},
+		{[]string{"web_10", "web_9", "web_2"}, nil, 2, "web_2 web_9"},
+		{[]string{"web_10", "web_9", "web_2"}, []string{"web_10"}, 2, "web_10 web_2"},
+		{[]string{"web_3"}, nil, 2, "web_3"},
+	} {
+		got, err := kubelet.prefer(web, c.size, c.free, c.must)
+		if err != nil || strings.Join(got, " ") != c.want {
+			t.Errorf("%d of %v with %v: %v, %v; want %s", c.size, c.free, c.must, got, err, c.want)
+		}
+	}
+	if _, err := kubelet.prefer(srl, 1, []string{"srl"}, nil); err == nil {
+		t.Error("a single spoke wants to be asked, too")
+	}
+}

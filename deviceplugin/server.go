@@ -8,6 +8,7 @@ import (
 	"math"
 	"net"
 	"os"
+	"slices"
 	"sync"
 	"time"
 
@@ -23,40 +24,36 @@ import (
 // endTimeout is how long an ended server waits for kubelet to close its connections.
 const endTimeout = 5 * time.Second
 
-// device is the one device of a spoke's resource; its ID is the spoke's name.
-type device struct {
-	id string
-
+// offer is what is offered at the moment.
+type offer struct {
 	mu      sync.Mutex
-	healthy bool
-	changed chan struct{} // closed when healthy changes
+	spoke   Spoke
+	changed chan struct{} // closed when the spoke changes
 }
 
-func newDevice(id string, healthy bool) *device {
-	return &device{id: id, healthy: healthy, changed: make(chan struct{})}
-}
+func newOffer(s Spoke) *offer { return &offer{spoke: s, changed: make(chan struct{})} }
 
-func (d *device) set(healthy bool) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if d.healthy == healthy {
+func (o *offer) set(s Spoke) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.spoke == s {
 		return
 	}
-	d.healthy = healthy
-	close(d.changed)
-	d.changed = make(chan struct{})
+	o.spoke = s
+	close(o.changed)
+	o.changed = make(chan struct{})
 }
 
-func (d *device) get() (healthy bool, changed <-chan struct{}) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return d.healthy, d.changed
+func (o *offer) get() (s Spoke, changed <-chan struct{}) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.spoke, o.changed
 }
 
-// server is one gRPC server of a device on one socket, from serve to end.
+// server is one gRPC server of an offer on one socket, from serve to end.
 type server struct {
 	pluginapi.UnimplementedDevicePluginServer
-	device   *device
+	offer    *offer
 	grpc     *grpc.Server
 	listener *listener
 	socket   socketID
@@ -65,8 +62,8 @@ type server struct {
 	hungUp   chan struct{} // one slot: the other side ended a ListAndWatch
 }
 
-// serve listens on path, in place of any socket an earlier server left there, and serves the device.
-func serve(path string, d *device) (*server, error) {
+// serve listens on path, in place of any socket an earlier server left there, and serves the offer.
+func serve(path string, o *offer) (*server, error) {
 	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("remove old device plugin socket: %w", err)
 	}
@@ -79,7 +76,7 @@ func serve(path string, d *device) (*server, error) {
 		return nil, errors.Join(fmt.Errorf("device plugin socket vanished while it was made: %w", err), l.Close())
 	}
 	s := &server{
-		device:   d,
+		offer:    o,
 		listener: &listener{Listener: l},
 		socket:   socket,
 		ending:   make(chan struct{}),
@@ -123,27 +120,41 @@ func (s *server) end() {
 	s.grpc.Stop()
 }
 
-// GetDevicePluginOptions says that none of the optional calls is needed.
+// GetDevicePluginOptions says that kubelet shall ask which of a pool's ports to take.
 func (s *server) GetDevicePluginOptions(context.Context, *pluginapi.Empty) (*pluginapi.DevicePluginOptions, error) {
-	return &pluginapi.DevicePluginOptions{}, nil
+	offered, _ := s.offer.get()
+	return &pluginapi.DevicePluginOptions{GetPreferredAllocationAvailable: offered.Ports > 0}, nil
 }
 
-// ListAndWatch sends the device now and whenever its health changes, and never else: kubelet rewrites its whole
-// checkpoint with each message (writeCheckpoint in pkg/kubelet/cm/devicemanager/manager.go).
-func (s *server) ListAndWatch(_ *pluginapi.Empty, stream grpc.ServerStreamingServer[pluginapi.ListAndWatchResponse]) error {
-	sent := ""
-	for {
-		healthy, changed := s.device.get()
-		health := pluginapi.Unhealthy
-		if healthy {
-			health = pluginapi.Healthy
+// GetPreferredAllocation takes the ports of the lowest numbers: a pool that is made smaller then loses those first that
+// nobody has.
+func (s *server) GetPreferredAllocation(_ context.Context, request *pluginapi.PreferredAllocationRequest) (*pluginapi.PreferredAllocationResponse, error) {
+	offered, _ := s.offer.get()
+	response := &pluginapi.PreferredAllocationResponse{}
+	for _, container := range request.GetContainerRequests() {
+		take := slices.Clone(container.GetMustIncludeDeviceIDs())
+		for _, id := range offered.devices() {
+			if len(take) < int(container.GetAllocationSize()) && slices.Contains(container.GetAvailableDeviceIDs(), id) && !slices.Contains(take, id) {
+				take = append(take, id)
+			}
 		}
-		if health != sent {
-			devices := []*pluginapi.Device{{ID: s.device.id, Health: health}}
-			if err := stream.Send(&pluginapi.ListAndWatchResponse{Devices: devices}); err != nil {
+		response.ContainerResponses = append(response.ContainerResponses, &pluginapi.ContainerPreferredAllocationResponse{DeviceIDs: take})
+	}
+	return response, nil
+}
+
+// ListAndWatch sends the devices now and whenever they or their health change, and never else: kubelet rewrites its whole
+// checkpoint with each message (writeCheckpoint in pkg/kubelet/cm/devicemanager/manager.go). A spoke has one device of its
+// name, a pool one for each port.
+func (s *server) ListAndWatch(_ *pluginapi.Empty, stream grpc.ServerStreamingServer[pluginapi.ListAndWatchResponse]) error {
+	var sent Spoke
+	for {
+		offered, changed := s.offer.get()
+		if offered != sent {
+			if err := stream.Send(&pluginapi.ListAndWatchResponse{Devices: list(offered)}); err != nil {
 				return err
 			}
-			sent = health
+			sent = offered
 		}
 		select {
 		case <-changed:
@@ -159,19 +170,35 @@ func (s *server) ListAndWatch(_ *pluginapi.Empty, stream grpc.ServerStreamingSer
 	}
 }
 
-// Allocate confirms the device if it is healthy, with its CDI name: what that means for the container, a tap or
+func list(offered Spoke) []*pluginapi.Device {
+	health := pluginapi.Unhealthy
+	if offered.Healthy {
+		health = pluginapi.Healthy
+	}
+	var devices []*pluginapi.Device
+	for _, id := range offered.devices() {
+		devices = append(devices, &pluginapi.Device{ID: id, Health: health})
+	}
+	return devices
+}
+
+// Allocate confirms the devices if they are healthy, with their CDI names: what those mean for the container, a tap or
 // nothing but a variable, is written when the pod is attached. It builds nothing and waits for nothing, because
 // kubelet calls it with its allocation lock held.
 func (s *server) Allocate(_ context.Context, request *pluginapi.AllocateRequest) (*pluginapi.AllocateResponse, error) {
-	healthy, _ := s.device.get()
+	offered, _ := s.offer.get()
+	devices := offered.devices()
 	response := &pluginapi.AllocateResponse{}
 	for _, container := range request.GetContainerRequests() {
 		answer := &pluginapi.ContainerAllocateResponse{}
 		for _, id := range container.GetDevicesIds() {
-			if id != s.device.id {
-				return nil, status.Errorf(codes.NotFound, "spoke %q has one device, named like the spoke; kubelet asked for %q", s.device.id, id)
-			}
-			if !healthy {
+			switch {
+			case !slices.Contains(devices, id) && offered.Ports > 0:
+				return nil, status.Errorf(codes.NotFound, "pool %q has the ports %s to %s; kubelet asked for %q: was the pool made smaller? Create the pod again",
+					offered.Name, devices[0], devices[len(devices)-1], id)
+			case !slices.Contains(devices, id):
+				return nil, status.Errorf(codes.NotFound, "spoke %q has one device, named like the spoke; kubelet asked for %q", offered.Name, id)
+			case !offered.Healthy:
 				return nil, status.Errorf(codes.Unavailable,
 					"spoke %q is not ready on this node; kubectl get lannodes -o yaml says why, create the pod again when it is", id)
 			}

@@ -52,7 +52,7 @@ func nodeCommand() *cobra.Command {
 		Short: "Run the daemon of one node: it builds the LANs and offers their spokes to kubelet",
 		Long: `Run the daemon of one node.
 
-It puts the CNI plugin in its place, builds each admitted LAN that the node belongs to, repairs what somebody else changed, offers the LAN's spokes to kubelet as
+It puts the CNI plugin in its place, builds each admitted LAN that the node belongs to, repairs what somebody else changed, offers the LAN's spokes and pools to kubelet as
 resources macvtap.k8slan.io/k8slan-veth-<spoke>, and reports in the LANNode object of the node's name. It runs as root in the
 node's network namespace. When it ends, the LANs stay; kubelet offers their spokes again when it is back.
 

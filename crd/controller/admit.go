@@ -207,24 +207,25 @@ func (a admission) onVNI(lan *v1beta1.LAN) []standing {
 	})
 }
 
-// keepSpokes leaves an admitted LAN the spokes that it holds and still asks for.
+// keepSpokes leaves an admitted LAN the spokes and pools that it holds and still asks for.
 func (a admission) keepSpokes(lan *v1beta1.LAN, v verdict) {
 	if v.Holds == nil || lan.Status.Holds == nil {
 		return
 	}
+	names := lan.Spec.Names()
 	for _, spoke := range lan.Status.Holds.Spokes {
-		if a.spoke[spoke] == nil && slices.Contains(lan.Spec.Spokes, spoke) {
+		if a.spoke[spoke] == nil && slices.Contains(names, spoke) {
 			a.spoke[spoke] = lan
 		}
 	}
 }
 
-// admitSpokes gives an admitted LAN those of its spokes that nobody holds, and fills in what it holds and what is refused.
+// admitSpokes gives an admitted LAN those of its spokes and pools that nobody holds, and fills in what it holds and what is refused.
 func (a admission) admitSpokes(lan *v1beta1.LAN, v verdict) {
 	if v.Holds == nil {
 		return
 	}
-	for _, spoke := range slices.Sorted(slices.Values(lan.Spec.Spokes)) {
+	for _, spoke := range slices.Sorted(slices.Values(lan.Spec.Names())) {
 		holder := a.spoke[spoke]
 		if holder != nil && holder != lan {
 			v.Refused[spoke] = takenBy(holder, "spoke "+spoke, "").Clash
@@ -232,7 +233,7 @@ func (a admission) admitSpokes(lan *v1beta1.LAN, v verdict) {
 		}
 		if holder == nil {
 			everywhere := a.others(lan, func(standing) bool { return true })
-			if pods := podsOf(everywhere, func(p v1beta1.Attachment) bool { return p.Spoke == spoke }); len(pods) > 0 {
+			if pods := podsOf(everywhere, func(p v1beta1.Attachment) bool { return p.Offer() == spoke }); len(pods) > 0 {
 				v.Refused[spoke] = fmt.Sprintf("spoke %s is still in use by %s", spoke, enumerate(pods, ", "))
 				continue
 			}

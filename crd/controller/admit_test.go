@@ -42,6 +42,15 @@ func ns(name string) func(*v1beta1.LAN)    { return func(l *v1beta1.LAN) { l.Spe
 func port(port int32) func(*v1beta1.LAN)   { return func(l *v1beta1.LAN) { l.Spec.VXLANPort = port } }
 func uid(uid types.UID) func(*v1beta1.LAN) { return func(l *v1beta1.LAN) { l.UID = uid } }
 
+// asking gives the LAN pools of three ports.
+func asking(names ...string) func(*v1beta1.LAN) {
+	return func(l *v1beta1.LAN) {
+		for _, name := range names {
+			l.Spec.SpokePools = append(l.Spec.SpokePools, v1beta1.SpokePool{Name: name, Size: 3})
+		}
+	}
+}
+
 // holding makes the LAN hold what its spec asks for, with these spokes.
 func holding(spokes ...string) func(*v1beta1.LAN) {
 	return func(l *v1beta1.LAN) {
@@ -93,6 +102,18 @@ func TestWhoHoldsKeepsAndWhoCameFirstGets(t *testing.T) {
 			[]v1beta1.LAN{lan("a", 0, 1, "srl", "vm"), lan("b", 1, 2, "x")},
 			nil,
 			map[string]string{"a": "holds srl,vm", "b": "holds x"},
+		},
+		{
+			"a pool's name is a spoke's",
+			[]v1beta1.LAN{with(lan("a", 0, 1), asking("web", "db")), with(lan("b", 1, 2, "web", "x"), asking("db", "y"))},
+			nil,
+			map[string]string{"a": "holds db,web", "b": "holds x,y; spoke db is default/a's; spoke web is default/a's"},
+		},
+		{
+			"a pool is not free while a pod has a port of that name",
+			[]v1beta1.LAN{with(lan("a", 0, 1, "x"), asking("web"))},
+			[]standing{left("uid-gone", "default/gone", 7, v1beta1.Attachment{Spoke: "web_3", Pool: "web", Pod: "default/web-1"})},
+			map[string]string{"a": "holds x; spoke web is still in use by default/web-1 on worker1 (spoke web_3 of LAN default/gone)"},
 		},
 		{
 			"of two new LANs with one VNI the older gets it",

@@ -236,7 +236,7 @@ func news(before, after []metav1.Condition) []lanEvent {
 			continue
 		}
 		e := lanEvent{Type: corev1.EventTypeWarning, Reason: now.Reason, Action: now.Type, Note: short(now.Message)}
-		switch good := now.Type != v1beta1.ConditionAttachedTwice && now.Status == metav1.ConditionTrue; {
+		switch good := ended[now.Type] == (lanEvent{}) && now.Status == metav1.ConditionTrue; {
 		case now.Type == v1beta1.ConditionAccepted && good && was == nil:
 			continue // to be accepted at once is no news
 		case now.Type == v1beta1.ConditionReady && told(now.Reason):
@@ -245,15 +245,25 @@ func news(before, after []metav1.Condition) []lanEvent {
 			continue // still good, in other words
 		case now.Reason == v1beta1.ReasonInUse && was != nil && was.Reason == now.Reason:
 			continue // one pod less
+		case now.Reason == v1beta1.ReasonShrunk && was != nil:
+			continue // one pod less
 		case good:
 			e.Type = corev1.EventTypeNormal
 		}
 		list = append(list, e)
 	}
-	if meta.IsStatusConditionTrue(before, v1beta1.ConditionAttachedTwice) && !meta.IsStatusConditionTrue(after, v1beta1.ConditionAttachedTwice) {
-		list = append(list, lanEvent{corev1.EventTypeNormal, v1beta1.ReasonOneNode, v1beta1.ConditionAttachedTwice, "no spoke is attached twice any more"})
+	for _, was := range before {
+		if end, ok := ended[was.Type]; ok && was.Status == metav1.ConditionTrue && !meta.IsStatusConditionTrue(after, was.Type) {
+			list = append(list, end)
+		}
 	}
 	return list
+}
+
+// ended are the conditions that are there only while something is wrong, and what is told when they go.
+var ended = map[string]lanEvent{
+	v1beta1.ConditionAttachedTwice: {corev1.EventTypeNormal, v1beta1.ReasonOneNode, v1beta1.ConditionAttachedTwice, "no spoke is attached twice any more"},
+	v1beta1.ConditionPoolExceeded:  {corev1.EventTypeNormal, v1beta1.ReasonFits, v1beta1.ConditionPoolExceeded, "no pool has more pods on a node than ports any more"},
 }
 
 // told is true for a reason of Ready that passes by itself, or that is told with condition Accepted.

@@ -50,29 +50,43 @@ func heldBy(lan *v1beta1.LAN, nodes []node) holdups {
 			h.Pods = append(h.Pods, fmt.Sprintf("%s on %s (spoke %s)", a.Pod, n.Name, a.Spoke))
 		}
 	}
-	for _, a := range unheard(lan, nodes) {
-		if lost := fmt.Sprintf("node %s (its LANNode is gone)", a.Node); !slices.Contains(h.Lost, lost) {
-			h.Lost = append(h.Lost, lost)
+	attachments, used := unheard(lan, nodes)
+	for _, a := range attachments {
+		h.lose(a.Node)
+	}
+	for _, pool := range used {
+		for _, n := range pool.Nodes {
+			h.lose(n.Node)
 		}
 	}
 	return h
 }
 
-// unheard are the attachments that a LAN which is being deleted last had on nodes whose LANNode has gone since: Kubernetes' garbage
-// collector deletes it with the Node, and what it said is known from the LAN alone then.
-func unheard(lan *v1beta1.LAN, nodes []node) []v1beta1.SpokeAttachment {
-	if !deleted(lan) {
-		return nil
+func (h *holdups) lose(node string) {
+	if lost := fmt.Sprintf("node %s (its LANNode is gone)", node); !slices.Contains(h.Lost, lost) {
+		h.Lost = append(h.Lost, lost)
 	}
-	var list []v1beta1.SpokeAttachment
+}
+
+// unheard are the attachments that a LAN which is being deleted last had on nodes whose LANNode has gone since, and the use of its
+// pools there: Kubernetes' garbage collector deletes it with the Node, and what it said is known from the LAN alone then.
+func unheard(lan *v1beta1.LAN, nodes []node) (attachments []v1beta1.SpokeAttachment, pools []v1beta1.PoolStatus) {
+	if !deleted(lan) {
+		return nil, nil
+	}
+	heard := func(name string) bool { return slices.ContainsFunc(nodes, func(n node) bool { return n.Name == name }) }
 	for _, spoke := range lan.Status.Spokes {
 		for _, a := range spoke.Attachments {
-			if !slices.ContainsFunc(nodes, func(n node) bool { return n.Name == a.Node }) {
-				list = append(list, a)
+			if !heard(a.Node) {
+				attachments = append(attachments, a)
 			}
 		}
 	}
-	return list
+	for _, pool := range lan.Status.Pools {
+		pool.Nodes = slices.DeleteFunc(slices.Clone(pool.Nodes), func(n v1beta1.PoolNode) bool { return heard(n.Node) })
+		pools = append(pools, pool)
+	}
+	return attachments, pools
 }
 
 // none is true when the LAN can go.

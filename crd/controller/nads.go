@@ -28,12 +28,13 @@ type netConf struct {
 	Kind         string          `json:"kind"`
 	LAN          string          `json:"lan"`
 	NS           string          `json:"ns"`
-	Spoke        string          `json:"spoke"`
+	Spoke        string          `json:"spoke,omitempty"`
+	Pool         string          `json:"pool,omitempty"`
 	Capabilities map[string]bool `json:"capabilities"`
 	IPAM         json.RawMessage `json:"ipam,omitempty"`
 }
 
-// nads are the two NADs of every spoke that the LAN holds.
+// nads are the two NADs of every spoke and pool that the LAN holds.
 func nads(lan *v1beta1.LAN) ([]nadv1.NetworkAttachmentDefinition, error) {
 	if lan.Status.Holds == nil {
 		return nil, nil
@@ -61,6 +62,9 @@ func newNAD(lan *v1beta1.LAN, spoke string, kind v1beta1.AttachmentKind) (nadv1.
 		NS:           lan.Status.Holds.NS,
 		Spoke:        spoke,
 		Capabilities: map[string]bool{"mac": true},
+	}
+	if _, ok := lan.Spec.Pool(spoke); ok {
+		conf.Spoke, conf.Pool = "", spoke
 	}
 	switch {
 	case kind == v1beta1.KindMacvtap:

@@ -3,6 +3,7 @@ package controller
 import (
 	"encoding/json"
 	"slices"
+	"strings"
 	"testing"
 
 	nadv1 "github.com/k8snetworkplumbingwg/network-attachment-definition-client/pkg/apis/k8s.cni.cncf.io/v1"
@@ -129,4 +130,19 @@ func names(nads []nadv1.NetworkAttachmentDefinition) []string {
 		list = append(list, nad.Name)
 	}
 	return list
+}
+
+func TestTwoNADsPerPool(t *testing.T) {
+	l := with(lan("lab", 0, 222, "srl"), asking("web", "refused"), holding("srl", "web"))
+	configs := map[string]string{}
+	for _, nad := range wantedNADs(t, l) {
+		configs[nad.Name] = nad.Spec.Config
+		if r := nad.Annotations["k8s.v1.cni.cncf.io/resourceName"]; !strings.HasSuffix(nad.Name, "-srl") && r != "macvtap.k8slan.io/k8slan-veth-web" {
+			t.Errorf("%s: resource %q", nad.Name, r)
+		}
+	}
+	want := `{"cniVersion":"1.0.0","name":"k8slan-veth-web","type":"k8slan","kind":"veth","lan":"default/lab","ns":"default.lab","pool":"web","capabilities":{"mac":true}}`
+	if len(configs) != 4 || configs["k8slan-veth-web"] != want || !strings.Contains(configs["k8slan-mac-web"], `"kind":"macvtap"`) {
+		t.Errorf("have %v", configs)
+	}
 }

@@ -108,18 +108,21 @@ type problem struct{ Reason, Message string }
 
 // status is the LAN's status by the verdict on its claims, its nodes and the NADs that stand in its way, given as namespace/name.
 func status(lan *v1beta1.LAN, v verdict, nodes []node, foreignNADs []string, now metav1.Time) v1beta1.LANStatus {
+	spanned := spannedBy(lan, nodes)
 	s := v1beta1.LANStatus{
 		ObservedGeneration: lan.Generation,
 		Holds:              v.Holds,
 		Discovery:          "multicast",
+		SpokeCount:         ports(lan, v.Holds),
 		Spokes:             spokes(lan, v, nodes),
+		Pools:              pools(lan, v, nodes, len(spanned)),
 		Conditions:         slices.Clone(lan.Status.Conditions),
-	}
-	if v.Holds != nil {
-		s.SpokeCount = int32(len(v.Holds.Spokes))
 	}
 	for _, spoke := range s.Spokes {
 		s.Attached += int32(len(spoke.Attachments))
+	}
+	for _, pool := range s.Pools {
+		s.Attached += attachedTo(pool)
 	}
 	set := func(c metav1.Condition) {
 		c.ObservedGeneration, c.LastTransitionTime = lan.Generation, now
@@ -130,7 +133,11 @@ func status(lan *v1beta1.LAN, v verdict, nodes []node, foreignNADs []string, now
 	} else {
 		meta.RemoveStatusCondition(&s.Conditions, v1beta1.ConditionAttachedTwice)
 	}
-	spanned := spannedBy(lan, nodes)
+	if exceeded := poolExceeded(lan, s.Pools); exceeded != "" {
+		set(metav1.Condition{Type: v1beta1.ConditionPoolExceeded, Status: metav1.ConditionTrue, Reason: v1beta1.ReasonShrunk, Message: exceeded})
+	} else {
+		meta.RemoveStatusCondition(&s.Conditions, v1beta1.ConditionPoolExceeded)
+	}
 	if deleted(lan) {
 		p := heldBy(lan, nodes).tell(lan)
 		s.State, s.Nodes = v1beta1.StateDeleting, fmt.Sprintf("0/%d", len(spanned))
@@ -226,7 +233,7 @@ func survey(lan *v1beta1.LAN, v verdict, spanned []node) (ready, offered int, pr
 			ready, offered = ready+1, offered+1
 			continue
 		}
-		if held := int32(len(v.Holds.Spokes)); seg.Offered > 0 && seg.Offered >= held {
+		if held := ports(lan, v.Holds); seg.Offered > 0 && seg.Offered >= held {
 			offered++ // Degraded, or with the spec of before the last change
 		}
 		problems = append(problems, *p)
@@ -243,7 +250,7 @@ func segmentOn(lan *v1beta1.LAN, v verdict, n node) (v1beta1.SegmentStatus, *pro
 	if i < 0 || n.Segments[i].State == v1beta1.SegmentLeaving {
 		return v1beta1.SegmentStatus{}, &problem{v1beta1.ReasonPending, "node " + n.Name + " does not report the LAN yet"}
 	}
-	seg, held := n.Segments[i], int32(len(v.Holds.Spokes))
+	seg, held := n.Segments[i], ports(lan, v.Holds)
 	switch {
 	case seg.State != v1beta1.SegmentReady && seg.Reason == "":
 		return seg, &problem{v1beta1.ReasonPending, "node " + n.Name + " is still building the LAN"}
@@ -280,7 +287,19 @@ func tell(problems []problem) string {
 	return enumerate(words, "; ")
 }
 
-// spokes lists the spokes that are attached, whether they are still in the spec or not, and those that are refused. A LAN that is
+// ports is how many spokes each node should offer: of a pool that the LAN holds, its ports.
+func ports(lan *v1beta1.LAN, holds *v1beta1.Holding) (n int32) {
+	if holds == nil {
+		return 0
+	}
+	for _, name := range holds.Spokes {
+		pool, _ := lan.Spec.Pool(name)
+		n += max(pool.Size, 1)
+	}
+	return n
+}
+
+// spokes lists the single spokes that are attached, whether they are still in the spec or not, and those that are refused. A LAN that is
 // being deleted keeps what it had on nodes that are gone: what they do now nobody knows.
 func spokes(lan *v1beta1.LAN, v verdict, nodes []node) []v1beta1.SpokeStatus {
 	byName := map[string]*v1beta1.SpokeStatus{}
@@ -291,9 +310,12 @@ func spokes(lan *v1beta1.LAN, v verdict, nodes []node) []v1beta1.SpokeStatus {
 		return byName[spoke]
 	}
 	for spoke, why := range v.Refused {
-		entry(spoke).Refused = why
+		if _, pool := lan.Spec.Pool(spoke); !pool {
+			entry(spoke).Refused = why
+		}
 	}
-	for _, a := range unheard(lan, nodes) {
+	last, _ := unheard(lan, nodes)
+	for _, a := range last {
 		e := entry(a.Spoke)
 		e.Attachments = append(e.Attachments, a)
 	}
@@ -306,6 +328,9 @@ func spokes(lan *v1beta1.LAN, v verdict, nodes []node) []v1beta1.SpokeStatus {
 				continue
 			}
 			for _, a := range seg.Attachments {
+				if a.Pool != "" {
+					continue
+				}
 				e := entry(a.Spoke)
 				e.Attachments = append(e.Attachments, v1beta1.SpokeAttachment{Node: n.Name, Attachment: a})
 			}
@@ -319,6 +344,81 @@ func spokes(lan *v1beta1.LAN, v verdict, nodes []node) []v1beta1.SpokeStatus {
 		list = append(list, *byName[spoke])
 	}
 	return list
+}
+
+// pools sums up the LAN's pools, and those that are gone from its spec but still in use, sorted. What a LAN that is being deleted
+// had on nodes that are gone stays, as with spokes. Which pods they are would be too much for one object.
+func pools(lan *v1beta1.LAN, v verdict, nodes []node, spanned int) []v1beta1.PoolStatus {
+	used := map[string]map[string]int32{} // by pool and node
+	use := func(pool, node string, n int32) {
+		if used[pool] == nil {
+			used[pool] = map[string]int32{}
+		}
+		if n > 0 {
+			used[pool][node] += n
+		}
+	}
+	for _, pool := range lan.Spec.SpokePools {
+		use(pool.Name, "", 0)
+	}
+	_, last := unheard(lan, nodes)
+	for _, pool := range last {
+		for _, n := range pool.Nodes {
+			use(pool.Name, n.Node, n.Attached)
+		}
+	}
+	for _, n := range nodes {
+		for _, seg := range n.Segments {
+			for _, a := range seg.Attachments {
+				if seg.UID == lan.UID && a.Pool != "" && (n.Exists || deleted(lan)) {
+					use(a.Pool, n.Name, 1)
+				}
+			}
+		}
+	}
+	var list []v1beta1.PoolStatus
+	for _, name := range slices.Sorted(maps.Keys(used)) {
+		s := v1beta1.PoolStatus{Name: name, Refused: v.Refused[name]}
+		for _, n := range slices.Sorted(maps.Keys(used[name])) {
+			s.Nodes = append(s.Nodes, v1beta1.PoolNode{Node: n, Attached: used[name][n]})
+		}
+		offered := 0
+		if v.Holds != nil && !deleted(lan) && slices.Contains(v.Holds.Spokes, name) {
+			pool, _ := lan.Spec.Pool(name)
+			offered = int(pool.Size) * spanned
+		}
+		s.Use = fmt.Sprintf("%d/%d", attachedTo(s), offered)
+		list = append(list, s)
+	}
+	return list
+}
+
+func attachedTo(pool v1beta1.PoolStatus) (n int32) {
+	for _, on := range pool.Nodes {
+		n += on.Attached
+	}
+	return n
+}
+
+// poolExceeded says which pools have more pods on a node than ports, and where; empty if none has.
+func poolExceeded(lan *v1beta1.LAN, pools []v1beta1.PoolStatus) string {
+	var words []string
+	for _, s := range pools {
+		pool, ok := lan.Spec.Pool(s.Name)
+		var where []string
+		for _, n := range s.Nodes {
+			if ok && n.Attached > pool.Size {
+				where = append(where, fmt.Sprintf("%d on %s", n.Attached, n.Node))
+			}
+		}
+		if len(where) > 0 {
+			words = append(words, fmt.Sprintf("pool %s has %d ports on each node, and more pods are attached: %s", s.Name, pool.Size, enumerate(where, ", ")))
+		}
+	}
+	if len(words) == 0 {
+		return ""
+	}
+	return enumerate(words, "; ") + "; they stay until they go by themselves, and no more are placed there before"
 }
 
 // attachedTwice says which spokes are attached on more than one node, and where; empty if none is.

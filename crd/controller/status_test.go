@@ -1,6 +1,8 @@
 package controller
 
 import (
+	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -333,6 +335,74 @@ func TestASpokeOnTwoNodesIsTold(t *testing.T) {
 	}
 }
 
+// inPool is a pod on a port of a pool.
+func inPool(pool, port string) v1beta1.Attachment {
+	a := pod(pool+"_"+port, pool+"-"+port)
+	a.Pool = pool
+	return a
+}
+
+func TestPoolsAreSummedUp(t *testing.T) {
+	l := with(lan("lab", 0, 222, "srl"), asking("web", "refused", "db"))
+	held := verdict{
+		Holds:   &v1beta1.Holding{NS: "default.lab", VNI: 222, Port: 4789, Spokes: []string{"db", "srl", "web"}},
+		Refused: map[string]string{"refused": "spoke refused is default/other's"},
+	}
+	nodes := []node{
+		worker("worker1", segment(7, inPool("web", "0"), inPool("web", "1"), pod("srl", "srl-1"), inPool("old", "0"))),
+		worker("worker2", segment(7, inPool("web", "0"))),
+	}
+	s := status(&l, held, nodes, nil, epoch)
+	var have []string
+	for _, p := range s.Pools {
+		have = append(have, fmt.Sprint(p.Name, " ", p.Use, " ", p.Nodes, " ", p.Refused))
+	}
+	want := []string{"db 0/6 [] ", "old 1/0 [{worker1 1}] ", "refused 0/0 [] spoke refused is default/other's", "web 3/6 [{worker1 2} {worker2 1}] "}
+	if !slices.Equal(have, want) {
+		t.Errorf("\nhave %q\nwant %q", have, want)
+	}
+	if s.SpokeCount != 7 || s.Attached != 5 || len(s.Spokes) != 1 || s.Nodes != "2/2" {
+		t.Errorf("%d spokes, %d attached, %+v, ready on %s", s.SpokeCount, s.Attached, s.Spokes, s.Nodes)
+	}
+	if meta.FindStatusCondition(s.Conditions, v1beta1.ConditionAttachedTwice) != nil {
+		t.Error("ports of one number on two nodes are taken for one spoke")
+	}
+	nodes[1].Segments[0].Offered = 6
+	if s := status(&l, held, nodes, nil, epoch); s.Nodes != "1/2" {
+		t.Errorf("with a port not offered it is ready on %s", s.Nodes)
+	}
+
+	// The word of a node whose LANNode goes during the deletion is kept.
+	l.Status = s
+	deleting(&l)
+	gone := status(&l, verdict{Holds: held.Holds}, nodes[1:], nil, epoch)
+	if p := gone.Pools[len(gone.Pools)-1]; p.Use != "3/0" || len(p.Nodes) != 2 {
+		t.Errorf("of a node whose LANNode is gone is left: %+v", p)
+	}
+	if h := heldBy(&l, nodes[1:]); !slices.Equal(h.Lost, []string{"node worker1 (its LANNode is gone)"}) {
+		t.Errorf("lost are %v", h.Lost)
+	}
+}
+
+func TestAPoolThatIsSmallerThanItsUseIsTold(t *testing.T) {
+	l := with(lan("lab", 0, 222), asking("web"))
+	held := verdict{Holds: &v1beta1.Holding{Spokes: []string{"web"}}}
+	four := segment(3, inPool("web", "0"), inPool("web", "1"), inPool("web", "3"), inPool("web", "4"))
+	s := status(&l, held, []node{worker("worker1", four), worker("worker2", segment(3, inPool("web", "7")))}, nil, epoch)
+	exceeded := meta.FindStatusCondition(s.Conditions, v1beta1.ConditionPoolExceeded)
+	if exceeded == nil || !strings.HasPrefix(exceeded.Message, "pool web has 3 ports on each node, and more pods are attached: 4 on worker1; they stay") {
+		t.Fatalf("have %v", exceeded)
+	}
+	if s.State != v1beta1.StateReady {
+		t.Errorf("the LAN is %s, but all it offers is there", s.State)
+	}
+	l.Status = s
+	s = status(&l, held, []node{worker("worker1", segment(3, four.Attachments[:3]...)), worker("worker2", segment(3))}, nil, epoch)
+	if meta.FindStatusCondition(s.Conditions, v1beta1.ConditionPoolExceeded) != nil {
+		t.Error("the condition stays after the pods fit again")
+	}
+}
+
 func TestEventsTellChangesOnly(t *testing.T) {
 	condition := func(kind string, status metav1.ConditionStatus, reason, message string) metav1.Condition {
 		return metav1.Condition{Type: kind, Status: status, Reason: reason, Message: message}
@@ -356,6 +426,9 @@ func TestEventsTellChangesOnly(t *testing.T) {
 		{"taken up", []metav1.Condition{refused}, []metav1.Condition{accepted}, "Normal Held"},
 		{"attached twice", nil, []metav1.Condition{condition("AttachedTwice", "True", "TwoNodes", "…")}, "Warning TwoNodes"},
 		{"attached once again", []metav1.Condition{condition("AttachedTwice", "True", "TwoNodes", "…")}, nil, "Normal OneNode"},
+		{"a pool exceeded", nil, []metav1.Condition{condition("PoolExceeded", "True", "Shrunk", "…")}, "Warning Shrunk"},
+		{"a little less", []metav1.Condition{condition("PoolExceeded", "True", "Shrunk", "5")}, []metav1.Condition{condition("PoolExceeded", "True", "Shrunk", "4")}, ""},
+		{"a pool that fits again", []metav1.Condition{condition("PoolExceeded", "True", "Shrunk", "…")}, nil, "Normal Fits"},
 		{"deleted", []metav1.Condition{ready}, []metav1.Condition{condition("Ready", "False", "Deleting", "goes when")}, ""},
 		{"deleted in use", []metav1.Condition{ready}, []metav1.Condition{condition("Ready", "False", "InUse", "a, b")}, "Warning InUse"},
 		{"one pod less", []metav1.Condition{condition("Ready", "False", "InUse", "a, b")}, []metav1.Condition{condition("Ready", "False", "InUse", "a")}, ""},

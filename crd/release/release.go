@@ -83,6 +83,11 @@ func (r Release) tellAttached(ctx context.Context) {
 					"lan", lan.Namespace+"/"+lan.Name, "spoke", spoke.Name)
 			}
 		}
+		for _, pool := range lan.Status.Pools {
+			for _, n := range pool.Nodes {
+				r.Log.Warn("pods lose their interfaces", "pods", n.Attached, "node", n.Node, "lan", lan.Namespace+"/"+lan.Name, "pool", pool.Name)
+			}
+		}
 	}
 }
 

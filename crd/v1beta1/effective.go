@@ -6,13 +6,13 @@ import (
 	"slices"
 )
 
-// Resource is the extended resource that kubelet advertises for a spoke.
+// Resource is the extended resource that kubelet advertises for a spoke or a pool.
 func Resource(spoke string) string { return "macvtap.k8slan.io/" + VethNAD(spoke) }
 
-// VethNAD is the name of the NetworkAttachmentDefinition that gives a pod a veth on the spoke.
+// VethNAD is the name of the NetworkAttachmentDefinition that gives a pod a veth on the spoke or pool.
 func VethNAD(spoke string) string { return "k8slan-veth-" + spoke }
 
-// MacvtapNAD is the name of the NetworkAttachmentDefinition that gives a KubeVirt VM a macvtap on the spoke.
+// MacvtapNAD is the name of the NetworkAttachmentDefinition that gives a KubeVirt VM a macvtap on the spoke or pool.
 func MacvtapNAD(spoke string) string { return "k8slan-mac-" + spoke }
 
 // Effective is the spec with every value that was left out filled in; it is never written back.
@@ -37,13 +37,37 @@ func (l *LAN) Effective() LANSpec {
 	if s.TxChecksum == "" {
 		s.TxChecksum = On
 	}
+	for i := range s.SpokePools {
+		s.SpokePools[i].MACBy = cmp.Or(s.SpokePools[i].MACBy, MACByPort)
+	}
 	return s
 }
 
-// TxChecksumOff are the spokes, sorted, whose txChecksum is off: their own word counts before the LAN's.
+// Names are those of the LAN's spokes and pools: what must be unique in the cluster, and what has a resource and NADs.
+func (s *LANSpec) Names() []string {
+	names := slices.Clone(s.Spokes)
+	for _, pool := range s.SpokePools {
+		names = append(names, pool.Name)
+	}
+	return names
+}
+
+// Pool finds a pool by its name.
+func (s *LANSpec) Pool(name string) (SpokePool, bool) {
+	i := slices.IndexFunc(s.SpokePools, func(p SpokePool) bool { return p.Name == name })
+	if i < 0 {
+		return SpokePool{}, false
+	}
+	return s.SpokePools[i], true
+}
+
+// Offer is the name of what kubelet gave to the pod: the spoke or, of a port, its pool.
+func (a Attachment) Offer() string { return cmp.Or(a.Pool, a.Spoke) }
+
+// TxChecksumOff are the spokes and pools, sorted, whose txChecksum is off: their own word counts before the LAN's.
 func (s *LANSpec) TxChecksumOff() []string {
 	var off []string
-	for _, spoke := range s.Spokes {
+	for _, spoke := range s.Names() {
 		if cmp.Or(s.SpokeOptions[spoke].TxChecksum, s.TxChecksum) == Off {
 			off = append(off, spoke)
 		}

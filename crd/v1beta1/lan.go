@@ -15,10 +15,11 @@ const (
 
 	// MaxSpokes is the largest number of spokes in one LAN. A Linux bridge has 1,023 ports
 	// (BR_MAX_PORTS in net/bridge/br_private.h) and a spoke takes two of them while a pod is attached.
+	// The ports of pools count as spokes.
 	MaxSpokes = 500
 )
 
-// LANSpec says what a LAN is. Only vni and spokes are required.
+// LANSpec says what a LAN is. Only vni is required, and spokes or spokePools.
 //
 // +kubebuilder:validation:XValidation:rule="has(self.ns) == has(oldSelf.ns) && (!has(self.ns) || self.ns == oldSelf.ns)",fieldPath=".ns",message="ns cannot be changed, added or removed: attached pods hang on the network namespace of that name; delete the LAN and create it anew"
 // +kubebuilder:validation:XValidation:rule="has(self.bridge) == has(oldSelf.bridge) && (!has(self.bridge) || self.bridge == oldSelf.bridge)",fieldPath=".bridge",message="bridge cannot be changed, added or removed: attached pods hang on the bridge of that name; delete the LAN and create it anew"
@@ -26,9 +27,14 @@ const (
 // +kubebuilder:validation:XValidation:rule="!has(self.bridge) || !has(self.vxlan) || self.bridge != self.vxlan",fieldPath=".vxlan",message="bridge and vxlan must have different names: both are interfaces of the LAN's network namespace (left out, they are br<vni> and vx<vni>)"
 // +kubebuilder:validation:XValidation:rule="!has(self.bridge) || has(self.vxlan) || !(self.bridge.matches('^vx[1-9][0-9]{0,7}$') && int(self.bridge.substring(2)) == self.vni)",fieldPath=".vxlan",message="bridge and vxlan must have different names: both are interfaces of the LAN's network namespace (left out, they are br<vni> and vx<vni>)"
 // +kubebuilder:validation:XValidation:rule="has(self.bridge) || !has(self.vxlan) || !(self.vxlan.matches('^br[1-9][0-9]{0,7}$') && int(self.vxlan.substring(2)) == self.vni)",fieldPath=".vxlan",message="bridge and vxlan must have different names: both are interfaces of the LAN's network namespace (left out, they are br<vni> and vx<vni>)"
-// +kubebuilder:validation:XValidation:rule="has(self.bridge) ? !(self.bridge in self.spokes) : !self.spokes.exists(s, s.matches('^br[1-9][0-9]{0,7}$') && int(s.substring(2)) == self.vni)",fieldPath=".spokes",message="a spoke has the name of the bridge (br<vni> if spec.bridge is left out): in the LAN's network namespace a spoke's link answers to the spoke's name, so rename one of them"
-// +kubebuilder:validation:XValidation:rule="has(self.vxlan) ? !(self.vxlan in self.spokes) : !self.spokes.exists(s, s.matches('^vx[1-9][0-9]{0,7}$') && int(s.substring(2)) == self.vni)",fieldPath=".spokes",message="a spoke has the name of the VXLAN (vx<vni> if spec.vxlan is left out): in the LAN's network namespace a spoke's link answers to the spoke's name, so rename one of them"
-// +kubebuilder:validation:XValidation:rule="!has(self.spokeOptions) || self.spokeOptions.all(s, s in self.spokes)",fieldPath=".spokeOptions",messageExpression="'spokeOptions names \"' + self.spokeOptions.filter(s, !(s in self.spokes))[0] + '\", which is no spoke of this LAN; add it to spec.spokes, or take it out here'",message="spokeOptions names something that is no spoke of this LAN; add it to spec.spokes, or take it out here"
+// +kubebuilder:validation:XValidation:rule="!has(self.spokes) || (has(self.bridge) ? !(self.bridge in self.spokes) : !self.spokes.exists(s, s.matches('^br[1-9][0-9]{0,7}$') && int(s.substring(2)) == self.vni))",fieldPath=".spokes",message="a spoke has the name of the bridge (br<vni> if spec.bridge is left out): in the LAN's network namespace a spoke's link answers to the spoke's name, so rename one of them"
+// +kubebuilder:validation:XValidation:rule="!has(self.spokes) || (has(self.vxlan) ? !(self.vxlan in self.spokes) : !self.spokes.exists(s, s.matches('^vx[1-9][0-9]{0,7}$') && int(s.substring(2)) == self.vni))",fieldPath=".spokes",message="a spoke has the name of the VXLAN (vx<vni> if spec.vxlan is left out): in the LAN's network namespace a spoke's link answers to the spoke's name, so rename one of them"
+// +kubebuilder:validation:XValidation:rule="has(self.spokes) || has(self.spokePools)",fieldPath=".spokes",reason=FieldValueRequired,message="a LAN has at least one spoke, in spokes, or a pool of them, in spokePools"
+// +kubebuilder:validation:XValidation:rule="!has(self.spokes) || !has(self.spokePools) || !self.spokePools.exists(p, p.name in self.spokes)",fieldPath=".spokePools",message="a pool has the name of a spoke: both would be the same resource; rename one of them"
+// +kubebuilder:validation:XValidation:rule="!has(self.spokePools) || (has(self.spokes) ? self.spokes.size() : 0) + self.spokePools.map(p, p.size).sum() <= 500",fieldPath=".spokePools",message="spokes and the sizes of all pools come to more than 500, the most that one LAN can have on a node"
+// +kubebuilder:validation:XValidation:rule="!has(self.spokePools) || !has(self.bridge) || !self.spokePools.exists(p, self.bridge.startsWith(p.name + '_'))",fieldPath=".bridge",message="the bridge's name begins with that of a pool and '_', as the names of the pool's ports do; rename one of them"
+// +kubebuilder:validation:XValidation:rule="!has(self.spokePools) || !has(self.vxlan) || !self.spokePools.exists(p, self.vxlan.startsWith(p.name + '_'))",fieldPath=".vxlan",message="the VXLAN's name begins with that of a pool and '_', as the names of the pool's ports do; rename one of them"
+// +kubebuilder:validation:XValidation:rule="!has(self.spokeOptions) || self.spokeOptions.all(s, has(self.spokes) && s in self.spokes || has(self.spokePools) && self.spokePools.exists(p, p.name == s))",fieldPath=".spokeOptions",messageExpression="'spokeOptions names \"' + self.spokeOptions.filter(s, !(has(self.spokes) && s in self.spokes) && !(has(self.spokePools) && self.spokePools.exists(p, p.name == s)))[0] + '\", which is no spoke of this LAN; add it to spec.spokes, or take it out here'",message="spokeOptions names something that is no spoke of this LAN; add it to spec.spokes, or take it out here"
 type LANSpec struct {
 	// VNI is the VXLAN network identifier, 1 to 16777215. It must be unique in the cluster per vxlanPort: a LAN whose VNI is
 	// another LAN's waits in state Conflict. It cannot change.
@@ -42,6 +48,7 @@ type LANSpec struct {
 	// A pod attaches with the annotation k8s.v1.cni.cncf.io/networks: k8slan-veth-<spoke> and the limit
 	// macvtap.k8slan.io/k8slan-veth-<spoke>: 1; a KubeVirt VM with the network k8slan-mac-<spoke>.
 	// Spokes can be added and removed while the LAN runs; one that is removed while a pod is attached goes when the pod goes.
+	// +optional
 	// +listType=set
 	// +kubebuilder:validation:MinItems=1
 	// +kubebuilder:validation:MaxItems=500
@@ -49,7 +56,18 @@ type LANSpec struct {
 	// +kubebuilder:validation:items:XValidation:rule="self.size() <= 13",message="a spoke has at most 13 characters, because Linux allows 15 for the interface and its partner's suffix"
 	// +kubebuilder:validation:items:XValidation:rule="self.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?([.][a-z0-9]([-a-z0-9]*[a-z0-9])?)*$')",message="a spoke is made of lower-case letters, digits, '-' and '.', begins and ends with a letter or digit, also around each '.': the names of its NADs and its resource are made of it"
 	// +kubebuilder:validation:items:XValidation:rule="self != 'lo'",message="\"lo\" is the loopback interface of every network namespace; choose another name for the spoke"
-	Spokes []string `json:"spokes"`
+	Spokes []string `json:"spokes,omitempty"`
+
+	// SpokePools are spokes in numbers, for pods that come in numbers: those of a Deployment or a StatefulSet. Each is one resource,
+	// of which every node has as many as the pool's size; a pod attaches as to a spoke, with the pool's name in its place.
+	// Pools can be added, removed and resized while the LAN runs; a port that is in use stays until its pod is gone. The sizes and
+	// the number of spokes come to 500 at most.
+	// +optional
+	// +listType=map
+	// +listMapKey=name
+	// +kubebuilder:validation:MinItems=1
+	// +kubebuilder:validation:MaxItems=100
+	SpokePools []SpokePool `json:"spokePools,omitempty"`
 
 	// NS is the name of the LAN's network namespace on every node, a file under /run/k8slan/netns. It must be unique in the cluster.
 	// It cannot change. Default: <namespace>.<name> of the LAN.
@@ -120,7 +138,7 @@ type LANSpec struct {
 	// +kubebuilder:validation:Enum=on;off;true;false
 	TxChecksum Switch `json:"txChecksum,omitempty"`
 
-	// SpokeOptions are settings of single spokes, by the spoke's name; they override the LAN's.
+	// SpokeOptions are settings of single spokes, by the spoke's name, or of all ports of a pool, by the pool's; they override the LAN's.
 	// +optional
 	// +kubebuilder:validation:MaxProperties=500
 	SpokeOptions map[string]SpokeOptions `json:"spokeOptions,omitempty"`
@@ -131,7 +149,39 @@ type LANSpec struct {
 	IPAM *IPAM `json:"ipam,omitempty"`
 }
 
-// SpokeOptions are settings of one spoke.
+// SpokePool is a number of ports on every node that are all alike.
+type SpokePool struct {
+	// Name of the pool, at most 9 lower-case letters, digits, '-' and '.'; unique in the cluster among spokes and pools. Its ports are
+	// called <name>_0, <name>_1 and so on.
+	// +kubebuilder:validation:MaxLength=63
+	// +kubebuilder:validation:XValidation:rule="self.size() <= 9",message="a pool's name has at most 9 characters, because Linux allows 15 for an interface, and the port's number and a suffix come on top"
+	// +kubebuilder:validation:XValidation:rule="self.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?([.][a-z0-9]([-a-z0-9]*[a-z0-9])?)*$')",message="a pool's name is made of lower-case letters, digits, '-' and '.', begins and ends with a letter or digit, also around each '.': the names of its NADs and its resource are made of it"
+	Name string `json:"name"`
+
+	// Size is the number of ports on each node, 1 to 500. It can change while pods are attached: a port that is one too many goes when its
+	// pod goes.
+	// +kubebuilder:validation:Minimum=1
+	// +kubebuilder:validation:Maximum=500
+	Size int32 `json:"size"`
+
+	// MACBy says what a pod's MAC is derived from beside LAN and pool. port: node and port, so that no two pods have the same, and a
+	// pod that is made anew may have another. ordinal: the number at the end of the pod's name, for one StatefulSet, whose pods keep
+	// their MACs on whichever node; two pods of the same number have the same MAC, and a pod without one is refused. Default: port.
+	// +optional
+	// +kubebuilder:validation:Enum=port;ordinal
+	MACBy MACBy `json:"macBy,omitempty"`
+}
+
+// MACBy is what the MAC of a pool's port is derived from.
+type MACBy string
+
+// What MACs can be derived from.
+const (
+	MACByPort    MACBy = "port"
+	MACByOrdinal MACBy = "ordinal"
+)
+
+// SpokeOptions are settings of one spoke, or of each port of a pool.
 type SpokeOptions struct {
 	// TxChecksum of what reaches the spoke's pod or VM and of what that sends, on or off, as spec.txChecksum is for the whole LAN.
 	// Set it off on the spoke of the network function that drops unfinished checksums; the others keep their speed among
@@ -175,6 +225,9 @@ const (
 	// ConditionAttachedTwice is True while a spoke is attached on two nodes: right during a live migration, else a mistake,
 	// since both bear the same MAC. It is absent otherwise.
 	ConditionAttachedTwice = "AttachedTwice"
+	// ConditionPoolExceeded is True while more pods are attached to a pool on a node than it has ports: it was made smaller
+	// under them, and they stay. It is absent otherwise.
+	ConditionPoolExceeded = "PoolExceeded"
 )
 
 // Reasons of a LAN's conditions, beside those of a segment (Reason… in lannode.go).
@@ -189,6 +242,8 @@ const (
 	ReasonUnreachable   = "Unreachable"   // a node does not answer
 	ReasonTwoNodes      = "TwoNodes"      // AttachedTwice: a spoke is attached on more than one node
 	ReasonOneNode       = "OneNode"       // an event: what TwoNodes told is over
+	ReasonShrunk        = "Shrunk"        // PoolExceeded: a pool was made smaller than its use
+	ReasonFits          = "Fits"          // an event: what Shrunk told is over
 	ReasonDeleting      = "Deleting"      // Ready: the LAN is being deleted, and goes when the nodes have let it go
 	ReasonInUse         = "InUse"         // Ready: the LAN is being deleted, and stays until its pods are gone
 	ReasonNodeLost      = "NodeLost"      // an event: a LAN goes without the word of a node that is lost
@@ -214,7 +269,7 @@ type Holding struct {
 	VNI int32 `json:"vni"`
 	// Port is the VXLAN's UDP port.
 	Port int32 `json:"vxlanPort"`
-	// Spokes that are held, sorted; a spoke that is another LAN's is missing here.
+	// Spokes that are held, sorted, and pools among them; one that is another LAN's is missing here.
 	// +listType=set
 	// +optional
 	Spokes []string `json:"spokes,omitempty"`
@@ -231,6 +286,31 @@ type SpokeStatus struct {
 	// +optional
 	// +listType=atomic
 	Attachments []SpokeAttachment `json:"attachments,omitempty"`
+}
+
+// PoolStatus is the use of one pool.
+type PoolStatus struct {
+	// Name of the pool.
+	Name string `json:"name"`
+	// Refused says why the pool is not offered; empty for one that is.
+	// +optional
+	Refused string `json:"refused,omitempty"`
+	// Use is "attached/ports" on all nodes, such as 7/10. The ports are the pool's size times the nodes that the LAN spans.
+	// +optional
+	Use string `json:"use,omitempty"`
+	// Nodes that have pods attached to the pool, sorted; which pods is in their LANNode.
+	// +optional
+	// +listType=map
+	// +listMapKey=node
+	Nodes []PoolNode `json:"nodes,omitempty"`
+}
+
+// PoolNode is the use of a pool on one node.
+type PoolNode struct {
+	// Node that has the pods.
+	Node string `json:"node"`
+	// Attached is the number of attachments there.
+	Attached int32 `json:"attached"`
 }
 
 // SpokeAttachment is an attachment with the node it is on.
@@ -257,7 +337,7 @@ type LANStatus struct {
 	// Discovery is how nodes find each other: multicast.
 	// +optional
 	Discovery string `json:"discovery,omitempty"`
-	// SpokeCount is the number of spokes the LAN holds.
+	// SpokeCount is the number of spokes the LAN holds, with the ports of its pools as each node has them.
 	// +optional
 	SpokeCount int32 `json:"spokeCount"`
 	// Attached is the number of attachments on all nodes.
@@ -271,7 +351,13 @@ type LANStatus struct {
 	// +listType=map
 	// +listMapKey=name
 	Spokes []SpokeStatus `json:"spokes,omitempty"`
-	// Conditions are Accepted, Ready and, while a spoke is attached on two nodes, AttachedTwice.
+	// Pools are the LAN's pools, and those gone from its spec that still have pods attached.
+	// +optional
+	// +listType=map
+	// +listMapKey=name
+	Pools []PoolStatus `json:"pools,omitempty"`
+	// Conditions are Accepted, Ready and, while a spoke is attached on two nodes, AttachedTwice, and while a pool has more pods on a node
+	// than ports, PoolExceeded.
 	// +optional
 	// +listType=map
 	// +listMapKey=type

@@ -16,8 +16,11 @@ const (
 
 // Attachment is one pod or VM on a spoke, as the node's kernel has it.
 type Attachment struct {
-	// Spoke that is taken.
+	// Spoke that is taken; of a pool the port, such as web_3.
 	Spoke string `json:"spoke"`
+	// Pool that the spoke is a port of; empty for a single spoke.
+	// +optional
+	Pool string `json:"pool,omitempty"`
 	// Pod is namespace/name.
 	Pod string `json:"pod"`
 	// Interface is the link's name in the pod.
@@ -85,7 +88,7 @@ type SegmentStatus struct {
 	// MTU that the LAN has on this node, in bytes.
 	// +optional
 	MTU int32 `json:"mtu,omitempty"`
-	// Offered is the number of spokes this node offers to kubelet, taken ones included.
+	// Offered is the number of spokes, and ports of pools, that this node offers to kubelet, taken ones included.
 	// +optional
 	Offered int32 `json:"offered,omitempty"`
 	// Attachments on this node, sorted by spoke.

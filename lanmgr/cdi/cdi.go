@@ -75,12 +75,14 @@ func Write(dir string, d Device) error {
 		return fmt.Errorf("write CDI device %s: %w", Name(d.Spoke), err)
 	}
 	path := file(dir, d.Spoke, d.ClaimID)
-	left, err := filepath.Glob(strings.TrimSuffix(file(dir, d.Spoke, "*"), ".json") + ".*") // half-written ones, too
+	prefix := strings.TrimSuffix(file(dir, d.Spoke, ""), ".json")
+	left, err := filepath.Glob(prefix + "*.*") // half-written ones, too
 	if err != nil {
 		return fmt.Errorf("list CDI devices %s: %w", Name(d.Spoke), err)
 	}
 	for _, earlier := range left {
-		if earlier == path {
+		// What has a further underscore is that of a port, of a pool that had the spoke's name before.
+		if earlier == path || strings.Contains(strings.TrimPrefix(earlier, prefix), "_") {
 			continue
 		}
 		if err := remove(earlier); err != nil {

@@ -97,3 +97,17 @@ func TestSpokesOfSimilarNamesAndStrangersAreLeftAlone(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// A spoke may have the name of a pool that was there before, some of whose pods still are.
+func TestASpokeLeavesAPortsDeviceAlone(t *testing.T) {
+	dir := t.TempDir()
+	for _, d := range []cdi.Device{{Spoke: "web_3", ClaimID: "k1"}, {Spoke: "web", ClaimID: "k2"}, {Spoke: "web", ClaimID: "k3"}} {
+		if err := cdi.Write(dir, d); err != nil {
+			t.Fatal(err)
+		}
+	}
+	left, err := cdi.List(dir)
+	if err != nil || len(left) != 2 || left[0].ClaimID != "k1" || left[1].ClaimID != "k3" {
+		t.Errorf("the folder has %+v, %v; want the spoke's last one and the port's", left, err)
+	}
+}

@@ -31,12 +31,25 @@ type ClaimRequest struct {
 
 	PodNamespace, Pod, PodUID string // for people
 
-	MAC         net.HardwareAddr // nil: derived from LAN and spoke
+	MAC         net.HardwareAddr // nil: what segment.Segment.PodMAC derives
 	MTU         int              // bytes; 0: the LAN's
 	Promiscuous bool             // of the link in the pod
 
 	// Admit may refuse the pod by the LAN's record, which nobody changes until the claim is made; nil refuses nobody.
 	Admit func(segment.Segment) error
+}
+
+// complete fills in what was not asked for.
+func (r *ClaimRequest) complete(want segment.Segment) (err error) {
+	if r.MAC == nil {
+		if r.MAC, err = want.PodMAC(r.Spoke, r.Pod); err != nil {
+			return err
+		}
+	}
+	if r.MTU == 0 {
+		r.MTU = want.MTU
+	}
+	return nil
 }
 
 // ID is the claim's ID.
@@ -80,11 +93,8 @@ func (n *Node) Claim(ctx context.Context, r ClaimRequest) (Attachment, error) {
 	if !slices.Contains(want.Spokes, r.Spoke) {
 		return Attachment{}, fmt.Errorf("%w: %q", ErrNoSpoke, r.Spoke)
 	}
-	if r.MAC == nil {
-		r.MAC = segment.MAC(want.LAN, r.Spoke)
-	}
-	if r.MTU == 0 {
-		r.MTU = want.MTU
+	if err := r.complete(want); err != nil {
+		return Attachment{}, err
 	}
 	c := &claiming{ClaimRequest: r, want: want, node: n}
 	defer c.close()
@@ -286,7 +296,7 @@ func (n *Node) endMacvtap(ctx context.Context, lan *conn, want segment.Segment, 
 	if !slices.Contains(want.Spokes, spoke) {
 		return nil
 	}
-	pair := segment.AddPair{Spoke: spoke, MAC: segment.MAC(want.LAN, spoke), MTU: want.MTU, Bridge: want.Bridge}
+	pair := segment.AddPair{Spoke: spoke, MAC: want.PlugMAC(spoke), MTU: want.MTU, Bridge: want.Bridge}
 	if err := lan.addPair(pair); err != nil {
 		return fmt.Errorf("%s: %w", pair, err)
 	}
@@ -491,11 +501,8 @@ func (n *Node) CheckClaim(_ context.Context, r ClaimRequest) error {
 	if err != nil {
 		return err
 	}
-	if r.MAC == nil {
-		r.MAC = segment.MAC(want.LAN, r.Spoke)
-	}
-	if r.MTU == 0 {
-		r.MTU = want.MTU
+	if err := r.complete(want); err != nil {
+		return err
 	}
 	s := segment.State{Netns: r.Netns}
 	lan, err := n.reach(&s)

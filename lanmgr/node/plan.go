@@ -56,10 +56,14 @@ func NewPlan(lan *v1beta1.LAN, node Node, now segment.Segment) (p Plan, ok bool)
 		Generation:        lan.Generation,
 		Netns:             holds.NS,
 		Bridge:            spec.Bridge,
-		Spokes:            held(spec.Spokes, holds.Spokes),
-		TxChecksumOff:     held(spec.TxChecksumOff(), holds.Spokes),
+		Spokes:            ports(&spec, held(spec.Names(), holds.Spokes)),
+		TxChecksumOff:     ports(&spec, held(spec.TxChecksumOff(), holds.Spokes)),
+		MACByOrdinal:      held(byOrdinal(spec.SpokePools), holds.Spokes),
 		AllowedNamespaces: slices.Sorted(slices.Values(spec.AllowedNamespaces)),
 		VXLAN:             segment.VXLAN{Name: spec.VXLAN, VNI: uint32(holds.VNI), Port: uint16(holds.Port)},
+	}
+	if len(spec.SpokePools) > 0 {
+		p.Segment.Node = node.Name
 	}
 	group, err := netip.ParseAddr(spec.VXLANGroup)
 	if err != nil || !group.IsMulticast() {
@@ -109,7 +113,7 @@ func selects(selector map[string]v1beta1.LabelValue, nodeLabels map[string]strin
 	return set.AsSelector().Matches(labels.Set(nodeLabels))
 }
 
-// held are the spokes that are both asked for and held, sorted.
+// held are the names that are both asked for and held, sorted.
 func held(asked, holds []string) []string {
 	isHeld := make(map[string]bool, len(holds))
 	for _, spoke := range holds {
@@ -118,6 +122,33 @@ func held(asked, holds []string) []string {
 	spokes := slices.DeleteFunc(slices.Clone(asked), func(spoke string) bool { return !isHeld[spoke] })
 	slices.Sort(spokes)
 	return spokes
+}
+
+// ports puts the ports of a pool in the place of its name, sorted.
+func ports(spec *v1beta1.LANSpec, names []string) []string {
+	spokes := slices.Clone(names[:0])
+	for _, name := range names {
+		pool, ok := spec.Pool(name)
+		if !ok {
+			spokes = append(spokes, name)
+		}
+		for number := range int(pool.Size) {
+			spokes = append(spokes, segment.Port(name, number))
+		}
+	}
+	slices.Sort(spokes)
+	return spokes
+}
+
+// byOrdinal are the pools whose pods have MACs by their ordinals.
+func byOrdinal(pools []v1beta1.SpokePool) []string {
+	var names []string
+	for _, pool := range pools {
+		if pool.MACBy == v1beta1.MACByOrdinal {
+			names = append(names, pool.Name)
+		}
+	}
+	return names
 }
 
 // firstOf is the first number above zero.

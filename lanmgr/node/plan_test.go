@@ -5,6 +5,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
@@ -319,5 +320,63 @@ func TestAnEditOfTheVXLANLeavesSpokesOnOffer(t *testing.T) {
 				t.Errorf("built with %s, spoke %s is healthy: %t", name, spoke.Name, spoke.Healthy)
 			}
 		}
+	}
+}
+
+// pooled is a LAN with a spoke and two pools, one of them by ordinal.
+func pooled(change func(*v1beta1.LAN)) *v1beta1.LAN {
+	return lab(func(l *v1beta1.LAN) {
+		l.Spec.Spokes = []string{"srl"}
+		l.Spec.SpokePools = []v1beta1.SpokePool{{Name: "web", Size: 11}, {Name: "db", Size: 2, MACBy: v1beta1.MACByOrdinal}}
+		l.Status.Holds.Spokes = []string{"db", "srl", "web"}
+		if change != nil {
+			change(l)
+		}
+	})
+}
+
+func TestAPoolIsAsManySpokes(t *testing.T) {
+	plan, _ := node.NewPlan(pooled(nil), worker1(), segment.Segment{})
+	want := "db_0 db_1 srl web_0 web_1 web_10 web_2 web_3 web_4 web_5 web_6 web_7 web_8 web_9"
+	if got := strings.Join(plan.Segment.Spokes, " "); got != want {
+		t.Errorf("spokes are %s, want %s", got, want)
+	}
+	if plan.Segment.Node != "worker1" || !slices.Equal(plan.Segment.MACByOrdinal, []string{"db"}) {
+		t.Errorf("node %q, by ordinal %v", plan.Segment.Node, plan.Segment.MACByOrdinal)
+	}
+	plan, _ = node.NewPlan(pooled(func(l *v1beta1.LAN) { l.Status.Holds.Spokes = []string{"srl"} }), worker1(), segment.Segment{})
+	if got := strings.Join(plan.Segment.Spokes, " "); got != "srl" {
+		t.Errorf("where no pool is held the spokes are %s", got)
+	}
+	if plan, _ := node.NewPlan(lab(nil), worker1(), segment.Segment{}); plan.Segment.Node != "" {
+		t.Error("a LAN without pools is another wish than before there were any")
+	}
+}
+
+func TestChecksumsOfAPoolAreThoseOfItsPorts(t *testing.T) {
+	plan, _ := node.NewPlan(pooled(func(l *v1beta1.LAN) {
+		l.Spec.SpokeOptions = map[string]v1beta1.SpokeOptions{"db": {TxChecksum: v1beta1.Off}}
+	}), worker1(), segment.Segment{})
+	if got := plan.Segment.TxChecksumOff; !slices.Equal(got, []string{"db_0", "db_1"}) {
+		t.Errorf("off for %v, want the ports of db", got)
+	}
+}
+
+func TestAPoolIsOfferedWithThePortsThatStand(t *testing.T) {
+	before, _ := node.NewPlan(pooled(nil), worker1(), segment.Segment{})
+	report := lanmgr.Report{Segment: before.Segment, Built: true}
+	for size, want := range map[int32]int{11: 11, 12: 11, 3: 3} {
+		plan, _ := node.NewPlan(pooled(func(l *v1beta1.LAN) { l.Spec.SpokePools[0].Size = size }), worker1(), segment.Segment{})
+		got := node.Offers([]node.Plan{plan}, []lanmgr.Report{report})
+		if !slices.Equal(got, []node.Spoke{{Name: "db", Ports: 2, Healthy: true}, {Name: "srl", Healthy: true}, {Name: "web", Ports: want, Healthy: true}}) {
+			t.Errorf("of %d ports wanted and 11 built %v are offered", size, got)
+		}
+	}
+	report.Claims = []segment.Claim{
+		{ID: "k1", Spoke: "srl", Kind: segment.Veth, Since: time.Now()}, {ID: "k2", Spoke: "web_10", Kind: segment.Veth, Since: time.Now()},
+	}
+	seg := node.Status([]node.Plan{before}, []lanmgr.Report{report}, nil, "").Segments[0]
+	if seg.Offered != 14 || seg.Attachments[0].Pool != "" || seg.Attachments[1].Spoke != "web_10" || seg.Attachments[1].Pool != "web" {
+		t.Errorf("reported: %+v", seg)
 	}
 }

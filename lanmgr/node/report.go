@@ -16,9 +16,10 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
-// Spoke is one spoke as this node offers it.
+// Spoke is one spoke, or one pool, as this node offers it.
 type Spoke struct {
 	Name    string
+	Ports   int  // of a pool; 0 for a single spoke
 	Healthy bool // a pod may have it now
 }
 
@@ -26,21 +27,21 @@ type Spoke struct {
 // that kubelet isn't told twice, and is healthy while the segment stands as planned.
 func Offers(plans []Plan, reports []lanmgr.Report) []Spoke {
 	byNetns := index(reports)
-	health := make(map[string]bool)
+	byName := make(map[string]Spoke)
 	for _, p := range plans {
 		r, ok := byNetns[p.Segment.Netns]
 		if !ok || r.Leaving || r.Segment.LAN != p.Segment.LAN {
 			continue
 		}
 		for _, spoke := range held(p.Segment.Spokes, r.Segment.Spokes) {
-			health[spoke] = stands(p, r)
+			offer := Spoke{Name: spoke, Healthy: stands(p, r)}
+			if pool, _, ok := segment.PoolOf(spoke); ok {
+				offer.Name, offer.Ports = pool, byName[pool].Ports+1
+			}
+			byName[offer.Name] = offer
 		}
 	}
-	offers := make([]Spoke, 0, len(health))
-	for _, name := range slices.Sorted(maps.Keys(health)) {
-		offers = append(offers, Spoke{name, health[name]})
-	}
-	return offers
+	return slices.SortedFunc(maps.Values(byName), func(a, b Spoke) int { return cmp.Compare(a.Name, b.Name) })
 }
 
 // stands says whether the segment is built in all that its spokes need. A plan with other spokes than the report, or
@@ -176,8 +177,10 @@ func attachments(claims []segment.Claim) []v1beta1.Attachment {
 		if c.Kind == "" || c.Since.IsZero() {
 			continue
 		}
+		pool, _, _ := segment.PoolOf(c.Spoke)
 		list = append(list, v1beta1.Attachment{
 			Spoke:     c.Spoke,
+			Pool:      pool,
 			Pod:       c.PodNamespace + "/" + c.Pod,
 			Interface: c.Interface,
 			MAC:       c.MAC.String(),

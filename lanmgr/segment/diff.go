@@ -255,7 +255,7 @@ func (d *diff) spoke(spoke string) {
 		}
 		port = Link{Name: PortName(spoke), MTU: PortMTU(d.want.MTU), Up: true, ForwardMask: ForwardMask}
 		plug = Link{Name: PlugName(spoke), MTU: d.want.MTU, Up: true}
-		d.do(AddPair{Spoke: spoke, MAC: MAC(d.want.LAN, spoke), MTU: d.want.MTU, Bridge: d.want.Bridge})
+		d.do(AddPair{Spoke: spoke, MAC: d.want.PlugMAC(spoke), MTU: d.want.MTU, Bridge: d.want.Bridge})
 	} else {
 		d.port(port)
 	}

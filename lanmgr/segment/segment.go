@@ -4,10 +4,12 @@ package segment
 import (
 	"crypto/sha256"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 )
@@ -32,8 +34,10 @@ type Segment struct {
 	MTU    int    `json:"mtu"`    // bytes, of every link in the segment
 	VXLAN  VXLAN  `json:"vxlan"`
 
-	Spokes            []string `json:"spokes"`
+	Spokes            []string `json:"spokes"`                  // with the ports of pools
 	TxChecksumOff     []string `json:"txChecksumOff,omitempty"` // sorted: spokes whose frames bear finished checksums
+	MACByOrdinal      []string `json:"macByOrdinal,omitempty"`  // sorted: pools whose pods have MACs by their ordinals
+	Node              string   `json:"node,omitempty"`          // its name, which the MACs of ports depend on; empty where there is no pool
 	AllowedNamespaces []string `json:"allowedNamespaces,omitempty"`
 
 	// Remotes are the other nodes that take part, sorted, where the VXLAN has no group; nil: not known, those that stand stay.
@@ -57,6 +61,7 @@ func (s Segment) Equal(o Segment) bool {
 	return s.LAN == o.LAN && s.Generation == o.Generation && s.Netns == o.Netns && s.Bridge == o.Bridge &&
 		s.MTU == o.MTU && s.VXLAN == o.VXLAN &&
 		slices.Equal(s.Spokes, o.Spokes) && slices.Equal(s.TxChecksumOff, o.TxChecksumOff) &&
+		slices.Equal(s.MACByOrdinal, o.MACByOrdinal) && s.Node == o.Node &&
 		slices.Equal(s.AllowedNamespaces, o.AllowedNamespaces) &&
 		(s.Remotes == nil) == (o.Remotes == nil) && slices.Equal(s.Remotes, o.Remotes)
 }
@@ -119,7 +124,7 @@ func IsClaimID(name string) bool {
 	return err == nil
 }
 
-// PortName is the bridge's end of a spoke's standing pair. The underscore cannot occur in a spoke's own name.
+// PortName is the bridge's end of a spoke's standing pair. This underscore cannot occur in a spoke's own name.
 func PortName(spoke string) string { return spoke + "_b" }
 
 // PortMTU is the MTU of a spoke's standing port in a LAN of that MTU, in bytes. A guest's frame arrives with all its
@@ -129,6 +134,31 @@ func PortMTU(mtu int) int { return mtu + 4 }
 
 // PlugName is the end of a spoke's standing pair that waits for a VM.
 func PlugName(spoke string) string { return spoke + "_p" }
+
+// Port is the name of a pool's port, counted from 0. The underscore cannot occur in the name of a spoke or pool.
+func Port(pool string, number int) string { return pool + portMark + strconv.Itoa(number) }
+
+const portMark = "_"
+
+// PoolOf is the pool that a spoke is a port of, and its number there; ok is false for a single spoke.
+func PoolOf(spoke string) (pool string, number int, ok bool) {
+	number, ok = cutNumber(spoke, portMark)
+	if !ok {
+		return "", 0, false
+	}
+	return spoke[:strings.LastIndex(spoke, portMark)], number, true
+}
+
+// cutNumber is the number behind the last mark, as strconv.Itoa would write it.
+func cutNumber(name, mark string) (int, bool) {
+	at := strings.LastIndex(name, mark)
+	if at < 1 {
+		return 0, false
+	}
+	digits := name[at+len(mark):]
+	number, err := strconv.Atoi(digits)
+	return number, err == nil && number >= 0 && strconv.Itoa(number) == digits
+}
 
 // spokeOf is the spoke whose standing pair a link belongs to.
 func spokeOf(link string) (spoke string, port, ok bool) {
@@ -143,8 +173,35 @@ func spokeOf(link string) (spoke string, port, ok bool) {
 
 // MAC is the address of a spoke's plug where none is requested. It depends on the LAN's name and the spoke alone,
 // so that a pod has the same one after it was deleted and made again, on whichever node.
-func MAC(lan LAN, spoke string) net.HardwareAddr {
-	sum := sha256.Sum256([]byte(lan.String() + "/" + spoke))
+func MAC(lan LAN, spoke string) net.HardwareAddr { return derived(lan.String() + "/" + spoke) }
+
+// PlugMAC is the address of a spoke's plug. Every node has a port of that name, so that a port's depends on the node, too.
+func (s Segment) PlugMAC(spoke string) net.HardwareAddr {
+	if _, _, port := PoolOf(spoke); port {
+		return derived(s.LAN.String() + "/" + spoke + "@" + s.Node)
+	}
+	return MAC(s.LAN, spoke)
+}
+
+// PodMAC is the address of the pod that attaches to a spoke where none is requested: the plug's, or one by the pod's
+// ordinal. A pod whose name ends in none is an error in a pool that goes by it.
+func (s Segment) PodMAC(spoke, pod string) (net.HardwareAddr, error) {
+	pool, _, port := PoolOf(spoke)
+	if !port || !slices.Contains(s.MACByOrdinal, pool) {
+		return s.PlugMAC(spoke), nil
+	}
+	ordinal, ok := cutNumber(pod, "-")
+	if !ok {
+		return nil, fmt.Errorf("%w: pool %s derives MACs from it, and the pod is called %q", ErrNoOrdinal, pool, pod)
+	}
+	return derived(fmt.Sprintf("%s/%s#%d", s.LAN, pool, ordinal)), nil
+}
+
+// ErrNoOrdinal says that a pod's name does not end in a dash and a number, as those of a StatefulSet do.
+var ErrNoOrdinal = errors.New("the pod has no ordinal")
+
+func derived(from string) net.HardwareAddr {
+	sum := sha256.Sum256([]byte(from))
 	mac := net.HardwareAddr{0x02, 0, 0, 0, 0, 0} // locally administered, unicast
 	copy(mac[1:], sum[:5])
 	return mac

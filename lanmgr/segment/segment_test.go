@@ -2,6 +2,7 @@ package segment_test
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -384,5 +385,81 @@ func TestAClaimIsOfItsPodHoweverLongTheName(t *testing.T) {
 		if got.IsOf("default", "srl-12") || got.IsOf("other", pod) || got.IsOf("default", "another") {
 			t.Errorf("%+v is of another pod, too", got)
 		}
+	}
+}
+
+func TestPortsAreCountedFrom0AndNothingElseIsTakenForOne(t *testing.T) {
+	for name, want := range map[string]string{"web_0": "web 0 true", "a.b-c_499": "a.b-c 499 true"} {
+		pool, number, ok := segment.PoolOf(name)
+		if got := fmt.Sprint(pool, " ", number, " ", ok); got != want || segment.Port(pool, number) != name {
+			t.Errorf("%s is taken for %s", name, got)
+		}
+	}
+	for _, name := range []string{"", "web", "web-3", "web.3", "_3", "web_", "web_03", "web_+3", "web_-3", "web_x", "web_3_b"} {
+		if pool, number, ok := segment.PoolOf(name); ok {
+			t.Errorf("%q is taken for port %d of %q", name, number, pool)
+		}
+	}
+}
+
+func TestMACsOfPortsDifferByNodeAndThoseByOrdinalDoNot(t *testing.T) {
+	on := func(node string) segment.Segment {
+		s := lab
+		s.Spokes, s.MACByOrdinal, s.Node = []string{"db_0", "srl", "web_0"}, []string{"db"}, node
+		return s
+	}
+	one, two := on("worker1"), on("worker2")
+	if one.Equal(two) || one.Equal(lab) {
+		t.Error("two nodes' wishes are the same, and so their MACs would be")
+	}
+	mac := func(s segment.Segment, spoke, pod string) string {
+		t.Helper()
+		m, err := s.PodMAC(spoke, pod)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if m[0] != 0x02 || len(m) != 6 {
+			t.Errorf("%s has the MAC %s, which is no locally administered one", spoke, m)
+		}
+		return m.String()
+	}
+	if mac(one, "srl", "srl-1") != segment.MAC(lab.LAN, "srl").String() || mac(two, "srl", "x") != mac(one, "srl", "y") {
+		t.Error("a single spoke's MAC depends on something else than LAN and spoke")
+	}
+	if mac(one, "web_0", "web-0") == mac(two, "web_0", "web-0") || mac(one, "web_0", "a") != mac(one, "web_0", "b") {
+		t.Error("a port's MAC is the same on two nodes, or depends on the pod")
+	}
+	if mac(one, "db_0", "db-1") != mac(two, "db_7", "db-1") || mac(one, "db_0", "db-1") == mac(one, "db_0", "db-2") {
+		t.Error("a MAC by ordinal depends on something else than that")
+	}
+	for _, pod := range []string{"", "nameless", "db-", "db-x", "db-01", "-1"} {
+		if m, err := one.PodMAC("db_0", pod); !errors.Is(err, segment.ErrNoOrdinal) {
+			t.Errorf("the pod %q has the MAC %s, %v", pod, m, err)
+		}
+	}
+}
+
+func TestPortsAreBuiltLikeSpokesWithTheirOwnMACs(t *testing.T) {
+	s := lab
+	s.Spokes, s.Node = []string{"web_0", "web_1"}, "worker1"
+	ops := segment.Diff(s, segment.State{Netns: s.Netns})
+	for _, port := range s.Spokes {
+		want := segment.AddPair{Spoke: port, MAC: s.PlugMAC(port), MTU: s.MTU, Bridge: s.Bridge}
+		if !slices.ContainsFunc(ops, func(op segment.Op) bool { return op.String() == want.String() }) {
+			t.Errorf("%s is not among %v", want, ops)
+		}
+	}
+	if ops := segment.Diff(s, built(s)); len(ops) > 0 {
+		t.Errorf("to do where all stands: %v", ops)
+	}
+	grown := s
+	grown.Spokes = []string{"web_0", "web_1", "web_2"}
+	if ops := segment.Diff(grown, built(s)); len(ops) != 3 { // the record, the pair and its name
+		t.Errorf("for one port more: %v", ops)
+	}
+	smaller := s
+	smaller.Spokes = []string{"web_0"}
+	if ops := segment.Diff(smaller, attached(built(s), "web_1")); len(ops) != 1 { // the record
+		t.Errorf("for one port less, which is in use: %v", ops)
 	}
 }

@@ -65,6 +65,10 @@ func TestManifestsThatAreAccepted(t *testing.T) {
 	for i := range many {
 		many[i] = fmt.Sprintf("leaf-%d", i)
 	}
+	hundred := make([]string, 100)
+	for i := range hundred {
+		hundred[i] = fmt.Sprintf("{name: pool-%d, size: 1}", i)
+	}
 	for name, manifest := range map[string]string{
 		"the example":                        example,
 		"ten lines":                          manifest("lab", "{vni: 222, spokes: [srl, vm]}"),
@@ -83,6 +87,10 @@ func TestManifestsThatAreAccepted(t *testing.T) {
 		"checksums in quotes":                manifest("lab", `{vni: 222, spokes: [srl, vm], txChecksum: "off", spokeOptions: {srl: {txChecksum: "on"}}}`),
 		"checksums as booleans":              manifest("lab", "{vni: 222, spokes: [srl, vm], txChecksum: false, spokeOptions: {srl: {txChecksum: true}}}"),
 		"options for as many spokes":         manifest("lab", "{vni: 222, spokes: ["+strings.Join(many, ", ")+"], spokeOptions: {"+strings.Join(many, ": {txChecksum: off}, ")+": {txChecksum: off}}}"),
+		"a pool and no spoke":                manifest("lab", "{vni: 222, spokePools: [{name: web, size: 5}]}"),
+		"pools beside spokes":                manifest("lab", "{vni: 222, spokes: [srl, br222], bridge: br2, spokePools: [{name: abcdefghi, size: 1}, {name: a.b-c, size: 2, macBy: ordinal}], spokeOptions: {srl: {}, a.b-c: {txChecksum: off}}}"),
+		"a pool as large as may be":          manifest("lab", "{vni: 222, spokes: [srl], spokePools: [{name: web, size: 499}]}"),
+		"as many pools as there may be":      manifest("lab", "{vni: 222, spokes: ["+strings.Join(many[:400], ", ")+"], spokePools: ["+strings.Join(hundred, ", ")+"]}"),
 		"ns as long as may be":               manifest("lab", "{vni: 222, spokes: [srl], ns: "+strings.Repeat("n", 200)+"}"),
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -96,7 +104,7 @@ func TestManifestsThatAreAccepted(t *testing.T) {
 func TestManifestsThatAreRefusedAndTheSentence(t *testing.T) {
 	for _, test := range []struct{ name, spec, want string }{
 		{"no vni", "{spokes: [srl]}", "spec.vni: Required value"},
-		{"no spokes", "{vni: 222}", "spec.spokes: Required value"},
+		{"no spokes", "{vni: 222}", "spec.spokes: Required value: a LAN has at least one spoke, in spokes, or a pool of them, in spokePools"},
 		{"an empty list of spokes", "{vni: 222, spokes: []}", "spec.spokes: Invalid value: 0: spec.spokes in body should have at least 1 items"},
 		{"a field misspelt", "{vni: 222, spokes: [srl], vxlanGroup: ff02::14}", `unknown field "spec.vxlanGroup"`},
 		{"vni 0", "{vni: 0, spokes: [srl]}", "spec.vni: Invalid value: 0: spec.vni in body should be greater than or equal to 1"},
@@ -154,6 +162,22 @@ func TestManifestsThatAreRefusedAndTheSentence(t *testing.T) {
 			"options for no spoke", "{vni: 222, spokes: [srl], spokeOptions: {srl: {}, vm: {txChecksum: off}}}",
 			`spec.spokeOptions: Invalid value: spokeOptions names "vm", which is no spoke of this LAN; add it to spec.spokes, or take it out here`,
 		},
+		{"an empty list of pools", "{vni: 222, spokes: [srl], spokePools: []}", "spec.spokePools in body should have at least 1 items"},
+		{"a pool without a size", "{vni: 222, spokePools: [{name: web}]}", "spec.spokePools[0].size: Required value"},
+		{"a pool of none", "{vni: 222, spokePools: [{name: web, size: 0}]}", "spec.spokePools[0].size in body should be greater than or equal to 1"},
+		{"a large pool", "{vni: 222, spokePools: [{name: web, size: 501}]}", "spec.spokePools[0].size in body should be less than or equal to 500"},
+		{
+			"pools and spokes that are too many together", "{vni: 222, spokes: [srl], spokePools: [{name: web, size: 250}, {name: db, size: 250}]}",
+			"spec.spokePools: Invalid value: spokes and the sizes of all pools come to more than 500, the most that one LAN can have on a node",
+		},
+		{"a pool with a long name", "{vni: 222, spokePools: [{name: abcdefghij, size: 5}]}", `spec.spokePools[0].name: Invalid value: "abcdefghij": a pool's name has at most 9 characters, because Linux allows 15`},
+		{"a pool with an underscore", "{vni: 222, spokePools: [{name: web_1, size: 5}]}", "a pool's name is made of lower-case letters, digits, '-' and '.'"},
+		{"a pool twice", "{vni: 222, spokePools: [{name: web, size: 5}, {name: web, size: 6}]}", `spec.spokePools[1]: Duplicate value: {"name":"web"}`},
+		{"a pool like a spoke", "{vni: 222, spokes: [srl, web], spokePools: [{name: web, size: 5}]}", "spec.spokePools: Invalid value: a pool has the name of a spoke: both would be the same resource; rename one of them"},
+		{"a bridge like a port", "{vni: 222, bridge: web_3, spokePools: [{name: web, size: 5}]}", "spec.bridge: Invalid value: the bridge's name begins with that of a pool and '_', as the names of the pool's ports do"},
+		{"a VXLAN like a port", "{vni: 222, vxlan: web_3, spokePools: [{name: web, size: 5}]}", "spec.vxlan: Invalid value: the VXLAN's name begins with that of a pool and '_'"},
+		{"MACs by something else", "{vni: 222, spokePools: [{name: web, size: 5, macBy: pod}]}", `spec.spokePools[0].macBy: Unsupported value: "pod": supported values: "port", "ordinal"`},
+		{"options for a port", "{vni: 222, spokePools: [{name: web, size: 5}], spokeOptions: {web_1: {txChecksum: off}}}", `spokeOptions names "web_1", which is no spoke of this LAN`},
 		{"IPAM that is no section", "{vni: 222, ipam: host-local, spokes: [srl]}", "spec.ipam: Invalid value: \"string\": spec.ipam in body must be of type object"},
 		{"IPAM without a type", "{vni: 222, ipam: {subnet: 10.1.0.0/24}, spokes: [srl]}", "spec.ipam.type: Required value"},
 		{"IPAM with a path", "{vni: 222, ipam: {type: ../sh}, spokes: [srl]}", "ipam.type is the name of an IPAM plugin in the nodes' CNI directory"},
@@ -187,6 +211,8 @@ func TestWhatCanBeEditedAndWhatNot(t *testing.T) {
 		{"no vxlan any more", given, strings.Replace(given, "vxlan: vx2, ", "", 1), "vxlan cannot be changed, added or removed"},
 		{"a vxlan", derived, "{vni: 222, vxlan: vx222, spokes: [srl, vm]}", "vxlan cannot be changed, added or removed"},
 		{"the spokes", given, strings.Replace(given, "[srl, vm]", "[vm, host]", 1), ""},
+		{"the spokes for a pool", derived, "{vni: 222, spokePools: [{name: web, size: 5}]}", ""},
+		{"a pool's size and MACs", "{vni: 222, spokePools: [{name: web, size: 5}]}", "{vni: 222, spokePools: [{name: web, size: 3, macBy: ordinal}]}", ""},
 		{"the group", given, strings.Replace(given, "ff02::14", "239.0.0.1", 1), ""},
 		{"the port", given, strings.Replace(given, "4789", "4790", 1), ""},
 		{"the MTU", given, strings.Replace(given, "1400", "1300", 1), ""},
@@ -236,7 +262,7 @@ func TestChecksumsAreOffHoweverTheyAreWritten(t *testing.T) {
 }
 
 func TestKubectlExplainsEveryField(t *testing.T) {
-	for _, path := range []string{"lan.spec", "lan.status", "lan.spec.ipam", "lan.spec.spokeOptions", "lan.status.holds", "lannode.status", "lannode.status.segments", "lannode.status.segments.attachments", "lannode.status.gone"} {
+	for _, path := range []string{"lan.spec", "lan.status", "lan.spec.ipam", "lan.spec.spokeOptions", "lan.spec.spokePools", "lan.status.holds", "lan.status.pools", "lan.status.pools.nodes", "lannode.status", "lannode.status.segments", "lannode.status.segments.attachments", "lannode.status.gone"} {
 		out, err := kube.kubectl(t.Context(), "", "explain", path)
 		if err != nil {
 			t.Fatal(err)
