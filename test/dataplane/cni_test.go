@@ -2,6 +2,7 @@ package dataplane
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -63,6 +64,17 @@ func network(s segment.Segment, spoke string, kind segment.Kind, add keys) keys 
 	maps.Copy(config, add)
 	return config
 }
+
+// pooled is the same for a pool of which kubelet has allocated that port.
+func pooled(s segment.Segment, port string, kind segment.Kind) keys {
+	pool, _, _ := segment.PoolOf(port)
+	config := network(s, pool, kind, keys{"pool": pool, "deviceID": port})
+	delete(config, "spoke")
+	return config
+}
+
+// spokeOf is the spoke or port that a network is about.
+func spokeOf(config keys) string { return cmp.Or(config["spoke"], config["deviceID"]).(string) }
 
 // call runs the plugin's binary on the sandbox's node, as a runtime does. It may run on any goroutine.
 func (s sandbox) call(verb string, config keys) ([]byte, error) {
@@ -137,7 +149,7 @@ func (s sandbox) add(t *testing.T, lan segment.Segment, config keys) (netns.Wire
 	if err != nil {
 		t.Fatal(err)
 	}
-	s.host.inside(lan).AwaitCarrier(t, config["spoke"].(string))
+	s.host.inside(lan).AwaitCarrier(t, spokeOf(config))
 	return wire, out
 }
 
@@ -179,7 +191,7 @@ func (s sandbox) tap(config keys) (tap, error) {
 }
 
 func (s sandbox) deviceFile(config keys) string {
-	return filepath.Join(s.host.CDI, fmt.Sprintf("macvtap.k8slan.io-spoke_%s_%s.json", config["spoke"], segment.ClaimID(s.id, s.ifname)))
+	return filepath.Join(s.host.CDI, fmt.Sprintf("macvtap.k8slan.io-spoke_%s_%s.json", spokeOf(config), segment.ClaimID(s.id, s.ifname)))
 }
 
 // devices are the CDI devices on the node.

@@ -1,0 +1,204 @@
+package dataplane
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"slices"
+	"testing"
+
+	"github.com/containernetworking/cni/pkg/types"
+	current "github.com/containernetworking/cni/pkg/types/100"
+
+	"github.com/k8slan/k8slan/cni"
+	"github.com/k8slan/k8slan/lanmgr/segment"
+	"github.com/k8slan/k8slan/test/frames"
+	"github.com/k8slan/k8slan/test/netns"
+)
+
+// pool is a LAN with a pool of that size beside a spoke, on this node.
+func (h host) pool(t *testing.T, name string, vni uint32, size int) segment.Segment {
+	t.Helper()
+	s := h.here(t, lan(name, vni, "srl"))
+	for number := range size {
+		s.Spokes = append(s.Spokes, segment.Port("web", number))
+	}
+	s.Node, s.Generation = h.Name, int64(size)
+	slices.Sort(s.Spokes)
+	return s
+}
+
+// on attaches a new sandbox to a port through the CNI plugin.
+func (h host) on(t *testing.T, s segment.Segment, port string, kind segment.Kind) *member {
+	t.Helper()
+	m := &member{sandbox: h.sandbox(t), config: pooled(s, port, kind)}
+	var out []byte
+	m.Wire, out = m.add(t, s, m.config)
+	var result current.Result
+	if err := json.Unmarshal(out, &result); err != nil || len(result.Interfaces) != 2 {
+		t.Fatalf("result %s: %v", out, err)
+	}
+	if m.mac = result.Interfaces[1].Mac; m.mac != s.PlugMAC(port).String() {
+		t.Errorf("%s on %s has the MAC %s, want %s", port, h.Name, m.mac, s.PlugMAC(port))
+	}
+	return m
+}
+
+// member is a pod or a VM on a port of a pool.
+type member struct {
+	sandbox
+	netns.Wire
+	config keys
+	mac    string
+}
+
+// speaks sends a frame from each of some members to all of the others, which hear it once.
+func speaks(t *testing.T, all ...*member) {
+	t.Helper()
+	for i, from := range all {
+		frame := frames.Stream(nil, segment.MAC(segment.LAN{Name: from.id}, "from"), uint32(i), 1)
+		if err := from.Send(frame); err != nil {
+			t.Fatal(err)
+		}
+		for j, to := range all {
+			if j == i {
+				continue
+			}
+			if got, err := next(to.Wire, patience); err != nil || !slices.Equal(got, frame) {
+				t.Fatalf("member %d heard %x of %d, %v; want %x", j, got, i, err, frame)
+			}
+		}
+	}
+}
+
+func TestAPoolIsResizedUnderItsPodsAndVMs(t *testing.T) {
+	a, b := hosts(t)
+	ma, mb := a.manage(t), b.manage(t)
+	size := func(n int) (onA, onB segment.Segment) {
+		onA, onB = a.pool(t, "pool", 140, n), b.pool(t, "pool", 140, n)
+		ma.runs(t, onA)
+		mb.runs(t, onB)
+		return onA, onB
+	}
+	sa, sb := size(3)
+	pod, twin := a.on(t, sa, "web_0", segment.Veth), b.on(t, sb, "web_0", segment.Veth)
+	if pod.mac == twin.mac {
+		t.Errorf("the ports of one number on two nodes have one MAC, %s", pod.mac)
+	}
+	vm := b.on(t, sb, "web_2", segment.Macvtap)
+	speaks(t, pod, twin, vm)
+
+	sa, _ = size(12)
+	late := a.on(t, sa, "web_11", segment.Veth)
+	speaks(t, pod, twin, vm, late)
+
+	sa, _ = size(1)
+	speaks(t, pod, twin, vm, late)
+	a.sandbox(t).refused(t, "ADD", pooled(sa, "web_1", segment.Veth), cni.CodeNoSpoke, `no pool "web" with a port "web_1"`)
+	for node, withdrawn := range map[*host]string{&a: "web_11", &b: "web_2"} {
+		if have := node.observe(t, sa); len(ports(have)) != 2 || !slices.Contains(ports(have), withdrawn) {
+			t.Errorf("%s has the ports %v, want web_0 and %s", node.Name, ports(have), withdrawn)
+		}
+	}
+
+	// Multus may have lost what it knew of the pod: then the kernel says which port it has.
+	late.must(t, "DEL", with(late.config, keys{"deviceID": ""}))
+	vm.must(t, "DEL", with(vm.config, keys{"deviceID": ""}))
+	for _, node := range []host{a, b} {
+		node.awaitState(t, sa, "the ports that are one too many to go", func(have segment.State) bool {
+			return slices.Equal(ports(have), []string{"web_0"})
+		})
+		if devices := node.devices(t); len(devices) != 1 {
+			t.Errorf("%s has the CDI devices %v, want that of web_0 alone", node.Name, devices)
+		}
+	}
+	speaks(t, pod, twin)
+	pod.must(t, "DEL", pod.config)
+	successor := a.on(t, sa, "web_0", segment.Macvtap)
+	speaks(t, successor, twin)
+	successor.must(t, "DEL", successor.config)
+	twin.must(t, "DEL", twin.config)
+	for _, node := range []host{a, b} {
+		if devices := node.devices(t); len(devices) != 0 {
+			t.Errorf("%s: left are %v", node.Name, devices)
+		}
+	}
+}
+
+// ports are the ports of pools that stand, sorted.
+func ports(have segment.State) []string {
+	var names []string
+	for _, l := range have.Links {
+		spoke, _ := l.Spoke()
+		if _, _, ok := segment.PoolOf(spoke); ok && l.Name == segment.PortName(spoke) {
+			names = append(names, spoke)
+		}
+	}
+	slices.Sort(names)
+	return names
+}
+
+func TestResizingAPoolLosesNoFrame(t *testing.T) {
+	a, b := hosts(t)
+	ma, mb := a.manage(t), b.manage(t)
+	sa, sb := a.pool(t, "resized", 141, 4), b.pool(t, "resized", 141, 4)
+	ma.runs(t, sa)
+	mb.runs(t, sb)
+	left, right := a.attach(t, sa, "web_0", segment.Veth), b.attach(t, sb, "web_3", segment.Veth)
+	bothWays(t, left, right)
+	streams := []*stream{startStream(t, 1, streamLength, left, right), startStream(t, 2, streamLength, right, left)}
+	over, ended := context.WithCancel(context.Background())
+	go func() {
+		for _, s := range streams {
+			s.done.Wait()
+		}
+		ended()
+	}()
+	rounds := 0
+	for ; over.Err() == nil; rounds++ {
+		for _, size := range []int{16, 1, 4} {
+			ma.runs(t, a.pool(t, "resized", 141, size))
+			mb.runs(t, b.pool(t, "resized", 141, size))
+		}
+	}
+	for _, s := range streams {
+		s.expectAll(t)
+	}
+	if rounds == 0 {
+		t.Error("the pool was not resized while frames were sent")
+	}
+	t.Logf("resized %d times on each node during %d frames each way", 3*rounds, streamLength)
+}
+
+func TestMACsByOrdinalAreThoseOfThePods(t *testing.T) {
+	a, b := hosts(t)
+	var macs []string
+	for i, h := range []host{a, b} {
+		s := h.pool(t, "ordinal", 142, 2)
+		s.MACByOrdinal = []string{"web"}
+		h.build(t, s)
+		pod := netns.NewPod(t)
+		r := request(s, segment.Port("web", i), segment.Veth, pod)
+		if _, err := h.kernel.Claim(t.Context(), r); !errors.Is(err, segment.ErrNoOrdinal) {
+			t.Fatalf("a pod called %q: %v", r.Pod, err)
+		}
+		r.Pod = "db-7"
+		made, err := h.kernel.Claim(t.Context(), r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		expectLink(t, pod, ifname, made.MAC.String(), lanMTU)
+		if err := h.kernel.CheckClaim(t.Context(), r); err != nil {
+			t.Error(err)
+		}
+		macs = append(macs, made.MAC.String())
+	}
+	if macs[0] != macs[1] {
+		t.Errorf("pods of one ordinal on two nodes have the MACs %v", macs)
+	}
+	s := a.pool(t, "ordinal", 142, 2)
+	_, err := a.sandbox(t).call("ADD", pooled(s, "db_0", segment.Veth))
+	if said, ok := errors.AsType[*types.Error](err); !ok || said.Code != cni.CodeNoSpoke {
+		t.Errorf("a pool that is not there: %v", err)
+	}
+}
