@@ -21,6 +21,23 @@ func do(ns netns.NsHandle, f func() error) error {
 	return elsewhere(func() error { return netns.Set(ns) }, f)
 }
 
+// Inside runs f on a thread that is in a segment's network namespace; sockets that it opens stay there. ErrNoLAN where there
+// is none.
+func (n *Node) Inside(netnsName string, f func() error) error {
+	if err := checkName(netnsName); err != nil {
+		return err
+	}
+	ns, err := openNetns(n.netnsPath(netnsName))
+	if errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("%w (no %s)", ErrNoLAN, n.netnsPath(netnsName))
+	}
+	if err != nil {
+		return err
+	}
+	defer ns.Close()
+	return do(ns, f)
+}
+
 // createNetns makes a network namespace and mounts it at path. Its settings are made before it has its name,
 // so that nobody can find it talkative.
 func createNetns(path string) error {

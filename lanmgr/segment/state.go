@@ -92,6 +92,15 @@ func (l Link) Spoke() (spoke string, ok bool) {
 	return c.Spoke, ok
 }
 
+// Carrier is the link that carries a spoke's frames now.
+func (s State) Carrier(spoke string) (Link, bool) {
+	i := slices.IndexFunc(s.Links, func(l Link) bool { return l.answersTo(spoke) })
+	if i < 0 {
+		return Link{}, false
+	}
+	return s.Links[i], true
+}
+
 // answersTo says whether the link has that name, or has it as an altname.
 func (l Link) answersTo(name string) bool { return l.Name == name || slices.Contains(l.AltNames, name) }
 

@@ -1,14 +1,21 @@
 package e2e
 
 import (
+	"bufio"
 	"bytes"
 	"context"
+	"encoding/binary"
+	"encoding/hex"
 	"errors"
+	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/k8slan/k8slan/crd/v1beta1"
+	"github.com/k8slan/k8slan/test/frames"
 )
 
 // plugin is kubectl k8slan in the lab's namespace, ready to be started.
@@ -59,5 +66,116 @@ func TestStatusShowsLANsPodsAndNodesOnOneScreen(t *testing.T) {
 	}
 	if out := l.k8slan(2, "status", "--as", "nobody"); !strings.Contains(out, "forbidden") {
 		t.Errorf("kubectl k8slan status for somebody without rights says\n%s", out)
+	}
+}
+
+// capturing is a capture that has begun.
+type capturing struct {
+	*exec.Cmd
+	stdout bytes.Buffer
+	said   chan string // all of standard error, at its end
+}
+
+func (l lab) capture(args ...string) *capturing {
+	l.Helper()
+	c := &capturing{Cmd: l.plugin(context.Background(), append([]string{"capture"}, args...)...), said: make(chan string, 1)}
+	c.Stdout = &c.stdout
+	stderr, err := c.StderrPipe()
+	if err != nil {
+		l.Fatal(err)
+	}
+	if err := c.Start(); err != nil {
+		l.Fatal(err)
+	}
+	l.Cleanup(func() { _ = c.Process.Kill() }) // one that has ended is not there
+	lines := bufio.NewScanner(stderr)
+	if !lines.Scan() || !strings.HasPrefix(lines.Text(), "capturing ") {
+		l.Fatalf("kubectl k8slan capture says %q", lines.Text())
+	}
+	go func() {
+		var all strings.Builder
+		for lines.Scan() {
+			all.WriteString(lines.Text() + "\n")
+		}
+		c.said <- all.String()
+	}()
+	return c
+}
+
+// framesOf reads a pcap file of nanoseconds.
+func framesOf(t *testing.T, pcap []byte) (frames []string) {
+	t.Helper()
+	if len(pcap) < 24 || binary.LittleEndian.Uint32(pcap) != 0xa1b23c4d {
+		t.Fatalf("%d bytes are no pcap file", len(pcap))
+	}
+	for rest := pcap[24:]; len(rest) > 0; {
+		if len(rest) < 16 || len(rest) < 16+int(binary.LittleEndian.Uint32(rest[8:])) {
+			t.Fatalf("the last frame of the pcap file is cut short: %x", rest)
+		}
+		length := 16 + int(binary.LittleEndian.Uint32(rest[8:]))
+		frames = append(frames, hex.EncodeToString(rest[16:length]))
+		rest = rest[length:]
+	}
+	return frames
+}
+
+func TestCaptureWritesWhatASpokeCarriesBothWays(t *testing.T) {
+	l := newLab(t)
+	l.lan("caught", 1087, []string{"caught-1", "caught-2", "caught-3"})
+	both := l.start(pod("caught-1", worker1, "caught-1"), pod("caught-2", worker2, "caught-2"))
+	one, two := both[0], both[1]
+	l.awaitSegment(worker1, "caught", "told of its pod", func(s v1beta1.SegmentStatus) bool { return len(s.Attachments) == 1 })
+	begin := time.Now()
+	c := l.capture("caught-1")
+	l.logTime("until the capture had begun", begin)
+	crosses(one, two)
+	crosses(two, one) // what has arrived there was captured before
+	if err := c.Process.Signal(os.Interrupt); err != nil {
+		t.Fatal(err)
+	}
+	said := <-c.said
+	if err := c.Wait(); err != nil {
+		t.Errorf("kubectl k8slan capture: %v", err)
+	}
+	if !strings.Contains(said, " frames, 0 more were dropped") {
+		t.Errorf("kubectl k8slan capture ends with %q", said)
+	}
+	got := framesOf(t, c.stdout.Bytes())
+	for _, from := range both {
+		for _, f := range frames.Catalog(from.mac, from.mtu) {
+			if (f.Passes || from.pod == one.pod) && !slices.Contains(got, hexed(f.Bytes)) {
+				t.Errorf("%s from %s is not in the capture", f.Name, from)
+			}
+		}
+	}
+
+	killed := l.capture("caught-1")
+	if err := killed.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	l.machine(worker1).until("the capture of a plugin that was killed to end", func() bool {
+		return !strings.Contains(l.machine(worker1).run("sh", "-c", "cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' ' '"), "capture --ns="+l.namespace+".caught")
+	})
+
+	if out := l.k8slan(2, "capture", "caught-3"); !strings.Contains(out, "attached nowhere now; give --node") {
+		t.Errorf("the capture of a free spoke says %s", out)
+	}
+	if out := l.k8slan(2, "capture", "never"); !strings.Contains(out, "no LAN has a spoke never") {
+		t.Errorf("the capture of a spoke that is not there says %s", out)
+	}
+	l.kubectl("create", "serviceaccount", "looker")
+	l.kubectl("create", "clusterrolebinding", l.namespace, "--clusterrole=view", "--serviceaccount="+l.namespace+":looker")
+	t.Cleanup(func() { l.clean("delete", "clusterrolebinding", l.namespace) })
+	if out := l.k8slan(2, "capture", "caught-1", "--as", "system:serviceaccount:"+l.namespace+":looker"); !containsAll(out, []string{"forbidden", "pods/exec", "k8slan-system"}) {
+		t.Errorf("a capture by somebody who may only look says %s", out)
+	}
+}
+
+// clean runs kubectl after the test.
+func (l lab) clean(args ...string) {
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	if _, err := bed.Kubectl(ctx, args...); err != nil {
+		l.Error(err)
 	}
 }
