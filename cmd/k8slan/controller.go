@@ -70,7 +70,7 @@ func (f *controllerFlags) runController(ctx context.Context) error {
 	if err := register(m); err != nil {
 		return err
 	}
-	if err := controller.Setup(mgr, m); err != nil {
+	if err := controller.Setup(mgr, f.discovery, m); err != nil {
 		return err
 	}
 	err = f.serveHealth(mgr, func(ctx context.Context) error {

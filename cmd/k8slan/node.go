@@ -96,6 +96,10 @@ func (f *nodeFlags) runNode(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	peers, err := f.peers(mgr)
+	if err != nil {
+		return err
+	}
 	host := kernel.New(kernel.Paths{Run: f.run})
 	defer host.Close()
 	lans := lanmgr.New(host, f.cdi, log)
@@ -113,6 +117,8 @@ func (f *nodeFlags) runNode(ctx context.Context) error {
 		Informers: mgr.GetCache(),
 		Client:    mgr.GetClient(),
 		Live:      mgr.GetAPIReader(),
+		Peers:     peers,
+		Discovery: f.discovery,
 		Kernel:    host,
 		Manager:   lans,
 		Offer: func(spokes []node.Spoke) {
@@ -124,6 +130,7 @@ func (f *nodeFlags) runNode(ctx context.Context) error {
 		Log:    log,
 	})
 	err = errors.Join(
+		mgr.Add(peers),
 		mgr.Add(manager.RunnableFunc(lans.Run)),
 		mgr.Add(manager.RunnableFunc(plugins.Run)),
 		mgr.Add(manager.RunnableFunc(agent.Run)),
@@ -170,6 +177,21 @@ func (f *nodeFlags) manager() (ctrl.Manager, error) {
 		return nil, fmt.Errorf("set up the daemon: %w", err)
 	}
 	return mgr, nil
+}
+
+// peers has the informer of every node's LANNode. It is a cache of its own, because a cache has one informer of a kind, and starts to
+// watch when it is first asked.
+func (f *nodeFlags) peers(mgr ctrl.Manager) (cache.Cache, error) {
+	peers, err := cache.New(mgr.GetConfig(), cache.Options{
+		HTTPClient: mgr.GetHTTPClient(),
+		Scheme:     mgr.GetScheme(),
+		Mapper:     mgr.GetRESTMapper(),
+		ByObject:   map[client.Object]cache.ByObject{&v1beta1.LANNode{}: {Transform: node.PeerOf}},
+	})
+	if err != nil {
+		return nil, fmt.Errorf("set up the daemon: %w", err)
+	}
+	return peers, nil
 }
 
 // nodeKinds are the kinds that the daemon deals with. It need not ask the API server for them, and so comes up

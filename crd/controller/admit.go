@@ -23,6 +23,8 @@ type verdict struct {
 	Clash   string            // why the LAN is refused, as a phrase: "vni 222 is default/lab's"
 	WayOut  string            // what to do about it
 	Refused map[string]string // refused spokes and why, as phrases
+
+	Discovery v1beta1.Discovery // how its nodes find each other
 }
 
 // A LAN that is being deleted holds what it held, until it is gone.

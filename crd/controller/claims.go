@@ -28,12 +28,16 @@ type claims struct {
 	recorder events.EventRecorder
 	now      func() metav1.Time
 	metrics  *Metrics
+
+	discovery v1beta1.Discovery // of LANs that do not say
 }
 
 // surroundings is what the status of LANs depends on beside the LANs.
 type surroundings struct {
 	nodes []node
 	nads  map[client.ObjectKey]*nadv1.NetworkAttachmentDefinition
+
+	discovery v1beta1.Discovery // of LANs that do not say
 }
 
 // Reconcile brings the status of all LANs up to date.
@@ -85,6 +89,8 @@ func (c *claims) survey(ctx context.Context) (surroundings, error) {
 	s := surroundings{
 		nodes: nodes,
 		nads:  make(map[client.ObjectKey]*nadv1.NetworkAttachmentDefinition, len(nads.Items)),
+
+		discovery: c.discovery,
 	}
 	for i := range nads.Items {
 		s.nads[client.ObjectKeyFromObject(&nads.Items[i])] = &nads.Items[i]
@@ -113,6 +119,7 @@ func decide(lans []v1beta1.LAN, around surroundings, now metav1.Time) []v1beta1.
 			continue
 		}
 		v := verdicts[lans[i].UID]
+		v.Discovery = lans[i].DiscoveryOr(around.discovery)
 		want[i] = status(&lans[i], v, around.nodes, around.foreignNADs(&lans[i], v.Holds), now)
 	}
 	return want

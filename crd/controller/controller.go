@@ -41,9 +41,10 @@ func NewScheme() *runtime.Scheme {
 }
 
 // Setup registers the controller's reconcilers with a manager, whose scheme is NewScheme's. Where several replicas run, the manager
-// must elect a leader: claims are decided by one controller alone. m counts what they do; whoever calls registers it.
-func Setup(mgr ctrl.Manager, m *Metrics) error {
-	if err := setupClaims(mgr, m); err != nil {
+// must elect a leader: claims are decided by one controller alone. discovery is that of LANs that do not say. m counts what they
+// do; whoever calls registers it.
+func Setup(mgr ctrl.Manager, discovery v1beta1.Discovery, m *Metrics) error {
+	if err := setupClaims(mgr, discovery, m); err != nil {
 		return fmt.Errorf("set up the controller of claims: %w", err)
 	}
 	if err := setupNADs(mgr); err != nil {
@@ -58,7 +59,7 @@ func Setup(mgr ctrl.Manager, m *Metrics) error {
 // everything is the one key of the work queue of claims.
 type everything struct{}
 
-func setupClaims(mgr ctrl.Manager, m *Metrics) error {
+func setupClaims(mgr ctrl.Manager, discovery v1beta1.Discovery, m *Metrics) error {
 	all := handler.TypedEnqueueRequestsFromMapFunc(func(context.Context, client.Object) []everything { return []everything{{}} })
 	return builder.TypedControllerManagedBy[everything](mgr).
 		Named("claims").
@@ -78,6 +79,8 @@ func setupClaims(mgr ctrl.Manager, m *Metrics) error {
 			recorder: mgr.GetEventRecorder("k8slan-controller"),
 			now:      metav1.Now,
 			metrics:  m,
+
+			discovery: discovery,
 		})
 }
 

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"fmt"
 	"maps"
+	"net/netip"
 	"slices"
 	"strings"
 	"time"
@@ -112,7 +113,7 @@ func status(lan *v1beta1.LAN, v verdict, nodes []node, foreignNADs []string, now
 	s := v1beta1.LANStatus{
 		ObservedGeneration: lan.Generation,
 		Holds:              v.Holds,
-		Discovery:          "multicast",
+		Discovery:          string(v.Discovery),
 		SpokeCount:         ports(lan, v.Holds),
 		Spokes:             spokes(lan, v, nodes),
 		Pools:              pools(lan, v, nodes, len(spanned)),
@@ -238,7 +239,36 @@ func survey(lan *v1beta1.LAN, v verdict, spanned []node) (ready, offered int, pr
 		}
 		problems = append(problems, *p)
 	}
+	if p := mixedFamilies(lan, v, spanned); p != nil {
+		problems = append(problems, *p)
+	}
 	return ready, offered, problems
+}
+
+// mixedFamilies says that some nodes would be reached over IPv4 and others over IPv6: they do not reach each other.
+func mixedFamilies(lan *v1beta1.LAN, v verdict, spanned []node) *problem {
+	if v.Discovery != v1beta1.Unicast {
+		return nil
+	}
+	var ipv4, ipv6 []string
+	for _, n := range spanned {
+		for _, s := range n.Segments {
+			vtep, err := netip.ParseAddr(s.VTEP)
+			switch {
+			case err != nil || s.UID != lan.UID || s.Generation != lan.Generation:
+			case vtep.Is4():
+				ipv4 = append(ipv4, n.Name)
+			default:
+				ipv6 = append(ipv6, n.Name)
+			}
+		}
+	}
+	if len(ipv4) == 0 || len(ipv6) == 0 {
+		return nil
+	}
+	return &problem{v1beta1.ReasonMixedFamilies, fmt.Sprintf(
+		"the underlay has IPv4 addresses on %s and only IPv6 ones on %s, which do not reach each other. Give all of one family, or say by spec.vxlanGrp which to use (an IPv6 group for IPv6)",
+		enumerate(ipv4, ", "), enumerate(ipv6, ", "))}
 }
 
 // segmentOn is the LAN's segment on a node and what is wrong with it there, nil if nothing is.

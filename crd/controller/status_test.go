@@ -156,6 +156,31 @@ func TestStatusSaysWhatIsWhereAndWhatIsWrong(t *testing.T) {
 	}
 }
 
+func TestNodesOfBothIPVersionsAreToldApart(t *testing.T) {
+	l := lan("lab", 0, 222, "srl")
+	v := verdict{Holds: &v1beta1.Holding{Spokes: []string{"srl"}}, Discovery: v1beta1.Unicast}
+	on := func(name, vtep string) node {
+		s := segment(1)
+		s.VTEP = vtep
+		return worker(name, s)
+	}
+	nodes := []node{on("worker1", "192.0.2.1"), on("worker2", "2001:db8::2"), on("worker3", "192.0.2.3")}
+	s := status(&l, v, nodes, nil, epoch)
+	ready := meta.FindStatusCondition(s.Conditions, "Ready")
+	want := "the underlay has IPv4 addresses on worker1, worker3 and only IPv6 ones on worker2, which do not reach each other. " +
+		"Give all of one family, or say by spec.vxlanGrp which to use (an IPv6 group for IPv6); spokes are offered on 3 of 3 nodes"
+	if s.State != v1beta1.StateDegraded || s.Reason != v1beta1.ReasonMixedFamilies || ready.Message != want || s.Discovery != "unicast" {
+		t.Errorf("state %s, reason %s, discovery %s, message\n%s\nwant\n%s", s.State, s.Reason, s.Discovery, ready.Message, want)
+	}
+	if s := status(&l, v, nodes[:1], nil, epoch); s.State != v1beta1.StateReady {
+		t.Errorf("with one node: %s %s", s.State, s.Reason)
+	}
+	v.Discovery = v1beta1.Multicast
+	if s := status(&l, v, nodes, nil, epoch); s.State != v1beta1.StateReady {
+		t.Errorf("in multicast: %s %s", s.State, s.Reason)
+	}
+}
+
 func TestOnlyMatchingNodesOfTheClusterCount(t *testing.T) {
 	l := with(lan("lab", 0, 222, "srl"), func(l *v1beta1.LAN) { l.Spec.NodeSelector = map[string]v1beta1.LabelValue{"lab": "yes"} })
 	object := func(name, label string) corev1.Node {

@@ -15,6 +15,27 @@ func VethNAD(spoke string) string { return "k8slan-veth-" + spoke }
 // MacvtapNAD is the name of the NetworkAttachmentDefinition that gives a KubeVirt VM a macvtap on the spoke or pool.
 func MacvtapNAD(spoke string) string { return "k8slan-mac-" + spoke }
 
+// DiscoveryOr is how the LAN's nodes find each other, where that is the default for LANs that do not say.
+func (l *LAN) DiscoveryOr(byDefault Discovery) Discovery {
+	return cmp.Or(l.Spec.Discovery, byDefault, Multicast)
+}
+
+// Set reads a way of discovery from a flag.
+func (d *Discovery) Set(s string) error {
+	switch Discovery(s) {
+	case Multicast, Unicast:
+		*d = Discovery(s)
+		return nil
+	}
+	return fmt.Errorf("discovery is %s or %s, not %q", Multicast, Unicast, s)
+}
+
+// String is the word in the spec.
+func (d *Discovery) String() string { return string(*d) }
+
+// Type names the kind of value in a command's help.
+func (d *Discovery) Type() string { return "discovery" }
+
 // Effective is the spec with every value that was left out filled in; it is never written back.
 func (l *LAN) Effective() LANSpec {
 	s := *l.Spec.DeepCopy()

@@ -84,8 +84,15 @@ type LANSpec struct {
 	// +optional
 	VXLAN Link `json:"vxlan,omitempty"`
 
+	// Discovery is how nodes find each other. multicast: over the group vxlanGrp, which the network between the nodes must carry.
+	// unicast: each node sends to the addresses of the others that have a pod of the LAN, as their LANNodes tell; for clouds and
+	// routed networks. It can be changed while the LAN runs. Default: what the chart says, multicast if nothing.
+	// +optional
+	Discovery Discovery `json:"discovery,omitempty"`
+
 	// VXLANGroup is the multicast group, IPv6 or IPv4, over which nodes find each other. With a link-local IPv6 group, ff02::/16,
-	// the underlay needs nothing but its link-local address. Default: ff02::14.
+	// the underlay needs nothing but its link-local address. With discovery unicast nothing is sent to it, but where it is given,
+	// nodes use their addresses of its family. Default: ff02::14.
 	// +optional
 	// +kubebuilder:validation:MaxLength=45
 	// +kubebuilder:validation:XValidation:rule="isIP(self) && self.matches('^([fF][fF][0-9a-fA-F][2-9a-fA-F]:|22[4-9][.]|23[0-9][.])')",message="vxlanGrp is a multicast address that leaves the node: IPv6 within ff00::/8 from scope 2 (ff02::14), or IPv4 within 224.0.0.0/4 (239.1.1.1)"
@@ -108,7 +115,7 @@ type LANSpec struct {
 	VXLANDevMap map[string]Device `json:"vxlanDevMap,omitempty"`
 
 	// MTU is the largest packet, in bytes, that the LAN carries for its pods and VMs, 68 to 65535.
-	// Default: the underlay's MTU less 78 (IPv6 group) or 58 (IPv4 group), which leaves room for two VLAN tags.
+	// Default: the underlay's MTU less 78 (over IPv6) or 58 (over IPv4), which leaves room for two VLAN tags.
 	// +optional
 	// +kubebuilder:validation:Minimum=68
 	// +kubebuilder:validation:Maximum=65535
@@ -181,6 +188,17 @@ const (
 	MACByOrdinal MACBy = "ordinal"
 )
 
+// Discovery is a way in which nodes find each other.
+//
+// +kubebuilder:validation:Enum=multicast;unicast
+type Discovery string
+
+// The ways of discovery.
+const (
+	Multicast Discovery = "multicast"
+	Unicast   Discovery = "unicast"
+)
+
 // SpokeOptions are settings of one spoke, or of each port of a pool.
 type SpokeOptions struct {
 	// TxChecksum of what reaches the spoke's pod or VM and of what that sends, on or off, as spec.txChecksum is for the whole LAN.
@@ -240,6 +258,7 @@ const (
 	ReasonNoNodes       = "NoNodes"       // no node runs k8slan, or none matches spec.nodeSelector
 	ReasonPending       = "Pending"       // a node has not yet reported, or not yet offered every spoke
 	ReasonUnreachable   = "Unreachable"   // a node does not answer
+	ReasonMixedFamilies = "MixedFamilies" // nodes have VTEPs of both IP versions, which do not reach each other
 	ReasonTwoNodes      = "TwoNodes"      // AttachedTwice: a spoke is attached on more than one node
 	ReasonOneNode       = "OneNode"       // an event: what TwoNodes told is over
 	ReasonShrunk        = "Shrunk"        // PoolExceeded: a pool was made smaller than its use
@@ -334,7 +353,7 @@ type LANStatus struct {
 	// Reason is one word or short phrase for the state; the sentence is in the conditions.
 	// +optional
 	Reason string `json:"reason,omitempty"`
-	// Discovery is how nodes find each other: multicast.
+	// Discovery is how nodes find each other: spec.discovery, or the default of the chart.
 	// +optional
 	Discovery string `json:"discovery,omitempty"`
 	// SpokeCount is the number of spokes the LAN holds, with the ports of its pools as each node has them.

@@ -51,6 +51,9 @@ type Config struct {
 	Informers cache.Informers
 	Client    client.Client
 	Live      client.Reader
+	// Peers is a cache of every LANNode, as PeerOf leaves them. It is asked once a LAN's discovery is unicast.
+	Peers     cache.Informers
+	Discovery v1beta1.Discovery // of LANs that do not say
 
 	Kernel  Kernel
 	Manager Manager
@@ -64,6 +67,7 @@ type Config struct {
 type Agent struct {
 	Config
 	publisher *publisher
+	peers     *peers
 	inputs    chan struct{} // one slot: LANs, the Node or its underlays changed
 	host      chan struct{} // one slot: the node's links, addresses or routes may have changed
 	ready     atomic.Bool
@@ -85,6 +89,7 @@ func New(c Config) *Agent {
 	return &Agent{
 		Config:    c,
 		publisher: newPublisher(c.Node, c.Client, c.Live, c.Log),
+		peers:     newPeers(c.Node),
 		inputs:    make(chan struct{}, 1),
 		host:      make(chan struct{}, 1),
 		told:      make(map[types.UID]Problem),
@@ -112,6 +117,7 @@ func (a *Agent) Run(ctx context.Context) error {
 		return nil // ctx has ended
 	}
 	tasks.Go(func() { a.publisher.run(ctx) })
+	tasks.Go(func() { a.watchPeers(ctx) })
 	signal(a.inputs)
 
 	retry := newRetry()
@@ -160,10 +166,14 @@ func (a *Agent) plan(ctx context.Context) error {
 			return err
 		}
 	}
-	node := Node{Name: a.Node, Labels: self.Labels, Underlays: *underlays}
+	node := Node{Name: a.Node, Labels: self.Labels, Underlays: *underlays, Discovery: a.Discovery}
 	a.plans, a.planned = planAll(lans.Items, node, a.now()), true
 	segments := make([]segment.Segment, len(a.plans))
 	for i, p := range a.plans {
+		if p.Unicast {
+			a.peers.want()
+			p.Segment.Remotes = a.peers.remotes(types.UID(p.Segment.LAN.UID), p.VTEP)
+		}
 		segments[i] = p.Segment
 	}
 	a.Manager.Set(segments)

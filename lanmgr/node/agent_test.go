@@ -266,7 +266,20 @@ func (f *fakeInformer) AddEventHandler(handler toolscache.ResourceEventHandler) 
 			}
 		}
 	}()
-	return nil, nil
+	return heard{}, nil
+}
+
+// heard is a handler that was told of all there was: nothing, since these informers tell of changes alone.
+type heard struct{}
+
+func (heard) HasSynced() bool                          { return true }
+func (heard) HasSyncedChecker() toolscache.DoneChecker { return heard{} }
+func (heard) Name() string                             { return "nothing" }
+
+func (heard) Done() <-chan struct{} {
+	done := make(chan struct{})
+	close(done)
+	return done
 }
 
 // world is an agent with all that is around it.
@@ -351,6 +364,7 @@ func (w *world) start() (stop func()) {
 	w.agent = node.New(node.Config{
 		Node: "worker1", Version: "v1.2.3",
 		Informers: &fakeInformers{api: w.api, done: done}, Client: w.api, Live: w.api,
+		Peers:  &fakeInformers{api: w.api, done: done},
 		Kernel: w.kernel, Manager: w.manager, Events: w.events,
 		Offer: func(offers []node.Spoke) {
 			w.mu.Lock()

@@ -26,12 +26,14 @@ type Node struct {
 	Name      string
 	Labels    map[string]string
 	Underlays kernel.Underlays
+	Discovery v1beta1.Discovery // of LANs that do not say; empty is multicast
 }
 
 // Plan is a LAN as this node should have it.
 type Plan struct {
 	Segment segment.Segment
 	VTEP    netip.Addr // the node's address on the underlay; the zero Addr if it has none
+	Unicast bool       // the other nodes are to be told one by one: the segment's Remotes are
 	Problem Problem
 }
 
@@ -65,30 +67,42 @@ func NewPlan(lan *v1beta1.LAN, node Node, now segment.Segment) (p Plan, ok bool)
 	if len(spec.SpokePools) > 0 {
 		p.Segment.Node = node.Name
 	}
+	p.Unicast = lan.DiscoveryOr(node.Discovery) == v1beta1.Unicast
 	group, err := netip.ParseAddr(spec.VXLANGroup)
 	if err != nil || !group.IsMulticast() {
 		p.Segment.MTU = firstOf(int(spec.MTU), now.MTU, fallbackMTU-overhead6.reserve)
 		p.Problem = Problem{v1beta1.ReasonBuildFailed, fmt.Sprintf("spec.vxlanGrp: %q is not a multicast address; pods wait until it is", spec.VXLANGroup), true}
 		return p, true
 	}
-	p.Segment.VXLAN.Group = group
 
 	choice := chooseUnderlay(&spec, node)
 	p.Segment.VXLAN.Underlay = choice.name
 	device, found := node.Underlays.Devices[choice.name]
-	overhead := overheadOf(group)
-	p.Segment.MTU = firstOf(int(spec.MTU), device.MTU-overhead.reserve)
-	if group.Is4() {
-		p.VTEP = device.IPv4
-	} else {
-		p.VTEP = device.IPv6
+	noAddress := addressProblem(choice.name, device, group)
+	switch {
+	case p.Unicast:
+		if lan.Spec.VXLANGroup == "" {
+			group = netip.Addr{} // it names no family
+		}
+		p.VTEP = chooseVTEP(device, group, now.VXLAN)
+		p.Segment.VXLAN.Local = p.VTEP
+		noAddress = vtepProblem(choice.name, p.VTEP, group)
+	case group.Is4():
+		p.Segment.VXLAN.Group, p.VTEP = group, device.IPv4
+	default:
+		p.Segment.VXLAN.Group, p.VTEP = group, device.IPv6
 	}
+	overhead := overhead6
+	if p.Segment.VXLAN.Group.Is4() || p.VTEP.Is4() {
+		overhead = overhead4
+	}
+	p.Segment.MTU = firstOf(int(spec.MTU), device.MTU-overhead.reserve)
 	switch {
 	case !found:
 		p.Problem = choice.missing(node.Name)
 	default:
 		p.Problem = firstProblem(
-			addressProblem(choice.name, device, group),
+			noAddress,
 			mtuProblem(choice.name, device, int(spec.MTU), overhead),
 			linkProblem(choice.name, device))
 	}
@@ -196,13 +210,6 @@ var (
 	overhead6 = overhead{least: 70, reserve: 78}
 )
 
-func overheadOf(group netip.Addr) overhead {
-	if group.Is4() {
-		return overhead4
-	}
-	return overhead6
-}
-
 func firstProblem(problems ...Problem) Problem {
 	for _, p := range problems {
 		if p.Reason != "" {
@@ -229,6 +236,42 @@ func addressProblem(name string, device kernel.Underlay, group netip.Addr) Probl
 			"device %q has no IPv6 address, which the group %s needs; a link-local one is enough. Give it one, or choose an IPv4 group in spec.vxlanGrp; pods wait until then", name, group), true}
 	}
 	return Problem{}
+}
+
+// chooseVTEP is the address that other nodes send to: of the group's family if there is a group, else IPv4 before IPv6. A
+// link-local one will not do: nobody but the kernel can say by which device to send to it. A device without link has lost its
+// IPv6 addresses until it is back; meanwhile the node keeps what it had.
+func chooseVTEP(device kernel.Underlay, group netip.Addr, now segment.VXLAN) netip.Addr {
+	ipv4, ipv6 := device.IPv4, device.Global6
+	if ipv4.IsLinkLocalUnicast() {
+		ipv4 = netip.Addr{}
+	}
+	had := now.Local.IsValid() && now.UnderlayIndex == device.Index && device.Index != 0 && !(device.Up && device.Carrier)
+	if had && !ipv6.IsValid() && now.Local.Is6() {
+		ipv6 = now.Local
+	}
+	switch {
+	case group.Is4():
+		return ipv4
+	case group.Is6() || !ipv4.IsValid():
+		return ipv6
+	}
+	return ipv4
+}
+
+func vtepProblem(name string, vtep, group netip.Addr) Problem {
+	kind, wayOut := "IPv4 or IPv6", ""
+	switch {
+	case vtep.IsValid():
+		return Problem{}
+	case group.Is4():
+		kind, wayOut = "IPv4", ", or leave spec.vxlanGrp out, whose family nodes use"
+	case group.Is6():
+		kind, wayOut = "IPv6", ", or leave spec.vxlanGrp out, whose family nodes use"
+	}
+	return Problem{v1beta1.ReasonUnderlayNoAddress, fmt.Sprintf(
+		"device %q has no %s address that other nodes could send to, which discovery unicast needs; a link-local one will not do. Give it one%s; pods wait until then",
+		name, kind, wayOut), true}
 }
 
 func mtuProblem(name string, device kernel.Underlay, mtu int, o overhead) Problem {

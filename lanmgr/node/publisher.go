@@ -18,7 +18,8 @@ import (
 	"github.com/k8slan/k8slan/crd/v1beta1"
 )
 
-// gather is how long a change of status waits for others, so that a burst of attachments is one write.
+// gather is the least time between two writes, so that a burst of attachments is few of them. The first change after a quiet time is
+// written at once: other nodes wait for it.
 const gather = 200 * time.Millisecond
 
 // publisher writes the node's LANNode: always the newest status, one write at a time, and only when something changed.
@@ -89,16 +90,18 @@ func newer(a, b *v1beta1.LANNode) bool {
 func (p *publisher) run(ctx context.Context) {
 	retry := newRetry()
 	defer retry.stop()
+	var last time.Time
 	for {
 		select {
 		case <-ctx.Done():
 			return
 		case <-p.wake:
-			if !p.gather(ctx) {
+			if !p.rest(ctx, gather-time.Since(last)) {
 				return
 			}
 		case <-retry.timer.C:
 		}
+		last = time.Now()
 		if err := p.write(ctx); err != nil && ctx.Err() == nil {
 			retry.failed(p.log, "cannot write the node's LANNode, trying again", err)
 			continue
@@ -107,8 +110,9 @@ func (p *publisher) run(ctx context.Context) {
 	}
 }
 
-func (p *publisher) gather(ctx context.Context) bool {
-	timer := time.NewTimer(gather)
+// rest waits for so long, and is false if ctx ends first.
+func (p *publisher) rest(ctx context.Context, so time.Duration) bool {
+	timer := time.NewTimer(so)
 	defer timer.Stop()
 	select {
 	case <-ctx.Done():

@@ -94,7 +94,7 @@ func ofSegment(s segment.Segment) v1beta1.SegmentStatus {
 	if s.LAN.Name == "" {
 		lan = "unknown" // its record is lost
 	}
-	return v1beta1.SegmentStatus{
+	status := v1beta1.SegmentStatus{
 		LAN:      lan,
 		UID:      types.UID(s.LAN.UID),
 		VNI:      int32(s.VXLAN.VNI),
@@ -103,6 +103,10 @@ func ofSegment(s segment.Segment) v1beta1.SegmentStatus {
 		Underlay: s.VXLAN.Underlay,
 		MTU:      int32(s.MTU),
 	}
+	if s.VXLAN.Local.IsValid() {
+		status.VTEP = s.VXLAN.Local.String()
+	}
+	return status
 }
 
 // planned is a segment that was not worked on yet.

@@ -47,7 +47,7 @@ func startController(t *testing.T) (stop func()) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := controller.Setup(mgr, controller.NewMetrics()); err != nil {
+	if err := controller.Setup(mgr, v1beta1.Multicast, controller.NewMetrics()); err != nil {
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))

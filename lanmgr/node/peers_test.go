@@ -1,0 +1,167 @@
+package node_test
+
+import (
+	"net/netip"
+	"strings"
+	"testing"
+
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+
+	"github.com/k8slan/k8slan/crd/v1beta1"
+	"github.com/k8slan/k8slan/lanmgr/kernel"
+	"github.com/k8slan/k8slan/lanmgr/node"
+	"github.com/k8slan/k8slan/lanmgr/segment"
+)
+
+func unicast(l *v1beta1.LAN) { l.Spec.Discovery = v1beta1.Unicast }
+
+// peer is a node that has so many pods on a LAN.
+func peer(name string, lan types.UID, vtep string, pods int) *v1beta1.LANNode {
+	return &v1beta1.LANNode{
+		ObjectMeta: metav1.ObjectMeta{Name: name},
+		Status: v1beta1.LANNodeStatus{Segments: []v1beta1.SegmentStatus{{
+			LAN: "default/lab", UID: lan, NS: "default.lab", State: v1beta1.SegmentReady, VTEP: vtep, Attachments: make([]v1beta1.Attachment, pods),
+		}}},
+	}
+}
+
+// awaitRemotes waits until the LAN's remotes are those, "unknown" for nil.
+func (w *world) awaitRemotes(want string) {
+	w.t.Helper()
+	w.await(w.t, "remotes "+want, func() bool {
+		_, segments := w.manager.wanted()
+		if len(segments) != 1 {
+			return false
+		}
+		have := []string{}
+		for _, r := range segments[0].Remotes {
+			have = append(have, r.String())
+		}
+		if segments[0].Remotes == nil {
+			have = append(have, "unknown")
+		}
+		return strings.Join(have, " ") == want
+	})
+}
+
+func TestRemotesAreTheOtherNodesWithAPodOnTheLAN(t *testing.T) {
+	w := newWorld(t, lab(unicast))
+	stop := w.start()
+	w.awaitRemotes("")
+	set := func(n *v1beta1.LANNode) {
+		t.Helper()
+		status := n.Status
+		old := &v1beta1.LANNode{}
+		if err := w.api.Get(t.Context(), types.NamespacedName{Name: n.Name}, old); err != nil {
+			if err := w.api.Create(t.Context(), n); err != nil {
+				t.Fatal(err)
+			}
+			old = n
+		}
+		old.Status = status
+		if err := w.api.Status().Update(t.Context(), old); err != nil {
+			t.Fatal(err)
+		}
+	}
+	set(peer("worker3", "uid-lab", "192.0.2.3", 1))
+	w.awaitRemotes("192.0.2.3")
+	set(peer("worker4", "uid-other", "192.0.2.4", 1)) // another LAN
+	set(peer("worker5", "uid-lab", "192.0.2.5", 0))   // nobody there
+	set(peer("worker6", "uid-lab", "2001:db8::6", 1)) // another family
+	set(peer("worker7", "uid-lab", "", 1))            // has lost its underlay
+	set(peer("worker8", "uid-lab", "192.0.2.1", 1))   // has this node's address
+	set(peer("worker2", "uid-lab", "192.0.2.2", 64))
+	w.awaitRemotes("192.0.2.2 192.0.2.3")
+	set(peer("worker3", "uid-lab", "192.0.2.33", 1)) // is back with another address
+	w.awaitRemotes("192.0.2.2 192.0.2.33")
+	set(peer("worker2", "uid-lab", "192.0.2.2", 0))
+	w.awaitRemotes("192.0.2.33")
+	if err := w.api.Delete(t.Context(), peer("worker3", "uid-lab", "", 1)); err != nil {
+		t.Fatal(err)
+	}
+	w.awaitRemotes("")
+
+	w.update(func(l *v1beta1.LAN) { l.Spec.Discovery = "" })
+	w.awaitRemotes("unknown")
+	stop()
+}
+
+func TestAPeerIsStrippedOfWhatOthersDoNotNeed(t *testing.T) {
+	full := peer("worker2", "uid-lab", "192.0.2.2", 64)
+	full.Status.Segments = append(full.Status.Segments, peer("", "uid-idle", "192.0.2.2", 0).Status.Segments...)
+	full.ManagedFields, full.ResourceVersion = []metav1.ManagedFieldsEntry{{Manager: "k8slan"}}, "7"
+	stripped, err := node.PeerOf(full)
+	if err != nil {
+		t.Fatal(err)
+	}
+	have := stripped.(*v1beta1.LANNode)
+	if len(have.ManagedFields) > 0 || have.Name != "worker2" || have.ResourceVersion != "7" || len(have.Status.Segments) != 1 ||
+		len(have.Status.Segments[0].Attachments) != 1 || have.Status.Segments[0].VTEP != "192.0.2.2" {
+		t.Errorf("is %+v", have)
+	}
+}
+
+func TestAUnicastLANUsesTheUnderlaysAddress(t *testing.T) {
+	with := func(change func(*kernel.Underlay)) node.Node {
+		n := worker1()
+		d := n.Underlays.Devices["eth0"]
+		change(&d)
+		n.Underlays.Devices["eth0"] = d
+		return n
+	}
+	global := netip.MustParseAddr("2001:db8::1")
+	both := with(func(d *kernel.Underlay) { d.Global6 = global })
+	onlySix := with(func(d *kernel.Underlay) { d.Global6, d.IPv4 = global, netip.Addr{} })
+	linkLocal := with(func(d *kernel.Underlay) { d.IPv4 = netip.MustParseAddr("169.254.1.1") })
+	group := func(g string) func(*v1beta1.LAN) {
+		return func(l *v1beta1.LAN) { unicast(l); l.Spec.VXLANGroup = g }
+	}
+	for name, c := range map[string]struct {
+		change func(*v1beta1.LAN)
+		node   node.Node
+		vtep   string
+		mtu    int
+		reason string
+	}{
+		"IPv4 first":                       {unicast, both, "192.0.2.1", 1442, ""},
+		"IPv6 where there is nothing else": {unicast, onlySix, "2001:db8::1", 1422, ""},
+		"IPv6 by its group":                {group("ff02::14"), both, "2001:db8::1", 1422, ""},
+		"IPv4 by its group":                {group("239.1.1.1"), both, "192.0.2.1", 1442, ""},
+		"no IPv4 for its group":            {group("239.1.1.1"), onlySix, "", 1422, v1beta1.ReasonUnderlayNoAddress},
+		"link-local alone":                 {unicast, linkLocal, "", 1422, v1beta1.ReasonUnderlayNoAddress},
+	} {
+		t.Run(name, func(t *testing.T) {
+			p, _ := node.NewPlan(lab(c.change), c.node, segment.Segment{})
+			var vtep string
+			if p.VTEP.IsValid() {
+				vtep = p.VTEP.String()
+			}
+			if vtep != c.vtep || p.Segment.VXLAN.Local != p.VTEP || p.Segment.VXLAN.Group.IsValid() || !p.Unicast {
+				t.Errorf("VTEP %q, want %q: %+v", vtep, c.vtep, p.Segment.VXLAN)
+			}
+			if p.Segment.MTU != c.mtu || p.Problem.Reason != c.reason || p.Problem.Blocking != (c.reason != "") {
+				t.Errorf("MTU %d, want %d; problem %+v, want %s", p.Segment.MTU, c.mtu, p.Problem, c.reason)
+			}
+		})
+	}
+
+	// A link that is down has no IPv6 address: that is no reason to take the VXLAN away.
+	before, _ := node.NewPlan(lab(unicast), onlySix, segment.Segment{})
+	down := with(func(d *kernel.Underlay) { d.IPv4, d.IPv6, d.Up, d.Carrier = netip.Addr{}, netip.Addr{}, false, false })
+	after, _ := node.NewPlan(lab(unicast), down, before.Segment)
+	if after.Segment.VXLAN != before.Segment.VXLAN || after.Problem.Reason != v1beta1.ReasonUnderlayDown {
+		t.Errorf("while the link is down: %+v, %+v; before: %+v", after.Segment.VXLAN, after.Problem, before.Segment.VXLAN)
+	}
+}
+
+func TestTheDefaultDiscoveryIsTheDaemons(t *testing.T) {
+	n := worker1()
+	n.Discovery = v1beta1.Unicast
+	if p, _ := node.NewPlan(lab(nil), n, segment.Segment{}); !p.Unicast {
+		t.Error("a LAN that does not say is not unicast, the daemon's default")
+	}
+	if p, _ := node.NewPlan(lab(func(l *v1beta1.LAN) { l.Spec.Discovery = v1beta1.Multicast }), n, segment.Segment{}); p.Unicast {
+		t.Error("a LAN that says multicast is unicast")
+	}
+}
