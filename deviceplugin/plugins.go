@@ -66,21 +66,22 @@ func New(dir string, log *slog.Logger) *Plugins {
 // Watch has told hear how each registration with kubelet ended, nil for well. It is called before Run.
 func (p *Plugins) Watch(told func(error)) { p.kubelet.told = told }
 
-// Registered is how many spokes on offer kubelet knows.
+// Registered is how many spokes, and ports of pools, on offer kubelet knows.
 func (p *Plugins) Registered() int {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.known()
-}
-
-func (p *Plugins) known() int {
-	known := 0
-	for name := range p.offered {
-		if s := p.running[name]; s != nil && s.registered.Load() {
-			known++
+	registered := 0
+	for name, offer := range p.offered {
+		if p.known(name) {
+			registered += max(offer.Ports, 1)
 		}
 	}
-	return known
+	return registered
+}
+
+func (p *Plugins) known(name string) bool {
+	s := p.running[name]
+	return s != nil && s.registered.Load()
 }
 
 // Set says which spokes are on offer from now on; it replaces the last set and never blocks.
@@ -99,7 +100,13 @@ func (p *Plugins) Set(offered []Spoke) {
 func (p *Plugins) Ready() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if unknown := len(p.offered) - p.known(); unknown > 0 {
+	unknown := 0
+	for name := range p.offered {
+		if !p.known(name) {
+			unknown++
+		}
+	}
+	if unknown > 0 {
 		return fmt.Errorf("%d of %d spokes are not registered with kubelet yet", unknown, len(p.offered))
 	}
 	return nil

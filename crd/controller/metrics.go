@@ -12,7 +12,7 @@ var (
 	lansDesc = prometheus.NewDesc("k8slan_lans",
 		"LANs of the cluster by state. Told by the controller that leads.", []string{"state"}, nil)
 	lanSpokesDesc = prometheus.NewDesc("k8slan_lan_spokes",
-		"Spokes of the cluster's LANs by state: attached, free, or refused because another LAN holds the name. Told by the controller that leads.",
+		"Spokes of the cluster's LANs, and ports of pools on all nodes, by state: attached, free, or refused because another LAN holds the name. Told by the controller that leads.",
 		[]string{"state"}, nil)
 )
 
@@ -49,11 +49,20 @@ func (m *Metrics) sum(lans []v1beta1.LANStatus) {
 				taken[spoke.Name] = true
 			}
 		}
+		pools := map[string]bool{}
+		for _, pool := range s.Pools {
+			pools[pool.Name] = true
+			spokes["attached"] += int(pool.Attached)
+			spokes["free"] += int(max(pool.Ports-pool.Attached, 0))
+			if pool.Refused != "" {
+				spokes["refused"]++
+			}
+		}
 		if s.Holds == nil {
 			continue
 		}
 		for _, spoke := range s.Holds.Spokes {
-			if !taken[spoke] {
+			if !taken[spoke] && !pools[spoke] {
 				spokes["free"]++
 			}
 		}

@@ -43,12 +43,15 @@ func TestOnlyTheControllerThatLeadsTellsOfLANs(t *testing.T) {
 		{State: v1beta1.StateReady, Holds: &v1beta1.Holding{Spokes: []string{"a", "b", "c"}}, Spokes: []v1beta1.SpokeStatus{
 			{Name: "a", Attachments: on}, {Name: "withdrawn", Attachments: on},
 		}},
+		{State: v1beta1.StateReady, Holds: &v1beta1.Holding{Spokes: []string{"web"}}, Pools: []v1beta1.PoolStatus{
+			{Name: "web", Attached: 3, Ports: 10}, {Name: "small", Attached: 5, Ports: 4}, {Name: "db", Refused: "it is another's"},
+		}},
 		{State: v1beta1.StateReady, Holds: &v1beta1.Holding{Spokes: []string{"d"}}, Spokes: []v1beta1.SpokeStatus{{Name: "a", Refused: "it is another's"}}},
 		{State: v1beta1.StateConflict},
 	})
 	want := map[string]float64{
-		"k8slan_lans Ready": 2, "k8slan_lans Conflict": 1, "k8slan_lans Pending": 0, "k8slan_lans Degraded": 0, "k8slan_lans Deleting": 0,
-		"k8slan_lan_spokes attached": 2, "k8slan_lan_spokes free": 3, "k8slan_lan_spokes refused": 1,
+		"k8slan_lans Ready": 3, "k8slan_lans Conflict": 1, "k8slan_lans Pending": 0, "k8slan_lans Degraded": 0, "k8slan_lans Deleting": 0,
+		"k8slan_lan_spokes attached": 10, "k8slan_lan_spokes free": 10, "k8slan_lan_spokes refused": 2,
 		"k8slan_residue_removed_total": 0,
 	}
 	if have := scrape(t, m); !maps.Equal(have, want) {

@@ -123,7 +123,7 @@ func status(lan *v1beta1.LAN, v verdict, nodes []node, foreignNADs []string, now
 		s.Attached += int32(len(spoke.Attachments))
 	}
 	for _, pool := range s.Pools {
-		s.Attached += attachedTo(pool)
+		s.Attached += pool.Attached
 	}
 	set := func(c metav1.Condition) {
 		c.ObservedGeneration, c.LastTransitionTime = lan.Generation, now
@@ -411,23 +411,15 @@ func pools(lan *v1beta1.LAN, v verdict, nodes []node, spanned int) []v1beta1.Poo
 		s := v1beta1.PoolStatus{Name: name, Refused: v.Refused[name]}
 		for _, n := range slices.Sorted(maps.Keys(used[name])) {
 			s.Nodes = append(s.Nodes, v1beta1.PoolNode{Node: n, Attached: used[name][n]})
+			s.Attached += used[name][n]
 		}
-		offered := 0
 		if v.Holds != nil && !deleted(lan) && slices.Contains(v.Holds.Spokes, name) {
 			pool, _ := lan.Spec.Pool(name)
-			offered = int(pool.Size) * spanned
+			s.Ports = pool.Size * int32(spanned)
 		}
-		s.Use = fmt.Sprintf("%d/%d", attachedTo(s), offered)
 		list = append(list, s)
 	}
 	return list
-}
-
-func attachedTo(pool v1beta1.PoolStatus) (n int32) {
-	for _, on := range pool.Nodes {
-		n += on.Attached
-	}
-	return n
 }
 
 // poolExceeded says which pools have more pods on a node than ports, and where; empty if none has.
@@ -442,7 +434,7 @@ func poolExceeded(lan *v1beta1.LAN, pools []v1beta1.PoolStatus) string {
 			}
 		}
 		if len(where) > 0 {
-			words = append(words, fmt.Sprintf("pool %s has %d ports on each node, and more pods are attached: %s", s.Name, pool.Size, enumerate(where, ", ")))
+			words = append(words, fmt.Sprintf("pool %s is of size %d, and more pods are attached: %s", s.Name, pool.Size, enumerate(where, ", ")))
 		}
 	}
 	if len(words) == 0 {

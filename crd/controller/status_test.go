@@ -380,7 +380,7 @@ func TestPoolsAreSummedUp(t *testing.T) {
 	s := status(&l, held, nodes, nil, epoch)
 	var have []string
 	for _, p := range s.Pools {
-		have = append(have, fmt.Sprint(p.Name, " ", p.Use, " ", p.Nodes, " ", p.Refused))
+		have = append(have, fmt.Sprint(p.Name, " ", p.Attached, "/", p.Ports, " ", p.Nodes, " ", p.Refused))
 	}
 	want := []string{"db 0/6 [] ", "old 1/0 [{worker1 1}] ", "refused 0/0 [] spoke refused is default/other's", "web 3/6 [{worker1 2} {worker2 1}] "}
 	if !slices.Equal(have, want) {
@@ -401,7 +401,7 @@ func TestPoolsAreSummedUp(t *testing.T) {
 	l.Status = s
 	deleting(&l)
 	gone := status(&l, verdict{Holds: held.Holds}, nodes[1:], nil, epoch)
-	if p := gone.Pools[len(gone.Pools)-1]; p.Use != "3/0" || len(p.Nodes) != 2 {
+	if p := gone.Pools[len(gone.Pools)-1]; p.Attached != 3 || p.Ports != 0 || len(p.Nodes) != 2 {
 		t.Errorf("of a node whose LANNode is gone is left: %+v", p)
 	}
 	if h := heldBy(&l, nodes[1:]); !slices.Equal(h.Lost, []string{"node worker1 (its LANNode is gone)"}) {
@@ -415,7 +415,7 @@ func TestAPoolThatIsSmallerThanItsUseIsTold(t *testing.T) {
 	four := segment(3, inPool("web", "0"), inPool("web", "1"), inPool("web", "3"), inPool("web", "4"))
 	s := status(&l, held, []node{worker("worker1", four), worker("worker2", segment(3, inPool("web", "7")))}, nil, epoch)
 	exceeded := meta.FindStatusCondition(s.Conditions, v1beta1.ConditionPoolExceeded)
-	if exceeded == nil || !strings.HasPrefix(exceeded.Message, "pool web has 3 ports on each node, and more pods are attached: 4 on worker1; they stay") {
+	if exceeded == nil || !strings.HasPrefix(exceeded.Message, "pool web is of size 3, and more pods are attached: 4 on worker1; they stay") {
 		t.Fatalf("have %v", exceeded)
 	}
 	if s.State != v1beta1.StateReady {

@@ -112,8 +112,10 @@ func faultsOf(lan *v1beta1.LAN, nodes []onNode) (sentences []string) {
 	if refused {
 		sentences = append(sentences, accepted.Message)
 	}
-	if c := meta.FindStatusCondition(lan.Status.Conditions, v1beta1.ConditionAttachedTwice); c != nil && c.Status == metav1.ConditionTrue {
-		sentences = append(sentences, c.Message)
+	for _, kind := range []string{v1beta1.ConditionAttachedTwice, v1beta1.ConditionPoolExceeded} {
+		if c := meta.FindStatusCondition(lan.Status.Conditions, kind); c != nil && c.Status == metav1.ConditionTrue {
+			sentences = append(sentences, c.Message)
+		}
 	}
 	c := meta.FindStatusCondition(lan.Status.Conditions, v1beta1.ConditionReady)
 	said := refused || slices.ContainsFunc(nodes, func(n onNode) bool { return n.reason == lan.Status.Reason && n.sentence != "" })
@@ -181,7 +183,7 @@ func (p *page) spokes(lan *v1beta1.LAN, attached map[string][]v1beta1.SpokeAttac
 	var free []string
 	if lan.Status.Holds != nil && lan.DeletionTimestamp.IsZero() {
 		for _, spoke := range lan.Status.Holds.Spokes {
-			if len(attached[spoke]) == 0 {
+			if _, pool := lan.Spec.Pool(spoke); !pool && len(attached[spoke]) == 0 {
 				free = append(free, spoke)
 			}
 		}
@@ -191,6 +193,9 @@ func (p *page) spokes(lan *v1beta1.LAN, attached map[string][]v1beta1.SpokeAttac
 	}
 	if len(free) > 0 {
 		p.sentence("  ", "free: "+strings.Join(free, ", "))
+	}
+	for _, pool := range lan.Status.Pools {
+		p.sentence("  ", fmt.Sprintf("pool %s: %d attached, %d ports", pool.Name, pool.Attached, pool.Ports))
 	}
 }
 

@@ -97,6 +97,15 @@ func TestDrawTellsWhatIsWhereAndWhatIsWrong(t *testing.T) {
 			Reason: v1beta1.ReasonSpokeConflict, Message: "spoke edge-2 is default/lab's; the other spokes are held",
 		}
 	}
+	pooled := func(l *v1beta1.LAN) {
+		l.Spec.SpokePools = []v1beta1.SpokePool{{Name: "web", Size: 1}}
+		l.Status.Holds.Spokes, l.Status.SpokeCount = append(l.Status.Holds.Spokes, "web"), 3
+		l.Status.Pools = []v1beta1.PoolStatus{{Name: "web", Attached: 3, Ports: 2}}
+		l.Status.Conditions = append(l.Status.Conditions, metav1.Condition{
+			Type: v1beta1.ConditionPoolExceeded, Status: metav1.ConditionTrue,
+			Message: "pool web is of size 1, and more pods are attached: 2 on worker1",
+		})
+	}
 	onTwo := func(l *v1beta1.LAN) {
 		l.Status.Conditions = append(l.Status.Conditions, metav1.Condition{
 			Type: v1beta1.ConditionAttachedTwice, Status: metav1.ConditionTrue,
@@ -142,6 +151,14 @@ func TestDrawTellsWhatIsWhereAndWhatIsWrong(t *testing.T) {
 			LANs: []v1beta1.LAN{lan("edge", 223, unready(v1beta1.StateDegraded, v1beta1.ReasonSpokeConflict, v1beta1.ReasonSpokeConflict,
 				"spoke edge-2 is default/lab's; spokes are offered on 1 of 1 nodes"), refused)},
 			LANNodes: []v1beta1.LANNode{lanNode("worker1", segment("edge", "fe80::1"))}, Nodes: both[:1],
+		}},
+		{name: "pool-exceeded", facts: Facts{
+			LANs: []v1beta1.LAN{lan("lab", 222, attached(3), pooled)},
+			LANNodes: []v1beta1.LANNode{
+				lanNode("worker1", segment("lab", "fe80::1", pod("web_0", "web-a", v1beta1.KindVeth), pod("web_1", "web-b", v1beta1.KindVeth))),
+				lanNode("worker2", segment("lab", "fe80::2", pod("web_0", "web-c", v1beta1.KindVeth))),
+			},
+			Nodes: both,
 		}},
 		{name: "node-silent-and-twice", facts: Facts{
 			LANs: []v1beta1.LAN{lan("lab", 222, attached(2), unready(v1beta1.StateDegraded, v1beta1.ReasonUnreachable, v1beta1.ReasonUnreachable,

@@ -314,9 +314,11 @@ type PoolStatus struct {
 	// Refused says why the pool is not offered; empty for one that is.
 	// +optional
 	Refused string `json:"refused,omitempty"`
-	// Use is "attached/ports" on all nodes, such as 7/10. The ports are the pool's size times the nodes that the LAN spans.
-	// +optional
-	Use string `json:"use,omitempty"`
+	// Attached is the number of attachments on all nodes.
+	Attached int32 `json:"attached"`
+	// Ports is the number of ports on all nodes: the pool's size times the nodes that the LAN spans. 0 for a pool that is refused or
+	// gone from the spec.
+	Ports int32 `json:"ports"`
 	// Nodes that have pods attached to the pool, sorted; which pods is in their LANNode.
 	// +optional
 	// +listType=map

@@ -46,9 +46,9 @@ var (
 	segmentsDesc = prometheus.NewDesc("k8slan_segments",
 		"LANs on this node by state, in the words of LANNode.", []string{"state"}, nil)
 	spokesDesc = prometheus.NewDesc("k8slan_spokes",
-		"Spokes that this node offers to kubelet: healthy ones a pod may have now.", []string{"state"}, nil)
+		"Spokes, and ports of pools, that this node offers to kubelet: healthy ones a pod may have now.", []string{"state"}, nil)
 	registeredDesc = prometheus.NewDesc("k8slan_spokes_registered",
-		"Spokes on offer that kubelet knows.", nil, nil)
+		"Spokes, and ports of pools, on offer that kubelet knows.", nil, nil)
 	attachmentsDesc = prometheus.NewDesc("k8slan_attachments",
 		"Pods and VMs that are attached on this node, read from the kernel.", []string{"kind"}, nil)
 	learntDesc = prometheus.NewDesc("k8slan_fdb_learned_entries",
@@ -189,7 +189,7 @@ func (m *Metrics) Show(status v1beta1.LANNodeStatus) {
 func (m *Metrics) Offer(spokes []node.Spoke) {
 	healthy := map[bool]int{}
 	for _, s := range spokes {
-		healthy[s.Healthy]++
+		healthy[s.Healthy] += max(s.Ports, 1)
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()

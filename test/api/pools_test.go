@@ -29,11 +29,11 @@ func TestAPoolHasNADsAUseAndTheNameSpaceOfSpokes(t *testing.T) {
 	awaitCondition(t, clash, "Accepted", "False SpokeConflict: spoke web is default/pool's; the other spokes are held")
 
 	// use awaits that the LAN's only pool is used like that, and returns by how many pods on pool-1.
-	use := func(want string) (attached int32) {
+	use := func(used, ports int32) (attached int32) {
 		t.Helper()
 		eventually(t, func() string {
-			if p := read(t, lan).Status.Pools; len(p) != 1 || p[0].Name != "web" || p[0].Use != want {
-				return fmt.Sprintf("have %+v, want web %s", p, want)
+			if p := read(t, lan).Status.Pools; len(p) != 1 || p[0].Name != "web" || p[0].Attached != used || p[0].Ports != ports {
+				return fmt.Sprintf("have %+v, want web %d of %d", p, used, ports)
 			}
 			return ""
 		})
@@ -52,22 +52,22 @@ func TestAPoolHasNADsAUseAndTheNameSpaceOfSpokes(t *testing.T) {
 	awaitCondition(t, lan, "Ready", "False Pending: node pool-1 offers 2 of 3 spokes so far; spokes are offered on 0 of 1 nodes")
 	offers(3, onPort("web", 0), onPort("web", 1), onPort("web", 2))
 	awaitSummary(t, lan, "Ready||web|1/1")
-	if n := use("3/3"); n != 3 || lan.Status.Attached != 3 || lan.Status.SpokeCount != 3 || len(lan.Status.Spokes) != 0 {
+	if n := use(3, 3); n != 3 || lan.Status.Attached != 3 || lan.Status.SpokeCount != 3 || len(lan.Status.Spokes) != 0 {
 		t.Errorf("status: %+v", lan.Status)
 	}
 
 	edit(t, lan, func(l *v1beta1.LAN) { l.Spec.SpokePools[0].Size = 2 })
-	sentence := "pool web has 2 ports on each node, and more pods are attached: 3 on pool-1; they stay until they go by themselves, and no more are placed there before"
+	sentence := "pool web is of size 2, and more pods are attached: 3 on pool-1; they stay until they go by themselves, and no more are placed there before"
 	awaitCondition(t, lan, "PoolExceeded", "True Shrunk: "+sentence)
 	awaitEvent(t, lan, "Warning Shrunk: "+sentence)
 	offers(2, onPort("web", 0), onPort("web", 2))
-	use("2/2")
+	use(2, 2)
 	awaitCondition(t, lan, "PoolExceeded", "absent")
 	awaitEvent(t, lan, "Normal Fits: no pool has more pods on a node than ports any more")
 
 	// Its name is free when the last pod is off it.
 	edit(t, lan, func(l *v1beta1.LAN) { l.Spec.Spokes, l.Spec.SpokePools = []string{"pool-srl"}, nil })
-	use("2/0")
+	use(2, 0)
 	awaitCondition(t, clash, "Accepted", "False SpokeConflict: spoke web is still in use by default/web-0 on pool-1 (spoke web_0 of LAN default/pool), "+
 		"default/web-2 on pool-1 (spoke web_2 of LAN default/pool); the other spokes are held")
 	awaitNADs(t, lan, "k8slan-veth-pool-srl", "k8slan-mac-pool-srl")

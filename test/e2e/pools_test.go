@@ -119,12 +119,15 @@ func allPing(all []station) {
 	}
 }
 
-// awaitUse returns a LAN when its only pool is used like that, as in 5/10.
-func (l lab) awaitUse(name, use string) *v1beta1.LAN {
+// awaitUse returns a LAN when so many of the ports of its only pool have pods.
+func (l lab) awaitUse(name string, attached, ports int) *v1beta1.LAN {
 	l.Helper()
-	return l.awaitLAN(name, "used "+use, func(lan *v1beta1.LAN) bool {
-		return len(lan.Status.Pools) == 1 && lan.Status.Pools[0].Use == use
-	})
+	return l.awaitLAN(name, fmt.Sprintf("used %d/%d", attached, ports), func(lan *v1beta1.LAN) bool { return isUsed(lan, attached, ports) })
+}
+
+func isUsed(lan *v1beta1.LAN, attached, ports int) bool {
+	p := lan.Status.Pools
+	return len(p) == 1 && int(p[0].Attached) == attached && int(p[0].Ports) == ports
 }
 
 func TestDeploymentOnAPoolTalksIsScaledAndLeavesNothing(t *testing.T) {
@@ -138,7 +141,7 @@ func TestDeploymentOnAPoolTalksIsScaledAndLeavesNothing(t *testing.T) {
 	if mac := five[0].sh("echo $K8SLAN_WEB_MAC"); mac != five[0].mac.String() {
 		t.Errorf("the container is told the MAC %q, %s has %s", mac, five[0], five[0].mac)
 	}
-	lan := l.awaitUse("web", "5/8")
+	lan := l.awaitUse("web", 5, 8)
 	if lan.Status.Attached != 5 || lan.Status.SpokeCount != 4 || len(lan.Status.Spokes) != 0 || len(lan.Status.Pools[0].Nodes) != 2 {
 		t.Errorf("status is %+v", lan.Status)
 	}
@@ -150,7 +153,7 @@ func TestDeploymentOnAPoolTalksIsScaledAndLeavesNothing(t *testing.T) {
 	l.scale("web", 8)
 	eight := l.stations("web", 8)
 	allPing(eight)
-	l.awaitUse("web", "8/8")
+	l.awaitUse("web", 8, 8)
 
 	// Grown under the pods, then made smaller than its use: nobody is thrown out.
 	size := func(n int32) { l.edit("web", func(s *v1beta1.LANSpec) { s.SpokePools[0].Size = n }) }
@@ -159,10 +162,10 @@ func TestDeploymentOnAPoolTalksIsScaledAndLeavesNothing(t *testing.T) {
 		l.awaitAllocatable(worker1, "web", 6)
 		size(2)
 		l.awaitAllocatable(worker1, "web", 2)
-		exceeded := "pool web has 2 ports on each node, and more pods are attached: 4 on worker1, 4 on worker2"
+		exceeded := "pool web is of size 2, and more pods are attached: 4 on worker1, 4 on worker2"
 		l.awaitLAN("web", "exceeded", func(lan *v1beta1.LAN) bool {
 			return meta.IsStatusConditionTrue(lan.Status.Conditions, v1beta1.ConditionPoolExceeded) &&
-				strings.Contains(condition(lan, v1beta1.ConditionPoolExceeded).Message, exceeded) && lan.Status.Pools[0].Use == "8/4"
+				strings.Contains(condition(lan, v1beta1.ConditionPoolExceeded).Message, exceeded) && isUsed(lan, 8, 4)
 		})
 		l.awaitEvent("web", v1beta1.ReasonShrunk, exceeded)
 	})
@@ -171,14 +174,14 @@ func TestDeploymentOnAPoolTalksIsScaledAndLeavesNothing(t *testing.T) {
 	l.awaitEvent("web", v1beta1.ReasonFits)
 
 	l.scale("web", 0)
-	l.awaitUse("web", "0/8")
+	l.awaitUse("web", 0, 8)
 	two := pod("two", worker2, "web")
 	two.Networks += ", " + two.Networks
 	l.apply(strings.Replace(l.yaml(two), "veth-web: 1", "veth-web: 2", 1))
 	l.station(two).sh("ip link show net1 && ip link show net2")
-	l.awaitUse("web", "2/8")
+	l.awaitUse("web", 2, 8)
 	l.delete(&corev1.Pod{}, "two")
-	l.awaitUse("web", "0/8")
+	l.awaitUse("web", 0, 8)
 	for _, m := range l.machines() {
 		m.awaitLinks(l.namespace+".web", "all ports to wait", func(links linkList) bool {
 			ports := slices.DeleteFunc(slices.Clone(links), func(l netlink.Link) bool { return !strings.HasPrefix(l.Attrs().Name, "web_") })
@@ -248,8 +251,8 @@ func TestAsManyPodsAsFitOnANodeGetAPortEach(t *testing.T) {
 		return took
 	}
 	without := fill(guest{Name: "bare", Node: worker1}, func() {})
-	with := fill(pod("full", worker1, "full"), func() { l.awaitUse("full", fmt.Sprintf("%d/%d", fit, 2*fit)) })
-	l.awaitUse("full", fmt.Sprintf("0/%d", 2*fit))
+	with := fill(pod("full", worker1, "full"), func() { l.awaitUse("full", fit, 2*fit) })
+	l.awaitUse("full", 0, 2*fit)
 	t.Logf("%d pods on one node: all run after %s, with a port of a pool each after %s, %.2f times as long",
 		fit, without.Round(time.Millisecond), with.Round(time.Millisecond), with.Seconds()/without.Seconds())
 }
