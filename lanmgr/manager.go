@@ -34,7 +34,8 @@ type Report struct {
 	Built     bool            // all of it stands
 	Err       error           // why it does not
 	Claims    []segment.Claim
-	Learnt    int // addresses that the bridge has learnt; -1 where the kernel does not count them
+	Learnt    int // addresses that the bridge has learnt; -1 where that is not known
+	Remotes   int // to which the VXLAN sends what is flooded, one by one; -1 where it has a group, or none is known
 }
 
 // Look is one look at a segment and what was done about it.
@@ -364,7 +365,7 @@ func sameClaims(a, b []segment.Claim) bool {
 
 // reconcile does the work for one segment. known is false where it cannot be seen how the segment is.
 func (m *Manager) reconcile(ctx context.Context, name string, want segment.Segment, wanted bool, old Report) (r Report, done []segment.Op, known, gone bool) {
-	r = Report{Segment: want, Leaving: !wanted, Learnt: -1}
+	r = Report{Segment: want, Leaving: !wanted, Learnt: -1, Remotes: -1}
 	have, done, known, err := m.bring(ctx, name, func(have segment.State) []segment.Op {
 		ops, _ := decide(want, wanted, have)
 		return ops
@@ -395,6 +396,9 @@ func (m *Manager) reconcile(ctx context.Context, name string, want segment.Segme
 	r.Built = r.Err == nil && built(left)
 	if bridge, ok := have.Link(r.Segment.Bridge); ok {
 		r.Learnt = bridge.Learnt
+	}
+	if vxlan, ok := have.Link(r.Segment.VXLAN.Name); ok && !vxlan.VXLAN.Group.IsValid() {
+		r.Remotes = len(vxlan.VXLAN.Remotes)
 	}
 	return r, done, true, !wanted && !have.Exists && !have.Lost && !have.Dead && have.Record == nil && len(have.Links) == 0
 }

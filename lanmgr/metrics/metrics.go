@@ -53,6 +53,8 @@ var (
 		"Pods and VMs that are attached on this node, read from the kernel.", []string{"kind"}, nil)
 	learntDesc = prometheus.NewDesc("k8slan_fdb_learned_entries",
 		"Ethernet addresses that a LAN's bridge on this node has learned, at most a minute ago. Needs Linux 6.7.", []string{"lan"}, nil)
+	remotesDesc = prometheus.NewDesc("k8slan_remotes",
+		"Nodes to which this one sends what a LAN floods, one by one. Only of LANs with unicast discovery.", []string{"lan"}, nil)
 )
 
 // Buckets in seconds: an attachment takes some milliseconds, with addresses a second or two, and at most a minute; a look at a
@@ -198,7 +200,7 @@ func (m *Metrics) Offer(spokes []node.Spoke) {
 
 // Describe implements prometheus.Collector.
 func (m *Metrics) Describe(to chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{segmentsDesc, spokesDesc, registeredDesc, attachmentsDesc, learntDesc} {
+	for _, d := range []*prometheus.Desc{segmentsDesc, spokesDesc, registeredDesc, attachmentsDesc, learntDesc, remotesDesc} {
 		to <- d
 	}
 	for _, c := range m.counted {
@@ -218,11 +220,16 @@ func (m *Metrics) Collect(to chan<- prometheus.Metric) {
 	lans := map[string]bool{}
 	for _, r := range m.sources.Reports() {
 		lan := r.Segment.LAN.String()
-		if r.Learnt < 0 || r.Segment.LAN.Name == "" || lans[lan] { // a LAN may be leaving one netns and be in another
+		if r.Segment.LAN.Name == "" || lans[lan] { // a LAN may be leaving one netns and be in another
 			continue
 		}
 		lans[lan] = true
-		gauge(learntDesc, r.Learnt, lan)
+		if r.Learnt >= 0 {
+			gauge(learntDesc, r.Learnt, lan)
+		}
+		if r.Remotes >= 0 {
+			gauge(remotesDesc, r.Remotes, lan)
+		}
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()

@@ -68,14 +68,14 @@ func TestEverythingThatHappensIsCounted(t *testing.T) {
 		Registered: func() int { return 3 },
 		Reports: func() []lanmgr.Report {
 			return []lanmgr.Report{
-				{Segment: segment.Segment{LAN: lab, Netns: "default.lab"}, Learnt: 7},
+				{Segment: segment.Segment{LAN: lab, Netns: "default.lab"}, Learnt: 7, Remotes: 4},
 				{Segment: segment.Segment{LAN: lab, Netns: "before"}, Learnt: 8, Leaving: true}, // is moving
-				{Segment: segment.Segment{LAN: segment.LAN{Namespace: "default", Name: "old"}}, Learnt: -1},
+				{Segment: segment.Segment{LAN: segment.LAN{Namespace: "default", Name: "old"}}, Learnt: -1, Remotes: -1},
 				{Segment: segment.Segment{Netns: "nobodys"}, Learnt: 9},
 			}
 		},
 	})
-	if before := read(t, m); len(before) != 2 { // registered, learned
+	if before := read(t, m); len(before) != 3 { // registered, learned, remotes
 		t.Errorf("before anything happened: %v", before)
 	}
 	m.Offer([]node.Spoke{{Name: "a", Healthy: true}, {Name: "b", Healthy: true}, {Name: "c"}})
@@ -112,6 +112,7 @@ func TestEverythingThatHappensIsCounted(t *testing.T) {
 		`k8slan_attachments{kind="veth"}`:                                2,
 		`k8slan_attachments{kind="macvtap"}`:                             1,
 		`k8slan_fdb_learned_entries{lan="default/lab"}`:                  7,
+		`k8slan_remotes{lan="default/lab"}`:                              4,
 		`k8slan_attach_duration_seconds{kind="veth",result="succeeded"}`: 1,
 		`k8slan_attach_duration_seconds{kind="macvtap",result="failed"}`: 1,
 		`k8slan_attach_duration_seconds{kind="unknown",result="failed"}`: 1,

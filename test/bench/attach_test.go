@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"path/filepath"
 	"sync"
 	"testing"
@@ -13,6 +14,7 @@ import (
 	"github.com/vishvananda/netlink"
 
 	"github.com/k8slan/k8slan/lanmgr/kernel"
+	"github.com/k8slan/k8slan/lanmgr/outcome"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 	"github.com/k8slan/k8slan/test/lab"
 	"github.com/k8slan/k8slan/test/netns"
@@ -61,6 +63,7 @@ func addTime(t *testing.T, b *bench) {
 	n := join(t, netns.NewUnderlay(t, lab.UnderlayMTU), "worker1")
 	lan := lab.LAN(1, n.device, "pod", "vm", "other")
 	n.build(t, lan)
+	listen(t, n.Run)
 	k8slan, err := lab.BuildPlugin(t.Context(), filepath.Join(t.TempDir(), "k8slan-cni"), n.Node)
 	try(t, err)
 	peers, err := lab.Component(t.Context(), "cni")
@@ -99,6 +102,21 @@ func addTime(t *testing.T, b *bench) {
 	ratio("B2", "CNI ADD of a pod / reference plugin bridge", "pod", "bridge", 0.6)
 	ratio("B2-macvlan", "CNI ADD of a VM / reference plugin macvlan", "vm", "macvlan", 0.7)
 	ratio("B2-host-device", "CNI ADD of a pod / reference plugin host-device", "pod", "host-device", 0.1)
+}
+
+// listen hears what the plugin tells the daemon, as the daemon does.
+func listen(t *testing.T, run string) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		outcome.Listen(ctx, run, slog.New(slog.NewTextHandler(t.Output(), nil)), func(outcome.Outcome) {})
+	}()
+	t.Cleanup(func() {
+		cancel()
+		<-ended
+	})
 }
 
 // attachOnce attaches and detaches, and says how long the ADD took in milliseconds.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"testing"
 	"time"
 
@@ -92,7 +93,11 @@ func TestMetricsTellWhatHappensOnANode(t *testing.T) {
 		attached = "k8slan_attach_duration_seconds kind=veth result=succeeded"
 		detached = "k8slan_detach_duration_seconds kind=veth result=succeeded"
 		learnt   = "k8slan_fdb_learned_entries lan=default/lab"
+		remotes  = "k8slan_remotes lan=default/lab"
 	)
+	if v := c.value(t, remotes); v != -1 {
+		t.Errorf("a LAN with a group has %v remotes", v)
+	}
 	pod, vm := h.sandbox(t), h.sandbox(t)
 	podNetwork := network(s, "srl", segment.Veth, nil)
 	wire, _ := pod.add(t, s, podNetwork)
@@ -142,4 +147,13 @@ func TestMetricsTellWhatHappensOnANode(t *testing.T) {
 	c.awaits(t, "k8slan_operations_total operation=AddPair", built+1)
 	c.awaits(t, "k8slan_reconcile_duration_seconds result=changed", 1)
 	c.awaits(t, "k8slan_reconcile_duration_seconds result=unchanged", 1)
+
+	vtep := netip.MustParseAddr("192.0.2.1")
+	h.address(t, netip.PrefixFrom(vtep, 24))
+	told := c.value(t, repairs)
+	c.Set([]segment.Segment{unicast(s, vtep, netip.MustParseAddr("192.0.2.2"), netip.MustParseAddr("192.0.2.3"))})
+	c.awaits(t, remotes, 2)
+	if v := c.value(t, repairs); v != told {
+		t.Errorf("%v repairs, %v before the LAN was given remotes", v, told)
+	}
 }

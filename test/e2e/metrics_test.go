@@ -1,0 +1,146 @@
+package e2e
+
+import (
+	"context"
+	"fmt"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus/testutil/promlint"
+	corev1 "k8s.io/api/core/v1"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	"github.com/k8slan/k8slan/crd/v1beta1"
+	"github.com/k8slan/k8slan/test/install"
+)
+
+// metricsPort is that of the daemon on each node, and of the controller in its pod.
+const metricsPort = "9472"
+
+// exposition is what a program answers at /metrics.
+type exposition string
+
+// value is that of a series, as it is written there; 0 where there is none.
+func (e exposition) value(series string) float64 {
+	for line := range strings.Lines(string(e)) {
+		if words := strings.TrimPrefix(line, series+" "); words != line {
+			v, err := strconv.ParseFloat(strings.TrimSpace(words), 64)
+			if err != nil {
+				panic(fmt.Sprintf("%q: %v", line, err))
+			}
+			return v
+		}
+	}
+	return 0
+}
+
+// programs are the pods of daemon ("node") or controller that run.
+func (l lab) programs(ctx context.Context, component string) []corev1.Pod {
+	l.Helper()
+	var pods corev1.PodList
+	err := bed.client.List(ctx, &pods, client.InNamespace(install.Namespace), client.MatchingLabels{"app.kubernetes.io/component": component},
+		client.MatchingFields{"status.phase": "Running"})
+	if err != nil {
+		l.Fatal(err)
+	}
+	return pods.Items
+}
+
+// scrape asks a pod for its metrics, as Prometheus would.
+func (l lab) scrape(pod corev1.Pod) exposition {
+	l.Helper()
+	return exposition(l.kubectl("get", "--raw", "/api/v1/namespaces/"+pod.Namespace+"/pods/"+pod.Name+":"+metricsPort+"/proxy/metrics"))
+}
+
+// awaitMetric scrapes again and again: a counter tells nobody that it has moved.
+func (l lab) awaitMetric(what string, scrape func() float64, least float64) {
+	l.Helper()
+	again, deadline := time.NewTicker(200*time.Millisecond), time.After(patience)
+	defer again.Stop()
+	for value := scrape(); value < least; value = scrape() {
+		select {
+		case <-again.C:
+		case <-deadline:
+			l.Fatalf("%s is %v, want at least %v", what, value, least)
+		}
+	}
+}
+
+// attachedOn is how many attachments of a kind the node reports.
+func (l lab) attachedOn(node, kind string) (count float64) {
+	l.Helper()
+	var lanNode v1beta1.LANNode
+	if err := bed.client.Get(l.Context(), client.ObjectKey{Name: node}, &lanNode); err != nil {
+		l.Fatal(err)
+	}
+	for _, s := range lanNode.Status.Segments {
+		for _, a := range s.Attachments {
+			if string(a.Kind) == kind {
+				count++
+			}
+		}
+	}
+	return count
+}
+
+func TestMetricsCountWhatHappensInTheCluster(t *testing.T) {
+	l := newLab(t)
+	var daemon corev1.Pod
+	for _, p := range l.programs(t.Context(), "node") {
+		if p.Spec.NodeName == worker1 {
+			daemon = p
+		}
+	}
+	before := l.scrape(daemon)
+	rises := func(series string) {
+		t.Helper()
+		l.awaitMetric(series, func() float64 { return l.scrape(daemon).value(series) }, before.value(series)+1)
+	}
+	l.lan("metered", 1160, []string{"metered", "metered-vm"})
+	rises(`k8slan_operations_total{operation="AddPair"}`)
+	rises(`k8slan_kubelet_registrations_total`)
+	l.start(pod("metered", worker1, "metered"), vm("metered-vm", worker1, "metered-vm", "10.160.0.2/24"))
+	for _, kind := range []string{"veth", "macvtap"} {
+		rises(`k8slan_attach_duration_seconds_count{kind="` + kind + `",result="succeeded"}`)
+		l.awaitMetric("the "+kind+"s attached, as in LANNode", func() float64 {
+			have, want := l.scrape(daemon).value(`k8slan_attachments{kind="`+kind+`"}`), l.attachedOn(worker1, kind)
+			if have != want {
+				return -1
+			}
+			return have
+		}, 1)
+	}
+	refused := pod("refused", worker1, "metered")
+	refused.Spokes = nil
+	l.create(refused)
+	rises(`k8slan_attach_failures_total{reason="no_device"}`)
+
+	var leaders []string
+	lans := func() (sum float64) {
+		leaders = nil
+		for _, p := range l.programs(t.Context(), "controller") {
+			if e := l.scrape(p); strings.Contains(string(e), "k8slan_lans{") {
+				leaders = append(leaders, p.Name)
+				sum += e.value(`k8slan_lans{state="Ready"}`)
+			}
+		}
+		return sum
+	}
+	l.awaitMetric("Ready LANs", lans, 1)
+	if len(leaders) != 1 {
+		t.Errorf("%v tell of LANs, want the leader alone", leaders)
+	}
+	for _, p := range append(l.programs(t.Context(), "controller"), daemon) {
+		problems, err := promlint.New(strings.NewReader(string(l.scrape(p)))).Lint()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, problem := range problems {
+			t.Errorf("%s: %s: %s", p.Name, problem.Metric, problem.Text)
+		}
+	}
+	l.delete(&corev1.Pod{}, "metered")
+	rises(`k8slan_detach_duration_seconds_count{kind="veth",result="succeeded"}`)
+}
