@@ -12,6 +12,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"github.com/k8slan/k8slan/crd/v1beta1"
+	"github.com/k8slan/k8slan/lanmgr/kernel"
 	"github.com/k8slan/k8slan/lanmgr/probe"
 )
 
@@ -21,7 +22,7 @@ func probeCommand() *cobra.Command {
 		Short: "Send frames through a LAN and count what comes back: what helm test runs",
 		Args:  noArguments,
 	}
-	cmd.AddCommand(answerCommand(), askCommand())
+	cmd.AddCommand(answerCommand(), askCommand(), stationCommand())
 	return cmd
 }
 
@@ -79,6 +80,26 @@ func askCommand() *cobra.Command {
 	cmd.Flags().StringVar(&iface, "interface", "net1", "`name` of the interface")
 	cmd.Flags().IntVar(&count, "count", 1000, "`number` of frames")
 	cmd.Flags().StringVar(&lan, "remove-lan", "", "`name` of the LAN to delete at the end, in the namespace; empty: none")
+	return cmd
+}
+
+// stationCommand is what kubectl k8slan probe runs in the daemon's pod.
+func stationCommand() *cobra.Command {
+	var ns, spoke, run string
+	cmd := &cobra.Command{
+		Use:    "station",
+		Short:  "Send frames from a node's end of a LAN as standard input orders, and say which come by, until standard input ends",
+		Hidden: true,
+		Args:   noArguments,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			host := kernel.New(kernel.Paths{Run: run})
+			defer host.Close()
+			return probe.Station(cmd.Context(), host, ns, spoke, cmd.InOrStdin(), cmd.OutOrStdout())
+		},
+	}
+	cmd.Flags().StringVar(&ns, "ns", "", "`name` of the LAN's network namespace")
+	cmd.Flags().StringVar(&spoke, "spoke", "", "`name` of the spoke")
+	cmd.Flags().StringVar(&run, "run-dir", kernel.DefaultRun, "`directory` of the LANs' network namespaces, records and locks")
 	return cmd
 }
 

@@ -58,7 +58,7 @@ func rootCommand() *cobra.Command {
 	})
 	var f clusterFlags
 	f.add(root.PersistentFlags())
-	root.AddCommand(statusCommand(&f), captureCommand(&f), versionCommand())
+	root.AddCommand(statusCommand(&f), captureCommand(&f), probeCommand(&f), versionCommand())
 	return root
 }
 

@@ -171,7 +171,7 @@ func (f Facts) attachments(lan *v1beta1.LAN) map[string][]v1beta1.SpokeAttachmen
 	return bySpoke
 }
 
-// spokes are a table of those that are attached, and a line of those that are free.
+// spokes are a table of those that are attached, a line of those that are free, and one for each pool.
 func (p *page) spokes(lan *v1beta1.LAN, attached map[string][]v1beta1.SpokeAttachment) {
 	t := table{head: []string{"SPOKE", "POD", "NODE", "INTERFACE", "MAC", "KIND", "SINCE"}, spare: []string{"KIND", "INTERFACE", "MAC"}}
 	for _, spoke := range keys(attached) {

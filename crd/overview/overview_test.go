@@ -184,6 +184,18 @@ func TestDrawTellsWhatIsWhereAndWhatIsWrong(t *testing.T) {
 			})},
 			Unread: []string{"You may not list lannodes in this cluster, so some of what they say is missing here."},
 		}},
+		{name: "pool", facts: Facts{
+			LANs: []v1beta1.LAN{lan("lab", 222, attached(1), func(l *v1beta1.LAN) {
+				l.Status.Holds.Spokes = append(l.Status.Holds.Spokes, "web")
+				l.Spec.SpokePools = []v1beta1.SpokePool{{Name: "web", Size: 5}}
+				l.Status.SpokeCount = 7
+				l.Status.Pools = []v1beta1.PoolStatus{{Name: "web", Attached: 1, Ports: 5}}
+				l.Status.Conditions = append(l.Status.Conditions, metav1.Condition{
+					Type: v1beta1.ConditionPoolExceeded, Status: metav1.ConditionTrue, Message: "pool web has 6 pods attached on worker1, one more than ports",
+				})
+			})},
+			LANNodes: []v1beta1.LANNode{lanNode("worker1", segment("lab", "fe80::1", pod("web_0", "web-abc", v1beta1.KindVeth)))}, Nodes: both,
+		}},
 		{name: "many-brief", screen: Screen{Brief: true}, facts: many},
 		{name: "many-free-spokes", screen: Screen{Width: 80}, facts: Facts{LANs: []v1beta1.LAN{crowd}}},
 	} {

@@ -38,6 +38,16 @@ func (n *Node) Inside(netnsName string, f func() error) error {
 	return do(ns, f)
 }
 
+// Outside runs f on a thread that is in the node's own network namespace.
+func (n *Node) Outside(f func() error) error {
+	ns, err := n.host()
+	if err != nil {
+		return err
+	}
+	defer ns.Close()
+	return do(ns, f)
+}
+
 // createNetns makes a network namespace and mounts it at path. Its settings are made before it has its name,
 // so that nobody can find it talkative.
 func createNetns(path string) error {

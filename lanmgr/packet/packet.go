@@ -96,6 +96,30 @@ func (s *Socket) Send(frame []byte) error {
 	return nil
 }
 
+// SendUnfinished sends a frame whose checksum is left to hardware: of all bytes from start on, to be put at offset from there. It
+// is for links of the calling thread's network namespace.
+func (s *Socket) SendUnfinished(frame []byte, start, offset uint16) error {
+	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("open a packet socket (needs CAP_NET_RAW): %w", err)
+	}
+	defer unix.Close(fd)
+	const needsChecksum = 1 // VIRTIO_NET_HDR_F_NEEDS_CSUM (include/uapi/linux/virtio_net.h); the header is in the machine's byte order
+	header := []byte{needsChecksum, 0, 0, 0, 0, 0}
+	header = binary.NativeEndian.AppendUint16(binary.NativeEndian.AppendUint16(header, start), offset)
+	err = unix.SetsockoptInt(fd, unix.SOL_PACKET, unix.PACKET_VNET_HDR, 1)
+	if err == nil {
+		err = unix.Bind(fd, &unix.SockaddrLinklayer{Ifindex: s.Link.Index})
+	}
+	if err == nil {
+		_, err = unix.Write(fd, append(header, frame...))
+	}
+	if err != nil {
+		return fmt.Errorf("send a frame of %d bytes with an unfinished checksum: %w", len(frame), err)
+	}
+	return nil
+}
+
 // ErrNothing says that no frame waits.
 var ErrNothing = errors.New("no frame waits")
 

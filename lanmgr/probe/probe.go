@@ -1,4 +1,5 @@
-// Package probe sends frames through a LAN and counts what comes back: one end asks, the other answers.
+// Package probe sends frames through a LAN and tells what comes of them: from pod to pod, where one end asks and the other answers,
+// and from node to node, where stations hear them on their way.
 package probe
 
 import (

@@ -1,0 +1,57 @@
+package main
+
+import (
+	"strings"
+	"testing"
+)
+
+func at(lan, node, pod, spoke string) end {
+	return end{spokePlace{lan: lan, ns: lan, node: node, pod: pod}, spoke}
+}
+
+func TestALANIsProbedFromOneNodeToEachOther(t *testing.T) {
+	all := []end{
+		at("default/lab", "n1", "default/a", "a"), at("default/lab", "n1", "default/b", "b"), at("default/other", "n1", "default/a", "x"),
+		at("default/lab", "n2", "default/c", "c"), at("default/lab", "n2", "default/d", "d"), at("default/lab", "n3", "default/e", "e"),
+		at("default/single", "n1", "default/a", "s"),
+		at("default/near", "n1", "default/a", "p"), at("default/near", "n1", "default/b", "q"),
+	}
+	for lan, want := range map[string]string{"default/lab": "a-c a-e", "default/near": "p-q", "default/single": "1 pods attached", "default/none": "0 pods attached"} {
+		pairs, err := star(all, lan)
+		var got []string
+		for _, p := range pairs {
+			got = append(got, p[0].spoke+"-"+p[1].spoke)
+		}
+		said := strings.Join(got, " ")
+		if err != nil {
+			said = err.Error()
+		}
+		if !strings.Contains(said, want) {
+			t.Errorf("%s: %s, want %s", lan, said, want)
+		}
+	}
+}
+
+func TestTwoPodsAreProbedOnTheLANThatTheyShare(t *testing.T) {
+	all := []end{
+		at("default/lab", "n1", "default/a", "web_0"), at("default/lab", "n2", "default/b", "web_0"),
+		at("default/two", "n1", "default/a", "x"), at("default/two", "n2", "default/c", "y"), at("default/three", "n1", "default/a", "z"),
+		at("default/three", "n2", "default/c", "w"), at("default/four", "n3", "default/d", "v"),
+	}
+	for _, c := range []struct{ one, two, lan, want string }{
+		{"default/a", "default/b", "", "web_0 web_0"},
+		{"default/a", "default/c", "default/three", "z w"},
+		{"default/a", "default/c", "", "say which LAN with --lan"},
+		{"default/a", "default/d", "", "are on no LAN together"},
+		{"default/a", "default/nobody", "", "pod default/nobody is attached to no LAN"},
+	} {
+		pair, err := between(all, c.one, c.two, c.lan)
+		said := pair[0].spoke + " " + pair[1].spoke
+		if err != nil {
+			said = err.Error()
+		}
+		if !strings.Contains(said, c.want) {
+			t.Errorf("%s and %s: %s, want %s", c.one, c.two, said, c.want)
+		}
+	}
+}

@@ -1,0 +1,342 @@
+// Package path finds out which frames pass between two spokes of a LAN, and where the others are lost.
+package path
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"time"
+)
+
+// Link is a link as a node has it.
+type Link struct {
+	Name    string `json:"name"`
+	Up      bool   `json:"up"`
+	Carrier bool   `json:"carrier"` // the kernel says it works: for a pod's port, that the pod's end is up, too
+	MTU     int    `json:"mtu"`     // in bytes
+}
+
+// Facts are what the node of a spoke has of it.
+type Facts struct {
+	Node      string `json:"node,omitempty"`
+	Spoke     string `json:"spoke"`
+	Pod       string `json:"pod"`       // namespace/name
+	Interface string `json:"interface"` // in the pod
+	MAC       []byte `json:"mac"`       // of that interface
+
+	Port     Link `json:"port"` // carries the spoke's frames
+	Bridge   Link `json:"bridge"`
+	VXLAN    Link `json:"vxlan"`    // without a name where the node has none
+	Underlay Link `json:"underlay"` // without a name where nothing can be heard on it
+
+	MTU     int    `json:"mtu"` // of the LAN here, in bytes
+	VNI     uint32 `json:"vni"`
+	UDPPort uint16 `json:"udpPort"`
+}
+
+// Order is a frame to send from the node's bridge.
+type Order struct {
+	ID    uint32 `json:"id"`
+	Bytes []byte `json:"bytes"` // from the destination address on
+	// Unfinished leaves the checksum to hardware, as a pod's kernel does: it is of all bytes from Start on, and belongs at Offset
+	// from there.
+	Unfinished bool   `json:"unfinished,omitempty"`
+	Start      uint16 `json:"start,omitempty"`
+	Offset     uint16 `json:"offset,omitempty"`
+}
+
+// Where a frame was heard.
+const (
+	AtPort     = "port"
+	AtVXLAN    = "vxlan"
+	AtUnderlay = "underlay"
+)
+
+// Heard is a frame that came by.
+type Heard struct {
+	ID         uint32 `json:"id"`
+	Where      string `json:"where"`
+	Outgoing   bool   `json:"outgoing"`
+	Unfinished bool   `json:"unfinished,omitempty"`
+	VNI        uint32 `json:"vni,omitempty"`    // on the underlay
+	Length     int    `json:"length,omitempty"` // of the IP packet on the underlay, in bytes
+}
+
+// Sent says that an order was carried out, or why not.
+type Sent struct {
+	ID    uint32 `json:"id"`
+	Error string `json:"error,omitempty"`
+}
+
+// Message is a line of JSON from a station: its facts first, once it hears.
+type Message struct {
+	Facts *Facts `json:"facts,omitempty"`
+	Heard *Heard `json:"heard,omitempty"`
+	Sent  *Sent  `json:"sent,omitempty"`
+}
+
+// Station is the way to the program that sends and hears on a spoke's node.
+type Station struct {
+	Node   string
+	Orders io.Writer // an Order for each line of JSON
+	Says   io.Reader // Messages
+}
+
+// Hop is how far a frame got.
+type Hop int
+
+// The hops of a frame from one node to another. On one node there are the first and the last.
+const (
+	NotSent     Hop = iota
+	Sent0           // from the bridge of its node
+	LeftVXLAN       // taken by the VXLAN there
+	LeftNode        // out of the underlay device
+	CameToNode      // into the other node's
+	CameToVXLAN     // out of that node's VXLAN
+	Arrived         // sent to the pod
+)
+
+// Shot is a frame and what became of it.
+type Shot struct {
+	Kind       string
+	Payload    int // bytes behind Ethernet header and tags
+	Tags       int
+	Reached    Hop
+	Error      string // why it was not sent
+	Unfinished bool   // it arrived with its checksum unfinished
+	VNI        uint32 // it bore on the underlay
+	Length     int    // of its packet on the underlay, in bytes
+}
+
+// Course is what became of the frames of one direction.
+type Course struct {
+	From, To Facts
+	Shots    []Shot
+	// Largest is the longest payload without a tag that passed, in bytes; 0 where none did.
+	Largest int
+}
+
+const (
+	// patience is how long a frame may take.
+	patience = time.Second
+	// tries is how often a frame is sent before it counts as lost.
+	tries = 2
+)
+
+// session is a probe that runs.
+type session struct {
+	messages chan said
+	nextID   uint32
+}
+
+// said is a message of a station, or its end.
+type said struct {
+	from int
+	Message
+	err error
+}
+
+// Run sends every kind of frame from one spoke to the other and back. It ends the stations' readers by ctx only where these end with it.
+func Run(ctx context.Context, a, b Station) (there, back Course, err error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	s := &session{messages: make(chan said), nextID: 1}
+	stations := []Station{a, b}
+	for i, st := range stations {
+		go s.read(ctx, i, st.Says)
+	}
+	var facts [2]*Facts
+	for facts[0] == nil || facts[1] == nil {
+		m, err := s.next(ctx, nil)
+		if err != nil {
+			return there, back, err
+		}
+		if m.Facts != nil {
+			m.Facts.Node = stations[m.from].Node
+			facts[m.from] = m.Facts
+		}
+	}
+	if there, err = s.course(ctx, 0, a, *facts[0], *facts[1]); err == nil {
+		back, err = s.course(ctx, 1, b, *facts[1], *facts[0])
+	}
+	return there, back, err
+}
+
+func (s *session) read(ctx context.Context, from int, r io.Reader) {
+	lines := json.NewDecoder(r)
+	for {
+		m := said{from: from}
+		m.err = lines.Decode(&m.Message)
+		select {
+		case s.messages <- m:
+		case <-ctx.Done():
+			return
+		}
+		if m.err != nil {
+			return
+		}
+	}
+}
+
+// errLate says that nothing more came in time.
+var errLate = errors.New("nothing came in time")
+
+func (s *session) next(ctx context.Context, late <-chan time.Time) (said, error) {
+	select {
+	case m := <-s.messages:
+		if m.err != nil {
+			return m, fmt.Errorf("the program on the node ended: %w", m.err)
+		}
+		return m, nil
+	case <-late:
+		return said{}, errLate
+	case <-ctx.Done():
+		return said{}, ctx.Err()
+	}
+}
+
+// course sends the frames of one direction.
+func (s *session) course(ctx context.Context, sender int, st Station, from, to Facts) (Course, error) {
+	c := Course{From: from, To: to}
+	mtu := min(from.MTU, to.MTU)
+	var err error
+	if c.Shots, err = s.fire(ctx, sender, st, catalog(sender, from.MTU, to.MAC)); err != nil {
+		return c, err
+	}
+	if c.measure(); c.Largest == 0 || c.Largest >= mtu {
+		return c, nil
+	}
+	// Where is the limit? In steps first, then byte by byte.
+	const steps = 32
+	low, high := c.Largest, from.MTU
+	for high-low > 1 {
+		step := max(1, (high-low)/steps)
+		var sizes []round
+		for size := low + step; size < high; size += step {
+			sizes = append(sizes, sized(sender, size))
+		}
+		shots, err := s.fire(ctx, sender, st, sizes)
+		if err != nil {
+			return c, err
+		}
+		for _, shot := range shots {
+			if shot.Reached < Arrived {
+				high = shot.Payload
+				break
+			}
+			low = shot.Payload
+		}
+	}
+	c.Largest = low
+	return c, nil
+}
+
+// measure finds the longest payload that passed.
+func (c *Course) measure() {
+	for _, shot := range c.Shots {
+		if shot.Reached == Arrived && shot.Tags == 0 {
+			c.Largest = max(c.Largest, shot.Payload)
+		}
+	}
+}
+
+// fire sends frames, those that are lost once more, and says what became of them.
+func (s *session) fire(ctx context.Context, sender int, st Station, rounds []round) ([]Shot, error) {
+	shots := make([]Shot, len(rounds))
+	for i, r := range rounds {
+		shots[i] = r.Shot
+	}
+	for range tries {
+		if err := s.volley(ctx, sender, st, rounds, shots); err != nil {
+			return nil, err
+		}
+	}
+	return shots, nil
+}
+
+// volley sends the frames that have not arrived yet and waits for them.
+func (s *session) volley(ctx context.Context, sender int, st Station, rounds []round, shots []Shot) error {
+	number := map[uint32]int{}
+	var orders bytes.Buffer
+	lines := json.NewEncoder(&orders)
+	for i, r := range rounds {
+		if shots[i].Reached == Arrived {
+			continue
+		}
+		if err := lines.Encode(r.order(s.nextID)); err != nil {
+			return err
+		}
+		number[s.nextID] = i
+		s.nextID++
+	}
+	go func() { // the station speaks meanwhile
+		if _, err := st.Orders.Write(orders.Bytes()); err != nil {
+			select {
+			case s.messages <- said{from: sender, err: err}:
+			case <-ctx.Done():
+			}
+		}
+	}()
+	unsent, missing := len(number), len(number)
+	var late <-chan time.Time
+	for missing > 0 {
+		m, err := s.next(ctx, late)
+		if errors.Is(err, errLate) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		switch {
+		case m.Sent != nil:
+			i, ok := number[m.Sent.ID]
+			if !ok {
+				continue
+			}
+			if unsent--; unsent == 0 {
+				late = time.After(patience)
+			}
+			shots[i].Error = m.Sent.Error
+			if m.Sent.Error != "" {
+				missing--
+			} else {
+				shots[i].Reached = max(shots[i].Reached, Sent0)
+			}
+		case m.Heard != nil:
+			i, ok := number[m.Heard.ID]
+			if !ok {
+				continue
+			}
+			if shots[i].heard(m.from == sender, *m.Heard) {
+				missing--
+			}
+		}
+	}
+	return nil
+}
+
+// heard notes that a frame came by, and says whether it has arrived with that.
+func (s *Shot) heard(bySender bool, h Heard) (arrived bool) {
+	hop := s.Reached
+	switch {
+	case bySender && h.Outgoing && h.Where == AtVXLAN:
+		hop = LeftVXLAN
+	case bySender && h.Outgoing && h.Where == AtUnderlay:
+		hop = LeftNode
+	case !bySender && !h.Outgoing && h.Where == AtUnderlay:
+		hop = CameToNode
+	case !bySender && !h.Outgoing && h.Where == AtVXLAN:
+		hop = CameToVXLAN
+	case !bySender && h.Outgoing && h.Where == AtPort:
+		hop, s.Unfinished = Arrived, h.Unfinished
+	}
+	if h.Where == AtUnderlay {
+		s.VNI, s.Length = h.VNI, max(s.Length, h.Length)
+	}
+	before := s.Reached
+	s.Reached = max(s.Reached, hop)
+	return before < Arrived && s.Reached == Arrived
+}

@@ -1,0 +1,80 @@
+package path
+
+import (
+	"strings"
+	"testing"
+)
+
+func side(n string) Facts {
+	return Facts{
+		Node: "worker" + n, Spoke: "s" + n, Pod: "default/pod-" + n, Interface: "net1", MTU: 1422, VNI: 222, UDPPort: 4789,
+		Port: Link{"k" + n, true, true, 1422}, Bridge: Link{"br222", true, true, 1422}, VXLAN: Link{"vx222", true, true, 1422}, Underlay: Link{"eth1", true, true, 1500},
+	}
+}
+
+// reached is a course whose frames all got that far.
+func reached(h Hop, change ...func(*Course)) Course {
+	c := Course{From: side("1"), To: side("2")}
+	for _, r := range catalog(0, c.From.MTU, nobody) {
+		r.Reached, r.VNI = h, 222
+		c.Shots = append(c.Shots, r.Shot)
+	}
+	c.measure()
+	for _, f := range change {
+		f(&c)
+	}
+	return c
+}
+
+// long loses what is longer than so many bytes.
+func long(limit int, h Hop) func(*Course) {
+	return func(c *Course) {
+		for i := range c.Shots {
+			if c.Shots[i].Payload > limit {
+				c.Shots[i].Reached, c.Shots[i].Length = h, 1492
+			}
+		}
+		c.Largest = limit
+	}
+}
+
+func TestVerdictSaysWhatPassesAndWhereTheRestIsLost(t *testing.T) {
+	for _, c := range []struct {
+		name   string
+		course Course
+		well   bool
+		want   string
+	}{
+		{"all well", reached(Arrived), true, "every kind of frame passes, packets of up to 1422 bytes, up to 4 VLAN tags and maybe more."},
+		{"not sent", reached(NotSent, func(c *Course) { c.Shots[0].Error = "no buffer space" }), false, "Node worker1 could not send it: no buffer space"},
+		{"no way out", reached(LeftVXLAN), false, "did not leave by eth1: a firewall on worker1 drops outgoing UDP port 4789, or the node has no route to worker2"},
+		{"between the nodes", reached(LeftNode), false, "never came to eth1 of node worker2: the network between them drops UDP port 4789, or does not carry the packets' multicast"},
+		{"firewall", reached(CameToNode), false, "came to eth1 of node worker2, but not to VXLAN vx222 there: a firewall on worker2 drops incoming UDP port 4789"},
+		{"other VNI", reached(CameToNode, func(c *Course) { c.To.VNI = 223 }), false, "with VNI 222, but VXLAN vx222 there has VNI 223"},
+		{"other UDP port", reached(CameToNode, func(c *Course) { c.To.UDPPort = 8472 }), false, "on UDP port 4789, but VXLAN vx222 there listens on 8472"},
+		{"at the port", reached(CameToVXLAN), false, "but not to port k2 of spoke s2"},
+		{"port down", reached(Arrived, func(c *Course) { c.From.Port.Up = false }), false, "Port k1 of spoke s1 on node worker1 is down"},
+		{"pod's interface down", reached(CameToVXLAN, func(c *Course) { c.To.Port.Carrier = false }), false, "Interface net1 in pod default/pod-2 is down"},
+		{"path MTU", reached(Arrived, long(1330, LeftNode)), false, "packets of up to 1330 bytes pass, longer ones do not; the LAN's MTU is 1422. They leave node worker1 by eth1, in packets of 1492 bytes"},
+		{"a node's MTU", reached(Arrived, long(1330, LeftNode), func(c *Course) { c.To.Underlay.MTU = 1400 }), false, "eth1 of node worker2 has MTU 1400; raise it, or set spec.mtu to 1322"},
+		{"LAN's MTU differs", reached(Arrived, long(1330, CameToVXLAN), func(c *Course) { c.To.MTU = 1322 }), false, "The LAN's MTU is 1422 on node worker1 and 1322 on node worker2"},
+		{"one kind", reached(Arrived, func(c *Course) { c.Shots[7].Reached = CameToVXLAN }), false, "some kinds of frames do not pass: the address of LLDP. It came to VXLAN"},
+		{"unfinished", reached(Arrived, func(c *Course) { c.Shots[len(c.Shots)-1].Unfinished = true }), true, "set spokeOptions: {s2: {txChecksum: off}}"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			well, sentences := c.course.Verdict()
+			if said := strings.Join(sentences, "\n"); well != c.well || !strings.Contains(said, c.want) {
+				t.Errorf("%t, %s\nwant %t, %s", well, said, c.well, c.want)
+			}
+		})
+	}
+}
+
+func TestEveryFrameOfTheCatalogIsRecognized(t *testing.T) {
+	for i, r := range catalog(1, 1422, nobody) {
+		f := r.order(uint32(i) + 7).Bytes
+		if id, ok := Recognize(f); !ok || id != uint32(i)+7 || len(f) < shortest || string(f[6:10]) != string(Source) {
+			t.Errorf("%s: %d %t %x", r.Kind, id, ok, f)
+		}
+	}
+}

@@ -1,0 +1,255 @@
+package probe
+
+import (
+	"context"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"slices"
+	"sync"
+
+	"golang.org/x/net/bpf"
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
+
+	"github.com/k8slan/k8slan/lanmgr/kernel"
+	"github.com/k8slan/k8slan/lanmgr/packet"
+	"github.com/k8slan/k8slan/lanmgr/path"
+	"github.com/k8slan/k8slan/lanmgr/segment"
+)
+
+// station is one end of a probe from node to node: it sends from the LAN's bridge and hears what passes the spoke's port, the VXLAN
+// and the underlay.
+type station struct {
+	facts  path.Facts
+	bridge *packet.Socket
+	ears   map[string]*packet.Socket // by where they are
+
+	mu  sync.Mutex // keeps messages apart
+	out *json.Encoder
+}
+
+// Station sends what orders say, and says what comes by, until orders end.
+func Station(ctx context.Context, host *kernel.Node, ns, spoke string, orders io.Reader, out io.Writer) error {
+	s := station{out: json.NewEncoder(out), ears: map[string]*packet.Socket{}}
+	defer s.close()
+	if err := s.open(ctx, host, ns, spoke); err != nil {
+		return err
+	}
+	if err := s.say(path.Message{Facts: &s.facts}); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	g, ctx := errgroup.WithContext(ctx)
+	for where, ear := range s.ears {
+		g.Go(func() error { return s.hear(ctx, where, ear) })
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- s.obey(host, ns, orders) }() // ends with its orders: a read cannot be broken off
+	select {
+	case err := <-ended:
+		cancel()
+		return errors.Join(err, g.Wait())
+	case <-ctx.Done():
+		return g.Wait()
+	}
+}
+
+func (s *station) close() {
+	for _, ear := range s.ears {
+		ear.Close()
+	}
+	if s.bridge != nil {
+		s.bridge.Close()
+	}
+}
+
+// open finds out what is there, and opens it.
+func (s *station) open(ctx context.Context, host *kernel.Node, ns, spoke string) error {
+	state, err := host.Observe(ctx, ns)
+	if err != nil {
+		return err
+	}
+	port, ok := state.Carrier(spoke)
+	if state.Record == nil || !ok {
+		return fmt.Errorf("spoke %s is not on this node (no link of that name in network namespace %s)", spoke, ns)
+	}
+	want := *state.Record
+	i := slices.IndexFunc(state.Claims(), func(c segment.Claim) bool { return c.Spoke == spoke })
+	if i < 0 {
+		return fmt.Errorf("spoke %s is attached to no pod on this node any more", spoke)
+	}
+	claim := state.Claims()[i]
+	s.facts = path.Facts{
+		Spoke: spoke, Pod: claim.PodNamespace + "/" + claim.Pod, Interface: claim.Interface, MAC: claim.MAC,
+		MTU: want.MTU, VNI: want.VXLAN.VNI, UDPPort: want.VXLAN.Port,
+	}
+	// What the kernel has counts before what is wanted.
+	vxlan, ok := state.Link(want.VXLAN.Name)
+	if ok {
+		s.facts.VNI, s.facts.UDPPort = vxlan.VXLAN.VNI, vxlan.VXLAN.Port
+	}
+	err = host.Inside(ns, func() (err error) {
+		if s.bridge, err = packet.Open(want.Bridge, nothing()...); err != nil {
+			return err
+		}
+		s.facts.Bridge = linkOf(s.bridge.Link)
+		if s.ears[path.AtPort], err = packet.Open(port.Name, bySource()...); err != nil {
+			return err
+		}
+		s.facts.Port = linkOf(s.ears[path.AtPort].Link)
+		if vxlan.Name == "" {
+			return nil
+		}
+		if s.ears[path.AtVXLAN], err = packet.Open(vxlan.Name, bySource()...); err != nil {
+			return err
+		}
+		s.facts.VXLAN = linkOf(s.ears[path.AtVXLAN].Link)
+		return nil
+	})
+	if err != nil || want.VXLAN.UnderlayIndex == 0 {
+		return err
+	}
+	return host.Outside(func() error {
+		ear, err := packet.Open(want.VXLAN.Underlay, byPort(s.facts.UDPPort)...)
+		if err != nil {
+			return err
+		}
+		if len(ear.Link.HardwareAddr) != 6 { // a tunnel, whose packets look different
+			return ear.Close()
+		}
+		s.ears[path.AtUnderlay], s.facts.Underlay = ear, linkOf(ear.Link)
+		return nil
+	})
+}
+
+func linkOf(l net.Interface) path.Link {
+	return path.Link{Name: l.Name, Up: l.Flags&net.FlagUp != 0, Carrier: l.Flags&net.FlagRunning != 0, MTU: l.MTU}
+}
+
+func (s *station) say(m path.Message) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err := s.out.Encode(m); err != nil {
+		return fmt.Errorf("write: %w", err)
+	}
+	return nil
+}
+
+// obey carries out orders until they end.
+func (s *station) obey(host *kernel.Node, ns string, orders io.Reader) error {
+	lines := json.NewDecoder(orders)
+	for {
+		var o path.Order
+		err := lines.Decode(&o)
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("read an order: %w", err)
+		}
+		if o.Unfinished {
+			err = host.Inside(ns, func() error { return s.bridge.SendUnfinished(o.Bytes, o.Start, o.Offset) })
+		} else {
+			err = s.bridge.Send(o.Bytes)
+		}
+		sent := path.Sent{ID: o.ID}
+		if err != nil {
+			sent.Error = err.Error()
+		}
+		if err := s.say(path.Message{Sent: &sent}); err != nil {
+			return err
+		}
+	}
+}
+
+// hear tells of the probe's frames that pass a link. One that goes down falls silent.
+func (s *station) hear(ctx context.Context, where string, ear *packet.Socket) error {
+	for {
+		f, err := ear.Receive(ctx)
+		if ctx.Err() != nil {
+			return nil
+		}
+		if errors.Is(err, unix.ENETDOWN) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		id, ok := path.Recognize(f.Bytes)
+		if !ok {
+			continue
+		}
+		heard := path.Heard{ID: id, Where: where, Outgoing: f.Outgoing, Unfinished: f.Unfinished}
+		if where == path.AtUnderlay {
+			heard.VNI, heard.Length = vniOf(f.Bytes), len(f.Bytes)-header
+		}
+		if err := s.say(path.Message{Heard: &heard}); err != nil {
+			return err
+		}
+	}
+}
+
+// vniOf is the VNI of a packet of a VXLAN (RFC 7348); 0 where it is in a place that is not looked at.
+func vniOf(packet []byte) uint32 {
+	const udpAndFlags = 8 + 4
+	at := header + 40 // IPv6
+	if binary.BigEndian.Uint16(packet[12:]) == unix.ETH_P_IP {
+		at = header + int(packet[header]&0xf)*4
+	}
+	if len(packet) < at+udpAndFlags+4 {
+		return 0
+	}
+	return binary.BigEndian.Uint32(packet[at+udpAndFlags:]) >> 8
+}
+
+// bySource takes the probe's frames.
+func bySource() []unix.SockFilter {
+	return assemble(
+		bpf.LoadAbsolute{Off: 6, Size: 4},
+		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: binary.BigEndian.Uint32(path.Source), SkipTrue: 1},
+		bpf.RetConstant{Val: packet.Largest},
+		bpf.RetConstant{},
+	)
+}
+
+// nothing is for a socket that sends alone.
+func nothing() []unix.SockFilter { return assemble(bpf.RetConstant{}) }
+
+// byPort takes UDP packets to a port, and of those in parts the first, of IPv4 and IPv6.
+func byPort(port uint16) []unix.SockFilter {
+	const udp = unix.IPPROTO_UDP
+	return assemble(
+		bpf.LoadAbsolute{Off: 12, Size: 2},
+		bpf.JumpIf{Cond: bpf.JumpEqual, Val: unix.ETH_P_IP, SkipFalse: 5},
+		bpf.LoadAbsolute{Off: header + 9, Size: 1},
+		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: udp, SkipTrue: 10},
+		bpf.LoadMemShift{Off: header},
+		bpf.LoadIndirect{Off: header + 2, Size: 2},
+		bpf.Jump{Skip: 5},
+		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: unix.ETH_P_IPV6, SkipTrue: 6},
+		bpf.LoadAbsolute{Off: header + 6, Size: 1},
+		bpf.JumpIf{Cond: bpf.JumpEqual, Val: unix.IPPROTO_FRAGMENT, SkipTrue: 3},
+		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: udp, SkipTrue: 3},
+		bpf.LoadAbsolute{Off: header + 40 + 2, Size: 2},
+		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: uint32(port), SkipTrue: 1},
+		bpf.RetConstant{Val: packet.Largest},
+		bpf.RetConstant{},
+	)
+}
+
+func assemble(program ...bpf.Instruction) []unix.SockFilter {
+	raw, err := bpf.Assemble(program)
+	if err != nil {
+		panic(err) // the programs are constants but for a number: a mistake in this file
+	}
+	filter := make([]unix.SockFilter, len(raw))
+	for i, r := range raw {
+		filter[i] = unix.SockFilter{Code: r.Op, Jt: r.Jt, Jf: r.Jf, K: r.K}
+	}
+	return filter
+}

@@ -1,0 +1,148 @@
+package dataplane
+
+import (
+	"context"
+	"io"
+	"strings"
+	"testing"
+
+	"github.com/vishvananda/netlink"
+
+	"github.com/k8slan/k8slan/lanmgr/path"
+	"github.com/k8slan/k8slan/lanmgr/probe"
+	"github.com/k8slan/k8slan/lanmgr/segment"
+)
+
+// station starts a probe's station of a spoke.
+func (h host) station(t *testing.T, s segment.Segment, spoke string) path.Station {
+	t.Helper()
+	orders, order := io.Pipe()
+	says, say := io.Pipe()
+	end := make(chan error, 1)
+	go func() {
+		err := probe.Station(context.WithoutCancel(t.Context()), h.kernel, s.Netns, spoke, orders, say)
+		_ = say.CloseWithError(err)
+		end <- err
+	}()
+	t.Cleanup(func() {
+		_, _ = order.Close(), says.Close()
+		if err := <-end; err != nil && !strings.Contains(err.Error(), io.ErrClosedPipe.Error()) {
+			t.Errorf("the station of %s: %v", spoke, err)
+		}
+	})
+	return path.Station{Node: h.Name, Orders: order, Says: says}
+}
+
+// probes wants a probe to say these words of the way from one to two and of the way back, and that all is well, or not.
+func probes(t *testing.T, one, two path.Station, well bool, there, back string) {
+	t.Helper()
+	forth, home, err := path.Run(t.Context(), one, two)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		course path.Course
+		want   string
+	}{{forth, there}, {home, back}} {
+		ok, sentences := c.course.Verdict()
+		said := strings.Join(sentences, "\n")
+		t.Log(said)
+		if ok != well || !strings.Contains(said, c.want) {
+			t.Errorf("the probe says, all is well %t:\n%s\nwant, %t, %q", ok, said, well, c.want)
+		}
+	}
+}
+
+func TestAProbeSaysWhatPassesAndWhereTheRestIsLost(t *testing.T) {
+	const all = "every kind of frame passes, packets of up to 1422 bytes, up to 4 VLAN tags and maybe more"
+	for _, c := range []struct {
+		name        string
+		fault       func(t *testing.T, a, b host, s segment.Segment, pod *station)
+		well        bool
+		there, back string
+	}{
+		{
+			name: "nothing is wrong", well: true, there: all, back: all,
+			fault: func(*testing.T, host, host, segment.Segment, *station) {},
+		},
+		{
+			name: "the MTU of the network between the nodes is too small", there: "packets of up to 1334 bytes pass, longer ones do not", back: "raise it, or set spec.mtu to 1326",
+			fault: func(t *testing.T, a, b host, _ segment.Segment, _ *station) {
+				setLink(t, a.underlay.Netlink(t), b.Port(), func(h *netlink.Handle, l netlink.Link) error { return h.LinkSetMTU(l, 1400) })
+			},
+		},
+		{
+			name: "a pod's interface is down", there: "Interface net1 in pod default/two is down", back: "Set it up inside the pod",
+			fault: func(t *testing.T, _, b host, s segment.Segment, pod *station) {
+				setLink(t, pod.Netlink(t), ifname, func(h *netlink.Handle, l netlink.Link) error { return h.LinkSetDown(l) })
+			},
+		},
+		{
+			name: "the other node has another VNI", there: "with VNI 250, but VXLAN vx250 there has VNI 999", back: "with VNI 999, but VXLAN vx250 there has VNI 250",
+			fault: func(t *testing.T, _, b host, s segment.Segment, _ *station) {
+				s.VXLAN.VNI = 999
+				b.build(t, b.here(t, s))
+			},
+		},
+		{
+			name: "the VXLAN is down", there: "but not to VXLAN vx250 there, which is down", back: "Lost on node worker2 between bridge br250 and VXLAN vx250, which is down",
+			fault: func(t *testing.T, _, b host, s segment.Segment, _ *station) {
+				setLink(t, b.inside(s).Netlink(t), s.VXLAN.Name, func(h *netlink.Handle, l netlink.Link) error { return h.LinkSetDown(l) })
+			},
+		},
+		{
+			name: "the underlay has no carrier", there: "but eth1 of node worker2 is down or has no carrier", back: "did not leave by eth1, which has no carrier",
+			fault: func(t *testing.T, a, b host, _ segment.Segment, _ *station) {
+				setLink(t, a.underlay.Netlink(t), b.Port(), func(h *netlink.Handle, l netlink.Link) error { return h.LinkSetDown(l) })
+			},
+		},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			a, b := hosts(t)
+			s := lan("path", 250, "one", "two")
+			a.build(t, a.here(t, s))
+			b.build(t, b.here(t, s))
+			one, two := a.claim(t, s, "one", segment.Veth), b.claim(t, s, "two", segment.Veth)
+			for _, st := range []*station{one, two} {
+				st.AwaitCarrier(t, ifname)
+			}
+			a.build(t, a.here(t, s)) // with a claim, the VXLAN goes up
+			b.build(t, b.here(t, s))
+			c.fault(t, a, b, s, two)
+			probes(t, a.station(t, s, "one"), b.station(t, s, "two"), c.well, c.there, c.back)
+		})
+	}
+}
+
+func TestAProbeSaysWhoseChecksumsArriveUnfinished(t *testing.T) {
+	a, _ := hosts(t)
+	s := lan("sums", 251, "plain", "raw")
+	s.TxChecksumOff = []string{"raw"}
+	a.build(t, a.here(t, s))
+	for _, spoke := range s.Spokes {
+		a.claim(t, s, spoke, segment.Veth).AwaitCarrier(t, ifname)
+	}
+	there, back, err := path.Run(t.Context(), a.station(t, s, "plain"), a.station(t, s, "raw"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	const words = "checksums arrive unfinished"
+	if well, said := there.Verdict(); !well || strings.Contains(strings.Join(said, "\n"), words) {
+		t.Errorf("to a spoke whose txChecksum is off: %t, %q", well, said)
+	}
+	if well, said := back.Verdict(); !well || !strings.Contains(strings.Join(said, "\n"), words+", left to hardware") ||
+		!strings.Contains(strings.Join(said, "\n"), "spokeOptions: {plain: {txChecksum: off}}") {
+		t.Errorf("to a spoke whose txChecksum is on: %t, %q", well, said)
+	}
+}
+
+func setLink(t *testing.T, h *netlink.Handle, name string, change func(*netlink.Handle, netlink.Link) error) {
+	t.Helper()
+	l, err := h.LinkByName(name)
+	if err == nil {
+		err = change(h, l)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+}
