@@ -23,6 +23,13 @@ type peers struct {
 	mu    sync.Mutex
 	known bool
 	nodes map[string]map[types.UID]netip.Addr // VTEPs, by the node's name and the LAN
+	lists map[types.UID]list                  // of LANs that have not changed since
+}
+
+// list is what a node with that VTEP has as remotes; nobody changes it.
+type list struct {
+	vtep    netip.Addr
+	remotes []netip.Addr
 }
 
 func newPeers(self string) *peers {
@@ -30,6 +37,7 @@ func newPeers(self string) *peers {
 	return &peers{
 		self: self, wanted: wanted, want: sync.OnceFunc(func() { close(wanted) }),
 		nodes: map[string]map[types.UID]netip.Addr{},
+		lists: map[types.UID]list{},
 	}
 }
 
@@ -41,6 +49,9 @@ func (p *peers) remotes(lan types.UID, vtep netip.Addr) []netip.Addr {
 	if !p.known {
 		return nil
 	}
+	if l, ok := p.lists[lan]; ok && l.vtep == vtep {
+		return l.remotes
+	}
 	remotes := []netip.Addr{}
 	for _, vteps := range p.nodes {
 		if r := vteps[lan]; r.BitLen() == vtep.BitLen() && r != vtep {
@@ -48,7 +59,9 @@ func (p *peers) remotes(lan types.UID, vtep netip.Addr) []netip.Addr {
 		}
 	}
 	slices.SortFunc(remotes, netip.Addr.Compare)
-	return slices.Compact(remotes)
+	remotes = slices.Compact(remotes)
+	p.lists[lan] = list{vtep, remotes}
+	return remotes
 }
 
 // seen takes note of a LANNode and says whether it changed what is known.
@@ -61,15 +74,30 @@ func (p *peers) seen(before, after any) bool {
 		if was == nil || p.nodes[was.Name] == nil {
 			return false
 		}
-		delete(p.nodes, was.Name)
+		p.replace(was.Name, nil)
 		return p.known
 	}
 	vteps := vtepsOf(is)
 	if is.Name == p.self || maps.Equal(p.nodes[is.Name], vteps) {
 		return false
 	}
-	p.nodes[is.Name] = vteps
+	p.replace(is.Name, vteps)
 	return p.known
+}
+
+// replace notes what a node has now, nil if it is gone; p.mu is held.
+func (p *peers) replace(node string, vteps map[types.UID]netip.Addr) {
+	before := p.nodes[node]
+	for _, some := range []map[types.UID]netip.Addr{before, vteps} {
+		for lan := range some {
+			if before[lan] != vteps[lan] {
+				delete(p.lists, lan)
+			}
+		}
+	}
+	if p.nodes[node] = vteps; vteps == nil {
+		delete(p.nodes, node)
+	}
 }
 
 // vtepsOf are the VTEPs that a node has in LANs that a pod there is attached to.

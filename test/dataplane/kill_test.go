@@ -65,6 +65,8 @@ func TestKilledAtEveryStep(t *testing.T) {
 		"LAN built":                            built,
 		"LAN edited":                           edited,
 		"LAN repaired":                         repaired,
+		"LAN in unicast":                       inUnicast,
+		"LAN back in multicast":                inMulticastAgain,
 		"LAN of pods that are gone":            abandoned,
 		"LAN in another's place":               replaced,
 		"LAN removed":                          removed,
@@ -370,10 +372,15 @@ const (
 
 // daemon is such a process. It has the manager make what standard input says, and ends when that is there.
 func daemon() int {
-	var want []segment.Segment
-	if err := json.NewDecoder(os.Stdin).Decode(&want); err != nil {
+	var wishes []wish
+	if err := json.NewDecoder(os.Stdin).Decode(&wishes); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 2
+	}
+	var want []segment.Segment
+	for _, w := range wishes {
+		w.Segment.Remotes = w.Remotes
+		want = append(want, w.Segment)
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), longPatience)
 	defer cancel()
@@ -408,7 +415,17 @@ func daemon() int {
 func (h host) daemon(want segment.Segment, made ...segment.Segment) doomed {
 	cmd := exec.Command("/proc/self/exe")
 	cmd.Env = append(os.Environ(), daemonRun+"="+h.Run, daemonCDI+"="+h.CDI)
-	return doomed{host: h, Segment: want, cmd: cmd, stdin: append([]segment.Segment{}, made...)}
+	wishes := []wish{}
+	for _, s := range made {
+		wishes = append(wishes, wish{s, s.Remotes})
+	}
+	return doomed{host: h, Segment: want, cmd: cmd, stdin: wishes}
+}
+
+// wish is a segment with what its record does not have.
+type wish struct {
+	segment.Segment
+	Remotes []netip.Addr `json:"remotes"`
 }
 
 func built(t *testing.T, h host) doomed {
@@ -429,6 +446,27 @@ func edited(t *testing.T, h host) doomed {
 	to.Spokes = append(to.Spokes, "x-new")
 	to.TxChecksumOff = []string{"srl"}
 	to.VXLAN.Port, to.VXLAN.Group = 4790, netip.MustParseAddr("ff02::15")
+	d := h.daemon(to, to)
+	d.old = []attached{pod}
+	return d
+}
+
+// inUnicast takes a LAN in use from its group to remotes.
+func inUnicast(t *testing.T, h host) doomed {
+	from := h.killable(t)
+	h.build(t, from)
+	pod := h.with(t, from, "srl", segment.Veth)
+	to := unicast(from, netip.MustParseAddr("2001:db8::1"), netip.MustParseAddr("2001:db8::2"), netip.MustParseAddr("2001:db8::3"))
+	d := h.daemon(to, to)
+	d.old = []attached{pod}
+	return d
+}
+
+// inMulticastAgain takes it back.
+func inMulticastAgain(t *testing.T, h host) doomed {
+	to := h.killable(t)
+	h.build(t, unicast(to, netip.MustParseAddr("2001:db8::1"), netip.MustParseAddr("2001:db8::2"), netip.MustParseAddr("2001:db8::3")))
+	pod := h.with(t, to, "srl", segment.Veth)
 	d := h.daemon(to, to)
 	d.old = []attached{pod}
 	return d

@@ -12,6 +12,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/k8slan/k8slan/crd/v1beta1"
 	"github.com/k8slan/k8slan/lanmgr/segment"
@@ -73,12 +75,10 @@ func (m machine) remotes(lan string) (remotes []netip.Addr) {
 	return remotes
 }
 
-// awaitRemotes returns when the LAN's remotes on the node are as many, and how long it took.
-func (m machine) awaitRemotes(lan string, count int) time.Duration {
+// awaitRemotes returns when the LAN's remotes on the node are as many.
+func (m machine) awaitRemotes(lan string, count int) {
 	m.Helper()
-	begin := time.Now()
 	m.until(fmt.Sprintf("%d remotes", count), func() bool { return len(m.remotes(lan)) == count })
-	return time.Since(begin)
 }
 
 func TestPodsTalkWithoutMulticast(t *testing.T) {
@@ -123,6 +123,19 @@ func TestPodsTalkWithoutMulticast(t *testing.T) {
 			}
 			l.change(c.lan, func(s *v1beta1.LANSpec) { s.Discovery, s.VXLANGroup = v1beta1.Unicast, c.group })
 			one.pings(address(9))
+
+			// A node that is back with another address.
+			m := l.machine(worker2)
+			was, _, _ := strings.Cut(c.addresses[1], "/")
+			is := strings.TrimSuffix(was, "12") + "13"
+			m.run("ip", "addr", "add", is+strings.TrimPrefix(c.addresses[1], was), "dev", c.device)
+			begin := time.Now()
+			m.run("ip", "addr", "del", c.addresses[1], "dev", c.device)
+			l.machine(worker1).until("the new address alone among the remotes", func() bool {
+				return slices.Equal(l.machine(worker1).remotes(c.lan), []netip.Addr{netip.MustParseAddr(is)})
+			})
+			l.logTime("until the other node had the new address", begin)
+			one.pings(address(2))
 		})
 	}
 }
@@ -132,6 +145,29 @@ func groupOf(family string) string {
 		return "239.77.0.14"
 	}
 	return "ff02::14"
+}
+
+// A node that is lost stays a remote, for it may still forward, until its Node is deleted, and its LANNode with that.
+func TestARemoteGoesWithItsNode(t *testing.T) {
+	l := newLab(t)
+	_, _ = l.pair("udead", 1143, "discovery: unicast", fmt.Sprintf("vxlanDevMap: {%s: eth0, %s: eth0}", worker1, worker2))
+	ctx, cancel := context.WithTimeout(t.Context(), 3*patience)
+	defer cancel()
+	alive, dead := l.machine(worker1), l.machine(worker2)
+	dead.powerOff(ctx)
+	if remotes := alive.remotes("udead"); len(remotes) != 1 {
+		t.Errorf("while the node is down the other has the remotes %v", remotes)
+	}
+	begin := time.Now()
+	if err := bed.client.Delete(ctx, &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: worker2}}); err != nil {
+		t.Fatal(err)
+	}
+	alive.awaitRemotes("udead", 0)
+	l.logTime("from the end of the Node until its remote was gone", begin)
+	dead.powerOn(ctx)
+	if err := bed.awaitInstalled(ctx); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // TestAPodIsReachedAtOnce measures from when the plugin has attached a pod, the first of its node, until it hears what is flooded on
