@@ -171,6 +171,9 @@ func TestCaptureWritesWhatASpokeCarriesBothWays(t *testing.T) {
 	}
 }
 
+// in is the same node for a subtest.
+func (m machine) in(t *testing.T) machine { return machine{m.Node, m.lab.in(t)} }
+
 // clean runs kubectl after the test.
 func (l lab) clean(args ...string) {
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
@@ -178,4 +181,50 @@ func (l lab) clean(args ...string) {
 	if _, err := bed.Kubectl(ctx, args...); err != nil {
 		l.Error(err)
 	}
+}
+
+func TestProbeSaysWhatPassesAndWhereTheRestIsLost(t *testing.T) {
+	l := newLab(t)
+	l.lan("probed", 1088, []string{"probed-1", "probed-2", "probed-3"}, "vxlanPort: 4801")
+	both := l.start(pod("probed-1", worker1, "probed-1"), pod("probed-2", worker2, "probed-2"))
+	node := l.machine(worker2)
+	l.awaitLAN("probed", "told of its pods", func(lan *v1beta1.LAN) bool { return lan.Status.Attached == 2 })
+	say := func(t *testing.T, code int, words []string, args ...string) {
+		t.Helper()
+		begin := time.Now()
+		out := l.in(t).k8slan(code, append([]string{"probe"}, args...)...)
+		t.Logf("after %s:\n%s", time.Since(begin).Round(time.Millisecond), out)
+		if !containsAll(out, words) {
+			t.Errorf("kubectl k8slan probe does not say %q", words)
+		}
+	}
+	well := []string{
+		"probed-1 → " + l.namespace + "/probed-2: every kind of frame passes, packets of up to 1422 bytes, up to 4 VLAN tags",
+		"probed-2 → " + l.namespace + "/probed-1: every kind of frame passes", "spokeOptions: {probed-2: {txChecksum: off}}",
+	}
+	t.Run("a LAN that is well", func(t *testing.T) { say(t, 0, well, "probed") })
+	t.Run("two pods", func(t *testing.T) { say(t, 0, well, "probed-1", "probed-2") })
+	t.Run("a firewall", func(t *testing.T) {
+		node.in(t).run("nft", "add table inet probed; add chain inet probed in { type filter hook input priority 0; }; add rule inet probed in udp dport 4801 drop")
+		defer node.in(t).run("nft", "delete table inet probed")
+		say(t, 1, []string{"nothing passes. It came to eth1 of node worker2, but not to VXLAN vx1088 there: a firewall on worker2 drops incoming UDP port 4801"}, "probed")
+	})
+	t.Run("a pod's interface that is down", func(t *testing.T) {
+		two := both[1].in(t)
+		two.run("ip", "link", "set", two.link, "down")
+		defer two.run("ip", "link", "set", two.link, "up")
+		say(t, 1, []string{"nothing passes. Interface " + two.link + " in pod " + l.namespace + "/probed-2 is down"}, "probed")
+	})
+	t.Run("an underlay with a smaller MTU", func(t *testing.T) {
+		node.in(t).run("ip", "link", "set", "eth1", "mtu", "1400")
+		defer node.in(t).run("ip", "link", "set", "eth1", "mtu", "1500")
+		l.in(t).awaitSegment(worker2, "probed", "of a smaller MTU", func(s v1beta1.SegmentStatus) bool { return s.MTU == 1322 && s.State == v1beta1.SegmentReady })
+		say(t, 1, []string{"longer ones do not", "The LAN's MTU is 1422 on node worker1 and 1322 on node worker2"}, "probed")
+	})
+	l.awaitSegment(worker2, "probed", "of its MTU again", func(s v1beta1.SegmentStatus) bool { return s.MTU == 1422 && s.State == v1beta1.SegmentReady })
+	t.Run("well again", func(t *testing.T) { say(t, 0, well, "probed") })
+	t.Run("nobody", func(t *testing.T) {
+		say(t, 2, []string{"has 0 pods attached"}, "nowhere")
+		say(t, 2, []string{"is attached to no LAN"}, "probed-1", "stranger")
+	})
 }
