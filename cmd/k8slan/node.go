@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"path/filepath"
 
@@ -42,6 +44,7 @@ type nodeFlags struct {
 	cniSource  string
 	cniDir     string
 	kubelet    string // socket of its pod resources
+	vteps      []net.IPNet
 	self       podresources.Pod
 }
 
@@ -67,6 +70,8 @@ node's network namespace. When it ends, the LANs stay; kubelet offers their spok
 	}
 	f.add(cmd.Flags())
 	cmd.Flags().StringVar(&f.node, "node-name", os.Getenv("NODE_NAME"), "`name` of the Node object (environment: NODE_NAME)")
+	cmd.Flags().IPNetSliceVar(&f.vteps, "vtep-cidrs", nil,
+		"`ranges` of the addresses by which nodes carry LANs for each other, the earlier the better; empty: in unicast the node's InternalIP, else the device of the default route")
 	cmd.Flags().StringVar(&f.run, "run-dir", kernel.DefaultRun, "`directory` of the LANs' network namespaces, records and locks")
 	cmd.Flags().StringVar(&f.cdi, "cdi-dir", cdi.DefaultDir, "`directory` of the container runtime's CDI files")
 	cmd.Flags().StringVar(&f.cniSource, "cni-source", "/k8slan-cni", "the CNI plugin's `file`")
@@ -77,6 +82,17 @@ node's network namespace. When it ends, the LANs stay; kubelet offers their spok
 		"`name` of the pod that this is; without it, claims of pods that went without a CNI DEL are not collected (environment: POD_NAME)")
 	cmd.Flags().StringVar(&f.self.Namespace, "pod-namespace", os.Getenv("POD_NAMESPACE"), "`namespace` of that pod (environment: POD_NAMESPACE)")
 	return cmd
+}
+
+func prefixes(nets []net.IPNet) []netip.Prefix {
+	var list []netip.Prefix
+	for _, n := range nets {
+		if a, ok := netip.AddrFromSlice(n.IP); ok {
+			ones, _ := n.Mask.Size()
+			list = append(list, netip.PrefixFrom(a.Unmap(), ones))
+		}
+	}
+	return list
 }
 
 func (f *nodeFlags) runNode(ctx context.Context) error {
@@ -119,6 +135,7 @@ func (f *nodeFlags) runNode(ctx context.Context) error {
 		Live:      mgr.GetAPIReader(),
 		Peers:     peers,
 		Discovery: f.discovery,
+		VTEPs:     prefixes(f.vteps),
 		Kernel:    host,
 		Manager:   lans,
 		Offer: func(spokes []node.Spoke) {

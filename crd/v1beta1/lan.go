@@ -105,7 +105,8 @@ type LANSpec struct {
 	VXLANPort int32 `json:"vxlanPort,omitempty"`
 
 	// DefaultVXLANDev is the underlay device, in the node's own network namespace, of nodes that vxlanDevMap does not name.
-	// LANs may share it. Default: the device of the default route.
+	// LANs may share it. Default: the node's own choice: the device with an address of the ranges in the chart's vtepCIDRs; if that has none, with
+	// discovery unicast the device with the node's InternalIP; else the device of the default route.
 	// +optional
 	DefaultVXLANDev Device `json:"defaultVxlanDev,omitempty"`
 

@@ -28,8 +28,11 @@ type Underlay struct {
 	Carrier bool
 	IPv4    netip.Addr // first address of the family; the zero Addr if there is none
 	IPv6    netip.Addr // link-local is enough, and preferred
-	Global6 netip.Addr // first IPv6 address that is not link-local, nor temporary, deprecated or tentative
 	IPv6Off bool       // net.ipv6.conf.<device>.disable_ipv6
+
+	// Addresses are those that other nodes can send to, in the kernel's order: not link-local ones, nor IPv6 ones that are temporary,
+	// deprecated or tentative.
+	Addresses []netip.Addr
 }
 
 // Underlays reads the links, addresses and default routes of the node's own netns.
@@ -78,8 +81,8 @@ func (d Underlay) withAddress(ip net.IP, flags int) Underlay {
 	if a = a.Unmap(); !ok {
 		return d
 	}
-	if a.Is6() && !a.IsLinkLocalUnicast() && flags&passing == 0 && !d.Global6.IsValid() {
-		d.Global6 = a
+	if !a.IsLinkLocalUnicast() && flags&passing == 0 {
+		d.Addresses = append(d.Addresses, a)
 	}
 	switch {
 	case a.Is4() && !d.IPv4.IsValid():

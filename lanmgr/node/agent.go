@@ -7,6 +7,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"reflect"
 	"slices"
 	"sync"
@@ -54,6 +55,7 @@ type Config struct {
 	// Peers is a cache of every LANNode, as PeerOf leaves them. It is asked once a LAN's discovery is unicast.
 	Peers     cache.Informers
 	Discovery v1beta1.Discovery // of LANs that do not say
+	VTEPs     []netip.Prefix    // ranges in which VTEPs are; empty: anywhere
 
 	Kernel  Kernel
 	Manager Manager
@@ -166,7 +168,9 @@ func (a *Agent) plan(ctx context.Context) error {
 			return err
 		}
 	}
-	node := Node{Name: a.Node, Labels: self.Labels, Underlays: *underlays, Discovery: a.Discovery}
+	node := Node{
+		Name: a.Node, Labels: self.Labels, Addresses: internalIPs(&self), Underlays: *underlays, Discovery: a.Discovery, VTEPs: a.VTEPs,
+	}
 	a.plans, a.planned = planAll(lans.Items, node, a.now()), true
 	segments := make([]segment.Segment, len(a.plans))
 	for i, p := range a.plans {
@@ -179,6 +183,17 @@ func (a *Agent) plan(ctx context.Context) error {
 	a.Manager.Set(segments)
 	a.publisher.setOwner(&self)
 	return nil
+}
+
+// internalIPs are the addresses by which the cluster knows a node, the main one first.
+func internalIPs(node *corev1.Node) []netip.Addr {
+	var ips []netip.Addr
+	for _, a := range node.Status.Addresses {
+		if ip, err := netip.ParseAddr(a.Address); err == nil && a.Type == corev1.NodeInternalIP {
+			ips = append(ips, ip)
+		}
+	}
+	return ips
 }
 
 // begin is what has to be before the first plan. The LANNode has to exist: the controller takes a Node without one for a node

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"maps"
+	"slices"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -95,5 +96,6 @@ func lanChanged(before, after any) bool {
 func nodeChanged(before, after any) bool {
 	x, wasNode := before.(*corev1.Node)
 	y, isNode := after.(*corev1.Node)
-	return !wasNode || !isNode || x.UID != y.UID || !maps.Equal(x.Labels, y.Labels)
+	return !wasNode || !isNode || x.UID != y.UID || !maps.Equal(x.Labels, y.Labels) ||
+		!slices.Equal(internalIPs(x), internalIPs(y))
 }

@@ -110,13 +110,30 @@ func TestAUnicastLANUsesTheUnderlaysAddress(t *testing.T) {
 		n.Underlays.Devices["eth0"] = d
 		return n
 	}
-	global := netip.MustParseAddr("2001:db8::1")
-	both := with(func(d *kernel.Underlay) { d.Global6 = global })
-	onlySix := with(func(d *kernel.Underlay) { d.Global6, d.IPv4 = global, netip.Addr{} })
-	linkLocal := with(func(d *kernel.Underlay) { d.IPv4 = netip.MustParseAddr("169.254.1.1") })
+	global, first := netip.MustParseAddr("2001:db8::1"), netip.MustParseAddr("192.0.2.1")
+	bearing := func(addresses ...netip.Addr) node.Node {
+		return with(func(d *kernel.Underlay) { d.Addresses = addresses })
+	}
+	both, onlySix, linkLocal := bearing(global, first), bearing(global), bearing()
+	known := bearing(first, netip.MustParseAddr("192.0.2.7"), global)
+	known.Addresses = []netip.Addr{netip.MustParseAddr("192.0.2.7")}
+	sixFirst := bearing(first, global)
+	sixFirst.Addresses = []netip.Addr{global, first}
+	elsewhere := bearing(first, global)
+	elsewhere.Underlays.Devices["eth1"] = kernel.Underlay{Index: 3, MTU: 9000, Up: true, Carrier: true, Addresses: []netip.Addr{netip.MustParseAddr("198.51.100.1")}}
+	byNode := elsewhere
+	byNode.Addresses = []netip.Addr{netip.MustParseAddr("198.51.100.1")}
+	byRange := func(ranges ...string) node.Node {
+		n := elsewhere
+		for _, r := range ranges {
+			n.VTEPs = append(n.VTEPs, netip.MustParsePrefix(r))
+		}
+		return n
+	}
 	group := func(g string) func(*v1beta1.LAN) {
 		return func(l *v1beta1.LAN) { unicast(l); l.Spec.VXLANGroup = g }
 	}
+	named := func(l *v1beta1.LAN) { unicast(l); l.Spec.DefaultVXLANDev = "eth0" }
 	for name, c := range map[string]struct {
 		change func(*v1beta1.LAN)
 		node   node.Node
@@ -124,12 +141,23 @@ func TestAUnicastLANUsesTheUnderlaysAddress(t *testing.T) {
 		mtu    int
 		reason string
 	}{
-		"IPv4 first":                       {unicast, both, "192.0.2.1", 1442, ""},
-		"IPv6 where there is nothing else": {unicast, onlySix, "2001:db8::1", 1422, ""},
-		"IPv6 by its group":                {group("ff02::14"), both, "2001:db8::1", 1422, ""},
-		"IPv4 by its group":                {group("239.1.1.1"), both, "192.0.2.1", 1442, ""},
-		"no IPv4 for its group":            {group("239.1.1.1"), onlySix, "", 1422, v1beta1.ReasonUnderlayNoAddress},
-		"link-local alone":                 {unicast, linkLocal, "", 1422, v1beta1.ReasonUnderlayNoAddress},
+		"IPv4 first":                        {unicast, both, "192.0.2.1", 1442, ""},
+		"IPv6 where there is nothing else":  {unicast, onlySix, "2001:db8::1", 1422, ""},
+		"IPv6 by its group":                 {group("ff02::14"), both, "2001:db8::1", 1422, ""},
+		"IPv4 by its group":                 {group("239.1.1.1"), both, "192.0.2.1", 1442, ""},
+		"no IPv4 for its group":             {group("239.1.1.1"), onlySix, "", 1422, v1beta1.ReasonUnderlayNoAddress},
+		"link-local alone":                  {unicast, linkLocal, "", 1422, v1beta1.ReasonUnderlayNoAddress},
+		"the node's InternalIP":             {unicast, known, "192.0.2.7", 1442, ""},
+		"the main InternalIP":               {unicast, sixFirst, "2001:db8::1", 1422, ""},
+		"its InternalIP of the group's":     {group("239.1.1.1"), sixFirst, "192.0.2.1", 1442, ""},
+		"the device of the InternalIP":      {unicast, byNode, "198.51.100.1", 8942, ""},
+		"a device that is named":            {named, byNode, "192.0.2.1", 1442, ""},
+		"an address in the range":           {unicast, byRange("2001:db8::/64"), "2001:db8::1", 1422, ""},
+		"the device in the range":           {unicast, byRange("203.0.113.0/24", "198.51.100.0/24"), "198.51.100.1", 8942, ""},
+		"the earlier range":                 {unicast, byRange("2001:db8::/64", "198.51.100.0/24"), "2001:db8::1", 1422, ""},
+		"the range before the group":        {group("ff02::14"), byRange("198.51.100.0/24"), "198.51.100.1", 8942, ""},
+		"no address in the range":           {unicast, byRange("203.0.113.0/24"), "", 1422, v1beta1.ReasonUnderlayMissing},
+		"a device without one in the range": {named, byRange("198.51.100.0/24"), "", 1422, v1beta1.ReasonUnderlayNoAddress},
 	} {
 		t.Run(name, func(t *testing.T) {
 			p, _ := node.NewPlan(lab(c.change), c.node, segment.Segment{})
@@ -149,6 +177,7 @@ func TestAUnicastLANUsesTheUnderlaysAddress(t *testing.T) {
 	// A link that is down has no IPv6 address: that is no reason to take the VXLAN away.
 	before, _ := node.NewPlan(lab(unicast), onlySix, segment.Segment{})
 	down := with(func(d *kernel.Underlay) { d.IPv4, d.IPv6, d.Up, d.Carrier = netip.Addr{}, netip.Addr{}, false, false })
+	down.VTEPs = []netip.Prefix{netip.MustParsePrefix("2001:db8::/64")} // it is not taken for another device's, either
 	after, _ := node.NewPlan(lab(unicast), down, before.Segment)
 	if after.Segment.VXLAN != before.Segment.VXLAN || after.Problem.Reason != v1beta1.ReasonUnderlayDown {
 		t.Errorf("while the link is down: %+v, %+v; before: %+v", after.Segment.VXLAN, after.Problem, before.Segment.VXLAN)

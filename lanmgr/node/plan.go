@@ -2,8 +2,10 @@ package node
 
 import (
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
+	"strings"
 
 	"k8s.io/apimachinery/pkg/labels"
 
@@ -26,7 +28,9 @@ type Node struct {
 	Name      string
 	Labels    map[string]string
 	Underlays kernel.Underlays
+	Addresses []netip.Addr      // by which the cluster knows the node: its InternalIPs
 	Discovery v1beta1.Discovery // of LANs that do not say; empty is multicast
+	VTEPs     []netip.Prefix    // ranges in which VTEPs are; empty: anywhere
 }
 
 // Plan is a LAN as this node should have it.
@@ -75,18 +79,20 @@ func NewPlan(lan *v1beta1.LAN, node Node, now segment.Segment) (p Plan, ok bool)
 		return p, true
 	}
 
-	choice := chooseUnderlay(&spec, node)
+	family := group
+	if p.Unicast && lan.Spec.VXLANGroup == "" {
+		family = netip.Addr{} // the default group names none
+	}
+	wish := wishVTEP(node, p.Unicast, family)
+	choice := chooseUnderlay(&spec, node, wish, now.VXLAN)
 	p.Segment.VXLAN.Underlay = choice.name
 	device, found := node.Underlays.Devices[choice.name]
 	noAddress := addressProblem(choice.name, device, group)
 	switch {
 	case p.Unicast:
-		if lan.Spec.VXLANGroup == "" {
-			group = netip.Addr{} // it names no family
-		}
-		p.VTEP = chooseVTEP(device, group, now.VXLAN)
+		p.VTEP = wish.choose(candidates(device, now.VXLAN))
 		p.Segment.VXLAN.Local = p.VTEP
-		noAddress = vtepProblem(choice.name, p.VTEP, group)
+		noAddress = wish.problem(choice.name, p.VTEP)
 	case group.Is4():
 		p.Segment.VXLAN.Group, p.VTEP = group, device.IPv4
 	default:
@@ -99,7 +105,7 @@ func NewPlan(lan *v1beta1.LAN, node Node, now segment.Segment) (p Plan, ok bool)
 	p.Segment.MTU = firstOf(int(spec.MTU), device.MTU-overhead.reserve)
 	switch {
 	case !found:
-		p.Problem = choice.missing(node.Name)
+		p.Problem = choice.missing(node.Name, wish)
 	default:
 		p.Problem = firstProblem(
 			noAddress,
@@ -178,8 +184,9 @@ func firstOf(numbers ...int) int {
 // underlayChoice is a device and what in the spec chose it.
 type underlayChoice struct{ name, field string }
 
-// chooseUnderlay takes the node's own device if the LAN has one for it, else the LAN's default, else the device of the default route.
-func chooseUnderlay(spec *v1beta1.LANSpec, node Node) underlayChoice {
+// chooseUnderlay takes the node's own device if the LAN has one for it, else the LAN's default, else one with a VTEP as it is wished for,
+// else the device of the default route.
+func chooseUnderlay(spec *v1beta1.LANSpec, node Node, wish vtepWish, now segment.VXLAN) underlayChoice {
 	for _, key := range []string{node.Name, node.Labels[hostnameLabel]} {
 		if device, ok := spec.VXLANDevMap[key]; ok && key != "" {
 			return underlayChoice{string(device), "spec.vxlanDevMap." + key}
@@ -188,11 +195,24 @@ func chooseUnderlay(spec *v1beta1.LANSpec, node Node) underlayChoice {
 	if spec.DefaultVXLANDev != "" {
 		return underlayChoice{string(spec.DefaultVXLANDev), "spec.defaultVxlanDev"}
 	}
-	return underlayChoice{name: node.Underlays.Default}
+	best, name := len(wish.first), ""
+	for _, device := range slices.Sorted(maps.Keys(node.Underlays.Devices)) {
+		if rank := wish.rank(wish.choose(candidates(node.Underlays.Devices[device], now))); rank < best {
+			best, name = rank, device
+		}
+	}
+	if name == "" && !wish.strict {
+		name = node.Underlays.Default
+	}
+	return underlayChoice{name: name}
 }
 
-func (c underlayChoice) missing(node string) Problem {
-	if c.field == "" {
+func (c underlayChoice) missing(node string, wish vtepWish) Problem {
+	switch {
+	case c.field == "" && wish.strict:
+		return Problem{v1beta1.ReasonUnderlayMissing, fmt.Sprintf(
+			"no device has an address in %s (vtepCIDRs of k8slan's chart). Give one such an address, or name a device in spec.defaultVxlanDev or spec.vxlanDevMap.%s; pods wait until then", wish, node), true}
+	case c.field == "":
 		return Problem{v1beta1.ReasonUnderlayMissing, fmt.Sprintf(
 			"no default route, and the LAN names no device for this node. Set spec.defaultVxlanDev or spec.vxlanDevMap.%s; pods wait until then", node), true}
 	}
@@ -238,39 +258,86 @@ func addressProblem(name string, device kernel.Underlay, group netip.Addr) Probl
 	return Problem{}
 }
 
-// chooseVTEP is the address that other nodes send to: of the group's family if there is a group, else IPv4 before IPv6. A
-// link-local one will not do: nobody but the kernel can say by which device to send to it. A device without link has lost its
-// IPv6 addresses until it is back; meanwhile the node keeps what it had.
-func chooseVTEP(device kernel.Underlay, group netip.Addr, now segment.VXLAN) netip.Addr {
-	ipv4, ipv6 := device.IPv4, device.Global6
-	if ipv4.IsLinkLocalUnicast() {
-		ipv4 = netip.Addr{}
-	}
-	had := now.Local.IsValid() && now.UnderlayIndex == device.Index && device.Index != 0 && !(device.Up && device.Carrier)
-	if had && !ipv6.IsValid() && now.Local.Is6() {
-		ipv6 = now.Local
-	}
-	switch {
-	case group.Is4():
-		return ipv4
-	case group.Is6() || !ipv4.IsValid():
-		return ipv6
-	}
-	return ipv4
+// vtepWish is which of a device's addresses other nodes are to send to.
+type vtepWish struct {
+	family netip.Addr     // the group's, whose IP version it has to be; the zero Addr: either
+	first  []netip.Prefix // the earlier the better
+	strict bool           // no others will do
 }
 
-func vtepProblem(name string, vtep, group netip.Addr) Problem {
-	kind, wayOut := "IPv4 or IPv6", ""
+// wishVTEP goes by the ranges that the cluster's VTEPs are in or, in unicast, by the node's InternalIPs. Ranges decide the IP version by
+// themselves.
+func wishVTEP(node Node, unicast bool, family netip.Addr) vtepWish {
+	if len(node.VTEPs) > 0 {
+		return vtepWish{first: node.VTEPs, strict: true}
+	}
+	wish := vtepWish{family: family}
+	for _, a := range node.Addresses {
+		if unicast && wish.fits(a) {
+			wish.first = append(wish.first, netip.PrefixFrom(a, a.BitLen()))
+		}
+	}
+	return wish
+}
+
+// candidates are the addresses of a device that other nodes could send to. A link-local one will not do: nobody but the kernel can say
+// by which device to send to it. A device without link has lost its IPv6 addresses until it is back; meanwhile the node keeps what it had.
+func candidates(device kernel.Underlay, now segment.VXLAN) []netip.Addr {
+	gone := now.Local.Is6() && device.Index != 0 && now.UnderlayIndex == device.Index && !(device.Up && device.Carrier)
+	if gone && !slices.ContainsFunc(device.Addresses, netip.Addr.Is6) {
+		return append(slices.Clone(device.Addresses), now.Local)
+	}
+	return device.Addresses
+}
+
+func (w vtepWish) fits(a netip.Addr) bool { return !w.family.IsValid() || w.family.Is4() == a.Is4() }
+
+// rank is the place of the range that the address is in; their number if it is in none.
+func (w vtepWish) rank(a netip.Addr) int {
+	if i := slices.IndexFunc(w.first, func(p netip.Prefix) bool { return p.Contains(a) }); i >= 0 {
+		return i
+	}
+	return len(w.first)
+}
+
+// choose is the best address: of the first range that has one, else, unless that is all that will do, the first one, IPv4 before IPv6.
+func (w vtepWish) choose(addresses []netip.Addr) (best netip.Addr) {
+	for _, a := range addresses {
+		rank := w.rank(a)
+		if !w.fits(a) || w.strict && rank == len(w.first) {
+			continue
+		}
+		if !best.IsValid() || rank < w.rank(best) || rank == w.rank(best) && a.Is4() && best.Is6() {
+			best = a
+		}
+	}
+	return best
+}
+
+// String lists the ranges.
+func (w vtepWish) String() string {
+	var ranges []string
+	for _, p := range w.first {
+		ranges = append(ranges, p.String())
+	}
+	return strings.Join(ranges, ", ")
+}
+
+func (w vtepWish) problem(name string, vtep netip.Addr) Problem {
+	kind, wayOut := "no IPv4 or IPv6 address", ""
 	switch {
 	case vtep.IsValid():
 		return Problem{}
-	case group.Is4():
-		kind, wayOut = "IPv4", ", or leave spec.vxlanGrp out, whose family nodes use"
-	case group.Is6():
-		kind, wayOut = "IPv6", ", or leave spec.vxlanGrp out, whose family nodes use"
+	case w.strict:
+		kind, wayOut = "no address in "+w.String()+" (vtepCIDRs of k8slan's chart)", ", or change those ranges"
+	case w.family.IsValid():
+		kind, wayOut = "no IPv6 address", ", or leave spec.vxlanGrp out, whose family nodes use"
+		if w.family.Is4() {
+			kind = "no IPv4 address"
+		}
 	}
 	return Problem{v1beta1.ReasonUnderlayNoAddress, fmt.Sprintf(
-		"device %q has no %s address that other nodes could send to, which discovery unicast needs; a link-local one will not do. Give it one%s; pods wait until then",
+		"device %q has %s that other nodes could send to, which discovery unicast needs; a link-local one will not do. Give it one%s; pods wait until then",
 		name, kind, wayOut), true}
 }
 

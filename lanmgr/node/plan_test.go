@@ -20,6 +20,7 @@ func device(index, mtu int) kernel.Underlay {
 	return kernel.Underlay{
 		Index: index, MTU: mtu, Up: true, Carrier: true,
 		IPv4: netip.MustParseAddr("192.0.2.1"), IPv6: netip.MustParseAddr("fe80::1"),
+		Addresses: []netip.Addr{netip.MustParseAddr("192.0.2.1")},
 	}
 }
 

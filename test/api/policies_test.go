@@ -74,7 +74,7 @@ func TestLANsBeyondTheLimitsAreRefusedWithTheWayOut(t *testing.T) {
 	policies(t, "policy-limits.yaml", "limits.vniRange=[1000,1999]", `limits.underlayDevices=["","eth1"]`)
 	const (
 		vni    = "this cluster's administrator allows LANs the VNIs 1000 to 1999 (limits.vniRange of k8slan's chart), and vni is 222; choose one of the range, or ask the administrator to widen it"
-		device = "this cluster's administrator allows LANs to go over the default route's device, eth1 (limits.underlayDevices of k8slan's chart), and this one asks for eth2; set defaultVxlanDev and vxlanDevMap accordingly, or ask the administrator to allow it"
+		device = "this cluster's administrator allows LANs to go over the device that a node takes by itself, eth1 (limits.underlayDevices of k8slan's chart), and this one asks for eth2; set defaultVxlanDev and vxlanDevMap accordingly, or ask the administrator to allow it"
 	)
 	eventually(t, func() string { // a policy counts a moment after it is there
 		if said := tried(t, manifest("lab", "{vni: 222, spokes: [srl]}")); !strings.Contains(said, vni) {
@@ -112,7 +112,7 @@ func TestLANsBeyondTheLimitsAreRefusedWithTheWayOut(t *testing.T) {
 func TestOnlyTheDefaultRoutesDeviceIsForbiddenByALimitThatLeavesItOut(t *testing.T) {
 	policies(t, "policy-limits.yaml", `limits.underlayDevices=["eth1"]`)
 	eventually(t, func() string {
-		const want = "allows LANs to go over eth1 (limits.underlayDevices of k8slan's chart), and this one asks for the default route's device; "
+		const want = "allows LANs to go over eth1 (limits.underlayDevices of k8slan's chart), and this one asks for the device that a node takes by itself; "
 		if said := tried(t, manifest("lab", "{vni: 222, spokes: [srl]}")); !strings.Contains(said, want) {
 			return "a LAN without a device: " + said + "; want " + want
 		}

@@ -116,7 +116,7 @@ func TestUnknownAndImpossibleValuesAreRefused(t *testing.T) {
 		"node.cniBinDirectory=/opt/cni/bin", "image.pullPolicy=Sometimes", "node.healthPort=70000",
 		"node.cniBinDir=opt/cni/bin", "logLevel=chatty", "controller.replicas=-1",
 		"limits.vniRange={1000}", "limits.vniRange={1000,20000000}", "limits.vniRange={2000,1000}", "limits.underlayDevices=eth1",
-		"networkPolicy.apiServerPorts=null",
+		"networkPolicy.apiServerPorts=null", "vtepCIDRs={10.20.0.1}", "vtepCIDRs=10.20.0.0/16",
 	} {
 		if _, err := helm(t, "template", "k8slan", chart, "--kube-version", "1.31.0", "--set", value); err == nil {
 			t.Errorf("helm takes %s", value)

@@ -19,7 +19,7 @@ app.kubernetes.io/component: {{ . }}
 {{- /* Devices as a sentence has them; takes a list in which "" is the default route's. */ -}}
 {{- define "k8slan.devices" -}}
 {{- $names := list }}
-{{- range . }}{{ $names = append $names (. | default "the default route's device") }}{{ end }}
+{{- range . }}{{ $names = append $names (. | default "the device that a node takes by itself") }}{{ end }}
 {{- join ", " $names }}
 {{- end }}
 
