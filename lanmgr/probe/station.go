@@ -169,29 +169,29 @@ func (s *station) obey(host *kernel.Node, ns string, orders io.Reader) error {
 
 // hear tells of the probe's frames that pass a link. One that goes down falls silent.
 func (s *station) hear(ctx context.Context, where string, ear *packet.Socket) error {
-	for {
+	for ctx.Err() == nil {
 		f, err := ear.Receive(ctx)
-		if ctx.Err() != nil {
-			return nil
+		if err == nil {
+			err = s.tell(where, f)
 		}
-		if errors.Is(err, unix.ENETDOWN) {
-			continue
-		}
-		if err != nil {
-			return err
-		}
-		id, ok := path.Recognize(f.Bytes)
-		if !ok {
-			continue
-		}
-		heard := path.Heard{ID: id, Where: where, Outgoing: f.Outgoing, Unfinished: f.Unfinished}
-		if where == path.AtUnderlay {
-			heard.VNI, heard.Length = vniOf(f.Bytes), len(f.Bytes)-header
-		}
-		if err := s.say(path.Message{Heard: &heard}); err != nil {
+		if err != nil && ctx.Err() == nil && !errors.Is(err, unix.ENETDOWN) {
 			return err
 		}
 	}
+	return nil
+}
+
+// tell tells of a frame, if it is the probe's.
+func (s *station) tell(where string, f packet.Frame) error {
+	id, ok := path.Recognize(f.Bytes)
+	if !ok {
+		return nil
+	}
+	heard := path.Heard{ID: id, Where: where, Outgoing: f.Outgoing, Unfinished: f.Unfinished}
+	if where == path.AtUnderlay {
+		heard.VNI, heard.Length = vniOf(f.Bytes), len(f.Bytes)-header
+	}
+	return s.say(path.Message{Heard: &heard})
 }
 
 // vniOf is the VNI of a packet of a VXLAN (RFC 7348); 0 where it is in a place that is not looked at.
