@@ -191,6 +191,7 @@ func (c cluster) probe(ctx context.Context, out io.Writer, pair [2]end, system s
 
 // station starts a probe's station on a node.
 func (d onNode) station(ctx context.Context, e end) (s path.Station, end func()) {
+	ctx, cancel := context.WithCancel(ctx)
 	orders, order := io.Pipe()
 	says, say := io.Pipe()
 	ended := make(chan struct{})
@@ -204,7 +205,9 @@ func (d onNode) station(ctx context.Context, e end) (s path.Station, end func())
 		_, _ = orders.CloseWithError(io.ErrClosedPipe), say.CloseWithError(err)
 	}()
 	return path.Station{Node: d.node, Orders: order, Says: says}, func() {
-		_, _ = order.Close(), says.Close()
+		_ = order.Close()
+		cancel()
+		_, _ = io.Copy(io.Discard, says) // what it says at its end, or the client's library complains
 		<-ended
 	}
 }

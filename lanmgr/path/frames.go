@@ -12,6 +12,7 @@ const (
 	provider  = 0x88a8
 	ipv4      = 0x0800
 	ipv6      = 0x86dd
+	udp       = 17
 	shortest  = 60 // of an Ethernet frame, without its checksum
 	deepest   = 4  // VLAN tags
 )
@@ -36,6 +37,9 @@ func (r round) order(id uint32) Order {
 	return Order{ID: id, Bytes: r.frame(id), Unfinished: r.unfinished, Start: r.start, Offset: r.offset}
 }
 
+// known is the kind that passes on a way that bridge and VXLAN have learnt, maybe where nothing else does.
+const known = "unicast to the other's address"
+
 // catalog is one frame of every kind. What kind it is says its destination, its tags or its size: none is a message to anybody, so
 // that no pod does anything on it.
 func catalog(direction, mtu int, peer []byte) []round {
@@ -47,7 +51,7 @@ func catalog(direction, mtu int, peer []byte) []round {
 		kind("broadcast", everyone),
 		kind("multicast", []byte{0x03, 0x6b, 0x38, 0x70, 0, 1}),
 		kind("unicast to an unknown address", nobody),
-		kind("unicast to the other's address", peer),
+		kind(known, peer),
 		kind("the address of STP", []byte{0x01, 0x80, 0xc2, 0, 0, 0x00}),
 		kind("the address of LACP", []byte{0x01, 0x80, 0xc2, 0, 0, 0x02}),
 		kind("the address of 802.1X", []byte{0x01, 0x80, 0xc2, 0, 0, 0x03}),
@@ -104,9 +108,9 @@ func packet4(direction int) round {
 		data := mark(id)
 		ip := []byte{0x45, 0, 0, byte(28 + len(data)), 0, 0, 0, 0, 1, 17, 0, 0, 192, 0, 2, 1, 192, 0, 2, 2}
 		binary.BigEndian.PutUint16(ip[10:], ^sum(ip))
-		udp := []byte{0, 9, 0, 9, 0, byte(8 + len(data)), 0, 0}
-		binary.BigEndian.PutUint16(udp[6:], sum(ip[12:], []byte{0, 17, 0, byte(8 + len(data))}))
-		return pad(slices.Concat(header(direction, nobody, ipv4), ip, udp, data))
+		datagram := []byte{0, 9, 0, 9, 0, byte(8 + len(data)), 0, 0}
+		binary.BigEndian.PutUint16(datagram[6:], sum(ip[12:], []byte{0, 17, 0, byte(8 + len(data))}))
+		return pad(slices.Concat(header(direction, nobody, ipv4), ip, datagram, data))
 	}}
 }
 
@@ -115,20 +119,23 @@ func packet6(direction int) round {
 	return round{Shot: Shot{Kind: "IPv6", Payload: 64}, frame: func(id uint32) []byte {
 		data := mark(id)
 		address := func(host byte) []byte { return []byte{0x20, 0x01, 0x0d, 0xb8, 15: host} }
-		udp := []byte{0, 9, 0, 9, 0, byte(8 + len(data)), 0, 0}
-		check := ^sum(address(1), address(2), []byte{0, 17, 0, byte(8 + len(data))}, udp, data)
-		binary.BigEndian.PutUint16(udp[6:], check)
+		datagram := []byte{0, 9, 0, 9, 0, byte(8 + len(data)), 0, 0}
+		check := ^sum(address(1), address(2), []byte{0, 17, 0, byte(8 + len(data))}, datagram, data)
+		binary.BigEndian.PutUint16(datagram[6:], check)
 		return pad(slices.Concat(header(direction, nobody, ipv6),
-			[]byte{0x60, 0, 0, 0, 0, byte(8 + len(data)), 17, 1}, address(1), address(2), udp, data))
+			[]byte{0x60, 0, 0, 0, 0, byte(8 + len(data)), 17, 1}, address(1), address(2), datagram, data))
 	}}
 }
 
-// sum is that of the Internet checksum (RFC 1071) over parts of even lengths.
+// sum is that of the Internet checksum (RFC 1071) over parts, all but the last of even lengths.
 func sum(parts ...[]byte) uint16 {
 	var s uint32
 	for _, p := range parts {
 		for i := 0; i+1 < len(p); i += 2 {
 			s += uint32(binary.BigEndian.Uint16(p[i:]))
+		}
+		if len(p)%2 == 1 {
+			s += uint32(p[len(p)-1]) << 8
 		}
 	}
 	for s > 0xffff {
@@ -146,4 +153,43 @@ func Recognize(frame []byte) (id uint32, ok bool) {
 		return 0, false
 	}
 	return binary.BigEndian.Uint32(frame[i+len(magic):]), true
+}
+
+// Outer reads what is around a frame on the underlay (RFC 7348): the VNI, and whether the UDP checksum is wrong. Of a packet that is not
+// whole, or not of a VXLAN, they are 0 and false.
+func Outer(packet []byte) (vni uint32, wrongChecksum bool) {
+	const ethernet, udpHeader, vxlan = 14, 8, 8
+	if len(packet) < ethernet {
+		return 0, false
+	}
+	var addresses, datagram []byte
+	switch ip := packet[ethernet:]; binary.BigEndian.Uint16(packet[12:]) {
+	case ipv4:
+		if len(ip) < 20 || ip[9] != udp || binary.BigEndian.Uint16(ip[6:])&0x3fff != 0 { // more parts, or not the first
+			return 0, false
+		}
+		begin, end := int(ip[0]&0xf)*4, int(binary.BigEndian.Uint16(ip[2:]))
+		if begin > end || end > len(ip) {
+			return 0, false
+		}
+		addresses, datagram = ip[12:20], ip[begin:end]
+	case ipv6:
+		if len(ip) < 40 || ip[6] != udp {
+			return 0, false
+		}
+		end := 40 + int(binary.BigEndian.Uint16(ip[4:]))
+		if end > len(ip) {
+			return 0, false
+		}
+		addresses, datagram = ip[8:40], ip[40:end]
+	}
+	if len(datagram) < udpHeader+vxlan {
+		return 0, false
+	}
+	vni = binary.BigEndian.Uint32(datagram[udpHeader+4:]) >> 8
+	if binary.BigEndian.Uint16(datagram[6:]) == 0 { // there is none
+		return vni, false
+	}
+	length := binary.BigEndian.AppendUint16([]byte{0, udp}, uint16(len(datagram)))
+	return vni, sum(addresses, length, datagram) != 0xffff
 }

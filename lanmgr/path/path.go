@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/netip"
 	"time"
 )
 
@@ -35,6 +36,10 @@ type Facts struct {
 	MTU     int    `json:"mtu"` // of the LAN here, in bytes
 	VNI     uint32 `json:"vni"`
 	UDPPort uint16 `json:"udpPort"`
+
+	Group   netip.Addr   `json:"group,omitzero"`    // multicast, that the VXLAN floods to; the zero Addr where it floods to remotes
+	VTEP    netip.Addr   `json:"vtep,omitzero"`     // that its packets come from; the zero Addr where the node's routes choose it
+	Remotes []netip.Addr `json:"remotes,omitempty"` // that the VXLAN floods to where it has no group
 }
 
 // Order is a frame to send from the node's bridge.
@@ -57,12 +62,13 @@ const (
 
 // Heard is a frame that came by.
 type Heard struct {
-	ID         uint32 `json:"id"`
-	Where      string `json:"where"`
-	Outgoing   bool   `json:"outgoing"`
-	Unfinished bool   `json:"unfinished,omitempty"`
-	VNI        uint32 `json:"vni,omitempty"`    // on the underlay
-	Length     int    `json:"length,omitempty"` // of the IP packet on the underlay, in bytes
+	ID            uint32 `json:"id"`
+	Where         string `json:"where"`
+	Outgoing      bool   `json:"outgoing"`
+	Unfinished    bool   `json:"unfinished,omitempty"`
+	VNI           uint32 `json:"vni,omitempty"`           // on the underlay
+	Length        int    `json:"length,omitempty"`        // of the IP packet on the underlay, in bytes
+	WrongChecksum bool   `json:"wrongChecksum,omitempty"` // of UDP, on the underlay
 }
 
 // Sent says that an order was carried out, or why not.
@@ -101,14 +107,15 @@ const (
 
 // Shot is a frame and what became of it.
 type Shot struct {
-	Kind       string
-	Payload    int // bytes behind Ethernet header and tags
-	Tags       int
-	Reached    Hop
-	Error      string // why it was not sent
-	Unfinished bool   // it arrived with its checksum unfinished
-	VNI        uint32 // it bore on the underlay
-	Length     int    // of its packet on the underlay, in bytes
+	Kind          string
+	Payload       int // bytes behind Ethernet header and tags
+	Tags          int
+	Reached       Hop
+	Error         string // why it was not sent
+	Unfinished    bool   // it arrived with its checksum unfinished
+	VNI           uint32 // it bore on the underlay
+	Length        int    // of its packet on the underlay, in bytes
+	WrongChecksum bool   // its packet came to the other node with a UDP checksum that is wrong
 }
 
 // Course is what became of the frames of one direction.
@@ -234,10 +241,10 @@ func (s *session) course(ctx context.Context, sender int, st Station, from, to F
 	return c, nil
 }
 
-// measure finds the longest payload that passed.
+// measure finds the longest payload that passed, of what goes everywhere.
 func (c *Course) measure() {
 	for _, shot := range c.Shots {
-		if shot.Reached == Arrived && shot.Tags == 0 {
+		if shot.Reached == Arrived && shot.Tags == 0 && shot.Kind != known {
 			c.Largest = max(c.Largest, shot.Payload)
 		}
 	}
@@ -327,7 +334,7 @@ func (s *Shot) heard(bySender bool, h Heard) (arrived bool) {
 	case bySender && h.Outgoing && h.Where == AtUnderlay:
 		hop = LeftNode
 	case !bySender && !h.Outgoing && h.Where == AtUnderlay:
-		hop = CameToNode
+		hop, s.WrongChecksum = CameToNode, h.WrongChecksum
 	case !bySender && !h.Outgoing && h.Where == AtVXLAN:
 		hop = CameToVXLAN
 	case !bySender && h.Outgoing && h.Where == AtPort:

@@ -2,18 +2,22 @@ package path
 
 import (
 	"fmt"
+	"net/netip"
+	"slices"
 	"strings"
 )
 
 // Verdict says in plain words what passes, and where the rest is lost and why; well where nothing is lost that a LAN carries.
 func (c Course) Verdict() (well bool, sentences []string) {
-	var lost, long []Shot // long are those that are lost though shorter ones pass
+	var lost, long, passed []Shot // long are those that are lost though shorter ones pass
 	depth := 0
 	for _, s := range c.Shots {
 		switch {
-		case s.Reached == Arrived && s.Payload < shortest:
-			depth = max(depth, s.Tags)
 		case s.Reached == Arrived:
+			passed = append(passed, s)
+			if s.Payload < shortest {
+				depth = max(depth, s.Tags)
+			}
 		case s.Payload > 2*shortest && c.Largest > 0:
 			long = append(long, s)
 		default:
@@ -28,6 +32,8 @@ func (c Course) Verdict() (well bool, sentences []string) {
 		return false, sentences
 	case len(lost) == len(c.Shots)-len(long) && len(lost) > 0:
 		say("%s: nothing passes. %s.", way, c.why(furthest(lost)))
+	case len(lost) > len(passed):
+		say("%s: of the kinds of frames only these pass: %s. %s.", way, kinds(passed), c.why(furthest(lost)))
 	case len(lost) > 0:
 		say("%s: some kinds of frames do not pass: %s. %s.", way, kinds(lost), c.why(furthest(lost)))
 	case len(long) > 0:
@@ -93,6 +99,11 @@ func (c Course) portFault() string {
 // why says where a frame was lost, and the likely cause.
 func (c Course) why(s Shot) string {
 	from, to := c.From, c.To
+	if s.Reached >= LeftVXLAN && s.Reached <= CameToNode {
+		if fault := c.floodFault(); fault != "" {
+			return fault
+		}
+	}
 	switch s.Reached {
 	case NotSent:
 		return fmt.Sprintf("Node %s could not send it: %s", from.Node, s.Error)
@@ -111,8 +122,7 @@ func (c Course) why(s Shot) string {
 		if !to.Underlay.Carrier {
 			return fmt.Sprintf("It left node %s, but %s of node %s is down or has no carrier", from.Node, to.Underlay.Name, to.Node)
 		}
-		return fmt.Sprintf("It left node %s by %s but never came to %s of node %s: the network between them drops UDP port %d, or does not carry the packets' multicast "+
-			"(many clouds and routed networks carry none)", from.Node, from.Underlay.Name, to.Underlay.Name, to.Node, from.UDPPort)
+		return fmt.Sprintf("It left node %s by %s but never came to %s of node %s: %s", from.Node, from.Underlay.Name, to.Underlay.Name, to.Node, c.between())
 	case CameToNode:
 		switch {
 		case s.VNI != 0 && s.VNI != to.VNI:
@@ -120,6 +130,9 @@ func (c Course) why(s Shot) string {
 				to.Node, s.VNI, to.VXLAN.Name, to.VNI)
 		case from.UDPPort != to.UDPPort:
 			return fmt.Sprintf("It came to node %s on UDP port %d, but VXLAN %s there listens on %d", to.Node, from.UDPPort, to.VXLAN.Name, to.UDPPort)
+		case s.WrongChecksum:
+			return fmt.Sprintf("It came to %s of node %s with a wrong UDP checksum, and the kernel there drops it: the transmit checksum offload of %s on node %s, or of a device "+
+				"on the way, is broken. Try ethtool -K %[3]s tx off on node %[4]s", to.Underlay.Name, to.Node, from.Underlay.Name, from.Node)
 		}
 		return fmt.Sprintf("It came to %s of node %s, but not to VXLAN %s there%s", to.Underlay.Name, to.Node, to.VXLAN.Name,
 			down(to.VXLAN, fmt.Sprintf(": a firewall on %s drops incoming UDP port %d (nft list ruleset)", to.Node, to.UDPPort)))
@@ -128,6 +141,55 @@ func (c Course) why(s Shot) string {
 			to.VXLAN.Name, to.Node, to.Port.Name, to.Spoke)
 	}
 	return ""
+}
+
+// floodFault says why what the one node floods is not for the other; empty where it is.
+func (c Course) floodFault() string {
+	from, to := c.From, c.To
+	switch {
+	case from.Group.IsValid() && to.Group != from.Group:
+		return fmt.Sprintf("VXLAN %s of node %s sends it to group %s, but that of node %s has %s: the two do not have the same discovery and group. See the daemon's log on both",
+			from.VXLAN.Name, from.Node, from.Group, to.Node, flood(to))
+	case !from.Group.IsValid() && to.VTEP.IsValid() && !slices.Contains(from.Remotes, to.VTEP):
+		return fmt.Sprintf("Node %s does not know node %s as a remote: its VXLAN %s has %s, and the other's address is %s. It learns of that from LANNode %[2]s: "+
+			"see kubectl get lannode %[2]s -o yaml, and the daemon's log on both", from.Node, to.Node, from.VXLAN.Name, flood(from), to.VTEP)
+	}
+	return ""
+}
+
+// flood says where a VXLAN sends what is for everyone.
+func flood(f Facts) string {
+	const few = 4
+	switch {
+	case f.Group.IsValid():
+		return "group " + f.Group.String()
+	case len(f.Remotes) == 0:
+		return "no remotes"
+	case len(f.Remotes) > few:
+		return fmt.Sprintf("%d remotes without it", len(f.Remotes))
+	}
+	return "the remotes " + addresses(f.Remotes)
+}
+
+func addresses(all []netip.Addr) string {
+	words := make([]string, len(all))
+	for i, a := range all {
+		words[i] = a.String()
+	}
+	return strings.Join(words, ", ")
+}
+
+// between says what the network between the nodes may do to packets that never come.
+func (c Course) between() string {
+	from, to := c.From, c.To
+	switch {
+	case !from.Group.IsValid():
+		return fmt.Sprintf("the network between them drops UDP port %d, or has no way to %s (firewall, security group, routes)", from.UDPPort, to.VTEP)
+	case slices.ContainsFunc(c.Shots, func(s Shot) bool { return s.Reached == Arrived && s.Kind == known }):
+		return fmt.Sprintf("the network between them carries the LAN's unicast, but not its multicast to %s. Set spec.discovery to unicast, or let the network carry it", from.Group)
+	}
+	return fmt.Sprintf("the network between them drops UDP port %d, or carries no multicast to %s, as in clouds and routed networks. For the latter set spec.discovery to unicast",
+		from.UDPPort, from.Group)
 }
 
 // down is what a link's state explains, or else the other cause.

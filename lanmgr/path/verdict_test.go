@@ -1,13 +1,15 @@
 package path
 
 import (
+	"encoding/binary"
+	"net/netip"
 	"strings"
 	"testing"
 )
 
 func side(n string) Facts {
 	return Facts{
-		Node: "worker" + n, Spoke: "s" + n, Pod: "default/pod-" + n, Interface: "net1", MTU: 1422, VNI: 222, UDPPort: 4789,
+		Node: "worker" + n, Spoke: "s" + n, Pod: "default/pod-" + n, Interface: "net1", MTU: 1422, VNI: 222, UDPPort: 4789, Group: netip.MustParseAddr("ff02::14"),
 		Port: Link{"k" + n, true, true, 1422}, Bridge: Link{"br222", true, true, 1422}, VXLAN: Link{"vx222", true, true, 1422}, Underlay: Link{"eth1", true, true, 1500},
 	}
 }
@@ -24,6 +26,13 @@ func reached(h Hop, change ...func(*Course)) Course {
 		f(&c)
 	}
 	return c
+}
+
+// unicast has both nodes know each other; a change tells otherwise.
+func unicast(c *Course) {
+	one, two := netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("192.0.2.2")
+	c.From.Group, c.From.VTEP, c.From.Remotes = netip.Addr{}, one, []netip.Addr{two}
+	c.To.Group, c.To.VTEP, c.To.Remotes = netip.Addr{}, two, []netip.Addr{one}
 }
 
 // long loses what is longer than so many bytes.
@@ -48,7 +57,13 @@ func TestVerdictSaysWhatPassesAndWhereTheRestIsLost(t *testing.T) {
 		{"all well", reached(Arrived), true, "every kind of frame passes, packets of up to 1422 bytes, up to 4 VLAN tags and maybe more."},
 		{"not sent", reached(NotSent, func(c *Course) { c.Shots[0].Error = "no buffer space" }), false, "Node worker1 could not send it: no buffer space"},
 		{"no way out", reached(LeftVXLAN), false, "did not leave by eth1: a firewall on worker1 drops outgoing UDP port 4789, or the node has no route to worker2"},
-		{"between the nodes", reached(LeftNode), false, "never came to eth1 of node worker2: the network between them drops UDP port 4789, or does not carry the packets' multicast"},
+		{"between the nodes", reached(LeftNode), false, "never came to eth1 of node worker2: the network between them drops UDP port 4789, or carries no multicast to ff02::14, as in clouds"},
+		{"no multicast", reached(LeftNode, func(c *Course) { c.Shots[3].Reached = Arrived }), false, "only these pass: unicast to the other's address. It left node worker1 by eth1 but never came to eth1 of node worker2: the network between them carries the LAN's unicast, but not its multicast to ff02::14. Set spec.discovery to unicast"},
+		{"between the nodes, unicast", reached(LeftNode, unicast), false, "the network between them drops UDP port 4789, or has no way to 192.0.2.2 (firewall, security group, routes)"},
+		{"no remote", reached(LeftVXLAN, unicast, func(c *Course) { c.From.Remotes = nil }), false, "Node worker1 does not know node worker2 as a remote: its VXLAN vx222 has no remotes, and the other's address is 192.0.2.2."},
+		{"another remote", reached(LeftNode, unicast, func(c *Course) { c.From.Remotes = []netip.Addr{netip.MustParseAddr("192.0.2.3")} }), false, "its VXLAN vx222 has the remotes 192.0.2.3, and the other's address is 192.0.2.2."},
+		{"one node in unicast", reached(CameToNode, func(c *Course) { c.To.Group = netip.Addr{} }), false, "sends it to group ff02::14, but that of node worker2 has no remotes: the two do not have the same discovery"},
+		{"wrong checksum", reached(CameToNode, func(c *Course) { c.Shots[0].WrongChecksum = true }), false, "It came to eth1 of node worker2 with a wrong UDP checksum, and the kernel there drops it: the transmit checksum offload of eth1 on node worker1, or of a device on the way, is broken. Try ethtool -K eth1 tx off on node worker1"},
 		{"firewall", reached(CameToNode), false, "came to eth1 of node worker2, but not to VXLAN vx222 there: a firewall on worker2 drops incoming UDP port 4789"},
 		{"other VNI", reached(CameToNode, func(c *Course) { c.To.VNI = 223 }), false, "with VNI 222, but VXLAN vx222 there has VNI 223"},
 		{"other UDP port", reached(CameToNode, func(c *Course) { c.To.UDPPort = 8472 }), false, "on UDP port 4789, but VXLAN vx222 there listens on 8472"},
@@ -76,5 +91,45 @@ func TestEveryFrameOfTheCatalogIsRecognized(t *testing.T) {
 		if id, ok := Recognize(f); !ok || id != uint32(i)+7 || len(f) < shortest || string(f[6:10]) != string(Source) {
 			t.Errorf("%s: %d %t %x", r.Kind, id, ok, f)
 		}
+	}
+}
+
+func TestVNIAndChecksumOfAPacketAreRead(t *testing.T) {
+	frame := catalog(0, 1422, nobody)[0].order(1).Bytes
+	for name, around := range map[string]func(datagram []byte) (pseudo, packet []byte){
+		"IPv4": func(datagram []byte) (pseudo, packet []byte) {
+			ip := []byte{0x45, 0, 0, byte(20 + len(datagram)), 0, 0, 0, 0, 64, udp, 0, 0, 192, 0, 2, 1, 192, 0, 2, 2}
+			return ip[12:], append(header(0, nobody, ipv4), ip...)
+		},
+		"IPv6": func(datagram []byte) (pseudo, packet []byte) {
+			ip := []byte{0x60, 0, 0, 0, 0, byte(len(datagram)), udp, 64, 0x20, 1, 0xd, 0xb8, 23: 1, 24: 0x20, 1, 0xd, 0xb8, 39: 2}
+			return ip[8:], append(header(0, nobody, ipv6), ip...)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			for _, padding := range []int{0, 1} { // of even and of odd length
+				datagram := append([]byte{0x12, 0x34, 0x12, 0xb5, 0, byte(16 + len(frame) + padding), 0, 0, 8, 0, 0, 0, 0, 0, 222, 0}, frame...)
+				datagram = append(datagram, make([]byte, padding)...)
+				pseudo, before := around(datagram)
+				packet := func() []byte { return append(append([]byte{}, before...), datagram...) }
+				if vni, wrong := Outer(packet()); vni != 222 || wrong {
+					t.Errorf("without a checksum: VNI %d, wrong %t", vni, wrong)
+				}
+				binary.BigEndian.PutUint16(datagram[6:], ^sum(pseudo, []byte{0, udp, 0, byte(len(datagram))}, datagram))
+				if vni, wrong := Outer(packet()); vni != 222 || wrong {
+					t.Errorf("with a checksum: VNI %d, wrong %t", vni, wrong)
+				}
+				datagram[6]++
+				if vni, wrong := Outer(packet()); vni != 222 || !wrong {
+					t.Errorf("with a wrong checksum: VNI %d, wrong %t", vni, wrong)
+				}
+				whole := packet()
+				for n := range len(whole) {
+					if vni, wrong := Outer(whole[:n]); vni != 0 || wrong {
+						t.Errorf("of the first %d bytes: VNI %d, wrong %t", n, vni, wrong)
+					}
+				}
+			}
+		})
 	}
 }

@@ -92,6 +92,7 @@ func (s *station) open(ctx context.Context, host *kernel.Node, ns, spoke string)
 	vxlan, ok := state.Link(want.VXLAN.Name)
 	if ok {
 		s.facts.VNI, s.facts.UDPPort = vxlan.VXLAN.VNI, vxlan.VXLAN.Port
+		s.facts.Group, s.facts.VTEP, s.facts.Remotes = vxlan.VXLAN.Group, vxlan.VXLAN.Local, vxlan.VXLAN.Remotes
 	}
 	err = host.Inside(ns, func() (err error) {
 		if s.bridge, err = packet.Open(want.Bridge, nothing()...); err != nil {
@@ -189,22 +190,11 @@ func (s *station) tell(where string, f packet.Frame) error {
 	}
 	heard := path.Heard{ID: id, Where: where, Outgoing: f.Outgoing, Unfinished: f.Unfinished}
 	if where == path.AtUnderlay {
-		heard.VNI, heard.Length = vniOf(f.Bytes), len(f.Bytes)-header
+		heard.Length = len(f.Bytes) - header
+		heard.VNI, heard.WrongChecksum = path.Outer(f.Bytes)
+		heard.WrongChecksum = heard.WrongChecksum && !f.Unfinished
 	}
 	return s.say(path.Message{Heard: &heard})
-}
-
-// vniOf is the VNI of a packet of a VXLAN (RFC 7348); 0 where it is in a place that is not looked at.
-func vniOf(packet []byte) uint32 {
-	const udpAndFlags = 8 + 4
-	at := header + 40 // IPv6
-	if binary.BigEndian.Uint16(packet[12:]) == unix.ETH_P_IP {
-		at = header + int(packet[header]&0xf)*4
-	}
-	if len(packet) < at+udpAndFlags+4 {
-		return 0
-	}
-	return binary.BigEndian.Uint32(packet[at+udpAndFlags:]) >> 8
 }
 
 // bySource takes the probe's frames.

@@ -201,6 +201,16 @@ func (n *Node) unplug(d device) error {
 	})
 }
 
+// UnderlayPort is where a device's cable ends in the network between the nodes:
+// the path of that network's namespace, and the name of the port in its bridge.
+func (n *Node) UnderlayPort(dev string) (netns, port string, err error) {
+	d, err := parseDevice(dev)
+	if err != nil {
+		return "", "", err
+	}
+	return n.state.underlayPath(), n.port(d), nil
+}
+
 // CutUnderlay takes a device's carrier away: the cable is out.
 func (n *Node) CutUnderlay(dev string) error {
 	d, err := parseDevice(dev)

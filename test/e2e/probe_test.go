@@ -1,0 +1,255 @@
+package e2e
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"os/exec"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+
+	"github.com/k8slan/k8slan/crd/v1beta1"
+)
+
+// probes wants a probe to end with that code and to say these words.
+func (l lab) probes(code int, words []string, args ...string) {
+	l.Helper()
+	begin := time.Now()
+	out := l.k8slan(code, append([]string{"probe"}, args...)...)
+	l.Logf("after %s:\n%s", time.Since(begin).Round(time.Millisecond), out)
+	for _, w := range words {
+		if !strings.Contains(out, w) {
+			l.Errorf("kubectl k8slan probe does not say %q", w)
+		}
+	}
+}
+
+// afterwards runs a command in the node when the test is over.
+func (m machine) afterwards(command ...string) {
+	m.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), patience)
+		defer cancel()
+		if _, err := m.Exec(ctx, command...); err != nil {
+			m.Error(err)
+		}
+	})
+}
+
+// holdDaemon keeps k8slan's daemon on the node from doing anything, until the test is over.
+func (m machine) holdDaemon() {
+	m.Helper()
+	daemon := m.daemon()
+	m.run("kill", "-STOP", daemon)
+	m.afterwards("kill", "-CONT", daemon)
+}
+
+// within runs a command in a LAN's network namespace.
+func (m machine) within(lan string, command ...string) {
+	m.Helper()
+	m.run(append([]string{"nsenter", "--net=/run/k8slan/netns/" + m.namespace + "." + lan}, command...)...)
+}
+
+// cable is the end of a node's device in the network between the nodes.
+type cable struct {
+	lab
+	netns, port string
+}
+
+func (m machine) cable(device string) cable {
+	m.Helper()
+	path, port, err := m.UnderlayPort(device)
+	if err != nil {
+		m.Fatal(err)
+	}
+	return cable{m.lab, path, port}
+}
+
+// run runs a command in the network between the nodes.
+func (c cable) run(command ...string) {
+	c.Helper()
+	out, err := exec.Command("nsenter", append([]string{"--net=" + c.netns}, command...)...).CombinedOutput()
+	if err != nil {
+		c.Fatalf("%s: %v: %s", strings.Join(command, " "), err, out)
+	}
+}
+
+// rule has nftables do something to what comes in by the cable, until the test is over.
+func (c cable) rule(rule string) {
+	c.Helper()
+	c.run("nft", fmt.Sprintf("add table netdev probed; add chain netdev probed in { type filter hook ingress device %q priority 0; }; add rule netdev probed in %s", c.port, rule))
+	c.Cleanup(func() { c.run("nft", "delete table netdev probed") })
+}
+
+func TestProbeSaysWhatPassesAndWhereTheRestIsLost(t *testing.T) {
+	l := newLab(t)
+	l.lan("probed", 1088, []string{"probed-1", "probed-2", "probed-3"}, "vxlanPort: 4801")
+	both := l.start(pod("probed-1", worker1, "probed-1"), pod("probed-2", worker2, "probed-2"))
+	l.awaitLAN("probed", "told of its pods", func(lan *v1beta1.LAN) bool { return lan.Status.Attached == 2 })
+	there, back := fmt.Sprintf("%s/probed-1 → %[1]s/probed-2: ", l.namespace), fmt.Sprintf("%s/probed-2 → %[1]s/probed-1: ", l.namespace)
+	const all = "every kind of frame passes, packets of up to 1422 bytes, up to 4 VLAN tags"
+	wellThere, wellBack := there+all, back+all
+	unfinished := func(spoke string) string { return "spokeOptions: {" + spoke + ": {txChecksum: off}}" }
+	well := []string{wellThere, wellBack, there + "TCP, UDP and SCTP checksums", unfinished("probed-1"), unfinished("probed-2")}
+
+	for _, fault := range []struct {
+		name  string
+		make  func(l lab, node machine) // node is worker2
+		words []string
+	}{
+		{
+			"a firewall on a node", func(_ lab, node machine) {
+				node.run("nft", "add table inet probed; add chain inet probed in { type filter hook input priority 0; }; add rule inet probed in udp dport 4801 drop")
+				node.afterwards("nft", "delete table inet probed")
+			},
+			[]string{there + "nothing passes. It came to eth1 of node worker2, but not to VXLAN vx1088 there: a firewall on worker2 drops incoming UDP port 4801", wellBack},
+		},
+		{
+			"a firewall on a node, outwards", func(_ lab, node machine) {
+				node.run("nft", "add table inet probed; add chain inet probed out { type filter hook output priority 0; }; add rule inet probed out udp dport 4801 drop")
+				node.afterwards("nft", "delete table inet probed")
+			},
+			[]string{wellThere, back + "nothing passes. VXLAN vx1088 of node worker2 took it, but it did not leave by eth1: a firewall on worker2 drops outgoing UDP port 4801"},
+		},
+		{
+			"a firewall between the nodes", func(_ lab, node machine) { node.cable("eth1").rule("udp dport 4801 drop") },
+			[]string{wellThere, back + "nothing passes. It left node worker2 by eth1 but never came to eth1 of node worker1: the network between them drops UDP port 4801, or carries no multicast to ff02::14"},
+		},
+		{
+			"a network between the nodes of a smaller MTU", func(_ lab, node machine) {
+				c := node.cable("eth1")
+				c.run("ip", "link", "set", c.port, "mtu", "1400") // of which a bridge makes 4 bytes more, for a VLAN tag
+				c.Cleanup(func() { c.run("ip", "link", "set", c.port, "mtu", "1500") })
+			},
+			[]string{
+				there + "packets of up to 1334 bytes pass, longer ones do not; the LAN's MTU is 1422. They leave node worker1 by eth1, in packets of 1492 bytes, but never come to eth1 of node worker2: " +
+					"the MTU of the network between them is smaller than the nodes' 1500; raise it, or set spec.mtu to 1326",
+				back + "packets of up to 1334 bytes pass",
+			},
+		},
+		{
+			"a node's underlay of a smaller MTU", func(l lab, node machine) {
+				node.run("ip", "link", "set", "eth1", "mtu", "1400")
+				node.afterwards("ip", "link", "set", "eth1", "mtu", "1500")
+				l.awaitSegment(worker2, "probed", "of a smaller MTU", func(s v1beta1.SegmentStatus) bool { return s.MTU == 1322 && s.State == v1beta1.SegmentReady })
+			},
+			[]string{"longer ones do not", "The LAN's MTU is 1422 on node worker1 and 1322 on node worker2"},
+		},
+		{
+			"a pod's interface that is down", func(l lab, _ machine) {
+				two := both[1].in(l.T)
+				two.run("ip", "link", "set", two.link, "down")
+				l.Cleanup(func() {
+					ctx, cancel := context.WithTimeout(context.Background(), patience)
+					defer cancel()
+					if err := two.exec(ctx, io.Discard, io.Discard, "ip", "link", "set", two.link, "up"); err != nil {
+						l.Error(err)
+					}
+				})
+			},
+			[]string{there + "nothing passes. Interface net1 in pod " + l.namespace + "/probed-2 is down", back + "nothing passes. Interface net1"},
+		},
+		{
+			"a port that is down", func(_ lab, node machine) {
+				node.holdDaemon() // which sets it up at once
+				node.within("probed", "ip", "link", "set", "probed-2", "down")
+			},
+			[]string{there + "nothing passes. Port k", "of spoke probed-2 on node worker2 is down, and the daemon should have set it up: see its log"},
+		},
+		{
+			"a VXLAN that is down", func(_ lab, node machine) {
+				node.holdDaemon()
+				node.within("probed", "ip", "link", "set", "vx1088", "down")
+			},
+			[]string{there + "nothing passes. It came to eth1 of node worker2, but not to VXLAN vx1088 there, which is down", back + "nothing passes. Lost on node worker2 between bridge br1088 and VXLAN vx1088, which is down"},
+		},
+		{
+			"another VNI", func(l lab, node machine) {
+				node.holdDaemon()
+				node.within("probed", "ip", "link", "del", "vx1088")
+				node.run("ip", "link", "add", "vx1088", "type", "vxlan", "id", "1089", "dev", "eth1", "group", "ff02::14", "dstport", "4801")
+				node.run("ip", "link", "set", "vx1088", "netns", "/run/k8slan/netns/"+l.namespace+".probed")
+				node.within("probed", "ip", "link", "set", "vx1088", "master", "br1088", "up")
+			},
+			[]string{
+				there + "nothing passes. It came to node worker2 with VNI 1088, but VXLAN vx1088 there has VNI 1089, and drops it: the two nodes do not have the same LAN",
+				back + "nothing passes. It came to node worker1 with VNI 1089, but VXLAN vx1088 there has VNI 1088",
+			},
+		},
+		{
+			"a broken transmit checksum offload", func(_ lab, node machine) {
+				node.run("ethtool", "-K", "eth1", "tx", "off")
+				node.afterwards("ethtool", "-K", "eth1", "tx", "on")
+				node.cable("eth1").rule("udp dport 4801 udp checksum set 0x1234")
+			},
+			[]string{wellThere, back + "nothing passes. It came to eth1 of node worker1 with a wrong UDP checksum, and the kernel there drops it: the transmit checksum offload of eth1 on node worker2"},
+		},
+	} {
+		t.Run(fault.name, func(t *testing.T) {
+			l := l.in(t)
+			fault.make(l, l.machine(worker2))
+			l.probes(1, fault.words, "probed")
+		})
+		l.awaitSegment(worker2, "probed", "as it was", func(s v1beta1.SegmentStatus) bool { return s.MTU == 1422 && s.State == v1beta1.SegmentReady })
+		l.machine(worker2).awaitLinks(l.namespace+".probed", "what they were", func(all linkList) bool {
+			vxlan, ok := all.link("vx1088").(*netlink.Vxlan)
+			return ok && vxlan.VxlanId == 1088 && all.up("vx1088") &&
+				!slices.ContainsFunc(all, func(l netlink.Link) bool { return strings.HasPrefix(l.Attrs().Name, "k") && !all.up(l.Attrs().Name) })
+		})
+	}
+	t.Run("nothing, after all these", func(t *testing.T) { l.in(t).probes(0, well, "probed") })
+	t.Run("nothing between two pods", func(t *testing.T) { l.in(t).probes(0, well, "probed-1", "probed-2") })
+	t.Run("transmit checksums, finished for one spoke", func(t *testing.T) {
+		l := l.in(t)
+		l.change("probed", func(s *v1beta1.LANSpec) {
+			s.SpokeOptions = map[string]v1beta1.SpokeOptions{"probed-2": {TxChecksum: v1beta1.Off}}
+		})
+		l.probes(0, []string{wellThere, wellBack, back + "TCP, UDP and SCTP checksums", unfinished("probed-1")}, "probed")
+		if out := l.k8slan(0, "probe", "probed"); strings.Contains(out, unfinished("probed-2")) {
+			t.Errorf("of a spoke whose txChecksum is off it says\n%s", out)
+		}
+	})
+	t.Run("nobody", func(t *testing.T) {
+		l.in(t).probes(2, []string{"has 0 pods attached"}, "nowhere")
+		l.in(t).probes(2, []string{"is attached to no LAN"}, "probed-1", "stranger")
+	})
+}
+
+// The daemon of the node that should send does not hear that a pod has come on the other.
+func TestProbeNamesTheRemoteThatANodeDoesNotKnow(t *testing.T) {
+	for _, c := range []struct {
+		family, lan, device string
+		vni                 int
+		addresses           []string
+	}{
+		{"IPv4", "lonefour", "lone4", 1144, []string{"192.0.2.31/24", "192.0.2.32/24"}},
+		{"IPv6", "lonesix", "lone6", 1145, []string{"2001:db8:78::31/64", "2001:db8:78::32/64"}},
+	} {
+		t.Run(c.family, func(t *testing.T) {
+			l := newLab(t)
+			l.unicastUnderlay(c.device, c.addresses...)
+			one, two := c.lan+"-1", c.lan+"-2"
+			l.lan(c.lan, c.vni, []string{one, two}, "discovery: unicast", fmt.Sprintf("vxlanDevMap: {%s: %s, %s: %[2]s}", worker1, c.device, worker2))
+			l.start(pod(one, worker1, one))
+			l.awaitSegment(worker1, c.lan, "told of its pod", func(s v1beta1.SegmentStatus) bool { return len(s.Attachments) == 1 })
+			there, back := fmt.Sprintf("%s/%s → %[1]s/%[3]s: ", l.namespace, one, two), fmt.Sprintf("%s/%s → %[1]s/%[3]s: ", l.namespace, two, one)
+			t.Run("no remote", func(t *testing.T) {
+				l := l.in(t)
+				l.machine(worker1).holdDaemon()
+				l.start(pod(two, worker2, two))
+				l.awaitSegment(worker2, c.lan, "told of its pod", func(s v1beta1.SegmentStatus) bool { return len(s.Attachments) == 1 })
+				l.machine(worker2).awaitRemotes(c.lan, 1)
+				address, _, _ := strings.Cut(c.addresses[1], "/")
+				l.probes(1, []string{
+					fmt.Sprintf("Node worker1 does not know node worker2 as a remote: its VXLAN vx%d has no remotes, and the other's address is %s", c.vni, address),
+					back + "every kind of frame passes",
+				}, c.lan)
+			})
+			l.machine(worker1).awaitRemotes(c.lan, 1)
+			l.probes(0, []string{there + "every kind of frame passes", back + "every kind of frame passes"}, c.lan)
+		})
+	}
+}
