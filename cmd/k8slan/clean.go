@@ -18,6 +18,7 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/cdi"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
 	"github.com/k8slan/k8slan/lanmgr/segment"
+	"github.com/k8slan/k8slan/lanmgr/strangers"
 )
 
 // cleaning is the flags of k8slan clean.
@@ -27,6 +28,7 @@ type cleaning struct {
 	cdi        string
 	pluginsDir string
 	cniDir     string
+	nftables   bool
 }
 
 func cleanCommand() *cobra.Command {
@@ -35,7 +37,7 @@ func cleanCommand() *cobra.Command {
 		Use:   "clean",
 		Short: "Take all of k8slan off one node, and its pods off their LANs",
 		Long: `Take all of k8slan off one node: every LAN with its links, the links in pods and VMs that are attached, the CNI plugin, CDI files,
-device plugin sockets and /run/k8slan. helm uninstall does this on every node that answers. Where one did not, or for a single node:
+device plugin sockets, the filter of strangers in nftables and /run/k8slan. helm uninstall does this on every node that answers. Where one did not, or for a single node:
 
   kubectl debug node/<node> --profile=sysadmin --image=<k8slan's image> -- /k8slan clean --host
 
@@ -53,6 +55,7 @@ The daemon must not run on the node: it would build its LANs again. To repeat it
 	cmd.Flags().StringVar(&c.cdi, "cdi-dir", cdi.DefaultDir, "`directory` of the container runtime's CDI files")
 	cmd.Flags().StringVar(&c.pluginsDir, "device-plugin-dir", deviceplugin.Dir, "kubelet's `directory` of device plugins")
 	cmd.Flags().StringVar(&c.cniDir, "cni-dir", "/opt/cni/bin", "the container runtime's `directory` of CNI plugins")
+	cmd.Flags().BoolVar(&c.nftables, "nftables", true, "also remove the filter of strangers from the nftables of the network namespace")
 	return cmd
 }
 
@@ -77,6 +80,9 @@ func (c cleaning) clean(ctx context.Context, out io.Writer) error {
 		errs = append(errs, err)
 	}
 	errs = append(errs, removeAll(c.cdi, cdi.Files))
+	if c.nftables {
+		errs = append(errs, strangers.Remove(""))
+	}
 	if errors.Join(errs...) == nil {
 		errs = append(errs, os.RemoveAll(c.run))
 	}

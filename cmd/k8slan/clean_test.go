@@ -20,7 +20,7 @@ func TestCleanRemovesOurFilesAndNoOthers(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	args := []string{"clean", "--run-dir", dir + "/run", "--cdi-dir", dir + "/cdi", "--device-plugin-dir", dir + "/plugins", "--cni-dir", dir + "/cni"}
+	args := []string{"clean", "--run-dir", dir + "/run", "--cdi-dir", dir + "/cdi", "--device-plugin-dir", dir + "/plugins", "--cni-dir", dir + "/cni", "--nftables=false"}
 	for range 2 { // to repeat it does no harm
 		out, err := run(args...)
 		if err != nil || !strings.Contains(out, "nothing of k8slan is left") {

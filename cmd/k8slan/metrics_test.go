@@ -27,6 +27,7 @@ func nodeMetrics() *metrics.Metrics {
 	m := metrics.New(metrics.Sources{
 		Registered: func() int { return 1 },
 		Reports:    func() []lanmgr.Report { return []lanmgr.Report{{Segment: lab}} },
+		Dropped:    func() map[string]uint64 { return map[string]uint64{"default/lab": 1} },
 	})
 	m.Show(v1beta1.LANNodeStatus{})
 	m.Look(lanmgr.Look{Done: []segment.Op{segment.AddBridge{}}, Repair: true})

@@ -32,6 +32,7 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/node"
 	"github.com/k8slan/k8slan/lanmgr/outcome"
 	"github.com/k8slan/k8slan/lanmgr/podresources"
+	"github.com/k8slan/k8slan/lanmgr/strangers"
 )
 
 // nodeFlags are the flags of k8slan node.
@@ -121,7 +122,8 @@ func (f *nodeFlags) runNode(ctx context.Context) error {
 	lans := lanmgr.New(host, f.cdi, log)
 	plugins := deviceplugin.New(f.pluginsDir, log)
 	collector := podresources.New(f.kubelet, f.self, lans, log)
-	m := metrics.New(metrics.Sources{Reports: lans.Reports, Registered: plugins.Registered})
+	filter := strangers.New("", log)
+	m := metrics.New(metrics.Sources{Reports: lans.Reports, Registered: plugins.Registered, Dropped: filter.Dropped})
 	lans.Watch, collector.Collected = m.Look, m.Collected
 	plugins.Watch(m.Registration)
 	if err := register(m); err != nil {
@@ -138,6 +140,7 @@ func (f *nodeFlags) runNode(ctx context.Context) error {
 		VTEPs:     prefixes(f.vteps),
 		Kernel:    host,
 		Manager:   lans,
+		Strangers: filter,
 		Offer: func(spokes []node.Spoke) {
 			plugins.Set(offered(spokes))
 			m.Offer(spokes)
@@ -149,6 +152,7 @@ func (f *nodeFlags) runNode(ctx context.Context) error {
 	err = errors.Join(
 		mgr.Add(peers),
 		mgr.Add(manager.RunnableFunc(lans.Run)),
+		mgr.Add(manager.RunnableFunc(filter.Run)),
 		mgr.Add(manager.RunnableFunc(plugins.Run)),
 		mgr.Add(manager.RunnableFunc(agent.Run)),
 		mgr.Add(manager.RunnableFunc(collector.Run)),

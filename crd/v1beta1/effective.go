@@ -20,6 +20,14 @@ func (l *LAN) DiscoveryOr(byDefault Discovery) Discovery {
 	return cmp.Or(l.Spec.Discovery, byDefault, Multicast)
 }
 
+// Strict says whether the LAN hears its own nodes alone, where that is how they find each other.
+func (s *LANSpec) Strict(discovery Discovery) bool {
+	if s.StrictPeers != nil {
+		return *s.StrictPeers
+	}
+	return discovery == Unicast
+}
+
 // Set reads a way of discovery from a flag.
 func (d *Discovery) Set(s string) error {
 	switch Discovery(s) {

@@ -90,6 +90,12 @@ type LANSpec struct {
 	// +optional
 	Discovery Discovery `json:"discovery,omitempty"`
 
+	// StrictPeers has a node drop VXLAN packets with the LAN's VNI that come from an address of none of the other nodes of the LAN, before
+	// they reach a pod. What a node sends bears an address of its underlay device; its LANNode tells which. It can be changed while the
+	// LAN runs. Default: true with discovery unicast, false with multicast, where others than k8slan may take part.
+	// +optional
+	StrictPeers *bool `json:"strictPeers,omitempty"`
+
 	// VXLANGroup is the multicast group, IPv6 or IPv4, over which nodes find each other. With a link-local IPv6 group, ff02::/16,
 	// the underlay needs nothing but its link-local address. With discovery unicast nothing is sent to it, but where it is given,
 	// nodes use their addresses of its family. Default: ff02::14.

@@ -52,6 +52,7 @@ const (
 	ReasonMTUTooLarge       = "MTUTooLarge"       // spec.mtu does not fit the underlay
 	ReasonVNITaken          = "VNITaken"          // something else on the node uses the VNI on that port
 	ReasonBuildFailed       = "BuildFailed"       // the kernel refused; the message has its words
+	ReasonStrangersHeard    = "StrangersHeard"    // the kernel does not filter what is no member's; the message has its words
 )
 
 // SegmentStatus is one LAN on this node.
@@ -97,6 +98,17 @@ type SegmentStatus struct {
 	Attachments []Attachment `json:"attachments,omitempty"`
 }
 
+// NodeUnderlay is a device of the node that carries LANs.
+type NodeUnderlay struct {
+	// Name of the device.
+	Name string `json:"name"`
+	// Addresses that packets from there may bear, sorted: all that the device has. Other nodes take no other for this node's where a LAN
+	// says strictPeers.
+	// +optional
+	// +listType=atomic
+	Addresses []string `json:"addresses,omitempty"`
+}
+
 // GoneLAN is a LAN that is being deleted and of which a node has nothing left.
 type GoneLAN struct {
 	// LAN is namespace/name.
@@ -114,6 +126,11 @@ type LANNodeStatus struct {
 	// +listType=map
 	// +listMapKey=ns
 	Segments []SegmentStatus `json:"segments,omitempty"`
+	// Underlays are the devices that the segments use.
+	// +optional
+	// +listType=map
+	// +listMapKey=name
+	Underlays []NodeUnderlay `json:"underlays,omitempty"`
 	// Gone are LANs that are being deleted and of which this node has nothing left, no link, no offer and no pod: its word that it
 	// will not build them again. A LAN object goes when every node has given it; it leaves this list after that.
 	// +optional

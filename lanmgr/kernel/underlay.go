@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 
 	"github.com/vishvananda/netlink"
@@ -33,6 +34,8 @@ type Underlay struct {
 	// Addresses are those that other nodes can send to, in the kernel's order: not link-local ones, nor IPv6 ones that are temporary,
 	// deprecated or tentative.
 	Addresses []netip.Addr
+	// Sources are all that packets from it may bear, also tentative ones, which come into use unannounced; sorted.
+	Sources []netip.Addr
 }
 
 // Underlays reads the links, addresses and default routes of the node's own netns.
@@ -80,6 +83,9 @@ func (d Underlay) withAddress(ip net.IP, flags int) Underlay {
 	a, ok := netip.AddrFromSlice(ip)
 	if a = a.Unmap(); !ok {
 		return d
+	}
+	if at, there := slices.BinarySearchFunc(d.Sources, a, netip.Addr.Compare); !there && flags&unix.IFA_F_DADFAILED == 0 {
+		d.Sources = slices.Insert(d.Sources, at, a)
 	}
 	if !a.IsLinkLocalUnicast() && flags&passing == 0 {
 		d.Addresses = append(d.Addresses, a)

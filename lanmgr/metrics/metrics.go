@@ -38,8 +38,9 @@ type Metrics struct {
 
 // Sources are asked at each scrape.
 type Sources struct {
-	Reports    func() []lanmgr.Report // what the node has
-	Registered func() int             // how many spokes on offer kubelet knows
+	Reports    func() []lanmgr.Report   // what the node has
+	Registered func() int               // how many spokes on offer kubelet knows
+	Dropped    func() map[string]uint64 // packets of strangers, by the LAN's name
 }
 
 var (
@@ -55,6 +56,8 @@ var (
 		"Ethernet addresses that a LAN's bridge on this node has learned, at most a minute ago. Needs Linux 6.7.", []string{"lan"}, nil)
 	remotesDesc = prometheus.NewDesc("k8slan_remotes",
 		"Nodes to which this one sends what a LAN floods, one by one. Only of LANs with unicast discovery.", []string{"lan"}, nil)
+	droppedDesc = prometheus.NewDesc("k8slan_stranger_packets_dropped_total",
+		"VXLAN packets with the VNI of a LAN that came from none of its nodes, and were dropped. Only of LANs with strict peers.", []string{"lan"}, nil)
 )
 
 // Buckets in seconds: an attachment takes some milliseconds, with addresses a second or two, and at most a minute; a look at a
@@ -200,7 +203,7 @@ func (m *Metrics) Offer(spokes []node.Spoke) {
 
 // Describe implements prometheus.Collector.
 func (m *Metrics) Describe(to chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{segmentsDesc, spokesDesc, registeredDesc, attachmentsDesc, learntDesc, remotesDesc} {
+	for _, d := range []*prometheus.Desc{segmentsDesc, spokesDesc, registeredDesc, attachmentsDesc, learntDesc, remotesDesc, droppedDesc} {
 		to <- d
 	}
 	for _, c := range m.counted {
@@ -230,6 +233,9 @@ func (m *Metrics) Collect(to chan<- prometheus.Metric) {
 		if r.Remotes >= 0 {
 			gauge(remotesDesc, r.Remotes, lan)
 		}
+	}
+	for lan, packets := range m.sources.Dropped() {
+		to <- prometheus.MustNewConstMetric(droppedDesc, prometheus.CounterValue, float64(packets), lan)
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()

@@ -66,6 +66,7 @@ func TestEverythingThatHappensIsCounted(t *testing.T) {
 	lab := segment.LAN{Namespace: "default", Name: "lab", UID: "1"}
 	m := metrics.New(metrics.Sources{
 		Registered: func() int { return 3 },
+		Dropped:    func() map[string]uint64 { return map[string]uint64{"default/lab": 5} },
 		Reports: func() []lanmgr.Report {
 			return []lanmgr.Report{
 				{Segment: segment.Segment{LAN: lab, Netns: "default.lab"}, Learnt: 7, Remotes: 4},
@@ -75,7 +76,7 @@ func TestEverythingThatHappensIsCounted(t *testing.T) {
 			}
 		},
 	})
-	if before := read(t, m); len(before) != 3 { // registered, learned, remotes
+	if before := read(t, m); len(before) != 4 { // registered, learned, remotes, dropped
 		t.Errorf("before anything happened: %v", before)
 	}
 	m.Offer([]node.Spoke{{Name: "a", Healthy: true}, {Name: "b", Healthy: true}, {Name: "c"}})
@@ -113,6 +114,7 @@ func TestEverythingThatHappensIsCounted(t *testing.T) {
 		`k8slan_attachments{kind="macvtap"}`:                             1,
 		`k8slan_fdb_learned_entries{lan="default/lab"}`:                  7,
 		`k8slan_remotes{lan="default/lab"}`:                              4,
+		`k8slan_stranger_packets_dropped_total{lan="default/lab"}`:       5,
 		`k8slan_attach_duration_seconds{kind="veth",result="succeeded"}`: 1,
 		`k8slan_attach_duration_seconds{kind="macvtap",result="failed"}`: 1,
 		`k8slan_attach_duration_seconds{kind="unknown",result="failed"}`: 1,

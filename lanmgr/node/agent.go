@@ -24,6 +24,7 @@ import (
 	"github.com/k8slan/k8slan/lanmgr"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
 	"github.com/k8slan/k8slan/lanmgr/segment"
+	"github.com/k8slan/k8slan/lanmgr/strangers"
 )
 
 // Manager makes the node have segments; lanmgr.Manager is one.
@@ -43,6 +44,13 @@ type Kernel interface {
 	Watch(ctx context.Context, poke func(netns string)) error
 }
 
+// Strangers keeps VXLAN packets of others than a LAN's nodes from its pods; strangers.Filter is one.
+type Strangers interface {
+	Set(lans []strangers.LAN)
+	Err() error
+	Changed() <-chan struct{}
+}
+
 // Config is what an agent works with.
 type Config struct {
 	Node    string // the Node object's name
@@ -52,17 +60,18 @@ type Config struct {
 	Informers cache.Informers
 	Client    client.Client
 	Live      client.Reader
-	// Peers is a cache of every LANNode, as PeerOf leaves them. It is asked once a LAN's discovery is unicast.
+	// Peers is a cache of every LANNode, as PeerOf leaves them. It is asked once a LAN's discovery is unicast, or its peers are strict.
 	Peers     cache.Informers
 	Discovery v1beta1.Discovery // of LANs that do not say
 	VTEPs     []netip.Prefix    // ranges in which VTEPs are; empty: anywhere
 
-	Kernel  Kernel
-	Manager Manager
-	Offer   func([]Spoke)               // the whole set for kubelet, never blocks
-	Show    func(v1beta1.LANNodeStatus) // is shown what the LANNode is to say; nil: nobody is
-	Events  events.EventRecorder
-	Log     *slog.Logger
+	Kernel    Kernel
+	Manager   Manager
+	Strangers Strangers
+	Offer     func([]Spoke)               // the whole set for kubelet, never blocks
+	Show      func(v1beta1.LANNodeStatus) // is shown what the LANNode is to say; nil: nobody is
+	Events    events.EventRecorder
+	Log       *slog.Logger
 }
 
 // Agent is what makes one node carry its LANs.
@@ -130,6 +139,7 @@ func (a *Agent) Run(ctx context.Context) error {
 			return nil
 		case <-a.inputs:
 		case <-retry.timer.C:
+		case <-a.Strangers.Changed():
 		case <-a.Manager.Changed():
 			a.report()
 			continue
@@ -172,14 +182,22 @@ func (a *Agent) plan(ctx context.Context) error {
 		Name: a.Node, Labels: self.Labels, Addresses: internalIPs(&self), Underlays: *underlays, Discovery: a.Discovery, VTEPs: a.VTEPs,
 	}
 	a.plans, a.planned = planAll(lans.Items, node, a.now()), true
+	unfiltered := a.Strangers.Err()
 	segments := make([]segment.Segment, len(a.plans))
-	for i, p := range a.plans {
-		if p.Unicast {
+	for i := range a.plans {
+		p := &a.plans[i]
+		if p.Unicast || p.Strict {
 			a.peers.want()
-			p.Segment.Remotes = a.peers.remotes(types.UID(p.Segment.LAN.UID), p.VTEP)
+		}
+		if p.Strict && p.Problem.Reason == "" && unfiltered != nil {
+			p.Problem = strangersProblem(unfiltered)
 		}
 		segments[i] = p.Segment
+		if p.Unicast {
+			segments[i].Remotes = a.peers.remotes(types.UID(p.Segment.LAN.UID), p.VTEP)
+		}
 	}
+	a.filter()
 	a.Manager.Set(segments)
 	a.publisher.setOwner(&self)
 	return nil
@@ -194,6 +212,11 @@ func internalIPs(node *corev1.Node) []netip.Addr {
 		}
 	}
 	return ips
+}
+
+// filter says who is heard in which LAN.
+func (a *Agent) filter() {
+	a.Strangers.Set(Filtered(a.plans, a.now(), a.peers.membersOf))
 }
 
 // begin is what has to be before the first plan. The LANNode has to exist: the controller takes a Node without one for a node
@@ -258,14 +281,18 @@ func (a *Agent) report() {
 	if !a.planned {
 		return
 	}
+	a.mu.Lock()
+	underlays := *a.underlays
+	a.mu.Unlock()
 	gone := a.gone()
 	reports := a.Manager.Reports()
+	a.filter() // what was leaving may be gone
 	if offers := Offers(a.plans, reports); a.offered == nil || !slices.Equal(offers, a.offered) {
 		a.offered = offers
 		a.Offer(offers)
 	}
 	if a.Manager.Looked() { // before, attachments would seem to be gone
-		status := Status(a.plans, reports, gone, a.Version)
+		status := Status(a.plans, reports, underlays, gone, a.Version)
 		a.publisher.set(status)
 		if a.Show != nil {
 			a.Show(status)

@@ -290,6 +290,7 @@ type world struct {
 	manager *fakeManager
 	kernel  *fakeKernel
 	agent   *node.Agent
+	filter  *fakeFilter
 	events  *events.FakeRecorder
 
 	mu     sync.Mutex
@@ -313,6 +314,7 @@ func newWorld(t *testing.T, lans ...client.Object) *world {
 		t:       t,
 		manager: &fakeManager{board: b, changed: make(chan struct{}, 1), claims: map[string][]segment.Claim{}, refuse: map[string]error{}},
 		kernel:  &fakeKernel{pokes: make(chan string), underlays: here.Underlays},
+		filter:  &fakeFilter{board: b, changed: make(chan struct{}, 1)},
 		events:  events.NewFakeRecorder(1000),
 	}
 	self := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: here.Name, Labels: here.Labels, UID: "uid-worker1"}}
@@ -365,7 +367,7 @@ func (w *world) start() (stop func()) {
 		Node: "worker1", Version: "v1.2.3",
 		Informers: &fakeInformers{api: w.api, done: done}, Client: w.api, Live: w.api,
 		Peers:  &fakeInformers{api: w.api, done: done},
-		Kernel: w.kernel, Manager: w.manager, Events: w.events,
+		Kernel: w.kernel, Manager: w.manager, Strangers: w.filter, Events: w.events,
 		Offer: func(offers []node.Spoke) {
 			w.mu.Lock()
 			w.offers = append(w.offers, offers)
@@ -883,7 +885,7 @@ func TestTheLANNodeOfAThousandAttachmentsIsSmall(t *testing.T) {
 			claim(s.Spokes[0], "a-deployment-of-routers-6d4cf56db6-x2v8j"), claim(s.Spokes[1], "a-deployment-of-routers-6d4cf56db6-k7w2p"),
 		}})
 	}
-	status := node.Status(plans, reports, nil, "v1.0.0")
+	status := node.Status(plans, reports, kernel.Underlays{}, nil, "v1.0.0")
 	size, err := json.Marshal(status)
 	if err != nil {
 		t.Fatal(err)

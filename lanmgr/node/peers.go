@@ -1,30 +1,41 @@
 package node
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"maps"
 	"net/netip"
 	"slices"
 	"sync"
+	"unique"
 
 	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/k8slan/k8slan/crd/v1beta1"
 )
 
-// peers are the other nodes that have a pod on a LAN, as their LANNodes tell. They are read once a LAN wants them: where none does,
-// nodes know nothing of each other.
+// peers are the other nodes and what they have of each LAN, as their LANNodes tell. They are read once a LAN wants them: where none
+// does, nodes know nothing of each other.
 type peers struct {
 	self   string
 	wanted chan struct{} // closed when they are
 	want   func()        // closes it
 
-	mu    sync.Mutex
-	known bool
-	nodes map[string]map[types.UID]netip.Addr // VTEPs, by the node's name and the LAN
-	lists map[types.UID]list                  // of LANs that have not changed since
+	mu      sync.Mutex
+	known   bool
+	nodes   map[string]map[types.UID]peer // by the node's name and the LAN
+	lists   map[types.UID]list            // of LANs that have not changed since
+	members map[types.UID][]netip.Addr    // likewise
 }
+
+// peer is a LAN on another node.
+type peer struct {
+	vtep  netip.Addr   // where it hears; the zero Addr where no pod there is attached, or it cannot be reached
+	bears []netip.Addr // what its packets may come from, sorted
+}
+
+func (p peer) equal(o peer) bool { return p.vtep == o.vtep && slices.Equal(p.bears, o.bears) }
 
 // list is what a node with that VTEP has as remotes; nobody changes it.
 type list struct {
@@ -36,8 +47,9 @@ func newPeers(self string) *peers {
 	wanted := make(chan struct{})
 	return &peers{
 		self: self, wanted: wanted, want: sync.OnceFunc(func() { close(wanted) }),
-		nodes: map[string]map[types.UID]netip.Addr{},
-		lists: map[types.UID]list{},
+		nodes:   map[string]map[types.UID]peer{},
+		lists:   map[types.UID]list{},
+		members: map[types.UID][]netip.Addr{},
 	}
 }
 
@@ -53,8 +65,8 @@ func (p *peers) remotes(lan types.UID, vtep netip.Addr) []netip.Addr {
 		return l.remotes
 	}
 	remotes := []netip.Addr{}
-	for _, vteps := range p.nodes {
-		if r := vteps[lan]; r.BitLen() == vtep.BitLen() && r != vtep {
+	for _, lans := range p.nodes {
+		if r := lans[lan].vtep; r.BitLen() == vtep.BitLen() && r != vtep {
 			remotes = append(remotes, r)
 		}
 	}
@@ -62,6 +74,27 @@ func (p *peers) remotes(lan types.UID, vtep netip.Addr) []netip.Addr {
 	remotes = slices.Compact(remotes)
 	p.lists[lan] = list{vtep, remotes}
 	return remotes
+}
+
+// membersOf are the addresses that packets of the LAN may come from: those of every other node that has it, with a pod or without, for
+// a pod that attaches there is to be heard at once. Sorted, each once; nil where that is not known yet. Nobody changes the list.
+func (p *peers) membersOf(lan types.UID) []netip.Addr {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if !p.known {
+		return nil
+	}
+	if m, ok := p.members[lan]; ok {
+		return m
+	}
+	members := []netip.Addr{}
+	for _, lans := range p.nodes {
+		members = append(members, lans[lan].bears...)
+	}
+	slices.SortFunc(members, netip.Addr.Compare)
+	members = slices.Compact(members)
+	p.members[lan] = members
+	return members
 }
 
 // seen takes note of a LANNode and says whether it changed what is known.
@@ -77,39 +110,78 @@ func (p *peers) seen(before, after any) bool {
 		p.replace(was.Name, nil)
 		return p.known
 	}
-	vteps := vtepsOf(is)
-	if is.Name == p.self || maps.Equal(p.nodes[is.Name], vteps) {
+	lans := lansOf(is)
+	if is.Name == p.self || maps.EqualFunc(p.nodes[is.Name], lans, peer.equal) {
 		return false
 	}
-	p.replace(is.Name, vteps)
+	p.replace(is.Name, lans)
 	return p.known
 }
 
 // replace notes what a node has now, nil if it is gone; p.mu is held.
-func (p *peers) replace(node string, vteps map[types.UID]netip.Addr) {
+func (p *peers) replace(node string, lans map[types.UID]peer) {
 	before := p.nodes[node]
-	for _, some := range []map[types.UID]netip.Addr{before, vteps} {
+	for _, some := range []map[types.UID]peer{before, lans} {
 		for lan := range some {
-			if before[lan] != vteps[lan] {
+			if before[lan].vtep != lans[lan].vtep {
 				delete(p.lists, lan)
+			}
+			if !slices.Equal(before[lan].bears, lans[lan].bears) {
+				delete(p.members, lan)
 			}
 		}
 	}
-	if p.nodes[node] = vteps; vteps == nil {
+	if p.nodes[node] = lans; lans == nil {
 		delete(p.nodes, node)
 	}
 }
 
-// vtepsOf are the VTEPs that a node has in LANs that a pod there is attached to.
-func vtepsOf(n *v1beta1.LANNode) map[types.UID]netip.Addr {
-	vteps := make(map[types.UID]netip.Addr)
+// lansOf are the LANs that a node has. Its VTEP is among the addresses of an underlay, but for one that has lost its link and with
+// that its IPv6 addresses, or a version that does not tell them.
+func lansOf(n *v1beta1.LANNode) map[types.UID]peer {
+	type way struct{ underlay, vtep string }
+	ways := map[way]peer{} // LANs share them
+	lans := make(map[types.UID]peer)
 	for _, s := range n.Status.Segments {
-		a, err := netip.ParseAddr(s.VTEP)
-		if err == nil && s.UID != "" && len(s.Attachments) > 0 && !a.IsLinkLocalUnicast() {
-			vteps[s.UID] = a.Unmap()
+		if s.UID == "" {
+			continue
+		}
+		p, ok := ways[way{s.Underlay, s.VTEP}]
+		if !ok {
+			p = peerBy(n.Status.Underlays, s)
+			ways[way{s.Underlay, s.VTEP}] = p
+		}
+		if len(s.Attachments) == 0 || p.vtep.IsLinkLocalUnicast() {
+			p.vtep = netip.Addr{}
+		}
+		if other, ok := lans[s.UID]; ok { // leaving one netns, it is in another
+			p.bears = slices.Compact(slices.SortedFunc(slices.Values(slices.Concat(p.bears, other.bears)), netip.Addr.Compare))
+			p.vtep = cmp.Or(p.vtep, other.vtep)
+		}
+		lans[s.UID] = p
+	}
+	return lans
+}
+
+func peerBy(underlays []v1beta1.NodeUnderlay, s v1beta1.SegmentStatus) (p peer) {
+	texts := []string{s.VTEP}
+	for _, u := range underlays {
+		if u.Name == s.Underlay {
+			texts = append(texts, u.Addresses...)
 		}
 	}
-	return vteps
+	for i, text := range texts {
+		a, err := netip.ParseAddr(text)
+		if err != nil {
+			continue
+		}
+		if p.bears = append(p.bears, a.Unmap()); i == 0 {
+			p.vtep = a.Unmap()
+		}
+	}
+	slices.SortFunc(p.bears, netip.Addr.Compare)
+	p.bears = slices.Compact(p.bears)
+	return p
 }
 
 // PeerOf strips a LANNode of what other nodes do not need of it, before a cache keeps it.
@@ -120,15 +192,21 @@ func PeerOf(obj any) (any, error) {
 	}
 	peer := &v1beta1.LANNode{}
 	peer.Name, peer.UID, peer.ResourceVersion = n.Name, n.UID, n.ResourceVersion
-	for _, s := range n.Status.Segments {
-		if s.VTEP != "" && len(s.Attachments) > 0 {
-			peer.Status.Segments = append(peer.Status.Segments, v1beta1.SegmentStatus{
-				UID: s.UID, NS: s.NS, VTEP: s.VTEP, Attachments: make([]v1beta1.Attachment, 1),
-			})
+	peer.Status.Underlays = n.Status.Underlays
+	peer.Status.Segments = make([]v1beta1.SegmentStatus, len(n.Status.Segments))
+	for i, s := range n.Status.Segments {
+		peer.Status.Segments[i] = v1beta1.SegmentStatus{
+			UID: types.UID(one(string(s.UID))), Underlay: one(s.Underlay), VTEP: one(s.VTEP),
+		}
+		if len(s.Attachments) > 0 {
+			peer.Status.Segments[i].Attachments = make([]v1beta1.Attachment, 1)
 		}
 	}
 	return peer, nil
 }
+
+// one is the one copy of a text that many nodes tell.
+func one(text string) string { return unique.Make(text).Value() }
 
 // watchPeers watches the other nodes' LANNodes from when a LAN wants them until ctx ends. While the API server is away, what was
 // last read of them holds.

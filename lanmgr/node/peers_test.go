@@ -2,6 +2,7 @@ package node_test
 
 import (
 	"net/netip"
+	"reflect"
 	"strings"
 	"testing"
 
@@ -45,37 +46,39 @@ func (w *world) awaitRemotes(want string) {
 	})
 }
 
+// peer creates another node's LANNode, or changes it.
+func (w *world) peer(n *v1beta1.LANNode) {
+	w.t.Helper()
+	status := n.Status
+	old := &v1beta1.LANNode{}
+	if err := w.api.Get(w.t.Context(), types.NamespacedName{Name: n.Name}, old); err != nil {
+		if err := w.api.Create(w.t.Context(), n); err != nil {
+			w.t.Fatal(err)
+		}
+		old = n
+	}
+	old.Status = status
+	if err := w.api.Status().Update(w.t.Context(), old); err != nil {
+		w.t.Fatal(err)
+	}
+}
+
 func TestRemotesAreTheOtherNodesWithAPodOnTheLAN(t *testing.T) {
 	w := newWorld(t, lab(unicast))
 	stop := w.start()
 	w.awaitRemotes("")
-	set := func(n *v1beta1.LANNode) {
-		t.Helper()
-		status := n.Status
-		old := &v1beta1.LANNode{}
-		if err := w.api.Get(t.Context(), types.NamespacedName{Name: n.Name}, old); err != nil {
-			if err := w.api.Create(t.Context(), n); err != nil {
-				t.Fatal(err)
-			}
-			old = n
-		}
-		old.Status = status
-		if err := w.api.Status().Update(t.Context(), old); err != nil {
-			t.Fatal(err)
-		}
-	}
-	set(peer("worker3", "uid-lab", "192.0.2.3", 1))
+	w.peer(peer("worker3", "uid-lab", "192.0.2.3", 1))
 	w.awaitRemotes("192.0.2.3")
-	set(peer("worker4", "uid-other", "192.0.2.4", 1)) // another LAN
-	set(peer("worker5", "uid-lab", "192.0.2.5", 0))   // nobody there
-	set(peer("worker6", "uid-lab", "2001:db8::6", 1)) // another family
-	set(peer("worker7", "uid-lab", "", 1))            // has lost its underlay
-	set(peer("worker8", "uid-lab", "192.0.2.1", 1))   // has this node's address
-	set(peer("worker2", "uid-lab", "192.0.2.2", 64))
+	w.peer(peer("worker4", "uid-other", "192.0.2.4", 1)) // another LAN
+	w.peer(peer("worker5", "uid-lab", "192.0.2.5", 0))   // nobody there
+	w.peer(peer("worker6", "uid-lab", "2001:db8::6", 1)) // another family
+	w.peer(peer("worker7", "uid-lab", "", 1))            // has lost its underlay
+	w.peer(peer("worker8", "uid-lab", "192.0.2.1", 1))   // has this node's address
+	w.peer(peer("worker2", "uid-lab", "192.0.2.2", 64))
 	w.awaitRemotes("192.0.2.2 192.0.2.3")
-	set(peer("worker3", "uid-lab", "192.0.2.33", 1)) // is back with another address
+	w.peer(peer("worker3", "uid-lab", "192.0.2.33", 1)) // is back with another address
 	w.awaitRemotes("192.0.2.2 192.0.2.33")
-	set(peer("worker2", "uid-lab", "192.0.2.2", 0))
+	w.peer(peer("worker2", "uid-lab", "192.0.2.2", 0))
 	w.awaitRemotes("192.0.2.33")
 	if err := w.api.Delete(t.Context(), peer("worker3", "uid-lab", "", 1)); err != nil {
 		t.Fatal(err)
@@ -88,7 +91,7 @@ func TestRemotesAreTheOtherNodesWithAPodOnTheLAN(t *testing.T) {
 }
 
 func TestAPeerIsStrippedOfWhatOthersDoNotNeed(t *testing.T) {
-	full := peer("worker2", "uid-lab", "192.0.2.2", 64)
+	full := bearing(peer("worker2", "uid-lab", "192.0.2.2", 64), "192.0.2.2")
 	full.Status.Segments = append(full.Status.Segments, peer("", "uid-idle", "192.0.2.2", 0).Status.Segments...)
 	full.ManagedFields, full.ResourceVersion = []metav1.ManagedFieldsEntry{{Manager: "k8slan"}}, "7"
 	stripped, err := node.PeerOf(full)
@@ -96,9 +99,15 @@ func TestAPeerIsStrippedOfWhatOthersDoNotNeed(t *testing.T) {
 		t.Fatal(err)
 	}
 	have := stripped.(*v1beta1.LANNode)
-	if len(have.ManagedFields) > 0 || have.Name != "worker2" || have.ResourceVersion != "7" || len(have.Status.Segments) != 1 ||
-		len(have.Status.Segments[0].Attachments) != 1 || have.Status.Segments[0].VTEP != "192.0.2.2" {
+	if len(have.ManagedFields) > 0 || have.Name != "worker2" || have.ResourceVersion != "7" || len(have.Status.Underlays) != 2 {
 		t.Errorf("is %+v", have)
+	}
+	want := []v1beta1.SegmentStatus{
+		{UID: "uid-lab", Underlay: "eth0", VTEP: "192.0.2.2", Attachments: make([]v1beta1.Attachment, 1)},
+		{UID: "uid-idle", VTEP: "192.0.2.2"},
+	}
+	if !reflect.DeepEqual(have.Status.Segments, want) {
+		t.Errorf("has %+v, want %+v", have.Status.Segments, want)
 	}
 }
 

@@ -8,10 +8,12 @@ import (
 	"strings"
 
 	"k8s.io/apimachinery/pkg/labels"
+	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/k8slan/k8slan/crd/v1beta1"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
 	"github.com/k8slan/k8slan/lanmgr/segment"
+	"github.com/k8slan/k8slan/lanmgr/strangers"
 )
 
 const (
@@ -38,6 +40,7 @@ type Plan struct {
 	Segment segment.Segment
 	VTEP    netip.Addr // the node's address on the underlay; the zero Addr if it has none
 	Unicast bool       // the other nodes are to be told one by one: the segment's Remotes are
+	Strict  bool       // VXLAN packets of others than the LAN's nodes are to be dropped
 	Problem Problem
 }
 
@@ -71,7 +74,8 @@ func NewPlan(lan *v1beta1.LAN, node Node, now segment.Segment) (p Plan, ok bool)
 	if len(spec.SpokePools) > 0 {
 		p.Segment.Node = node.Name
 	}
-	p.Unicast = lan.DiscoveryOr(node.Discovery) == v1beta1.Unicast
+	discovery := lan.DiscoveryOr(node.Discovery)
+	p.Unicast, p.Strict = discovery == v1beta1.Unicast, lan.Spec.Strict(discovery)
 	group, err := netip.ParseAddr(spec.VXLANGroup)
 	if err != nil || !group.IsMulticast() {
 		p.Segment.MTU = firstOf(int(spec.MTU), now.MTU, fallbackMTU-overhead6.reserve)
@@ -352,6 +356,38 @@ func mtuProblem(name string, device kernel.Underlay, mtu int, o overhead) Proble
 			mtu, o.least, name, device.MTU, device.MTU-o.least, device.MTU-o.reserve), true}
 	}
 	return Problem{}
+}
+
+func strangersProblem(err error) Problem {
+	return Problem{v1beta1.ReasonStrangersHeard, err.Error() +
+		": whoever sends VXLAN packets to the node is heard in the LAN. Have the node load the kernel module nf_tables, or say spec.strictPeers: false to do without", false}
+}
+
+// Filtered are the LANs of the node that hear their members alone. What of a LAN is leaving, or not known to be wanted yet, keeps the
+// members that it has. now is what the node has, by netns.
+func Filtered(plans []Plan, now map[string]segment.Segment, members func(types.UID) []netip.Addr) []strangers.LAN {
+	type number struct {
+		port uint16
+		vni  uint32
+	}
+	taken := map[number]bool{}
+	var lans []strangers.LAN
+	for _, p := range plans {
+		vxlan := p.Segment.VXLAN
+		taken[number{vxlan.Port, vxlan.VNI}] = true
+		if p.Strict {
+			lans = append(lans, strangers.LAN{
+				Name: p.Segment.LAN.String(), Port: vxlan.Port, VNI: vxlan.VNI, Members: members(types.UID(p.Segment.LAN.UID)),
+			})
+		}
+	}
+	for _, netns := range slices.Sorted(maps.Keys(now)) {
+		s := now[netns]
+		if vxlan := s.VXLAN; vxlan.VNI != 0 && !taken[number{vxlan.Port, vxlan.VNI}] {
+			lans = append(lans, strangers.LAN{Name: s.LAN.String(), Port: vxlan.Port, VNI: vxlan.VNI})
+		}
+	}
+	return lans
 }
 
 func linkProblem(name string, device kernel.Underlay) Problem {

@@ -376,7 +376,7 @@ func TestAPoolIsOfferedWithThePortsThatStand(t *testing.T) {
 	report.Claims = []segment.Claim{
 		{ID: "k1", Spoke: "srl", Kind: segment.Veth, Since: time.Now()}, {ID: "k2", Spoke: "web_10", Kind: segment.Veth, Since: time.Now()},
 	}
-	seg := node.Status([]node.Plan{before}, []lanmgr.Report{report}, nil, "").Segments[0]
+	seg := node.Status([]node.Plan{before}, []lanmgr.Report{report}, kernel.Underlays{}, nil, "").Segments[0]
 	if seg.Offered != 14 || seg.Attachments[0].Pool != "" || seg.Attachments[1].Spoke != "web_10" || seg.Attachments[1].Pool != "web" {
 		t.Errorf("reported: %+v", seg)
 	}

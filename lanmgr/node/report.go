@@ -59,8 +59,8 @@ func index(reports []lanmgr.Report) map[string]lanmgr.Report {
 	return byNetns
 }
 
-// Status is what the node has of each LAN, sorted by netns, and the LANs that are gone.
-func Status(plans []Plan, reports []lanmgr.Report, gone []v1beta1.GoneLAN, version string) v1beta1.LANNodeStatus {
+// Status is what the node has of each LAN, sorted by netns, with the underlays for that, and the LANs that are gone.
+func Status(plans []Plan, reports []lanmgr.Report, underlays kernel.Underlays, gone []v1beta1.GoneLAN, version string) v1beta1.LANNodeStatus {
 	segments := make(map[string]v1beta1.SegmentStatus)
 	for _, p := range plans {
 		segments[p.Segment.Netns] = planned(p)
@@ -86,7 +86,25 @@ func Status(plans []Plan, reports []lanmgr.Report, gone []v1beta1.GoneLAN, versi
 			status.Ready++
 		}
 	}
+	status.Underlays = used(underlays, status.Segments)
 	return status
+}
+
+// used are the underlays of segments, sorted by name.
+func used(underlays kernel.Underlays, segments []v1beta1.SegmentStatus) []v1beta1.NodeUnderlay {
+	var list []v1beta1.NodeUnderlay
+	for _, name := range slices.Sorted(maps.Keys(underlays.Devices)) {
+		device := underlays.Devices[name]
+		if len(device.Sources) == 0 || !slices.ContainsFunc(segments, func(s v1beta1.SegmentStatus) bool { return s.Underlay == name }) {
+			continue
+		}
+		u := v1beta1.NodeUnderlay{Name: name}
+		for _, a := range device.Sources {
+			u.Addresses = append(u.Addresses, a.String())
+		}
+		list = append(list, u)
+	}
+	return list
 }
 
 func ofSegment(s segment.Segment) v1beta1.SegmentStatus {

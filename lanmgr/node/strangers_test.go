@@ -1,0 +1,165 @@
+package node_test
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/utils/ptr"
+
+	"github.com/k8slan/k8slan/crd/v1beta1"
+	"github.com/k8slan/k8slan/lanmgr/kernel"
+	"github.com/k8slan/k8slan/lanmgr/node"
+	"github.com/k8slan/k8slan/lanmgr/segment"
+	"github.com/k8slan/k8slan/lanmgr/strangers"
+)
+
+// fakeFilter takes what it is told, unless it refuses.
+type fakeFilter struct {
+	*board
+	changed chan struct{}
+
+	mu   sync.Mutex
+	lans []strangers.LAN
+	err  error
+}
+
+func (f *fakeFilter) Set(lans []strangers.LAN) {
+	f.mu.Lock()
+	f.lans = slices.Clone(lans)
+	f.mu.Unlock()
+	f.note()
+}
+
+func (f *fakeFilter) Err() error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.err
+}
+
+func (f *fakeFilter) Changed() <-chan struct{} { return f.changed }
+
+func (f *fakeFilter) refuse(err error) {
+	f.mu.Lock()
+	f.err = err
+	f.mu.Unlock()
+	f.changed <- struct{}{}
+}
+
+// filtered prints LANs: "default/lab 222:4789 192.0.2.2 fe80::2", "unknown" for members that are not known.
+func filtered(lans []strangers.LAN) string {
+	var texts []string
+	for _, l := range lans {
+		text := fmt.Sprintf("%s %d:%d", l.Name, l.VNI, l.Port)
+		for _, m := range l.Members {
+			text += " " + m.String()
+		}
+		if l.Members == nil {
+			text += " unknown"
+		}
+		texts = append(texts, text)
+	}
+	return strings.Join(texts, "; ")
+}
+
+// awaitFiltered waits until those LANs are to hear their members alone.
+func (w *world) awaitFiltered(want string) {
+	w.t.Helper()
+	w.await(w.t, "filter "+want, func() bool {
+		w.filter.mu.Lock()
+		defer w.filter.mu.Unlock()
+		return filtered(w.filter.lans) == want
+	})
+}
+
+// bearing is a peer whose underlay device has those addresses.
+func bearing(n *v1beta1.LANNode, addresses ...string) *v1beta1.LANNode {
+	n.Status.Segments[0].Underlay = "eth0"
+	n.Status.Underlays = []v1beta1.NodeUnderlay{{Name: "eth0", Addresses: addresses}, {Name: "eth1", Addresses: []string{"198.51.100.1"}}}
+	return n
+}
+
+func TestMembersAreTheOtherNodesOfTheLAN(t *testing.T) {
+	w := newWorld(t, lab(unicast))
+	stop := w.start()
+	w.awaitFiltered("default/lab 222:4789")
+	w.peer(bearing(peer("worker2", "uid-lab", "192.0.2.2", 0), "192.0.2.2", "fe80::2")) // nobody there
+	w.awaitFiltered("default/lab 222:4789 192.0.2.2 fe80::2")
+	w.peer(peer("worker3", "uid-lab", "192.0.2.3", 1)) // of a version that tells no addresses
+	w.awaitFiltered("default/lab 222:4789 192.0.2.2 192.0.2.3 fe80::2")
+	w.peer(bearing(peer("worker4", "uid-other", "192.0.2.4", 1), "192.0.2.4")) // another LAN
+	w.peer(bearing(peer("worker2", "uid-lab", "192.0.2.22", 1), "192.0.2.22")) // is back with another address
+	w.awaitFiltered("default/lab 222:4789 192.0.2.3 192.0.2.22")
+	w.awaitRemotes("192.0.2.3 192.0.2.22")
+	if err := w.api.Delete(t.Context(), peer("worker3", "uid-lab", "", 1)); err != nil {
+		t.Fatal(err)
+	}
+	w.awaitFiltered("default/lab 222:4789 192.0.2.22")
+
+	w.update(func(l *v1beta1.LAN) { l.Spec.StrictPeers = ptr.To(false) })
+	w.awaitFiltered("")
+	w.update(func(l *v1beta1.LAN) { l.Spec.Discovery, l.Spec.StrictPeers = "", nil })
+	w.awaitRemotes("unknown")
+	w.awaitFiltered("")
+	w.update(func(l *v1beta1.LAN) { l.Spec.StrictPeers = ptr.To(true) })
+	w.awaitFiltered("default/lab 222:4789 192.0.2.22")
+	stop()
+}
+
+func TestALANWhoseStrangersAreHeardSaysSo(t *testing.T) {
+	w := newWorld(t, lab(unicast))
+	stop := w.start()
+	degraded := func(s v1beta1.LANNodeStatus) bool {
+		return len(s.Segments) == 1 && s.Segments[0].State == v1beta1.SegmentDegraded && s.Segments[0].Reason == v1beta1.ReasonStrangersHeard &&
+			strings.Contains(s.Segments[0].Message, "no nftables here: whoever") && s.Segments[0].Offered > 0
+	}
+	ready := func(s v1beta1.LANNodeStatus) bool {
+		return len(s.Segments) == 1 && s.Segments[0].State == v1beta1.SegmentReady
+	}
+	w.awaitStatus("ready", ready)
+	w.filter.refuse(errors.New("no nftables here"))
+	w.awaitStatus("degraded, and still offered", degraded)
+	w.update(func(l *v1beta1.LAN) { l.Spec.StrictPeers = ptr.To(false) })
+	w.awaitStatus("ready, for it hears all", ready)
+	stop()
+}
+
+func TestANodeTellsTheAddressesOfTheUnderlaysItUses(t *testing.T) {
+	w := newWorld(t, lab(nil))
+	w.kernel.underlays.Devices["eth0"] = withAddresses(w.kernel.underlays.Devices["eth0"], "192.0.2.1", "2001:db8::1", "fe80::1")
+	w.kernel.underlays.Devices["jumbo"] = withAddresses(w.kernel.underlays.Devices["jumbo"], "203.0.113.1")
+	stop := w.start()
+	w.awaitStatus("with the addresses of eth0 alone", func(s v1beta1.LANNodeStatus) bool {
+		return len(s.Underlays) == 1 && s.Underlays[0].Name == "eth0" && slices.Equal(s.Underlays[0].Addresses, []string{"192.0.2.1", "2001:db8::1", "fe80::1"})
+	})
+	stop()
+}
+
+// What is leaving, or was there before the daemon started, keeps the members that it has.
+func TestWhatIsLeavingStaysAsStrictAsItIs(t *testing.T) {
+	members := func(lan types.UID) []netip.Addr { return []netip.Addr{netip.MustParseAddr("192.0.2.2")} }
+	here := func(name string, vni uint32) segment.Segment {
+		return segment.Segment{LAN: segment.LAN{Namespace: "default", Name: name}, Netns: name, VXLAN: segment.VXLAN{VNI: vni, Port: 4789}}
+	}
+	strict, open := node.Plan{Segment: here("strict", 1), Strict: true}, node.Plan{Segment: here("open", 2)}
+	moved := here("strict", 1)
+	moved.VXLAN.Port = 8472 // not rebuilt yet
+	have := node.Filtered([]node.Plan{strict, open}, map[string]segment.Segment{
+		"strict": moved, "open": open.Segment, "old": here("old", 3), "lost": {Netns: "lost"},
+	}, members)
+	if want := "default/strict 1:4789 192.0.2.2; default/old 3:4789 unknown; default/strict 1:8472 unknown"; filtered(have) != want {
+		t.Errorf("filtered are %s, want %s", filtered(have), want)
+	}
+}
+
+func withAddresses(d kernel.Underlay, addresses ...string) kernel.Underlay {
+	for _, a := range addresses {
+		d.Sources = append(d.Sources, netip.MustParseAddr(a))
+	}
+	return d
+}

@@ -1,0 +1,225 @@
+// Package strangers keeps VXLAN packets of strangers, who are no members of the LAN that they bear the VNI of, from its pods.
+package strangers
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"maps"
+	"slices"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Filter makes a node's netfilter drop what strangers send, and keeps it so. What stands there stays when it ends.
+type Filter struct {
+	table   table
+	log     *slog.Logger
+	poked   chan struct{}
+	changed chan struct{}
+
+	mu   sync.Mutex
+	lans []LAN
+	set  bool // Set was called
+	err  error
+}
+
+// New returns a filter that does nothing until its first Set and Run. hostNetns is the path of the node's own network namespace;
+// empty: that of the calling thread, and of all others.
+func New(hostNetns string, log *slog.Logger) *Filter {
+	return &Filter{table: table{netns: hostNetns}, log: log, poked: make(chan struct{}, 1), changed: make(chan struct{}, 1)}
+}
+
+// Set says which LANs hear their members alone; it replaces what was said before.
+func (f *Filter) Set(lans []LAN) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.set && slices.EqualFunc(f.lans, lans, LAN.equal) {
+		return
+	}
+	f.lans, f.set = slices.Clone(lans), true
+	signal(f.poked)
+}
+
+// Err is why strangers are heard, nil where they are not.
+func (f *Filter) Err() error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.err
+}
+
+// Changed has a value whenever Err may have changed since the last one was taken from it.
+func (f *Filter) Changed() <-chan struct{} { return f.changed }
+
+// Dropped are the packets of strangers that were dropped, by the LAN's name. The kernel counts them for as long as the LAN hears its
+// members alone, whether the daemon runs or not. What cannot be read now is not told.
+func (f *Filter) Dropped() map[string]uint64 {
+	f.mu.Lock()
+	some := len(f.lans) > 0
+	f.mu.Unlock()
+	if !some {
+		return nil
+	}
+	s, err := f.table.observe(lansSet)
+	if err != nil {
+		f.log.Warn("cannot read how many packets of strangers were dropped", "err", err)
+	}
+	return s.counts
+}
+
+// Remove takes all of it off a node; what is not there is no error. hostNetns is as for New.
+func Remove(hostNetns string) error { return table{netns: hostNetns}.remove() }
+
+const (
+	firstDelay = 50 * time.Millisecond
+	lastDelay  = 15 * time.Second
+	// burst is how long the table rests after a look, or four times as long as the look took if that is longer, but no longer
+	// than longest: strangers are to be dropped again within a second after somebody has flushed the node's ruleset.
+	burst   = 10 * time.Millisecond
+	longest = 400 * time.Millisecond
+)
+
+// Run works until ctx ends. What fails is tried again for as long as it takes.
+func (f *Filter) Run(ctx context.Context) error {
+	var watch sync.WaitGroup
+	defer watch.Wait()
+	watched := false
+	retry := time.NewTimer(0)
+	defer retry.Stop()
+	delay := firstDelay
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-f.poked:
+		case <-retry.C:
+		}
+		f.mu.Lock()
+		lans, set, before := f.lans, f.set, f.err
+		f.mu.Unlock()
+		if !set {
+			continue
+		}
+		if !watched && slices.ContainsFunc(lans, LAN.known) {
+			watched = true
+			watch.Go(func() { f.watch(ctx) })
+		}
+		began := time.Now()
+		err := f.bring(lans)
+		if err == nil {
+			delay = firstDelay
+		} else {
+			if before == nil || before.Error() != err.Error() {
+				f.log.Error("cannot filter strangers' packets, trying again", "err", err)
+			}
+			retry.Reset(delay)
+			delay = min(2*delay, lastDelay)
+		}
+		f.mu.Lock()
+		f.err = err
+		f.mu.Unlock()
+		if (before == nil) != (err == nil) {
+			signal(f.changed)
+		}
+		rest := time.NewTimer(min(max(burst, 4*time.Since(began)), longest))
+		select {
+		case <-ctx.Done():
+		case <-rest.C:
+		}
+		rest.Stop()
+	}
+}
+
+// bring makes the table what is wanted. Where no LAN is, there is none.
+func (f *Filter) bring(lans []LAN) error {
+	have, err := f.table.observe(slices.Collect(maps.Keys(setKeys))...)
+	if err != nil {
+		if unknown(err) && !slices.ContainsFunc(lans, LAN.known) {
+			return nil
+		}
+		return err
+	}
+	want := wanted(lans, have.has)
+	if len(want[lansSet]) == 0 {
+		if !have.exists {
+			return nil
+		}
+		f.log.Info("no LAN is strict, the filter of strangers goes", "table", "inet "+tableName)
+		return f.table.remove()
+	}
+	if !have.sound {
+		if err := f.table.make(have.exists); err != nil {
+			return err
+		}
+		f.log.Info("filter of strangers made", "table", "inet "+tableName, "anew", have.exists)
+		have.has = newElements()
+	}
+	all := steps(want, have.has)
+	for _, s := range all {
+		if err := f.table.take(s); err != nil {
+			return err
+		}
+		f.log.Debug("done", "op", s.String())
+	}
+	if len(all) > 0 {
+		f.log.Info("filter of strangers changed", "lans", len(want[lansSet]), "members", len(want[members4Set])+len(want[members6Set]), "steps", len(all))
+	}
+	return nil
+}
+
+// watch pokes whenever somebody changed the table, until ctx ends.
+func (f *Filter) watch(ctx context.Context) {
+	retry := time.NewTimer(0)
+	defer retry.Stop()
+	delay, last := firstDelay, ""
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-retry.C:
+		}
+		err := f.hear(ctx, func() { delay, last = firstDelay, "" })
+		if ctx.Err() != nil {
+			return
+		}
+		if err.Error() != last {
+			f.log.Error("cannot watch nftables, trying again", "err", err)
+			last = err.Error()
+		}
+		retry.Reset(delay)
+		delay = min(2*delay, lastDelay)
+	}
+}
+
+// hear pokes for each change of the table, and once when none can be missed any more, which it also tells.
+func (f *Filter) hear(ctx context.Context, hears func()) error {
+	c, err := f.table.listen()
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	defer context.AfterFunc(ctx, func() { c.Close() })()
+	hears()
+	signal(f.poked)
+	for {
+		events, err := c.Receive()
+		switch {
+		case errors.Is(err, unix.ENOBUFS): // some were lost
+			signal(f.poked)
+		case err != nil:
+			return err
+		case slices.ContainsFunc(events, concerns):
+			signal(f.poked)
+		}
+	}
+}
+
+// signal puts a value into a one-place channel that may have one already.
+func signal(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}

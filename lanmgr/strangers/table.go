@@ -1,0 +1,326 @@
+package strangers
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"time"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+	"github.com/google/nftables/userdata"
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+)
+
+const (
+	tableName = "k8slan"
+	chainName = "input"
+)
+
+// patience is how long the kernel may take for an answer: it owes one for each message, and sends but one where it knows no nftables.
+const patience = 10 * time.Second
+
+// table is k8slan's table in the netfilter of a node's own namespace, where the sockets of VXLANs are.
+type table struct {
+	netns string // path; empty: that of the calling thread
+}
+
+// dial opens a connection to the namespace's netfilter.
+func (t table) dial() (*netlink.Conn, error) {
+	config := &netlink.Config{}
+	if t.netns != "" {
+		ns, err := os.Open(t.netns)
+		if err != nil {
+			return nil, fmt.Errorf("the node's network namespace: %w", err)
+		}
+		defer ns.Close()
+		config.NetNS = int(ns.Fd())
+	}
+	c, err := netlink.Dial(unix.NETLINK_NETFILTER, config)
+	if err != nil {
+		return nil, fmt.Errorf("open a netlink socket: %w", err)
+	}
+	return c, nil
+}
+
+// do calls f with the library's connection.
+func (t table) do(f func(*nftables.Conn) error) error {
+	options := []nftables.ConnOption{nftables.WithSockOptions(func(c *netlink.Conn) error {
+		return c.SetDeadline(time.Now().Add(patience))
+	})}
+	if t.netns != "" {
+		ns, err := os.Open(t.netns)
+		if err != nil {
+			return fmt.Errorf("the node's network namespace: %w", err)
+		}
+		defer ns.Close()
+		options = append(options, nftables.WithNetNSFd(int(ns.Fd())))
+	}
+	c, err := nftables.New(options...)
+	if err != nil {
+		return fmt.Errorf("open a netlink socket: %w", err)
+	}
+	return f(c)
+}
+
+// inet is the table for the library.
+func inet() *nftables.Table {
+	return &nftables.Table{Name: tableName, Family: nftables.TableFamilyINet}
+}
+
+// set is one of the table's sets for the library.
+func set(name string) *nftables.Set { return &nftables.Set{Table: inet(), Name: name} }
+
+// Registers of the kernel's, of four bytes each. The first is also called 1.
+const (
+	regPort = 1
+	regVNI  = 9
+	regAddr = 10
+)
+
+// rule is one of the chain's. It is known again by its words: whoever changes it changes them.
+type rule struct {
+	words string
+	exprs []expr.Any
+}
+
+// rules of the chain. Up to the first fragment of a UDP packet, which bears the port (RFC 8200, section 4.5), all of a packet is there:
+// the kernel puts those of IPv4 together before. Those of IPv6 only where something else on the node wants that (nf_defrag_ipv6), and
+// what LAN they are for may be in the second.
+func rules() []rule {
+	var (
+		udp       = []expr.Any{&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: regPort}, equal(unix.IPPROTO_UDP)}
+		ipv4      = []expr.Any{&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: regPort}, equal(unix.NFPROTO_IPV4)}
+		ipv6      = []expr.Any{&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: regPort}, equal(unix.NFPROTO_IPV6)}
+		port      = []expr.Any{&expr.Payload{DestRegister: regPort, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2}}
+		vni       = []expr.Any{&expr.Payload{DestRegister: regVNI, Base: expr.PayloadBaseTransportHeader, Offset: 8 + 4, Len: 3}}
+		source4   = []expr.Any{&expr.Payload{DestRegister: regAddr, Base: expr.PayloadBaseNetworkHeader, Offset: 12, Len: 4}}
+		source6   = []expr.Any{&expr.Payload{DestRegister: regAddr, Base: expr.PayloadBaseNetworkHeader, Offset: 8, Len: 16}}
+		fragment6 = []expr.Any{
+			&expr.Exthdr{DestRegister: regPort, Type: unix.IPPROTO_FRAGMENT, Len: 1, Flags: unix.NFT_EXTHDR_F_PRESENT, Op: expr.ExthdrOpIpv6},
+			equal(1),
+		}
+		counter = []expr.Any{&expr.Counter{}}
+		accept  = []expr.Any{&expr.Verdict{Kind: expr.VerdictAccept}}
+		drop    = []expr.Any{&expr.Verdict{Kind: expr.VerdictDrop}}
+	)
+	in := func(set string) []expr.Any { return []expr.Any{&expr.Lookup{SourceRegister: regPort, SetName: set}} }
+	notIn := func(set string) []expr.Any {
+		return []expr.Any{&expr.Lookup{SourceRegister: regPort, SetName: set, Invert: true}}
+	}
+	return []rule{
+		{"no VXLAN", slices.Concat([]expr.Any{udp[0], unequal(unix.IPPROTO_UDP)}, accept)},
+		{"no LAN's port", slices.Concat(udp, port, notIn(portsSet), accept)},
+		{"VXLANs send no fragments", slices.Concat(udp, ipv6, fragment6, counter, drop)},
+		{"members", slices.Concat(udp, ipv4, port, vni, source4, in(members4Set), accept)},
+		{"members", slices.Concat(udp, ipv6, port, vni, source6, in(members6Set), accept)},
+		{"strangers", slices.Concat(udp, port, vni, in(lansSet), drop)},
+	}
+}
+
+func equal(value byte) expr.Any {
+	return &expr.Cmp{Op: expr.CmpOpEq, Register: regPort, Data: []byte{value}}
+}
+
+func unequal(value byte) expr.Any {
+	return &expr.Cmp{Op: expr.CmpOpNeq, Register: regPort, Data: []byte{value}}
+}
+
+// ruleComment is NFTNL_UDATA_RULE_COMMENT (include/libnftnl/udata.h in libnftnl): nft(8) shows it.
+const ruleComment userdata.Type = 0
+
+// state is the table as it is.
+type state struct {
+	exists bool
+	sound  bool // it has the chain, rules and sets that it should have, and no others
+	has    elements
+	counts map[string]uint64 // packets that were dropped, by the LAN's name
+}
+
+// observe reads the table, and what is in some of its sets.
+func (t table) observe(sets ...string) (state, error) {
+	s := state{has: newElements(), counts: map[string]uint64{}}
+	err := t.do(func(c *nftables.Conn) error {
+		have, err := c.ListTableOfFamily(tableName, nftables.TableFamilyINet)
+		if errors.Is(err, os.ErrNotExist) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		s.exists = true
+		s.sound, err = sound(c, have)
+		if err != nil || !s.sound {
+			return err
+		}
+		for _, name := range sets {
+			list, err := c.GetSetElements(set(name))
+			if err != nil {
+				return err
+			}
+			for _, e := range list {
+				s.has[name][string(e.Key)] = e.Comment
+				if e.Counter != nil {
+					s.counts[e.Comment] += e.Counter.Packets
+				}
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return state{}, fmt.Errorf("read nftables' table inet %s: %w", tableName, err)
+	}
+	return s, nil
+}
+
+// sound says whether the table is what make makes, whatever its sets have.
+func sound(c *nftables.Conn, have *nftables.Table) (bool, error) {
+	if have.Flags != 0 { // dormant
+		return false, nil
+	}
+	chains, err := c.ListChainsOfTableFamily(nftables.TableFamilyINet)
+	if err != nil {
+		return false, err
+	}
+	chains = slices.DeleteFunc(chains, func(c *nftables.Chain) bool { return c.Table.Name != tableName })
+	if len(chains) != 1 || !isBase(chains[0]) {
+		return false, nil
+	}
+	sets, err := c.GetSets(have)
+	if err != nil {
+		return false, err
+	}
+	for _, s := range sets {
+		if _, ours := setKeys[s.Name]; !ours || s.KeyType.Bytes != keyLen(s.Name) || s.IsMap || s.Interval || s.HasTimeout {
+			return false, nil
+		}
+	}
+	standing, err := c.GetRules(have, chains[0])
+	if err != nil {
+		return false, err
+	}
+	return len(sets) == len(setKeys) && slices.EqualFunc(standing, rules(), func(is *nftables.Rule, should rule) bool {
+		words, _ := userdata.GetString(is.UserData, ruleComment)
+		return words == should.words
+	}), nil
+}
+
+func base() *nftables.Chain {
+	policy := nftables.ChainPolicyAccept
+	return &nftables.Chain{
+		Name: chainName, Table: inet(), Type: nftables.ChainTypeFilter, Policy: &policy,
+		Hooknum: nftables.ChainHookInput, Priority: nftables.ChainPriorityRaw, // before what others filter
+	}
+}
+
+func isBase(c *nftables.Chain) bool {
+	b := base()
+	return c.Name == b.Name && c.Type == b.Type && c.Hooknum != nil && *c.Hooknum == *b.Hooknum &&
+		c.Priority != nil && *c.Priority == *b.Priority && c.Policy != nil && *c.Policy == *b.Policy
+}
+
+// make makes the table anew, with empty sets: it lets everything pass.
+func (t table) make(exists bool) error {
+	err := t.do(func(c *nftables.Conn) error {
+		if exists {
+			c.DelTable(inet())
+		}
+		c.AddTable(inet())
+		if err := c.Flush(); err != nil {
+			return err
+		}
+		if err := t.addSets(); err != nil {
+			return err
+		}
+		chain := c.AddChain(base())
+		for _, r := range rules() {
+			c.AddRule(&nftables.Rule{Table: inet(), Chain: chain, Exprs: r.exprs, UserData: userdata.AppendString(nil, ruleComment, r.words)})
+		}
+		return c.Flush()
+	})
+	if err != nil {
+		return fmt.Errorf("make nftables' table inet %s: %w", tableName, err)
+	}
+	return nil
+}
+
+// remove deletes the table; one that is not there is no error, nor is a kernel that knows none.
+func (t table) remove() error {
+	err := t.do(func(c *nftables.Conn) error {
+		c.DelTable(inet())
+		return c.Flush()
+	})
+	if err == nil || errors.Is(err, os.ErrNotExist) || unknown(err) {
+		return nil
+	}
+	return fmt.Errorf("delete nftables' table inet %s: %w", tableName, err)
+}
+
+// unknown says whether the kernel has no nftables.
+func unknown(err error) bool {
+	return errors.Is(err, unix.EPROTONOSUPPORT) || errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EAFNOSUPPORT)
+}
+
+// take takes a step.
+func (t table) take(s step) error {
+	err := t.do(func(c *nftables.Conn) error {
+		if len(s.del) > 0 {
+			if err := c.SetDeleteElements(set(s.set), named(s.del)); err != nil {
+				return err
+			}
+		}
+		if len(s.add) > 0 {
+			if err := c.SetAddElements(set(s.set), named(s.add)); err != nil {
+				return err
+			}
+		}
+		return c.Flush()
+	})
+	if err != nil {
+		return fmt.Errorf("change nftables' set %s of table inet %s: %w", s.set, tableName, err)
+	}
+	return nil
+}
+
+func named(list []element) []nftables.SetElement {
+	elements := make([]nftables.SetElement, len(list))
+	for i, e := range list {
+		elements[i] = nftables.SetElement{Key: []byte(e.key), Comment: e.name}
+	}
+	return elements
+}
+
+// listen opens a connection that hears of every change to the namespace's nftables.
+func (t table) listen() (*netlink.Conn, error) {
+	c, err := t.dial()
+	if err != nil {
+		return nil, err
+	}
+	if err := c.JoinGroup(unix.NFNLGRP_NFTABLES); err != nil {
+		c.Close()
+		return nil, fmt.Errorf("hear of changes: %w", err)
+	}
+	return c, nil
+}
+
+// concerns says whether an event is of the table. Of each kind of object, the table's name is the first attribute: in
+// include/uapi/linux/netfilter/nf_tables.h all of NFTA_TABLE_NAME, NFTA_CHAIN_TABLE, NFTA_RULE_TABLE, NFTA_SET_TABLE and
+// NFTA_SET_ELEM_LIST_TABLE are 1.
+func concerns(m netlink.Message) bool {
+	const genmsg = 4 // struct nfgenmsg
+	if len(m.Data) < genmsg || m.Data[0] != unix.NFPROTO_INET {
+		return false
+	}
+	attributes, err := netlink.NewAttributeDecoder(m.Data[genmsg:])
+	if err != nil {
+		return true
+	}
+	for attributes.Next() {
+		if attributes.Type() == unix.NFTA_TABLE_NAME {
+			return attributes.String() == tableName
+		}
+	}
+	return false
+}

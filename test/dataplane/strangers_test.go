@@ -1,0 +1,452 @@
+package dataplane
+
+import (
+	"context"
+	"encoding/binary"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+	"github.com/mdlayher/netlink"
+	vnetns "github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
+
+	"github.com/k8slan/k8slan/lanmgr/segment"
+	"github.com/k8slan/k8slan/lanmgr/strangers"
+	"github.com/k8slan/k8slan/test/frames"
+	"github.com/k8slan/k8slan/test/netns"
+)
+
+// filter starts a daemon's filter of strangers on the node.
+func (h host) filter(t *testing.T) (f *strangers.Filter, stop func()) {
+	t.Helper()
+	f = strangers.New(h.Path, slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelWarn})))
+	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
+	ended := make(chan error, 1)
+	go func() { ended <- f.Run(ctx) }()
+	stop = sync.OnceFunc(func() {
+		cancel()
+		try(t, <-ended)
+	})
+	t.Cleanup(stop)
+	return f, stop
+}
+
+// strict is the LAN as its filter knows it.
+func strict(s segment.Segment, members ...netip.Addr) strangers.LAN {
+	return strangers.LAN{Name: s.LAN.String(), Port: s.VXLAN.Port, VNI: s.VXLAN.VNI, Members: append([]netip.Addr{}, members...)}
+}
+
+// nft is a connection to the node's nftables.
+func (h host) nft(t *testing.T) *nftables.Conn {
+	t.Helper()
+	ns, err := vnetns.GetFromPath(h.Path)
+	try(t, err)
+	t.Cleanup(func() { ns.Close() })
+	c, err := nftables.New(nftables.WithNetNSFd(int(ns)))
+	try(t, err)
+	return c
+}
+
+var table = &nftables.Table{Name: "k8slan", Family: nftables.TableFamilyINet}
+
+func setOf(name string) *nftables.Set { return &nftables.Set{Table: table, Name: name} }
+
+// elements counts those of a set; -1 where there is none.
+func (h host) elements(t *testing.T, set string) int {
+	t.Helper()
+	list, err := h.nft(t).GetSetElements(setOf(set))
+	if err != nil {
+		return -1
+	}
+	return len(list)
+}
+
+// drops are the packets of strangers that the LAN's filter has dropped; -1 where there is none.
+func drops(f *strangers.Filter, s segment.Segment) int {
+	packets, ok := f.Dropped()[s.LAN.String()]
+	if !ok {
+		return -1
+	}
+	return int(packets)
+}
+
+// encapsulated is a frame as the payload of a VXLAN's UDP packet (RFC 7348, section 5).
+func encapsulated(vni uint32, frame []byte) []byte {
+	b := binary.BigEndian.AppendUint32([]byte{0x08, 0, 0, 0}, vni<<8)
+	return append(b, frame...)
+}
+
+// sender returns what sends VXLAN packets from one address of the node to another, as a VXLAN would.
+func (h host) sender(t *testing.T, from, to netip.Addr, s segment.Segment) func(frame []byte) {
+	t.Helper()
+	var c *net.UDPConn
+	try(t, h.Do(func() (err error) {
+		c, err = net.DialUDP("udp", net.UDPAddrFromAddrPort(netip.AddrPortFrom(from, 0)), net.UDPAddrFromAddrPort(netip.AddrPortFrom(to, s.VXLAN.Port)))
+		return err
+	}))
+	t.Cleanup(func() { c.Close() })
+	return func(frame []byte) {
+		t.Helper()
+		_, err := c.Write(encapsulated(s.VXLAN.VNI, frame))
+		try(t, err)
+	}
+}
+
+// fragments sends a VXLAN packet in two IPv6 fragments, of which the first has nothing but the UDP header.
+func (h host) fragments(t *testing.T, from, to netip.Addr, s segment.Segment, frame []byte) {
+	t.Helper()
+	payload := encapsulated(s.VXLAN.VNI, frame)
+	udp := binary.BigEndian.AppendUint16(nil, 50000)
+	udp = binary.BigEndian.AppendUint16(udp, s.VXLAN.Port)
+	udp = binary.BigEndian.AppendUint16(udp, uint16(8+len(payload)))
+	udp = append(udp, 0, 0)
+	udp = append(udp, payload...)
+	pseudo := slices.Concat(from.AsSlice(), to.AsSlice(), binary.BigEndian.AppendUint32(nil, uint32(len(udp))), []byte{0, 0, 0, unix.IPPROTO_UDP}, udp)
+	binary.BigEndian.PutUint16(udp[6:], onesComplement(pseudo))
+	packet := func(offset int, more bool, part []byte) []byte {
+		b := []byte{0x60, 0, 0, 0}
+		b = binary.BigEndian.AppendUint16(b, uint16(8+len(part)))
+		b = append(b, unix.IPPROTO_FRAGMENT, 64)
+		b = append(b, from.AsSlice()...)
+		b = append(b, to.AsSlice()...)
+		place := uint16(offset)
+		if more {
+			place |= 1
+		}
+		b = append(b, unix.IPPROTO_UDP, 0)
+		b = binary.BigEndian.AppendUint16(b, place)
+		b = append(b, 0, 0, 0, 7)
+		return append(b, part...)
+	}
+	try(t, h.Do(func() error {
+		fd, err := unix.Socket(unix.AF_INET6, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_RAW)
+		if err != nil {
+			return err
+		}
+		defer unix.Close(fd)
+		for _, p := range [][]byte{packet(0, true, udp[:8]), packet(8, false, udp[8:])} {
+			if err := unix.Sendto(fd, p, 0, &unix.SockaddrInet6{Addr: to.As16()}); err != nil {
+				return err
+			}
+		}
+		return nil
+	}))
+}
+
+func onesComplement(b []byte) uint16 {
+	var sum uint32
+	for i, octet := range b {
+		if i%2 == 0 {
+			sum += uint32(octet) << 8
+		} else {
+			sum += uint32(octet)
+		}
+	}
+	for sum > 0xffff {
+		sum = sum>>16 + sum&0xffff
+	}
+	return ^uint16(sum)
+}
+
+// said is a frame to everybody.
+func said(seq uint64) []byte {
+	return frames.Stream(nil, segment.MAC(segment.LAN{}, "stranger"), 66, seq)
+}
+
+// hears wants the next frame at a station to be that one.
+func hears(t *testing.T, st *station, frame []byte) {
+	t.Helper()
+	got, err := next(st, patience)
+	try(t, err)
+	if !slices.Equal(got, frame) {
+		t.Fatalf("heard\n%x, want\n%x", got, frame)
+	}
+}
+
+func TestOnlyMembersAreHeard(t *testing.T) {
+	for name, f := range families {
+		t.Run(name, func(t *testing.T) {
+			a, b, onA, onB := unicastHosts(t, f, 311)
+			open := a.here(t, unicast(lan("open", 312, "three"), f.vteps[0]))
+			a.build(t, onA)
+			a.build(t, open)
+			b.build(t, onB)
+			one, two := a.attach(t, onA, "one", segment.Veth), b.attach(t, onB, "two", segment.Veth)
+			three := a.attach(t, open, "three", segment.Veth)
+			other := join(t, a.underlay, "stranger")
+			address := f.vteps[1].Next().Next()
+			other.address(t, netip.PrefixFrom(address, f.bits))
+			send, sendOpen := other.sender(t, address, f.vteps[0], onA), other.sender(t, address, f.vteps[0], open)
+			sendFragments := func(frame []byte) { other.fragments(t, address, f.vteps[0], onA, frame) }
+			if address.Is4() { // the kernel puts them together in any case
+				sendFragments = send
+			}
+
+			// Without a filter a stranger is heard.
+			send(said(1))
+			hears(t, one, said(1))
+			sendFragments(said(2))
+			hears(t, one, said(2))
+
+			filter, stop := a.filter(t)
+			filter.Set([]strangers.LAN{strict(onA, f.vteps[1])})
+			until(t, "the filter", func() bool { return drops(filter, onA) == 0 })
+			for i := range uint64(10) {
+				sendFragments(said(i))
+			}
+			for i := range uint64(10) {
+				send(said(i))
+			}
+			until(t, "the strangers' packets to be dropped", func() bool { return drops(filter, onA) >= 10 })
+			crosses(t, two, one, frames.Stream(nil, two.MAC, 9, 1))
+			crosses(t, one, two, frames.Stream(two.MAC, one.MAC, 9, 1))
+			sendOpen(said(3)) // to a LAN that hears all
+			hears(t, three, said(3))
+
+			// It is the address that counts: the LAN's own node is a stranger once others are the members.
+			filter.Set([]strangers.LAN{strict(onA, f.vteps[1].Next(), f.vteps[1].Next().Next().Next())})
+			before := drops(filter, onA)
+			until(t, "the other node to be a stranger", func() bool {
+				try(t, two.Send(frames.Stream(nil, two.MAC, 9, 2)))
+				return drops(filter, onA) > before
+			})
+			filter.Set([]strangers.LAN{strict(onA, f.vteps[1])})
+			set := map[bool]string{true: "members4", false: "members6"}[address.Is4()]
+			until(t, "the one member", func() bool { return a.elements(t, set) == 1 })
+			try(t, two.Send(frames.Stream(nil, two.MAC, 9, 3)))
+			_, err := netns.Await(one, patience, func(frame []byte) bool { return slices.Equal(frame, frames.Stream(nil, two.MAC, 9, 3)) })
+			try(t, err)
+
+			// The daemon is away, and back: the count goes on.
+			count := drops(filter, onA)
+			stop()
+			send(said(4))
+			filter, stop = a.filter(t)
+			filter.Set([]strangers.LAN{{Name: onA.LAN.String(), Port: onA.VXLAN.Port, VNI: onA.VXLAN.VNI}}) // members are not known yet
+			until(t, "the packet to be counted", func() bool { return drops(filter, onA) == count+1 })
+			crosses(t, two, one, frames.Stream(nil, two.MAC, 9, 4))
+
+			filter.Set(nil)
+			until(t, "the filter to be gone", func() bool { return a.elements(t, "lans") == -1 })
+			send(said(5))
+			hears(t, one, said(5))
+			stop()
+			filter, stop = a.filter(t)
+			filter.Set([]strangers.LAN{strict(onA, f.vteps[1])})
+			until(t, "the filter", func() bool { return drops(filter, onA) == 0 })
+			stop()
+			try(t, strangers.Remove(a.Path))
+			try(t, strangers.Remove(a.Path))
+			send(said(6))
+			hears(t, one, said(6))
+		})
+	}
+}
+
+// A LAN with a group can be strict, too: its members send from the addresses that the underlay device has for that.
+func TestAStrictLANWithAGroupHearsItsMembers(t *testing.T) {
+	a, b := hosts(t)
+	s := lan("group", 313, "one", "two")
+	onA, onB := a.here(t, s), b.here(t, s)
+	a.build(t, onA)
+	b.build(t, onB)
+	one, two := a.attach(t, s, "one", segment.Veth), b.attach(t, s, "two", segment.Veth)
+	underlays, err := b.kernel.Underlays(t.Context())
+	try(t, err)
+	filter, _ := a.filter(t)
+	filter.Set([]strangers.LAN{strict(onA, underlays.Devices[netns.UnderlayDevice].Sources...)})
+	until(t, "the filter", func() bool { return drops(filter, onA) == 0 })
+	crosses(t, two, one, frames.Stream(nil, two.MAC, 9, 1))
+	crosses(t, one, two, frames.Stream(two.MAC, one.MAC, 9, 1))
+
+	other := join(t, a.underlay, "stranger")
+	device, err := other.Netlink(t).LinkByName(netns.UnderlayDevice)
+	try(t, err)
+	var c *net.UDPConn
+	try(t, other.Do(func() (err error) {
+		c, err = net.DialUDP("udp6", nil, &net.UDPAddr{IP: net.ParseIP("ff02::14"), Port: 4789, Zone: device.Attrs().Name})
+		return err
+	}))
+	defer c.Close()
+	_, err = c.Write(encapsulated(313, said(1)))
+	try(t, err)
+	until(t, "the stranger's packet to be dropped", func() bool { return drops(filter, onA) == 1 })
+	crosses(t, two, one, frames.Stream(nil, two.MAC, 9, 2))
+}
+
+// A thousand others come and go, the daemon starts again, and the LAN's own members lose nothing.
+func TestMembersChangeUnderTraffic(t *testing.T) {
+	for name, f := range families {
+		t.Run(name, func(t *testing.T) {
+			a, b, onA, onB := unicastHosts(t, f, 314)
+			a.build(t, onA)
+			b.build(t, onB)
+			one, two := a.attach(t, onA, "one", segment.Veth), b.attach(t, onB, "two", segment.Veth)
+			filter, stop := a.filter(t)
+			crosses(t, two, one, frames.Stream(nil, two.MAC, 9, 1)) // both are known from now on
+			crosses(t, one, two, frames.Stream(nil, one.MAC, 9, 1))
+			there, back := startStream(t, 1, streamLength, one, two), startStream(t, 2, streamLength, two, one)
+			for round := range 10 {
+				members := []netip.Addr{f.vteps[1]}
+				for i := range 1000 {
+					members = append(members, netip.AddrFrom4([4]byte{10, byte(round), byte(i / 250), byte(i % 250)}))
+				}
+				filter.Set([]strangers.LAN{strict(onA, members...)})
+				until(t, "the members", func() bool { return a.elements(t, "members4")+a.elements(t, "members6") == len(members) })
+				switch round {
+				case 3: // strict no more, and again
+					filter.Set(nil)
+					until(t, "no filter", func() bool { return a.elements(t, "lans") == -1 })
+				case 6:
+					stop()
+					filter, stop = a.filter(t)
+				}
+			}
+			there.expectAll(t)
+			back.expectAll(t)
+			if n := drops(filter, onA); n != 0 {
+				t.Errorf("%d packets were dropped", n)
+			}
+		})
+	}
+}
+
+// What somebody does to the table is undone, and a ruleset that is flushed comes back.
+func TestAChangedFilterIsPutRight(t *testing.T) {
+	a, _, s, _ := unicastHosts(t, families["IPv4"], 315)
+	filter, _ := a.filter(t)
+	members := []netip.Addr{netip.MustParseAddr("192.0.2.2"), netip.MustParseAddr("192.0.2.3"), netip.MustParseAddr("2001:db8::2")}
+	filter.Set([]strangers.LAN{strict(s, members...)})
+	until(t, "the filter", func() bool { return drops(filter, s) == 0 })
+	whole := a.ruleset(t)
+	accept := []expr.Any{&expr.Verdict{Kind: expr.VerdictAccept}}
+	chain := &nftables.Chain{Name: "input", Table: table}
+	member := func(last byte) []nftables.SetElement {
+		return []nftables.SetElement{{Key: []byte{0x12, 0xb5, 0, 0, 0, 1, 0x3b, 0, 192, 0, 2, last}}}
+	}
+	for _, c := range []struct {
+		name   string
+		change func(c *nftables.Conn) error
+	}{
+		{"flush ruleset", func(c *nftables.Conn) error { c.FlushRuleset(); return nil }},
+		{"delete a member", func(c *nftables.Conn) error { return c.SetDeleteElements(setOf("members4"), member(2)) }},
+		{"add a member", func(c *nftables.Conn) error { return c.SetAddElements(setOf("members4"), member(9)) }},
+		{"flush the LANs", func(c *nftables.Conn) error { c.FlushSet(setOf("lans")); return nil }},
+		{"flush the chain", func(c *nftables.Conn) error { c.FlushChain(chain); return nil }},
+		{"a rule before all", func(c *nftables.Conn) error {
+			c.InsertRule(&nftables.Rule{Table: table, Chain: chain, Exprs: accept})
+			return nil
+		}},
+		{"another chain", func(c *nftables.Conn) error {
+			c.AddChain(&nftables.Chain{Name: "more", Table: table})
+			return nil
+		}},
+		{"delete the table, and another's", func(c *nftables.Conn) error {
+			c.DelTable(table)
+			c.AddTable(&nftables.Table{Name: "other", Family: nftables.TableFamilyINet})
+			return nil
+		}},
+	} {
+		conn := a.nft(t)
+		try(t, c.change(conn))
+		began := time.Now()
+		try(t, conn.Flush())
+		until(t, "the filter to be right again after: "+c.name, func() bool { return slices.Equal(a.ruleset(t), whole) })
+		t.Logf("%s: right again after %v", c.name, time.Since(began))
+		if took := time.Since(began); took > time.Second {
+			t.Errorf("%s: took %v", c.name, took)
+		}
+	}
+}
+
+// ruleset is the table as text, sorted, but for the handles.
+func (h host) ruleset(t *testing.T) (lines []string) {
+	t.Helper()
+	c := h.nft(t)
+	chains, err := c.ListChainsOfTableFamily(nftables.TableFamilyINet)
+	try(t, err)
+	for _, chain := range chains {
+		if chain.Table.Name != table.Name {
+			continue
+		}
+		lines = append(lines, "chain "+chain.Name)
+		rules, err := c.GetRules(table, chain)
+		try(t, err)
+		for _, r := range rules {
+			lines = append(lines, fmt.Sprintf("rule %q", r.UserData))
+		}
+	}
+	sets, err := c.GetSets(table)
+	if err != nil { // between two of its steps
+		return nil
+	}
+	for _, s := range sets {
+		elements, err := c.GetSetElements(s)
+		if err != nil {
+			return nil
+		}
+		for _, e := range elements {
+			lines = append(lines, fmt.Sprintf("%s %x %s", s.Name, e.Key, e.Comment))
+		}
+	}
+	slices.Sort(lines)
+	return lines
+}
+
+// A member beside a thousand is one element; the others are not touched.
+func TestOneMemberMoreIsOneElement(t *testing.T) {
+	a, _, s, _ := unicastHosts(t, families["IPv4"], 316)
+	var members []netip.Addr
+	for i := range 1000 {
+		members = append(members, netip.AddrFrom4([4]byte{10, 1, byte(i / 250), byte(1 + i%250)}))
+	}
+	filter, _ := a.filter(t)
+	began := time.Now()
+	filter.Set([]strangers.LAN{strict(s, members...)})
+	until(t, "the members", func() bool { return drops(filter, s) == 0 })
+	t.Logf("1,000 members: %v", time.Since(began))
+
+	events := make(chan netlink.Message, 1000)
+	var c *netlink.Conn
+	try(t, a.Do(func() (err error) {
+		c, err = netlink.Dial(unix.NETLINK_NETFILTER, nil)
+		return err
+	}))
+	try(t, c.JoinGroup(unix.NFNLGRP_NFTABLES))
+	go func() {
+		defer close(events)
+		for {
+			list, err := c.Receive()
+			if err != nil {
+				return
+			}
+			for _, e := range list {
+				events <- e
+			}
+		}
+	}()
+	began = time.Now()
+	filter.Set([]strangers.LAN{strict(s, append(members, netip.MustParseAddr("10.9.9.9"))...)})
+	until(t, "the member", func() bool { return a.elements(t, "members4") == 1001 })
+	t.Logf("one more: %v", time.Since(began))
+	filter.Set([]strangers.LAN{strict(s, members...)})
+	until(t, "the member to be gone", func() bool { return a.elements(t, "members4") == 1000 })
+	c.Close()
+	var kinds []int
+	for e := range events {
+		if kind := int(e.Header.Type) & 0xff; kind != unix.NFT_MSG_NEWGEN {
+			kinds = append(kinds, kind)
+		}
+	}
+	if want := []int{unix.NFT_MSG_NEWSETELEM, unix.NFT_MSG_DELSETELEM}; !slices.Equal(kinds, want) {
+		t.Errorf("the kernel tells of %v, want %v", kinds, want)
+	}
+}
