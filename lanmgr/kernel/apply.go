@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"sync"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
@@ -307,8 +308,39 @@ func (b *builder) addVXLAN(lan *conn, o segment.AddVXLAN) error {
 
 // setVXLAN changes a VXLAN's group and source, each of which may be none: the unspecified address of the family then. The old
 // group is left and the new one joined in one step; what the VXLAN has learnt stays (vxlan_changelink in
-// drivers/net/vxlan/vxlan_core.c).
+// drivers/net/vxlan/vxlan_core.c). Where the kernel does that only as a VXLAN goes down and up, so does this one, and frames are lost meanwhile.
 func (c *conn) setVXLAN(o segment.SetVXLAN) error {
+	if Rejoins() {
+		return c.changeVXLAN(o)
+	}
+	return c.with(o.Name, func(l netlink.Link) error {
+		if l.Attrs().RawFlags&unix.IFF_UP == 0 {
+			return c.changeVXLAN(o)
+		}
+		if err := c.LinkSetDown(l); err != nil {
+			return err
+		}
+		return errors.Join(c.changeVXLAN(o), c.LinkSetUp(l))
+	})
+}
+
+// Rejoins says whether a VXLAN that is up leaves and joins groups when its own is changed: since Linux 6.15 ("vxlan: Join / leave MC
+// group after remote changes"); an older kernel that has it as well is not known by its number.
+var Rejoins = sync.OnceValue(func() bool {
+	var u unix.Utsname
+	return unix.Uname(&u) == nil && atLeast(unix.ByteSliceToString(u.Release[:]), 6, 15)
+})
+
+// atLeast compares the release of a kernel, such as 6.1.0-28-amd64.
+func atLeast(release string, major, minor int) bool {
+	var x, y int
+	if _, err := fmt.Sscanf(release, "%d.%d", &x, &y); err != nil {
+		return false
+	}
+	return x > major || x == major && y >= minor
+}
+
+func (c *conn) changeVXLAN(o segment.SetVXLAN) error {
 	none, group, local := netip.IPv6Unspecified(), nl.IFLA_VXLAN_GROUP6, nl.IFLA_VXLAN_LOCAL6
 	if o.Group.Is4() || o.Local.Is4() {
 		none, group, local = netip.IPv4Unspecified(), nl.IFLA_VXLAN_GROUP, nl.IFLA_VXLAN_LOCAL

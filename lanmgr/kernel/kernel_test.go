@@ -85,3 +85,14 @@ func TestRoutesThatAreNoDefaultRoutesDoNotMatter(t *testing.T) {
 		}
 	}
 }
+
+func TestAKernelsReleaseIsCompared(t *testing.T) {
+	for release, want := range map[string]bool{
+		"6.15.0": true, "6.18.3-arch1-1": true, "7.0": true, "6.15-rc1": true,
+		"6.14.11": false, "5.14.0-503.el9.x86_64": false, "6.1.0-28-amd64": false, "": false, "next": false,
+	} {
+		if atLeast(release, 6, 15) != want {
+			t.Errorf("%q is at least 6.15: %t", release, !want)
+		}
+	}
+}

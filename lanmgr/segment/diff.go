@@ -223,6 +223,11 @@ func (d *diff) vxlan() {
 	}
 	l, ok := d.links[want.Name]
 	switch {
+	case ok && want.Unicast() && d.want.Remotes == nil && l.VXLAN.Group.IsValid() && want.UnderlayIndex != 0:
+		// Its group stays until the remotes are known, in whose place nobody would hear what is flooded.
+		d.port(l)
+		d.settings(l, d.want.MTU, len(d.claims) > 0)
+		return
 	case want.UnderlayIndex == 0:
 		if ok {
 			d.do(DelLink{want.Name})

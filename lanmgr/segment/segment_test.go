@@ -140,6 +140,8 @@ func TestDiffMendsWhatIsMissingOrChanged(t *testing.T) {
 	moved6 := unicast("2001:db8::9", "2001:db8::2")
 	unknown := six
 	unknown.Remotes = nil
+	unknown4 := four
+	unknown4.Remotes = nil
 	both := change(built(lab), "vx2", func(l *segment.Link) { l.VXLAN.Remotes = six.Remotes })
 	stray := built(lab)
 	stray.Links = append(stray.Links, segment.Link{Index: 60, Name: segment.ClaimID("dead", "net1"), Type: "veth"})
@@ -176,6 +178,8 @@ func TestDiffMendsWhatIsMissingOrChanged(t *testing.T) {
 			"bridge fdb append 00:00:00:00:00:00 dev vx2 dst 192.0.2.3\nbridge fdb del 00:00:00:00:00:00 dev vx2 dst 192.0.2.4",
 		},
 		{"remotes not known", unknown, built(sixMore), ""},
+		{"remotes not known, instead of a group", unknown, built(lab), "record knlvrf"},
+		{"remotes not known, of another family", unknown4, built(lab), "record knlvrf"},
 		{
 			"multicast to unicast", six, built(lab),
 			"record knlvrf\nbridge fdb append 00:00:00:00:00:00 dev vx2 dst 2001:db8::2\nip link set vx2 type vxlan id 222 local 2001:db8::1",

@@ -10,6 +10,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/k8slan/k8slan/lanmgr/kernel"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 	"github.com/k8slan/k8slan/test/frames"
 	"github.com/k8slan/k8slan/test/netns"
@@ -186,8 +187,14 @@ func TestALANChangesItsDiscoveryUnderTraffic(t *testing.T) {
 			}
 		}
 	}
-	there.expectAll(t)
-	back.expectAll(t)
+	if kernel.Rejoins() {
+		there.expectAll(t)
+		back.expectAll(t)
+	} else {
+		there.done.Wait()
+		back.done.Wait()
+		t.Logf("this kernel leaves and joins groups only as a VXLAN goes down and up: of 40 changes %+v, %+v", there.counter.Tally(), back.counter.Tally())
+	}
 	if after := links(); after != before {
 		t.Errorf("the segments are\n%s\nwant\n%s", after, before)
 	}
@@ -198,6 +205,31 @@ func TestALANChangesItsDiscoveryUnderTraffic(t *testing.T) {
 	change()
 	flooded.done.Wait()
 	t.Logf("of what is flooded, in one change there and back: %+v", flooded.counter.Tally())
+}
+
+// A VXLAN that was made without a group joins it when it gets one, and another one after that.
+func TestAVXLANJoinsTheGroupThatItGets(t *testing.T) {
+	for name, f := range families {
+		t.Run(name, func(t *testing.T) {
+			a, b, onA, onB := unicastHosts(t, f, 307)
+			a.build(t, onA)
+			b.build(t, onB)
+			one, two := a.attach(t, onA, "one", segment.Veth), b.attach(t, onB, "two", segment.Veth)
+			group := func(s segment.Segment, last byte) segment.Segment {
+				s.VXLAN.Group, s.VXLAN.Local, s.Remotes = netip.AddrFrom4([4]byte{239, 1, 1, last}), netip.Addr{}, nil
+				if f.vteps[0].Is6() {
+					s.VXLAN.Group = netip.MustParseAddr(fmt.Sprintf("ff02::%x", last))
+				}
+				return s
+			}
+			for i, s := range [][2]segment.Segment{{group(onA, 20), group(onB, 20)}, {group(onA, 21), group(onB, 21)}, {onA, onB}, {group(onA, 22), group(onB, 22)}} {
+				a.build(t, s[0])
+				b.build(t, s[1])
+				crosses(t, one, two, frames.Stream(nil, one.MAC, 11, uint64(2*i))) // to an address that nobody knows
+				crosses(t, two, one, frames.Stream(nil, two.MAC, 11, uint64(2*i+1)))
+			}
+		})
+	}
 }
 
 // A change back to multicast that was broken off leaves no remote behind.
