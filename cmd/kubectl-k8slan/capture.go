@@ -113,6 +113,9 @@ func (c cluster) find(ctx context.Context, spoke, node string) (spokePlace, erro
 		return spokePlace{}, fmt.Errorf("list LANs, to find the spoke's: %w", err)
 	}
 	for _, l := range lans.Items {
+		if _, ok := l.Spec.Pool(spoke); ok {
+			return spokePlace{}, fmt.Errorf("%s is a pool of LAN %s/%s: give the port of one of its pods, such as %[1]s_0; kubectl k8slan status shows whose is which", spoke, l.Namespace, l.Name)
+		}
 		if l.Status.Holds == nil || !slices.Contains(l.Status.Holds.Spokes, spoke) {
 			continue
 		}

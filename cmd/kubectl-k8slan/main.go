@@ -36,6 +36,9 @@ func main() {
 	if errors.Is(err, errNo) {
 		os.Exit(exitNo)
 	}
+	if err != nil && ctx.Err() != nil {
+		err = errors.New("interrupted")
+	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "kubectl k8slan:", err)
 		os.Exit(exitUnknown)

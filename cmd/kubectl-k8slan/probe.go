@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"github.com/k8slan/k8slan/crd/v1beta1"
 	"github.com/k8slan/k8slan/lanmgr/path"
@@ -21,7 +23,7 @@ func probeCommand(f *clusterFlags) *cobra.Command {
 	var lan, system string
 	var timeout time.Duration
 	cmd := &cobra.Command{
-		Use:   "probe <lan> | <pod> <pod>",
+		Use:   "probe <lan> | <pod or spoke> <pod or spoke>",
 		Short: "Say which frames pass between pods on a LAN, and where the others are lost",
 		Long: `Say which frames pass between two pods on a LAN, of which size and with how many VLAN tags, and where the others are lost: at a port,
 the bridge, the VXLAN, the underlay, or on the other node. With a LAN it probes between one pod of its first node and one of each other.
@@ -36,7 +38,12 @@ root on the nodes.
 Exit code: 0 when everything passes, 1 when something is lost, 2 when that could not be found out.`,
 		Example: `  kubectl k8slan probe lab
   kubectl k8slan probe srl-1 host-1`,
-		Args: cobra.RangeArgs(1, 2),
+		Args: func(cmd *cobra.Command, args []string) error {
+			if len(args) < 1 || len(args) > 2 {
+				return fmt.Errorf("give a LAN or two pods, not %d names; see %s --help", len(args), cmd.CommandPath())
+			}
+			return nil
+		},
 		RunE: func(cmd *cobra.Command, args []string) error {
 			c, err := f.open()
 			if err != nil {
@@ -49,8 +56,11 @@ Exit code: 0 when everything passes, 1 when something is lost, 2 when that could
 				return err
 			}
 			well := true
-			for _, p := range pairs {
+			for i, p := range pairs {
 				ok, err := c.probe(ctx, cmd.OutOrStdout(), p, system)
+				if errors.Is(err, context.DeadlineExceeded) {
+					return fmt.Errorf("%d of %d pairs of pods were probed within the %s of --timeout", i, len(pairs), timeout)
+				}
 				if err != nil {
 					return err
 				}
@@ -82,13 +92,31 @@ func (c cluster) pairs(ctx context.Context, args []string, lan string) ([][2]end
 	}
 	all := ends(nodes.Items)
 	if len(args) == 1 {
-		return star(all, qualified(c.namespace, args[0]))
+		name := qualified(c.namespace, args[0])
+		pairs, err := star(all, name)
+		if err != nil {
+			err = cmp.Or(c.absent(ctx, name), err)
+		}
+		return pairs, err
 	}
 	if lan != "" {
 		lan = qualified(c.namespace, lan)
 	}
-	pair, err := between(all, qualified(c.namespace, args[0]), qualified(c.namespace, args[1]), lan)
+	pair, err := between(all, c.namespace, args[0], args[1], lan)
 	return [][2]end{pair}, err
+}
+
+// absent says that there is no LAN of that name, or that it cannot be found out; nil where there is one.
+func (c cluster) absent(ctx context.Context, lan string) error {
+	namespace, name, _ := strings.Cut(lan, "/")
+	err := c.client.Get(ctx, client.ObjectKey{Namespace: namespace, Name: name}, &v1beta1.LAN{})
+	switch {
+	case apierrors.IsNotFound(err):
+		return fmt.Errorf("there is no LAN %s in namespace %s; kubectl k8slan status -A lists them", name, namespace)
+	case err != nil:
+		return fmt.Errorf("get LAN %s: %w", lan, err)
+	}
+	return nil
 }
 
 func qualified(namespace, name string) string {
@@ -114,8 +142,11 @@ func ends(nodes []v1beta1.LANNode) (all []end) {
 // star are pairs of the LAN's first end with one on each other node; where there is no other node, with the next on the same.
 func star(all []end, lan string) ([][2]end, error) {
 	all = slices.DeleteFunc(slices.Clone(all), func(e end) bool { return e.lan != lan })
-	if len(all) < 2 {
-		return nil, fmt.Errorf("LAN %s has %d pods attached, and a probe goes between two; see kubectl k8slan status", lan, len(all))
+	switch len(all) {
+	case 0:
+		return nil, fmt.Errorf("no pod is attached to LAN %s, and a probe goes between two; see kubectl k8slan status", lan)
+	case 1:
+		return nil, fmt.Errorf("only pod %s is attached to LAN %s, and a probe goes between two: attach another", all[0].pod, lan)
 	}
 	var pairs [][2]end
 	last := all[0].node
@@ -130,12 +161,17 @@ func star(all []end, lan string) ([][2]end, error) {
 	return pairs, nil
 }
 
-// between are two pods' ends on the one LAN that they are both on.
-func between(all []end, one, two, lan string) (pair [2]end, err error) {
+// is says whether the end is called so: by its pod's name, or by its spoke's, which only ports of a pool on several nodes share.
+func (e end) is(namespace, name string) bool {
+	return e.pod == qualified(namespace, name) || e.spoke == name
+}
+
+// between are the ends of two pods or spokes on the one LAN that they are both on.
+func between(all []end, namespace, one, two, lan string) (pair [2]end, err error) {
 	var found [][2]end
 	for _, a := range all {
 		for _, b := range all {
-			if a.pod == one && b.pod == two && a != b && a.lan == b.lan && (lan == "" || a.lan == lan) {
+			if a.is(namespace, one) && b.is(namespace, two) && a != b && a.lan == b.lan && (lan == "" || a.lan == lan) {
 				found = append(found, [2]end{a, b})
 			}
 		}
@@ -146,16 +182,16 @@ func between(all []end, one, two, lan string) (pair [2]end, err error) {
 	case len(found) > 1:
 		var words []string
 		for _, p := range found {
-			words = append(words, fmt.Sprintf("%s and %s of LAN %s", p[0].spoke, p[1].spoke, p[0].lan))
+			words = append(words, fmt.Sprintf("%s (%s) and %s (%s) of LAN %s", p[0].pod, p[0].spoke, p[1].pod, p[1].spoke, p[0].lan))
 		}
-		return pair, fmt.Errorf("pods %s and %s meet on more than one pair of spokes: %s; say which LAN with --lan, or probe the LAN", one, two, strings.Join(words, ", "))
+		return pair, fmt.Errorf("%s and %s meet more than once: %s; say which by pods or spokes or with --lan, or probe the LAN", one, two, strings.Join(words, ", "))
 	}
-	for _, pod := range []string{one, two} {
-		if !slices.ContainsFunc(all, func(e end) bool { return e.pod == pod }) {
-			return pair, fmt.Errorf("pod %s is attached to no LAN; see kubectl k8slan status", pod)
+	for _, name := range []string{one, two} {
+		if !slices.ContainsFunc(all, func(e end) bool { return e.is(namespace, name) }) {
+			return pair, fmt.Errorf("%s is no pod in namespace %s that is attached to a LAN, and no spoke that is; see kubectl k8slan status", name, namespace)
 		}
 	}
-	return pair, fmt.Errorf("pods %s and %s are on no LAN together; see kubectl k8slan status", one, two)
+	return pair, fmt.Errorf("%s and %s are on no LAN together; see kubectl k8slan status", one, two)
 }
 
 // probe probes between two ends and says what it finds.
@@ -185,6 +221,9 @@ func (c cluster) probe(ctx context.Context, out io.Writer, pair [2]end, system s
 		for _, s := range sentences {
 			fmt.Fprintln(out, " ", s)
 		}
+	}
+	if s := path.Checksums(there, back); s != "" {
+		fmt.Fprintln(out, " ", s)
 	}
 	return well, nil
 }

@@ -16,7 +16,7 @@ func TestALANIsProbedFromOneNodeToEachOther(t *testing.T) {
 		at("default/single", "n1", "default/a", "s"),
 		at("default/near", "n1", "default/a", "p"), at("default/near", "n1", "default/b", "q"),
 	}
-	for lan, want := range map[string]string{"default/lab": "a-c a-e", "default/near": "p-q", "default/single": "1 pods attached", "default/none": "0 pods attached"} {
+	for lan, want := range map[string]string{"default/lab": "a-c a-e", "default/near": "p-q", "default/single": "only pod default/a is attached to LAN default/single", "default/none": "no pod is attached to LAN default/none"} {
 		pairs, err := star(all, lan)
 		var got []string
 		for _, p := range pairs {
@@ -39,13 +39,16 @@ func TestTwoPodsAreProbedOnTheLANThatTheyShare(t *testing.T) {
 		at("default/three", "n2", "default/c", "w"), at("default/four", "n3", "default/d", "v"),
 	}
 	for _, c := range []struct{ one, two, lan, want string }{
-		{"default/a", "default/b", "", "web_0 web_0"},
-		{"default/a", "default/c", "default/three", "z w"},
-		{"default/a", "default/c", "", "say which LAN with --lan"},
-		{"default/a", "default/d", "", "are on no LAN together"},
-		{"default/a", "default/nobody", "", "pod default/nobody is attached to no LAN"},
+		{"a", "default/b", "", "web_0 web_0"},
+		{"a", "c", "default/three", "z w"},
+		{"x", "c", "", "x y"},
+		{"a", "c", "", "meet more than once: default/a (x) and default/c (y) of LAN default/two, default/a (z) and default/c (w) of LAN default/three"},
+		{"web_0", "web_0", "", "meet more than once"},
+		{"a", "d", "", "a and d are on no LAN together"},
+		{"a", "other/b", "", "other/b is no pod in namespace default"},
+		{"a", "nobody", "", "nobody is no pod in namespace default that is attached to a LAN, and no spoke that is"},
 	} {
-		pair, err := between(all, c.one, c.two, c.lan)
+		pair, err := between(all, "default", c.one, c.two, c.lan)
 		said := pair[0].spoke + " " + pair[1].spoke
 		if err != nil {
 			said = err.Error()

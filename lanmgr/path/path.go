@@ -24,6 +24,7 @@ type Link struct {
 type Facts struct {
 	Node      string `json:"node,omitempty"`
 	Spoke     string `json:"spoke"`
+	Offer     string `json:"offer"`     // its name under spec.spokeOptions: the spoke's, or that of the pool whose port it is
 	Pod       string `json:"pod"`       // namespace/name
 	Interface string `json:"interface"` // in the pod
 	MAC       []byte `json:"mac"`       // of that interface

@@ -42,13 +42,22 @@ func (c Course) Verdict() (well bool, sentences []string) {
 		say("%s: every kind of frame passes, packets of up to %d bytes, up to %s.", way, c.Largest, tags(depth))
 	}
 	well = len(lost) == 0 && len(long) == 0
-	for _, s := range c.Shots {
-		if s.Reached == Arrived && s.Unfinished {
-			say("%s: TCP, UDP and SCTP checksums arrive unfinished, left to hardware. Linux knows that; a network function that reads frames raw drops them: "+
-				"set spokeOptions: {%s: {txChecksum: off}} for one that does.", way, c.To.Spoke)
+	return well, sentences
+}
+
+// Checksums says to whom checksums come unfinished, and for whom that matters; empty where they do to nobody.
+func Checksums(courses ...Course) string {
+	var pods, options []string
+	for _, c := range courses {
+		if slices.ContainsFunc(c.Shots, func(s Shot) bool { return s.Reached == Arrived && s.Unfinished }) {
+			pods, options = append(pods, c.To.Pod), append(options, c.To.Offer+": {txChecksum: off}")
 		}
 	}
-	return well, sentences
+	if len(pods) == 0 {
+		return ""
+	}
+	return fmt.Sprintf("TCP, UDP and SCTP checksums come to %s unfinished, left to hardware. Linux knows that, but a network function that reads frames raw drops them: for one that does set spokeOptions: {%s}.",
+		strings.Join(pods, " and "), strings.Join(slices.Compact(options), ", "))
 }
 
 func tags(depth int) string {

@@ -85,8 +85,11 @@ func (s *station) open(ctx context.Context, host *kernel.Node, ns, spoke string)
 	}
 	claim := state.Claims()[i]
 	s.facts = path.Facts{
-		Spoke: spoke, Pod: claim.PodNamespace + "/" + claim.Pod, Interface: claim.Interface, MAC: claim.MAC,
+		Spoke: spoke, Offer: spoke, Pod: claim.PodNamespace + "/" + claim.Pod, Interface: claim.Interface, MAC: claim.MAC,
 		MTU: want.MTU, VNI: want.VXLAN.VNI, UDPPort: want.VXLAN.Port,
+	}
+	if pool, _, ok := segment.PoolOf(spoke); ok {
+		s.facts.Offer = pool
 	}
 	// What the kernel has counts before what is wanted.
 	vxlan, ok := state.Link(want.VXLAN.Name)

@@ -171,9 +171,6 @@ func TestCaptureWritesWhatASpokeCarriesBothWays(t *testing.T) {
 	}
 }
 
-// in is the same node for a subtest.
-func (m machine) in(t *testing.T) machine { return machine{m.Node, m.lab.in(t)} }
-
 // clean runs kubectl after the test.
 func (l lab) clean(args ...string) {
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
