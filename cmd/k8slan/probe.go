@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -51,7 +53,7 @@ func askCommand() *cobra.Command {
 	var count int
 	cmd := &cobra.Command{
 		Use:   "ask",
-		Short: "Send frames to the other end, half of them as short and half as long as may be, and want an answer to each",
+		Short: "Send frames to the other end, half of them as short and half as long as may be, and want an answer to each; then one of every kind",
 		Args:  noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			out := cmd.OutOrStdout()
@@ -67,8 +69,9 @@ func askCommand() *cobra.Command {
 				err = fmt.Errorf("%d of %d frames were lost on the way to node %s and back", r.Lost, r.Sent, r.Peer)
 			}
 			if err == nil {
-				_, err = fmt.Fprintf(out, "%d frames of %d and %d bytes went from node %s to node %s and back, none was lost; %s each, the slowest %s\n",
+				fmt.Fprintf(out, "%d frames of %d and %d bytes went from node %s to node %s and back, none was lost; %s each, the slowest %s\n",
 					r.Sent, r.Short, r.Long, os.Getenv("NODE_NAME"), r.Peer, r.Mean.Round(time.Microsecond), r.Slowest.Round(time.Microsecond))
+				err = sayKinds(ctx, out, port, r)
 			}
 			if lan == "" {
 				return err
@@ -81,6 +84,20 @@ func askCommand() *cobra.Command {
 	cmd.Flags().IntVar(&count, "count", 1000, "`number` of frames")
 	cmd.Flags().StringVar(&lan, "remove-lan", "", "`name` of the LAN to delete at the end, in the namespace; empty: none")
 	return cmd
+}
+
+// sayKinds says which kinds of frames pass.
+func sayKinds(ctx context.Context, out io.Writer, port *probe.Port, r probe.Result) error {
+	course, err := port.Kinds(ctx, r)
+	if err != nil {
+		return fmt.Errorf("send every kind of frame to node %s: %w", r.Peer, err)
+	}
+	well, sentences := course.Verdict()
+	if !well {
+		return errors.New(strings.Join(sentences, " "))
+	}
+	fmt.Fprintln(out, strings.Join(sentences, "\n"))
+	return nil
 }
 
 // stationCommand is what kubectl k8slan probe runs in the daemon's pod.

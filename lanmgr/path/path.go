@@ -29,8 +29,8 @@ type Facts struct {
 	Interface string `json:"interface"` // in the pod
 	MAC       []byte `json:"mac"`       // of that interface
 
-	Port     Link `json:"port"` // carries the spoke's frames
-	Bridge   Link `json:"bridge"`
+	Port     Link `json:"port"`     // carries the spoke's frames
+	Bridge   Link `json:"bridge"`   // without a name where only the ends are heard, in the pods
 	VXLAN    Link `json:"vxlan"`    // without a name where the node has none
 	Underlay Link `json:"underlay"` // without a name where nothing can be heard on it
 
@@ -152,25 +152,46 @@ func Run(ctx context.Context, a, b Station) (there, back Course, err error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	s := &session{messages: make(chan said), nextID: 1}
-	stations := []Station{a, b}
+	facts, err := s.meet(ctx, a, b)
+	if err != nil {
+		return there, back, err
+	}
+	if there, err = s.course(ctx, 0, a, facts[0], facts[1]); err == nil {
+		back, err = s.course(ctx, 1, b, facts[1], facts[0])
+	}
+	return there, back, err
+}
+
+// OneWay is Run without the way back: to needs no Orders.
+func OneWay(ctx context.Context, from, to Station) (Course, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	s := &session{messages: make(chan said), nextID: 1}
+	facts, err := s.meet(ctx, from, to)
+	if err != nil {
+		return Course{}, err
+	}
+	return s.course(ctx, 0, from, facts[0], facts[1])
+}
+
+// meet begins to read what the stations say, until ctx ends, and returns their facts.
+func (s *session) meet(ctx context.Context, stations ...Station) ([]Facts, error) {
 	for i, st := range stations {
 		go s.read(ctx, i, st.Says)
 	}
-	var facts [2]*Facts
-	for facts[0] == nil || facts[1] == nil {
+	facts := make([]Facts, len(stations))
+	for heard := 0; heard < len(facts); {
 		m, err := s.next(ctx, nil)
 		if err != nil {
-			return there, back, err
+			return nil, err
 		}
 		if m.Facts != nil {
-			m.Facts.Node = stations[m.from].Node
-			facts[m.from] = m.Facts
+			facts[m.from] = *m.Facts
+			facts[m.from].Node = stations[m.from].Node
+			heard++
 		}
 	}
-	if there, err = s.course(ctx, 0, a, *facts[0], *facts[1]); err == nil {
-		back, err = s.course(ctx, 1, b, *facts[1], *facts[0])
-	}
-	return there, back, err
+	return facts, nil
 }
 
 func (s *session) read(ctx context.Context, from int, r io.Reader) {

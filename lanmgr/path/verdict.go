@@ -108,6 +108,9 @@ func (c Course) portFault() string {
 // why says where a frame was lost, and the likely cause.
 func (c Course) why(s Shot) string {
 	from, to := c.From, c.To
+	if from.Bridge.Name == "" && s.Reached > NotSent {
+		return "For where it is lost, run kubectl k8slan probe between two pods on a LAN of these nodes"
+	}
 	if s.Reached >= LeftVXLAN && s.Reached <= CameToNode {
 		if fault := c.floodFault(); fault != "" {
 			return fault
@@ -230,6 +233,8 @@ func (c Course) whyLong(s Shot) string {
 		return fmt.Sprintf("The LAN's MTU is %d on node %s and %d on node %s: give their underlays the same MTU, or set spec.mtu to %d", from.MTU, from.Node, to.MTU, to.Node, to.MTU)
 	case s.Reached == NotSent:
 		return fmt.Sprintf("Node %s could not send longer ones: %s", from.Node, s.Error)
+	case from.Bridge.Name == "":
+		return fmt.Sprintf("The MTU of an underlay, or of the network between the nodes, is too small for it: %s. kubectl k8slan probe says which", advice)
 	case s.Reached < LeftNode && from.Underlay.Name != "" || from.Underlay.MTU != to.Underlay.MTU:
 		return fmt.Sprintf("The underlay is too small for it: %s of node %s has MTU %d; %s", smaller.Underlay.Name, smaller.Node, smaller.Underlay.MTU, advice)
 	case s.Reached == LeftNode:

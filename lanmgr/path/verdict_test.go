@@ -35,6 +35,13 @@ func unicast(c *Course) {
 	c.To.Group, c.To.VTEP, c.To.Remotes = netip.Addr{}, two, []netip.Addr{one}
 }
 
+// betweenPods has nobody listen on the nodes.
+func betweenPods(c *Course) {
+	for _, f := range []*Facts{&c.From, &c.To} {
+		f.Bridge, f.VXLAN, f.Underlay = Link{}, Link{}, Link{}
+	}
+}
+
 // long loses what is longer than so many bytes.
 func long(limit int, h Hop) func(*Course) {
 	return func(c *Course) {
@@ -74,6 +81,8 @@ func TestVerdictSaysWhatPassesAndWhereTheRestIsLost(t *testing.T) {
 		{"a node's MTU", reached(Arrived, long(1330, LeftNode), func(c *Course) { c.To.Underlay.MTU = 1400 }), false, "eth1 of node worker2 has MTU 1400; raise it, or set spec.mtu to 1322"},
 		{"LAN's MTU differs", reached(Arrived, long(1330, CameToVXLAN), func(c *Course) { c.To.MTU = 1322 }), false, "The LAN's MTU is 1422 on node worker1 and 1322 on node worker2"},
 		{"one kind", reached(Arrived, func(c *Course) { c.Shots[7].Reached = CameToVXLAN }), false, "some kinds of frames do not pass: the address of LLDP. It came to VXLAN"},
+		{"lost between pods", reached(Sent0, betweenPods), false, "nothing passes. For where it is lost, run kubectl k8slan probe between two pods"},
+		{"path MTU between pods", reached(Arrived, long(1330, Sent0), betweenPods), false, "packets of up to 1330 bytes pass, longer ones do not; the LAN's MTU is 1422. The MTU of an underlay, or of the network between the nodes, is too small for it: raise it, or set spec.mtu to 1322"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			well, sentences := c.course.Verdict()

@@ -6,13 +6,16 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net"
-	"os"
+	"sync"
 	"time"
 
-	"golang.org/x/sys/unix"
+	"github.com/k8slan/k8slan/lanmgr/packet"
+	"github.com/k8slan/k8slan/lanmgr/path"
 )
 
 const (
@@ -23,6 +26,8 @@ const (
 	kindHello  = 1 // to everyone: who is there?
 	kindAsk    = 2
 	kindAnswer = 3
+	kindHeard  = 4 // a frame of that number arrived, of the kinds that package path sends
+	kindOther  = 0 // is that frame itself
 
 	// helloEvery is the pause between two questions who is there, while nobody answers.
 	helloEvery = 200 * time.Millisecond
@@ -36,25 +41,25 @@ var magic = []byte("k8slan probe")
 type Port struct {
 	MAC   net.HardwareAddr
 	MTU   int // in bytes
-	Wire  *os.File
+	Wire  Wire
 	Owner string // what the other end is told, such as the name of the node
+}
+
+// Wire is what a port sends to and hears.
+type Wire interface {
+	Send(frame []byte) error
+	// Receive returns the next frame, or ctx's error when that ends.
+	Receive(ctx context.Context) (packet.Frame, error)
+	Close() error
 }
 
 // Open opens an interface of this network namespace, which takes CAP_NET_RAW.
 func Open(iface, owner string) (*Port, error) {
-	link, err := net.InterfaceByName(iface)
+	s, err := packet.Open(iface)
 	if err != nil {
-		return nil, fmt.Errorf("find interface %s: %w", iface, err)
+		return nil, err
 	}
-	protocol := binary.NativeEndian.Uint16(binary.BigEndian.AppendUint16(nil, etherType))
-	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, int(protocol))
-	if err != nil {
-		return nil, fmt.Errorf("open a packet socket (needs CAP_NET_RAW): %w", err)
-	}
-	if err := unix.Bind(fd, &unix.SockaddrLinklayer{Protocol: protocol, Ifindex: link.Index}); err != nil {
-		return nil, errors.Join(fmt.Errorf("bind a packet socket to %s: %w", iface, err), unix.Close(fd))
-	}
-	return &Port{MAC: link.HardwareAddr, MTU: link.MTU, Wire: os.NewFile(uintptr(fd), iface), Owner: owner}, nil
+	return &Port{MAC: s.Link.HardwareAddr, MTU: s.Link.MTU, Wire: s, Owner: owner}, nil
 }
 
 // Close closes the port.
@@ -79,25 +84,24 @@ func (p *Port) send(to net.HardwareAddr, m message, size int) error {
 	owner := p.Owner[:min(len(p.Owner), shortest-len(frame)-1)]
 	frame = append(append(frame, byte(len(owner))), owner...)
 	frame = append(frame, make([]byte, max(0, size-len(frame)))...)
-	if _, err := p.Wire.Write(frame); err != nil {
-		return fmt.Errorf("send a frame of %d bytes: %w", len(frame), err)
-	}
-	return nil
+	return p.Wire.Send(frame)
 }
 
-// receive returns the probe's next frame and its size, or os.ErrDeadlineExceeded.
-func (p *Port) receive(deadline time.Time) (message, int, error) {
-	if err := p.Wire.SetReadDeadline(deadline); err != nil {
-		return message{}, 0, err
-	}
-	buffer := make([]byte, 1<<16)
+// receive returns the probe's next frame and its size, or ctx's error.
+func (p *Port) receive(ctx context.Context) (message, int, error) {
 	for {
-		n, err := p.Wire.Read(buffer)
+		f, err := p.Wire.Receive(ctx)
 		if err != nil {
 			return message{}, 0, err
 		}
-		if m, ok := parse(buffer[:n]); ok && !bytes.Equal(m.from, p.MAC) {
-			return m, n, nil
+		if f.Outgoing {
+			continue
+		}
+		if id, ok := path.Recognize(f.Bytes); ok {
+			return message{kind: kindOther, number: id}, len(f.Bytes), nil
+		}
+		if m, ok := parse(f.Bytes); ok {
+			return m, len(f.Bytes), nil
 		}
 	}
 }
@@ -117,25 +121,25 @@ func parse(frame []byte) (message, bool) {
 	return m, true
 }
 
-// Answer answers every question with a frame of the same size, until ctx ends.
+// Answer answers every question with a frame of the same size, and tells whoever asked last of the frames of other kinds that arrive,
+// until ctx ends.
 func (p *Port) Answer(ctx context.Context) error {
-	stop := context.AfterFunc(ctx, func() { _ = p.Wire.Close() }) // which ends the reading below
-	defer stop()
-	for {
-		m, size, err := p.receive(time.Time{})
-		if ctx.Err() != nil {
-			return nil
+	var asker net.HardwareAddr
+	for ctx.Err() == nil {
+		m, size, err := p.receive(ctx)
+		switch {
+		case err != nil:
+		case m.kind == kindOther && asker != nil:
+			err = p.send(asker, message{kind: kindHeard, number: m.number}, shortest)
+		case m.kind == kindHello, m.kind == kindAsk:
+			asker = m.from
+			err = p.send(m.from, message{kind: kindAnswer, number: m.number}, size)
 		}
-		if err != nil {
-			return fmt.Errorf("receive: %w", err)
-		}
-		if m.kind == kindAnswer {
-			continue
-		}
-		if err := p.send(m.from, message{kind: kindAnswer, number: m.number}, size); err != nil {
+		if err != nil && ctx.Err() == nil {
 			return err
 		}
 	}
+	return nil
 }
 
 // Result is what a probe found.
@@ -145,6 +149,8 @@ type Result struct {
 	Lost          int    // those of them that had no answer of the same size
 	Short, Long   int    // bytes
 	Slowest, Mean time.Duration
+
+	peer net.HardwareAddr
 }
 
 // Ask waits until somebody answers, then sends count frames, one after the other, and counts the answers.
@@ -153,7 +159,7 @@ func (p *Port) Ask(ctx context.Context, count int) (Result, error) {
 	if err != nil {
 		return Result{}, err
 	}
-	r := Result{Peer: peer.owner, Sent: count, Short: shortest, Long: p.MTU + header}
+	r := Result{Peer: peer.owner, peer: peer.from, Sent: count, Short: shortest, Long: p.MTU + header}
 	var total time.Duration
 	for i := range count {
 		size := r.Short
@@ -161,7 +167,7 @@ func (p *Port) Ask(ctx context.Context, count int) (Result, error) {
 			size = r.Long
 		}
 		begin := time.Now()
-		answered, err := p.exchange(peer.from, uint32(i+1), size)
+		answered, err := p.exchange(ctx, peer.from, uint32(i+1), size)
 		if err != nil {
 			return r, err
 		}
@@ -189,33 +195,97 @@ func (p *Port) find(ctx context.Context) (message, error) {
 		if err := p.send(everyone, message{kind: kindHello}, shortest); err != nil {
 			return message{}, err
 		}
-		m, _, err := p.receive(time.Now().Add(helloEvery))
-		if err == nil && m.kind == kindAnswer {
-			return m, nil
-		}
-		if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
-			return message{}, fmt.Errorf("receive: %w", err)
+		m, err := p.answer(ctx, helloEvery, 0)
+		if err == nil || !errors.Is(err, context.DeadlineExceeded) {
+			return m.message, err
 		}
 	}
 	return message{}, errors.New("nobody answered: either the other pod does not run, or no frame passes between the nodes; " +
-		"see kubectl get lans,lannodes, and whether the underlay carries multicast")
+		"see kubectl get lans,lannodes, whether the underlay carries multicast, and kubectl k8slan probe between two pods on a LAN of these nodes")
 }
 
-func (p *Port) exchange(to net.HardwareAddr, number uint32, size int) (answered bool, err error) {
+func (p *Port) exchange(ctx context.Context, to net.HardwareAddr, number uint32, size int) (answered bool, err error) {
 	if err := p.send(to, message{kind: kindAsk, number: number}, size); err != nil {
 		return false, err
 	}
-	deadline := time.Now().Add(patience)
+	m, err := p.answer(ctx, patience, number)
+	if errors.Is(err, context.DeadlineExceeded) {
+		return false, nil
+	}
+	return err == nil && m.size == size, err
+}
+
+// answered is an answer and its frame's size.
+type answered struct {
+	message
+	size int
+}
+
+// answer waits so long for the answer of that number, or returns context.DeadlineExceeded.
+func (p *Port) answer(ctx context.Context, within time.Duration, number uint32) (answered, error) {
+	ctx, cancel := context.WithTimeout(ctx, within)
+	defer cancel()
 	for {
-		m, got, err := p.receive(deadline)
-		if errors.Is(err, os.ErrDeadlineExceeded) {
-			return false, nil
-		}
+		m, size, err := p.receive(ctx)
 		if err != nil {
-			return false, fmt.Errorf("receive: %w", err)
+			return answered{}, err
 		}
 		if m.kind == kindAnswer && m.number == number {
-			return got == size, nil
+			return answered{m, size}, nil
 		}
 	}
+}
+
+// Kinds sends frames of every kind to whoever answered, and says which arrive there.
+func (p *Port) Kinds(ctx context.Context, r Result) (path.Course, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	orders, order := io.Pipe()
+	sent, saySent := io.Pipe()
+	heard, sayHeard := io.Pipe()
+	var both sync.WaitGroup
+	both.Go(func() { saySent.CloseWithError(p.obey(orders, saySent)) })
+	both.Go(func() { sayHeard.CloseWithError(p.report(ctx, r, sayHeard)) })
+	defer both.Wait()
+	defer func() { _, _, _ = order.Close(), sent.Close(), heard.Close() }()
+	defer cancel()
+	return path.OneWay(ctx, path.Station{Node: p.Owner, Orders: order, Says: sent}, path.Station{Node: r.Peer, Says: heard})
+}
+
+// facts are what is known of an end without looking at its node.
+func (p *Port) facts(owner string, mac net.HardwareAddr) *path.Facts {
+	return &path.Facts{Pod: "pod on " + owner, MAC: mac, MTU: p.MTU, Port: path.Link{Up: true, Carrier: true}}
+}
+
+// obey sends what orders say, until they end.
+func (p *Port) obey(orders io.Reader, out io.Writer) error {
+	lines, says := json.NewDecoder(orders), json.NewEncoder(out)
+	if err := says.Encode(path.Message{Facts: p.facts(p.Owner, p.MAC)}); err != nil {
+		return err
+	}
+	for {
+		var o path.Order
+		if err := lines.Decode(&o); err != nil {
+			return err
+		}
+		sent := path.Sent{ID: o.ID}
+		if err := p.Wire.Send(o.Bytes); err != nil {
+			sent.Error = err.Error()
+		}
+		if err := says.Encode(path.Message{Sent: &sent}); err != nil {
+			return err
+		}
+	}
+}
+
+// report says which frames the other end tells of, until ctx ends.
+func (p *Port) report(ctx context.Context, r Result, out io.Writer) error {
+	says := json.NewEncoder(out)
+	err := says.Encode(path.Message{Facts: p.facts(r.Peer, r.peer)})
+	for err == nil {
+		var m message
+		if m, _, err = p.receive(ctx); err == nil && m.kind == kindHeard {
+			err = says.Encode(path.Message{Heard: &path.Heard{ID: m.number, Where: path.AtPort, Outgoing: true}})
+		}
+	}
+	return err
 }

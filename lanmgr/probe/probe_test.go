@@ -3,29 +3,51 @@ package probe
 import (
 	"context"
 	"net"
-	"os"
 	"strings"
 	"testing"
-	"time"
+	"testing/synctest"
 
-	"golang.org/x/sys/unix"
+	"github.com/k8slan/k8slan/lanmgr/packet"
 )
 
-// wire returns two ports that are connected.
-func wire(t *testing.T) (one, two *Port) {
-	t.Helper()
-	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_NONBLOCK, 0)
-	if err != nil {
-		t.Fatal(err)
+// cable is one end of a wire. It loses what is longer than limit, and of every size what loses says.
+type cable struct {
+	in, out chan packet.Frame
+	limit   int
+	loses   func(frame []byte) bool
+}
+
+func (c *cable) Send(frame []byte) error {
+	if len(frame) <= c.limit && !c.loses(frame) {
+		c.out <- packet.Frame{Bytes: frame}
 	}
-	one = &Port{MAC: net.HardwareAddr{2, 0, 0, 0, 0, 1}, MTU: 1400, Wire: os.NewFile(uintptr(fds[0]), "one"), Owner: "node-one"}
-	two = &Port{MAC: net.HardwareAddr{2, 0, 0, 0, 0, 2}, MTU: 1400, Wire: os.NewFile(uintptr(fds[1]), "two"), Owner: strings.Repeat("n", 253)}
-	t.Cleanup(func() { one.Close(); two.Close() })
-	return one, two
+	return nil
+}
+
+func (c *cable) Receive(ctx context.Context) (packet.Frame, error) {
+	select {
+	case f := <-c.in:
+		return f, nil
+	case <-ctx.Done():
+		return packet.Frame{}, ctx.Err()
+	}
+}
+
+func (c *cable) Close() error { return nil }
+
+// wire returns two ports that are connected, and the end of one.
+func wire(t *testing.T) (one, two *Port, end *cable) {
+	t.Helper()
+	there, back := make(chan packet.Frame, 4096), make(chan packet.Frame, 4096)
+	all := func([]byte) bool { return false }
+	end = &cable{back, there, packet.Largest, all}
+	one = &Port{MAC: net.HardwareAddr{2, 0, 0, 0, 0, 1}, MTU: 1400, Wire: end, Owner: "node-one"}
+	two = &Port{MAC: net.HardwareAddr{2, 0, 0, 0, 0, 2}, MTU: 1400, Wire: &cable{there, back, packet.Largest, all}, Owner: strings.Repeat("n", 253)}
+	return one, two, end
 }
 
 func TestEveryFrameIsAnswered(t *testing.T) {
-	one, two := wire(t)
+	one, two, _ := wire(t)
 	ctx, cancel := context.WithCancel(t.Context())
 	end := make(chan error, 1)
 	go func() { end <- two.Answer(ctx) }()
@@ -40,10 +62,10 @@ func TestEveryFrameIsAnswered(t *testing.T) {
 }
 
 func TestLostAndTruncatedFramesAreCounted(t *testing.T) {
-	one, two := wire(t)
+	one, two, _ := wire(t)
 	go func() { // answers long frames short, and every fourth not at all
 		for {
-			m, _, err := two.receive(time.Time{})
+			m, _, err := two.receive(t.Context())
 			if err != nil {
 				return
 			}
@@ -59,10 +81,53 @@ func TestLostAndTruncatedFramesAreCounted(t *testing.T) {
 }
 
 func TestSilenceIsToldWithTheWayOut(t *testing.T) {
-	one, _ := wire(t)
+	one, _, _ := wire(t)
 	ctx, cancel := context.WithTimeout(t.Context(), helloEvery/2)
 	defer cancel()
 	if _, err := one.Ask(ctx, 1); err == nil || !strings.Contains(err.Error(), "kubectl get lans") {
 		t.Errorf("%v", err)
 	}
+}
+
+func TestEveryKindOfFrameIsToldOf(t *testing.T) {
+	for name, c := range map[string]struct {
+		limit int
+		loses func(frame []byte) bool
+		well  bool
+		want  string
+	}{
+		"all":        {packet.Largest, func([]byte) bool { return false }, true, "pod on node-one → pod on nnn"},
+		"their size": {packet.Largest, func([]byte) bool { return false }, true, "every kind of frame passes, packets of up to 1400 bytes, up to 4 VLAN tags and maybe more."},
+		"long ones":  {1234 + 14, func([]byte) bool { return false }, false, "packets of up to 1234 bytes pass, longer ones do not; the LAN's MTU is 1400."},
+		"LACP":       {packet.Largest, func(f []byte) bool { return f[0] == 1 && f[1] == 0x80 && f[5] == 2 }, false, "some kinds of frames do not pass: the address of LACP. For where it is lost, run kubectl k8slan probe"},
+	} {
+		t.Run(name, inABubble(func(t *testing.T) {
+			one, two, end := wire(t)
+			ctx, cancel := context.WithCancel(t.Context())
+			over := make(chan error, 1)
+			go func() { over <- two.Answer(ctx) }()
+			r, err := one.Ask(ctx, 2)
+			if err != nil {
+				t.Fatal(err)
+			}
+			end.limit, end.loses = c.limit, c.loses
+			course, err := one.Kinds(ctx, r)
+			if err != nil {
+				t.Fatal(err)
+			}
+			well, said := course.Verdict()
+			if well != c.well || !strings.Contains(strings.Join(said, "\n"), c.want) {
+				t.Errorf("%t, %q; want %t, %q", well, said, c.well, c.want)
+			}
+			cancel()
+			if err := <-over; err != nil {
+				t.Error(err)
+			}
+		}))
+	}
+}
+
+// inABubble has a test that waits for what is lost wait in no time.
+func inABubble(test func(*testing.T)) func(*testing.T) {
+	return func(t *testing.T) { synctest.Test(t, test) }
 }

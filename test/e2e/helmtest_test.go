@@ -3,6 +3,7 @@ package e2e
 import (
 	"context"
 	"regexp"
+	"strings"
 	"testing"
 	"time"
 
@@ -28,6 +29,9 @@ func TestHelmTestSendsFramesBetweenTwoNodesAndLeavesNothing(t *testing.T) {
 			t.Errorf("helm test does not say that frames went between two nodes:\n%s", out)
 		} else {
 			t.Log(said[0])
+		}
+		if want := "every kind of frame passes, packets of up to 1422 bytes, up to 4 VLAN tags"; !strings.Contains(out, want) {
+			t.Errorf("helm test does not say that %s:\n%s", want, out)
 		}
 	}
 	const name = "k8slan-test"
