@@ -120,10 +120,10 @@ func (s *server) end() {
 	s.grpc.Stop()
 }
 
-// GetDevicePluginOptions says that kubelet shall ask which of a pool's ports to take.
+// GetDevicePluginOptions says that kubelet shall ask which of a pool's ports to take. It says so for a single spoke as well, which may
+// become a pool: kubelet asks for options only as it connects (PluginConnected in pkg/kubelet/cm/devicemanager/manager.go).
 func (s *server) GetDevicePluginOptions(context.Context, *pluginapi.Empty) (*pluginapi.DevicePluginOptions, error) {
-	offered, _ := s.offer.get()
-	return &pluginapi.DevicePluginOptions{GetPreferredAllocationAvailable: offered.Ports > 0}, nil
+	return &pluginapi.DevicePluginOptions{GetPreferredAllocationAvailable: true}, nil
 }
 
 // GetPreferredAllocation takes the ports of the lowest numbers: a pool that is made smaller then loses those first that

@@ -13,6 +13,7 @@ import (
 	metricsserver "sigs.k8s.io/controller-runtime/pkg/metrics/server"
 
 	"github.com/k8slan/k8slan/crd/controller"
+	"github.com/k8slan/k8slan/crd/v1beta1"
 )
 
 // controllerFlags are the flags of k8slan controller.
@@ -20,6 +21,7 @@ type controllerFlags struct {
 	daemonFlags
 	elect     bool
 	namespace string
+	discovery v1beta1.Discovery
 }
 
 func controllerCommand() *cobra.Command {
@@ -37,6 +39,8 @@ held, k8slan-veth-<spoke> and k8slan-mac-<spoke>, and sums up in each LAN's stat
 		RunE: func(cmd *cobra.Command, _ []string) error { return f.runController(cmd.Context()) },
 	}
 	f.add(cmd.Flags())
+	f.discovery = v1beta1.Multicast
+	cmd.Flags().Var(&f.discovery, "discovery", "how nodes find each other in LANs that do not say: multicast or unicast")
 	cmd.Flags().BoolVar(&f.elect, "leader-elect", true, "elect a leader; false only where there can be no second controller")
 	cmd.Flags().StringVar(&f.namespace, "lease-namespace", os.Getenv("POD_NAMESPACE"),
 		"`namespace` of the leader's lease (environment: POD_NAMESPACE); empty: that of the pod")

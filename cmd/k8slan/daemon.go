@@ -16,8 +16,6 @@ import (
 	"k8s.io/klog/v2"
 	ctrl "sigs.k8s.io/controller-runtime"
 	ctrlmetrics "sigs.k8s.io/controller-runtime/pkg/metrics"
-
-	"github.com/k8slan/k8slan/crd/v1beta1"
 )
 
 // daemonFlags are those of everything that runs for long.
@@ -27,7 +25,6 @@ type daemonFlags struct {
 	metricsAddress string
 	logLevel       slog.Level
 	logFormat      string
-	discovery      v1beta1.Discovery
 }
 
 func (f *daemonFlags) add(flags *pflag.FlagSet) {
@@ -38,8 +35,6 @@ func (f *daemonFlags) add(flags *pflag.FlagSet) {
 	flags.StringVar(&f.metricsAddress, "metrics-address", "0",
 		"`address` that answers /metrics without encryption, host:port; 0 for none")
 	flags.TextVar(&f.logLevel, "log-level", slog.LevelInfo, "least severe `level` to log: debug, info, warn or error")
-	f.discovery = v1beta1.Multicast
-	flags.Var(&f.discovery, "discovery", "how nodes find each other in LANs that do not say: multicast or unicast; the same for controller and daemons")
 	flags.StringVar(&f.logFormat, "log-format", "json", "`form` of a log line: json or text")
 }
 

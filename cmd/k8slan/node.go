@@ -136,7 +136,6 @@ func (f *nodeFlags) runNode(ctx context.Context) error {
 		Client:    mgr.GetClient(),
 		Live:      mgr.GetAPIReader(),
 		Peers:     peers,
-		Discovery: f.discovery,
 		VTEPs:     prefixes(f.vteps),
 		Kernel:    host,
 		Manager:   lans,

@@ -14,10 +14,11 @@ import (
 	"golang.org/x/term"
 
 	"github.com/k8slan/k8slan/crd/v1beta1"
+	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
 // spokePlace is where a spoke is.
-type spokePlace struct{ lan, ns, node, pod string }
+type spokePlace struct{ lan, ns, node, spoke, pod string }
 
 func captureCommand(f *clusterFlags) *cobra.Command {
 	var file, node, system string
@@ -28,7 +29,8 @@ func captureCommand(f *clusterFlags) *cobra.Command {
 		Long: `Write the frames that a spoke carries, both ways, as pcap, until it is interrupted.
 
 They are taken on the node, at the spoke's port in the LAN, whole and with their VLAN tags; the pod notices nothing. TCP and UDP
-checksums between pods are often unfinished there, as they are in the pod.
+checksums between pods are often unfinished there, as they are in the pod. Of a pool, give the port, such as web_0; its name alone will do where
+one pod is attached.
 
 It runs in k8slan's pod on that node, which takes the rights to list pods and to create and get pods/exec in k8slan's namespace: as much as
 root on the nodes.`,
@@ -59,7 +61,7 @@ root on the nodes.`,
 			stdin, hold := io.Pipe() // nothing is said on it; its end is the end
 			defer hold.Close()
 			err = d.run(cmd.Context(), stdin, to, cmd.ErrOrStderr(),
-				"capture", "--ns="+where.ns, "--spoke="+args[0], "--count="+strconv.Itoa(count))
+				"capture", "--ns="+where.ns, "--spoke="+where.spoke, "--count="+strconv.Itoa(count))
 			return errors.Join(err, to.Close())
 		},
 	}
@@ -97,43 +99,63 @@ func (c cluster) find(ctx context.Context, spoke, node string) (spokePlace, erro
 	if err := c.client.List(ctx, &nodes); err != nil {
 		return spokePlace{}, fmt.Errorf("list lannodes, to find the spoke's node: %w", err)
 	}
-	places := attachedAt(nodes.Items, spoke, node)
-	switch {
-	case len(places) == 1:
-		return places[0], nil
-	case len(places) > 1:
-		var words []string
-		for _, p := range places {
-			words = append(words, p.pod+" on "+p.node)
-		}
-		return spokePlace{}, fmt.Errorf("spoke %s is attached more than once: %s; say which with --node", spoke, strings.Join(words, ", "))
-	}
 	var lans v1beta1.LANList
 	if err := c.client.List(ctx, &lans); err != nil {
 		return spokePlace{}, fmt.Errorf("list LANs, to find the spoke's: %w", err)
 	}
-	for _, l := range lans.Items {
-		if _, ok := l.Spec.Pool(spoke); ok {
-			return spokePlace{}, fmt.Errorf("%s is a pool of LAN %s/%s: give the port of one of its pods, such as %[1]s_0; kubectl k8slan status shows whose is which", spoke, l.Namespace, l.Name)
-		}
-		if l.Status.Holds == nil || !slices.Contains(l.Status.Holds.Spokes, spoke) {
+	return locate(nodes.Items, lans.Items, spoke, node)
+}
+
+func locate(nodes []v1beta1.LANNode, lans []v1beta1.LAN, spoke, node string) (spokePlace, error) {
+	places := attachedAt(nodes, spoke, node)
+	switch len(places) {
+	case 0:
+		return freeAt(lans, spoke, node)
+	case 1:
+		return places[0], nil
+	}
+	var words []string
+	for _, p := range places {
+		words = append(words, fmt.Sprintf("%s on %s (%s)", p.pod, p.node, p.spoke))
+	}
+	return spokePlace{}, fmt.Errorf("spoke %s is attached more than once: %s; say which with --node, or give the port of a pool", spoke, strings.Join(words, ", "))
+}
+
+// freeAt is the place of a spoke that nobody is attached to.
+func freeAt(lans []v1beta1.LAN, spoke, node string) (spokePlace, error) {
+	name := spoke
+	pool, number, isPort := segment.PoolOf(spoke)
+	if isPort {
+		name = pool
+	}
+	for _, l := range lans {
+		if l.Status.Holds == nil || !slices.Contains(l.Status.Holds.Spokes, name) {
 			continue
 		}
-		if node == "" {
-			return spokePlace{}, fmt.Errorf("spoke %s of LAN %s/%s is attached nowhere now; give --node to capture at its port on a node", spoke, l.Namespace, l.Name)
+		lan := l.Namespace + "/" + l.Name
+		p, isPool := l.Spec.Pool(name)
+		switch {
+		case isPort && number >= int(p.Size):
+			return spokePlace{}, fmt.Errorf("pool %s of LAN %s has %d ports on each node, %s to %s, and nobody is attached to %s",
+				pool, lan, p.Size, segment.Port(pool, 0), segment.Port(pool, int(p.Size)-1), spoke)
+		case isPool && !isPort:
+			return spokePlace{}, fmt.Errorf("nobody is attached to pool %s of LAN %s there; to capture at a free port, give its name, such as %s, and --node",
+				spoke, lan, segment.Port(spoke, 0))
+		case node == "":
+			return spokePlace{}, fmt.Errorf("spoke %s of LAN %s is attached nowhere now; give --node to capture at its port on a node", spoke, lan)
 		}
-		return spokePlace{lan: l.Namespace + "/" + l.Name, ns: l.Status.Holds.NS, node: node}, nil
+		return spokePlace{lan: lan, ns: l.Status.Holds.NS, node: node, spoke: spoke}, nil
 	}
 	return spokePlace{}, fmt.Errorf("no LAN has a spoke %s; kubectl k8slan status -A lists them", spoke)
 }
 
-// attachedAt are the places where a spoke is attached: on one node, or any.
+// attachedAt are the places where a spoke, or a port of the pool of that name, is attached: on one node, or any.
 func attachedAt(nodes []v1beta1.LANNode, spoke, node string) (places []spokePlace) {
 	for _, n := range nodes {
 		for _, s := range n.Status.Segments {
 			for _, a := range s.Attachments {
-				if a.Spoke == spoke && (node == "" || node == n.Name) {
-					places = append(places, spokePlace{lan: s.LAN, ns: s.NS, node: n.Name, pod: a.Pod})
+				if (a.Spoke == spoke || a.Pool == spoke) && (node == "" || node == n.Name) {
+					places = append(places, spokePlace{lan: s.LAN, ns: s.NS, node: n.Name, spoke: a.Spoke, pod: a.Pod})
 				}
 			}
 		}

@@ -290,7 +290,7 @@ func kept(before, after *v1beta1.Holding, taken map[vniKey]bool) *v1beta1.Holdin
 	if now != (vniKey{before.VNI, before.Port}) && taken[now] {
 		return nil
 	}
-	k := &v1beta1.Holding{NS: after.NS, VNI: after.VNI, Port: after.Port}
+	k := &v1beta1.Holding{NS: after.NS, VNI: after.VNI, Port: after.Port, Discovery: before.Discovery}
 	for _, spoke := range after.Spokes {
 		if slices.Contains(before.Spokes, spoke) {
 			k.Spokes = append(k.Spokes, spoke)

@@ -120,6 +120,9 @@ func decide(lans []v1beta1.LAN, around surroundings, now metav1.Time) []v1beta1.
 		}
 		v := verdicts[lans[i].UID]
 		v.Discovery = lans[i].DiscoveryOr(around.discovery)
+		if v.Holds != nil {
+			v.Holds.Discovery = v.Discovery
+		}
 		want[i] = status(&lans[i], v, around.nodes, around.foreignNADs(&lans[i], v.Holds), now)
 	}
 	return want

@@ -134,7 +134,11 @@ func status(lan *v1beta1.LAN, v verdict, nodes []node, foreignNADs []string, now
 	} else {
 		meta.RemoveStatusCondition(&s.Conditions, v1beta1.ConditionAttachedTwice)
 	}
-	if exceeded := poolExceeded(lan, s.Pools); exceeded != "" {
+	exceeded := poolExceeded(lan, s.Pools)
+	for i, pool := range s.Pools {
+		s.Pools[i].Nodes = pool.Nodes[:min(len(pool.Nodes), v1beta1.MaxPoolNodes)]
+	}
+	if exceeded != "" {
 		set(metav1.Condition{Type: v1beta1.ConditionPoolExceeded, Status: metav1.ConditionTrue, Reason: v1beta1.ReasonShrunk, Message: exceeded})
 	} else {
 		meta.RemoveStatusCondition(&s.Conditions, v1beta1.ConditionPoolExceeded)
@@ -255,7 +259,7 @@ func mixedFamilies(lan *v1beta1.LAN, v verdict, spanned []node) *problem {
 		for _, s := range n.Segments {
 			vtep, err := netip.ParseAddr(s.VTEP)
 			switch {
-			case err != nil || s.UID != lan.UID || s.Generation != lan.Generation:
+			case err != nil || s.UID != lan.UID || s.Generation != lan.Generation || vtep.IsLinkLocalUnicast(): // of multicast, until it changes
 			case vtep.Is4():
 				ipv4 = append(ipv4, n.Name)
 			default:

@@ -175,6 +175,9 @@ func TestNodesOfBothIPVersionsAreToldApart(t *testing.T) {
 	if s := status(&l, v, nodes[:1], nil, epoch); s.State != v1beta1.StateReady {
 		t.Errorf("with one node: %s %s", s.State, s.Reason)
 	}
+	if s := status(&l, v, []node{on("worker1", "192.0.2.1"), on("worker2", "fe80::2")}, nil, epoch); s.State != v1beta1.StateReady {
+		t.Errorf("with a node that is still in multicast: %s %s", s.State, s.Reason)
+	}
 	v.Discovery = v1beta1.Multicast
 	if s := status(&l, v, nodes, nil, epoch); s.State != v1beta1.StateReady {
 		t.Errorf("in multicast: %s %s", s.State, s.Reason)
@@ -395,6 +398,14 @@ func TestPoolsAreSummedUp(t *testing.T) {
 	nodes[1].Segments[0].Offered = 6
 	if s := status(&l, held, nodes, nil, epoch); s.Nodes != "1/2" {
 		t.Errorf("with a port not offered it is ready on %s", s.Nodes)
+	}
+
+	many := slices.Clone(nodes[:1])
+	for i := range 2 * v1beta1.MaxPoolNodes {
+		many = append(many, worker(fmt.Sprintf("worker9%03d", i), segment(7, inPool("web", "0"))))
+	}
+	if p := status(&l, held, many, nil, epoch).Pools[3]; len(p.Nodes) != v1beta1.MaxPoolNodes || int(p.Attached) != 2+2*v1beta1.MaxPoolNodes {
+		t.Errorf("of many nodes %d are listed, and %d pods counted", len(p.Nodes), p.Attached)
 	}
 
 	// The word of a node whose LANNode goes during the deletion is kept.

@@ -17,6 +17,9 @@ const (
 	// (BR_MAX_PORTS in net/bridge/br_private.h) and a spoke takes two of them while a pod is attached.
 	// The ports of pools count as spokes.
 	MaxSpokes = 500
+
+	// MaxPoolNodes is how many nodes a pool's status lists: a LAN is sent to every node whenever its status changes.
+	MaxPoolNodes = 100
 )
 
 // LANSpec says what a LAN is. Only vni is required, and spokes or spokePools.
@@ -299,6 +302,9 @@ type Holding struct {
 	// +listType=set
 	// +optional
 	Spokes []string `json:"spokes,omitempty"`
+	// Discovery is how the LAN's nodes find each other where the spec does not say: the chart's default, which all nodes follow at once.
+	// +optional
+	Discovery Discovery `json:"discovery,omitempty"`
 }
 
 // SpokeStatus is one spoke that is attached or refused; a spoke that just waits is not listed.
@@ -326,10 +332,9 @@ type PoolStatus struct {
 	// Ports is the number of ports on all nodes: the pool's size times the nodes that the LAN spans. 0 for a pool that is refused or
 	// gone from the spec.
 	Ports int32 `json:"ports"`
-	// Nodes that have pods attached to the pool, sorted; which pods is in their LANNode.
+	// Nodes that have pods attached to the pool, the first 100 by name; which pods is in their LANNode.
 	// +optional
-	// +listType=map
-	// +listMapKey=node
+	// +listType=atomic
 	Nodes []PoolNode `json:"nodes,omitempty"`
 }
 

@@ -61,9 +61,8 @@ type Config struct {
 	Client    client.Client
 	Live      client.Reader
 	// Peers is a cache of every LANNode, as PeerOf leaves them. It is asked once a LAN's discovery is unicast, or its peers are strict.
-	Peers     cache.Informers
-	Discovery v1beta1.Discovery // of LANs that do not say
-	VTEPs     []netip.Prefix    // ranges in which VTEPs are; empty: anywhere
+	Peers cache.Informers
+	VTEPs []netip.Prefix // ranges in which VTEPs are; empty: anywhere
 
 	Kernel    Kernel
 	Manager   Manager
@@ -179,15 +178,16 @@ func (a *Agent) plan(ctx context.Context) error {
 		}
 	}
 	node := Node{
-		Name: a.Node, Labels: self.Labels, Addresses: internalIPs(&self), Underlays: *underlays, Discovery: a.Discovery, VTEPs: a.VTEPs,
+		Name: a.Node, Labels: self.Labels, Addresses: internalIPs(&self), Underlays: *underlays, VTEPs: a.VTEPs,
 	}
 	a.plans, a.planned = planAll(lans.Items, node, a.now()), true
 	unfiltered := a.Strangers.Err()
-	segments := make([]segment.Segment, len(a.plans))
+	segments, asking := make([]segment.Segment, len(a.plans)), make(map[types.UID]bool)
 	for i := range a.plans {
 		p := &a.plans[i]
 		if p.Unicast || p.Strict {
 			a.peers.want()
+			asking[types.UID(p.Segment.LAN.UID)] = true
 		}
 		if p.Strict && p.Problem.Reason == "" && unfiltered != nil {
 			p.Problem = strangersProblem(unfiltered)
@@ -197,6 +197,7 @@ func (a *Agent) plan(ctx context.Context) error {
 			segments[i].Remotes = a.peers.remotes(types.UID(p.Segment.LAN.UID), p.VTEP)
 		}
 	}
+	a.peers.only(asking)
 	a.filter()
 	a.Manager.Set(segments)
 	a.publisher.setOwner(&self)

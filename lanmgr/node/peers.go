@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"time"
 	"unique"
 
 	"k8s.io/apimachinery/pkg/types"
@@ -97,7 +98,7 @@ func (p *peers) membersOf(lan types.UID) []netip.Addr {
 	return members
 }
 
-// seen takes note of a LANNode and says whether it changed what is known.
+// seen takes note of a LANNode and says whether that changed what somebody has asked for.
 func (p *peers) seen(before, after any) bool {
 	was, _ := before.(*v1beta1.LANNode)
 	is, _ := after.(*v1beta1.LANNode)
@@ -107,19 +108,18 @@ func (p *peers) seen(before, after any) bool {
 		if was == nil || p.nodes[was.Name] == nil {
 			return false
 		}
-		p.replace(was.Name, nil)
-		return p.known
+		return p.replace(was.Name, nil)
 	}
 	lans := lansOf(is)
 	if is.Name == p.self || maps.EqualFunc(p.nodes[is.Name], lans, peer.equal) {
 		return false
 	}
-	p.replace(is.Name, lans)
-	return p.known
+	return p.replace(is.Name, lans)
 }
 
-// replace notes what a node has now, nil if it is gone; p.mu is held.
-func (p *peers) replace(node string, lans map[types.UID]peer) {
+// replace notes what a node has now, nil if it is gone, and says whether that changed what somebody has asked for; p.mu is held.
+func (p *peers) replace(node string, lans map[types.UID]peer) bool {
+	asked := len(p.lists) + len(p.members)
 	before := p.nodes[node]
 	for _, some := range []map[types.UID]peer{before, lans} {
 		for lan := range some {
@@ -134,6 +134,15 @@ func (p *peers) replace(node string, lans map[types.UID]peer) {
 	if p.nodes[node] = lans; lans == nil {
 		delete(p.nodes, node)
 	}
+	return len(p.lists)+len(p.members) < asked
+}
+
+// only forgets what was asked for of other LANs than these.
+func (p *peers) only(lans map[types.UID]bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	maps.DeleteFunc(p.lists, func(lan types.UID, _ list) bool { return !lans[lan] })
+	maps.DeleteFunc(p.members, func(lan types.UID, _ []netip.Addr) bool { return !lans[lan] })
 }
 
 // lansOf are the LANs that a node has. Its VTEP is among the addresses of an underlay, but for one that has lost its link and with
@@ -151,7 +160,7 @@ func lansOf(n *v1beta1.LANNode) map[types.UID]peer {
 			p = peerBy(n.Status.Underlays, s)
 			ways[way{s.Underlay, s.VTEP}] = p
 		}
-		if len(s.Attachments) == 0 || p.vtep.IsLinkLocalUnicast() {
+		if len(s.Attachments) == 0 || !p.vtep.IsGlobalUnicast() {
 			p.vtep = netip.Addr{}
 		}
 		if other, ok := lans[s.UID]; ok { // leaving one netns, it is in another
@@ -172,8 +181,8 @@ func peerBy(underlays []v1beta1.NodeUnderlay, s v1beta1.SegmentStatus) (p peer) 
 	}
 	for i, text := range texts {
 		a, err := netip.ParseAddr(text)
-		if err != nil {
-			continue
+		if err != nil || a.Zone() != "" || !a.Unmap().IsGlobalUnicast() && !a.IsLinkLocalUnicast() {
+			continue // no address of a node
 		}
 		if p.bears = append(p.bears, a.Unmap()); i == 0 {
 			p.vtep = a.Unmap()
@@ -233,6 +242,10 @@ func (a *Agent) watchPeers(ctx context.Context) {
 }
 
 func (a *Agent) readPeers(ctx context.Context) error {
+	slow := time.AfterFunc(maxDelay, func() {
+		a.Log.Warn("the API server has not yet told of the other nodes' LANNodes; remotes stay as they are", "node", a.Node)
+	})
+	defer slow.Stop()
 	informer, err := a.Peers.GetInformer(ctx, &v1beta1.LANNode{}) // waits until it has synced
 	if err != nil {
 		return fmt.Errorf("watch LANNodes: %w", err)

@@ -1,6 +1,7 @@
 package node_test
 
 import (
+	"fmt"
 	"net/netip"
 	"reflect"
 	"strings"
@@ -193,13 +194,75 @@ func TestAUnicastLANUsesTheUnderlaysAddress(t *testing.T) {
 	}
 }
 
-func TestTheDefaultDiscoveryIsTheDaemons(t *testing.T) {
-	n := worker1()
-	n.Discovery = v1beta1.Unicast
-	if p, _ := node.NewPlan(lab(nil), n, segment.Segment{}); !p.Unicast {
-		t.Error("a LAN that does not say is not unicast, the daemon's default")
+// A device's IPv6 addresses go with its link, come back, and are asked about before they can be used: the VXLAN stays as it is.
+func TestAVTEPStaysWhileItsLinkGoesAndComesBack(t *testing.T) {
+	four, six, newer := netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("2001:db8::1"), netip.MustParseAddr("2001:db8::2")
+	eth0 := func(up bool, usable []netip.Addr, tentative ...netip.Addr) kernel.Underlay {
+		return kernel.Underlay{Index: 2, MTU: 1500, Up: true, Carrier: up, IPv4: four, Addresses: usable, Sources: append(tentative, usable...)}
 	}
-	if p, _ := node.NewPlan(lab(func(l *v1beta1.LAN) { l.Spec.Discovery = v1beta1.Multicast }), n, segment.Segment{}); p.Unicast {
+	for name, known := range map[string]netip.Addr{"IPv6 is the main InternalIP": six, "it has no other": {}} {
+		n := worker1()
+		if known.IsValid() {
+			n.Addresses = []netip.Addr{known}
+		}
+		others := []netip.Addr{four}
+		if !known.IsValid() {
+			others = nil
+		}
+		with6 := func(addresses ...netip.Addr) []netip.Addr { return append(addresses, others...) }
+		var now segment.Segment
+		for _, step := range []struct {
+			name   string
+			device kernel.Underlay
+			vtep   netip.Addr
+			reason string
+		}{
+			{"as it begins", eth0(true, with6(six)), six, ""},
+			{"the carrier is lost", eth0(false, others), six, v1beta1.ReasonUnderlayDown},
+			{"the carrier is back", eth0(true, others), six, v1beta1.ReasonUnderlayNoAddress},
+			{"the address is asked about", eth0(true, others, six), six, ""},
+			{"the address is back", eth0(true, with6(six)), six, ""},
+			{"a newer one is there", eth0(true, with6(newer, six)), six, ""},
+			{"the newer one alone", eth0(true, with6(newer)), newer, ""},
+		} {
+			n.Underlays.Devices = map[string]kernel.Underlay{"eth0": step.device}
+			if known.IsValid() && step.vtep == newer {
+				n.Addresses = []netip.Addr{newer}
+			}
+			p, _ := node.NewPlan(lab(unicast), n, now)
+			if p.VTEP != step.vtep || p.Segment.VXLAN.UnderlayIndex != 2 || p.Problem.Reason != step.reason || p.Problem.Blocking {
+				t.Errorf("%s, %s: VTEP %s, want %s; %+v", name, step.name, p.VTEP, step.vtep, p.Problem)
+			}
+			now = p.Segment
+		}
+	}
+}
+
+func TestWhatIsNoAddressOfANodeIsNoRemote(t *testing.T) {
+	w := newWorld(t, lab(unicast))
+	stop := w.start()
+	defer stop()
+	for i, vtep := range []string{"239.1.1.1", "0.0.0.0", "127.0.0.1", "::", "ff02::1", "fd00::1%eth0", "169.254.0.1", "nonsense", "192.0.2.2"} {
+		n := peer(fmt.Sprintf("worker%d", i+2), "uid-lab", vtep, 1)
+		status := n.Status
+		if err := w.api.Create(t.Context(), n); err != nil {
+			t.Fatal(err)
+		}
+		n.Status = status
+		if err := w.api.Status().Update(t.Context(), n); err != nil {
+			t.Fatal(err)
+		}
+	}
+	w.awaitRemotes("192.0.2.2")
+}
+
+func TestTheDefaultDiscoveryIsTheControllers(t *testing.T) {
+	held := func(l *v1beta1.LAN) { l.Status.Holds.Discovery = v1beta1.Unicast }
+	if p, _ := node.NewPlan(lab(held), worker1(), segment.Segment{}); !p.Unicast {
+		t.Error("a LAN that does not say is not unicast, as its status says")
+	}
+	says := func(l *v1beta1.LAN) { held(l); l.Spec.Discovery = v1beta1.Multicast }
+	if p, _ := node.NewPlan(lab(says), worker1(), segment.Segment{}); p.Unicast {
 		t.Error("a LAN that says multicast is unicast")
 	}
 }

@@ -30,9 +30,8 @@ type Node struct {
 	Name      string
 	Labels    map[string]string
 	Underlays kernel.Underlays
-	Addresses []netip.Addr      // by which the cluster knows the node: its InternalIPs
-	Discovery v1beta1.Discovery // of LANs that do not say; empty is multicast
-	VTEPs     []netip.Prefix    // ranges in which VTEPs are; empty: anywhere
+	Addresses []netip.Addr   // by which the cluster knows the node: its InternalIPs
+	VTEPs     []netip.Prefix // ranges in which VTEPs are; empty: anywhere
 }
 
 // Plan is a LAN as this node should have it.
@@ -74,7 +73,7 @@ func NewPlan(lan *v1beta1.LAN, node Node, now segment.Segment) (p Plan, ok bool)
 	if len(spec.SpokePools) > 0 {
 		p.Segment.Node = node.Name
 	}
-	discovery := lan.DiscoveryOr(node.Discovery)
+	discovery := lan.DiscoveryOr(holds.Discovery)
 	p.Unicast, p.Strict = discovery == v1beta1.Unicast, lan.Spec.Strict(discovery)
 	group, err := netip.ParseAddr(spec.VXLANGroup)
 	if err != nil || !group.IsMulticast() {
@@ -94,9 +93,9 @@ func NewPlan(lan *v1beta1.LAN, node Node, now segment.Segment) (p Plan, ok bool)
 	noAddress := addressProblem(choice.name, device, group)
 	switch {
 	case p.Unicast:
-		p.VTEP = wish.choose(candidates(device, now.VXLAN))
+		p.VTEP = wish.choose(device, now.VXLAN)
 		p.Segment.VXLAN.Local = p.VTEP
-		noAddress = wish.problem(choice.name, p.VTEP)
+		noAddress = wish.problem(choice.name, device, p.VTEP)
 	case group.Is4():
 		p.Segment.VXLAN.Group, p.VTEP = group, device.IPv4
 	default:
@@ -201,7 +200,7 @@ func chooseUnderlay(spec *v1beta1.LANSpec, node Node, wish vtepWish, now segment
 	}
 	best, name := len(wish.first), ""
 	for _, device := range slices.Sorted(maps.Keys(node.Underlays.Devices)) {
-		if rank := wish.rank(wish.choose(candidates(node.Underlays.Devices[device], now))); rank < best {
+		if rank := wish.rank(wish.choose(node.Underlays.Devices[device], now)); rank < best {
 			best, name = rank, device
 		}
 	}
@@ -285,10 +284,11 @@ func wishVTEP(node Node, unicast bool, family netip.Addr) vtepWish {
 }
 
 // candidates are the addresses of a device that other nodes could send to. A link-local one will not do: nobody but the kernel can say
-// by which device to send to it. A device without link has lost its IPv6 addresses until it is back; meanwhile the node keeps what it had.
+// by which device to send to it. A device without link has lost its IPv6 addresses, and asks whether others have them when it is back:
+// the node keeps the one that it had while there is no other of that family.
 func candidates(device kernel.Underlay, now segment.VXLAN) []netip.Addr {
-	gone := now.Local.Is6() && device.Index != 0 && now.UnderlayIndex == device.Index && !(device.Up && device.Carrier)
-	if gone && !slices.ContainsFunc(device.Addresses, netip.Addr.Is6) {
+	had := now.Local.IsValid() && device.Index != 0 && now.UnderlayIndex == device.Index
+	if had && !slices.ContainsFunc(device.Addresses, func(a netip.Addr) bool { return a.Is4() == now.Local.Is4() }) {
 		return append(slices.Clone(device.Addresses), now.Local)
 	}
 	return device.Addresses
@@ -304,14 +304,20 @@ func (w vtepWish) rank(a netip.Addr) int {
 	return len(w.first)
 }
 
-// choose is the best address: of the first range that has one, else, unless that is all that will do, the first one, IPv4 before IPv6.
-func (w vtepWish) choose(addresses []netip.Addr) (best netip.Addr) {
-	for _, a := range addresses {
-		rank := w.rank(a)
-		if !w.fits(a) || w.strict && rank == len(w.first) {
-			continue
+// choose is the best address: of the first range that has one, else, unless that is all that will do, any; IPv4 before IPv6, and
+// then the one that the node had before the first: the kernel lists a new IPv6 address before the others.
+func (w vtepWish) choose(device kernel.Underlay, now segment.VXLAN) (best netip.Addr) {
+	better := func(a, b netip.Addr) bool {
+		switch {
+		case !b.IsValid() || w.rank(a) != w.rank(b):
+			return !b.IsValid() || w.rank(a) < w.rank(b)
+		case a.Is4() != b.Is4():
+			return a.Is4()
 		}
-		if !best.IsValid() || rank < w.rank(best) || rank == w.rank(best) && a.Is4() && best.Is6() {
+		return a == now.Local
+	}
+	for _, a := range candidates(device, now) {
+		if w.fits(a) && !(w.strict && w.rank(a) == len(w.first)) && better(a, best) {
 			best = a
 		}
 	}
@@ -327,9 +333,12 @@ func (w vtepWish) String() string {
 	return strings.Join(ranges, ", ")
 }
 
-func (w vtepWish) problem(name string, vtep netip.Addr) Problem {
+func (w vtepWish) problem(name string, device kernel.Underlay, vtep netip.Addr) Problem {
 	kind, wayOut := "no IPv4 or IPv6 address", ""
 	switch {
+	case vtep.IsValid() && device.Up && device.Carrier && !slices.Contains(device.Addresses, vtep) && !slices.Contains(device.Sources, vtep):
+		return Problem{v1beta1.ReasonUnderlayNoAddress, fmt.Sprintf(
+			"device %q has lost its address %s: frames reach no other node. Give it back, or another", name, vtep), false}
 	case vtep.IsValid():
 		return Problem{}
 	case w.strict:

@@ -121,7 +121,7 @@ func ofSegment(s segment.Segment) v1beta1.SegmentStatus {
 		Underlay: s.VXLAN.Underlay,
 		MTU:      int32(s.MTU),
 	}
-	if s.VXLAN.Local.IsValid() {
+	if s.VXLAN.Local.IsValid() && s.VXLAN.UnderlayIndex != 0 {
 		status.VTEP = s.VXLAN.Local.String()
 	}
 	return status
@@ -131,7 +131,7 @@ func ofSegment(s segment.Segment) v1beta1.SegmentStatus {
 func planned(p Plan) v1beta1.SegmentStatus {
 	s := ofSegment(p.Segment)
 	s.State, s.Message = v1beta1.SegmentNotReady, "is being built"
-	if p.VTEP.IsValid() {
+	if p.VTEP.IsValid() && p.Segment.VXLAN.UnderlayIndex != 0 { // nobody hears there without a VXLAN
 		s.VTEP = p.VTEP.String()
 	}
 	if p.Problem.Blocking {

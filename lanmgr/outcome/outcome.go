@@ -92,8 +92,11 @@ func Send(run string, o Outcome) error {
 // again is how long Listen rests after it could not listen.
 const again = 10 * time.Second
 
+// errReplaced says that somebody else listens: another daemon, whose turn it is for a while.
+var errReplaced = errors.New("somebody else has taken the CNI plugin's socket")
+
 // Listen calls told for each outcome that is sent, one after the other, until the context ends. It makes the socket anew when
-// somebody has removed it, and tries again where that fails; what is sent meanwhile is lost.
+// somebody has removed it, and tries again after a rest where that fails; what is sent meanwhile is lost.
 func Listen(ctx context.Context, run string, log *slog.Logger, told func(Outcome)) {
 	for failed := ""; ctx.Err() == nil; {
 		err := listen(ctx, run, told)
@@ -149,8 +152,10 @@ func listen(ctx context.Context, run string, told func(Outcome)) error {
 		}
 		now, err := os.Lstat(path(run))
 		switch {
-		case errors.Is(err, fs.ErrNotExist), err == nil && !os.SameFile(made, now):
+		case errors.Is(err, fs.ErrNotExist):
 			return nil
+		case err == nil && !os.SameFile(made, now):
+			return errReplaced
 		case err != nil:
 			return fmt.Errorf("look for the CNI plugin's socket: %w", err)
 		}
