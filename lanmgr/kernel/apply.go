@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 
 	"github.com/vishvananda/netlink"
@@ -142,7 +143,10 @@ func (b *builder) apply(op segment.Op) error {
 	case segment.AddRemotes:
 		return c.changeRemotes(o.Name, o.Remotes, c.NeighAppend)
 	case segment.DelRemotes:
-		return c.changeRemotes(o.Name, o.Remotes, c.forget)
+		if err := c.changeRemotes(o.Name, o.Remotes, c.forget); err != nil || !o.Learnt {
+			return err
+		}
+		return c.forgetBehind(o.Name, o.Remotes)
 	case segment.AddPair:
 		return c.addPair(o)
 	case segment.DelLink:
@@ -374,6 +378,34 @@ func (c *conn) changeRemotes(vxlan string, remotes []netip.Addr, change func(*ne
 			})
 			if err != nil {
 				return fmt.Errorf("remote %s: %w", r, err)
+			}
+		}
+		return nil
+	})
+}
+
+// forgetBehind deletes what a VXLAN has learnt to be behind these remotes. An entry is deleted by its MAC alone: one that has moved there
+// from a link-local address bears a device, which cannot be named (see changeRemotes).
+func (c *conn) forgetBehind(vxlan string, remotes []netip.Addr) error {
+	return c.with(vxlan, func(l netlink.Link) error {
+		entries, err := c.NeighList(l.Attrs().Index, unix.AF_BRIDGE)
+		if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) { // an entry that is learnt meanwhile is not meant
+			return fmt.Errorf("list what it has learnt: %w", err)
+		}
+		for _, e := range entries {
+			remote, _ := netip.AddrFromSlice(e.IP)
+			if e.Flags&netlink.NTF_SELF == 0 || e.State&netlink.NUD_PERMANENT != 0 || !slices.Contains(remotes, remote.Unmap()) {
+				continue
+			}
+			any := net.IPv6unspecified
+			if remote.Unmap().Is4() {
+				any = net.IPv4zero
+			}
+			err := c.forget(&netlink.Neigh{
+				LinkIndex: l.Attrs().Index, Family: unix.AF_BRIDGE, Flags: netlink.NTF_SELF, HardwareAddr: e.HardwareAddr, IP: any,
+			})
+			if err != nil {
+				return fmt.Errorf("forget %s behind %s: %w", e.HardwareAddr, remote, err)
 			}
 		}
 		return nil

@@ -100,6 +100,9 @@ func NewPlan(lan *v1beta1.LAN, node Node, now segment.Segment) (p Plan, ok bool)
 		p.Segment.VXLAN.Group, p.VTEP = group, device.IPv4
 	default:
 		p.Segment.VXLAN.Group, p.VTEP = group, device.IPv6
+		if source := keptSource(device, now.VXLAN); source.IsValid() {
+			p.Segment.VXLAN.Local, p.VTEP = source, source
+		}
 	}
 	overhead := overhead6
 	if p.Segment.VXLAN.Group.Is4() || p.VTEP.Is4() {
@@ -292,6 +295,16 @@ func candidates(device kernel.Underlay, now segment.VXLAN) []netip.Addr {
 		return append(slices.Clone(device.Addresses), now.Local)
 	}
 	return device.Addresses
+}
+
+// keptSource is the source that a VXLAN over IPv6 had in unicast, which it keeps with a group. Without one its source would be the device's
+// link-local address, and to that the others could not send: they learn that a MAC has moved to another address, but not by
+// which device a link-local one is reached (vxlan_snoop in drivers/net/vxlan/vxlan_core.c).
+func keptSource(device kernel.Underlay, now segment.VXLAN) netip.Addr {
+	if now.Local.Is6() && now.UnderlayIndex == device.Index && slices.Contains(candidates(device, now), now.Local) {
+		return now.Local
+	}
+	return netip.Addr{}
 }
 
 func (w vtepWish) fits(a netip.Addr) bool { return !w.family.IsValid() || w.family.Is4() == a.Is4() }

@@ -336,6 +336,31 @@ func pooled(change func(*v1beta1.LAN)) *v1beta1.LAN {
 	})
 }
 
+// Without its address, the others could not send to it: see keptSource.
+func TestALANThatLeavesUnicastOverIPv6KeepsItsSource(t *testing.T) {
+	vtep, other := netip.MustParseAddr("2001:db8::1"), netip.MustParseAddr("2001:db8::2")
+	for _, c := range []struct {
+		name      string
+		addresses []netip.Addr
+		up        bool
+		device    int
+		want      netip.Addr
+	}{
+		{"an address of the device", []netip.Addr{other, vtep}, true, 2, vtep},
+		{"an address that the device has lost", []netip.Addr{other}, true, 2, netip.Addr{}},
+		{"an address that the device lost with its link", nil, false, 2, vtep},
+		{"another device", []netip.Addr{vtep}, true, 3, netip.Addr{}},
+	} {
+		n, now := worker1(), segment.Segment{VXLAN: segment.VXLAN{Local: vtep, UnderlayIndex: c.device}}
+		d := n.Underlays.Devices["eth0"]
+		d.Addresses, d.Up = c.addresses, c.up
+		n.Underlays.Devices["eth0"] = d
+		if plan, _ := node.NewPlan(lab(nil), n, now); plan.Segment.VXLAN.Local != c.want {
+			t.Errorf("%s: source = %v, want %v", c.name, plan.Segment.VXLAN.Local, c.want)
+		}
+	}
+}
+
 func TestAPoolIsAsManySpokes(t *testing.T) {
 	plan, _ := node.NewPlan(pooled(nil), worker1(), segment.Segment{})
 	want := "db_0 db_1 srl web_0 web_1 web_10 web_2 web_3 web_4 web_5 web_6 web_7 web_8 web_9"

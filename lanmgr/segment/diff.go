@@ -146,7 +146,7 @@ func (d *diff) groupAgain() {
 		d.do(SetVXLAN{want})
 	}
 	if len(l.VXLAN.Remotes) > 0 {
-		d.do(DelRemotes{want.Name, l.VXLAN.Remotes})
+		d.do(DelRemotes{Name: want.Name, Remotes: l.VXLAN.Remotes}) // the nodes are still there
 	}
 }
 
@@ -165,7 +165,7 @@ func (d *diff) remotes(l Link) {
 		d.do(SetVXLAN{want})
 	}
 	if d.want.Remotes != nil && len(del) > 0 {
-		d.do(DelRemotes{want.Name, del})
+		d.do(DelRemotes{Name: want.Name, Remotes: del, Learnt: true})
 	}
 }
 

@@ -46,10 +46,11 @@ type (
 		Name    string
 		Remotes []netip.Addr
 	}
-	// DelRemotes has it send no more to these.
+	// DelRemotes has it send no more to these and, where they are not to be reached any more, forget what it learnt to be behind them.
 	DelRemotes struct {
 		Name    string
 		Remotes []netip.Addr
+		Learnt  bool
 	}
 	// AddPair makes a spoke's standing pair: the port up in the bridge, the plug up beside it.
 	AddPair struct {
@@ -136,7 +137,15 @@ func (o SetVXLAN) String() string {
 	return fmt.Sprintf("ip link set %s type vxlan id %d%s", o.Name, o.VNI, o.ends())
 }
 func (o AddRemotes) String() string { return flood("append", o.Name, o.Remotes) }
-func (o DelRemotes) String() string { return flood("del", o.Name, o.Remotes) }
+func (o DelRemotes) String() string {
+	s := flood("del", o.Name, o.Remotes)
+	if o.Learnt {
+		for _, r := range o.Remotes {
+			s += fmt.Sprintf(" && bridge fdb flush dev %s dst %s", o.Name, r)
+		}
+	}
+	return s
+}
 
 func flood(verb, vxlan string, remotes []netip.Addr) string {
 	s := fmt.Sprintf("bridge fdb %s 00:00:00:00:00:00 dev %s", verb, vxlan)

@@ -172,10 +172,10 @@ func TestDiffMendsWhatIsMissingOrChanged(t *testing.T) {
 		},
 		{"underlay gone", gone, built(lab), "record knlvrf\nip link del vx2"},
 		{"remote added", sixMore, built(six), "bridge fdb append 00:00:00:00:00:00 dev vx2 dst 2001:db8::3"},
-		{"remote gone", six, built(sixMore), "bridge fdb del 00:00:00:00:00:00 dev vx2 dst 2001:db8::3"},
+		{"remote gone", six, built(sixMore), "bridge fdb del 00:00:00:00:00:00 dev vx2 dst 2001:db8::3 && bridge fdb flush dev vx2 dst 2001:db8::3"},
 		{
 			"remote with another address", unicast("192.0.2.1", "192.0.2.2", "192.0.2.3"), built(four),
-			"bridge fdb append 00:00:00:00:00:00 dev vx2 dst 192.0.2.3\nbridge fdb del 00:00:00:00:00:00 dev vx2 dst 192.0.2.4",
+			"bridge fdb append 00:00:00:00:00:00 dev vx2 dst 192.0.2.3\nbridge fdb del 00:00:00:00:00:00 dev vx2 dst 192.0.2.4 && bridge fdb flush dev vx2 dst 192.0.2.4",
 		},
 		{"remotes not known", unknown, built(sixMore), ""},
 		{"remotes not known, instead of a group", unknown, built(lab), "record knlvrf"},
