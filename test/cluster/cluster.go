@@ -51,7 +51,8 @@ func newCluster(cfg Config) *Cluster {
 
 // record is written once a cluster is complete.
 type record struct {
-	Boot string `json:"boot"` // the machine's boot the cluster came up in
+	Boot    string `json:"boot"`    // the machine's boot the cluster came up in
+	Devices int    `json:"devices"` // that each of its nodes has
 }
 
 // ErrNotUp says that there is no complete cluster.
@@ -76,6 +77,9 @@ func Open(name string) (*Cluster, error) {
 	}
 	if boot != r.Boot {
 		return nil, fmt.Errorf("%w in %s: the machine has booted since it was", ErrNotUp, c.state.dir())
+	}
+	if r.Devices != len(devices()) {
+		return nil, fmt.Errorf("%w in %s but one of an earlier version, whose nodes have %d devices", ErrNotUp, c.state.dir(), r.Devices)
 	}
 	_, alive, err := c.state.running("kube-apiserver")
 	if err != nil {

@@ -18,6 +18,7 @@ const (
 
 	controlBridge = "control"  // carries the cluster; every node's eth0
 	lanBridge     = "underlay" // what LANs run over; every node's eth1 and eth2
+	subnetBridge  = "subnet"   // carries no multicast of UDP; every node's eth3
 
 	controlIPv4   = "10.77.0.1"
 	controlIPv6   = "fd77::1"
@@ -47,16 +48,50 @@ func specs() []spec {
 // device is one of a node's network devices, by number: 0 for eth0.
 type device byte
 
-func devices() []device { return []device{0, 1, 2} }
+// The devices that have addresses.
+const (
+	control device = 0
+	subnet  device = 3 // all nodes' in one subnet
+	routed  device = 4 // each node's in a subnet of its own, with the router between them
+)
+
+func devices() []device { return []device{control, 1, 2, subnet, routed} }
 
 func (d device) String() string { return fmt.Sprintf("eth%d", byte(d)) }
 
-func (d device) bridge() string {
-	if d == 0 {
+// bridge is the one that a device of the node is connected to.
+func (s spec) bridge(d device) string {
+	switch d {
+	case control:
 		return controlBridge
+	case subnet:
+		return subnetBridge
+	case routed:
+		return fmt.Sprintf("routed%d", s.number)
 	}
 	return lanBridge
 }
+
+// addresses are those of a device of the node, of IPv4 (/24) and IPv6 (/64); none but a link-local one if they are empty.
+func (s spec) addresses(d device) (ipv4, ipv6 string) {
+	switch d {
+	case control:
+		return s.IPv4, s.IPv6
+	case subnet:
+		return fmt.Sprintf("192.0.2.1%d", s.number), fmt.Sprintf("2001:db8:77::1%d", s.number)
+	case routed:
+		return fmt.Sprintf("198.18.%d.11", s.number), fmt.Sprintf("2001:db8:18:%d::11", s.number)
+	}
+	return "", ""
+}
+
+// router has the other end of a node's routed device.
+func (s spec) router() (ipv4, ipv6 string) {
+	return fmt.Sprintf("198.18.%d.1", s.number), fmt.Sprintf("2001:db8:18:%d::1", s.number)
+}
+
+// routedPrefixes have all routed devices.
+func routedPrefixes() []string { return []string{"198.18.0.0/16", "2001:db8:18::/48"} }
 
 func parseDevice(name string) (device, error) {
 	i := slices.IndexFunc(devices(), func(d device) bool { return d.String() == name })

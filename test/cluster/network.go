@@ -6,8 +6,10 @@ import (
 	"io/fs"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"runtime"
+	"strings"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
@@ -17,13 +19,14 @@ import (
 )
 
 // createUnderlay makes the network namespace with the bridges between the
-// nodes, where the control plane runs as well.
+// nodes, and the router, where the control plane runs as well.
 func (s state) createUnderlay() error {
 	if err := createNetns(s.underlayNetns()); err != nil {
 		return fmt.Errorf("make network namespace %s: %w", s.underlayNetns(), err)
 	}
 	err := setSysctls(s.underlayPath(), map[string]string{
-		"net/ipv4/ip_forward": "1", // webhooks and Services: the control plane reaches pods through their nodes
+		"net/ipv4/ip_forward":          "1", // webhooks and Services: the control plane reaches pods through their nodes
+		"net/ipv6/conf/all/forwarding": "1",
 		// Ports and the LANs' bridge say nothing of their own.
 		"net/ipv6/conf/default/disable_ipv6": "1",
 		// Frames are for the nodes to filter.
@@ -34,20 +37,57 @@ func (s state) createUnderlay() error {
 	if err != nil {
 		return err
 	}
-	return inside(s.underlayPath(), func(h *netlink.Handle) error {
+	err = inside(s.underlayPath(), func(h *netlink.Handle) error {
 		if err := setUp(h, "lo"); err != nil {
 			return err
 		}
-		for i, name := range []string{controlBridge, lanBridge} {
+		bridges, addresses := []string{controlBridge, lanBridge, subnetBridge}, map[string][2]string{controlBridge: {controlIPv4, controlIPv6}}
+		for _, n := range specs() {
+			ipv4, ipv6 := n.router()
+			bridges, addresses[n.bridge(routed)] = append(bridges, n.bridge(routed)), [2]string{ipv4, ipv6}
+		}
+		for i, name := range bridges {
 			if err := createBridge(h, name, net.HardwareAddr{0x02, 0x77, 0, 0xff, 0, byte(i)}); err != nil {
 				return err
 			}
 		}
-		if err := setSysctls(s.underlayPath(), map[string]string{"net/ipv6/conf/" + controlBridge + "/disable_ipv6": "0"}); err != nil {
-			return err
+		for name, a := range addresses {
+			if err := setSysctls(s.underlayPath(), map[string]string{"net/ipv6/conf/" + name + "/disable_ipv6": "0"}); err != nil {
+				return err
+			}
+			if err := address(h, name, a[0], a[1]); err != nil {
+				return err
+			}
 		}
-		return address(h, controlBridge, controlIPv4, controlIPv6)
+		return nil
 	})
+	if err != nil {
+		return err
+	}
+	return s.dropMulticast()
+}
+
+// dropMulticast takes multicast of UDP from the network that is to carry none;
+// what IPv6 itself needs passes.
+func (s state) dropMulticast() error {
+	var ports []string
+	for _, n := range specs() {
+		ports = append(ports, n.port(subnet))
+	}
+	nft := exec.Command("ip", "netns", "exec", s.underlayNetns(), "nft", fmt.Sprintf(`table bridge subnet {
+	chain forward {
+		type filter hook forward priority 0
+		oifname { %s } jump multicast
+	}
+	chain multicast {
+		ip daddr 224.0.0.0/4 meta l4proto udp counter drop
+		ip6 daddr ff00::/8 meta l4proto udp counter drop
+	}
+}`, strings.Join(ports, ", ")))
+	if _, err := output(nft); err != nil {
+		return fmt.Errorf("drop multicast on bridge %s: %w", subnetBridge, err)
+	}
+	return nil
 }
 
 // shareNetnsDir makes the folder of named network namespaces a shared mount of
@@ -132,9 +172,9 @@ func (n *Node) plug(d device) error {
 	}
 	defer node.Close()
 	err = inside(n.state.underlayPath(), func(h *netlink.Handle) error {
-		bridge, err := h.LinkByName(d.bridge())
+		bridge, err := h.LinkByName(n.bridge(d))
 		if err != nil {
-			return fmt.Errorf("find bridge %s: %w", d.bridge(), err)
+			return fmt.Errorf("find bridge %s: %w", n.bridge(d), err)
 		}
 		attrs := netlink.NewLinkAttrs()
 		attrs.Name, attrs.MasterIndex = n.port(d), bridge.Attrs().Index
@@ -143,29 +183,58 @@ func (n *Node) plug(d device) error {
 			PeerNamespace: netlink.NsFd(node),
 		}
 		if err := h.LinkAdd(veth); err != nil {
-			return fmt.Errorf("connect %s of %s to bridge %s: %w", d, n.Name, d.bridge(), err)
+			return fmt.Errorf("connect %s of %s to bridge %s: %w", d, n.Name, n.bridge(d), err)
 		}
 		return setUp(h, attrs.Name)
 	})
 	if err != nil {
 		return err
 	}
-	return inside(path, func(h *netlink.Handle) error {
-		if d != 0 {
-			return setUp(h, d.String())
-		}
-		return n.configureControl(h)
-	})
+	return inside(path, func(h *netlink.Handle) error { return n.configure(h, d) })
 }
 
-// configureControl gives eth0 its addresses and the node its routes.
-func (n *Node) configureControl(h *netlink.Handle) error {
-	if err := setUp(h, "eth0"); err != nil {
+// configure sets a device of the node up and gives it its addresses and the
+// node its routes by it, as far as they are not there.
+func (n *Node) configure(h *netlink.Handle, d device) error {
+	if err := setUp(h, d.String()); err != nil {
 		return err
 	}
-	if err := address(h, "eth0", n.IPv4, n.IPv6); err != nil {
+	ipv4, ipv6 := n.addresses(d)
+	if ipv4 == "" {
+		return nil
+	}
+	if err := address(h, d.String(), ipv4, ipv6); err != nil {
 		return err
 	}
+	switch d {
+	case control:
+		return n.routeControl(h)
+	case routed:
+		return n.routeRouted(h)
+	}
+	return nil
+}
+
+// routeRouted sends what is for the other nodes' routed devices to the router,
+// and never anywhere else: the way by the control network ends there as well.
+func (n *Node) routeRouted(h *netlink.Handle) error {
+	ipv4, ipv6 := n.router()
+	for i, via := range []string{ipv4, ipv6} {
+		_, to, err := net.ParseCIDR(routedPrefixes()[i])
+		if err != nil {
+			return err
+		}
+		if err := h.RouteReplace(&netlink.Route{Dst: to, Type: unix.RTN_UNREACHABLE, Priority: 1 << 16}); err != nil {
+			return fmt.Errorf("keep %s from other ways: %w", to, err)
+		}
+		if err := route(h, to.String(), via); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (n *Node) routeControl(h *netlink.Handle) error {
 	if err := route(h, "0.0.0.0/0", controlIPv4); err != nil {
 		return err
 	}
@@ -238,7 +307,8 @@ func (n *Node) RemoveUnderlay(dev string) error {
 	return n.unplug(d)
 }
 
-// RestoreUnderlay undoes CutUnderlay and RemoveUnderlay.
+// RestoreUnderlay undoes CutUnderlay and RemoveUnderlay, and sets a device up
+// that was set down, with the addresses and routes that this took.
 func (n *Node) RestoreUnderlay(dev string) error {
 	d, err := parseDevice(dev)
 	if err != nil {
@@ -258,10 +328,17 @@ func (n *Node) RestoreUnderlay(dev string) error {
 		}
 		return nil
 	})
-	if err != nil || !missing {
+	if err != nil {
 		return err
 	}
-	return n.plug(d)
+	if missing {
+		return n.plug(d)
+	}
+	path, err := n.Netns()
+	if err != nil {
+		return err
+	}
+	return inside(path, func(h *netlink.Handle) error { return n.configure(h, d) })
 }
 
 // inside calls f with a handle to the network namespace at path.
@@ -290,8 +367,8 @@ func setUp(h *netlink.Handle, name string) error {
 	return nil
 }
 
-// address gives a device its IPv4 (/24) and IPv6 (/64) address; the latter is
-// usable at once.
+// address gives a device its IPv4 (/24) and IPv6 (/64) address, if it has not
+// got them; the latter is usable at once.
 func address(h *netlink.Handle, name, ipv4, ipv6 string) error {
 	link, err := h.LinkByName(name)
 	if err != nil {
@@ -301,7 +378,7 @@ func address(h *netlink.Handle, name, ipv4, ipv6 string) error {
 		{IPNet: &net.IPNet{IP: net.ParseIP(ipv4).To4(), Mask: net.CIDRMask(24, 32)}},
 		{IPNet: &net.IPNet{IP: net.ParseIP(ipv6), Mask: net.CIDRMask(64, 128)}, Flags: unix.IFA_F_NODAD},
 	} {
-		if err := h.AddrAdd(link, addr); err != nil {
+		if err := h.AddrReplace(link, addr); err != nil {
 			return fmt.Errorf("give %s the address %s: %w", name, addr, err)
 		}
 	}

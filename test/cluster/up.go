@@ -449,7 +449,7 @@ func (c *Cluster) finish() error {
 	if err != nil {
 		return err
 	}
-	return writeJSON(c.state.record(), record{Boot: boot})
+	return writeJSON(c.state.record(), record{Boot: boot, Devices: len(devices())})
 }
 
 // Status prints one line for each process of the cluster.

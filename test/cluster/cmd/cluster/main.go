@@ -195,7 +195,7 @@ func mend(o *options) *cobra.Command {
 }
 
 func underlay(o *options) *cobra.Command {
-	c := &cobra.Command{Use: "underlay", Short: "Cut, remove or restore a network device (eth0, eth1, eth2) of a node"}
+	c := &cobra.Command{Use: "underlay", Short: "Cut, remove or restore a network device (eth0 to eth4) of a node"}
 	c.AddCommand(
 		onNode(o, "cut node device", "Pull the cable: the device loses its carrier", 2, func(_ context.Context, n *cluster.Node, args []string) error { return n.CutUnderlay(args[0]) }),
 		onNode(o, "remove node device", "Pull the card: the device is gone", 2, func(_ context.Context, n *cluster.Node, args []string) error { return n.RemoveUnderlay(args[0]) }),
