@@ -45,8 +45,8 @@ func TestPodHasTheSameMACAfterItIsDeletedAndMadeAnewOnWhicheverNode(t *testing.T
 			t.Errorf("on %s the pod's MAC is %s, it was %s", node, s.mac, mac)
 		}
 		want := l.awaitSegment(node, "moving", "attached", func(s v1beta1.SegmentStatus) bool { return len(s.Attachments) == 1 })
-		if s.mtu != int(want.MTU) || s.mtu != 1500-78 {
-			t.Errorf("on %s the pod's MTU is %d; LANNode says %d; the underlay's is 1500, so it should be %d", node, s.mtu, want.MTU, 1500-78)
+		if s.mtu != int(want.MTU) || s.mtu != l.underlay.mtu {
+			t.Errorf("on %s the pod's MTU is %d; LANNode says %d; the underlay's is 1500, so it should be %d", node, s.mtu, want.MTU, l.underlay.mtu)
 		}
 		l.delete(&corev1.Pod{}, "moving")
 		l.awaitPodGone("moving")

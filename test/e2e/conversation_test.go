@@ -42,8 +42,8 @@ func TestPodsOfOneNodeTalk(t *testing.T) {
 
 func TestLANsWithDifferentVNIsNeverHearEachOther(t *testing.T) {
 	l := newLab(t)
-	l.apply(lanYAML("red", 1003, []string{"red-1", "red-2"}))
-	l.apply(lanYAML("green", 1004, []string{"green-1", "green-2"}))
+	l.apply(l.lanYAML("red", 1003, []string{"red-1", "red-2"}))
+	l.apply(l.lanYAML("green", 1004, []string{"green-1", "green-2"}))
 	l.ready("red")
 	l.ready("green")
 	all := l.start(pod("red-1", worker1, "red-1"), pod("red-2", worker2, "red-2"), pod("green-1", worker1, "green-1"), pod("green-2", worker2, "green-2"))

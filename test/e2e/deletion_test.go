@@ -76,7 +76,7 @@ func TestLANIsDeletedAndMadeAgainAtOnce(t *testing.T) {
 
 	// Under another name, while pods hang on the first.
 	l.delete(&v1beta1.LAN{}, "before")
-	l.apply(lanYAML("after", 1090, []string{"before-1", "before-2", "after-3"}))
+	l.apply(l.lanYAML("after", 1090, []string{"before-1", "before-2", "after-3"}))
 	inUse := "vni 1090 is still in use by " + l.namespace + "/before (being deleted)"
 	l.awaitState("after", v1beta1.StateConflict, inUse)
 	l.awaitEvent("after", v1beta1.ReasonConflict, inUse)

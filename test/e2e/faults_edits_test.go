@@ -25,15 +25,15 @@ func TestLANIsEditedWhilePodsTalk(t *testing.T) {
 		l, one, two := l.in(t), one.in(t), two.in(t)
 		losesNothing(one, two, edit(func(s *v1beta1.LANSpec) { s.MTU = 1300 }))
 		third := l.start(pod("edits-3", worker2, "edits-3"))[0]
-		if two.look(); third.mtu != 1300 || two.mtu != 1500-78 {
-			t.Errorf("MTU of a new pod is %d, want 1300; of an old one %d, want %d as before", third.mtu, two.mtu, 1500-78)
+		if two.look(); third.mtu != 1300 || two.mtu != l.underlay.mtu {
+			t.Errorf("MTU of a new pod is %d, want 1300; of an old one %d, want %d as before", third.mtu, two.mtu, l.underlay.mtu)
 		}
 	})
 	t.Run("another UDP port interrupts for a second at most", func(t *testing.T) {
 		losesLittle(one.in(t), two.in(t), edit(func(s *v1beta1.LANSpec) { s.VXLANPort = 14790 }))
 	})
 	t.Run("another group interrupts for a second at most", func(t *testing.T) {
-		losesLittle(one.in(t), two.in(t), edit(func(s *v1beta1.LANSpec) { s.VXLANGroup = "ff02::1:36" }))
+		losesLittle(one.in(t), two.in(t), edit(func(s *v1beta1.LANSpec) { s.VXLANGroup = l.underlay.otherGroup() }))
 	})
 	t.Run("a node that is not selected any more keeps what is attached", func(t *testing.T) {
 		l := l.in(t)

@@ -16,32 +16,34 @@ import (
 	"github.com/k8slan/k8slan/crd/v1beta1"
 )
 
-// TestAPIServerIsAwayWhilePodsTalk takes the API server away for the time in K8SLAN_E2E_OUTAGE, 10 seconds if it is not set.
-func TestAPIServerIsAwayWhilePodsTalk(t *testing.T) {
+func TestAPIServerIsAwayWhilePodsTalk(t *testing.T) { newLab(t).apiServerIsAwayWhilePodsTalk() }
+
+// apiServerIsAwayWhilePodsTalk takes the API server away for the time in K8SLAN_E2E_OUTAGE, 10 seconds if it is not set.
+func (l lab) apiServerIsAwayWhilePodsTalk() {
+	l.Helper()
 	outage := 10 * time.Second
 	if text := os.Getenv("K8SLAN_E2E_OUTAGE"); text != "" {
 		var err error
 		if outage, err = time.ParseDuration(text); err != nil {
-			t.Fatal(err)
+			l.Fatal(err)
 		}
 	}
-	l := newLab(t)
 	one, two := l.pair("away", 1132)
 	m := l.machine(worker2)
 	before := m.indexes(l.namespace + ".away")
 	s := m.sandbox("away", "away-3")
-	ctx, cancel := context.WithTimeout(t.Context(), outage+4*patience)
+	ctx, cancel := context.WithTimeout(l.Context(), outage+4*patience)
 	defer cancel()
-	t.Cleanup(func() { // every other test wants it
+	l.Cleanup(func() { // every other test wants it
 		ctx, cancel := context.WithTimeout(context.Background(), patience)
 		defer cancel()
 		if err := bed.Cluster.StartAPIServer(ctx); err != nil {
-			t.Error(err)
+			l.Error(err)
 		}
 	})
 	losesNothing(one, two, func() {
 		if err := bed.Cluster.StopAPIServer(ctx); err != nil {
-			t.Fatal(err)
+			l.Fatal(err)
 		}
 		over := time.After(outage)
 		for attached := 0; ; attached++ {
@@ -50,23 +52,23 @@ func TestAPIServerIsAwayWhilePodsTalk(t *testing.T) {
 			s.must("DEL")
 			select {
 			case <-over:
-				t.Logf("the plugin attached and detached %d times without an API server", attached+1)
+				l.Logf("the plugin attached and detached %d times without an API server", attached+1)
 			default:
 				continue
 			}
 			break
 		}
 		if err := bed.Cluster.StartAPIServer(ctx); err != nil {
-			t.Fatal(err)
+			l.Fatal(err)
 		}
 		l.awaitCluster(ctx)
 		l.ready("away")
 	})
 	if after := m.indexes(l.namespace + ".away"); !maps.Equal(before, after) {
-		t.Errorf("the LAN's links are %v, they were %v", after, before)
+		l.Errorf("the LAN's links are %v, they were %v", after, before)
 	}
 	if err := bed.awaitInstalled(ctx); err != nil {
-		t.Error(err)
+		l.Error(err)
 	}
 	third := l.start(pod("away-3", worker2, "away-3"))[0]
 	third.address(address(3) + "/24")
@@ -115,7 +117,7 @@ func TestRunIsFullWhilePodsTalk(t *testing.T) {
 			t.Errorf("after an ADD that failed the CDI devices are %v, before it they were %v", after, devices)
 		}
 		// So does the daemon, of a LAN that is new and of one that has changed.
-		l.apply(lanYAML("late", 1134, []string{"late-1"}))
+		l.apply(l.lanYAML("late", 1134, []string{"late-1"}))
 		l.setSpokes("full", "full-1", "full-2", "full-3", "full-4")
 		for _, lan := range []string{"late", "full"} {
 			status := l.awaitSegment(worker2, lan, "NotReady", func(s v1beta1.SegmentStatus) bool { return s.State == v1beta1.SegmentNotReady })

@@ -20,13 +20,7 @@ func (m machine) sandbox(lan, spoke string) sandbox {
 	m.Helper()
 	s := sandbox{m, lan, spoke}
 	m.run("ip", "netns", "add", s.name())
-	m.Cleanup(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), patience)
-		defer cancel()
-		if _, err := m.Exec(ctx, "ip", "netns", "del", s.name()); err != nil {
-			m.Error(err)
-		}
-	})
+	m.undo("ip", "netns", "del", s.name())
 	return s
 }
 

@@ -14,7 +14,7 @@ import (
 
 func TestKubectlShowsLANsWaitsForThemAndExplainsThem(t *testing.T) {
 	l := newLab(t)
-	l.apply(lanYAML("shown", 1080, []string{"shown-1", "shown-2"}))
+	l.apply(l.lanYAML("shown", 1080, []string{"shown-1", "shown-2"}))
 	l.kubectl("wait", "--for=condition=Ready", "lan/shown", "--timeout=60s")
 	l.start(pod("shown-1", worker1, "shown-1"))
 	l.awaitLAN("shown", "told of its pod", func(lan *v1beta1.LAN) bool { return lan.Status.Attached == 1 })
@@ -40,9 +40,9 @@ func TestKubectlShowsLANsWaitsForThemAndExplainsThem(t *testing.T) {
 func TestOneOfTwoLANsThatClaimTheSameIsRefusedUntilTheOtherGoes(t *testing.T) {
 	l := newLab(t)
 	l.lan("holder", 1081, []string{"held"}, "ns: e2e-held")
-	l.apply(lanYAML("same-vni", 1081, []string{"vni-1"}))
-	l.apply(lanYAML("same-ns", 1082, []string{"ns-1"}, "ns: e2e-held"))
-	l.apply(lanYAML("same-spoke", 1083, []string{"held", "free"}))
+	l.apply(l.lanYAML("same-vni", 1081, []string{"vni-1"}))
+	l.apply(l.lanYAML("same-ns", 1082, []string{"ns-1"}, "ns: e2e-held"))
+	l.apply(l.lanYAML("same-spoke", 1083, []string{"held", "free"}))
 	for name, why := range map[string]string{
 		"same-vni": "vni 1081 is " + l.namespace + "/holder's",
 		"same-ns":  "ns e2e-held is " + l.namespace + "/holder's",

@@ -14,8 +14,10 @@ import (
 	"github.com/k8slan/k8slan/test/install"
 )
 
-func TestDaemonIsKilledWhilePodsTalk(t *testing.T) {
-	l := newLab(t)
+func TestDaemonIsKilledWhilePodsTalk(t *testing.T) { newLab(t).daemonIsKilledWhilePodsTalk() }
+
+func (l lab) daemonIsKilledWhilePodsTalk() {
+	l.Helper()
 	one, two := l.pair("killed", 1070)
 	m, ns := l.machine(worker2), l.namespace+".killed"
 	before, inPod := m.indexes(ns), two.index()
@@ -29,11 +31,11 @@ func TestDaemonIsKilledWhilePodsTalk(t *testing.T) {
 	after := m.indexes(ns)
 	for name, index := range before {
 		if after[name] != index {
-			t.Errorf("link %s was built anew: its index is %d, it was %d", name, after[name], index)
+			l.Errorf("link %s was built anew: its index is %d, it was %d", name, after[name], index)
 		}
 	}
 	if index := two.index(); index != inPod {
-		t.Errorf("the pod's link has index %s, it was %s", index, inPod)
+		l.Errorf("the pod's link has index %s, it was %s", index, inPod)
 	}
 	third.address(address(4) + "/24")
 	third.pings(address(1))

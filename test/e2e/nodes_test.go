@@ -67,6 +67,17 @@ func (m machine) powerOn(ctx context.Context) {
 	}
 }
 
+// undo runs a command in the node when the test is over.
+func (m machine) undo(command ...string) {
+	m.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), patience)
+		defer cancel()
+		if _, err := m.Exec(ctx, command...); err != nil {
+			m.Error(err)
+		}
+	})
+}
+
 // run runs a command in the node.
 func (m machine) run(command ...string) string {
 	m.Helper()

@@ -90,6 +90,7 @@ func sorted[T client.Object](have map[client.ObjectKey]T) []T {
 type lab struct {
 	*testing.T
 	namespace string
+	underlay  underlay // of its LANs
 }
 
 // newLab makes the namespace, and removes it with all in it after the test. A test that failed first tells what is
@@ -102,7 +103,7 @@ func newLab(t *testing.T) lab {
 		}
 		t.Skip(bed.missing)
 	}
-	l := lab{t, namespace(t)}
+	l := lab{t, namespace(t), usual}
 	t.Cleanup(func() {
 		ctx, cancel := context.WithTimeout(context.Background(), patience)
 		defer cancel()
@@ -148,12 +149,12 @@ func remove(ctx context.Context, namespace string) error {
 }
 
 // in is the same lab for a subtest.
-func (l lab) in(t *testing.T) lab { return lab{t, l.namespace} }
+func (l lab) in(t *testing.T) lab { return lab{t, l.namespace, l.underlay} }
 
 // elsewhere is the same test in another namespace of its own.
 func (l lab) elsewhere() lab {
 	l.Helper()
-	other := lab{l.T, namespace(l.T)}
+	other := lab{l.T, namespace(l.T), l.underlay}
 	l.Cleanup(func() {
 		ctx, cancel := context.WithTimeout(context.Background(), patience)
 		defer cancel()

@@ -43,8 +43,8 @@ func (l lab) k8slan(code int, args ...string) string {
 
 func TestStatusShowsLANsPodsAndNodesOnOneScreen(t *testing.T) {
 	l := newLab(t)
-	l.apply(lanYAML("seen", 1085, []string{"seen-1", "seen-2"}))
-	l.apply(lanYAML("seen-broken", 1086, []string{"seen-3"}, "vxlanDevMap: {worker2: eth7}"))
+	l.apply(l.lanYAML("seen", 1085, []string{"seen-1", "seen-2"}))
+	l.apply(l.lanYAML("seen-broken", 1086, []string{"seen-3"}, "vxlanDevMap: {worker2: eth7}"))
 	l.ready("seen")
 	l.start(pod("seen-1", worker1, "seen-1"))
 	l.awaitLAN("seen", "told of its pod", func(lan *v1beta1.LAN) bool { return lan.Status.Attached == 1 })

@@ -206,10 +206,10 @@ func (l lab) awaitPodGone(name string) {
 	one(l, &corev1.PodList{}, l.namespace, name, "gone", func(p *corev1.Pod) bool { return p == nil })
 }
 
-// lan applies a LAN over eth1 with some spokes and further lines of its spec, and awaits that it is Ready.
+// lan applies a LAN with some spokes and further lines of its spec, and awaits that it is Ready.
 func (l lab) lan(name string, vni int, spokes []string, more ...string) *v1beta1.LAN {
 	l.Helper()
-	l.apply(lanYAML(name, vni, spokes, more...))
+	l.apply(l.lanYAML(name, vni, spokes, more...))
 	return l.ready(name)
 }
 
@@ -229,15 +229,15 @@ func (l lab) pair(name string, vni int, more ...string) (one, two station) {
 // address is that of one of a pair.
 func address(i int) string { return fmt.Sprintf("10.99.0.%d", i) }
 
-func lanYAML(name string, vni int, spokes []string, more ...string) string {
+func (l lab) lanYAML(name string, vni int, spokes []string, more ...string) string {
 	return fmt.Sprintf(`apiVersion: lan.k8slan.io/v1beta1
 kind: LAN
 metadata:
   name: %s
 spec:
   vni: %d
-  defaultVxlanDev: eth1
   spokes: [%s]
   %s
-`, name, vni, strings.Join(spokes, ", "), strings.Join(more, "\n  "))
+  %s
+`, name, vni, strings.Join(spokes, ", "), l.underlay.spec(), strings.Join(more, "\n  "))
 }

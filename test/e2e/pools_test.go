@@ -20,7 +20,7 @@ import (
 	"github.com/k8slan/k8slan/crd/v1beta1"
 )
 
-// pool applies a LAN over eth1 that has one pool of its own name, with further lines, and awaits that it is Ready.
+// pool applies a LAN that has one pool of its own name, with further lines, and awaits that it is Ready.
 func (l lab) pool(name string, vni, size int, more ...string) {
 	l.Helper()
 	l.apply(fmt.Sprintf(`apiVersion: lan.k8slan.io/v1beta1
@@ -29,12 +29,12 @@ metadata:
   name: %s
 spec:
   vni: %d
-  defaultVxlanDev: eth1
+  %[5]s
   spokePools:
   - name: %[1]s
     size: %[3]d
     %[4]s
-`, name, vni, size, strings.Join(more, "\n    ")))
+`, name, vni, size, strings.Join(more, "\n    "), l.underlay.spec()))
 	l.ready(name)
 	for _, node := range []string{worker1, worker2} {
 		l.awaitAllocatable(node, name, int64(size))

@@ -24,7 +24,7 @@ func TestUnusedLANIsSilentAndHidden(t *testing.T) {
 	var listening sync.WaitGroup
 	for _, m := range l.machines() {
 		before[m.Name] = m.host().Links(t)
-		cable := m.host().Open(t, "eth1")
+		cable := m.host().Open(t, l.underlay.device)
 		listening.Go(func() { heard <- hush(ctx, cable, func(frame []byte) bool { return isVXLAN(frame, port) }) })
 	}
 	l.lan("idle", 1060, []string{"idle-1", "idle-2"}, "vxlanPort: 14789")
@@ -50,7 +50,7 @@ func TestUnusedLANIsSilentAndHidden(t *testing.T) {
 	listening.Wait()
 
 	// The same ears hear what they should once the LAN is in use.
-	cable := l.machine(worker1).host().Open(t, "eth1")
+	cable := l.machine(worker1).host().Open(t, l.underlay.device)
 	both := l.start(pod("idle-1", worker1, "idle-1"), pod("idle-2", worker2, "idle-2"))
 	both[0].run("frames", "-i", both[0].link, "stream", "send", "--count", "1")
 	if _, err := netns.Await(cable, patience, func(frame []byte) bool { return isVXLAN(frame, port) }); err != nil {

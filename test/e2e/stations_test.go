@@ -265,12 +265,23 @@ type stream struct {
 // startStream starts a stream.
 func startStream(from, to station) stream {
 	to.Helper()
+	return start(from, to, "--dst "+to.mac.String())
+}
+
+// startFlood starts a stream to an address that nobody has.
+func startFlood(from, to station) stream {
+	to.Helper()
+	return start(from, to, "")
+}
+
+func start(from, to station, destination string) stream {
+	to.Helper()
 	id := crc32.ChecksumIEEE([]byte(from.pod + " " + to.pod)) // two pods may have a stream in each direction
 	to.sh(`frames -i %s stream receive --id %d --count 0 --for 10m >/tmp/tally 2>/tmp/ear &
 echo $! >/tmp/receiver
 until grep -q listening /tmp/ear; do usleep 20000; done`, to.link, id)
-	from.sh(`frames -i %s stream send --id %d --dst %s --count 0 --rate 1000 >/tmp/sent 2>&1 &
-echo $! >/tmp/sender`, from.link, id, to.mac)
+	from.sh(`frames -i %s stream send --id %d %s --count 0 --rate 1000 >/tmp/sent 2>&1 &
+echo $! >/tmp/sender`, from.link, id, destination)
 	return stream{from: from, to: to, began: time.Now()}
 }
 

@@ -3,10 +3,10 @@ package e2e
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
-	"strings"
 	"testing"
 	"time"
 
@@ -20,34 +20,6 @@ import (
 	"github.com/k8slan/k8slan/test/frames"
 	"github.com/k8slan/k8slan/test/netns"
 )
-
-// unicastUnderlay gives the nodes a device of that name, with those addresses, that carries no VXLAN to a group.
-func (l lab) unicastUnderlay(device string, addresses ...string) {
-	l.Helper()
-	for i, m := range l.machines() {
-		m.addDevice(device)
-		m.run("ip", "link", "set", device, "up")
-		if strings.Contains(addresses[i], ":") {
-			m.run("ip", "addr", "add", addresses[i], "dev", device, "nodad")
-		} else {
-			m.run("ip", "addr", "add", addresses[i], "dev", device)
-		}
-		m.run("nft", fmt.Sprintf(`table inet e2e_%s {
-			chain out {
-				type filter hook output priority 0
-				oifname %[1]s udp dport 4789 ip daddr 224.0.0.0/4 counter drop
-				oifname %[1]s udp dport 4789 ip6 daddr ff00::/8 counter drop
-			}
-		}`, device))
-		m.Cleanup(func() {
-			ctx, cancel := context.WithTimeout(context.Background(), patience)
-			defer cancel()
-			if _, err := m.Exec(ctx, "nft", "delete", "table", "inet", "e2e_"+device); err != nil {
-				m.Error(err)
-			}
-		})
-	}
-}
 
 // remotes are those that a LAN has on the node.
 func (m machine) remotes(lan string) (remotes []netip.Addr) {
@@ -75,108 +47,196 @@ func (m machine) remotes(lan string) (remotes []netip.Addr) {
 	return remotes
 }
 
-// awaitRemotes returns when the LAN's remotes on the node are as many.
-func (m machine) awaitRemotes(lan string, count int) {
+// awaitRemotes returns when the LAN has these remotes on the node, and no other.
+func (m machine) awaitRemotes(lan string, remotes ...string) {
 	m.Helper()
-	m.until(fmt.Sprintf("%d remotes", count), func() bool { return len(m.remotes(lan)) == count })
+	m.until(fmt.Sprintf("the remotes %v", remotes), func() bool {
+		var have []string
+		for _, r := range m.remotes(lan) {
+			have = append(have, r.String())
+		}
+		return slices.Equal(have, remotes)
+	})
 }
 
-func TestPodsTalkWithoutMulticast(t *testing.T) {
-	for _, c := range []struct {
-		family, lan, device, group string
-		vni                        int
-		addresses                  []string
-		mtu                        int
-	}{
-		{"IPv4", "ufour", "uni4", "", 1140, []string{"192.0.2.11/24", "192.0.2.12/24"}, 1442},
-		{"IPv6", "usix", "uni6", "ff02::14", 1141, []string{"2001:db8:77::11/64", "2001:db8:77::12/64"}, 1422},
-	} {
-		t.Run(c.family, func(t *testing.T) {
-			l := newLab(t)
-			l.unicastUnderlay(c.device, c.addresses...)
-			more := []string{"discovery: unicast", fmt.Sprintf("vxlanDevMap: {%s: %s, %s: %[2]s}", worker1, c.device, worker2)}
-			if c.group != "" {
-				more = append(more, "vxlanGrp: "+c.group)
-			}
-			one, two := l.pair(c.lan, c.vni, more...)
-			if lan := l.ready(c.lan); lan.Status.Discovery != "unicast" {
-				t.Errorf("status.discovery is %q", lan.Status.Discovery)
-			}
+// Frames of every kind cross each of the networks that carry no multicast, and the LAN is found there in no other way.
+func TestFramesOfEveryKindCrossWithoutMulticast(t *testing.T) {
+	const first = 1140
+	type pairAndVM struct{ one, two, vm station }
+	var all []pairAndVM
+	l := newLab(t)
+	for i, u := range unicasts {
+		l.apply(l.over(u).lanYAML(u.name, first+i, []string{u.name + "-1", u.name + "-2", u.name + "-vm"}))
+		l.create(pod(u.name+"-1", worker1, u.name+"-1"), pod(u.name+"-2", worker2, u.name+"-2"), vm(u.name+"-vm", worker2, u.name+"-vm", address(3)+"/24"))
+	}
+	for _, u := range unicasts {
+		s := pairAndVM{
+			l.station(pod(u.name+"-1", worker1, u.name+"-1")), l.station(pod(u.name+"-2", worker2, u.name+"-2")),
+			l.station(vm(u.name+"-vm", worker2, u.name+"-vm")),
+		}
+		s.one.address(address(1) + "/24")
+		s.two.address(address(2) + "/24")
+		all = append(all, s)
+	}
+	for i, u := range unicasts {
+		t.Run(u.name, func(t *testing.T) {
+			t.Parallel()
+			l := l.in(t).over(u)
 			for i, node := range []string{worker1, worker2} {
-				s := l.awaitSegment(node, c.lan, "with its VTEP", func(s v1beta1.SegmentStatus) bool { return s.VTEP != "" })
-				if own, _, _ := strings.Cut(c.addresses[i], "/"); s.VTEP != own || int(s.MTU) != c.mtu {
-					t.Errorf("%s has VTEP %s and MTU %d, want %s and %d", node, s.VTEP, s.MTU, own, c.mtu)
+				s := l.awaitSegment(node, u.name, "with its VTEP", func(s v1beta1.SegmentStatus) bool { return s.VTEP != "" })
+				if s.VTEP != u.vteps[i] || int(s.MTU) != u.mtu {
+					t.Errorf("%s has VTEP %s and MTU %d, want %s and %d", node, s.VTEP, s.MTU, u.vteps[i], u.mtu)
 				}
 			}
-			crosses(one, two)
-			crosses(two, one)
-			losesNothing(one, two, func() { // there and back, within the family of addresses
-				l.change(c.lan, func(s *v1beta1.LANSpec) { s.Discovery, s.VXLANGroup = v1beta1.Multicast, groupOf(c.family) })
-				l.change(c.lan, func(s *v1beta1.LANSpec) { s.Discovery, s.VXLANGroup = v1beta1.Unicast, c.group })
-			})
+			if lan := l.ready(u.name); lan.Status.Discovery != string(v1beta1.Unicast) {
+				t.Errorf("status.discovery is %q", lan.Status.Discovery)
+			}
+			one, two, vm := all[i].one.in(t), all[i].two.in(t), all[i].vm.in(t)
+			for _, far := range []station{two, vm} {
+				crosses(one, far)
+				crosses(far, one)
+			}
+			one.pings(address(2), address(3))
+			one.fetches(two, address(2))
 
 			// The network carries no multicast indeed: nobody finds an address that is new.
-			l.change(c.lan, func(s *v1beta1.LANSpec) { s.Discovery, s.VXLANGroup = v1beta1.Multicast, groupOf(c.family) })
+			l.change(u.name, func(s *v1beta1.LANSpec) { s.Discovery, s.VXLANGroup = v1beta1.Multicast, u.otherGroup() })
 			two.address(address(9) + "/24")
 			if out, err := one.try("ping", "-c", "1", "-W", "1", address(9)); err == nil {
 				t.Errorf("without remotes the other pod is found: %s", out)
 			}
-			l.change(c.lan, func(s *v1beta1.LANSpec) { s.Discovery, s.VXLANGroup = v1beta1.Unicast, c.group })
+			l.change(u.name, func(s *v1beta1.LANSpec) { s.Discovery, s.VXLANGroup = v1beta1.Unicast, u.group })
 			one.pings(address(9))
-
-			// A node that is back with another address.
-			m := l.machine(worker2)
-			was, _, _ := strings.Cut(c.addresses[1], "/")
-			is := strings.TrimSuffix(was, "12") + "13"
-			m.run("ip", "addr", "add", is+strings.TrimPrefix(c.addresses[1], was), "dev", c.device)
-			begin := time.Now()
-			m.run("ip", "addr", "del", c.addresses[1], "dev", c.device)
-			l.machine(worker1).until("the new address alone among the remotes", func() bool {
-				return slices.Equal(l.machine(worker1).remotes(c.lan), []netip.Addr{netip.MustParseAddr(is)})
-			})
-			l.logTime("until the other node had the new address", begin)
-			one.pings(address(2))
 		})
 	}
 }
 
-func groupOf(family string) string {
-	if family == "IPv4" {
-		return "239.77.0.14"
+// A network that carries multicast, with addresses of both families: what goes from pod to pod loses nothing when a LAN changes between
+// multicast and unicast. How much is lost of what is flooded, this says.
+func TestLANChangesItsDiscoveryWhilePodsTalk(t *testing.T) {
+	for i, u := range []underlay{
+		{name: "IPv4", vteps: [2]string{"203.0.113.11", "203.0.113.12"}, bits: 24},
+		{name: "IPv6", vteps: [2]string{"2001:db8:203::11", "2001:db8:203::12"}, bits: 64, group: "ff02::14"},
+	} {
+		t.Run(u.name, func(t *testing.T) {
+			l := newLab(t).over(multicast)
+			u.device = "both"
+			for i, m := range l.machines() {
+				m.addDevice(u.device, u.address(i))
+			}
+			l = l.over(u)
+			one, two := l.pair("change", 1144+i)
+			for _, c := range []struct {
+				to    v1beta1.Discovery
+				group string
+			}{{v1beta1.Multicast, u.otherGroup()}, {v1beta1.Unicast, u.group}} {
+				t.Run("to "+string(c.to), func(t *testing.T) {
+					one, two := one.in(t), two.in(t)
+					flood := startFlood(two, one)
+					losesNothing(one, two, func() {
+						l.in(t).change("change", func(s *v1beta1.LANSpec) { s.Discovery, s.VXLANGroup = c.to, c.group })
+					})
+					tally := flood.end()
+					t.Logf("of what was flooded %d frames were lost, %d came twice", tally.Lost, tally.Duplicates)
+				})
+			}
+		})
 	}
-	return "ff02::14"
 }
 
-// A node that is lost stays a remote, for it may still forward, until its Node is deleted, and its LANNode with that.
-func TestARemoteGoesWithItsNode(t *testing.T) {
-	l := newLab(t)
-	_, _ = l.pair("udead", 1143, "discovery: unicast", fmt.Sprintf("vxlanDevMap: {%s: eth0, %s: eth0}", worker1, worker2))
-	ctx, cancel := context.WithTimeout(t.Context(), 3*patience)
+// The faults of life_test.go and others over a router, with IPv6. The whole suite goes over any network with the flag -underlay.
+func TestFaultsOverARouter(t *testing.T) {
+	for _, c := range []struct {
+		what  string
+		fault func(lab)
+	}{
+		{"the daemon is killed", lab.daemonIsKilledWhilePodsTalk},
+		{"the underlay is cut and comes back", lab.trafficIsBackWithinASecondOfItsUnderlay},
+		{"the API server is away", lab.apiServerIsAwayWhilePodsTalk},
+		{"a node dies, and is back with another address", lab.nodeIsBackWithAnotherAddress},
+		{"a node has another address", lab.nodeHasAnotherAddress},
+	} {
+		t.Run(c.what, func(t *testing.T) { c.fault(newLab(t).over(routed6)) })
+	}
+}
+
+// A node that is lost stays a remote, for it may still forward, until its Node is deleted, and its LANNode with that. The pods of the other
+// nodes notice nothing, neither then nor when it is back with another address.
+func (l lab) nodeIsBackWithAnotherAddress() {
+	l.Helper()
+	l.lan("udead", 1146, []string{"udead-1", "udead-2", "udead-3"})
+	both := l.start(pod("udead-1", worker1, "udead-1"), pod("udead-2", worker1, "udead-2"))
+	lost := l.startSet("lost", worker2, "udead-3")
+	ctx, cancel := context.WithTimeout(l.Context(), 3*patience)
 	defer cancel()
 	alive, dead := l.machine(worker1), l.machine(worker2)
-	dead.powerOff(ctx)
-	if remotes := alive.remotes("udead"); len(remotes) != 1 {
-		t.Errorf("while the node is down the other has the remotes %v", remotes)
-	}
-	begin := time.Now()
-	if err := bed.client.Delete(ctx, &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: worker2}}); err != nil {
-		t.Fatal(err)
-	}
-	alive.awaitRemotes("udead", 0)
-	l.logTime("from the end of the Node until its remote was gone", begin)
-	dead.powerOn(ctx)
+	alive.awaitRemotes("udead", l.underlay.vteps[1])
+	losesNothing(both[0], both[1], func() {
+		dead.powerOff(ctx)
+		alive.awaitRemotes("udead", l.underlay.vteps[1])
+		begin := time.Now()
+		if err := bed.client.Delete(ctx, &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: worker2}}); err != nil {
+			l.Fatal(err)
+		}
+		alive.awaitRemotes("udead")
+		l.logTime("from the end of the Node until its remote was gone", begin)
+
+		dead.powerOn(ctx)
+		dead.readdress(l.underlay.spare())
+		begin = time.Now()
+		l.awaitPod(lost.pod, "another one that runs", func(p *corev1.Pod) bool { return string(p.UID) != lost.uid && isRunning(p) })
+		alive.awaitRemotes("udead", l.underlay.spare().vteps[1])
+		l.logTime("until its pod ran again and was a remote by the new address", begin)
+	})
+	again := l.station(pod(lost.pod, worker2, "udead-3"))
+	both[0].address(address(1) + "/24")
+	again.address(address(3) + "/24")
+	both[0].reaches(address(3))
 	if err := bed.awaitInstalled(ctx); err != nil {
-		t.Fatal(err)
+		l.Fatal(err)
 	}
+}
+
+// readdress gives a node the address of worker2 in another underlay instead of that it has, for the time of the test.
+func (m machine) readdress(to underlay) {
+	m.Helper()
+	from := m.underlay.address(1)
+	m.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), patience)
+		defer cancel()
+		_, err := m.Exec(ctx, "ip", "addr", "del", to.address(1), "dev", m.underlay.device)
+		if err := errors.Join(err, m.RestoreUnderlay(m.underlay.device)); err != nil {
+			m.Error(err)
+		}
+	})
+	m.addAddress(m.underlay.device, to.address(1))
+	m.run("ip", "addr", "del", from, "dev", m.underlay.device)
+}
+
+// nodeHasAnotherAddress wants a pod that says nothing by itself to be found behind the new one.
+func (l lab) nodeHasAnotherAddress() {
+	l.Helper()
+	one, two := l.pair("moved", 1147)
+	alive, moved := l.machine(worker1), l.machine(worker2)
+	alive.awaitRemotes("moved", l.underlay.vteps[1])
+	s := startStream(one, two)
+	moved.readdress(l.underlay.spare())
+	begin := time.Now()
+	alive.awaitRemotes("moved", l.underlay.spare().vteps[1])
+	l.logTime("until the other node had the new address alone", begin)
+	<-time.After(2 * aMoment)
+	if tally := s.end(); tally.LongestLoss > 1000 {
+		l.Errorf("the stream was interrupted for %d ms, want 1,000 at most", tally.LongestLoss)
+	}
+	two.pings(address(1))
 }
 
 // TestAPodIsReachedAtOnce measures from when the plugin has attached a pod, the first of its node, until it hears what is flooded on
 // another node.
 func TestAPodIsReachedAtOnce(t *testing.T) {
-	const rounds = 20
-	l := newLab(t)
-	l.unicastUnderlay("unir", "192.0.2.21/24", "192.0.2.22/24")
-	l.lan("ureach", 1142, []string{"ureach-1", "ureach-2"}, "discovery: unicast", fmt.Sprintf("vxlanDevMap: {%s: unir, %s: unir}", worker1, worker2))
+	const rounds = 10
+	l := newLab(t).over(subnet4)
+	l.lan("ureach", 1148, []string{"ureach-1", "ureach-2"})
 	from, to := l.machine(worker1).sandbox("ureach", "ureach-1"), l.machine(worker2).sandbox("ureach", "ureach-2")
 	from.must("ADD")
 	ctx, cancel := context.WithCancel(t.Context())
@@ -184,7 +244,7 @@ func TestAPodIsReachedAtOnce(t *testing.T) {
 	go from.floods(ctx, from.wire(t), 1)
 	var reached []time.Duration
 	for range rounds {
-		from.awaitRemotes("ureach", 0)
+		from.awaitRemotes("ureach")
 		<-time.After(2 * aMoment) // the daemons have nothing to do
 		to.must("ADD")
 		begin := time.Now()

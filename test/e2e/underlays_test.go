@@ -1,0 +1,111 @@
+package e2e
+
+import (
+	"fmt"
+	"net/netip"
+	"strings"
+)
+
+// underlay is the network that LANs go over, and how nodes find each other on it.
+type underlay struct {
+	name   string
+	device string // of both nodes
+	second string // a device of worker2 on the same network; the same one if that has no other
+	group  string // that decides the family of addresses; empty: the LAN's default
+	vteps  [2]string
+	bits   int // of the VTEPs' prefixes; 0 with multicast, for which a link-local address does
+	mtu    int // a LAN's
+}
+
+// multicast is the underlay of all tests that do not ask for another, unless the flag does: one link, without addresses.
+var multicast = underlay{name: "multicast", device: "eth1", second: "eth2", mtu: 1500 - 78}
+
+// The underlays of LANs with unicast discovery, none of which carries multicast: the nodes' devices are in one subnet, or each in its own
+// with a router between them.
+var (
+	subnet4 = underlay{name: "subnet4", device: "eth3", second: "eth3", vteps: [2]string{"192.0.2.11", "192.0.2.12"}, bits: 24, mtu: 1500 - 58}
+	subnet6 = underlay{name: "subnet6", device: "eth3", second: "eth3", group: "ff02::14", vteps: [2]string{"2001:db8:77::11", "2001:db8:77::12"}, bits: 64, mtu: 1500 - 78}
+	routed4 = underlay{name: "routed4", device: "eth4", second: "eth4", vteps: [2]string{"198.18.1.11", "198.18.2.11"}, bits: 24, mtu: 1500 - 58}
+	routed6 = underlay{name: "routed6", device: "eth4", second: "eth4", group: "ff02::14", vteps: [2]string{"2001:db8:18:1::11", "2001:db8:18:2::11"}, bits: 64, mtu: 1500 - 78}
+
+	unicasts = []underlay{subnet4, subnet6, routed4, routed6}
+)
+
+// usual is the underlay of the tests that do not ask for one; TestMain sets it before the first of them and nothing changes it.
+var usual = multicast
+
+// setUsual sets it by its name.
+func setUsual(name string) error {
+	for _, u := range append(unicasts, multicast) {
+		if u.name == name {
+			usual = u
+			return nil
+		}
+	}
+	return fmt.Errorf("there is no underlay %q", name)
+}
+
+// String is the underlay's name.
+func (u underlay) String() string { return u.name }
+
+func (u underlay) unicast() bool { return u.bits > 0 }
+
+// over is the same test with LANs over another underlay.
+func (l lab) over(u underlay) lab {
+	l.underlay = u
+	return l
+}
+
+// spec are the lines that a LAN's spec has for the underlay.
+func (u underlay) spec() string {
+	lines := []string{"defaultVxlanDev: " + u.device}
+	if u.unicast() {
+		lines = append(lines, "discovery: unicast")
+	}
+	if u.group != "" {
+		lines = append(lines, "vxlanGrp: "+u.group)
+	}
+	return strings.Join(lines, "\n  ")
+}
+
+// otherGroup is a group of the family of the underlay's addresses.
+func (u underlay) otherGroup() string {
+	if u.unicast() && netip.MustParseAddr(u.vteps[0]).Is4() {
+		return "239.77.0.36"
+	}
+	return "ff02::1:36"
+}
+
+// address is an address of a node, 0 being worker1, with its prefix length.
+func (u underlay) address(node int) string { return fmt.Sprintf("%s/%d", u.vteps[node], u.bits) }
+
+// spare is the underlay with an address of worker2 that nobody has.
+func (u underlay) spare() underlay {
+	const unused = 0x17
+	a := netip.MustParseAddr(u.vteps[1]).AsSlice()
+	a[len(a)-1] = unused
+	other, _ := netip.AddrFromSlice(a)
+	u.vteps[1] = other.String()
+	return u
+}
+
+// addDevice gives a node another device on the wire of the underlay, up, with addresses. It goes with the test.
+func (m machine) addDevice(name string, addresses ...string) {
+	m.Helper()
+	m.run("ip", "link", "add", name, "link", m.underlay.second, "type", "macvlan", "mode", "bridge")
+	m.undo("ip", "link", "del", name)
+	m.run("ip", "link", "set", name, "up")
+	for _, a := range addresses {
+		m.addAddress(name, a)
+	}
+}
+
+// addAddress gives a device of the node an address that can be used at once.
+func (m machine) addAddress(device, prefix string) {
+	m.Helper()
+	add := []string{"ip", "addr", "add", prefix, "dev", device}
+	if netip.MustParsePrefix(prefix).Addr().Is6() {
+		add = append(add, "nodad")
+	}
+	m.run(add...)
+}
