@@ -73,8 +73,8 @@ dataplane: ## Send real frames through LANs in network namespaces
 	$(GOTEST) -p 1 ./test/netns ./test/image/vm ./test/dataplane ./test/soak ./test/bench
 
 .PHONY: e2e
-e2e: ## Test everything on the cluster; FOCUS=<regexp> runs the tests of that name
-	$(GOTEST) -timeout 1h -count 1 -run '$(FOCUS)' ./test/e2e
+e2e: ## Test everything on the cluster; FOCUS=<regexp> runs the tests of that name, UNDERLAY=routed6 has LANs in unicast over a router
+	$(GOTEST) -timeout 1h -count 1 -run '$(FOCUS)' ./test/e2e $(if $(UNDERLAY),-underlay $(UNDERLAY))
 
 .PHONY: bench
 bench: ## Measure the speed against floors and peers, as root: a table, and bench.json; FOCUS=B8

@@ -16,64 +16,75 @@ import (
 	"github.com/k8slan/k8slan/crd/v1beta1"
 )
 
-func TestAPIServerIsAwayWhilePodsTalk(t *testing.T) { newLab(t).apiServerIsAwayWhilePodsTalk() }
-
-// apiServerIsAwayWhilePodsTalk takes the API server away for the time in K8SLAN_E2E_OUTAGE, 10 seconds if it is not set.
-func (l lab) apiServerIsAwayWhilePodsTalk() {
-	l.Helper()
+// TestAPIServerIsAwayWhilePodsTalk takes the API server away for the time in K8SLAN_E2E_OUTAGE, 10 seconds if it is not set, from a LAN over
+// the usual underlay and one in unicast over a router.
+func TestAPIServerIsAwayWhilePodsTalk(t *testing.T) {
 	outage := 10 * time.Second
 	if text := os.Getenv("K8SLAN_E2E_OUTAGE"); text != "" {
 		var err error
 		if outage, err = time.ParseDuration(text); err != nil {
-			l.Fatal(err)
+			t.Fatal(err)
 		}
 	}
-	one, two := l.pair("away", 1132)
+	l := newLab(t)
 	m := l.machine(worker2)
-	before := m.indexes(l.namespace + ".away")
-	s := m.sandbox("away", "away-3")
-	ctx, cancel := context.WithTimeout(l.Context(), outage+4*patience)
+	type lan struct {
+		name     string
+		one, two station
+		third    sandbox
+		links    map[string]int
+	}
+	var lans []lan
+	for i, u := range []underlay{l.underlay, routed6} {
+		name := []string{"away", "afar"}[i]
+		one, two := l.over(u).pair(name, 1132+17*i)
+		lans = append(lans, lan{name, one, two, m.sandbox(name, name+"-3"), m.indexes(l.namespace + "." + name)})
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), outage+4*patience)
 	defer cancel()
-	l.Cleanup(func() { // every other test wants it
+	t.Cleanup(func() { // every other test wants it
 		ctx, cancel := context.WithTimeout(context.Background(), patience)
 		defer cancel()
 		if err := bed.Cluster.StartAPIServer(ctx); err != nil {
-			l.Error(err)
+			t.Error(err)
 		}
 	})
-	losesNothing(one, two, func() {
-		if err := bed.Cluster.StopAPIServer(ctx); err != nil {
-			l.Fatal(err)
-		}
+	away := func() {
+		l.try(bed.Cluster.StopAPIServer(ctx))
 		over := time.After(outage)
 		for attached := 0; ; attached++ {
-			s.must("ADD")
-			s.pings(address(3), address(1))
-			s.must("DEL")
+			for _, n := range lans {
+				n.third.must("ADD")
+				n.third.pings(address(3), address(1))
+				n.third.must("DEL")
+			}
 			select {
 			case <-over:
-				l.Logf("the plugin attached and detached %d times without an API server", attached+1)
+				t.Logf("the plugin attached and detached %d times on each LAN without an API server", attached+1)
 			default:
 				continue
 			}
 			break
 		}
-		if err := bed.Cluster.StartAPIServer(ctx); err != nil {
-			l.Fatal(err)
-		}
+		l.try(bed.Cluster.StartAPIServer(ctx))
 		l.awaitCluster(ctx)
-		l.ready("away")
-	})
-	if after := m.indexes(l.namespace + ".away"); !maps.Equal(before, after) {
-		l.Errorf("the LAN's links are %v, they were %v", after, before)
+		for _, n := range lans {
+			l.ready(n.name)
+		}
 	}
+	losesNothing(lans[0].one, lans[0].two, func() { losesNothing(lans[1].one, lans[1].two, away) })
 	if err := bed.awaitInstalled(ctx); err != nil {
-		l.Error(err)
+		t.Error(err)
 	}
-	third := l.start(pod("away-3", worker2, "away-3"))[0]
-	third.address(address(3) + "/24")
-	third.pings(address(1))
-	l.awaitSegment(worker2, "away", "told of the two pods", func(s v1beta1.SegmentStatus) bool { return len(s.Attachments) == 2 })
+	for _, n := range lans {
+		if after := m.indexes(l.namespace + "." + n.name); !maps.Equal(n.links, after) {
+			t.Errorf("the links of LAN %s are %v, they were %v", n.name, after, n.links)
+		}
+		third := l.start(pod(n.name+"-3", worker2, n.name+"-3"))[0]
+		third.address(address(3) + "/24")
+		third.pings(address(1))
+		l.awaitSegment(worker2, n.name, "told of the two pods", func(s v1beta1.SegmentStatus) bool { return len(s.Attachments) == 2 })
+	}
 }
 
 // awaitCluster returns when Kubernetes does its work again, on both nodes. After an outage its parts try again less and less often,

@@ -152,7 +152,6 @@ func TestFaultsOverARouter(t *testing.T) {
 	}{
 		{"the daemon is killed", lab.daemonIsKilledWhilePodsTalk},
 		{"the underlay is cut and comes back", lab.trafficIsBackWithinASecondOfItsUnderlay},
-		{"the API server is away", lab.apiServerIsAwayWhilePodsTalk},
 		{"a node dies, and is back with another address", lab.nodeIsBackWithAnotherAddress},
 		{"a node has another address", lab.nodeHasAnotherAddress},
 	} {
