@@ -20,7 +20,7 @@ func (m machine) sandbox(lan, spoke string) sandbox {
 	m.Helper()
 	s := sandbox{m, lan, spoke}
 	m.run("ip", "netns", "add", s.name())
-	m.undo("ip", "netns", "del", s.name())
+	m.afterwards("ip", "netns", "del", s.name())
 	return s
 }
 

@@ -67,8 +67,8 @@ func (m machine) powerOn(ctx context.Context) {
 	}
 }
 
-// undo runs a command in the node when the test is over.
-func (m machine) undo(command ...string) {
+// afterwards runs a command in the node when the test is over.
+func (m machine) afterwards(command ...string) {
 	m.Cleanup(func() {
 		ctx, cancel := context.WithTimeout(context.Background(), patience)
 		defer cancel()

@@ -42,7 +42,7 @@ func (l lab) k8slan(code int, args ...string) string {
 }
 
 func TestStatusShowsLANsPodsAndNodesOnOneScreen(t *testing.T) {
-	l := newLab(t)
+	l := newLab(t).over(multicast)
 	l.apply(l.lanYAML("seen", 1085, []string{"seen-1", "seen-2"}))
 	l.apply(l.lanYAML("seen-broken", 1086, []string{"seen-3"}, "vxlanDevMap: {worker2: eth7}"))
 	l.ready("seen")

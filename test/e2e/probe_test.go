@@ -28,17 +28,6 @@ func (l lab) probes(code int, words []string, args ...string) {
 	}
 }
 
-// afterwards runs a command in the node when the test is over.
-func (m machine) afterwards(command ...string) {
-	m.Cleanup(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), patience)
-		defer cancel()
-		if _, err := m.Exec(ctx, command...); err != nil {
-			m.Error(err)
-		}
-	})
-}
-
 // holdDaemon keeps k8slan's daemon on the node from doing anything, until the test is over.
 func (m machine) holdDaemon() {
 	m.Helper()
@@ -85,7 +74,7 @@ func (c cable) rule(rule string) {
 }
 
 func TestProbeSaysWhatPassesAndWhereTheRestIsLost(t *testing.T) {
-	l := newLab(t)
+	l := newLab(t).over(multicast)
 	l.lan("probed", 1088, []string{"probed-1", "probed-2", "probed-3"}, "vxlanPort: 4801")
 	both := l.start(pod("probed-1", worker1, "probed-1"), pod("probed-2", worker2, "probed-2"))
 	l.awaitLAN("probed", "told of its pods", func(lan *v1beta1.LAN) bool { return lan.Status.Attached == 2 })
@@ -217,18 +206,14 @@ func TestProbeSaysWhatPassesAndWhereTheRestIsLost(t *testing.T) {
 // The daemon of the node that should send does not hear that a pod has come on the other.
 func TestProbeNamesTheRemoteThatANodeDoesNotKnow(t *testing.T) {
 	for _, c := range []struct {
-		family, lan, device string
-		vni                 int
-		addresses           []string
-	}{
-		{"IPv4", "lonefour", "lone4", 1144, []string{"192.0.2.31/24", "192.0.2.32/24"}},
-		{"IPv6", "lonesix", "lone6", 1145, []string{"2001:db8:78::31/64", "2001:db8:78::32/64"}},
-	} {
-		t.Run(c.family, func(t *testing.T) {
-			l := newLab(t)
-			l.unicastUnderlay(c.device, c.addresses...)
+		underlay
+		lan string
+		vni int
+	}{{subnet4, "lonefour", 1144}, {subnet6, "lonesix", 1145}} {
+		t.Run(c.name, func(t *testing.T) {
+			l := newLab(t).over(c.underlay)
 			one, two := c.lan+"-1", c.lan+"-2"
-			l.lan(c.lan, c.vni, []string{one, two}, "discovery: unicast", fmt.Sprintf("vxlanDevMap: {%s: %s, %s: %[2]s}", worker1, c.device, worker2))
+			l.lan(c.lan, c.vni, []string{one, two})
 			l.start(pod(one, worker1, one))
 			l.awaitSegment(worker1, c.lan, "told of its pod", func(s v1beta1.SegmentStatus) bool { return len(s.Attachments) == 1 })
 			there, back := fmt.Sprintf("%s/%s → %[1]s/%[3]s: ", l.namespace, one, two), fmt.Sprintf("%s/%s → %[1]s/%[3]s: ", l.namespace, two, one)
@@ -237,14 +222,13 @@ func TestProbeNamesTheRemoteThatANodeDoesNotKnow(t *testing.T) {
 				l.machine(worker1).holdDaemon()
 				l.start(pod(two, worker2, two))
 				l.awaitSegment(worker2, c.lan, "told of its pod", func(s v1beta1.SegmentStatus) bool { return len(s.Attachments) == 1 })
-				l.machine(worker2).awaitRemotes(c.lan, 1)
-				address, _, _ := strings.Cut(c.addresses[1], "/")
+				l.machine(worker2).awaitRemotes(c.lan, c.vteps[0])
 				l.probes(1, []string{
-					fmt.Sprintf("Node worker1 does not know node worker2 as a remote: its VXLAN vx%d has no remotes, and the other's address is %s", c.vni, address),
+					fmt.Sprintf("Node worker1 does not know node worker2 as a remote: its VXLAN vx%d has no remotes, and the other's address is %s", c.vni, c.vteps[1]),
 					back + "every kind of frame passes",
 				}, c.lan)
 			})
-			l.machine(worker1).awaitRemotes(c.lan, 1)
+			l.machine(worker1).awaitRemotes(c.lan, c.vteps[1])
 			l.probes(0, []string{there + "every kind of frame passes", back + "every kind of frame passes"}, c.lan)
 		})
 	}

@@ -93,7 +93,7 @@ func (u underlay) spare() underlay {
 func (m machine) addDevice(name string, addresses ...string) {
 	m.Helper()
 	m.run("ip", "link", "add", name, "link", m.underlay.second, "type", "macvlan", "mode", "bridge")
-	m.undo("ip", "link", "del", name)
+	m.afterwards("ip", "link", "del", name)
 	m.run("ip", "link", "set", name, "up")
 	for _, a := range addresses {
 		m.addAddress(name, a)
