@@ -36,7 +36,7 @@ import (
 // startController runs the controller with the chart's rights until stop is called or the test ends.
 func startController(t *testing.T) (stop func()) {
 	t.Helper()
-	cfg := rest.CopyConfig(kube.config)
+	cfg := rest.CopyConfig(kube.Client)
 	cfg.Impersonate = rest.ImpersonationConfig{UserName: controllerAccount}
 	mgr, err := ctrl.NewManager(cfg, ctrl.Options{
 		Scheme:     controller.NewScheme(),

@@ -10,28 +10,24 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/go-logr/logr"
 	apiextensionsv1 "k8s.io/apiextensions-apiserver/pkg/apis/apiextensions/v1"
-	"k8s.io/apimachinery/pkg/util/wait"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/log"
-	"sigs.k8s.io/yaml"
 
 	"github.com/k8slan/k8slan/crd/controller"
 	"github.com/k8slan/k8slan/crd/manifests"
+	"github.com/k8slan/k8slan/test/apiserver"
 )
 
 var (
 	kube *server          // started by TestMain
 	api  client.WithWatch // as the cluster's administrator
 )
-
-func init() { runtime.LockOSThread() } // the programs die with the thread that started them: TestMain's
 
 func TestMain(m *testing.M) {
 	os.Exit(run(m))
@@ -43,7 +39,7 @@ func run(m *testing.M) int {
 	defer cancel()
 	s, err := startServer(ctx)
 	if s != nil {
-		defer s.stop()
+		defer s.Stop()
 	}
 	if err == nil {
 		kube = s
@@ -63,7 +59,7 @@ func prepare(ctx context.Context, s *server) error {
 		return err
 	}
 	var err error
-	if api, err = client.NewWithWatch(s.config, client.Options{Scheme: scheme}); err != nil {
+	if api, err = client.NewWithWatch(s.Client, client.Options{Scheme: scheme}); err != nil {
 		return err
 	}
 	nads, err := moduleFile("github.com/k8snetworkplumbingwg/network-attachment-definition-client", "artifacts/networks-crd.yaml")
@@ -83,7 +79,7 @@ func prepare(ctx context.Context, s *server) error {
 		definitions = append(definitions, content)
 	}
 	for _, definition := range definitions {
-		if err := install(ctx, definition); err != nil {
+		if err := apiserver.Define(ctx, api, definition); err != nil {
 			return err
 		}
 	}
@@ -106,7 +102,7 @@ func grant(ctx context.Context, s *server) error {
 	}
 	helm := exec.CommandContext(ctx, filepath.Join(s.helm, "helm"), "template", "k8slan", "../../charts/k8slan",
 		"--namespace", chartNamespace, "--kube-version", "1.36.3", "--show-only", "templates/rbac-controller.yaml")
-	helm.Env = append(os.Environ(), "HOME="+s.dir)
+	helm.Env = append(os.Environ(), "HOME="+s.Dir)
 	rights, err := helm.Output()
 	if err != nil {
 		return fmt.Errorf("render the controller's rights: %w%s", err, stderr(err))
@@ -122,32 +118,6 @@ func stderr(err error) string {
 		return ": " + string(exit.Stderr)
 	}
 	return ""
-}
-
-// install creates a CRD and waits until the API server serves it.
-func install(ctx context.Context, definition []byte) error {
-	var crd apiextensionsv1.CustomResourceDefinition
-	if err := yaml.UnmarshalStrict(definition, &crd); err != nil {
-		return fmt.Errorf("read a CRD: %w", err)
-	}
-	if err := api.Create(ctx, &crd); err != nil {
-		return fmt.Errorf("create CRD %s: %w", crd.Name, err)
-	}
-	established := func(ctx context.Context) (bool, error) {
-		if err := api.Get(ctx, client.ObjectKeyFromObject(&crd), &crd); err != nil {
-			return false, err
-		}
-		for _, c := range crd.Status.Conditions {
-			if c.Type == apiextensionsv1.Established && c.Status == apiextensionsv1.ConditionTrue {
-				return true, nil
-			}
-		}
-		return false, nil
-	}
-	if err := wait.PollUntilContextTimeout(ctx, 20*time.Millisecond, time.Minute, true, established); err != nil {
-		return fmt.Errorf("CRD %s is not established: %w: %v", crd.Name, err, crd.Status.Conditions)
-	}
-	return nil
 }
 
 // moduleFile reads a file of a module that this one requires.

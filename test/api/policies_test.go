@@ -29,7 +29,7 @@ func policies(t *testing.T, file string, values ...string) {
 		args = append(args, "--set-json", v)
 	}
 	helm := exec.CommandContext(t.Context(), filepath.Join(kube.helm, "helm"), args...)
-	helm.Env = append(os.Environ(), "HOME="+kube.dir)
+	helm.Env = append(os.Environ(), "HOME="+kube.Dir)
 	rendered, err := helm.Output()
 	if err != nil {
 		t.Fatalf("render %s: %v%s", file, err, stderr(err))
@@ -56,7 +56,7 @@ func policies(t *testing.T, file string, values ...string) {
 // as is a client that may do everything, but is taken for somebody else by admission policies.
 func as(t *testing.T, user string, extra map[string][]string) client.Client {
 	t.Helper()
-	config := rest.CopyConfig(kube.config)
+	config := rest.CopyConfig(kube.Client)
 	config.Impersonate = rest.ImpersonationConfig{UserName: user, Groups: []string{"system:masters"}, Extra: extra}
 	c, err := client.New(config, client.Options{Scheme: controller.NewScheme()})
 	if err != nil {
