@@ -133,6 +133,8 @@ func TestMetricsTellWhatHappensOnANode(t *testing.T) {
 	c.awaits(t, "k8slan_takeovers_total", 1)
 	next.must(t, "DEL", podNetwork)
 	c.awaits(t, detached, 1)
+	h.sandbox(t).refused(t, "DEL", with(podNetwork, keys{"ipam": keys{"type": "no-such-plugin"}}), cni.CodeIPAM, "no-such-plugin")
+	c.awaits(t, "k8slan_detach_failures_total reason=ipam", 1)
 	c.awaitReports(t, "the VM alone to be attached", func(reports []lanmgr.Report) bool { return len(reports[0].Claims) == 1 && reports[0].Built })
 
 	repairs := "k8slan_repairs_total operation=AddPair"

@@ -68,14 +68,20 @@ func (l lab) awaitMetric(what string, scrape func() float64, least float64) {
 	}
 }
 
+// lanNode is what the node reports.
+func (l lab) lanNode(node string) *v1beta1.LANNode {
+	l.Helper()
+	lanNode := &v1beta1.LANNode{}
+	if err := bed.client.Get(l.Context(), client.ObjectKey{Name: node}, lanNode); err != nil {
+		l.Fatal(err)
+	}
+	return lanNode
+}
+
 // attachedOn is how many attachments of a kind the node reports.
 func (l lab) attachedOn(node, kind string) (count float64) {
 	l.Helper()
-	var lanNode v1beta1.LANNode
-	if err := bed.client.Get(l.Context(), client.ObjectKey{Name: node}, &lanNode); err != nil {
-		l.Fatal(err)
-	}
-	for _, s := range lanNode.Status.Segments {
+	for _, s := range l.lanNode(node).Status.Segments {
 		for _, a := range s.Attachments {
 			if string(a.Kind) == kind {
 				count++
@@ -99,6 +105,25 @@ func TestMetricsCountWhatHappensInTheCluster(t *testing.T) {
 		l.awaitMetric(series, func() float64 { return l.scrape(daemon).value(series) }, before.value(series)+1)
 	}
 	l.lan("metered", 1160, []string{"metered", "metered-vm"})
+	l.ready("metered")
+	l.awaitMetric("LANs that are Ready, as in LANNode", func() float64 {
+		have := l.scrape(daemon).value(`k8slan_segments{state="Ready"}`)
+		if have != float64(l.lanNode(worker1).Status.Ready) {
+			return -1
+		}
+		return have
+	}, 1)
+	l.awaitMetric("spokes on offer, all known to kubelet, as in LANNode", func() float64 {
+		now, offered := l.scrape(daemon), int32(0)
+		for _, s := range l.lanNode(worker1).Status.Segments {
+			offered += s.Offered
+		}
+		have := now.value(`k8slan_spokes{state="healthy"}`)
+		if have != float64(offered) || have != now.value(`k8slan_spokes_registered`) {
+			return -1
+		}
+		return have
+	}, 2)
 	rises(`k8slan_operations_total{operation="AddPair"}`)
 	rises(`k8slan_kubelet_registrations_total`)
 	l.start(pod("metered", worker1, "metered"), vm("metered-vm", worker1, "metered-vm", "10.160.0.2/24"))
@@ -118,17 +143,20 @@ func TestMetricsCountWhatHappensInTheCluster(t *testing.T) {
 	rises(`k8slan_attach_failures_total{reason="no_device"}`)
 
 	var leaders []string
+	var spokes float64
 	lans := func() (sum float64) {
-		leaders = nil
+		leaders, spokes = nil, 0
 		for _, p := range l.programs(t.Context(), "controller") {
 			if e := l.scrape(p); strings.Contains(string(e), "k8slan_lans{") {
 				leaders = append(leaders, p.Name)
 				sum += e.value(`k8slan_lans{state="Ready"}`)
+				spokes += e.value(`k8slan_lan_spokes{state="attached"}`)
 			}
 		}
 		return sum
 	}
 	l.awaitMetric("Ready LANs", lans, 1)
+	l.awaitMetric("attached spokes", func() float64 { lans(); return spokes }, 2)
 	if len(leaders) != 1 {
 		t.Errorf("%v tell of LANs, want the leader alone", leaders)
 	}
