@@ -121,10 +121,9 @@ type GoneLAN struct {
 
 // LANNodeStatus is written by the node of that name alone.
 type LANNodeStatus struct {
-	// Segments are the LANs on this node, those that are leaving included.
+	// Segments are the LANs on this node, those that are leaving included; of each namespace (ns) there is one.
 	// +optional
-	// +listType=map
-	// +listMapKey=ns
+	// +listType=atomic
 	Segments []SegmentStatus `json:"segments,omitempty"`
 	// Underlays are the devices that the segments use.
 	// +optional
