@@ -45,6 +45,7 @@ type Server struct {
 	Dir        string // state, logs, certificates
 	Kubeconfig string
 	Client     *rest.Config // as the cluster's administrator, from anywhere in this process
+	APIServer  *os.Process  // the API server itself
 
 	config  Config
 	running []*program
@@ -89,12 +90,13 @@ func (s *Server) start(ctx context.Context) error {
 		return err
 	}
 	key := filepath.Join(s.Dir, "service-accounts.key")
-	if _, err := s.Run(filepath.Join(s.config.Kubernetes, "kube-apiserver"), "--etcd-servers="+etcdURL,
+	s.APIServer, err = s.Run(filepath.Join(s.config.Kubernetes, "kube-apiserver"), "--etcd-servers="+etcdURL,
 		"--bind-address="+s.config.Address, "--advertise-address="+s.config.Address, "--secure-port="+ports[2], "--cert-dir="+filepath.Join(s.Dir, "certs"),
 		"--endpoint-reconciler-type=none", "--service-cluster-ip-range=10.96.0.0/16",
 		"--authorization-mode=RBAC", "--token-auth-file="+filepath.Join(s.Dir, "tokens.csv"),
 		"--service-account-issuer=https://kubernetes.default.svc", "--service-account-key-file="+key, "--service-account-signing-key-file="+key,
-		"--disable-admission-plugins=ServiceAccount", "--watch-cache=true"); err != nil {
+		"--disable-admission-plugins=ServiceAccount", "--watch-cache=true")
+	if err != nil {
 		return err
 	}
 	return s.ready(ctx)

@@ -87,7 +87,7 @@ func offerSpokes(in io.Reader, out io.Writer) int {
 		if err != nil {
 			runtime.GC() // what a sync.Pool has outlives one collection
 			debug.FreeOSMemory()
-			fmt.Fprintln(out, resident())
+			fmt.Fprintln(out, resident(os.Getpid()))
 			continue
 		}
 		offer := make([]deviceplugin.Spoke, number)
@@ -109,9 +109,9 @@ func offerSpokes(in io.Reader, out io.Writer) int {
 	return 0
 }
 
-// resident is this process's resident memory in bytes.
-func resident() int64 {
-	status, _ := os.ReadFile("/proc/self/status")
+// resident is a process's resident memory in bytes.
+func resident(pid int) int64 {
+	status, _ := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 	for line := range strings.Lines(string(status)) {
 		var kilobytes int64
 		if _, err := fmt.Sscanf(line, "VmRSS: %d kB", &kilobytes); err == nil {
@@ -304,6 +304,13 @@ func ownSysctls(t *testing.T, dir string) {
 // start starts a program that ends with the test, even if that is killed.
 func start(t *testing.T, log, env, program string, args ...string) *os.Process {
 	t.Helper()
+	process, _ := startIn(t, func(f func() error) error { return f() }, log, env, program, args...)
+	return process
+}
+
+// startIn starts it on the thread on which do runs a function, which lives until the program has ended; stop ends it earlier.
+func startIn(t *testing.T, do func(func() error) error, log, env, program string, args ...string) (process *os.Process, stop func()) {
+	t.Helper()
 	out, err := os.Create(log)
 	try(t, err)
 	defer out.Close()
@@ -313,21 +320,28 @@ func start(t *testing.T, log, env, program string, args ...string) *os.Process {
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	started, ended := make(chan error, 1), make(chan struct{})
 	go func() {
+		defer close(ended)
 		runtime.LockOSThread() // the program would die with the thread that started it
 		defer runtime.UnlockOSThread()
-		err := cmd.Start()
-		started <- err
-		if err == nil {
-			_ = cmd.Wait() // it is killed
+		err := do(func() error {
+			err := cmd.Start()
+			started <- err
+			if err == nil {
+				_ = cmd.Wait() // it is killed
+			}
+			return nil
+		})
+		if err != nil {
+			started <- err
 		}
-		close(ended)
 	}()
 	try(t, <-started)
-	t.Cleanup(func() {
+	stop = func() {
 		_ = cmd.Process.Kill() // it may have ended
 		<-ended
-	})
-	return cmd.Process
+	}
+	t.Cleanup(stop)
+	return cmd.Process, stop
 }
 
 // awaitSocket returns when something listens.

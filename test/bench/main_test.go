@@ -40,6 +40,8 @@ func TestPerformance(t *testing.T) {
 		{"B5-B6", coldAndIdle},
 		{"B7", kubeletCost},
 		{"B8", traffic},
+		{"B9-B10", unicast},
+		{"B9-flood", flooding},
 	} {
 		t.Run(m.name, func(t *testing.T) { m.measure(t, b) })
 	}

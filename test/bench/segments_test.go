@@ -381,14 +381,20 @@ func dump(path string) error {
 // watchAll subscribes to what is changed in the node's namespace and in those of LANs, and returns what counts it.
 func watchAll(t *testing.T, n station) (count func() int) {
 	t.Helper()
-	var fd int
-	try(t, n.Do(func() (err error) {
+	fd := subscribe(t, n.Namespace)
+	const listenAllNSID = 8 // NETLINK_LISTEN_ALL_NSID in include/uapi/linux/netlink.h
+	try(t, unix.SetsockoptInt(fd, unix.SOL_NETLINK, listenAllNSID, 1))
+	return func() int { return events(fd) }
+}
+
+// subscribe opens a socket that hears of every change to links, neighbours, addresses and routes in a namespace.
+func subscribe(t *testing.T, ns netns.Namespace) (fd int) {
+	t.Helper()
+	try(t, ns.Do(func() (err error) {
 		fd, err = unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_ROUTE)
 		return err
 	}))
 	t.Cleanup(func() { unix.Close(fd) })
-	const listenAllNSID = 8 // NETLINK_LISTEN_ALL_NSID in include/uapi/linux/netlink.h
-	try(t, unix.SetsockoptInt(fd, unix.SOL_NETLINK, listenAllNSID, 1))
 	try(t, unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}))
 	for _, group := range []int{
 		unix.RTNLGRP_LINK, unix.RTNLGRP_NEIGH, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR,
@@ -396,14 +402,14 @@ func watchAll(t *testing.T, n station) (count func() int) {
 	} {
 		try(t, unix.SetsockoptInt(fd, unix.SOL_NETLINK, unix.NETLINK_ADD_MEMBERSHIP, group))
 	}
-	return func() int {
-		events, buf := 0, make([]byte, 1<<16)
-		for {
-			_, _, err := unix.Recvfrom(fd, buf, 0)
-			if errors.Is(err, unix.EAGAIN) {
-				return events
-			}
-			events++ // an overflow is one, too
+	return fd
+}
+
+// events are those that came to a socket since they were last counted.
+func events(fd int) (count int) {
+	for buf := make([]byte, 1<<16); ; count++ { // an overflow is one, too
+		if _, _, err := unix.Recvfrom(fd, buf, 0); errors.Is(err, unix.EAGAIN) {
+			return count
 		}
 	}
 }
