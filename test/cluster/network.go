@@ -55,7 +55,7 @@ func (s state) createUnderlay() error {
 			if err := setSysctls(s.underlayPath(), map[string]string{"net/ipv6/conf/" + name + "/disable_ipv6": "0"}); err != nil {
 				return err
 			}
-			if err := address(h, name, a[0], a[1]); err != nil {
+			if err := errors.Join(askOften(s.underlayPath(), name), address(h, name, a[0], a[1])); err != nil {
 				return err
 			}
 		}
@@ -190,7 +190,20 @@ func (n *Node) plug(d device) error {
 	if err != nil {
 		return err
 	}
+	if err := askOften(path, d.String()); err != nil {
+		return err
+	}
 	return inside(path, func(h *netlink.Handle) error { return n.configure(h, d) })
+}
+
+// askOften has the kernel ask for neighbours on a device five times a second
+// instead of once, so that a network that is back after a fault is used at once.
+func askOften(netns, device string) error {
+	const retransmit = "200"
+	return setSysctls(netns, map[string]string{
+		"net/ipv4/neigh/" + device + "/retrans_time_ms": retransmit,
+		"net/ipv6/neigh/" + device + "/retrans_time_ms": retransmit,
+	})
 }
 
 // configure sets a device of the node up and gives it its addresses and the
