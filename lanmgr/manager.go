@@ -468,6 +468,9 @@ func decide(want segment.Segment, wanted bool, have segment.State) (ops []segmen
 
 func (m *Manager) logOps(name string, ops []segment.Op) {
 	for _, op := range ops {
+		if !m.log.Enabled(context.Background(), slog.LevelDebug) {
+			break // a thousand remotes are a long text
+		}
 		m.log.Debug("done", "netns", name, "op", op.String())
 	}
 	if !built(ops) {
