@@ -3,6 +3,7 @@ package path
 import (
 	"bytes"
 	"encoding/binary"
+	"net/netip"
 	"slices"
 )
 
@@ -153,6 +154,19 @@ func Recognize(frame []byte) (id uint32, ok bool) {
 		return 0, false
 	}
 	return binary.BigEndian.Uint32(frame[i+len(magic):]), true
+}
+
+// OuterSource is where a packet on the underlay comes from; the zero Addr of one that is not IP.
+func OuterSource(packet []byte) netip.Addr {
+	const ethernet = 14
+	var a netip.Addr
+	switch {
+	case len(packet) >= ethernet+20 && binary.BigEndian.Uint16(packet[12:]) == ipv4:
+		a, _ = netip.AddrFromSlice(packet[ethernet+12:][:4])
+	case len(packet) >= ethernet+40 && binary.BigEndian.Uint16(packet[12:]) == ipv6:
+		a, _ = netip.AddrFromSlice(packet[ethernet+8:][:16])
+	}
+	return a
 }
 
 // Outer reads what is around a frame on the underlay (RFC 7348): the VNI, and whether the UDP checksum is wrong. Of a packet that is not

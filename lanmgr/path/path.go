@@ -70,6 +70,9 @@ type Heard struct {
 	VNI           uint32 `json:"vni,omitempty"`           // on the underlay
 	Length        int    `json:"length,omitempty"`        // of the IP packet on the underlay, in bytes
 	WrongChecksum bool   `json:"wrongChecksum,omitempty"` // of UDP, on the underlay
+
+	// Stranger is where the packet comes from, if the node hears the LAN's members alone and that is none.
+	Stranger netip.Addr `json:"stranger,omitzero"`
 }
 
 // Sent says that an order was carried out, or why not.
@@ -117,6 +120,8 @@ type Shot struct {
 	VNI           uint32 // it bore on the underlay
 	Length        int    // of its packet on the underlay, in bytes
 	WrongChecksum bool   // its packet came to the other node with a UDP checksum that is wrong
+
+	Stranger netip.Addr // its packet came to the other node from there, which takes it for a stranger's
 }
 
 // Course is what became of the frames of one direction.
@@ -356,7 +361,7 @@ func (s *Shot) heard(bySender bool, h Heard) (arrived bool) {
 	case bySender && h.Outgoing && h.Where == AtUnderlay:
 		hop = LeftNode
 	case !bySender && !h.Outgoing && h.Where == AtUnderlay:
-		hop, s.WrongChecksum = CameToNode, h.WrongChecksum
+		hop, s.WrongChecksum, s.Stranger = CameToNode, h.WrongChecksum, h.Stranger
 	case !bySender && !h.Outgoing && h.Where == AtVXLAN:
 		hop = CameToVXLAN
 	case !bySender && h.Outgoing && h.Where == AtPort:

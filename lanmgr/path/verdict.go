@@ -142,6 +142,9 @@ func (c Course) why(s Shot) string {
 				to.Node, s.VNI, to.VXLAN.Name, to.VNI)
 		case from.UDPPort != to.UDPPort:
 			return fmt.Sprintf("It came to node %s on UDP port %d, but VXLAN %s there listens on %d", to.Node, from.UDPPort, to.VXLAN.Name, to.UDPPort)
+		case s.Stranger.IsValid():
+			return fmt.Sprintf("It came to %s of node %s from %s, and is dropped there as a stranger's: the LAN has strictPeers, and no LANNode of another of its nodes has that "+
+				"address. Compare kubectl get lannode %s -o yaml with nft list table inet k8slan on node %[2]s", to.Underlay.Name, to.Node, s.Stranger, from.Node)
 		case s.WrongChecksum:
 			return fmt.Sprintf("It came to %s of node %s with a wrong UDP checksum, and the kernel there drops it: the transmit checksum offload of %s on node %s, or of a device "+
 				"on the way, is broken. Try ethtool -K %[3]s tx off on node %[4]s", to.Underlay.Name, to.Node, from.Underlay.Name, from.Node)

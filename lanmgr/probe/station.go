@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/netip"
 	"slices"
 	"sync"
 
@@ -19,6 +20,7 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/packet"
 	"github.com/k8slan/k8slan/lanmgr/path"
 	"github.com/k8slan/k8slan/lanmgr/segment"
+	"github.com/k8slan/k8slan/lanmgr/strangers"
 )
 
 // station is one end of a probe from node to node: it sends from the LAN's bridge and hears what passes the spoke's port, the VXLAN
@@ -27,6 +29,7 @@ type station struct {
 	facts  path.Facts
 	bridge *packet.Socket
 	ears   map[string]*packet.Socket // by where they are
+	hears  func(netip.Addr) bool     // whether the node takes the LAN's packets from there
 
 	mu  sync.Mutex // keeps messages apart
 	out *json.Encoder
@@ -118,7 +121,10 @@ func (s *station) open(ctx context.Context, host *kernel.Node, ns, spoke string)
 	if err != nil || want.VXLAN.UnderlayIndex == 0 {
 		return err
 	}
-	return host.Outside(func() error {
+	return host.Outside(func() (err error) {
+		if s.hears, err = strangers.Heard(s.facts.UDPPort, s.facts.VNI); err != nil {
+			return err
+		}
 		ear, err := packet.Open(want.VXLAN.Underlay, byPort(s.facts.UDPPort)...)
 		if err != nil {
 			return err
@@ -196,6 +202,9 @@ func (s *station) tell(where string, f packet.Frame) error {
 		heard.Length = len(f.Bytes) - header
 		heard.VNI, heard.WrongChecksum = path.Outer(f.Bytes)
 		heard.WrongChecksum = heard.WrongChecksum && !f.Unfinished
+		if from := path.OuterSource(f.Bytes); !f.Outgoing && from.IsValid() && !s.hears(from) {
+			heard.Stranger = from
+		}
 	}
 	return s.say(path.Message{Heard: &heard})
 }

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"log/slog"
 	"maps"
+	"net/netip"
 	"slices"
 	"sync"
 	"time"
@@ -71,6 +72,22 @@ func (f *Filter) Dropped() map[string]uint64 {
 
 // Remove takes all of it off a node; what is not there is no error. hostNetns is as for New.
 func Remove(hostNetns string) error { return table{netns: hostNetns}.remove() }
+
+// Heard says which addresses a LAN's packets are taken from, in the namespace of the calling thread, as the kernel has it now: any, where
+// the LAN is not strict.
+func Heard(port uint16, vni uint32) (func(netip.Addr) bool, error) {
+	s, err := table{}.observe(lansSet, members4Set, members6Set)
+	if err != nil && !unknown(err) {
+		return nil, err
+	}
+	lan := lanKey(port, vni)
+	_, strict := s.has[lansSet][lan]
+	return func(from netip.Addr) bool {
+		set, key := memberKey(lan, from)
+		_, member := s.has[set][key]
+		return member || !strict
+	}, nil
+}
 
 const (
 	firstDelay = 50 * time.Millisecond

@@ -11,6 +11,7 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/path"
 	"github.com/k8slan/k8slan/lanmgr/probe"
 	"github.com/k8slan/k8slan/lanmgr/segment"
+	"github.com/k8slan/k8slan/lanmgr/strangers"
 )
 
 // station starts a probe's station of a spoke.
@@ -82,6 +83,16 @@ func TestAProbeSaysWhatPassesAndWhereTheRestIsLost(t *testing.T) {
 			fault: func(t *testing.T, _, b host, s segment.Segment, _ *station) {
 				s.VXLAN.VNI = 999
 				b.build(t, b.here(t, s))
+			},
+		},
+		{
+			name: "neither node takes the other for a member", there: "is dropped there as a stranger's: the LAN has strictPeers", back: "kubectl get lannode worker2 -o yaml",
+			fault: func(t *testing.T, a, b host, s segment.Segment, _ *station) {
+				for _, h := range []host{a, b} {
+					filter, _ := h.filter(t)
+					filter.Set([]strangers.LAN{strict(s)})
+					until(t, "the filter", func() bool { return drops(filter, s) == 0 })
+				}
 			},
 		},
 		{
