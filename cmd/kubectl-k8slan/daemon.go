@@ -80,7 +80,7 @@ func (d onNode) run(ctx context.Context, stdin io.Reader, stdout, stderr io.Writ
 	}
 	// The program is told to end by the end of its standard input, so that it can say what it has to say.
 	input, inputEnd := io.Pipe()
-	defer input.Close()
+	defer inputEnd.Close() // this end, or the client's library complains
 	go func() {
 		_, err := io.Copy(inputEnd, stdin)
 		_ = inputEnd.CloseWithError(err)

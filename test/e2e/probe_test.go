@@ -197,6 +197,23 @@ func TestProbeSaysWhatPassesAndWhereTheRestIsLost(t *testing.T) {
 		})
 		l.probes(0, []string{wellThere, wellBack, "checksums come to " + l.namespace + "/probed-1 unfinished", "spokeOptions: {probed-1: {txChecksum: off}}."}, "probed")
 	})
+	t.Run("a plugin that is killed leaves nothing on the nodes", func(t *testing.T) {
+		l := l.in(t)
+		l.machine(worker2).cable("eth1").rule("udp dport 4801 drop") // so that it takes seconds
+		probe := l.plugin(t.Context(), "probe", "probed")
+		if err := probe.Start(); err != nil {
+			t.Fatal(err)
+		}
+		for _, running := range []bool{true, false} {
+			for _, m := range l.machines() {
+				m.until(fmt.Sprintf("a station to run, %t", running), func() bool {
+					return strings.Contains(m.run("sh", "-c", "cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' ' '"), "probe station --ns="+l.namespace) == running
+				})
+			}
+			_ = probe.Process.Kill() // once they run
+		}
+		_ = probe.Wait() // killed
+	})
 	t.Run("nobody", func(t *testing.T) {
 		l.in(t).probes(2, []string{"there is no LAN nowhere in namespace " + l.namespace}, "nowhere")
 		l.in(t).probes(2, []string{"stranger is no pod in namespace " + l.namespace}, "probed-1", "stranger")
