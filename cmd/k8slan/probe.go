@@ -53,7 +53,7 @@ func askCommand() *cobra.Command {
 	var count int
 	cmd := &cobra.Command{
 		Use:   "ask",
-		Short: "Send frames to the other end, half of them as short and half as long as may be, and want an answer to each; then one of every kind",
+		Short: "Send a frame of every kind to the other end and say which pass; then many, half of them as short and half as long as may be, and want an answer to each",
 		Args:  noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			out := cmd.OutOrStdout()
@@ -64,15 +64,7 @@ func askCommand() *cobra.Command {
 			defer port.Close()
 			ctx, cancel := context.WithTimeout(cmd.Context(), f.timeout)
 			defer cancel()
-			r, err := port.Ask(ctx, count)
-			if err == nil && r.Lost > 0 {
-				err = fmt.Errorf("%d of %d frames were lost on the way to node %s and back", r.Lost, r.Sent, r.Peer)
-			}
-			if err == nil {
-				fmt.Fprintf(out, "%d frames of %d and %d bytes went from node %s to node %s and back, none was lost; %s each, the slowest %s\n",
-					r.Sent, r.Short, r.Long, os.Getenv("NODE_NAME"), r.Peer, r.Mean.Round(time.Microsecond), r.Slowest.Round(time.Microsecond))
-				err = sayKinds(ctx, out, port, r)
-			}
+			err = ask(ctx, out, port, count)
 			if lan == "" {
 				return err
 			}
@@ -86,18 +78,31 @@ func askCommand() *cobra.Command {
 	return cmd
 }
 
-// sayKinds says which kinds of frames pass.
-func sayKinds(ctx context.Context, out io.Writer, port *probe.Port, r probe.Result) error {
-	course, err := port.Kinds(ctx, r)
+// ask says what passes to the other end; what doesn't is an error.
+func ask(ctx context.Context, out io.Writer, port *probe.Port, count int) error {
+	peer, err := port.Find(ctx)
 	if err != nil {
-		return fmt.Errorf("send every kind of frame to node %s: %w", r.Peer, err)
+		return err
+	}
+	course, err := port.Kinds(ctx, peer)
+	if err != nil {
+		return fmt.Errorf("send every kind of frame to node %s: %w", peer.Owner, err)
 	}
 	well, sentences := course.Verdict()
 	if !well {
 		return errors.New(strings.Join(sentences, " "))
 	}
 	fmt.Fprintln(out, strings.Join(sentences, "\n"))
-	return nil
+	r, err := port.Count(ctx, peer, count)
+	if err != nil {
+		return fmt.Errorf("send frames to node %s: %w", peer.Owner, err)
+	}
+	if r.Lost > 0 {
+		return fmt.Errorf("%d of %d frames were lost on the way to node %s and back", r.Lost, r.Sent, peer.Owner)
+	}
+	_, err = fmt.Fprintf(out, "%d frames of %d and %d bytes went from node %s to node %s and back, none was lost; %s each, the slowest %s\n",
+		r.Sent, r.Short, r.Long, port.Owner, peer.Owner, r.Mean.Round(time.Microsecond), r.Slowest.Round(time.Microsecond))
+	return err
 }
 
 // stationCommand is what kubectl k8slan probe runs in the daemon's pod.
@@ -122,6 +127,9 @@ func stationCommand() *cobra.Command {
 
 // removeLAN deletes the LAN that was probed. It goes when the pods on it have gone.
 func (f *hookFlags) removeLAN(ctx context.Context, name string) error {
+	if _, err := f.logger(); err != nil { // the client's library complains without one
+		return err
+	}
 	c, err := f.client()
 	if err != nil {
 		return err

@@ -33,6 +33,8 @@ const (
 	helloEvery = 200 * time.Millisecond
 	// patience is how long an answer may take before its frame counts as lost.
 	patience = time.Second
+	// enough is how many frames are lost before no more are sent.
+	enough = 10
 )
 
 var magic = []byte("k8slan probe")
@@ -142,40 +144,39 @@ func (p *Port) Answer(ctx context.Context) error {
 	return nil
 }
 
-// Result is what a probe found.
-type Result struct {
-	Peer          string // whoever answered
-	Sent          int    // frames, half of them as short and half as long as may be
-	Lost          int    // those of them that had no answer of the same size
-	Short, Long   int    // bytes
-	Slowest, Mean time.Duration
-
-	peer net.HardwareAddr
+// Peer is whoever answers at the other end.
+type Peer struct {
+	Owner string
+	MAC   net.HardwareAddr
 }
 
-// Ask waits until somebody answers, then sends count frames, one after the other, and counts the answers.
-func (p *Port) Ask(ctx context.Context, count int) (Result, error) {
-	peer, err := p.find(ctx)
-	if err != nil {
-		return Result{}, err
-	}
-	r := Result{Peer: peer.owner, peer: peer.from, Sent: count, Short: shortest, Long: p.MTU + header}
+// Result is what became of frames.
+type Result struct {
+	Sent          int // half of them as short and half as long as may be
+	Lost          int // those of them that had no answer of the same size
+	Short, Long   int // bytes
+	Slowest, Mean time.Duration
+}
+
+// Count sends count frames, one after the other, and counts the answers. Of a peer that loses many it sends fewer.
+func (p *Port) Count(ctx context.Context, peer Peer, count int) (Result, error) {
+	r := Result{Short: shortest, Long: p.MTU + header}
 	var total time.Duration
-	for i := range count {
+	for r.Sent < count && r.Lost < enough {
 		size := r.Short
-		if i%2 == 1 {
+		if r.Sent%2 == 1 {
 			size = r.Long
 		}
 		begin := time.Now()
-		answered, err := p.exchange(ctx, peer.from, uint32(i+1), size)
-		if err != nil {
-			return r, err
+		answered, err := p.exchange(ctx, peer.MAC, uint32(r.Sent+1), size)
+		if err == nil {
+			err = ctx.Err()
 		}
-		if !answered {
+		if err != nil {
+			return r, fmt.Errorf("after %d of %d frames: %w", r.Sent, count, err)
+		}
+		if r.Sent++; !answered {
 			r.Lost++
-			if ctx.Err() != nil {
-				return r, fmt.Errorf("after %d of %d frames: %w", i, count, ctx.Err())
-			}
 			continue
 		}
 		took := time.Since(begin)
@@ -188,19 +189,19 @@ func (p *Port) Ask(ctx context.Context, count int) (Result, error) {
 	return r, nil
 }
 
-// find asks everyone until one answers.
-func (p *Port) find(ctx context.Context) (message, error) {
+// Find asks everyone until somebody answers.
+func (p *Port) Find(ctx context.Context) (Peer, error) {
 	everyone := net.HardwareAddr{0xff, 0xff, 0xff, 0xff, 0xff, 0xff}
 	for ctx.Err() == nil {
 		if err := p.send(everyone, message{kind: kindHello}, shortest); err != nil {
-			return message{}, err
+			return Peer{}, err
 		}
 		m, err := p.answer(ctx, helloEvery, 0)
 		if err == nil || !errors.Is(err, context.DeadlineExceeded) {
-			return m.message, err
+			return Peer{m.owner, m.from}, err
 		}
 	}
-	return message{}, errors.New("nobody answered: either the other pod does not run, or no frame passes between the nodes; " +
+	return Peer{}, errors.New("nobody answered: either the other pod does not run, or no frame passes between the nodes; " +
 		"see kubectl get lans,lannodes, whether the underlay carries multicast, and kubectl k8slan probe between two pods on a LAN of these nodes")
 }
 
@@ -236,19 +237,19 @@ func (p *Port) answer(ctx context.Context, within time.Duration, number uint32) 
 	}
 }
 
-// Kinds sends frames of every kind to whoever answered, and says which arrive there.
-func (p *Port) Kinds(ctx context.Context, r Result) (path.Course, error) {
+// Kinds sends frames of every kind to the peer, and says which arrive there.
+func (p *Port) Kinds(ctx context.Context, peer Peer) (path.Course, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	orders, order := io.Pipe()
 	sent, saySent := io.Pipe()
 	heard, sayHeard := io.Pipe()
 	var both sync.WaitGroup
 	both.Go(func() { saySent.CloseWithError(p.obey(orders, saySent)) })
-	both.Go(func() { sayHeard.CloseWithError(p.report(ctx, r, sayHeard)) })
+	both.Go(func() { sayHeard.CloseWithError(p.report(ctx, peer, sayHeard)) })
 	defer both.Wait()
 	defer func() { _, _, _ = order.Close(), sent.Close(), heard.Close() }()
 	defer cancel()
-	return path.OneWay(ctx, path.Station{Node: p.Owner, Orders: order, Says: sent}, path.Station{Node: r.Peer, Says: heard})
+	return path.OneWay(ctx, path.Station{Node: p.Owner, Orders: order, Says: sent}, path.Station{Node: peer.Owner, Says: heard})
 }
 
 // facts are what is known of an end without looking at its node.
@@ -278,9 +279,9 @@ func (p *Port) obey(orders io.Reader, out io.Writer) error {
 }
 
 // report says which frames the other end tells of, until ctx ends.
-func (p *Port) report(ctx context.Context, r Result, out io.Writer) error {
+func (p *Port) report(ctx context.Context, peer Peer, out io.Writer) error {
 	says := json.NewEncoder(out)
-	err := says.Encode(path.Message{Facts: p.facts(r.Peer, r.peer)})
+	err := says.Encode(path.Message{Facts: p.facts(peer.Owner, peer.MAC)})
 	for err == nil {
 		var m message
 		if m, _, err = p.receive(ctx); err == nil && m.kind == kindHeard {

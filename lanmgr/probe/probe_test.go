@@ -51,8 +51,12 @@ func TestEveryFrameIsAnswered(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	end := make(chan error, 1)
 	go func() { end <- two.Answer(ctx) }()
-	r, err := one.Ask(ctx, 100)
-	if err != nil || r.Lost != 0 || r.Sent != 100 || !strings.HasPrefix(r.Peer, "nnn") || r.Short != 60 || r.Long != 1414 {
+	peer, err := one.Find(ctx)
+	if err != nil || !strings.HasPrefix(peer.Owner, "nnn") {
+		t.Errorf("%+v, %v", peer, err)
+	}
+	r, err := one.Count(ctx, peer, 100)
+	if err != nil || r.Lost != 0 || r.Sent != 100 || r.Short != 60 || r.Long != 1414 {
 		t.Errorf("%+v, %v", r, err)
 	}
 	cancel()
@@ -62,10 +66,14 @@ func TestEveryFrameIsAnswered(t *testing.T) {
 }
 
 func TestLostAndTruncatedFramesAreCounted(t *testing.T) {
+	inABubble(lostAndTruncated)(t)
+}
+
+func lostAndTruncated(t *testing.T) {
 	one, two, _ := wire(t)
 	go func() { // answers long frames short, and every fourth not at all
 		for {
-			m, _, err := two.receive(t.Context())
+			m, _, err := two.receive(t.Context()) // which ends with the test
 			if err != nil {
 				return
 			}
@@ -74,9 +82,13 @@ func TestLostAndTruncatedFramesAreCounted(t *testing.T) {
 			}
 		}
 	}()
-	r, err := one.Ask(t.Context(), 4)
+	r, err := one.Count(t.Context(), Peer{MAC: two.MAC}, 4)
 	if err != nil || r.Lost != 3 { // 1 is not answered, 2 and 4 are long
 		t.Errorf("%+v, %v; want 3 lost", r, err)
+	}
+	r, err = one.Count(t.Context(), Peer{MAC: two.MAC}, 1000)
+	if err != nil || r.Lost != 10 || r.Sent > 20 {
+		t.Errorf("of a thousand: %+v, %v; want no more after 10 that were lost", r, err)
 	}
 }
 
@@ -84,7 +96,7 @@ func TestSilenceIsToldWithTheWayOut(t *testing.T) {
 	one, _, _ := wire(t)
 	ctx, cancel := context.WithTimeout(t.Context(), helloEvery/2)
 	defer cancel()
-	if _, err := one.Ask(ctx, 1); err == nil || !strings.Contains(err.Error(), "kubectl get lans") {
+	if _, err := one.Find(ctx); err == nil || !strings.Contains(err.Error(), "kubectl get lans") {
 		t.Errorf("%v", err)
 	}
 }
@@ -106,12 +118,12 @@ func TestEveryKindOfFrameIsToldOf(t *testing.T) {
 			ctx, cancel := context.WithCancel(t.Context())
 			over := make(chan error, 1)
 			go func() { over <- two.Answer(ctx) }()
-			r, err := one.Ask(ctx, 2)
+			peer, err := one.Find(ctx)
 			if err != nil {
 				t.Fatal(err)
 			}
 			end.limit, end.loses = c.limit, c.loses
-			course, err := one.Kinds(ctx, r)
+			course, err := one.Kinds(ctx, peer)
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -220,7 +220,7 @@ func TestProbeSaysWhatPassesAndWhereTheRestIsLost(t *testing.T) {
 	})
 }
 
-// The daemon of the node that should send does not hear that a pod has come on the other.
+// The daemon of one node does not hear that a pod has come on the other, nor that that has another address.
 func TestProbeNamesTheRemoteThatANodeDoesNotKnow(t *testing.T) {
 	for _, c := range []struct {
 		underlay
@@ -243,6 +243,18 @@ func TestProbeNamesTheRemoteThatANodeDoesNotKnow(t *testing.T) {
 				l.probes(1, []string{
 					fmt.Sprintf("Node worker1 does not know node worker2 as a remote: its VXLAN vx%d has no remotes, and the other's address is %s", c.vni, c.vteps[1]),
 					back + "every kind of frame passes",
+				}, c.lan)
+			})
+			l.machine(worker1).awaitRemotes(c.lan, c.vteps[1])
+			t.Run("another address", func(t *testing.T) {
+				l := l.in(t)
+				l.machine(worker1).holdDaemon()
+				l.machine(worker2).readdress(c.spare())
+				is := c.spare().vteps[1]
+				l.awaitSegment(worker2, c.lan, "at its new address", func(s v1beta1.SegmentStatus) bool { return s.VTEP == is })
+				l.probes(1, []string{
+					fmt.Sprintf("Node worker1 does not know node worker2 as a remote: its VXLAN vx%d has the remotes %s, and the other's address is %s", c.vni, c.vteps[1], is),
+					back + "nothing passes. It came to " + c.device + " of node worker1 from " + is + ", and is dropped there as a stranger's: the LAN has strictPeers",
 				}, c.lan)
 			})
 			l.machine(worker1).awaitRemotes(c.lan, c.vteps[1])
