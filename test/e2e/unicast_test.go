@@ -213,6 +213,7 @@ func (m machine) readdress(to underlay) {
 			m.Error(err)
 		}
 	})
+	m.host().Sysctl(m.T, "net/ipv4/conf/all/promote_secondaries", "1") // as systemd has it: the new address does not go with the old
 	m.addAddress(m.underlay.device, to.address(1))
 	m.run("ip", "addr", "del", from, "dev", m.underlay.device)
 }
