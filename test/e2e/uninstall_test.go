@@ -40,9 +40,12 @@ func (l lab) reinstall() {
 
 func TestUninstallLeavesNothingButTheLANs(t *testing.T) {
 	l := newLab(t)
-	one, two := l.pair("goes", 1076)
+	one, two := l.pair("goes", 1076, "strictPeers: true")
 	l.start(vm("goes-3", worker1, "goes-3", address(3)+"/24"))
 	one.reaches(address(3))
+	for _, m := range l.machines() {
+		m.until("the filter of strangers", func() bool { return m.strict("goes") })
+	}
 	l.reinstall()
 
 	ctx, cancel := context.WithTimeout(t.Context(), 12*patience)
@@ -220,6 +223,9 @@ func (m machine) isClean() {
 	}
 	if links := m.run("sh", "-c", "ip -o link show type vxlan; ip -o link show type macvtap"); links != "" {
 		m.Errorf("%s has links:\n%s", m, links)
+	}
+	if tables := m.run("nft", "list", "tables"); strings.Contains(tables, "k8slan") {
+		m.Errorf("%s has tables of nftables:\n%s", m, tables)
 	}
 }
 
