@@ -92,8 +92,8 @@ func Heard(port uint16, vni uint32) (func(netip.Addr) bool, error) {
 const (
 	firstDelay = 50 * time.Millisecond
 	lastDelay  = 15 * time.Second
-	// burst is how long the table rests after a look, or four times as long as the look took if that is longer, but no longer
-	// than longest: strangers are to be dropped again within a second after somebody has flushed the node's ruleset.
+	// burst is how long the table rests after a look, or four times as long as the look took if that is longer, but then no longer
+	// than longest, or as the look took: strangers are to be dropped again soon after somebody has flushed the node's ruleset.
 	burst   = 10 * time.Millisecond
 	longest = 400 * time.Millisecond
 )
@@ -140,7 +140,8 @@ func (f *Filter) Run(ctx context.Context) error {
 		if (before == nil) != (err == nil) {
 			signal(f.changed)
 		}
-		rest := time.NewTimer(min(max(burst, 4*time.Since(began)), longest))
+		took := time.Since(began)
+		rest := time.NewTimer(max(burst, took, min(4*took, longest)))
 		select {
 		case <-ctx.Done():
 		case <-rest.C:

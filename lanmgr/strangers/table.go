@@ -258,9 +258,10 @@ func (t table) remove() error {
 	return fmt.Errorf("delete nftables' table inet %s: %w", tableName, err)
 }
 
-// unknown says whether the kernel has no nftables.
+// unknown says whether the kernel has no netfilter (EPROTONOSUPPORT), no nftables (EINVAL to a question, EOPNOTSUPP to a change; both
+// in net/netfilter/nfnetlink.c), or none for inet (EAFNOSUPPORT).
 func unknown(err error) bool {
-	return errors.Is(err, unix.EPROTONOSUPPORT) || errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EAFNOSUPPORT)
+	return errors.Is(err, unix.EPROTONOSUPPORT) || errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EAFNOSUPPORT)
 }
 
 // take takes a step.
