@@ -133,6 +133,17 @@ func (n Namespace) Netlink(t testing.TB) *netlink.Handle {
 // net/core/link_watch.c).
 func (n Namespace) AwaitCarrier(t testing.TB, link string) {
 	t.Helper()
+	n.await(t, link, netlink.OperUp)
+}
+
+// AwaitNoCarrier returns when a link that is up has lost its carrier, which the kernel tells it as late.
+func (n Namespace) AwaitNoCarrier(t testing.TB, link string) {
+	t.Helper()
+	n.await(t, link, netlink.OperLowerLayerDown)
+}
+
+func (n Namespace) await(t testing.TB, link string, state netlink.LinkOperState) {
+	t.Helper()
 	ns, err := vnetns.GetFromPath(n.Path)
 	if err != nil {
 		t.Fatalf("open network namespace %s: %v", n.Path, err)
@@ -149,13 +160,13 @@ func (n Namespace) AwaitCarrier(t testing.TB, link string) {
 		if err != nil {
 			t.Fatalf("%s in %s: %v", link, n.Path, err)
 		}
-		if l.Attrs().OperState == netlink.OperUp {
+		if l.Attrs().OperState == state {
 			return
 		}
 		select {
 		case <-updates:
 		case <-deadline:
-			t.Fatalf("%s in %s is %s after 10 s, want up", link, n.Path, l.Attrs().OperState)
+			t.Fatalf("%s in %s is %s after 10 s, want %s", link, n.Path, l.Attrs().OperState, state)
 		}
 	}
 }
