@@ -11,8 +11,8 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/path"
 	"github.com/k8slan/k8slan/lanmgr/probe"
 	"github.com/k8slan/k8slan/lanmgr/segment"
-	"github.com/k8slan/k8slan/test/netns"
 	"github.com/k8slan/k8slan/lanmgr/strangers"
+	"github.com/k8slan/k8slan/test/netns"
 )
 
 // station starts a probe's station of a spoke.

@@ -133,16 +133,16 @@ func (n Namespace) Netlink(t testing.TB) *netlink.Handle {
 // net/core/link_watch.c).
 func (n Namespace) AwaitCarrier(t testing.TB, link string) {
 	t.Helper()
-	n.await(t, link, netlink.OperUp)
+	n.await(t, link, true)
 }
 
 // AwaitNoCarrier returns when a link that is up has lost its carrier, which the kernel tells it as late.
 func (n Namespace) AwaitNoCarrier(t testing.TB, link string) {
 	t.Helper()
-	n.await(t, link, netlink.OperLowerLayerDown)
+	n.await(t, link, false)
 }
 
-func (n Namespace) await(t testing.TB, link string, state netlink.LinkOperState) {
+func (n Namespace) await(t testing.TB, link string, carrier bool) {
 	t.Helper()
 	ns, err := vnetns.GetFromPath(n.Path)
 	if err != nil {
@@ -160,13 +160,13 @@ func (n Namespace) await(t testing.TB, link string, state netlink.LinkOperState)
 		if err != nil {
 			t.Fatalf("%s in %s: %v", link, n.Path, err)
 		}
-		if l.Attrs().OperState == state {
+		if (l.Attrs().OperState == netlink.OperUp) == carrier {
 			return
 		}
 		select {
 		case <-updates:
 		case <-deadline:
-			t.Fatalf("%s in %s is %s after 10 s, want %s", link, n.Path, l.Attrs().OperState, state)
+			t.Fatalf("%s in %s is %s after 10 s, want a carrier: %t", link, n.Path, l.Attrs().OperState, carrier)
 		}
 	}
 }
