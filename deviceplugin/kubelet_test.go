@@ -175,6 +175,9 @@ func (k *fakeKubelet) setRefuse(err error) {
 	k.refuse = err
 }
 
+// patience is how long a test waits for what takes moments.
+const patience = 20 * time.Second
+
 // await waits until the resource is as wanted, and returns it.
 func (k *fakeKubelet) await(t testing.TB, name string, want func(resource) bool) resource {
 	t.Helper()
@@ -184,7 +187,7 @@ func (k *fakeKubelet) await(t testing.TB, name string, want func(resource) bool)
 // awaitAll waits until all the resources together are as wanted, and returns them.
 func (k *fakeKubelet) awaitAll(t testing.TB, want func(map[string]resource) bool) map[string]resource {
 	t.Helper()
-	deadline := time.After(20 * time.Second)
+	deadline := time.After(patience)
 	for {
 		k.mu.Lock()
 		seen, changed := maps.Clone(k.seen), k.changed
