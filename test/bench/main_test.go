@@ -10,6 +10,9 @@ import (
 	"testing"
 	"text/tabwriter"
 
+	"github.com/go-logr/logr"
+	ctrllog "sigs.k8s.io/controller-runtime/pkg/log"
+
 	"github.com/k8slan/k8slan/test/netns"
 )
 
@@ -23,6 +26,7 @@ func TestMain(m *testing.M) {
 	if os.Getenv(spokesRole) != "" {
 		os.Exit(offerSpokes(os.Stdin, os.Stdout))
 	}
+	ctrllog.SetLogger(logr.Discard()) // the client's library wants to be told
 	netns.Main(m)
 }
 
