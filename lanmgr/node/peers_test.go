@@ -242,6 +242,7 @@ func TestWhatIsNoAddressOfANodeIsNoRemote(t *testing.T) {
 	w := newWorld(t, lab(unicast))
 	stop := w.start()
 	defer stop()
+	w.awaitRemotes("") // the other nodes are watched
 	for i, vtep := range []string{"239.1.1.1", "0.0.0.0", "127.0.0.1", "::", "ff02::1", "fd00::1%eth0", "169.254.0.1", "nonsense", "192.0.2.2"} {
 		n := peer(fmt.Sprintf("worker%d", i+2), "uid-lab", vtep, 1)
 		status := n.Status
