@@ -143,10 +143,12 @@ func (b *builder) apply(op segment.Op) error {
 	case segment.AddRemotes:
 		return c.changeRemotes(o.Name, o.Remotes, c.NeighAppend)
 	case segment.DelRemotes:
-		if err := c.changeRemotes(o.Name, o.Remotes, c.forget); err != nil || !o.Learnt {
-			return err
+		if o.Learnt { // before: while the remotes are there, what was broken off is begun again
+			if err := c.forgetBehind(o.Name, o.Remotes); err != nil {
+				return err
+			}
 		}
-		return c.forgetBehind(o.Name, o.Remotes)
+		return c.changeRemotes(o.Name, o.Remotes, c.forget)
 	case segment.AddPair:
 		return c.addPair(o)
 	case segment.DelLink:
@@ -388,8 +390,8 @@ func (c *conn) changeRemotes(vxlan string, remotes []netip.Addr, change func(*ne
 // from a link-local address bears a device, which cannot be named (see changeRemotes).
 func (c *conn) forgetBehind(vxlan string, remotes []netip.Addr) error {
 	return c.with(vxlan, func(l netlink.Link) error {
-		entries, err := c.NeighList(l.Attrs().Index, unix.AF_BRIDGE)
-		if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) { // an entry that is learnt meanwhile is not meant
+		entries, err := retryDump(func() ([]netlink.Neigh, error) { return c.NeighList(l.Attrs().Index, unix.AF_BRIDGE) })
+		if err != nil {
 			return fmt.Errorf("list what it has learnt: %w", err)
 		}
 		for _, e := range entries {

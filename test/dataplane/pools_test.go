@@ -1,7 +1,6 @@
 package dataplane
 
 import (
-	"context"
 	"encoding/json"
 	"errors"
 	"slices"
@@ -147,13 +146,7 @@ func TestResizingAPoolLosesNoFrame(t *testing.T) {
 	left, right := a.attach(t, sa, "web_0", segment.Veth), b.attach(t, sb, "web_3", segment.Veth)
 	bothWays(t, left, right)
 	streams := []*stream{startStream(t, 1, streamLength, left, right), startStream(t, 2, streamLength, right, left)}
-	over, ended := context.WithCancel(context.Background())
-	go func() {
-		for _, s := range streams {
-			s.done.Wait()
-		}
-		ended()
-	}()
+	over := untilDone(streams...)
 	rounds := 0
 	for ; over.Err() == nil; rounds++ {
 		for _, size := range []int{16, 1, 4} {

@@ -24,6 +24,18 @@ type stream struct {
 	done     sync.WaitGroup
 }
 
+// untilDone is a context that ends with the last of the streams.
+func untilDone(streams ...*stream) context.Context {
+	over, ended := context.WithCancel(context.Background())
+	go func() {
+		for _, s := range streams {
+			s.done.Wait()
+		}
+		ended()
+	}()
+	return over
+}
+
 // startStream starts a stream of so many frames.
 func startStream(t *testing.T, id uint32, length uint64, from, to *station) *stream {
 	s := &stream{from: from, to: to, counter: frames.Counter{ID: id, Total: length}}
@@ -91,13 +103,7 @@ func TestEditingSpokesLosesNoFrameOfTheOthers(t *testing.T) {
 		startStream(t, 2, streamLength, right, near),
 		startStream(t, 3, streamLength, near, left),
 	}
-	over, ended := context.WithCancel(context.Background())
-	go func() {
-		for _, s := range streams {
-			s.done.Wait()
-		}
-		ended()
-	}()
+	over := untilDone(streams...)
 	rounds := 0
 	for ; over.Err() == nil; rounds++ {
 		s := base

@@ -294,10 +294,7 @@ func TestAStrictLANWithAGroupHearsItsMembers(t *testing.T) {
 func TestMembersChangeUnderTraffic(t *testing.T) {
 	for name, f := range families {
 		t.Run(name, func(t *testing.T) {
-			a, b, onA, onB := unicastHosts(t, f, 314)
-			a.build(t, onA)
-			b.build(t, onB)
-			one, two := a.attach(t, onA, "one", segment.Veth), b.attach(t, onB, "two", segment.Veth)
+			a, _, onA, _, one, two := unicastPods(t, f, 314)
 			filter, stop := a.filter(t)
 			crosses(t, two, one, frames.Stream(nil, two.MAC, 9, 1)) // both are known from now on
 			crosses(t, one, two, frames.Stream(nil, one.MAC, 9, 1))

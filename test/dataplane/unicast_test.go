@@ -43,6 +43,15 @@ func unicastHosts(t *testing.T, f family, vni uint32) (a, b host, onA, onB segme
 	return a, b, lans[0], lans[1]
 }
 
+// unicastPods are unicastHosts with the LAN, and a pod on each.
+func unicastPods(t *testing.T, f family, vni uint32) (a, b host, onA, onB segment.Segment, one, two *station) {
+	t.Helper()
+	a, b, onA, onB = unicastHosts(t, f, vni)
+	a.build(t, onA)
+	b.build(t, onB)
+	return a, b, onA, onB, a.attach(t, onA, "one", segment.Veth), b.attach(t, onB, "two", segment.Veth)
+}
+
 // unicast is the LAN without a group.
 func unicast(s segment.Segment, local netip.Addr, remotes ...netip.Addr) segment.Segment {
 	s.VXLAN.Group, s.VXLAN.Local = netip.Addr{}, local
@@ -160,10 +169,7 @@ func TestUnknownRemotesAreLeftAlone(t *testing.T) {
 func TestWhatWasLearntBehindARemoteGoesWithIt(t *testing.T) {
 	for name, f := range families {
 		t.Run(name, func(t *testing.T) {
-			a, b, onA, onB := unicastHosts(t, f, 307)
-			a.build(t, onA)
-			b.build(t, onB)
-			one, two := a.attach(t, onA, "one", segment.Veth), b.attach(t, onB, "two", segment.Veth)
+			a, b, onA, onB, one, two := unicastPods(t, f, 307)
 			crosses(t, two, one, frames.Stream(nil, two.MAC, 9, 1))
 			was, is := f.vteps[1], f.vteps[1].Next()
 			device, err := b.Netlink(t).LinkByName(netns.UnderlayDevice)
@@ -233,10 +239,7 @@ func TestALANChangesItsDiscoveryUnderTraffic(t *testing.T) {
 func TestAVXLANJoinsTheGroupThatItGets(t *testing.T) {
 	for name, f := range families {
 		t.Run(name, func(t *testing.T) {
-			a, b, onA, onB := unicastHosts(t, f, 307)
-			a.build(t, onA)
-			b.build(t, onB)
-			one, two := a.attach(t, onA, "one", segment.Veth), b.attach(t, onB, "two", segment.Veth)
+			a, b, onA, onB, one, two := unicastPods(t, f, 307)
 			group := func(s segment.Segment, last byte) segment.Segment {
 				s.VXLAN.Group, s.VXLAN.Local, s.Remotes = netip.AddrFrom4([4]byte{239, 1, 1, last}), netip.Addr{}, nil
 				if f.vteps[0].Is6() {
