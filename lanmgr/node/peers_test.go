@@ -238,6 +238,27 @@ func TestAVTEPStaysWhileItsLinkGoesAndComesBack(t *testing.T) {
 	}
 }
 
+// Who edits a LAN into something that its underlay cannot carry does not cut off those who are attached.
+func TestALANThatCannotBeAsItIsWantedStaysAsItIs(t *testing.T) {
+	n := worker1()
+	n.Underlays.Devices["eth0"] = kernel.Underlay{Index: 2, MTU: 1500, Up: true, Carrier: true, IPv6: netip.MustParseAddr("fe80::1")}
+	before, _ := node.NewPlan(lab(nil), n, segment.Segment{})
+	for name, change := range map[string]func(*v1beta1.LAN){
+		"unicast without an address":   unicast,
+		"a group of the other family":  func(l *v1beta1.LAN) { l.Spec.VXLANGroup = "239.1.1.1" },
+		"an MTU that does not fit":     func(l *v1beta1.LAN) { l.Spec.MTU = 9000 },
+		"both unicast and too large":   func(l *v1beta1.LAN) { unicast(l); l.Spec.MTU = 9000 },
+		"unicast, once more as it was": func(l *v1beta1.LAN) { unicast(l); l.Generation++ },
+	} {
+		if p, _ := node.NewPlan(lab(change), n, before.Segment); p.Segment.VXLAN != before.Segment.VXLAN || p.Segment.MTU != 1422 || !p.Problem.Blocking {
+			t.Errorf("%s: %+v, MTU %d, %+v", name, p.Segment.VXLAN, p.Segment.MTU, p.Problem)
+		}
+		if p, _ := node.NewPlan(lab(change), n, segment.Segment{}); p.Segment.VXLAN.UnderlayIndex != 0 {
+			t.Errorf("%s, where nothing stands: %+v", name, p.Segment.VXLAN)
+		}
+	}
+}
+
 func TestWhatIsNoAddressOfANodeIsNoRemote(t *testing.T) {
 	w := newWorld(t, lab(unicast))
 	stop := w.start()

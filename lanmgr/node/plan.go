@@ -52,8 +52,8 @@ type Problem struct {
 
 // NewPlan decides what the node should have of a LAN; ok is false if that is nothing. A LAN that cannot reach other
 // nodes is planned without its VXLAN, so that what is attached to it goes on within the node. now is what the LAN has on the
-// node, or had before this daemon started, zero if it isn't there: a LAN whose underlay is lost keeps its MTU, and one whose MTU has become too large for the
-// underlay stays as it is, for what is attached.
+// node, or had before this daemon started, zero if it isn't there: a LAN whose underlay is lost keeps its MTU, and one that the underlay cannot
+// carry as it is wanted any more stays as it is, for what is attached.
 func NewPlan(lan *v1beta1.LAN, node Node, now segment.Segment) (p Plan, ok bool) {
 	if lan.Status.Holds == nil || !lan.DeletionTimestamp.IsZero() || !selects(lan.Spec.NodeSelector, node.Labels) {
 		return Plan{}, false
@@ -123,8 +123,8 @@ func NewPlan(lan *v1beta1.LAN, node Node, now segment.Segment) (p Plan, ok bool)
 	switch {
 	case !p.Problem.Blocking:
 		p.Segment.VXLAN = there
-	case p.Problem.Reason == v1beta1.ReasonMTUTooLarge && now.VXLAN == there:
-		p.Segment.VXLAN, p.Segment.MTU = there, now.MTU
+	case device.Index != 0 && now.VXLAN.UnderlayIndex == device.Index && now.VXLAN.Name == there.Name && now.VXLAN.VNI == there.VNI && now.VXLAN.Port == there.Port:
+		p.Segment.VXLAN, p.Segment.MTU = now.VXLAN, now.MTU
 	default:
 		p.Segment.MTU = firstOf(int(spec.MTU), now.MTU, fallbackMTU-overhead.reserve)
 	}
