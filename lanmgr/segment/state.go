@@ -64,6 +64,12 @@ type VXLANState struct {
 	UnderlayIndex int          // as the node's own netns counts
 }
 
+// FDBEntry says behind which VTEP a MAC is.
+type FDBEntry struct {
+	MAC  [6]byte
+	VTEP netip.Addr
+}
+
 // MayHaveRemotes says whether it has to be asked which remotes a VXLAN has. With a group it has none, unless a change from
 // remotes to a group was broken off: the record is written at the end of that.
 func (s State) MayHaveRemotes(l Link) bool {

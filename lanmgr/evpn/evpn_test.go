@@ -1,0 +1,529 @@
+package evpn_test
+
+import (
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/k8slan/k8slan/lanmgr/evpn"
+	"github.com/k8slan/k8slan/lanmgr/segment"
+)
+
+var began = time.Unix(1_800_000_000, 0)
+
+// mac is a station's address by its number.
+func mac(n byte) evpn.MAC { return evpn.MAC{2, 0, 0, 0, 0, n} }
+
+func vtep(n byte) netip.Addr { return netip.AddrFrom4([4]byte{192, 0, 2, n}) }
+
+// node is one of several that tell each other their routes.
+type node struct {
+	*evpn.Table
+	vtep netip.Addr
+	told map[evpn.Key]evpn.Route // what the others have of it
+}
+
+func newNode(n byte) *node {
+	return &node{Table: evpn.New(65000, vtep(n)), vtep: vtep(n), told: map[evpn.Key]evpn.Route{}}
+}
+
+// nodes take part in LAN 222, with these MACs of pods.
+func nodes(n int, attached ...evpn.MAC) mesh {
+	var m mesh
+	for i := range n {
+		o := newNode(byte(i + 1))
+		o.Set(began, []evpn.LAN{{VNI: 222, VTEP: o.vtep, Claimed: true, Attached: attached}})
+		m = append(m, o)
+	}
+	return m
+}
+
+type mesh []*node
+
+// tell has each node hear what the others have to tell, until nobody has anything new; it fails if that never ends.
+func (m mesh) tell(t *testing.T, now time.Time) {
+	t.Helper()
+	for range 50 {
+		quiet := true
+		for _, from := range m {
+			own := map[evpn.Key]evpn.Route{}
+			for _, r := range from.Own() {
+				own[r.Key] = r
+			}
+			for key := range from.told {
+				if _, ok := own[key]; !ok {
+					quiet = false
+					m.others(from, func(o *node) { o.Forget(now, key) })
+				}
+			}
+			for key, r := range own {
+				if before, ok := from.told[key]; !ok || !before.Equal(r) {
+					quiet = false
+					m.others(from, func(o *node) { o.Learn(now, r) })
+				}
+			}
+			from.told = own
+		}
+		for _, n := range m { // what is behind another is on no port: the bridge has it on the VXLAN
+			_, fdb, _ := n.View(222)
+			for _, e := range fdb {
+				n.Lose(now, 222, e.MAC)
+			}
+		}
+		if quiet {
+			return
+		}
+	}
+	t.Fatal("the nodes never come to an end")
+}
+
+func (m mesh) others(but *node, do func(*node)) {
+	for _, o := range m {
+		if o != but {
+			do(o)
+		}
+	}
+}
+
+// state is what a node has of LAN 222, in words.
+func state(n *node) string {
+	var words []string
+	for _, r := range n.Own() {
+		if r.Kind == evpn.Multicast {
+			words = slices.Insert(words, 0, "tells itself")
+		} else {
+			words = append(words, fmt.Sprintf("tells %d seq %d", r.MAC[5], r.Sequence))
+		}
+	}
+	remotes, fdb, _ := n.View(222)
+	for _, r := range remotes {
+		words = append(words, fmt.Sprintf("floods %d", r.As4()[3]))
+	}
+	for _, e := range fdb {
+		words = append(words, fmt.Sprintf("%d behind %d", e.MAC[5], e.VTEP.As4()[3]))
+	}
+	for _, d := range n.Duplicates(222) {
+		words = append(words, fmt.Sprintf("%d twice", d[5]))
+	}
+	return strings.Join(words, ", ")
+}
+
+func expect(t *testing.T, when string, n *node, want string) {
+	t.Helper()
+	if got := state(n); got != want {
+		t.Errorf("%s: node %d\n has %s\nwant %s", when, n.vtep.As4()[3], got, want)
+	}
+}
+
+func TestAMACMovesThereAndBack(t *testing.T) {
+	m := nodes(3)
+	m.tell(t, began)
+	expect(t, "nobody has spoken", m[0], "tells itself, floods 2, floods 3")
+	for i, step := range []struct {
+		speaks int
+		want   [3]string
+	}{
+		{0, [3]string{"tells itself, tells 9 seq 0, floods 2, floods 3", "tells itself, floods 1, floods 3, 9 behind 1", "tells itself, floods 1, floods 2, 9 behind 1"}},
+		{1, [3]string{"tells itself, floods 2, floods 3, 9 behind 2", "tells itself, tells 9 seq 1, floods 1, floods 3", "tells itself, floods 1, floods 2, 9 behind 2"}},
+		{0, [3]string{"tells itself, tells 9 seq 2, floods 2, floods 3", "tells itself, floods 1, floods 3, 9 behind 1", "tells itself, floods 1, floods 2, 9 behind 1"}},
+		{0, [3]string{"tells itself, tells 9 seq 2, floods 2, floods 3", "tells itself, floods 1, floods 3, 9 behind 1", "tells itself, floods 1, floods 2, 9 behind 1"}},
+	} {
+		m[step.speaks].See(began, 222, mac(9))
+		m.tell(t, began)
+		for n, want := range step.want {
+			expect(t, fmt.Sprintf("step %d", i), m[n], want)
+		}
+	}
+	m[0].Lose(began, 222, mac(9))
+	m.tell(t, began)
+	expect(t, "silent everywhere", m[0], "tells itself, floods 2, floods 3")
+	expect(t, "silent everywhere", m[2], "tells itself, floods 1, floods 2")
+}
+
+func TestAPodThatNeverSpokeIsTold(t *testing.T) {
+	m := nodes(2)
+	with := func(claimed bool, macs ...evpn.MAC) []evpn.LAN {
+		return []evpn.LAN{{VNI: 222, VTEP: m[0].vtep, Claimed: claimed, Attached: macs}}
+	}
+	m[0].Set(began, with(true, mac(7)))
+	m.tell(t, began)
+	expect(t, "attached", m[1], "tells itself, floods 1, 7 behind 1")
+	m[0].See(began, 222, mac(7))
+	m[0].Lose(began, 222, mac(7))
+	m.tell(t, began)
+	expect(t, "silent for long", m[1], "tells itself, floods 1, 7 behind 1")
+	m[0].Set(began, with(true))
+	m.tell(t, began)
+	expect(t, "detached", m[1], "tells itself, floods 1")
+	m[0].Set(began, with(false, mac(7)))
+	m.tell(t, began)
+	expect(t, "a LAN that nobody uses here", m[0], "floods 2")
+	expect(t, "a LAN that nobody uses there", m[1], "tells itself")
+}
+
+// A pod that is made anew on another node is there at once, though the node it was on has not told that it is gone.
+func TestAPodMadeAnewElsewhereIsThereAtOnce(t *testing.T) {
+	m := nodes(3)
+	m[0].Set(began, []evpn.LAN{{VNI: 222, VTEP: m[0].vtep, Claimed: true, Attached: []evpn.MAC{mac(7)}}})
+	m.tell(t, began)
+	m[1].Set(began, []evpn.LAN{{VNI: 222, VTEP: m[1].vtep, Claimed: true, Attached: []evpn.MAC{mac(7)}}})
+	m.tell(t, began)
+	expect(t, "on both", m[2], "tells itself, floods 1, floods 2, 7 behind 2")
+	expect(t, "on both", m[0], "tells itself, floods 2, floods 3, 7 behind 2")
+	m[1].Set(began, []evpn.LAN{{VNI: 222, VTEP: m[1].vtep, Claimed: true}})
+	m.tell(t, began)
+	expect(t, "back on the first alone", m[2], "tells itself, floods 1, floods 2, 7 behind 1")
+}
+
+// Two nodes that tell of one MAC at the same time agree: the lower VTEP has it.
+func TestATieGoesToTheLowerVTEP(t *testing.T) {
+	m := nodes(3, mac(7))
+	m.tell(t, began)
+	expect(t, "all tell it", m[0], "tells itself, tells 7 seq 0, floods 2, floods 3")
+	for _, n := range m[1:] {
+		_, fdb, _ := n.View(222)
+		if len(fdb) != 1 || fdb[0].VTEP != vtep(1) {
+			t.Errorf("node %s has %v", n.vtep, fdb)
+		}
+	}
+}
+
+func TestAMACOnTwoNodesIsLeftAlone(t *testing.T) {
+	m := nodes(3)
+	now := began
+	for range 20 {
+		for _, n := range m[:2] {
+			now = now.Add(time.Second)
+			n.See(now, 222, mac(9))
+			m.tell(t, now)
+		}
+	}
+	for _, n := range m[:2] {
+		if d := n.Duplicates(222); !slices.Equal(d, []evpn.MAC{mac(9)}) {
+			t.Errorf("node %s has duplicates %v", n.vtep, d)
+		}
+		if _, fdb, _ := n.View(222); len(fdb) > 0 {
+			t.Errorf("node %s sends what is for its own station to %v", n.vtep, fdb)
+		}
+	}
+	third := state(m[2])
+	for _, n := range m[:2] {
+		now = now.Add(time.Second)
+		n.See(now, 222, mac(9))
+		m.tell(t, now)
+	}
+	expect(t, "while they go on", m[2], third)
+
+	m[0].Lose(now, 222, mac(9))
+	m.tell(t, now)
+	expect(t, "one is gone", m[2], "tells itself, floods 1, floods 2, 9 behind 2")
+	if d := append(m[0].Duplicates(222), m[1].Duplicates(222)...); len(d) > 0 {
+		t.Errorf("duplicates %v", d)
+	}
+
+	now = now.Add(time.Hour) // moves that are far apart are moves
+	for i := range 20 {
+		now = now.Add(time.Minute)
+		m[i%2].See(now, 222, mac(8))
+		m.tell(t, now)
+		expect(t, "moves by the minute", m[2], fmt.Sprintf("tells itself, floods 1, floods 2, 8 behind %d, 9 behind 2", i%2+1))
+	}
+}
+
+func TestWhoIsLeftAloneIsTakenUpAfterAQuietTime(t *testing.T) {
+	m := nodes(2)
+	now := began
+	for i := range 20 {
+		m[i%2].See(now, 222, mac(9))
+		m.tell(t, now)
+	}
+	now = now.Add(time.Hour)
+	m[0].See(now, 222, mac(9))
+	m.tell(t, now)
+	m[1].See(now, 222, mac(9))
+	m.tell(t, now)
+	_, fdb, _ := m[0].View(222)
+	if len(m[0].Duplicates(222)) > 0 || len(fdb) != 1 || fdb[0].VTEP != vtep(2) {
+		t.Errorf("node 1: %s", state(m[0]))
+	}
+}
+
+// route is one that others tell of LAN 222.
+func route(kind evpn.Kind, from byte, change func(*evpn.Route)) evpn.Route {
+	r := evpn.Route{
+		Key: evpn.Key{Kind: kind, RD: evpn.RD{1: 1, 5: from, 7: 1}}, VTEP: vtep(from), VNI: 222,
+		Targets: []evpn.Target{evpn.NewTarget(65000, 222)},
+	}
+	if r.IP = r.VTEP; kind == evpn.MACIP {
+		r.IP, r.MAC = netip.Addr{}, mac(9)
+	}
+	if change != nil {
+		change(&r)
+	}
+	return r
+}
+
+func TestRoutesThatCannotBeUsedSayWhy(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		r    evpn.Route
+		want evpn.Reason
+	}{
+		{"own VTEP", route(evpn.MACIP, 1, nil), evpn.OwnVTEP},
+		{"own VTEP, flooded", route(evpn.Multicast, 1, nil), evpn.OwnVTEP},
+		{"no VTEP", route(evpn.MACIP, 2, func(r *evpn.Route) { r.VTEP = netip.Addr{} }), evpn.NoVTEP},
+		{"a group as VTEP", route(evpn.Multicast, 2, func(r *evpn.Route) { r.VTEP = netip.MustParseAddr("239.1.1.1") }), evpn.NoVTEP},
+		{"link-local", route(evpn.Multicast, 2, func(r *evpn.Route) { r.VTEP = netip.MustParseAddr("fe80::1") }), evpn.NoVTEP},
+		{"IPv6", route(evpn.MACIP, 2, func(r *evpn.Route) { r.VTEP = netip.MustParseAddr("2001:db8::1") }), evpn.OtherFamily},
+		{"IPv4 in IPv6", route(evpn.MACIP, 2, func(r *evpn.Route) { r.VTEP = netip.MustParseAddr("::ffff:192.0.2.2") }), evpn.OtherFamily},
+		{"another VNI", route(evpn.MACIP, 2, func(r *evpn.Route) { r.VNI = 223 }), evpn.OtherVNI},
+		{"MPLS", route(evpn.MACIP, 2, func(r *evpn.Route) { r.Other = true }), evpn.Encapsulation},
+		{"VLAN-aware", route(evpn.Multicast, 2, func(r *evpn.Route) { r.Tag = 5 }), evpn.VLANAware},
+		{"a group's MAC", route(evpn.MACIP, 2, func(r *evpn.Route) { r.MAC = evpn.MAC{1, 0, 0x5e, 0, 0, 1} }), evpn.NoStation},
+		{"no MAC", route(evpn.MACIP, 2, func(r *evpn.Route) { r.MAC = evpn.MAC{} }), evpn.NoStation},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			n := nodes(1)[0]
+			n.Learn(began, tt.r)
+			n.Learn(began, route(evpn.MACIP, 3, func(r *evpn.Route) { r.MAC = mac(1) }))
+			expect(t, "beside it", n, "tells itself, 1 behind 3")
+			refused := n.Refused(222)
+			if len(refused) != 1 || refused[0].Reason != tt.want || !strings.Contains(refused[0].String(), tt.r.VTEP.String()) {
+				t.Errorf("refused %v", refused)
+			}
+			n.Forget(began, tt.r.Key)
+			if refused := n.Refused(222); len(refused) > 0 {
+				t.Errorf("still refused: %v", refused)
+			}
+		})
+	}
+}
+
+// A route that becomes unusable is as good as gone, and a MAC with several routes goes with the last of them.
+func TestARouteThatChanges(t *testing.T) {
+	n := nodes(1)[0]
+	withIP := func(ip string) evpn.Route {
+		return route(evpn.MACIP, 2, func(r *evpn.Route) { r.IP = netip.MustParseAddr(ip) })
+	}
+	n.Learn(began, withIP("10.0.0.9"))
+	n.Learn(began, withIP("fd00::9"))
+	n.Learn(began, route(evpn.Multicast, 2, nil))
+	n.Forget(began, withIP("10.0.0.9").Key)
+	expect(t, "one of two gone", n, "tells itself, floods 2, 9 behind 2")
+	bad := withIP("fd00::9")
+	bad.VNI = 5
+	n.Learn(began, bad)
+	expect(t, "the other unusable", n, "tells itself, floods 2")
+	n.Learn(began, withIP("fd00::9"))
+	other := withIP("fd00::9")
+	other.Targets = []evpn.Target{evpn.NewTarget(65000, 223)}
+	n.Learn(began, other)
+	expect(t, "of another LAN now", n, "tells itself, floods 2")
+	n.Learn(began, route(evpn.Multicast, 2, func(r *evpn.Route) { r.VTEP = vtep(4) }))
+	expect(t, "another VTEP", n, "tells itself, floods 4")
+}
+
+func TestAMACThatShallNotMoveIsNotTaken(t *testing.T) {
+	n := nodes(1)[0]
+	n.Learn(began, route(evpn.MACIP, 2, func(r *evpn.Route) { r.Sticky = true }))
+	n.See(began, 222, mac(9))
+	expect(t, "seen here", n, "tells itself, 9 behind 2")
+}
+
+func TestTheHighestSequenceIsNotPassed(t *testing.T) {
+	n := nodes(1)[0]
+	n.Learn(began, route(evpn.MACIP, 2, func(r *evpn.Route) { r.Sequence = 1<<32 - 1 }))
+	n.See(began, 222, mac(9))
+	if own := n.Own(); own[0].Sequence != 1<<32-1 {
+		t.Errorf("tells %+v", own)
+	}
+}
+
+func TestRoutesAreSortedByTheirTargets(t *testing.T) {
+	n := newNode(1)
+	foreign, err := evpn.ParseTarget("64512:7")
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Routes that come before the LAN are its own as well.
+	n.Learn(began, route(evpn.MACIP, 2, func(r *evpn.Route) { r.Targets = []evpn.Target{evpn.NewTarget(4_200_000_001, 222)} }))
+	n.Learn(began, route(evpn.MACIP, 3, func(r *evpn.Route) { r.MAC, r.Targets = mac(3), []evpn.Target{foreign} }))
+	lan := evpn.LAN{VNI: 222, VTEP: n.vtep, Claimed: true}
+	n.Set(began, []evpn.LAN{lan})
+	expect(t, "any AS", n, "tells itself, 9 behind 2")
+	lan.Import, lan.Export = []evpn.Target{foreign}, []evpn.Target{foreign}
+	n.Set(began, []evpn.LAN{lan})
+	expect(t, "a target of its own", n, "tells itself, 3 behind 3")
+	if own := n.Own(); !slices.Equal(own[0].Targets, lan.Export) {
+		t.Errorf("tells %v", own)
+	}
+	n.Set(began, nil)
+	if _, _, ok := n.View(222); ok || len(n.Own()) > 0 {
+		t.Error("the LAN is still there")
+	}
+}
+
+func TestTargetsAreRead(t *testing.T) {
+	for text, want := range map[string]evpn.Target{
+		"65000:222":        {0, 2, 0xfd, 0xe8, 0, 0, 0, 222},
+		"65000:16777215":   {0, 2, 0xfd, 0xe8, 0, 0xff, 0xff, 0xff},
+		"4200000000:65535": {2, 2, 0xfa, 0x56, 0xea, 0, 0xff, 0xff},
+	} {
+		if got, err := evpn.ParseTarget(text); err != nil || got != want {
+			t.Errorf("%s: %x, %v", text, got, err)
+		}
+	}
+	for _, bad := range []string{"", "65000", "65000:", ":1", "a:b", "70000:70000", "-1:1", "1:4294967296", "1:2:3"} {
+		if got, err := evpn.ParseTarget(bad); err == nil {
+			t.Errorf("%q is read as %x", bad, got)
+		}
+	}
+}
+
+// No two LANs of a node have the same RD, though it has no room for a whole VNI.
+func TestEachLANHasAnRDOfItsOwn(t *testing.T) {
+	n := newNode(1)
+	var lans []evpn.LAN
+	for _, vni := range []uint32{5, 65541, 131077, 6, 65535, 16777215} {
+		lans = append(lans, evpn.LAN{VNI: vni, VTEP: n.vtep, Claimed: true})
+		n.Set(began, lans)
+	}
+	seen := map[evpn.RD]bool{}
+	for _, r := range n.Own() {
+		seen[r.RD] = true
+	}
+	if len(seen) != len(lans) {
+		t.Errorf("%d RDs for %d LANs: %v", len(seen), len(lans), seen)
+	}
+}
+
+// Whatever happens in whichever order, the nodes agree on who has each MAC: who spoke last, if the others heard of it in between.
+func TestNodesAgreeWhateverHappens(t *testing.T) {
+	for seed := range uint64(300) {
+		rng := rand.New(rand.NewPCG(seed, 1))
+		m, now := nodes(4), began
+		last := map[evpn.MAC]int{} // on which node it spoke last; -1: on several at once
+		for range 60 {
+			now = now.Add(time.Minute)
+			n, station := rng.IntN(len(m)), mac(byte(rng.IntN(5)))
+			if rng.IntN(4) == 0 {
+				for _, o := range m {
+					o.Lose(now, 222, station)
+				}
+				delete(last, station)
+			} else {
+				m[n].See(now, 222, station)
+				last[station] = n
+				if seed%2 == 1 {
+					m[rng.IntN(len(m))].See(now, 222, station)
+					last[station] = -1
+				}
+			}
+			m.tell(t, now)
+		}
+		owners := map[evpn.MAC]int{}
+		for i, n := range m {
+			for _, r := range n.Own() {
+				if _, twice := owners[r.MAC]; twice && r.Kind == evpn.MACIP {
+					t.Fatalf("seed %d: two nodes tell %s", seed, r.MAC)
+				} else if r.Kind == evpn.MACIP {
+					owners[r.MAC] = i
+				}
+			}
+		}
+		if got, want := slices.SortedFunc(maps.Keys(owners), compare), slices.SortedFunc(maps.Keys(last), compare); !slices.Equal(got, want) {
+			t.Fatalf("seed %d: %v are told, %v have spoken", seed, got, want)
+		}
+		for station, at := range owners {
+			if last[station] >= 0 && last[station] != at {
+				t.Fatalf("seed %d: node %d tells %s, which spoke last on %d", seed, at+1, station, last[station]+1)
+			}
+			for i, n := range m {
+				_, fdb, _ := n.View(222)
+				e := slices.IndexFunc(fdb, func(e segment.FDBEntry) bool { return e.MAC == station })
+				if (e >= 0) != (i != at) || e >= 0 && fdb[e].VTEP != m[at].vtep {
+					t.Fatalf("seed %d: node %d has %v, %s is on %d", seed, i+1, fdb, station, at+1)
+				}
+			}
+		}
+	}
+}
+
+func compare(a, b evpn.MAC) int { return slices.Compare(a[:], b[:]) }
+
+// What a LAN's segment has to have is the same, whether routes come one by one or all at once, and is sorted.
+func TestTheForwardingTableIsThatOfItsRoutes(t *testing.T) {
+	rng := rand.New(rand.NewPCG(1, 1))
+	step, want := nodes(1)[0], map[evpn.MAC]netip.Addr{}
+	for i := range 3000 {
+		r := route(evpn.MACIP, byte(2+rng.IntN(5)), func(r *evpn.Route) { r.RD = evpn.RD{1}; r.MAC = mac(byte(rng.IntN(200))) })
+		if rng.IntN(3) == 0 {
+			step.Forget(began, r.Key)
+			delete(want, r.MAC)
+		} else {
+			step.Learn(began, r)
+			want[r.MAC] = r.VTEP
+		}
+		if i%7 > 0 {
+			continue
+		}
+		_, fdb, _ := step.View(222)
+		var list []segment.FDBEntry
+		for m, v := range want {
+			list = append(list, segment.FDBEntry{MAC: m, VTEP: v})
+		}
+		slices.SortFunc(list, func(a, b segment.FDBEntry) int { return slices.Compare(a.MAC[:], b.MAC[:]) })
+		if !slices.Equal(fdb, list) {
+			t.Fatalf("after %d: %v, want %v", i, fdb, list)
+		}
+	}
+}
+
+// Whatever a route says, nothing but what a station could have becomes an entry, and another LAN is not touched.
+func FuzzRoute(f *testing.F) {
+	add := func(r evpn.Route) {
+		f.Add(byte(r.Kind), r.RD[:], r.Tag, r.MAC[:], r.IP.AsSlice(), r.VTEP.AsSlice(), r.VNI, r.Targets[0][:], r.Other, r.Sequence, r.Sticky)
+	}
+	add(route(evpn.MACIP, 2, nil))
+	add(route(evpn.Multicast, 2, nil))
+	f.Fuzz(func(t *testing.T, kind byte, rd []byte, tag uint32, mac, ip, vtep []byte, vni uint32, target []byte, other bool, sequence uint32, sticky bool) {
+		n := newNode(1)
+		n.Set(began, []evpn.LAN{{VNI: 222, VTEP: n.vtep, Claimed: true}, {VNI: 223, VTEP: n.vtep, Claimed: true, Import: []evpn.Target{{9, 9}}}})
+		r := evpn.Route{VNI: vni, Targets: make([]evpn.Target, 1), Other: other, Sequence: sequence, Sticky: sticky}
+		r.Kind, r.Tag = evpn.Kind(kind), tag
+		copy(r.RD[:], rd)
+		copy(r.MAC[:], mac)
+		copy(r.Targets[0][:], target)
+		r.IP, _ = netip.AddrFromSlice(ip)
+		r.VTEP, _ = netip.AddrFromSlice(vtep)
+		n.Learn(began, r)
+		remotes, fdb, _ := n.View(222)
+		for _, e := range fdb {
+			if e.MAC[0]&1 != 0 || e.MAC == [6]byte{} || !e.VTEP.Is4() || e.VTEP == n.vtep || e.VTEP.IsMulticast() || e.VTEP.IsUnspecified() {
+				t.Errorf("entry %v", e)
+			}
+		}
+		for _, v := range remotes {
+			if !v.Is4() || v == n.vtep || v.IsMulticast() || v.IsUnspecified() {
+				t.Errorf("remote %v", v)
+			}
+		}
+		if got := len(remotes) + len(fdb) + len(n.Refused(222)); got > 1 {
+			t.Errorf("one route became %d things", got)
+		}
+		if r.Targets[0] != (evpn.Target{9, 9}) {
+			if remotes, fdb, _ := n.View(223); len(remotes)+len(fdb) > 0 {
+				t.Errorf("the other LAN has %v %v", remotes, fdb)
+			}
+		}
+		n.Forget(began, r.Key)
+		if remotes, fdb, _ := n.View(222); len(remotes)+len(fdb)+len(n.Refused(222)) > 0 {
+			t.Errorf("left: %v %v", remotes, fdb)
+		}
+	})
+}

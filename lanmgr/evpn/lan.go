@@ -1,0 +1,300 @@
+package evpn
+
+import (
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/k8slan/k8slan/lanmgr/segment"
+)
+
+// LAN is a LAN as the node takes part in it.
+type LAN struct {
+	VNI      uint32
+	VTEP     netip.Addr // the node's
+	Claimed  bool       // a pod here is attached: without one, nothing is told
+	Attached []MAC      // of pods that may not have spoken yet, and need not
+	Import   []Target   // routes that bear one of these are the LAN's; none: those whose number is the VNI, of any AS
+	Export   []Target   // that the node's routes bear; none: AS:VNI
+}
+
+// equal says whether two are the same.
+func (l LAN) equal(o LAN) bool {
+	return l.VNI == o.VNI && l.VTEP == o.VTEP && l.Claimed == o.Claimed && slices.Equal(l.Attached, o.Attached) &&
+		slices.Equal(l.Import, o.Import) && slices.Equal(l.Export, o.Export)
+}
+
+// lan is what is known of a LAN.
+type lan struct {
+	LAN
+	rd         RD
+	export     []Target
+	flood      map[Key]netip.Addr // VTEPs, by the routes that tell them
+	macs       map[MAC]*station
+	refused    map[Key]Reason
+	duplicates map[MAC]bool
+
+	remotes []netip.Addr       // sorted; nil: to be made anew. Nobody changes it
+	fdb     []segment.FDBEntry // sorted, but for those of changed. Nobody changes it
+	changed map[MAC]bool       // whose entry may be another since
+}
+
+// station is what is known of who has a MAC.
+type station struct {
+	routes   []offer     // of others
+	seen     bool        // on a port here, as the bridge says
+	attached bool        // the MAC of a pod here
+	told     bool        // by a route of ours
+	sequence uint32      // of that route
+	taken    []time.Time // when it was taken from another lately
+	frozen   bool        // two have it: each node leaves it where it is
+}
+
+// offer is one route that tells where a MAC is.
+type offer struct {
+	key      Key
+	vtep     netip.Addr
+	sequence uint32
+	sticky   bool
+}
+
+// before says which of two offers counts: the higher sequence, then the lower VTEP (RFC 7432, 15). One that shall not move
+// counts more than any that may (15.2).
+func (o offer) before(other offer) bool {
+	switch {
+	case o.sticky != other.sticky:
+		return o.sticky
+	case o.sequence != other.sequence:
+		return o.sequence > other.sequence
+	}
+	return o.vtep.Less(other.vtep)
+}
+
+// best is the offer of another that counts.
+func (s *station) best() (best offer, ok bool) {
+	for _, o := range s.routes {
+		if !ok || o.before(best) {
+			best, ok = o, true
+		}
+	}
+	return best, ok
+}
+
+func (s *station) here() bool { return s.seen || s.attached }
+
+// A MAC that is taken back and forth so often within that time is on two nodes (RFC 7432, 15.1). It is left alone until so
+// much time has passed without a move.
+const (
+	duplicateMoves = 5
+	duplicateSpan  = 180 * time.Second
+)
+
+// take notes that the MAC was taken from another.
+func (s *station) take(now time.Time) {
+	s.taken = slices.DeleteFunc(s.taken, func(t time.Time) bool { return now.Sub(t) > duplicateSpan })
+	s.taken = append(s.taken, now)
+	s.frozen = len(s.taken) >= duplicateMoves
+}
+
+// thaw ends the time in which the MAC is left alone.
+func (s *station) thaw(now time.Time) {
+	if s.frozen && now.Sub(s.taken[len(s.taken)-1]) > duplicateSpan {
+		s.frozen, s.taken = false, nil
+	}
+}
+
+// settle decides who has a MAC. spoke: it has just shown itself on a port here, or its pod has been attached.
+func (l *lan) settle(now time.Time, mac MAC, spoke bool) {
+	s := l.macs[mac]
+	s.thaw(now)
+	best, other := s.best()
+	mine := offer{vtep: l.VTEP, sequence: s.sequence}
+	switch {
+	case !l.Claimed || !s.here():
+		s.told, s.sequence, s.frozen = false, 0, false
+	case !other:
+		s.told = true
+	case s.frozen:
+	case s.told && mine.before(best):
+	case spoke && !best.sticky:
+		s.told, s.sequence = true, max(best.sequence, best.sequence+1) // the highest stays
+		s.take(now)
+	default:
+		s.told, s.sequence = false, 0
+	}
+	if !s.here() && !other {
+		delete(l.macs, mac)
+	}
+	if l.changed[mac] = true; s.frozen && other {
+		l.duplicates[mac] = true
+	} else {
+		delete(l.duplicates, mac)
+	}
+}
+
+// entry is the VTEP behind which a MAC is; none where it is here.
+func (s *station) entry() (vtep netip.Addr, ok bool) {
+	if s == nil || s.told || s.frozen {
+		return vtep, false
+	}
+	best, ok := s.best()
+	return best.vtep, ok
+}
+
+// station finds or makes what is known of a MAC.
+func (l *lan) station(mac MAC) *station {
+	s := l.macs[mac]
+	if s == nil {
+		s = &station{}
+		l.macs[mac] = s
+	}
+	return s
+}
+
+// learn takes a route of another in the place of what its key told before.
+func (l *lan) learn(now time.Time, r Route) {
+	if refusal := l.refuse(r); refusal != "" {
+		l.forget(now, r.Key)
+		l.refused[r.Key] = refusal
+		return
+	}
+	delete(l.refused, r.Key)
+	if r.Kind == Multicast {
+		if l.flood[r.Key] != r.VTEP {
+			l.flood[r.Key], l.remotes = r.VTEP, nil
+		}
+		return
+	}
+	s, o := l.station(r.MAC), offer{r.Key, r.VTEP, r.Sequence, r.Sticky}
+	if i := s.index(r.Key); i >= 0 {
+		s.routes[i] = o
+	} else {
+		s.routes = append(s.routes, o)
+	}
+	l.settle(now, r.MAC, false)
+}
+
+// forget is the end of a route of another.
+func (l *lan) forget(now time.Time, k Key) {
+	delete(l.refused, k)
+	if _, ok := l.flood[k]; ok {
+		delete(l.flood, k)
+		l.remotes = nil
+	}
+	s := l.macs[k.MAC]
+	if s == nil || k.Kind != MACIP {
+		return
+	}
+	if i := s.index(k); i >= 0 {
+		s.routes = slices.Delete(s.routes, i, i+1)
+		l.settle(now, k.MAC, false)
+	}
+}
+
+func (s *station) index(k Key) int {
+	return slices.IndexFunc(s.routes, func(o offer) bool { return o.key == k })
+}
+
+// Refusal is a route of a LAN that cannot be used.
+type Refusal struct {
+	Route  Route
+	Reason Reason
+}
+
+// Reason is why a route cannot be used.
+type Reason string
+
+// The reasons.
+const (
+	OwnVTEP       Reason = "its VTEP is this node's own"
+	NoVTEP        Reason = "its VTEP is no address that packets could be sent to"
+	OtherFamily   Reason = "its VTEP is of the other IP version"
+	OtherVNI      Reason = "it bears another VNI than the LAN"
+	Encapsulation Reason = "it is not for VXLAN with a copy to each VTEP"
+	VLANAware     Reason = "it has an Ethernet tag: it is of a VLAN-aware bundle"
+	NoStation     Reason = "its MAC is none that a station could have"
+)
+
+func (r Refusal) String() string {
+	what := fmt.Sprintf("the route of type %d from VTEP %s", r.Route.Kind, r.Route.VTEP)
+	if r.Route.Kind == MACIP {
+		what += " for " + r.Route.MAC.String()
+	}
+	return fmt.Sprintf("%s is not used: %s", what, r.Reason)
+}
+
+// refuse says why a route cannot be used; empty if it can.
+func (l *lan) refuse(r Route) Reason {
+	v := r.VTEP
+	switch {
+	case !v.IsValid() || v.IsUnspecified() || v.IsMulticast() || v.IsLoopback() || v.IsLinkLocalUnicast() || v.Zone() != "":
+		return NoVTEP
+	case v == l.VTEP:
+		return OwnVTEP
+	case v.BitLen() != l.VTEP.BitLen() || v.Is4In6():
+		return OtherFamily
+	case r.Other:
+		return Encapsulation
+	case r.VNI != l.VNI:
+		return OtherVNI
+	case r.Tag != 0:
+		return VLANAware
+	case r.Kind == MACIP && (r.MAC == MAC{} || r.MAC[0]&1 != 0):
+		return NoStation
+	}
+	return ""
+}
+
+// own are the node's routes in the LAN.
+func (l *lan) own() []Route {
+	if !l.Claimed || !l.VTEP.IsValid() {
+		return nil
+	}
+	route := Route{Key: Key{Kind: Multicast, RD: l.rd, IP: l.VTEP}, VTEP: l.VTEP, VNI: l.VNI, Targets: l.export}
+	routes := []Route{route}
+	route.Key = Key{Kind: MACIP, RD: l.rd}
+	for mac, s := range l.macs {
+		if s.told {
+			route.MAC, route.Sequence = mac, s.sequence
+			routes = append(routes, route)
+		}
+	}
+	return routes
+}
+
+// view is what the LAN's segment has to have. Of what stays the same nothing is looked at again but the list it is in.
+func (l *lan) view() (remotes []netip.Addr, fdb []segment.FDBEntry) {
+	if l.remotes == nil {
+		remotes := slices.Collect(maps.Values(l.flood))
+		slices.SortFunc(remotes, netip.Addr.Compare)
+		l.remotes = append([]netip.Addr{}, slices.Compact(remotes)...)
+	}
+	if len(l.changed) > 0 {
+		fdb := make([]segment.FDBEntry, 0, len(l.fdb)+len(l.changed))
+		news := slices.SortedFunc(maps.Keys(l.changed), MAC.compare)
+		for _, e := range l.fdb {
+			for len(news) > 0 && news[0].compare(e.MAC) < 0 {
+				fdb, news = l.appendEntry(fdb, news[0]), news[1:]
+			}
+			if !l.changed[e.MAC] {
+				fdb = append(fdb, e)
+			}
+		}
+		for _, mac := range news {
+			fdb = l.appendEntry(fdb, mac)
+		}
+		l.fdb, l.changed = fdb, map[MAC]bool{}
+	}
+	return l.remotes, l.fdb
+}
+
+func (l *lan) appendEntry(fdb []segment.FDBEntry, mac MAC) []segment.FDBEntry {
+	if vtep, ok := l.macs[mac].entry(); ok {
+		return append(fdb, segment.FDBEntry{MAC: mac, VTEP: vtep})
+	}
+	return fdb
+}
+
+func (m MAC) compare(o MAC) int { return slices.Compare(m[:], o[:]) }

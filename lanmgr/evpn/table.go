@@ -1,0 +1,227 @@
+package evpn
+
+import (
+	"maps"
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/k8slan/k8slan/lanmgr/segment"
+)
+
+// Table is what one node knows of EVPN. It is for one goroutine.
+type Table struct {
+	as      uint32
+	router  netip.Addr
+	lans    map[uint32]*lan // by VNI
+	numbers map[uint16]bool // of RDs, that are taken
+	routes  map[Key]Route   // of others; also those of no LAN here, for LANs that come later
+}
+
+// New returns the table of a router with that AS and ID, which is an IPv4 address.
+func New(as uint32, router netip.Addr) *Table {
+	return &Table{as: as, router: router, lans: map[uint32]*lan{}, numbers: map[uint16]bool{}, routes: map[Key]Route{}}
+}
+
+// Set says which LANs the node takes part in; it replaces what was said before.
+func (t *Table) Set(now time.Time, lans []LAN) {
+	stay := make(map[uint32]bool, len(lans))
+	for _, l := range lans {
+		stay[l.VNI] = true
+	}
+	for vni, l := range t.lans {
+		if !stay[vni] {
+			delete(t.numbers, l.number())
+			delete(t.lans, vni)
+		}
+	}
+	for _, l := range lans {
+		t.set(now, l)
+	}
+}
+
+func (t *Table) set(now time.Time, want LAN) {
+	l := t.lans[want.VNI]
+	if l != nil && l.equal(want) {
+		return
+	}
+	anew := l == nil || l.VTEP != want.VTEP || !slices.Equal(l.Import, want.Import)
+	if l == nil {
+		l = &lan{rd: routerRD(t.router, t.number(want.VNI)), macs: map[MAC]*station{}, duplicates: map[MAC]bool{}, changed: map[MAC]bool{}}
+		t.lans[want.VNI] = l
+	}
+	claimed := want.Claimed && !l.Claimed
+	l.LAN = want
+	l.export = slices.Clone(want.Export)
+	if len(l.export) == 0 {
+		l.export = []Target{NewTarget(t.as, want.VNI)}
+	}
+	if anew {
+		t.refill(now, l)
+	}
+	attached := make(map[MAC]bool, len(want.Attached))
+	for _, mac := range want.Attached {
+		attached[mac] = true
+		l.station(mac)
+	}
+	for mac, s := range maps.Clone(l.macs) {
+		comes := attached[mac] && (!s.attached || claimed)
+		s.attached = attached[mac]
+		l.settle(now, mac, comes)
+	}
+}
+
+// refill reads a LAN's routes again: other ones are its own now, or can be used. What is here stays.
+func (t *Table) refill(now time.Time, l *lan) {
+	l.flood, l.refused, l.remotes = map[Key]netip.Addr{}, map[Key]Reason{}, nil
+	for mac, s := range maps.Clone(l.macs) {
+		s.routes = nil
+		l.settle(now, mac, false)
+	}
+	for _, r := range t.routes {
+		if slices.Contains(t.lansOf(r), l) {
+			l.learn(now, r)
+		}
+	}
+}
+
+// number finds a number for a LAN's RD that no other has here: its VNI, if that fits.
+func (t *Table) number(vni uint32) uint16 {
+	n := uint16(vni)
+	for t.numbers[n] {
+		n++
+	}
+	t.numbers[n] = true
+	return n
+}
+
+func (l *lan) number() uint16 { return uint16(l.rd[6])<<8 | uint16(l.rd[7]) }
+
+// lansOf are the LANs that a route is of, by its targets.
+func (t *Table) lansOf(r Route) (lans []*lan) {
+	for _, l := range t.lans {
+		if slices.ContainsFunc(r.Targets, l.imports) {
+			lans = append(lans, l)
+		}
+	}
+	return lans
+}
+
+// imports says whether routes with that target are the LAN's. FRR, too, looks at the number alone, for the AS of others may be another
+// (map_vni_to_rt in bgpd/bgp_evpn.c).
+func (l *lan) imports(t Target) bool {
+	if len(l.Import) > 0 {
+		return slices.Contains(l.Import, t)
+	}
+	number, ok := t.number()
+	return ok && number == l.VNI
+}
+
+// Learn takes a route of another. Kinds that do not matter to a LAN are passed over.
+func (t *Table) Learn(now time.Time, r Route) {
+	if r.Kind != MACIP && r.Kind != Multicast {
+		return
+	}
+	if old, ok := t.routes[r.Key]; ok {
+		if old.Equal(r) {
+			return
+		}
+		if !slices.Equal(old.Targets, r.Targets) {
+			t.Forget(now, r.Key)
+		}
+	}
+	t.routes[r.Key] = r
+	for _, l := range t.lansOf(r) {
+		l.learn(now, r)
+	}
+}
+
+// Forget is the end of a route of another.
+func (t *Table) Forget(now time.Time, k Key) {
+	r, ok := t.routes[k]
+	if !ok {
+		return
+	}
+	delete(t.routes, k)
+	for _, l := range t.lansOf(r) {
+		l.forget(now, k)
+	}
+}
+
+// See says that a MAC has shown itself on a port here; Lose that it is on none any more.
+func (t *Table) See(now time.Time, vni uint32, mac MAC) {
+	if l := t.lans[vni]; l != nil && mac[0]&1 == 0 {
+		l.station(mac).seen = true
+		l.settle(now, mac, true)
+	}
+}
+
+// Lose says that a MAC is on no port here any more: it has been silent for long, or its port is gone.
+func (t *Table) Lose(now time.Time, vni uint32, mac MAC) {
+	l := t.lans[vni]
+	if l == nil || l.macs[mac] == nil {
+		return
+	}
+	l.macs[mac].seen = false
+	l.settle(now, mac, false)
+}
+
+// Seen says which MACs are on ports here, all of them: those that are not among them are not any more.
+func (t *Table) Seen(now time.Time, vni uint32, macs []MAC) {
+	l := t.lans[vni]
+	if l == nil {
+		return
+	}
+	here := make(map[MAC]bool, len(macs))
+	for _, mac := range macs {
+		if here[mac] = true; l.macs[mac] == nil || !l.macs[mac].seen {
+			t.See(now, vni, mac)
+		}
+	}
+	for mac, s := range maps.Clone(l.macs) {
+		if s.seen && !here[mac] {
+			t.Lose(now, vni, mac)
+		}
+	}
+}
+
+// Own are the routes that the node tells the others, sorted.
+func (t *Table) Own() []Route {
+	var routes []Route
+	for _, l := range t.lans {
+		routes = append(routes, l.own()...)
+	}
+	slices.SortFunc(routes, func(a, b Route) int { return a.compare(b.Key) })
+	return routes
+}
+
+// View is what the LAN's segment has to have: who gets what is flooded, sorted, each once, and behind which VTEPs MACs are, sorted. ok is
+// false if the node takes no part in such a LAN. Nobody changes the lists.
+func (t *Table) View(vni uint32) (remotes []netip.Addr, fdb []segment.FDBEntry, ok bool) {
+	l := t.lans[vni]
+	if l == nil {
+		return nil, nil, false
+	}
+	remotes, fdb = l.view()
+	return remotes, fdb, true
+}
+
+// Duplicates are the MACs of a LAN that are on this node and on another, sorted.
+func (t *Table) Duplicates(vni uint32) []MAC {
+	if t.lans[vni] == nil {
+		return nil
+	}
+	return slices.SortedFunc(maps.Keys(t.lans[vni].duplicates), MAC.compare)
+}
+
+// Refused are the routes of a LAN that cannot be used, sorted.
+func (t *Table) Refused(vni uint32) (refused []Refusal) {
+	if t.lans[vni] == nil {
+		return nil
+	}
+	for key, reason := range t.lans[vni].refused {
+		refused = append(refused, Refusal{t.routes[key], reason})
+	}
+	slices.SortFunc(refused, func(a, b Refusal) int { return a.Route.compare(b.Route.Key) })
+	return refused
+}
