@@ -1,0 +1,73 @@
+package bgp
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"time"
+
+	"github.com/osrg/gobgp/v4/api"
+	"github.com/osrg/gobgp/v4/pkg/server"
+)
+
+// Reflector passes every node's routes on to every other (RFC 4456): what it hears it tells as it is.
+type Reflector struct {
+	AS       uint32
+	RouterID netip.Addr     // an IPv4 address, nobody else's
+	Listen   netip.AddrPort // the unspecified address: all of them
+	From     []netip.Prefix // sessions from elsewhere are refused; none: from anywhere
+	HoldTime time.Duration  // 0: HoldTime
+	Password string         // of TCP MD5 (RFC 2385); empty: none
+	Log      *slog.Logger
+}
+
+// clients is the peer group of whoever connects.
+const clients = "nodes"
+
+// Run reflects until ctx ends. Then it goes without a word, so that nodes keep what it has told.
+func (r Reflector) Run(ctx context.Context) error {
+	srv := newServer(r.Log)
+	served := make(chan struct{})
+	go func() { defer close(served); srv.Serve() }()
+	err := r.start(ctx, srv)
+	if err == nil {
+		<-ctx.Done()
+	}
+	if stopErr := srv.StopBgp(context.WithoutCancel(ctx), &api.StopBgpRequest{AllowGracefulRestart: true}); err == nil {
+		err = stopErr
+	}
+	<-served
+	return err
+}
+
+func (r Reflector) start(ctx context.Context, srv *server.BgpServer) error {
+	address := r.Listen.Addr()
+	err := srv.StartBgp(ctx, &api.StartBgpRequest{Global: &api.Global{
+		Asn: r.AS, RouterId: r.RouterID.String(), ListenPort: int32(r.Listen.Port()), ListenAddresses: []string{address.String()},
+	}})
+	if err != nil {
+		return fmt.Errorf("listen on %s as AS %d with router ID %s: %w", r.Listen, r.AS, r.RouterID, err)
+	}
+	err = srv.AddPeerGroup(ctx, &api.AddPeerGroupRequest{PeerGroup: &api.PeerGroup{
+		Conf:            &api.PeerGroupConf{PeerGroupName: clients, PeerAsn: r.AS, AuthPassword: r.Password},
+		Timers:          timers(r.HoldTime),
+		Transport:       &api.Transport{PassiveMode: true},
+		RouteReflector:  &api.RouteReflector{RouteReflectorClient: true, RouteReflectorClusterId: r.RouterID.String()},
+		GracefulRestart: gracefulRestart(Kept),
+		AfiSafis:        families(),
+	}})
+	if err != nil {
+		return fmt.Errorf("accept nodes of AS %d: %w", r.AS, err)
+	}
+	from := r.From
+	if len(from) == 0 {
+		from = []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0"), netip.MustParsePrefix("::/0")}
+	}
+	for _, prefix := range from {
+		if err := srv.AddDynamicNeighbor(ctx, &api.AddDynamicNeighborRequest{DynamicNeighbor: &api.DynamicNeighbor{Prefix: prefix.String(), PeerGroup: clients}}); err != nil {
+			return fmt.Errorf("accept nodes from %s: %w", prefix, err)
+		}
+	}
+	return nil
+}

@@ -1,0 +1,169 @@
+package bgp
+
+import (
+	"net/netip"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/osrg/gobgp/v4/pkg/apiutil"
+	"github.com/osrg/gobgp/v4/pkg/packet/bgp"
+
+	"github.com/k8slan/k8slan/lanmgr/evpn"
+)
+
+var (
+	began      = time.Unix(1_800_000_000, 0)
+	one, two   = netip.MustParseAddr("192.0.2.101"), netip.MustParseAddr("192.0.2.102")
+	stationAt  = evpn.Key{Kind: evpn.MACIP, RD: evpn.RD{1: 1, 7: 1}, MAC: evpn.MAC{2}}
+	anotherOne = evpn.Key{Kind: evpn.MACIP, RD: evpn.RD{1: 1, 7: 1}, MAC: evpn.MAC{2, 1}}
+)
+
+func after(d time.Duration) time.Time { return began.Add(d) }
+
+func withNumber(k evpn.Key, n uint32) evpn.Route { return evpn.Route{Key: k, Sequence: n} }
+
+func keysOf(r *rib) (keys []evpn.Key) {
+	r.changes()
+	for k := range r.counts {
+		keys = append(keys, k)
+	}
+	slices.SortFunc(keys, func(a, b evpn.Key) int { return slices.Compare(a.MAC[:], b.MAC[:]) })
+	return keys
+}
+
+func TestWhatALostPeerToldStaysUntilAllIsToldAgain(t *testing.T) {
+	r := newRIB()
+	r.up(one, began)
+	if r.settled() {
+		t.Error("settled before anything was told")
+	}
+	r.learn(one, withNumber(stationAt, 0))
+	r.learn(one, withNumber(anotherOne, 0))
+	if next := r.clean(began); !next.Equal(after(Settling)) {
+		t.Errorf("next is %v", next)
+	}
+	r.clean(after(Settling))
+	if !r.settled() {
+		t.Error("is not settled")
+	}
+	r.down(one, after(time.Minute))
+	r.clean(after(time.Hour))
+	if got := keysOf(r); len(got) != 2 {
+		t.Errorf("nobody was there to tell better, and %v is left", got)
+	}
+	r.up(one, after(time.Hour))
+	r.learn(one, withNumber(stationAt, 0))
+	r.clean(after(time.Hour + Settling - time.Second))
+	if got := keysOf(r); len(got) != 2 {
+		t.Errorf("%v is left before all was told again", got)
+	}
+	r.clean(after(time.Hour + Settling))
+	if got := keysOf(r); !slices.Equal(got, []evpn.Key{stationAt}) {
+		t.Errorf("%v is left, one was not told again", got)
+	}
+}
+
+func TestWhatALostPeerToldGoesWhereOthersTellNothingOfIt(t *testing.T) {
+	r := newRIB()
+	r.up(one, began)
+	r.learn(one, withNumber(stationAt, 0))
+	r.down(one, began)
+	r.up(two, after(Kept)) // it is new and has not told everything yet
+	r.clean(after(Kept + Settling/2))
+	if got := keysOf(r); len(got) != 1 {
+		t.Errorf("%v is left while the other still tells", got)
+	}
+	r.clean(after(Kept + Settling))
+	if got := keysOf(r); len(got) > 0 || len(r.peers) != 1 {
+		t.Errorf("%v is left of %d peers", got, len(r.peers))
+	}
+}
+
+func TestOfSeveralPeersTheOneThatIsThereCounts(t *testing.T) {
+	r := newRIB()
+	r.up(one, began)
+	r.up(two, began)
+	r.learn(one, withNumber(stationAt, 3))
+	r.learn(two, withNumber(stationAt, 2)) // later, but not as new
+	if routes, _ := r.changes(); len(routes) != 1 || routes[0].Sequence != 3 {
+		t.Errorf("%v counts", routes)
+	}
+	r.down(one, began)
+	if routes, _ := r.changes(); len(routes) != 1 || routes[0].Sequence != 2 {
+		t.Errorf("%v counts, though the peer is lost that told the other", routes)
+	}
+	r.learn(two, withNumber(stationAt, 2))
+	if routes, gone := r.changes(); len(routes)+len(gone) > 0 {
+		t.Errorf("%v %v, and nothing has changed", routes, gone)
+	}
+	r.forget(two, stationAt)
+	if routes, gone := r.changes(); len(routes) != 1 || len(gone) > 0 {
+		t.Errorf("%v and %v", routes, gone)
+	}
+	r.forget(one, stationAt)
+	if _, gone := r.changes(); !slices.Equal(gone, []evpn.Key{stationAt}) {
+		t.Errorf("%v has gone", gone)
+	}
+}
+
+// Whatever comes over a session becomes routes, or nothing; and what of them becomes entries is what a VXLAN can have.
+func FuzzUpdate(f *testing.F) {
+	for _, r := range []evpn.Route{
+		{Key: evpn.Key{Kind: evpn.MACIP, RD: evpn.RD{1: 1, 7: 1}, MAC: evpn.MAC{2, 0, 0, 0, 0, 9}}, VTEP: one, VNI: 222, Targets: []evpn.Target{evpn.NewTarget(65000, 222)}, Sequence: 7},
+		{Key: evpn.Key{Kind: evpn.MACIP, RD: evpn.RD{1: 1, 7: 1}, MAC: evpn.MAC{2}, IP: netip.MustParseAddr("fd00::1")}, VTEP: netip.MustParseAddr("2001:db8::1"), VNI: 222},
+		{Key: evpn.Key{Kind: evpn.Multicast, RD: evpn.RD{1: 1, 7: 1}, IP: two}, VTEP: two, VNI: 222, Targets: []evpn.Target{evpn.NewTarget(65000, 222)}},
+	} {
+		p, err := pathOf(r)
+		if err != nil {
+			f.Fatal(err)
+		}
+		b, err := bgp.NewBGPUpdateMessage(nil, p.Attrs, nil).Serialize()
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(b)
+	}
+	f.Fuzz(func(t *testing.T, b []byte) {
+		m, err := bgp.ParseBGPMessage(b)
+		if err != nil {
+			return
+		}
+		update, ok := m.Body.(*bgp.BGPUpdate)
+		if !ok {
+			return
+		}
+		table := evpn.New(65000, netip.MustParseAddr("192.0.2.1"))
+		own := netip.MustParseAddr("192.0.2.1")
+		table.Set(began, []evpn.LAN{{VNI: 222, VTEP: own, Claimed: true}})
+		for _, attr := range update.PathAttributes {
+			reach, ok := attr.(*bgp.PathAttributeMpReachNLRI)
+			if !ok {
+				continue
+			}
+			for _, nlri := range reach.Value {
+				p := &apiutil.Path{Family: bgp.RF_EVPN, Nlri: nlri.NLRI, Attrs: update.PathAttributes}
+				r, ok := routeOf(p)
+				if !ok {
+					continue
+				}
+				if key, ok := keyOf(withdrawal(p)); !ok || key != r.Key {
+					t.Errorf("withdrawn as %v, told as %v", key, r.Key)
+				}
+				table.Learn(began, r)
+			}
+		}
+		remotes, fdb, _ := table.View(222)
+		for _, e := range fdb {
+			remotes = append(slices.Clone(remotes), e.VTEP)
+			if e.MAC[0]&1 != 0 {
+				t.Errorf("entry %v", e)
+			}
+		}
+		for _, v := range remotes {
+			if !v.Is4() || v == own || v.IsMulticast() || v.IsUnspecified() || v.IsLoopback() {
+				t.Errorf("VTEP %v", v)
+			}
+		}
+	})
+}

@@ -1,0 +1,50 @@
+package bgp
+
+import (
+	"context"
+	"log/slog"
+	"time"
+
+	"github.com/osrg/gobgp/v4/api"
+	"github.com/osrg/gobgp/v4/pkg/server"
+)
+
+// newServer returns a server that says no more than what is wrong: what it calls information is a line for every step of a session.
+func newServer(log *slog.Logger) *server.BgpServer {
+	return server.NewBgpServer(server.LoggerOption(slog.New(warnings{log.Handler()}), nil))
+}
+
+type warnings struct{ slog.Handler }
+
+func (w warnings) Enabled(ctx context.Context, level slog.Level) bool {
+	return level >= slog.LevelWarn && w.Handler.Enabled(ctx, level)
+}
+
+func (w warnings) WithAttrs(attrs []slog.Attr) slog.Handler {
+	return warnings{w.Handler.WithAttrs(attrs)}
+}
+func (w warnings) WithGroup(name string) slog.Handler { return warnings{w.Handler.WithGroup(name)} }
+
+func timers(hold time.Duration) *api.Timers {
+	if hold == 0 {
+		hold = HoldTime
+	}
+	seconds := uint64(hold / time.Second)
+	return &api.Timers{Config: &api.TimersConfig{
+		HoldTime: seconds, KeepaliveInterval: max(1, seconds/3),
+		ConnectRetry: uint64(connectRetry / time.Second), IdleHoldTimeAfterReset: uint64(connectRetry / time.Second),
+	}}
+}
+
+// gracefulRestart has others keep our routes for so long when a session is lost.
+func gracefulRestart(restart time.Duration) *api.GracefulRestart {
+	return &api.GracefulRestart{Enabled: true, RestartTime: uint32(restart / time.Second)}
+}
+
+// families is EVPN alone.
+func families() []*api.AfiSafi {
+	return []*api.AfiSafi{{
+		Config:            &api.AfiSafiConfig{Family: &api.Family{Afi: api.Family_AFI_L2VPN, Safi: api.Family_SAFI_EVPN}, Enabled: true},
+		MpGracefulRestart: &api.MpGracefulRestart{Config: &api.MpGracefulRestartConfig{Enabled: true}},
+	}}
+}

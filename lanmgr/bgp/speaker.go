@@ -1,0 +1,483 @@
+// Package bgp holds a node's sessions with other routers, and the reflector's with nodes: EVPN routes of evpn's kind in and out. The protocol
+// is gobgp's.
+package bgp
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"net/netip"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/osrg/gobgp/v4/api"
+	"github.com/osrg/gobgp/v4/pkg/apiutil"
+	"github.com/osrg/gobgp/v4/pkg/packet/bgp"
+	"github.com/osrg/gobgp/v4/pkg/server"
+
+	"github.com/k8slan/k8slan/lanmgr/evpn"
+)
+
+// Peer is a router to speak with.
+type Peer struct {
+	Address   netip.Addr
+	Port      uint16 // 0: 179
+	AS        uint32
+	HoldTime  time.Duration // whole seconds, 3 at least; 0: HoldTime
+	Multihop  uint8         // how many hops away a router of another AS may be; 0: it is on the link
+	Password  string        // of TCP MD5 (RFC 2385); empty: none
+	Source    netip.Addr    // the session's own end; the zero Addr leaves it to the node's routes
+	IPv6VTEPs bool          // it takes routes with an IPv6 VTEP. FRR 8.4 closes the session over one
+}
+
+// String names the peer, and not its password.
+func (p Peer) String() string {
+	port := p.Port
+	if port == 0 {
+		port = bgp.BGP_PORT
+	}
+	return fmt.Sprintf("%s of AS %d", netip.AddrPortFrom(p.Address, port), p.AS)
+}
+
+// The times of sessions.
+const (
+	// HoldTime is how long a peer may be silent; it is asked to speak three times as often.
+	HoldTime = 9 * time.Second
+	// NodeRestart is how long others keep the routes of a node whose session is lost: a daemon that restarts is back by then.
+	NodeRestart = 20 * time.Second
+	// Kept is how long a node keeps what a peer told that is lost, if it has others.
+	Kept = 2 * time.Minute
+	// Settling is for how long after a session has come up what was told before may be told again. A reflector that has restarted
+	// has not heard all nodes sooner: of its end they know after HoldTime at the latest, and try to connect every connectRetry.
+	Settling = HoldTime + 2*connectRetry
+	// connectRetry is how long after a failed attempt to connect there is another.
+	connectRetry = 3 * time.Second
+	// lookEvery is how often it is asked why a session is down: gobgp tells of no attempt that failed.
+	lookEvery = 2 * connectRetry
+)
+
+// Session is how it stands with a peer.
+type Session struct {
+	Peer  Peer
+	Up    bool
+	Since time.Time // that it is up or down
+	Why   string    // it is down, as far as that is known
+
+	sent, received uint64 // OPEN messages at the last look
+}
+
+// Config is what a speaker works with.
+type Config struct {
+	AS       uint32
+	RouterID netip.Addr // an IPv4 address, nobody else's
+	// Hear is told what others tell, by one goroutine at a time, and is not called any more once Run has returned.
+	Hear func(Heard)
+	Log  *slog.Logger
+}
+
+// Heard is what has changed.
+type Heard struct {
+	Routes   []evpn.Route // new ones, and such as take the place of those with their keys
+	Gone     []evpn.Key
+	Sessions []Session // all of them, by address, if one has changed
+	Partial  bool      // there may be more routes that nobody has told yet: what stands and is not told is not gone
+}
+
+// Speaker tells other routers a node's routes and hears theirs. It connects, and never listens: port 179 of the node may be
+// somebody else's.
+type Speaker struct {
+	Config
+	hearing sync.Mutex // Hear is being called
+
+	mu       sync.Mutex
+	server   *server.BgpServer // nil while Run does not run
+	peers    map[netip.Addr]Peer
+	sessions map[netip.Addr]Session
+	told     map[evpn.Key]evpn.Route
+	own      map[evpn.Key]evpn.Route
+	rib      *rib
+	whole    bool        // the rib has settled once
+	timer    *time.Timer // for the rib
+	looks    *time.Timer // at sessions that are down
+}
+
+// NewSpeaker returns a speaker that does nothing until Run.
+func NewSpeaker(c Config) *Speaker {
+	return &Speaker{
+		Config: c, peers: map[netip.Addr]Peer{}, sessions: map[netip.Addr]Session{},
+		told: map[evpn.Key]evpn.Route{}, own: map[evpn.Key]evpn.Route{}, rib: newRIB(),
+	}
+}
+
+// Run speaks until ctx ends. Then it goes without a word, so that the others keep the node's routes for NodeRestart.
+func (s *Speaker) Run(ctx context.Context) error {
+	srv := newServer(s.Log)
+	served := make(chan struct{})
+	go func() { defer close(served); srv.Serve() }()
+	if err := s.start(ctx, srv); err != nil {
+		srv.Stop()
+		<-served
+		return err
+	}
+	<-ctx.Done()
+	s.hearing.Lock() // who still hears of something now ends before
+	s.mu.Lock()
+	s.server = nil
+	s.timer.Stop()
+	s.looks.Stop()
+	s.mu.Unlock()
+	s.hearing.Unlock()
+	// The watch has ended with ctx, before the server withdraws what it has heard.
+	err := srv.StopBgp(context.WithoutCancel(ctx), &api.StopBgpRequest{AllowGracefulRestart: true})
+	<-served
+	return err
+}
+
+func (s *Speaker) start(ctx context.Context, srv *server.BgpServer) error {
+	err := srv.StartBgp(ctx, &api.StartBgpRequest{Global: &api.Global{Asn: s.AS, RouterId: s.RouterID.String(), ListenPort: -1}})
+	if err != nil {
+		return fmt.Errorf("start BGP with AS %d and router ID %s: %w", s.AS, s.RouterID, err)
+	}
+	if err := takeNothingIn(ctx, srv); err != nil {
+		return err
+	}
+	if err := keepIPv6VTEPs(ctx, srv); err != nil {
+		return err
+	}
+	err = srv.WatchEvent(ctx, server.WatchEventMessageCallbacks{
+		OnPathUpdate: func(paths []*apiutil.Path, _ time.Time) { s.hearPaths(ctx, paths) },
+		OnPeerUpdate: func(e *apiutil.WatchEventMessage_PeerEvent, at time.Time) {
+			if e.Type == apiutil.PEER_EVENT_STATE {
+				s.hearPeer(ctx, e.Peer, at)
+			}
+		},
+	}, server.WatchUpdate(false, "", ""), server.WatchPeer())
+	if err != nil {
+		return fmt.Errorf("watch routes: %w", err)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.server = srv
+	s.timer = time.AfterFunc(time.Hour, func() { s.hear(ctx, func() []Session { return nil }) })
+	s.looks = time.AfterFunc(lookEvery, func() { s.look(ctx) })
+	for _, p := range s.peers {
+		if err := s.addPeer(ctx, p); err != nil {
+			return err
+		}
+	}
+	return s.tell()
+}
+
+// Set says which routes to tell; it replaces what was said before. What is the same is not told again.
+func (s *Speaker) Set(own []evpn.Route) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.own = make(map[evpn.Key]evpn.Route, len(own))
+	for _, r := range own {
+		s.own[r.Key] = r
+	}
+	return s.tell()
+}
+
+// tell brings what is told in line with what is to be; s.mu is held. What is new comes before what is gone.
+func (s *Speaker) tell() error {
+	if s.server == nil {
+		return nil
+	}
+	var add, lower, del []*apiutil.Path
+	var keys []evpn.Key
+	var errs []error
+	for key, r := range s.own {
+		old, told := s.told[key]
+		if told && old.Equal(r) {
+			continue
+		}
+		p, err := pathOf(r)
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		if told && r.Sequence < old.Sequence { // gobgp refuses that (fixupApiPath in pkg/server/server.go)
+			lower = append(lower, withdrawal(p))
+		}
+		add, keys, s.told[key] = append(add, p), append(keys, key), r
+	}
+	for key, r := range s.told {
+		if _, ok := s.own[key]; ok {
+			continue
+		}
+		if p, err := pathOf(r); err == nil { // it was told
+			del = append(del, withdrawal(p))
+		}
+		delete(s.told, key)
+	}
+	if len(lower) > 0 {
+		errs = append(errs, s.server.DeletePath(apiutil.DeletePathRequest{Paths: lower}))
+	}
+	if len(add) > 0 {
+		results, err := s.server.AddPath(apiutil.AddPathRequest{Paths: add})
+		for i, result := range results {
+			if result.Error != nil {
+				delete(s.told, keys[i])
+				errs = append(errs, fmt.Errorf("tell the route %s: %w", add[i].Nlri, result.Error))
+			}
+		}
+		if len(results) == 0 && err != nil {
+			errs = append(errs, fmt.Errorf("tell %d routes: %w", len(add), err))
+		}
+	}
+	if len(del) > 0 {
+		errs = append(errs, s.server.DeletePath(apiutil.DeletePathRequest{Paths: del}))
+	}
+	return errors.Join(errs...)
+}
+
+// SetPeers says whom to speak with; it replaces what was said before. A session whose peer is the same goes on; what
+// another has told stays as when its session is lost.
+func (s *Speaker) SetPeers(ctx context.Context, peers []Peer) error {
+	want := make(map[netip.Addr]Peer, len(peers))
+	for _, p := range peers {
+		want[p.Address] = p
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	old := s.peers
+	s.peers = want
+	if s.server == nil {
+		return nil
+	}
+	var errs []error
+	for address, p := range old {
+		if want[address] != p {
+			errs = append(errs, s.removePeer(ctx, p))
+		}
+	}
+	for address, p := range want {
+		if old[address] != p {
+			errs = append(errs, s.addPeer(ctx, p))
+		}
+	}
+	s.timer.Reset(0)
+	return errors.Join(errs...)
+}
+
+func (s *Speaker) removePeer(ctx context.Context, p Peer) error {
+	delete(s.sessions, p.Address)
+	s.rib.down(p.Address, time.Now())
+	err := s.server.DeletePeer(ctx, &api.DeletePeerRequest{Address: p.Address.String()})
+	if err == nil && p.IPv6VTEPs {
+		err = s.server.DeleteDefinedSet(ctx, &api.DeleteDefinedSetRequest{DefinedSet: ipv6VTEPsOf(p)})
+	}
+	if err != nil {
+		return fmt.Errorf("remove the peer %s: %w", p, err)
+	}
+	return nil
+}
+
+func (s *Speaker) addPeer(ctx context.Context, p Peer) error {
+	s.sessions[p.Address] = Session{Peer: p, Since: time.Now(), Why: "is being connected"}
+	s.looks.Reset(lookEvery)
+	if p.IPv6VTEPs {
+		if err := s.server.AddDefinedSet(ctx, &api.AddDefinedSetRequest{DefinedSet: ipv6VTEPsOf(p)}); err != nil {
+			return fmt.Errorf("allow the peer %s routes with an IPv6 VTEP: %w", p, err)
+		}
+	}
+	peer := &api.Peer{
+		Conf:            &api.PeerConf{NeighborAddress: p.Address.String(), PeerAsn: p.AS, AuthPassword: p.Password},
+		Timers:          timers(p.HoldTime),
+		Transport:       &api.Transport{RemotePort: uint32(p.Port)},
+		GracefulRestart: gracefulRestart(NodeRestart),
+		AfiSafis:        families(),
+	}
+	if p.Source.IsValid() {
+		peer.Transport.LocalAddress = p.Source.String()
+	}
+	if p.Multihop > 0 {
+		peer.EbgpMultihop = &api.EbgpMultihop{Enabled: true, MultihopTtl: uint32(p.Multihop)}
+	}
+	if err := s.server.AddPeer(ctx, &api.AddPeerRequest{Peer: peer}); err != nil {
+		return fmt.Errorf("add the peer %s: %w", p, err)
+	}
+	return nil
+}
+
+// takeNothingIn has gobgp's own table hold our routes alone: from others' it would make sequence numbers of its own (fixupApiPath in
+// pkg/server/server.go). What peers tell is heard before that is decided.
+func takeNothingIn(ctx context.Context, srv *server.BgpServer) error {
+	policy := &api.Policy{Name: "ours", Statements: []*api.Statement{{
+		Name:       "ours",
+		Conditions: &api.Conditions{RouteType: api.Conditions_ROUTE_TYPE_LOCAL},
+		Actions:    &api.Actions{RouteAction: api.RouteAction_ROUTE_ACTION_ACCEPT},
+	}}}
+	err := srv.AddPolicy(ctx, &api.AddPolicyRequest{Policy: policy})
+	if err == nil {
+		err = srv.AddPolicyAssignment(ctx, &api.AddPolicyAssignmentRequest{Assignment: &api.PolicyAssignment{
+			Name: "global", Direction: api.PolicyDirection_POLICY_DIRECTION_IMPORT,
+			Policies: []*api.Policy{policy}, DefaultAction: api.RouteAction_ROUTE_ACTION_REJECT,
+		}})
+	}
+	if err != nil {
+		return fmt.Errorf("keep others' routes out of gobgp's table: %w", err)
+	}
+	return nil
+}
+
+// ipv6VTEPs is the set of peers that take routes with an IPv6 VTEP.
+const ipv6VTEPs = "ipv6-vteps"
+
+// keepIPv6VTEPs keeps routes with an IPv6 VTEP from every peer that is not in the set: as long as that is empty, from all of them
+// (NeighborCondition.Evaluate in gobgp's internal/pkg/table).
+func keepIPv6VTEPs(ctx context.Context, srv *server.BgpServer) error {
+	policy := &api.Policy{Name: ipv6VTEPs, Statements: []*api.Statement{{
+		Name: ipv6VTEPs,
+		Conditions: &api.Conditions{
+			NeighborSet:   &api.MatchSet{Type: api.MatchSet_TYPE_INVERT, Name: ipv6VTEPs},
+			NextHopInList: []string{"::/0"},
+		},
+		Actions: &api.Actions{RouteAction: api.RouteAction_ROUTE_ACTION_REJECT},
+	}}}
+	err := srv.AddDefinedSet(ctx, &api.AddDefinedSetRequest{DefinedSet: &api.DefinedSet{DefinedType: api.DefinedType_DEFINED_TYPE_NEIGHBOR, Name: ipv6VTEPs}})
+	if err == nil {
+		err = srv.AddPolicy(ctx, &api.AddPolicyRequest{Policy: policy})
+	}
+	if err == nil {
+		err = srv.AddPolicyAssignment(ctx, &api.AddPolicyAssignmentRequest{Assignment: &api.PolicyAssignment{
+			Name: "global", Direction: api.PolicyDirection_POLICY_DIRECTION_EXPORT,
+			Policies: []*api.Policy{policy}, DefaultAction: api.RouteAction_ROUTE_ACTION_ACCEPT,
+		}})
+	}
+	if err != nil {
+		return fmt.Errorf("keep routes with an IPv6 VTEP from peers that cannot take them: %w", err)
+	}
+	return nil
+}
+
+// ipv6VTEPsOf is what of the set is one peer's. The set changes only so: one that takes its place is not the policy's.
+func ipv6VTEPsOf(p Peer) *api.DefinedSet {
+	return &api.DefinedSet{
+		DefinedType: api.DefinedType_DEFINED_TYPE_NEIGHBOR, Name: ipv6VTEPs,
+		List: []string{netip.PrefixFrom(p.Address, p.Address.BitLen()).String()},
+	}
+}
+
+// hearPaths notes what a peer tells.
+func (s *Speaker) hearPaths(ctx context.Context, paths []*apiutil.Path) {
+	s.mu.Lock()
+	for _, p := range paths {
+		if _, known := s.sessions[p.PeerAddress]; !known || p.Family != bgp.RF_EVPN {
+			continue
+		}
+		if p.Withdrawal {
+			if key, ok := keyOf(p); ok {
+				s.rib.forget(p.PeerAddress, key)
+			}
+		} else if r, ok := routeOf(p); ok {
+			s.rib.learn(p.PeerAddress, r)
+		}
+	}
+	s.mu.Unlock()
+	s.hear(ctx, func() []Session { return nil })
+}
+
+// hearPeer notes how it stands with a peer.
+func (s *Speaker) hearPeer(ctx context.Context, p apiutil.Peer, at time.Time) {
+	s.mu.Lock()
+	session, ok := s.sessions[p.State.NeighborAddress]
+	up := p.State.SessionState == bgp.BGP_FSM_ESTABLISHED
+	if !ok || up == session.Up {
+		s.mu.Unlock()
+		return
+	}
+	session.Up, session.Since, session.Why = up, at, ""
+	if up {
+		s.rib.up(session.Peer.Address, at)
+	} else {
+		s.rib.down(session.Peer.Address, at)
+		session.Why = p.State.DisconnectMessage
+		s.looks.Reset(lookEvery)
+	}
+	s.sessions[session.Peer.Address] = session
+	s.mu.Unlock()
+	s.hear(ctx, s.Sessions)
+}
+
+// Sessions is how it stands with each peer, by address.
+func (s *Speaker) Sessions() []Session {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.SortedFunc(maps.Values(s.sessions), func(a, b Session) int { return a.Peer.Address.Compare(b.Peer.Address) })
+}
+
+// look finds out why sessions are down, and passes it on if that is another reason than before.
+func (s *Speaker) look(ctx context.Context) {
+	s.mu.Lock()
+	if s.server == nil {
+		s.mu.Unlock()
+		return
+	}
+	changed, down := false, false
+	err := s.server.ListPeer(ctx, &api.ListPeerRequest{}, func(p *api.Peer) {
+		address, err := netip.ParseAddr(p.Conf.NeighborAddress)
+		session, ok := s.sessions[address]
+		if err != nil || !ok {
+			return
+		}
+		sent, received := p.State.Messages.Sent.Open, p.State.Messages.Received.Open
+		if !session.Up {
+			why := whyDown(s.AS, session.Peer, sent-session.sent, received-session.received)
+			changed, down = changed || why != session.Why, true
+			session.Why = why
+		}
+		session.sent, session.received = sent, received
+		s.sessions[address] = session
+	})
+	if err != nil {
+		s.Log.Error("cannot look at the BGP sessions", "err", err)
+	}
+	if down || err != nil {
+		s.looks.Reset(lookEvery)
+	}
+	s.mu.Unlock()
+	if changed {
+		s.hear(ctx, s.Sessions)
+	}
+}
+
+// whyDown says why there is no session, by how many OPEN messages have been sent and received lately.
+func whyDown(as uint32, p Peer, sent, received uint64) string {
+	switch {
+	case sent == 0 && p.Password != "":
+		return "no TCP connection; a wrong password looks like this, too"
+	case sent == 0:
+		return "no TCP connection; a password that is missing looks like this, too"
+	case received == 0:
+		return "it connects and says nothing; it may not expect this node"
+	}
+	return fmt.Sprintf("the two do not agree; it is to be of AS %d, and to expect AS %d", p.AS, as)
+}
+
+// hear passes on what has changed, unless Run is ending.
+func (s *Speaker) hear(ctx context.Context, sessions func() []Session) {
+	s.hearing.Lock()
+	defer s.hearing.Unlock()
+	if ctx.Err() != nil {
+		return
+	}
+	s.mu.Lock()
+	next := s.rib.clean(time.Now())
+	if !next.IsZero() {
+		s.timer.Reset(time.Until(next))
+	}
+	before := s.whole
+	s.whole = s.whole || s.rib.settled()
+	h := Heard{Partial: !s.whole}
+	h.Routes, h.Gone = s.rib.changes()
+	changed := before != s.whole || len(h.Routes)+len(h.Gone) > 0
+	s.mu.Unlock()
+	if h.Sessions = sessions(); changed || h.Sessions != nil {
+		s.Hear(h)
+	}
+}
