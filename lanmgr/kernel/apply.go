@@ -149,6 +149,10 @@ func (b *builder) apply(op segment.Op) error {
 			}
 		}
 		return c.changeRemotes(o.Name, o.Remotes, c.forget)
+	case segment.SetFDB:
+		return c.setFDB(o)
+	case segment.DelFDB:
+		return c.delFDB(o)
 	case segment.AddPair:
 		return c.addPair(o)
 	case segment.DelLink:
@@ -183,6 +187,8 @@ func (c *conn) set(op segment.Op) error {
 		return c.with(o.Name, func(l netlink.Link) error { return c.enslave(l, o.Bridge) })
 	case segment.SetForwardMask:
 		return c.with(o.Name, c.setForwardMask)
+	case segment.SetLearning:
+		return c.with(o.Name, func(l netlink.Link) error { return c.LinkSetLearning(l, o.On) })
 	case segment.SetUp:
 		return c.with(o.Name, c.up)
 	case segment.SetDown:
@@ -292,7 +298,7 @@ func (b *builder) addVXLAN(lan *conn, o segment.AddVXLAN) error {
 	a.Name, a.MTU, a.Namespace = o.Name, o.MTU, netlink.NsFd(int(lan.ns))
 	v := &netlink.Vxlan{
 		LinkAttrs: a, VxlanId: int(o.VNI), Port: int(o.Port), Group: o.Group.AsSlice(), SrcAddr: o.Local.AsSlice(),
-		VtepDevIndex: o.UnderlayIndex, Learning: true, TTL: ttl(o.VXLAN),
+		VtepDevIndex: o.UnderlayIndex, Learning: !o.NoLearning, TTL: ttl(o.VXLAN),
 	}
 	err = host.LinkAdd(v)
 	if errors.Is(err, unix.EEXIST) {
@@ -307,6 +313,11 @@ func (b *builder) addVXLAN(lan *conn, o segment.AddVXLAN) error {
 	return lan.with(o.Name, func(l netlink.Link) error {
 		if err := lan.enslave(l, o.Bridge); err != nil {
 			return err
+		}
+		if o.NoLearning {
+			if err := lan.LinkSetLearning(l, false); err != nil {
+				return err
+			}
 		}
 		return lan.setForwardMask(l)
 	})
@@ -362,7 +373,15 @@ func (c *conn) changeVXLAN(o segment.SetVXLAN) error {
 		data.AddRtAttr(group, or(o.Group))
 		data.AddRtAttr(local, or(o.Local))
 		data.AddRtAttr(nl.IFLA_VXLAN_TTL, nl.Uint8Attr(uint8(ttl(o.VXLAN))))
+		data.AddRtAttr(nl.IFLA_VXLAN_LEARNING, boolAttr(!o.NoLearning))
 	})
+}
+
+func boolAttr(on bool) []byte {
+	if on {
+		return nl.Uint8Attr(1)
+	}
+	return nl.Uint8Attr(0)
 }
 
 // flooded is the address under which a VXLAN's table has those who get what is flooded (all_zeros_mac in
@@ -408,6 +427,46 @@ func (c *conn) forgetBehind(vxlan string, remotes []netip.Addr) error {
 			})
 			if err != nil {
 				return fmt.Errorf("forget %s behind %s: %w", e.HardwareAddr, remote, err)
+			}
+		}
+		return nil
+	})
+}
+
+// setFDB writes both halves of entries, each in one request. They are of a state that the VXLAN takes and that does not age because they
+// come from outside (vxlan_fdb_parse and vxlan_cleanup in drivers/net/vxlan/vxlan_core.c).
+func (c *conn) setFDB(o segment.SetFDB) error {
+	return c.with(o.Name, func(l netlink.Link) error {
+		for _, e := range o.Entries {
+			err := c.NeighSet(&netlink.Neigh{
+				LinkIndex: l.Attrs().Index, Family: unix.AF_BRIDGE, State: netlink.NUD_REACHABLE,
+				Flags: netlink.NTF_SELF | netlink.NTF_MASTER | netlink.NTF_EXT_LEARNED, HardwareAddr: e.MAC[:], IP: e.VTEP.AsSlice(),
+			})
+			if err != nil {
+				return fmt.Errorf("%s behind %s: %w", net.HardwareAddr(e.MAC[:]), e.VTEP, err)
+			}
+		}
+		return nil
+	})
+}
+
+// delFDB deletes the halves of entries, each in a request of its own: of one for both the kernel leaves the second where the first is
+// gone (rtnl_fdb_del in net/core/rtnetlink.c).
+func (c *conn) delFDB(o segment.DelFDB) error {
+	return c.with(o.Name, func(l netlink.Link) error {
+		for _, e := range o.Entries {
+			n := netlink.Neigh{LinkIndex: l.Attrs().Index, Family: unix.AF_BRIDGE, HardwareAddr: e.MAC[:]}
+			if e.Bridge {
+				n.Flags = netlink.NTF_MASTER
+				if err := c.forget(&n); err != nil {
+					return fmt.Errorf("%s on the bridge: %w", n.HardwareAddr, err)
+				}
+			}
+			if e.VTEP.IsValid() {
+				n.Flags, n.IP = netlink.NTF_SELF, e.VTEP.AsSlice()
+				if err := c.forget(&n); err != nil {
+					return fmt.Errorf("%s behind %s: %w", n.HardwareAddr, e.VTEP, err)
+				}
 			}
 		}
 		return nil

@@ -1,9 +1,11 @@
 package kernel
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/netip"
 	"slices"
@@ -236,6 +238,8 @@ func parseVXLAN(l *segment.Link, d syscall.NetlinkRouteAttr) {
 		l.VXLAN.UnderlayIndex = int(nl.NativeEndian().Uint32(d.Value))
 	case nl.IFLA_VXLAN_GROUP, nl.IFLA_VXLAN_GROUP6:
 		l.VXLAN.Group, _ = netip.AddrFromSlice(d.Value)
+	case nl.IFLA_VXLAN_LEARNING:
+		l.VXLAN.NoLearning = d.Value[0] == 0
 	case nl.IFLA_VXLAN_LOCAL, nl.IFLA_VXLAN_LOCAL6:
 		l.VXLAN.Local, _ = netip.AddrFromSlice(d.Value)
 	}
@@ -248,65 +252,109 @@ func (c *conn) askRemotes(s *segment.State) error {
 		if !s.MayHaveRemotes(s.Links[i]) {
 			continue
 		}
-		var err error
-		if s.Links[i].VXLAN.Remotes, err = c.remotes(s.Links[i].Index); err != nil {
+		if err := c.askTable(&s.Links[i]); err != nil {
 			return fmt.Errorf("list the remotes of %s: %w", s.Links[i].Name, err)
 		}
 	}
 	return nil
 }
 
-func (c *conn) remotes(index int) (remotes []netip.Addr, err error) {
-	var msgs [][]byte
+// askTable reads what a VXLAN has been told: remotes, and MACs behind them.
+func (c *conn) askTable(vxlan *segment.Link) error {
+	msgs, err := c.dumpFDB(func(msg *nl.IfInfomsg) { msg.Index = int32(vxlan.Index) })
+	if err != nil {
+		return err
+	}
+	fdb := map[[6]byte]segment.FDBState{}
+	for _, m := range msgs {
+		e, ok := parseEntry(m)
+		if !ok || e.index != vxlan.Index {
+			continue
+		}
+		entry := fdb[e.mac]
+		entry.MAC = e.mac
+		switch {
+		case e.self() && e.mac == [6]byte{} && e.dst.IsValid() && !e.dst.IsMulticast():
+			vxlan.VXLAN.Remotes = append(vxlan.VXLAN.Remotes, e.dst)
+			continue
+		case !e.told():
+			continue
+		case e.self():
+			entry.VTEP = e.dst
+		default:
+			entry.Bridge = true
+		}
+		fdb[e.mac] = entry
+	}
+	slices.SortFunc(vxlan.VXLAN.Remotes, netip.Addr.Compare)
+	vxlan.VXLAN.FDB = slices.SortedFunc(maps.Values(fdb), func(a, b segment.FDBState) int { return bytes.Compare(a.MAC[:], b.MAC[:]) })
+	return nil
+}
+
+// dumpFDB dumps the part of forwarding tables that the request is made to name.
+func (c *conn) dumpFDB(name func(*nl.IfInfomsg), attrs ...*nl.RtAttr) (msgs [][]byte, err error) {
 	for range dumpTries {
 		req := nl.NewNetlinkRequest(unix.RTM_GETNEIGH, unix.NLM_F_DUMP)
 		msg := nl.NewIfInfomsg(unix.AF_BRIDGE)
-		msg.Index = int32(index)
+		name(msg)
 		req.AddData(msg)
+		for _, a := range attrs {
+			req.AddData(a)
+		}
 		msgs, err = c.execute(req, unix.RTM_NEWNEIGH)
 		if !errors.Is(err, nl.ErrDumpInterrupted) {
 			break
 		}
 	}
-	if err != nil {
-		return nil, err
-	}
-	for _, m := range msgs {
-		if r, ok := parseRemote(m, index); ok {
-			remotes = append(remotes, r)
-		}
-	}
-	slices.SortFunc(remotes, netip.Addr.Compare)
-	return remotes, nil
+	return msgs, err
 }
 
-// parseRemote reads an entry of a VXLAN's own table, if it is a remote's such as k8slan makes: one with a port, VNI or device
-// of its own is somebody else's.
-func parseRemote(m []byte, index int) (remote netip.Addr, ok bool) {
-	const flags, size = 10, 12 // of struct ndmsg (include/uapi/linux/neighbour.h)
-	if len(m) < size || int(nl.NativeEndian().Uint32(m[4:])) != index || m[flags]&netlink.NTF_SELF == 0 {
-		return remote, false
+// entry is one of a forwarding table: a bridge's, or a VXLAN's own.
+type entry struct {
+	index  int // of the port, or of the VXLAN
+	state  uint16
+	flags  uint8
+	mac    [6]byte
+	dst    netip.Addr // a VXLAN's
+	master int        // of a bridge's: the bridge
+}
+
+// self says whether it is a VXLAN's own; told, whether somebody has told it and not a frame.
+func (e entry) self() bool { return e.flags&netlink.NTF_SELF != 0 }
+func (e entry) told() bool { return e.flags&netlink.NTF_EXT_LEARNED != 0 }
+
+// parseEntry reads an entry such as k8slan or the kernel makes: one with a port, VNI or device of its own is somebody else's.
+func parseEntry(m []byte) (e entry, ok bool) {
+	const size = 12 // of struct ndmsg (include/uapi/linux/neighbour.h)
+	if len(m) < size {
+		return e, false
 	}
+	e.index, e.state, e.flags = int(nl.NativeEndian().Uint32(m[4:])), nl.NativeEndian().Uint16(m[8:]), m[10]
 	attrs, err := nl.ParseRouteAttr(m[size:])
 	if err != nil {
-		return remote, false
+		return e, false
 	}
 	for _, a := range attrs {
 		switch a.Attr.Type {
 		case unix.NDA_LLADDR:
-			ok = slices.Equal(a.Value, flooded)
+			ok = copy(e.mac[:], a.Value) == len(e.mac)
 		case unix.NDA_DST:
-			remote, _ = netip.AddrFromSlice(a.Value)
+			e.dst, _ = netip.AddrFromSlice(a.Value)
+		case unix.NDA_MASTER:
+			e.master = int(nl.NativeEndian().Uint32(a.Value))
 		case unix.NDA_PORT, unix.NDA_VNI, unix.NDA_IFINDEX:
-			return remote, false
+			return e, false
 		}
 	}
-	return remote, ok && remote.IsValid() && !remote.IsMulticast()
+	return e, ok
 }
 
 func parsePort(l *segment.Link, d syscall.NetlinkRouteAttr) {
-	if d.Attr.Type == nl.IFLA_BRPORT_GROUP_FWD_MASK {
+	switch d.Attr.Type {
+	case nl.IFLA_BRPORT_GROUP_FWD_MASK:
 		l.ForwardMask = nl.NativeEndian().Uint16(d.Value)
+	case nl.IFLA_BRPORT_LEARNING:
+		l.NoLearning = d.Value[0] == 0
 	}
 }
 

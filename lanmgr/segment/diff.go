@@ -1,6 +1,7 @@
 package segment
 
 import (
+	"bytes"
 	"net/netip"
 	"slices"
 )
@@ -148,6 +149,9 @@ func (d *diff) groupAgain() {
 	if len(l.VXLAN.Remotes) > 0 {
 		d.do(DelRemotes{Name: want.Name, Remotes: l.VXLAN.Remotes}) // the nodes are still there
 	}
+	if len(l.VXLAN.FDB) > 0 {
+		d.do(DelFDB{want.Name, l.VXLAN.FDB})
+	}
 }
 
 // remotes has a VXLAN without a group send what is flooded to each remote: to new ones before the group is left, and to
@@ -164,9 +168,53 @@ func (d *diff) remotes(l Link) {
 	if l.Index != 0 && !sameEnds(want, l.VXLAN) {
 		d.do(SetVXLAN{want})
 	}
-	if d.want.Remotes != nil && len(del) > 0 {
-		d.do(DelRemotes{Name: want.Name, Remotes: del, Learnt: true})
+	if d.want.Remotes != nil && !d.want.Partial && len(del) > 0 {
+		d.do(DelRemotes{Name: want.Name, Remotes: del, Learnt: !want.NoLearning})
 	}
+	d.fdb(l)
+}
+
+// fdb has the VXLAN and its bridge know where MACs are, and where they are not any more.
+func (d *diff) fdb(l Link) {
+	want := d.want.FDB
+	if !d.want.VXLAN.NoLearning {
+		want = []FDBEntry{} // it learns by itself
+	}
+	add, del := fdbChanges(want, l.VXLAN.FDB)
+	if len(add) > 0 {
+		d.do(SetFDB{d.want.VXLAN.Name, add})
+	}
+	if want != nil && !(d.want.Partial && d.want.VXLAN.NoLearning) && len(del) > 0 {
+		d.do(DelFDB{d.want.VXLAN.Name, del})
+	}
+}
+
+// fdbChanges are the entries that the VXLAN lacks or has with another remote, and those that are not wanted. That the bridge has one on
+// no port of the VXLAN's is left so: the MAC has shown itself here, and what is wanted may not know yet.
+func fdbChanges(want []FDBEntry, have []FDBState) (add []FDBEntry, del []FDBState) {
+	for len(want) > 0 || len(have) > 0 {
+		order := 0
+		switch {
+		case len(have) == 0:
+			order = -1
+		case len(want) == 0:
+			order = 1
+		default:
+			order = bytes.Compare(want[0].MAC[:], have[0].MAC[:])
+		}
+		switch {
+		case order < 0:
+			add, want = append(add, want[0]), want[1:]
+		case order > 0:
+			del, have = append(del, have[0]), have[1:]
+		default:
+			if unmapped(want[0].VTEP) != unmapped(have[0].VTEP) {
+				add = append(add, want[0])
+			}
+			want, have = want[1:], have[1:]
+		}
+	}
+	return add, del
 }
 
 // changes are what one sorted list has and the other has not, and the reverse.
@@ -240,7 +288,10 @@ func (d *diff) vxlan() {
 		d.do(AddVXLAN{VXLAN: want, MTU: d.want.MTU, Bridge: d.want.Bridge})
 		l = Link{Name: want.Name, MTU: d.want.MTU, ForwardMask: ForwardMask}
 	default:
-		d.port(l)
+		anew := d.port(l)
+		if want.NoLearning != (l.NoLearning && !anew) {
+			d.do(SetLearning{want.Name, !want.NoLearning})
+		}
 	}
 	d.remotes(l)
 	// A LAN that nobody uses here costs the underlay nothing: a VXLAN joins its group only while it is up.
@@ -297,16 +348,17 @@ func (d *diff) settle(plug Link) {
 	}
 }
 
-// port puts a link into the bridge with the mask that lets link-local frames through.
-func (d *diff) port(l Link) {
+// port puts a link into the bridge with the mask that lets link-local frames through, and says whether it has been put in anew.
+func (d *diff) port(l Link) (anew bool) {
 	bridge, ok := d.links[d.want.Bridge]
 	if d.rebridged || !ok || l.Master != bridge.Index {
 		d.do(SetMaster{l.Name, d.want.Bridge}, SetForwardMask{l.Name}) // a port that is put in anew has lost its mask
-		return
+		return true
 	}
 	if l.ForwardMask != ForwardMask {
 		d.do(SetForwardMask{l.Name})
 	}
+	return false
 }
 
 func (d *diff) settings(l Link, mtu int, up bool) {

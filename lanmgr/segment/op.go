@@ -52,6 +52,21 @@ type (
 		Remotes []netip.Addr
 		Learnt  bool
 	}
+	// SetFDB tells a VXLAN and its bridge behind which remotes MACs are.
+	SetFDB struct {
+		Name    string
+		Entries []FDBEntry
+	}
+	// DelFDB takes that back, each of the halves that are there.
+	DelFDB struct {
+		Name    string
+		Entries []FDBState
+	}
+	// SetLearning says whether a port's frames teach the bridge where MACs are.
+	SetLearning struct {
+		Name string
+		On   bool
+	}
 	// AddPair makes a spoke's standing pair: the port up in the bridge, the plug up beside it.
 	AddPair struct {
 		Spoke  string
@@ -118,8 +133,8 @@ func (o SetBridge) String() string {
 }
 
 func (o AddVXLAN) String() string {
-	return fmt.Sprintf("ip link add %s mtu %d master %s type vxlan id %d dstport %d%s dev %s",
-		o.Name, o.MTU, o.Bridge, o.VNI, o.Port, o.ends(), o.Underlay)
+	return fmt.Sprintf("ip link add %s mtu %d master %s type vxlan id %d dstport %d%s dev %s%s",
+		o.Name, o.MTU, o.Bridge, o.VNI, o.Port, o.ends(), o.Underlay, o.learning())
 }
 
 // ends are a VXLAN's two ends in ip's words.
@@ -134,7 +149,14 @@ func (v VXLAN) ends() (s string) {
 }
 
 func (o SetVXLAN) String() string {
-	return fmt.Sprintf("ip link set %s type vxlan id %d%s", o.Name, o.VNI, o.ends())
+	return fmt.Sprintf("ip link set %s type vxlan id %d%s%s", o.Name, o.VNI, o.ends(), o.learning())
+}
+
+func (v VXLAN) learning() string {
+	if v.NoLearning {
+		return " nolearning"
+	}
+	return ""
 }
 func (o AddRemotes) String() string { return flood("append", o.Name, o.Remotes) }
 func (o DelRemotes) String() string {
@@ -153,6 +175,44 @@ func flood(verb, vxlan string, remotes []netip.Addr) string {
 		s += " dst " + r.String()
 	}
 	return s
+}
+
+// shown is how many entries the text of an operation names: there may be very many.
+const shown = 3
+
+func (o SetFDB) String() string {
+	var lines []string
+	for _, e := range o.Entries[:min(shown, len(o.Entries))] {
+		lines = append(lines, fmt.Sprintf("bridge fdb replace %s dev %s dst %s self master extern_learn", net.HardwareAddr(e.MAC[:]), o.Name, e.VTEP))
+	}
+	return strings.Join(lines, "; ") + more(len(o.Entries))
+}
+
+func (o DelFDB) String() string {
+	var lines []string
+	for _, e := range o.Entries[:min(shown, len(o.Entries))] {
+		if e.VTEP.IsValid() {
+			lines = append(lines, fmt.Sprintf("bridge fdb del %s dev %s dst %s self", net.HardwareAddr(e.MAC[:]), o.Name, e.VTEP))
+		}
+		if e.Bridge {
+			lines = append(lines, fmt.Sprintf("bridge fdb del %s dev %s master", net.HardwareAddr(e.MAC[:]), o.Name))
+		}
+	}
+	return strings.Join(lines, "; ") + more(len(o.Entries))
+}
+
+func more(n int) string {
+	if n <= shown {
+		return ""
+	}
+	return fmt.Sprintf("; and %d more", n-shown)
+}
+
+func (o SetLearning) String() string {
+	if o.On {
+		return fmt.Sprintf("bridge link set dev %s learning on", o.Name)
+	}
+	return fmt.Sprintf("bridge link set dev %s learning off", o.Name)
 }
 
 func (o AddPair) String() string {
@@ -207,9 +267,9 @@ func family(group, local netip.Addr) int {
 	return unmapped(local).BitLen()
 }
 
-// sameEnds says whether its group and source are those that are wanted.
+// sameEnds says whether its group and source are those that are wanted, and whether it learns who is behind remotes.
 func sameEnds(want VXLAN, have VXLANState) bool {
-	return unmapped(want.Group) == unmapped(have.Group) && unmapped(want.Local) == unmapped(have.Local)
+	return want.NoLearning == have.NoLearning && unmapped(want.Group) == unmapped(have.Group) && unmapped(want.Local) == unmapped(have.Local)
 }
 
 func unmapped(a netip.Addr) netip.Addr { return a.Unmap().WithZone("") }

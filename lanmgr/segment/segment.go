@@ -43,6 +43,10 @@ type Segment struct {
 	// Remotes are the other nodes that take part, sorted, where the VXLAN has no group; nil: not known, those that stand stay.
 	// They are not in the record: only who watches the other nodes knows them.
 	Remotes []netip.Addr `json:"-"`
+	// FDB says behind which remotes MACs are, sorted by MAC, where the VXLAN does not learn; nil: not known. It is not in the record either.
+	FDB []FDBEntry `json:"-"`
+	// Partial says that Remotes and FDB may lack some: none that stands is deleted.
+	Partial bool `json:"-"`
 }
 
 // VXLAN is the link that carries the LAN to other nodes.
@@ -53,7 +57,8 @@ type VXLAN struct {
 	Group         netip.Addr `json:"group"`          // multicast, IPv4 or IPv6; the zero Addr where remotes are told one by one
 	Local         netip.Addr `json:"local,omitzero"` // its packets' source; the zero Addr leaves it to the node's routes
 	Underlay      string     `json:"underlay"`
-	UnderlayIndex int        `json:"underlayIndex"` // in the node's own netns; 0 where the node has no such device, and then no VXLAN is built
+	NoLearning    bool       `json:"noLearning,omitempty"` // it is told behind which remotes MACs are: what arrives teaches it nothing
+	UnderlayIndex int        `json:"underlayIndex"`        // in the node's own netns; 0 where the node has no such device, and then no VXLAN is built
 }
 
 // Equal says whether two segments are the same wish.
@@ -63,12 +68,13 @@ func (s Segment) Equal(o Segment) bool {
 		slices.Equal(s.Spokes, o.Spokes) && slices.Equal(s.TxChecksumOff, o.TxChecksumOff) &&
 		slices.Equal(s.MACByOrdinal, o.MACByOrdinal) && s.Node == o.Node &&
 		slices.Equal(s.AllowedNamespaces, o.AllowedNamespaces) &&
-		(s.Remotes == nil) == (o.Remotes == nil) && slices.Equal(s.Remotes, o.Remotes)
+		(s.Remotes == nil) == (o.Remotes == nil) && slices.Equal(s.Remotes, o.Remotes) &&
+		(s.FDB == nil) == (o.FDB == nil) && slices.Equal(s.FDB, o.FDB) && s.Partial == o.Partial
 }
 
 // Recorded is what of a segment its record has.
 func (s Segment) Recorded() Segment {
-	s.Remotes = nil
+	s.Remotes, s.FDB, s.Partial = nil, nil, false
 	return s
 }
 

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/netip"
 	"slices"
@@ -465,5 +466,98 @@ func TestPortsAreBuiltLikeSpokesWithTheirOwnMACs(t *testing.T) {
 	smaller.Spokes = []string{"web_0"}
 	if ops := segment.Diff(smaller, attached(built(s), "web_1")); len(ops) != 1 { // the record
 		t.Errorf("for one port less, which is in use: %v", ops)
+	}
+}
+
+// told is a unicast segment that is told where MACs are, by their last octet and the remote's.
+func told(at map[byte]byte) segment.Segment {
+	s := unicast("192.0.2.1", "192.0.2.2", "192.0.2.3")
+	s.VXLAN.NoLearning, s.FDB = true, []segment.FDBEntry{}
+	for _, mac := range slices.Sorted(maps.Keys(at)) {
+		s.FDB = append(s.FDB, segment.FDBEntry{MAC: [6]byte{2, 0, 0, 0, 0, mac}, VTEP: netip.AddrFrom4([4]byte{192, 0, 2, at[mac]})})
+	}
+	return s
+}
+
+// toldState is the state of a node that has it, with both halves of each entry.
+func toldState(s segment.Segment) segment.State {
+	return change(built(s), "vx2", func(l *segment.Link) {
+		l.NoLearning, l.VXLAN.NoLearning = true, true
+		for _, e := range s.FDB {
+			l.VXLAN.FDB = append(l.VXLAN.FDB, segment.FDBState{FDBEntry: e, Bridge: true})
+		}
+	})
+}
+
+func TestAVXLANIsToldWhereMACsAre(t *testing.T) {
+	const (
+		set       = "bridge fdb replace 02:00:00:00:00:%02x dev vx2 dst 192.0.2.%d self master extern_learn"
+		del       = "bridge fdb del 02:00:00:00:00:%02x dev vx2 dst 192.0.2.%d self"
+		delBridge = "bridge fdb del 02:00:00:00:00:%02x dev vx2 master"
+	)
+	one, none := told(map[byte]byte{9: 2}), told(nil)
+	unknown, partial := one, none
+	unknown.FDB = nil
+	partial.Partial, partial.Remotes = true, partial.Remotes[:1]
+	learning := unicast("192.0.2.1", "192.0.2.2", "192.0.2.3")
+	half := func(f func(*segment.FDBState)) segment.State {
+		return change(toldState(one), "vx2", func(l *segment.Link) {
+			l.VXLAN.FDB = slices.Clone(l.VXLAN.FDB)
+			f(&l.VXLAN.FDB[0])
+		})
+	}
+	for _, tt := range []struct {
+		name string
+		want segment.Segment
+		have segment.State
+		ops  []string
+	}{
+		{"as it should be", one, toldState(one), nil},
+		{"a MAC more", told(map[byte]byte{8: 2, 9: 2, 10: 3}), toldState(one), []string{fmt.Sprintf(set+"; "+set, 8, 2, 10, 3)}},
+		{"a MAC gone", none, toldState(one), []string{fmt.Sprintf(del+"; "+delBridge, 9, 2, 9)}},
+		{"a MAC elsewhere", told(map[byte]byte{9: 3}), toldState(one), []string{fmt.Sprintf(set, 9, 3)}},
+		{"not known", unknown, toldState(one), nil},
+		{"some not known", partial, toldState(one), nil},
+		{"some not known, one elsewhere", func() segment.Segment { s := told(map[byte]byte{9: 3}); s.Partial = true; return s }(), toldState(one), []string{fmt.Sprintf(set, 9, 3)}},
+		{"the MAC has shown itself here", one, half(func(e *segment.FDBState) { e.Bridge = false }), nil},
+		{"and is believed", none, half(func(e *segment.FDBState) { e.Bridge = false }), []string{fmt.Sprintf(del, 9, 2)}},
+		{"the VXLAN's half taken away", one, half(func(e *segment.FDBState) { e.VTEP = netip.Addr{} }), []string{fmt.Sprintf(set, 9, 2)}},
+		{"the bridge's half left", none, half(func(e *segment.FDBState) { e.VTEP = netip.Addr{} }), []string{fmt.Sprintf(delBridge, 9)}},
+		{"very many", told(map[byte]byte{1: 2, 2: 2, 3: 2, 4: 2, 5: 2}), toldState(none), []string{fmt.Sprintf(set+"; "+set+"; "+set, 1, 2, 2, 2, 3, 2) + "; and 2 more"}},
+		{"the bridge learns by hand", one, change(toldState(one), "vx2", func(l *segment.Link) { l.NoLearning = false }), []string{"bridge link set dev vx2 learning off"}},
+		{"the VXLAN learns by hand", one, change(toldState(one), "vx2", func(l *segment.Link) { l.VXLAN.NoLearning = false }), []string{"ip link set vx2 type vxlan id 222 local 192.0.2.1 nolearning"}},
+		{
+			"the VXLAN taken out of the bridge", one, change(toldState(one), "vx2", func(l *segment.Link) { l.Master, l.NoLearning = 0, false }),
+			[]string{"ip link set vx2 master br2", "ip link set vx2 type bridge_slave group_fwd_mask 0xfffd", "bridge link set dev vx2 learning off"},
+		},
+		{
+			"the VXLAN deleted", one, without(toldState(one), "vx2"), []string{
+				"ip link add vx2 mtu 1422 master br2 type vxlan id 222 dstport 4789 local 192.0.2.1 dev eth1 nolearning",
+				"bridge fdb append 00:00:00:00:00:00 dev vx2 dst 192.0.2.2 dst 192.0.2.3", fmt.Sprintf(set, 9, 2),
+			},
+		},
+		{"from learning", one, built(learning), []string{
+			"record knlvrf", "bridge link set dev vx2 learning off", "ip link set vx2 type vxlan id 222 local 192.0.2.1 nolearning", fmt.Sprintf(set, 9, 2),
+		}},
+		{"to learning", learning, toldState(one), []string{
+			"record knlvrf", "bridge link set dev vx2 learning on", "ip link set vx2 type vxlan id 222 local 192.0.2.1", fmt.Sprintf(del+"; "+delBridge, 9, 2, 9),
+		}},
+		{"to a group", func() segment.Segment {
+			s := lab
+			s.VXLAN.Group = netip.MustParseAddr("239.0.0.1")
+			return s
+		}(), toldState(one), []string{
+			"ip link set vx2 type vxlan id 222 group 239.0.0.1", "bridge fdb del 00:00:00:00:00:00 dev vx2 dst 192.0.2.2 dst 192.0.2.3",
+			fmt.Sprintf(del+"; "+delBridge, 9, 2, 9), "record knlvrf", "bridge link set dev vx2 learning on",
+		}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			if ops, want := text(segment.Diff(tt.want, tt.have)), strings.Join(tt.ops, "\n"); ops != want {
+				t.Errorf("to do:\n%s\nwant:\n%s", ops, want)
+			}
+		})
+	}
+	if one.Equal(none) || none.Equal(unknown) || none.Equal(partial) || !one.Recorded().Equal(none.Recorded()) {
+		t.Error("wishes that differ in what is told are taken for the same, or their records for different ones")
 	}
 }

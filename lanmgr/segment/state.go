@@ -33,6 +33,7 @@ type Link struct {
 	Promisc  int  // how many ask it to be promiscuous; at least 1 while a macvtap on it is up
 
 	ForwardMask uint16      // of a bridge port: which of 01-80-C2-00-00-0X pass
+	NoLearning  bool        // of a bridge port: what arrives by it teaches the bridge nothing
 	Bridge      BridgeState // of a bridge
 	VXLAN       VXLANState  // of a VXLAN
 	Learnt      int         // of a bridge: how many addresses it has learnt; -1 where the kernel does not count them
@@ -61,13 +62,22 @@ type VXLANState struct {
 	Group         netip.Addr
 	Local         netip.Addr
 	Remotes       []netip.Addr // who gets what is flooded, sorted, the group aside; read only where MayHaveRemotes
-	UnderlayIndex int          // as the node's own netns counts
+	FDB           []FDBState   // which MACs it has been told, sorted; read where Remotes are
+	NoLearning    bool
+	UnderlayIndex int // as the node's own netns counts
 }
 
 // FDBEntry says behind which VTEP a MAC is.
 type FDBEntry struct {
 	MAC  [6]byte
 	VTEP netip.Addr
+}
+
+// FDBState is an entry as the kernel has it: one half in the VXLAN's own table, one in the bridge's. A half may be missing: the
+// bridge's is wherever the MAC was seen last.
+type FDBState struct {
+	FDBEntry      // the zero Addr: the VXLAN does not have it
+	Bridge   bool // the bridge has it on the VXLAN's port
 }
 
 // MayHaveRemotes says whether it has to be asked which remotes a VXLAN has. With a group it has none, unless a change from

@@ -1,0 +1,93 @@
+package kernel
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+)
+
+// Stations is what the bridges of LANs tell of who is on their own ports.
+type Stations struct {
+	// Seen says that a MAC has shown itself on a port of the LAN's bridge here; Left, that it is on none any more: it has been silent
+	// for long, its port is gone, or it was told to be elsewhere.
+	Seen, Left func(netnsName string, mac [6]byte)
+	// Missed says that some of that was lost: Node.Stations tells how it is.
+	Missed func()
+}
+
+// WatchStations tells of the MACs on local ports until the context ends. Those of a segment are told from when it was first
+// observed; Node.Stations tells of those before.
+func (n *Node) WatchStations(ctx context.Context, tell Stations) error {
+	f, err := n.subscribe(true, ofBridges, unix.RTNLGRP_NEIGH)
+	if err != nil {
+		return fmt.Errorf("watch the MACs on LANs: %w", err)
+	}
+	tell.Missed()
+	return receive(ctx, f, func(msg []byte, from int) {
+		name, ok := n.byNumber(from)
+		if !ok || len(msg) < unix.SizeofNlMsghdr {
+			return
+		}
+		length := int(nl.NativeEndian().Uint32(msg))
+		if length < unix.SizeofNlMsghdr || length > len(msg) {
+			return
+		}
+		e, ok := parseEntry(msg[unix.SizeofNlMsghdr:length])
+		switch {
+		case !ok || e.self() || e.state&netlink.NUD_PERMANENT != 0:
+		case nl.NativeEndian().Uint16(msg[4:]) == unix.RTM_NEWNEIGH && !e.told():
+			tell.Seen(name, e.mac)
+		default:
+			tell.Left(name, e.mac)
+		}
+	}, tell.Missed)
+}
+
+// Stations are the MACs on a LAN's own ports now. A LAN that is not on the node has none.
+func (n *Node) Stations(netnsName string) (macs [][6]byte, err error) {
+	h := n.inHand(netnsName)
+	if h == nil {
+		return nil, nil
+	}
+	defer n.giveBack(h)
+	links, err := h.conn.links()
+	if err != nil {
+		return nil, fmt.Errorf("read the MACs on %s: %w", netnsName, err)
+	}
+	vxlans := map[int]bool{}
+	for _, l := range links {
+		if l.Type == "vxlan" {
+			vxlans[l.Index] = true
+		}
+	}
+	for _, l := range links {
+		if l.Type != "bridge" {
+			continue
+		}
+		msgs, err := h.conn.dumpFDB(func(*nl.IfInfomsg) {}, nl.NewRtAttr(unix.IFLA_MASTER, nl.Uint32Attr(uint32(l.Index))))
+		if err != nil && !errors.Is(err, unix.ENODEV) {
+			return nil, fmt.Errorf("read the MACs on %s: %w", netnsName, err)
+		}
+		for _, m := range msgs {
+			e, ok := parseEntry(m)
+			if ok && e.master == l.Index && !vxlans[e.index] && !e.self() && !e.told() && e.state&netlink.NUD_PERMANENT == 0 {
+				macs = append(macs, e.mac)
+			}
+		}
+	}
+	return macs, nil
+}
+
+// ofBridges is a socket filter that lets the events of bridges' forwarding tables pass, those of VXLANs' own aside.
+var ofBridges = []unix.SockFilter{
+	{Code: unix.BPF_LD | unix.BPF_B | unix.BPF_ABS, K: unix.SizeofNlMsghdr}, // ndm_family
+	{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: unix.AF_BRIDGE, Jf: 3},
+	{Code: unix.BPF_LD | unix.BPF_B | unix.BPF_ABS, K: unix.SizeofNlMsghdr + 10}, // ndm_flags
+	{Code: unix.BPF_JMP | unix.BPF_JSET | unix.BPF_K, K: netlink.NTF_SELF, Jt: 1},
+	{Code: unix.BPF_RET | unix.BPF_K, K: 1 << 18},
+	{Code: unix.BPF_RET | unix.BPF_K, K: 0},
+}

@@ -1,0 +1,323 @@
+package dataplane
+
+import (
+	"context"
+	"maps"
+	"net/netip"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/k8slan/k8slan/lanmgr/evpn"
+	"github.com/k8slan/k8slan/lanmgr/kernel"
+	"github.com/k8slan/k8slan/lanmgr/segment"
+	"github.com/k8slan/k8slan/test/frames"
+)
+
+// fabric is nodes that tell each other at once what their tables have to tell: EVPN without the sessions.
+type fabric struct {
+	t     *testing.T
+	mu    sync.Mutex
+	nodes []*evpnNode
+	done  chan struct{} // closed and made anew whenever the nodes have done what follows from an event
+}
+
+// evpnNode is a node whose LAN is told where MACs are.
+type evpnNode struct {
+	host
+	table *evpn.Table
+	lan   evpn.LAN
+	want  segment.Segment
+	told  map[evpn.Key]evpn.Route
+}
+
+// evpnHosts makes two nodes, and the LAN built on both; their kernels' events are followed until the test ends.
+func evpnHosts(t *testing.T, f family, vni uint32) (*fabric, *evpnNode, *evpnNode) {
+	t.Helper()
+	a, b, onA, onB := unicastHosts(t, f, vni)
+	fab := &fabric{t: t, done: make(chan struct{})}
+	for i, h := range []host{a, b} {
+		s := told([]segment.Segment{onA, onB}[i])
+		n := &evpnNode{
+			host: h, table: evpn.New(65000, netip.AddrFrom4([4]byte{192, 0, 2, byte(i + 1)})), want: s,
+			lan: evpn.LAN{VNI: vni, VTEP: s.VXLAN.Local}, told: map[evpn.Key]evpn.Route{},
+		}
+		fab.nodes = append(fab.nodes, n)
+		n.build(t, s)
+	}
+	ctx, stop := context.WithCancel(context.Background())
+	var watches sync.WaitGroup
+	for _, n := range fab.nodes {
+		watches.Go(func() {
+			if err := n.kernel.WatchStations(ctx, fab.follow(n)); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	t.Cleanup(func() { stop(); watches.Wait() })
+	return fab, fab.nodes[0], fab.nodes[1]
+}
+
+// told is a unicast LAN that is told where MACs are, and does not know any yet.
+func told(s segment.Segment) segment.Segment {
+	s.VXLAN.NoLearning, s.Remotes, s.FDB = true, []netip.Addr{}, []segment.FDBEntry{}
+	return s
+}
+
+func (f *fabric) follow(n *evpnNode) kernel.Stations {
+	return kernel.Stations{
+		Seen: func(_ string, mac [6]byte) { f.after(func(now time.Time) { n.table.See(now, n.lan.VNI, mac) }) },
+		Left: func(_ string, mac [6]byte) { f.after(func(now time.Time) { n.table.Lose(now, n.lan.VNI, mac) }) },
+		Missed: func() {
+			macs, err := n.kernel.Stations(n.want.Netns)
+			if err != nil {
+				f.t.Error(err)
+			}
+			f.after(func(now time.Time) {
+				var all []evpn.MAC
+				for _, mac := range macs {
+					all = append(all, mac)
+				}
+				n.table.Seen(now, n.lan.VNI, all)
+			})
+		},
+	}
+}
+
+// after has the nodes do what follows from an event.
+func (f *fabric) after(event func(now time.Time)) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	now := time.Now()
+	event(now)
+	for quiet := false; !quiet; {
+		quiet = true
+		for _, n := range f.nodes {
+			own := map[evpn.Key]evpn.Route{}
+			for _, r := range n.table.Own() {
+				own[r.Key] = r
+			}
+			if maps.EqualFunc(own, n.told, evpn.Route.Equal) {
+				continue
+			}
+			quiet = false
+			for _, o := range f.nodes {
+				if o == n {
+					continue
+				}
+				for _, r := range own {
+					o.table.Learn(now, r)
+				}
+				for key := range n.told {
+					if _, ok := own[key]; !ok {
+						o.table.Forget(now, key)
+					}
+				}
+			}
+			n.told = own
+		}
+	}
+	for _, n := range f.nodes {
+		want := n.want
+		if remotes, fdb, ok := n.table.View(n.lan.VNI); ok {
+			want.Remotes, want.FDB = remotes, fdb
+		}
+		if want.Equal(n.want) {
+			continue
+		}
+		n.want = want
+		_, err := n.kernel.Reconcile(f.t.Context(), want.Netns, func(have segment.State) []segment.Op { return segment.Diff(want, have) })
+		if err != nil && f.t.Context().Err() == nil {
+			f.t.Error(err)
+		}
+	}
+	close(f.done)
+	f.done = make(chan struct{})
+}
+
+// await waits until it is so.
+func (f *fabric) await(t *testing.T, what string, so func() bool) {
+	t.Helper()
+	deadline := time.After(longPatience)
+	for {
+		f.mu.Lock()
+		ok, done := so(), f.done
+		f.mu.Unlock()
+		if ok {
+			return
+		}
+		select {
+		case <-done:
+		case <-deadline:
+			t.Fatalf("waited for %s in vain", what)
+		}
+	}
+}
+
+// join attaches a pod or a VM; a pod's MAC is told from then on.
+func (f *fabric) join(t *testing.T, n *evpnNode, spoke string, kind segment.Kind) *station {
+	t.Helper()
+	st := n.attach(t, n.want, spoke, kind)
+	f.after(func(now time.Time) {
+		n.lan.Claimed = true
+		if kind == segment.Veth {
+			n.lan.Attached = append(slices.Clone(n.lan.Attached), evpn.MAC(st.Attachment.MAC))
+		}
+		n.table.Set(now, []evpn.LAN{n.lan})
+	})
+	return st
+}
+
+// behind says where a node's segment has a MAC.
+func (n *evpnNode) behind(mac []byte) netip.Addr {
+	for _, e := range n.want.FDB {
+		if slices.Equal(e.MAC[:], mac) {
+			return e.VTEP
+		}
+	}
+	return netip.Addr{}
+}
+
+// learnt are the MACs that the VXLAN or its bridge's port has learnt from frames.
+func (n *evpnNode) learnt(t *testing.T) (entries []netlink.Neigh) {
+	t.Helper()
+	link, err := n.inside(n.want).Netlink(t).LinkByName(n.want.VXLAN.Name)
+	try(t, err)
+	all, err := n.inside(n.want).Netlink(t).NeighList(link.Attrs().Index, unix.AF_BRIDGE)
+	try(t, err)
+	for _, e := range all {
+		if e.Flags&netlink.NTF_EXT_LEARNED == 0 && e.State&netlink.NUD_PERMANENT == 0 {
+			entries = append(entries, e)
+		}
+	}
+	return entries
+}
+
+func TestEVPNLANCarriesTheCatalog(t *testing.T) {
+	vni := uint32(401)
+	for name, f := range families {
+		t.Run(name, func(t *testing.T) {
+			fab, a, b := evpnHosts(t, f, vni)
+			one, two := fab.join(t, a, "one", segment.Veth), fab.join(t, b, "two", segment.Veth)
+			if at := a.behind(two.Attachment.MAC); at != b.lan.VTEP {
+				t.Errorf("a pod that has not spoken is behind %v, want %v", at, b.lan.VTEP)
+			}
+			for _, n := range fab.nodes {
+				if ops := n.build(t, n.want); len(ops) > 0 {
+					t.Errorf("a second look finds to do: %v", ops)
+				}
+			}
+			catalogCrosses(t, one, two)
+			catalogCrosses(t, two, one)
+			vm := fab.join(t, b, "two", segment.Macvtap)
+			doubleTaggedCrosses(t, vm, one)
+			for _, n := range fab.nodes {
+				if learnt := n.learnt(t); len(learnt) > 0 {
+					t.Errorf("%s has learnt %v", n.Name, learnt)
+				}
+			}
+		})
+		vni++
+	}
+}
+
+// A VM moves: its second incarnation waits on the other node, and then speaks. What is for it goes there at once, and back.
+func TestAVMIsFollowedWhenItSpeaks(t *testing.T) {
+	fab, a, b := evpnHosts(t, families["IPv4"], 411)
+	here, there := fab.join(t, a, "one", segment.Macvtap), fab.join(t, b, "two", segment.Macvtap)
+	mac := []byte{2, 0xbb, 0, 0, 0, 1}
+	alone := func() bool {
+		return len(a.table.Duplicates(411)) == 1 && len(b.table.Duplicates(411)) == 1
+	}
+	var took []time.Duration
+	for i := range 40 {
+		speaks, speaksAt, other := here, a, b
+		if i%2 == 1 {
+			speaks, speaksAt, other = there, b, a
+		}
+		began := time.Now()
+		try(t, speaks.Send(frames.Stream(nil, mac, 1, uint64(i))))
+		followed := false
+		fab.await(t, "the other node to know", func() bool {
+			followed = other.behind(mac) == speaksAt.lan.VTEP && !speaksAt.behind(mac).IsValid()
+			return followed || alone()
+		})
+		if !followed {
+			break
+		}
+		took = append(took, time.Since(began))
+	}
+	slices.Sort(took)
+	t.Logf("from its first frame to the other node's table, %d times: median %v, worst %v", len(took), took[len(took)/2], took[len(took)-1])
+	// It speaks on both without end: each node keeps its own.
+	fab.mu.Lock()
+	defer fab.mu.Unlock()
+	if !alone() || a.behind(mac).IsValid() || b.behind(mac).IsValid() {
+		t.Errorf("duplicates %v and %v, behind %v and %v", a.table.Duplicates(411), b.table.Duplicates(411), a.behind(mac), b.behind(mac))
+	}
+}
+
+// A LAN changes between learning and being told while it runs: the links stay, and nothing that goes from pod to pod is lost.
+func TestALANChangesToEVPNUnderTraffic(t *testing.T) {
+	fab, a, b := evpnHosts(t, families["IPv4"], 412)
+	one, two := fab.join(t, a, "one", segment.Veth), fab.join(t, b, "two", segment.Veth)
+	crosses(t, two, one, frames.Stream(nil, two.MAC, 9, 1))
+	crosses(t, one, two, frames.Stream(nil, one.MAC, 9, 1))
+	fab.mu.Lock() // the nodes are changed by hand
+	defer fab.mu.Unlock()
+	learning := func(n *evpnNode) segment.Segment {
+		s := n.want
+		s.VXLAN.NoLearning, s.FDB = false, nil
+		return s
+	}
+	there, back := startStream(t, 1, streamLength, one, two), startStream(t, 2, streamLength, two, one)
+	for range 20 {
+		for _, s := range []func(*evpnNode) segment.Segment{learning, func(n *evpnNode) segment.Segment { return n.want }} {
+			for _, n := range fab.nodes {
+				for _, op := range n.build(t, s(n)) {
+					switch op.(type) {
+					case segment.WriteRecord, segment.SetVXLAN, segment.SetLearning, segment.SetFDB, segment.DelFDB:
+					default:
+						t.Errorf("did %s", op)
+					}
+				}
+			}
+		}
+	}
+	there.expectAll(t)
+	back.expectAll(t)
+}
+
+// What an earlier run has told and nobody tells now goes, but not before all is known.
+func TestWhatAnEarlierRunToldIsPutRight(t *testing.T) {
+	a, _, s, _ := unicastHosts(t, families["IPv6"], 413)
+	s = told(s)
+	remote := families["IPv6"].vteps[1]
+	s.Remotes = []netip.Addr{remote}
+	for i := range byte(100) {
+		s.FDB = append(s.FDB, segment.FDBEntry{MAC: [6]byte{2, 0, 0, 0, 1, i}, VTEP: remote})
+	}
+	a.build(t, s)
+	fewer := s
+	fewer.Remotes, fewer.FDB, fewer.Partial = []netip.Addr{}, s.FDB[:10], true
+	if ops := a.build(t, fewer); len(ops) > 0 {
+		t.Errorf("did %v before all is known", ops)
+	}
+	fewer.Partial = false
+	if ops := a.build(t, fewer); len(ops) != 2 {
+		t.Errorf("did %v, want remotes and MACs to go", ops)
+	}
+	have, ok := a.observe(t, s).Link(s.VXLAN.Name)
+	if !ok || len(have.VXLAN.FDB) != 10 || len(have.VXLAN.Remotes) > 0 {
+		t.Errorf("left: %+v", have.VXLAN)
+	}
+	s.FDB = s.FDB[:0]
+	a.build(t, s)
+	if have, _ := a.observe(t, s).Link(s.VXLAN.Name); len(have.VXLAN.FDB) > 0 {
+		t.Errorf("left: %+v", have.VXLAN.FDB)
+	}
+}
