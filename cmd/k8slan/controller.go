@@ -40,7 +40,7 @@ held, k8slan-veth-<spoke> and k8slan-mac-<spoke>, and sums up in each LAN's stat
 	}
 	f.add(cmd.Flags())
 	f.discovery = v1beta1.Multicast
-	cmd.Flags().Var(&f.discovery, "discovery", "how nodes find each other in LANs that do not say: multicast or unicast")
+	cmd.Flags().Var(&f.discovery, "discovery", "how nodes find each other in LANs that do not say: multicast, unicast or evpn")
 	cmd.Flags().BoolVar(&f.elect, "leader-elect", true, "elect a leader; false only where there can be no second controller")
 	cmd.Flags().StringVar(&f.namespace, "lease-namespace", os.Getenv("POD_NAMESPACE"),
 		"`namespace` of the leader's lease (environment: POD_NAMESPACE); empty: that of the pod")

@@ -34,6 +34,10 @@ func (f *daemonFlags) add(flags *pflag.FlagSet) {
 		"`address` that answers /healthz and /readyz, host:port; 0 for none")
 	flags.StringVar(&f.metricsAddress, "metrics-address", "0",
 		"`address` that answers /metrics without encryption, host:port; 0 for none")
+	f.addLog(flags)
+}
+
+func (f *daemonFlags) addLog(flags *pflag.FlagSet) {
 	flags.TextVar(&f.logLevel, "log-level", slog.LevelInfo, "least severe `level` to log: debug, info, warn or error")
 	flags.StringVar(&f.logFormat, "log-format", "json", "`form` of a log line: json or text")
 }

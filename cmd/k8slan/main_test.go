@@ -30,6 +30,7 @@ func TestEveryCommandHelps(t *testing.T) {
 	}{
 		{"node", []string{"--node-name", "NODE_NAME", "--health-address", "--log-level", "/readyz"}},
 		{"controller", []string{"--leader-elect", "POD_NAMESPACE", "--health-address", "--log-level"}},
+		{"reflector", []string{"--as", "POD_IP", "--password-file", "/readyz"}},
 		{"clean", []string{"--host", "kubectl debug"}},
 		{"prepare-upgrade", []string{"--timeout", "CRDs"}},
 		{"version", []string{"Usage"}},
@@ -56,6 +57,9 @@ func TestMistakesInTheCommandLineExitWithTwo(t *testing.T) {
 		{[]string{"node", "--log-format", "xml", "--node-name", "n"}, "--log-format"},
 		{[]string{"node", "--nonsense"}, "k8slan node --help"},
 		{[]string{"clean", "/somewhere"}, "takes no arguments"},
+		{[]string{"reflector"}, "--as"},
+		{[]string{"reflector", "--as", "65000", "--listen", "nowhere"}, "--listen"},
+		{[]string{"node", "--node-name", "n", "--evpn-peer", "address=192.0.2.1"}, "--evpn-as"},
 	} {
 		_, err := run(c.args...)
 		if err == nil || !strings.Contains(err.Error(), c.want) || exitCode(err) != 2 {

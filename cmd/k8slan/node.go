@@ -38,6 +38,7 @@ import (
 // nodeFlags are the flags of k8slan node.
 type nodeFlags struct {
 	daemonFlags
+	evpnFlags
 	node       string
 	run        string
 	cdi        string
@@ -69,7 +70,8 @@ node's network namespace. When it ends, the LANs stay; kubelet offers their spok
 			return f.runNode(cmd.Context())
 		},
 	}
-	f.add(cmd.Flags())
+	f.daemonFlags.add(cmd.Flags())
+	f.evpnFlags.add(cmd.Flags())
 	cmd.Flags().StringVar(&f.node, "node-name", os.Getenv("NODE_NAME"), "`name` of the Node object (environment: NODE_NAME)")
 	cmd.Flags().IPNetSliceVar(&f.vteps, "vtep-cidrs", nil,
 		"`ranges` of the addresses by which nodes carry LANs for each other, the earlier the better; empty: in unicast the node's InternalIP, else the device of the default route")
@@ -101,6 +103,10 @@ func (f *nodeFlags) runNode(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	evpn, err := f.evpn(f.node)
+	if err != nil {
+		return err
+	}
 	// Before spokes are offered; not by an init container, because kubelet refuses them until the daemon is back.
 	if f.cniDir != "" {
 		installed, err := installCNI(f.cniSource, filepath.Join(f.cniDir, pluginName))
@@ -119,6 +125,9 @@ func (f *nodeFlags) runNode(ctx context.Context) error {
 	}
 	host := kernel.New(kernel.Paths{Run: f.run})
 	defer host.Close()
+	if evpn != nil {
+		evpn.Stations = host
+	}
 	lans := lanmgr.New(host, f.cdi, log)
 	plugins := deviceplugin.New(f.pluginsDir, log)
 	collector := podresources.New(f.kubelet, f.self, lans, log)
@@ -137,6 +146,7 @@ func (f *nodeFlags) runNode(ctx context.Context) error {
 		Live:      mgr.GetAPIReader(),
 		Peers:     peers,
 		VTEPs:     prefixes(f.vteps),
+		EVPN:      evpn,
 		Kernel:    host,
 		Manager:   lans,
 		Strangers: filter,

@@ -251,7 +251,7 @@ func survey(lan *v1beta1.LAN, v verdict, spanned []node) (ready, offered int, pr
 
 // mixedFamilies says that some nodes would be reached over IPv4 and others over IPv6: they do not reach each other.
 func mixedFamilies(lan *v1beta1.LAN, v verdict, spanned []node) *problem {
-	if v.Discovery != v1beta1.Unicast {
+	if v.Discovery == v1beta1.Multicast {
 		return nil
 	}
 	var ipv4, ipv6 []string

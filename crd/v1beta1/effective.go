@@ -31,11 +31,11 @@ func (s *LANSpec) Strict(discovery Discovery) bool {
 // Set reads a way of discovery from a flag.
 func (d *Discovery) Set(s string) error {
 	switch Discovery(s) {
-	case Multicast, Unicast:
+	case Multicast, Unicast, EVPN:
 		*d = Discovery(s)
 		return nil
 	}
-	return fmt.Errorf("discovery is %s or %s, not %q", Multicast, Unicast, s)
+	return fmt.Errorf("discovery is %s, %s or %s, not %q", Multicast, Unicast, EVPN, s)
 }
 
 // String is the word in the spec.

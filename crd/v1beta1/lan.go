@@ -89,7 +89,8 @@ type LANSpec struct {
 
 	// Discovery is how nodes find each other. multicast: over the group vxlanGrp, which the network between the nodes must carry.
 	// unicast: each node sends to the addresses of the others that have a pod of the LAN, as their LANNodes tell; for clouds and
-	// routed networks. It can be changed while the LAN runs. Default: what the chart says, multicast if nothing.
+	// routed networks. evpn: nodes tell each other by BGP (RFC 7432) who takes part and behind whom each MAC is, and learn nothing from
+	// frames; for LANs that reach beyond the cluster, and for VMs that move. It can be changed while the LAN runs. Default: what the chart says, multicast if nothing.
 	// +optional
 	Discovery Discovery `json:"discovery,omitempty"`
 
@@ -200,13 +201,14 @@ const (
 
 // Discovery is a way in which nodes find each other.
 //
-// +kubebuilder:validation:Enum=multicast;unicast
+// +kubebuilder:validation:Enum=multicast;unicast;evpn
 type Discovery string
 
 // The ways of discovery.
 const (
 	Multicast Discovery = "multicast"
 	Unicast   Discovery = "unicast"
+	EVPN      Discovery = "evpn"
 )
 
 // SpokeOptions are settings of one spoke, or of each port of a pool.

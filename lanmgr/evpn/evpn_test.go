@@ -123,6 +123,9 @@ func expect(t *testing.T, when string, n *node, want string) {
 func TestAMACMovesThereAndBack(t *testing.T) {
 	m := nodes(3)
 	m.tell(t, began)
+	if remotes, fdb, ok := nodes(1)[0].View(222); remotes == nil || fdb == nil || !ok {
+		t.Error("that there is nothing is taken for not known")
+	}
 	expect(t, "nobody has spoken", m[0], "tells itself, floods 2, floods 3")
 	for i, step := range []struct {
 		speaks int

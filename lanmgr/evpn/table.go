@@ -47,7 +47,7 @@ func (t *Table) set(now time.Time, want LAN) {
 	}
 	anew := l == nil || l.VTEP != want.VTEP || !slices.Equal(l.Import, want.Import)
 	if l == nil {
-		l = &lan{rd: routerRD(t.router, t.number(want.VNI)), macs: map[MAC]*station{}, duplicates: map[MAC]bool{}, changed: map[MAC]bool{}}
+		l = &lan{rd: routerRD(t.router, t.number(want.VNI)), fdb: []segment.FDBEntry{}, macs: map[MAC]*station{}, duplicates: map[MAC]bool{}, changed: map[MAC]bool{}}
 		t.lans[want.VNI] = l
 	}
 	claimed := want.Claimed && !l.Claimed
@@ -195,8 +195,8 @@ func (t *Table) Own() []Route {
 	return routes
 }
 
-// View is what the LAN's segment has to have: who gets what is flooded, sorted, each once, and behind which VTEPs MACs are, sorted. ok is
-// false if the node takes no part in such a LAN. Nobody changes the lists.
+// View is what the LAN's segment has to have: who gets what is flooded, sorted, each once, and behind which VTEPs MACs are, sorted; neither
+// is nil. ok is false if the node takes no part in such a LAN. Nobody changes the lists.
 func (t *Table) View(vni uint32) (remotes []netip.Addr, fdb []segment.FDBEntry, ok bool) {
 	l := t.lans[vni]
 	if l == nil {

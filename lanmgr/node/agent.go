@@ -63,6 +63,7 @@ type Config struct {
 	// Peers is a cache of every LANNode, as PeerOf leaves them. It is asked once a LAN's discovery is unicast, or its peers are strict.
 	Peers cache.Informers
 	VTEPs []netip.Prefix // ranges in which VTEPs are; empty: anywhere
+	EVPN  *EVPN          // nil: LANs with discovery evpn wait
 
 	Kernel    Kernel
 	Manager   Manager
@@ -78,6 +79,7 @@ type Agent struct {
 	Config
 	publisher *publisher
 	peers     *peers
+	fabric    *fabric       // nil without EVPN
 	inputs    chan struct{} // one slot: LANs, the Node or its underlays changed
 	host      chan struct{} // one slot: the node's links, addresses or routes may have changed
 	ready     atomic.Bool
@@ -96,7 +98,7 @@ type Agent struct {
 
 // New returns an agent that does nothing until Run.
 func New(c Config) *Agent {
-	return &Agent{
+	a := &Agent{
 		Config:    c,
 		publisher: newPublisher(c.Node, c.Client, c.Live, c.Log),
 		peers:     newPeers(c.Node),
@@ -104,6 +106,10 @@ func New(c Config) *Agent {
 		host:      make(chan struct{}, 1),
 		told:      make(map[types.UID]Problem),
 	}
+	if c.EVPN != nil {
+		a.fabric = newFabric(*c.EVPN, c.Log)
+	}
+	return a
 }
 
 // Ready is nil once the node's LANs are known and each was worked on.
@@ -128,6 +134,11 @@ func (a *Agent) Run(ctx context.Context) error {
 	}
 	tasks.Go(func() { a.publisher.run(ctx) })
 	tasks.Go(func() { a.watchPeers(ctx) })
+	var learnt chan struct{} // never, without EVPN
+	if a.fabric != nil {
+		tasks.Go(func() { a.fabric.run(ctx) })
+		learnt = a.fabric.changed
+	}
 	signal(a.inputs)
 
 	retry := newRetry()
@@ -141,6 +152,9 @@ func (a *Agent) Run(ctx context.Context) error {
 		case <-a.Strangers.Changed():
 		case <-a.Manager.Changed():
 			a.report()
+			continue
+		case <-learnt:
+			a.want()
 			continue
 		}
 		if err := a.plan(ctx); err != nil {
@@ -179,8 +193,19 @@ func (a *Agent) plan(ctx context.Context) error {
 	}
 	node := Node{
 		Name: a.Node, Labels: self.Labels, Addresses: internalIPs(&self), Underlays: *underlays, VTEPs: a.VTEPs,
+		EVPN: a.fabric != nil,
 	}
 	a.plans, a.planned = planAll(lans.Items, node, a.now()), true
+	a.want()
+	a.publisher.setOwner(&self)
+	return nil
+}
+
+// want has the manager make what is planned, with what is known of other nodes.
+func (a *Agent) want() {
+	if !a.planned {
+		return
+	}
 	unfiltered := a.Strangers.Err()
 	segments, asking := make([]segment.Segment, len(a.plans)), make(map[types.UID]bool)
 	for i := range a.plans {
@@ -193,15 +218,16 @@ func (a *Agent) plan(ctx context.Context) error {
 			p.Problem = strangersProblem(unfiltered)
 		}
 		segments[i] = p.Segment
-		if p.Unicast {
+		switch {
+		case p.Unicast:
 			segments[i].Remotes = a.peers.remotes(types.UID(p.Segment.LAN.UID), p.VTEP)
+		case p.EVPN && a.fabric != nil:
+			a.fabric.fill(&segments[i])
 		}
 	}
 	a.peers.only(asking)
 	a.filter()
 	a.Manager.Set(segments)
-	a.publisher.setOwner(&self)
-	return nil
 }
 
 // internalIPs are the addresses by which the cluster knows a node, the main one first.
@@ -288,6 +314,9 @@ func (a *Agent) report() {
 	gone := a.gone()
 	reports := a.Manager.Reports()
 	a.filter() // what was leaving may be gone
+	if a.fabric != nil {
+		a.fabric.set(a.plans, reports)
+	}
 	if offers := Offers(a.plans, reports); a.offered == nil || !slices.Equal(offers, a.offered) {
 		a.offered = offers
 		a.Offer(offers)

@@ -288,3 +288,21 @@ func TestTheDefaultDiscoveryIsTheControllers(t *testing.T) {
 		t.Error("a LAN that says multicast is unicast")
 	}
 }
+
+// With evpn a node is reached as with unicast, but its VXLAN learns nothing; and where the daemon speaks no BGP, pods wait.
+func TestAnEVPNLANIsAUnicastOneThatLearnsNothing(t *testing.T) {
+	evpn := func(l *v1beta1.LAN) { l.Spec.Discovery = v1beta1.EVPN }
+	n := worker1()
+	d := n.Underlays.Devices["eth0"]
+	d.Addresses = []netip.Addr{netip.MustParseAddr("192.0.2.1")}
+	n.Underlays.Devices["eth0"] = d
+	if p, _ := node.NewPlan(lab(evpn), n, segment.Segment{}); !p.Problem.Blocking || !strings.Contains(p.Problem.Message, "BGP") {
+		t.Errorf("without BGP: %+v", p.Problem)
+	}
+	n.EVPN = true
+	got, _ := node.NewPlan(lab(evpn), n, segment.Segment{})
+	want, _ := node.NewPlan(lab(unicast), n, segment.Segment{})
+	if want.Segment.VXLAN.NoLearning = true; !got.Segment.Equal(want.Segment) || got.VTEP != want.VTEP || got.Problem != want.Problem || !got.EVPN || got.Unicast {
+		t.Errorf("is planned as %+v, want %+v", got, want)
+	}
+}

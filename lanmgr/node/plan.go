@@ -32,14 +32,16 @@ type Node struct {
 	Underlays kernel.Underlays
 	Addresses []netip.Addr   // by which the cluster knows the node: its InternalIPs
 	VTEPs     []netip.Prefix // ranges in which VTEPs are; empty: anywhere
+	EVPN      bool           // the daemon speaks BGP
 }
 
 // Plan is a LAN as this node should have it.
 type Plan struct {
 	Segment segment.Segment
 	VTEP    netip.Addr // the node's address on the underlay; the zero Addr if it has none
-	Unicast bool       // the other nodes are to be told one by one: the segment's Remotes are
+	Unicast bool       // the segment's Remotes are the other nodes, as their LANNodes tell
 	Strict  bool       // VXLAN packets of others than the LAN's nodes are to be dropped
+	EVPN    bool       // its Remotes and FDB are what other routers tell
 	Problem Problem
 }
 
@@ -74,7 +76,9 @@ func NewPlan(lan *v1beta1.LAN, node Node, now segment.Segment) (p Plan, ok bool)
 		p.Segment.Node = node.Name
 	}
 	discovery := lan.DiscoveryOr(holds.Discovery)
-	p.Unicast, p.Strict = discovery == v1beta1.Unicast, lan.Spec.Strict(discovery)
+	p.Unicast, p.EVPN, p.Strict = discovery == v1beta1.Unicast, discovery == v1beta1.EVPN, lan.Spec.Strict(discovery)
+	oneByOne := p.Unicast || p.EVPN // remotes have addresses, there is no group
+	p.Segment.VXLAN.NoLearning = p.EVPN
 	group, err := netip.ParseAddr(spec.VXLANGroup)
 	if err != nil || !group.IsMulticast() {
 		p.Segment.MTU = firstOf(int(spec.MTU), now.MTU, fallbackMTU-overhead6.reserve)
@@ -83,19 +87,19 @@ func NewPlan(lan *v1beta1.LAN, node Node, now segment.Segment) (p Plan, ok bool)
 	}
 
 	family := group
-	if p.Unicast && lan.Spec.VXLANGroup == "" {
+	if oneByOne && lan.Spec.VXLANGroup == "" {
 		family = netip.Addr{} // the default group names none
 	}
-	wish := wishVTEP(node, p.Unicast, family)
+	wish := wishVTEP(node, oneByOne, family)
 	choice := chooseUnderlay(&spec, node, wish, now.VXLAN)
 	p.Segment.VXLAN.Underlay = choice.name
 	device, found := node.Underlays.Devices[choice.name]
 	noAddress := addressProblem(choice.name, device, group)
 	switch {
-	case p.Unicast:
+	case oneByOne:
 		p.VTEP = wish.choose(device, now.VXLAN)
 		p.Segment.VXLAN.Local = p.VTEP
-		noAddress = wish.problem(choice.name, device, p.VTEP)
+		noAddress = wish.problem(choice.name, device, p.VTEP, discovery)
 	case group.Is4():
 		p.Segment.VXLAN.Group, p.VTEP = group, device.IPv4
 	default:
@@ -114,6 +118,7 @@ func NewPlan(lan *v1beta1.LAN, node Node, now segment.Segment) (p Plan, ok bool)
 		p.Problem = choice.missing(node.Name, wish)
 	default:
 		p.Problem = firstProblem(
+			speakerProblem(p.EVPN && !node.EVPN),
 			noAddress,
 			mtuProblem(choice.name, device, int(spec.MTU), overhead),
 			linkProblem(choice.name, device))
@@ -346,7 +351,7 @@ func (w vtepWish) String() string {
 	return strings.Join(ranges, ", ")
 }
 
-func (w vtepWish) problem(name string, device kernel.Underlay, vtep netip.Addr) Problem {
+func (w vtepWish) problem(name string, device kernel.Underlay, vtep netip.Addr, discovery v1beta1.Discovery) Problem {
 	kind, wayOut := "no IPv4 or IPv6 address", ""
 	switch {
 	case vtep.IsValid() && device.Up && device.Carrier && !slices.Contains(device.Addresses, vtep) && !slices.Contains(device.Sources, vtep):
@@ -363,8 +368,16 @@ func (w vtepWish) problem(name string, device kernel.Underlay, vtep netip.Addr) 
 		}
 	}
 	return Problem{v1beta1.ReasonUnderlayNoAddress, fmt.Sprintf(
-		"device %q has %s that other nodes could send to, which discovery unicast needs; a link-local one will not do. Give it one%s; pods wait until then",
-		name, kind, wayOut), true}
+		"device %q has %s that other nodes could send to, which discovery %s needs; a link-local one will not do. Give it one%s; pods wait until then",
+		name, kind, discovery, wayOut), true}
+}
+
+// speakerProblem is that of a LAN that needs BGP on a node that does not speak it.
+func speakerProblem(mute bool) Problem {
+	if !mute {
+		return Problem{}
+	}
+	return Problem{v1beta1.ReasonBuildFailed, "discovery evpn needs BGP, and the daemon was started without it (--evpn-as, --evpn-peer). Start it with them, or choose another spec.discovery; pods wait until then", true}
 }
 
 func mtuProblem(name string, device kernel.Underlay, mtu int, o overhead) Problem {

@@ -1,0 +1,201 @@
+package main
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/k8slan/k8slan/lanmgr/bgp"
+	"github.com/k8slan/k8slan/lanmgr/node"
+)
+
+// evpnFlags are those of who speaks BGP.
+type evpnFlags struct {
+	as       uint32
+	routerID string
+	peers    []string
+}
+
+func (f *evpnFlags) addAS(flags *pflag.FlagSet, name, without string) {
+	flags.Uint32Var(&f.as, name, 0, "`number` of the autonomous system"+without)
+}
+
+func (f *evpnFlags) add(flags *pflag.FlagSet) {
+	f.addAS(flags, "evpn-as", " for LANs with discovery evpn; 0: there are none")
+	flags.StringVar(&f.routerID, "evpn-router-id", os.Getenv("NODE_IP"),
+		"IPv4 `address` that no other router has (environment: NODE_IP); empty or IPv6: one made from the node's name")
+	flags.StringArrayVar(&f.peers, "evpn-peer", nil,
+		"`router` to speak with: address=192.0.2.1[,port=179][,as=<that of the node>][,hold-time=9s][,multihop=2][,password-file=...][,ipv6-vteps]; may be repeated")
+}
+
+// evpn is what the flags come to, but for who hears the bridges; nil without an AS.
+func (f *evpnFlags) evpn(nodeName string) (*node.EVPN, error) {
+	if f.as == 0 {
+		if len(f.peers) > 0 {
+			return nil, usageError{errors.New("--evpn-peer needs --evpn-as")}
+		}
+		return nil, nil
+	}
+	e := &node.EVPN{AS: f.as, RouterID: routerID(f.routerID, nodeName)}
+	for _, text := range f.peers {
+		p, err := parsePeer(text, f.as)
+		if err != nil {
+			return nil, usageError{fmt.Errorf("--evpn-peer %s: %w", text, err)}
+		}
+		e.Peers = append(e.Peers, p)
+	}
+	return e, nil
+}
+
+// routerID is the address, or one made from the name where it is none of IPv4.
+func routerID(address, name string) netip.Addr {
+	if a, err := netip.ParseAddr(address); err == nil && a.Unmap().Is4() {
+		return a.Unmap()
+	}
+	sum := sha256.Sum256([]byte(name))
+	sum[0] |= 1 // 0.0.0.0 is no router ID
+	return netip.AddrFrom4([4]byte(sum[:4]))
+}
+
+func parsePeer(text string, as uint32) (bgp.Peer, error) {
+	p := bgp.Peer{AS: as}
+	for field := range strings.SplitSeq(text, ",") {
+		key, value, _ := strings.Cut(field, "=")
+		var err error
+		var number uint64
+		switch key {
+		case "address":
+			p.Address, err = netip.ParseAddr(value)
+		case "port":
+			number, err = strconv.ParseUint(value, 10, 16)
+			p.Port = uint16(number)
+		case "as":
+			number, err = strconv.ParseUint(value, 10, 32)
+			p.AS = uint32(number)
+		case "hold-time":
+			if p.HoldTime, err = time.ParseDuration(value); err == nil && p.HoldTime < 3*time.Second {
+				err = errors.New("hold-time is 3s at least")
+			}
+		case "multihop":
+			number, err = strconv.ParseUint(value, 10, 8)
+			p.Multihop = uint8(number)
+		case "password-file":
+			p.Password, err = readPassword(value)
+		case "ipv6-vteps":
+			p.IPv6VTEPs = true
+		default:
+			err = fmt.Errorf("%q is none of address, port, as, hold-time, multihop, password-file and ipv6-vteps", key)
+		}
+		if err != nil {
+			return p, err
+		}
+	}
+	if !p.Address.IsValid() {
+		return p, errors.New("address= is missing")
+	}
+	return p, nil
+}
+
+func readPassword(file string) (string, error) {
+	b, err := os.ReadFile(file)
+	if err != nil {
+		return "", fmt.Errorf("read the password: %w", err)
+	}
+	return strings.TrimSpace(string(b)), nil
+}
+
+// reflectorFlags are the flags of k8slan reflector.
+type reflectorFlags struct {
+	daemonFlags
+	evpnFlags
+	listen       string
+	from         []net.IPNet
+	holdTime     time.Duration
+	passwordFile string
+}
+
+func reflectorCommand() *cobra.Command {
+	var f reflectorFlags
+	cmd := &cobra.Command{
+		Use:   "reflector",
+		Short: "Run a BGP route reflector for LANs with discovery evpn",
+		Long: `Run a BGP route reflector for LANs with discovery evpn: what one node tells of its LANs it passes on to every other, as it is.
+
+Nodes connect to it; it connects to nobody. Two of them know nothing of each other: give every node both. When one ends or is killed,
+nodes keep what it has told until it is back.`,
+		Args: noArguments,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if f.as == 0 {
+				return usageError{errors.New("the autonomous system is missing: give --as")}
+			}
+			return f.runReflector(cmd.Context())
+		},
+	}
+	flags := cmd.Flags()
+	f.addLog(flags)
+	f.addAS(flags, "as", " of the nodes and the reflector")
+	flags.StringVar(&f.routerID, "router-id", os.Getenv("POD_IP"), "IPv4 `address` that no other router has (environment: POD_IP); empty or IPv6: one made from the host's name")
+	flags.StringVar(&f.listen, "listen", ":179", "`address` where nodes connect, host:port")
+	flags.IPNetSliceVar(&f.from, "from", nil, "`ranges` of the nodes' addresses; empty: any")
+	flags.DurationVar(&f.holdTime, "hold-time", bgp.HoldTime, "how long a node may be silent")
+	flags.StringVar(&f.passwordFile, "password-file", "", "`file` with the password of every session (TCP MD5); empty: none")
+	flags.StringVar(&f.healthAddress, "health-address", ":8081", "`address` that answers /healthz and /readyz, host:port; 0 for none")
+	return cmd
+}
+
+func (f *reflectorFlags) runReflector(ctx context.Context) error {
+	log, err := f.logger()
+	if err != nil {
+		return err
+	}
+	host, port, err := net.SplitHostPort(f.listen)
+	if err != nil {
+		return usageError{fmt.Errorf("--listen %s: %w", f.listen, err)}
+	}
+	if host == "" {
+		host = "::" // and IPv4
+	}
+	at, err := netip.ParseAddrPort(net.JoinHostPort(host, port))
+	if err != nil {
+		return usageError{fmt.Errorf("--listen %s: %w", f.listen, err)}
+	}
+	name, err := os.Hostname()
+	if err != nil {
+		return fmt.Errorf("ask for the host's name: %w", err)
+	}
+	r := bgp.Reflector{AS: f.as, RouterID: routerID(f.routerID, name), Listen: at, From: prefixes(f.from), HoldTime: f.holdTime, Log: log}
+	if f.passwordFile != "" {
+		if r.Password, err = readPassword(f.passwordFile); err != nil {
+			return err
+		}
+	}
+	tasks, ctx := errgroup.WithContext(ctx)
+	tasks.Go(func() error { return r.Run(ctx) })
+	if f.healthAddress != "0" {
+		srv := &http.Server{Addr: f.healthAddress, Handler: healthHandler(nil), ReadHeaderTimeout: 10 * time.Second}
+		tasks.Go(func() error {
+			if err := srv.ListenAndServe(); !errors.Is(err, http.ErrServerClosed) {
+				return fmt.Errorf("answer /healthz and /readyz (--health-address): %w", err)
+			}
+			return nil
+		})
+		tasks.Go(func() error {
+			<-ctx.Done()
+			return srv.Close()
+		})
+	}
+	log.Info("k8slan reflector starts", "version", version, "as", f.as, "routerID", r.RouterID, "listen", at)
+	return tasks.Wait()
+}
