@@ -18,7 +18,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/k8slan/k8slan/lanmgr/bgp"
-	"github.com/k8slan/k8slan/lanmgr/node"
+	"github.com/k8slan/k8slan/lanmgr/fabric"
 )
 
 // evpnFlags are those of who speaks BGP.
@@ -41,14 +41,14 @@ func (f *evpnFlags) add(flags *pflag.FlagSet) {
 }
 
 // evpn is what the flags come to, but for who hears the bridges; nil without an AS.
-func (f *evpnFlags) evpn(nodeName string) (*node.EVPN, error) {
+func (f *evpnFlags) evpn(nodeName string) (*fabric.Config, error) {
 	if f.as == 0 {
 		if len(f.peers) > 0 {
 			return nil, usageError{errors.New("--evpn-peer needs --evpn-as")}
 		}
 		return nil, nil
 	}
-	e := &node.EVPN{AS: f.as, RouterID: routerID(f.routerID, nodeName)}
+	e := &fabric.Config{AS: f.as, RouterID: routerID(f.routerID, nodeName)}
 	for _, text := range f.peers {
 		p, err := parsePeer(text, f.as)
 		if err != nil {

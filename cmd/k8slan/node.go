@@ -27,6 +27,7 @@ import (
 	"github.com/k8slan/k8slan/deviceplugin"
 	"github.com/k8slan/k8slan/lanmgr"
 	"github.com/k8slan/k8slan/lanmgr/cdi"
+	"github.com/k8slan/k8slan/lanmgr/fabric"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
 	"github.com/k8slan/k8slan/lanmgr/metrics"
 	"github.com/k8slan/k8slan/lanmgr/node"
@@ -125,9 +126,6 @@ func (f *nodeFlags) runNode(ctx context.Context) error {
 	}
 	host := kernel.New(kernel.Paths{Run: f.run})
 	defer host.Close()
-	if evpn != nil {
-		evpn.Stations = host
-	}
 	lans := lanmgr.New(host, f.cdi, log)
 	plugins := deviceplugin.New(f.pluginsDir, log)
 	collector := podresources.New(f.kubelet, f.self, lans, log)
@@ -138,7 +136,7 @@ func (f *nodeFlags) runNode(ctx context.Context) error {
 	if err := register(m); err != nil {
 		return err
 	}
-	agent := node.New(node.Config{
+	config := node.Config{
 		Node:      f.node,
 		Version:   version,
 		Informers: mgr.GetCache(),
@@ -146,7 +144,6 @@ func (f *nodeFlags) runNode(ctx context.Context) error {
 		Live:      mgr.GetAPIReader(),
 		Peers:     peers,
 		VTEPs:     prefixes(f.vteps),
-		EVPN:      evpn,
 		Kernel:    host,
 		Manager:   lans,
 		Strangers: filter,
@@ -157,7 +154,12 @@ func (f *nodeFlags) runNode(ctx context.Context) error {
 		Show:   m.Show,
 		Events: mgr.GetEventRecorder("k8slan-node"),
 		Log:    log,
-	})
+	}
+	if evpn != nil {
+		evpn.Stations, evpn.Log = host, log
+		config.Fabric = fabric.New(*evpn)
+	}
+	agent := node.New(config)
 	err = errors.Join(
 		mgr.Add(peers),
 		mgr.Add(manager.RunnableFunc(lans.Run)),

@@ -125,6 +125,11 @@ func (s *Speaker) Run(ctx context.Context) error {
 	<-ctx.Done()
 	s.hearing.Lock() // who still hears of something now ends before
 	s.mu.Lock()
+	for address, session := range s.sessions {
+		if session.Up {
+			s.rib.down(address, time.Now())
+		}
+	}
 	s.server = nil
 	s.timer.Stop()
 	s.looks.Stop()
@@ -160,7 +165,7 @@ func (s *Speaker) start(ctx context.Context, srv *server.BgpServer) error {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.server = srv
+	s.server, s.told = srv, map[evpn.Key]evpn.Route{}
 	s.timer = time.AfterFunc(time.Hour, func() { s.hear(ctx, func() []Session { return nil }) })
 	s.looks = time.AfterFunc(lookEvery, func() { s.look(ctx) })
 	for _, p := range s.peers {

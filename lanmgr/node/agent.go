@@ -22,6 +22,7 @@ import (
 
 	"github.com/k8slan/k8slan/crd/v1beta1"
 	"github.com/k8slan/k8slan/lanmgr"
+	"github.com/k8slan/k8slan/lanmgr/evpn"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 	"github.com/k8slan/k8slan/lanmgr/strangers"
@@ -51,6 +52,14 @@ type Strangers interface {
 	Changed() <-chan struct{}
 }
 
+// Fabric is what the node learns and tells of LANs with discovery evpn; fabric.Fabric is one.
+type Fabric interface {
+	Run(ctx context.Context) error
+	Set(lans map[string]evpn.LAN)
+	Fill(s *segment.Segment)
+	Changed() <-chan struct{}
+}
+
 // Config is what an agent works with.
 type Config struct {
 	Node    string // the Node object's name
@@ -63,11 +72,11 @@ type Config struct {
 	// Peers is a cache of every LANNode, as PeerOf leaves them. It is asked once a LAN's discovery is unicast, or its peers are strict.
 	Peers cache.Informers
 	VTEPs []netip.Prefix // ranges in which VTEPs are; empty: anywhere
-	EVPN  *EVPN          // nil: LANs with discovery evpn wait
 
 	Kernel    Kernel
 	Manager   Manager
 	Strangers Strangers
+	Fabric    Fabric                      // what LANs with discovery evpn are joined to; nil: they wait
 	Offer     func([]Spoke)               // the whole set for kubelet, never blocks
 	Show      func(v1beta1.LANNodeStatus) // is shown what the LANNode is to say; nil: nobody is
 	Events    events.EventRecorder
@@ -79,7 +88,6 @@ type Agent struct {
 	Config
 	publisher *publisher
 	peers     *peers
-	fabric    *fabric       // nil without EVPN
 	inputs    chan struct{} // one slot: LANs, the Node or its underlays changed
 	host      chan struct{} // one slot: the node's links, addresses or routes may have changed
 	ready     atomic.Bool
@@ -98,7 +106,7 @@ type Agent struct {
 
 // New returns an agent that does nothing until Run.
 func New(c Config) *Agent {
-	a := &Agent{
+	return &Agent{
 		Config:    c,
 		publisher: newPublisher(c.Node, c.Client, c.Live, c.Log),
 		peers:     newPeers(c.Node),
@@ -106,10 +114,6 @@ func New(c Config) *Agent {
 		host:      make(chan struct{}, 1),
 		told:      make(map[types.UID]Problem),
 	}
-	if c.EVPN != nil {
-		a.fabric = newFabric(*c.EVPN, c.Log)
-	}
-	return a
 }
 
 // Ready is nil once the node's LANs are known and each was worked on.
@@ -134,10 +138,10 @@ func (a *Agent) Run(ctx context.Context) error {
 	}
 	tasks.Go(func() { a.publisher.run(ctx) })
 	tasks.Go(func() { a.watchPeers(ctx) })
-	var learnt chan struct{} // never, without EVPN
-	if a.fabric != nil {
-		tasks.Go(func() { a.fabric.run(ctx) })
-		learnt = a.fabric.changed
+	var learnt <-chan struct{} // never, without a fabric
+	if a.Fabric != nil {
+		tasks.Go(func() { a.joinFabric(ctx) })
+		learnt = a.Fabric.Changed()
 	}
 	signal(a.inputs)
 
@@ -193,7 +197,7 @@ func (a *Agent) plan(ctx context.Context) error {
 	}
 	node := Node{
 		Name: a.Node, Labels: self.Labels, Addresses: internalIPs(&self), Underlays: *underlays, VTEPs: a.VTEPs,
-		EVPN: a.fabric != nil,
+		EVPN: a.Fabric != nil,
 	}
 	a.plans, a.planned = planAll(lans.Items, node, a.now()), true
 	a.want()
@@ -221,8 +225,8 @@ func (a *Agent) want() {
 		switch {
 		case p.Unicast:
 			segments[i].Remotes = a.peers.remotes(types.UID(p.Segment.LAN.UID), p.VTEP)
-		case p.EVPN && a.fabric != nil:
-			a.fabric.fill(&segments[i])
+		case p.EVPN && a.Fabric != nil:
+			a.Fabric.Fill(&segments[i])
 		}
 	}
 	a.peers.only(asking)
@@ -314,8 +318,8 @@ func (a *Agent) report() {
 	gone := a.gone()
 	reports := a.Manager.Reports()
 	a.filter() // what was leaving may be gone
-	if a.fabric != nil {
-		a.fabric.set(a.plans, reports)
+	if a.Fabric != nil {
+		a.Fabric.Set(evpnLANs(a.plans, reports))
 	}
 	if offers := Offers(a.plans, reports); a.offered == nil || !slices.Equal(offers, a.offered) {
 		a.offered = offers

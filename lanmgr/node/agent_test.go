@@ -292,6 +292,7 @@ type world struct {
 	agent   *node.Agent
 	filter  *fakeFilter
 	events  *events.FakeRecorder
+	fabric  node.Fabric // nil: none
 
 	mu     sync.Mutex
 	away   error // the API server's answer to everything
@@ -367,7 +368,7 @@ func (w *world) start() (stop func()) {
 		Node: "worker1", Version: "v1.2.3",
 		Informers: &fakeInformers{api: w.api, done: done}, Client: w.api, Live: w.api,
 		Peers:  &fakeInformers{api: w.api, done: done},
-		Kernel: w.kernel, Manager: w.manager, Strangers: w.filter, Events: w.events,
+		Kernel: w.kernel, Manager: w.manager, Strangers: w.filter, Events: w.events, Fabric: w.fabric,
 		Offer: func(offers []node.Spoke) {
 			w.mu.Lock()
 			w.offers = append(w.offers, offers)

@@ -1,146 +1,89 @@
-package node
+package node_test
 
 import (
 	"context"
-	"log/slog"
-	"net"
 	"net/netip"
-	"slices"
+	"reflect"
 	"sync"
 	"testing"
-	"time"
 
-	"github.com/k8slan/k8slan/lanmgr"
-	"github.com/k8slan/k8slan/lanmgr/bgp"
-	"github.com/k8slan/k8slan/lanmgr/kernel"
+	"github.com/k8slan/k8slan/crd/v1beta1"
+	"github.com/k8slan/k8slan/lanmgr/evpn"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
-// bridges is what the bridges of a node's LANs tell.
-type bridges struct {
-	mu    sync.Mutex
-	there map[string][][6]byte
-	tell  kernel.Stations
-	ready chan struct{}
+// fakeFabric is other routers that tell of every LAN the same.
+type fakeFabric struct {
+	*board
+	changed chan struct{}
+
+	mu   sync.Mutex
+	lans map[string]evpn.LAN
+	told segment.Segment
 }
 
-func (b *bridges) WatchStations(ctx context.Context, tell kernel.Stations) error {
-	tell.Missed()
-	b.tell = tell
-	close(b.ready)
+func (f *fakeFabric) Run(ctx context.Context) error {
 	<-ctx.Done()
 	return nil
 }
 
-func (b *bridges) Stations(netns string) ([][6]byte, error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.there[netns], nil
+func (f *fakeFabric) Set(lans map[string]evpn.LAN) {
+	defer f.note()
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.lans = lans
 }
 
-// member is a node of a fabric with LANs.
-type member struct {
-	*fabric
-	*bridges
-	vtep netip.Addr
-}
-
-// fabricOf runs a reflector and nodes that speak with it.
-func fabricOf(t *testing.T, nodes int) []member {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
+func (f *fakeFabric) has(want map[string]evpn.LAN) func() bool {
+	return func() bool {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		return reflect.DeepEqual(f.lans, want)
 	}
-	at := l.Addr().(*net.TCPAddr).AddrPort()
-	l.Close()
-	ctx, stop := context.WithCancel(context.Background())
-	var tasks sync.WaitGroup
-	t.Cleanup(func() { stop(); tasks.Wait() })
-	log := slog.New(slog.DiscardHandler)
-	tasks.Go(func() {
-		if err := (bgp.Reflector{AS: 65000, RouterID: at.Addr(), Listen: at, Log: log}).Run(ctx); err != nil {
-			t.Error(err)
-		}
+}
+
+func (f *fakeFabric) Fill(s *segment.Segment) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	s.Remotes, s.FDB, s.Partial = f.told.Remotes, f.told.FDB, f.told.Partial
+}
+
+func (f *fakeFabric) Changed() <-chan struct{} { return f.changed }
+
+// A LAN with discovery evpn is joined to the fabric, with its pods' MACs; what the fabric tells becomes part of its segment, and of no
+// other.
+func TestAnEVPNLANIsJoinedToTheFabric(t *testing.T) {
+	w := newWorld(t, lab(func(l *v1beta1.LAN) { l.Spec.Discovery = v1beta1.EVPN }))
+	device := w.kernel.underlays.Devices["eth0"]
+	vtep := netip.MustParseAddr("192.0.2.1")
+	device.Addresses = []netip.Addr{vtep}
+	w.kernel.underlays.Devices["eth0"] = device
+	f := &fakeFabric{board: w.board, changed: make(chan struct{}, 1)}
+	w.fabric = f
+	stop := w.start()
+	defer stop()
+	lan := evpn.LAN{VNI: 222, VTEP: vtep}
+	w.await(t, "the LAN to be joined", f.has(map[string]evpn.LAN{"default.lab": lan}))
+
+	vm := claim("vm", "vm-1")
+	vm.Kind = segment.Macvtap
+	w.manager.change(func() { w.manager.claims["default.lab"] = []segment.Claim{claim("srl", "pod-1"), vm} })
+	lan.Claimed, lan.Attached = true, []evpn.MAC{evpn.MAC(claim("srl", "pod-1").MAC)}
+	w.await(t, "the pod to be told, and not the VM", f.has(map[string]evpn.LAN{"default.lab": lan}))
+
+	remote := netip.MustParseAddr("192.0.2.2")
+	f.mu.Lock()
+	f.told = segment.Segment{Remotes: []netip.Addr{remote}, FDB: []segment.FDBEntry{{MAC: [6]byte{2}, VTEP: remote}}, Partial: true}
+	f.mu.Unlock()
+	f.changed <- struct{}{}
+	w.await(t, "what the fabric tells to be wanted", func() bool {
+		_, want := w.manager.wanted()
+		return len(want) == 1 && want[0].VXLAN.NoLearning && len(want[0].Remotes) == 1 && len(want[0].FDB) == 1 && want[0].Partial
 	})
-	var members []member
-	for i := range byte(nodes) {
-		m := member{bridges: &bridges{there: map[string][][6]byte{}, ready: make(chan struct{})}, vtep: netip.AddrFrom4([4]byte{192, 0, 2, 2 + i})}
-		source := netip.AddrFrom4([4]byte{127, 0, 0, 2 + i})
-		m.fabric = newFabric(EVPN{
-			AS: 65000, RouterID: source, Stations: m.bridges,
-			Peers: []bgp.Peer{{Address: at.Addr(), Port: at.Port(), AS: 65000, Source: source}},
-		}, log)
-		tasks.Go(func() { m.run(ctx) })
-		<-m.ready
-		members = append(members, m)
-	}
-	return members
-}
 
-// has says that the node has the LAN, with these claims.
-func (m member) has(claims ...segment.Claim) {
-	s := segment.Segment{LAN: segment.LAN{Namespace: "default", Name: "lab"}, Netns: "lab", VXLAN: segment.VXLAN{VNI: 222, Local: m.vtep}}
-	m.set([]Plan{{Segment: s, VTEP: m.vtep, EVPN: true}}, []lanmgr.Report{{Segment: s, Claims: claims}})
-}
-
-// await waits until the LAN's segment is to be so.
-func (m member) await(t *testing.T, what string, so func(segment.Segment) bool) {
-	t.Helper()
-	deadline := time.After(time.Minute)
-	for {
-		s := segment.Segment{Netns: "lab", VXLAN: segment.VXLAN{VNI: 222}}
-		m.fill(&s)
-		if so(s) {
-			return
-		}
-		select {
-		case <-m.changed:
-		case <-deadline:
-			t.Fatalf("waited for %s in vain; is to be %+v, sessions %+v", what, s, m.speaker.Sessions())
-		}
-	}
-}
-
-func behind(mac [6]byte, vtep netip.Addr) func(segment.Segment) bool {
-	return func(s segment.Segment) bool { return slices.Contains(s.FDB, segment.FDBEntry{MAC: mac, VTEP: vtep}) }
-}
-
-// What is attached to one node is known to the other, a pod at once, a VM when it speaks; and each is known where it moves to.
-func TestNodesTellEachOtherWhoIsWhere(t *testing.T) {
-	pod, vm, late := [6]byte{2, 1}, [6]byte{2, 2}, [6]byte{2, 3}
-	nodes := fabricOf(t, 2)
-	a, b := nodes[0], nodes[1]
-	a.there["lab"] = [][6]byte{late} // spoke before the daemon started
-	b.has()
-	a.has(segment.Claim{Kind: segment.Veth, MAC: pod[:]}, segment.Claim{Kind: segment.Macvtap, MAC: vm[:]})
-	b.await(t, "the pod and who had spoken", func(s segment.Segment) bool {
-		return slices.Equal(s.Remotes, []netip.Addr{a.vtep}) && behind(pod, a.vtep)(s) && behind(late, a.vtep)(s) && len(s.FDB) == 2
+	w.update(func(l *v1beta1.LAN) { l.Spec.Discovery = v1beta1.Multicast })
+	w.await(t, "the LAN to leave the fabric", func() bool {
+		_, want := w.manager.wanted()
+		return f.has(map[string]evpn.LAN{})() && len(want) == 1 && !want[0].VXLAN.NoLearning && want[0].FDB == nil
 	})
-	a.await(t, "nobody: the other node has no pod", func(s segment.Segment) bool { return len(s.Remotes) == 0 && s.Remotes != nil })
-	began := time.Now()
-	a.tell.Seen("lab", vm)
-	b.await(t, "the VM", behind(vm, a.vtep))
-	t.Logf("from its first frame's event to the other node's wish: %v", time.Since(began))
-	b.has(segment.Claim{Kind: segment.Macvtap, MAC: vm[:]})
-	b.tell.Seen("lab", vm)
-	a.await(t, "the VM elsewhere", behind(vm, b.vtep))
-	a.tell.Left("lab", vm)
-	b.await(t, "the VM here", func(s segment.Segment) bool { return len(s.FDB) == 2 })
-	a.tell.Left("lab", late)
-	b.await(t, "one gone", func(s segment.Segment) bool { return len(s.FDB) == 1 })
-	a.has()
-	b.await(t, "all gone", func(s segment.Segment) bool { return len(s.FDB) == 0 && len(s.Remotes) == 0 })
-}
-
-// While nobody has told everything yet, nothing that stands is to go.
-func TestWhatIsHeardIsPartialAtFirst(t *testing.T) {
-	a := fabricOf(t, 1)[0]
-	s := segment.Segment{Netns: "lab", VXLAN: segment.VXLAN{VNI: 222}}
-	if a.fill(&s); s.Remotes != nil || s.FDB != nil {
-		t.Errorf("of a LAN that is not here %+v is known", s)
-	}
-	a.has()
-	a.await(t, "a partial list", func(s segment.Segment) bool { return s.Partial && s.FDB != nil })
-	a.await(t, "a whole one", func(s segment.Segment) bool { return !s.Partial && s.FDB != nil })
 }

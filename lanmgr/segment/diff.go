@@ -174,11 +174,15 @@ func (d *diff) remotes(l Link) {
 	d.fdb(l)
 }
 
-// fdb has the VXLAN and its bridge know where MACs are, and where they are not any more.
+// fdb has the VXLAN and its bridge know where MACs are, and where they are not any more. While nobody is attached here, the VXLAN
+// is down, and forgets such entries whenever it is set down (vxlan_stop in drivers/net/vxlan/vxlan_core.c).
 func (d *diff) fdb(l Link) {
 	want := d.want.FDB
-	if !d.want.VXLAN.NoLearning {
+	switch {
+	case !d.want.VXLAN.NoLearning:
 		want = []FDBEntry{} // it learns by itself
+	case len(d.claims) == 0:
+		return
 	}
 	add, del := fdbChanges(want, l.VXLAN.FDB)
 	if len(add) > 0 {

@@ -481,7 +481,7 @@ func told(at map[byte]byte) segment.Segment {
 
 // toldState is the state of a node that has it, with both halves of each entry.
 func toldState(s segment.Segment) segment.State {
-	return change(built(s), "vx2", func(l *segment.Link) {
+	return change(attached(built(s), "srl"), "vx2", func(l *segment.Link) {
 		l.NoLearning, l.VXLAN.NoLearning = true, true
 		for _, e := range s.FDB {
 			l.VXLAN.FDB = append(l.VXLAN.FDB, segment.FDBState{FDBEntry: e, Bridge: true})
@@ -534,9 +534,11 @@ func TestAVXLANIsToldWhereMACsAre(t *testing.T) {
 			"the VXLAN deleted", one, without(toldState(one), "vx2"), []string{
 				"ip link add vx2 mtu 1422 master br2 type vxlan id 222 dstport 4789 local 192.0.2.1 dev eth1 nolearning",
 				"bridge fdb append 00:00:00:00:00:00 dev vx2 dst 192.0.2.2 dst 192.0.2.3", fmt.Sprintf(set, 9, 2),
+				"ip link set vx2 up",
 			},
 		},
-		{"from learning", one, built(learning), []string{
+		{"nobody is attached", one, change(built(none), "vx2", func(l *segment.Link) { l.NoLearning, l.VXLAN.NoLearning = true, true }), nil},
+		{"from learning", one, attached(built(learning), "srl"), []string{
 			"record knlvrf", "bridge link set dev vx2 learning off", "ip link set vx2 type vxlan id 222 local 192.0.2.1 nolearning", fmt.Sprintf(set, 9, 2),
 		}},
 		{"to learning", learning, toldState(one), []string{

@@ -18,8 +18,8 @@ import (
 	"github.com/k8slan/k8slan/test/frames"
 )
 
-// fabric is nodes that tell each other at once what their tables have to tell: EVPN without the sessions.
-type fabric struct {
+// mesh is nodes that tell each other at once what their tables have to tell: EVPN without the sessions.
+type mesh struct {
 	t     *testing.T
 	mu    sync.Mutex
 	nodes []*evpnNode
@@ -36,10 +36,10 @@ type evpnNode struct {
 }
 
 // evpnHosts makes two nodes, and the LAN built on both; their kernels' events are followed until the test ends.
-func evpnHosts(t *testing.T, f family, vni uint32) (*fabric, *evpnNode, *evpnNode) {
+func evpnHosts(t *testing.T, f family, vni uint32) (*mesh, *evpnNode, *evpnNode) {
 	t.Helper()
 	a, b, onA, onB := unicastHosts(t, f, vni)
-	fab := &fabric{t: t, done: make(chan struct{})}
+	fab := &mesh{t: t, done: make(chan struct{})}
 	for i, h := range []host{a, b} {
 		s := told([]segment.Segment{onA, onB}[i])
 		n := &evpnNode{
@@ -68,7 +68,7 @@ func told(s segment.Segment) segment.Segment {
 	return s
 }
 
-func (f *fabric) follow(n *evpnNode) kernel.Stations {
+func (f *mesh) follow(n *evpnNode) kernel.Stations {
 	return kernel.Stations{
 		Seen: func(_ string, mac [6]byte) { f.after(func(now time.Time) { n.table.See(now, n.lan.VNI, mac) }) },
 		Left: func(_ string, mac [6]byte) { f.after(func(now time.Time) { n.table.Lose(now, n.lan.VNI, mac) }) },
@@ -89,7 +89,7 @@ func (f *fabric) follow(n *evpnNode) kernel.Stations {
 }
 
 // after has the nodes do what follows from an event.
-func (f *fabric) after(event func(now time.Time)) {
+func (f *mesh) after(event func(now time.Time)) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	now := time.Now()
@@ -140,7 +140,7 @@ func (f *fabric) after(event func(now time.Time)) {
 }
 
 // await waits until it is so.
-func (f *fabric) await(t *testing.T, what string, so func() bool) {
+func (f *mesh) await(t *testing.T, what string, so func() bool) {
 	t.Helper()
 	deadline := time.After(longPatience)
 	for {
@@ -159,7 +159,7 @@ func (f *fabric) await(t *testing.T, what string, so func() bool) {
 }
 
 // join attaches a pod or a VM; a pod's MAC is told from then on.
-func (f *fabric) join(t *testing.T, n *evpnNode, spoke string, kind segment.Kind) *station {
+func (f *mesh) join(t *testing.T, n *evpnNode, spoke string, kind segment.Kind) *station {
 	t.Helper()
 	st := n.attach(t, n.want, spoke, kind)
 	f.after(func(now time.Time) {
@@ -301,6 +301,8 @@ func TestWhatAnEarlierRunToldIsPutRight(t *testing.T) {
 	for i := range byte(100) {
 		s.FDB = append(s.FDB, segment.FDBEntry{MAC: [6]byte{2, 0, 0, 0, 1, i}, VTEP: remote})
 	}
+	a.build(t, s)
+	a.attach(t, s, "one", segment.Veth)
 	a.build(t, s)
 	fewer := s
 	fewer.Remotes, fewer.FDB, fewer.Partial = []netip.Addr{}, s.FDB[:10], true

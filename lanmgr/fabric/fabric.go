@@ -1,0 +1,201 @@
+// Package fabric joins a node's LANs to EVPN: who is attached and what bridges hear is told to other routers, and what those tell becomes
+// part of the LANs' segments.
+package fabric
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"net/netip"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/k8slan/k8slan/lanmgr/bgp"
+	"github.com/k8slan/k8slan/lanmgr/evpn"
+	"github.com/k8slan/k8slan/lanmgr/kernel"
+	"github.com/k8slan/k8slan/lanmgr/segment"
+)
+
+// Stations tells of the MACs on the ports of LANs' bridges; kernel.Node does.
+type Stations interface {
+	WatchStations(ctx context.Context, tell kernel.Stations) error
+	Stations(netns string) ([][6]byte, error)
+}
+
+// Config is what a fabric works with.
+type Config struct {
+	AS       uint32
+	RouterID netip.Addr // an IPv4 address, no other router's
+	Peers    []bgp.Peer
+	Stations Stations
+	Log      *slog.Logger
+}
+
+// Fabric is one node's part in EVPN.
+type Fabric struct {
+	Config
+	speaker *bgp.Speaker
+	changed chan struct{}
+
+	mu       sync.Mutex
+	table    *evpn.Table
+	vnis     map[string]uint32 // by netns
+	partial  bool
+	sessions []bgp.Session
+	failed   string // what the last failure to tell routes said
+}
+
+// New returns a fabric that hears and tells nothing until Run.
+func New(c Config) *Fabric {
+	f := &Fabric{
+		Config: c, changed: make(chan struct{}, 1),
+		table: evpn.New(c.AS, c.RouterID), vnis: map[string]uint32{}, partial: true,
+	}
+	f.speaker = bgp.NewSpeaker(bgp.Config{AS: c.AS, RouterID: c.RouterID, Hear: f.hear, Log: c.Log})
+	return f
+}
+
+// Run speaks with the peers and hears the bridges until ctx ends, or one of both fails.
+func (f *Fabric) Run(ctx context.Context) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	var tasks sync.WaitGroup
+	var errs [2]error
+	tasks.Go(func() {
+		defer cancel()
+		errs[0] = f.speaker.Run(ctx)
+	})
+	tasks.Go(func() {
+		defer cancel()
+		errs[1] = f.Stations.WatchStations(ctx, kernel.Stations{Seen: f.seen, Left: f.left, Missed: f.list})
+	})
+	err := f.speaker.SetPeers(ctx, f.Peers)
+	if err != nil {
+		cancel()
+	}
+	tasks.Wait()
+	return errors.Join(err, errs[0], errs[1])
+}
+
+// Changed has a value whenever Fill may fill in something else.
+func (f *Fabric) Changed() <-chan struct{} { return f.changed }
+
+// Sessions is how it stands with each peer.
+func (f *Fabric) Sessions() []bgp.Session { return f.speaker.Sessions() }
+
+// Set says which LANs the node takes part in, by the names of their network namespaces; it replaces what was said before. Of one that is
+// new, the MACs on its ports are asked for: their events were before.
+func (f *Fabric) Set(lans map[string]evpn.LAN) {
+	f.after(func(now time.Time) {
+		var list []evpn.LAN
+		vnis := make(map[string]uint32, len(lans))
+		for netns, lan := range lans {
+			list, vnis[netns] = append(list, lan), lan.VNI
+		}
+		f.table.Set(now, list)
+		for netns, vni := range vnis {
+			if f.vnis[netns] != vni {
+				f.listed(now, netns, vni)
+			}
+		}
+		f.vnis = vnis
+	})
+}
+
+// Fill writes into a segment what others have told of its LAN; what is not known stays as it is.
+func (f *Fabric) Fill(s *segment.Segment) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if remotes, fdb, ok := f.table.View(s.VXLAN.VNI); ok && f.vnis[s.Netns] == s.VXLAN.VNI {
+		s.Remotes, s.FDB, s.Partial = remotes, fdb, f.partial
+	}
+}
+
+// hear takes in what other routers tell.
+func (f *Fabric) hear(h bgp.Heard) {
+	f.after(func(now time.Time) {
+		for _, r := range h.Routes {
+			f.table.Learn(now, r)
+		}
+		for _, k := range h.Gone {
+			f.table.Forget(now, k)
+		}
+		f.partial = h.Partial
+		if h.Sessions != nil {
+			f.noteSessions(h.Sessions)
+		}
+	})
+}
+
+// noteSessions logs what is another than before.
+func (f *Fabric) noteSessions(sessions []bgp.Session) {
+	for _, s := range sessions {
+		if i := slices.IndexFunc(f.sessions, func(o bgp.Session) bool { return o.Peer == s.Peer && o.Up == s.Up && o.Why == s.Why }); i >= 0 {
+			continue
+		}
+		if s.Up {
+			f.Log.Info("BGP session is up", "peer", s.Peer)
+		} else {
+			f.Log.Warn("BGP session is down", "peer", s.Peer, "why", s.Why)
+		}
+	}
+	f.sessions = sessions
+}
+
+func (f *Fabric) seen(netns string, mac [6]byte) {
+	f.after(func(now time.Time) {
+		if vni, ok := f.vnis[netns]; ok {
+			f.table.See(now, vni, mac)
+		}
+	})
+}
+
+func (f *Fabric) left(netns string, mac [6]byte) {
+	f.after(func(now time.Time) {
+		if vni, ok := f.vnis[netns]; ok {
+			f.table.Lose(now, vni, mac)
+		}
+	})
+}
+
+// list asks for the MACs on every LAN's ports.
+func (f *Fabric) list() {
+	f.after(func(now time.Time) {
+		for netns, vni := range f.vnis {
+			f.listed(now, netns, vni)
+		}
+	})
+}
+
+func (f *Fabric) listed(now time.Time, netns string, vni uint32) {
+	macs, err := f.Stations.Stations(netns)
+	if err != nil {
+		f.Log.Error("cannot read which MACs are on a LAN, those that speak from now on are heard", "netns", netns, "err", err)
+		return
+	}
+	all := make([]evpn.MAC, len(macs))
+	for i, mac := range macs {
+		all[i] = mac
+	}
+	f.table.Seen(now, vni, all)
+}
+
+// after does what follows from an event: the others are told, and the segments get what they have to have.
+func (f *Fabric) after(event func(now time.Time)) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	event(time.Now())
+	failed := ""
+	if err := f.speaker.Set(f.table.Own()); err != nil {
+		failed = err.Error()
+	}
+	if failed != "" && failed != f.failed {
+		f.Log.Error("cannot tell all routes, trying again at the next event", "err", failed)
+	}
+	f.failed = failed
+	select {
+	case f.changed <- struct{}{}:
+	default: // it has a value already
+	}
+}

@@ -1,0 +1,150 @@
+package fabric_test
+
+import (
+	"context"
+	"log/slog"
+	"net"
+	"net/netip"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/k8slan/k8slan/lanmgr/bgp"
+	"github.com/k8slan/k8slan/lanmgr/evpn"
+	"github.com/k8slan/k8slan/lanmgr/fabric"
+	"github.com/k8slan/k8slan/lanmgr/kernel"
+	"github.com/k8slan/k8slan/lanmgr/segment"
+)
+
+// bridges is what the bridges of a node's LANs tell.
+type bridges struct {
+	mu    sync.Mutex
+	there map[string][][6]byte
+	tell  kernel.Stations
+	ready chan struct{}
+}
+
+func (b *bridges) WatchStations(ctx context.Context, tell kernel.Stations) error {
+	tell.Missed()
+	b.tell = tell
+	close(b.ready)
+	<-ctx.Done()
+	return nil
+}
+
+func (b *bridges) Stations(netns string) ([][6]byte, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.there[netns], nil
+}
+
+// member is a node of a fabric with LANs.
+type member struct {
+	*fabric.Fabric
+	*bridges
+	vtep netip.Addr
+}
+
+// fabricOf runs a reflector and nodes that speak with it.
+func fabricOf(t *testing.T, nodes int) []member {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	at := l.Addr().(*net.TCPAddr).AddrPort()
+	l.Close()
+	ctx, stop := context.WithCancel(context.Background())
+	var tasks sync.WaitGroup
+	t.Cleanup(func() { stop(); tasks.Wait() })
+	log := slog.New(slog.DiscardHandler)
+	tasks.Go(func() {
+		if err := (bgp.Reflector{AS: 65000, RouterID: at.Addr(), Listen: at, Log: log}).Run(ctx); err != nil {
+			t.Error(err)
+		}
+	})
+	var members []member
+	for i := range byte(nodes) {
+		m := member{bridges: &bridges{there: map[string][][6]byte{}, ready: make(chan struct{})}, vtep: netip.AddrFrom4([4]byte{192, 0, 2, 2 + i})}
+		source := netip.AddrFrom4([4]byte{127, 0, 0, 2 + i})
+		m.Fabric = fabric.New(fabric.Config{
+			AS: 65000, RouterID: source, Stations: m.bridges, Log: log,
+			Peers: []bgp.Peer{{Address: at.Addr(), Port: at.Port(), AS: 65000, Source: source}},
+		})
+		tasks.Go(func() {
+			if err := m.Run(ctx); err != nil {
+				t.Error(err)
+			}
+		})
+		<-m.ready
+		members = append(members, m)
+	}
+	return members
+}
+
+// has says that the node has the LAN, that somebody is attached or not, and which MACs pods have.
+func (m member) has(claimed bool, pods ...evpn.MAC) {
+	m.Set(map[string]evpn.LAN{"lab": {VNI: 222, VTEP: m.vtep, Claimed: claimed, Attached: pods}})
+}
+
+// await waits until the LAN's segment is to be so.
+func (m member) await(t *testing.T, what string, so func(segment.Segment) bool) {
+	t.Helper()
+	deadline := time.After(time.Minute)
+	for {
+		s := segment.Segment{Netns: "lab", VXLAN: segment.VXLAN{VNI: 222}}
+		m.Fill(&s)
+		if so(s) {
+			return
+		}
+		select {
+		case <-m.Changed():
+		case <-deadline:
+			t.Fatalf("waited for %s in vain; is to be %+v, sessions %+v", what, s, m.Sessions())
+		}
+	}
+}
+
+func behind(mac [6]byte, vtep netip.Addr) func(segment.Segment) bool {
+	return func(s segment.Segment) bool { return slices.Contains(s.FDB, segment.FDBEntry{MAC: mac, VTEP: vtep}) }
+}
+
+// What is attached to one node is known to the other, a pod at once, a VM when it speaks; and each is known where it moves to.
+func TestNodesTellEachOtherWhoIsWhere(t *testing.T) {
+	pod, vm, late := [6]byte{2, 1}, [6]byte{2, 2}, [6]byte{2, 3}
+	nodes := fabricOf(t, 2)
+	a, b := nodes[0], nodes[1]
+	a.there["lab"] = [][6]byte{late} // spoke before the daemon started
+	b.has(false)
+	a.has(true, pod)
+	b.await(t, "the pod and who had spoken", func(s segment.Segment) bool {
+		return slices.Equal(s.Remotes, []netip.Addr{a.vtep}) && behind(pod, a.vtep)(s) && behind(late, a.vtep)(s) && len(s.FDB) == 2
+	})
+	a.await(t, "nobody: the other node has no pod", func(s segment.Segment) bool { return len(s.Remotes) == 0 && s.Remotes != nil })
+	began := time.Now()
+	a.tell.Seen("lab", vm)
+	b.await(t, "the VM", behind(vm, a.vtep))
+	t.Logf("from its first frame's event to the other node's wish: %v", time.Since(began))
+	b.has(true)
+	b.tell.Seen("lab", vm)
+	a.await(t, "the VM elsewhere", behind(vm, b.vtep))
+	a.tell.Left("lab", vm)
+	b.await(t, "the VM here", func(s segment.Segment) bool { return len(s.FDB) == 2 })
+	a.tell.Left("lab", late)
+	b.await(t, "one gone", func(s segment.Segment) bool { return len(s.FDB) == 1 })
+	a.has(false)
+	b.await(t, "all gone", func(s segment.Segment) bool { return len(s.FDB) == 0 && len(s.Remotes) == 0 })
+}
+
+// While nobody has told everything yet, nothing that stands is to go.
+func TestWhatIsHeardIsPartialAtFirst(t *testing.T) {
+	a := fabricOf(t, 1)[0]
+	s := segment.Segment{Netns: "lab", VXLAN: segment.VXLAN{VNI: 222}}
+	if a.Fill(&s); s.Remotes != nil || s.FDB != nil {
+		t.Errorf("of a LAN that is not here %+v is known", s)
+	}
+	a.has(true)
+	a.await(t, "a partial list", func(s segment.Segment) bool { return s.Partial && s.FDB != nil })
+	a.await(t, "a whole one", func(s segment.Segment) bool { return !s.Partial && s.FDB != nil })
+}

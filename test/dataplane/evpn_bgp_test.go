@@ -1,0 +1,223 @@
+package dataplane
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"net"
+	"net/netip"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/k8slan/k8slan/lanmgr/bgp"
+	"github.com/k8slan/k8slan/lanmgr/evpn"
+	"github.com/k8slan/k8slan/lanmgr/fabric"
+	"github.com/k8slan/k8slan/lanmgr/segment"
+	"github.com/k8slan/k8slan/test/frames"
+)
+
+// reflectors is a reflector that can be stopped and started, on the loopback device of the test.
+type reflectors struct {
+	at   netip.AddrPort
+	stop func()
+}
+
+func startReflector(t *testing.T, at netip.AddrPort) *reflectors {
+	t.Helper()
+	if !at.IsValid() {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		try(t, err)
+		at = l.Addr().(*net.TCPAddr).AddrPort()
+		l.Close()
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() {
+		done <- bgp.Reflector{AS: 65000, RouterID: at.Addr(), Listen: at, Log: slog.New(slog.DiscardHandler)}.Run(ctx)
+	}()
+	r := &reflectors{at: at}
+	r.stop = sync.OnceFunc(func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
+	t.Cleanup(r.stop)
+	return r
+}
+
+// speaker is a node whose LAN is joined to EVPN as the daemon does it: the manager makes what the fabric tells.
+type speaker struct {
+	managed
+	fabric *fabric.Fabric
+	s      segment.Segment
+	leave  func()
+}
+
+// speak starts a daemon on the node, which is number n of its fabric.
+func (h host) speak(t *testing.T, s segment.Segment, n byte, reflector netip.AddrPort) *speaker {
+	t.Helper()
+	source := netip.AddrFrom4([4]byte{127, 0, 0, 1 + n})
+	sp := &speaker{managed: h.manage(t), s: told(s)}
+	sp.s.Remotes, sp.s.FDB = nil, nil
+	h.observe(t, s) // its kernel hears a namespace from when it first saw it
+	sp.fabric = fabric.New(fabric.Config{
+		AS: 65000, RouterID: source, Stations: h.kernel, Log: slog.New(slog.DiscardHandler),
+		Peers: []bgp.Peer{{Address: reflector.Addr(), Port: reflector.Port(), AS: 65000, Source: source, IPv6VTEPs: true}},
+	})
+	sp.Set([]segment.Segment{sp.s})
+	ctx, cancel := context.WithCancel(context.Background())
+	var tasks sync.WaitGroup
+	tasks.Go(func() {
+		if err := sp.fabric.Run(ctx); err != nil && !errors.Is(err, context.Canceled) {
+			t.Error(err)
+		}
+	})
+	tasks.Go(func() {
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case <-sp.fabric.Changed():
+				want := sp.s
+				sp.fabric.Fill(&want)
+				sp.Set([]segment.Segment{want})
+			case <-sp.Changed():
+				lan := evpn.LAN{VNI: s.VXLAN.VNI, VTEP: s.VXLAN.Local}
+				for _, r := range sp.Reports() {
+					for _, c := range r.Claims {
+						if lan.Claimed = true; c.Kind == segment.Veth {
+							lan.Attached = append(lan.Attached, evpn.MAC(c.MAC))
+						}
+					}
+				}
+				sp.fabric.Set(map[string]evpn.LAN{s.Netns: lan})
+			}
+		}
+	})
+	sp.leave = sync.OnceFunc(func() {
+		cancel()
+		tasks.Wait()
+		sp.stop()
+	})
+	t.Cleanup(sp.leave)
+	return sp
+}
+
+// tables hears what becomes of a LAN's tables on a node until the test ends.
+func (h host) tables(t *testing.T, s segment.Segment) <-chan netlink.NeighUpdate {
+	t.Helper()
+	updates, done := make(chan netlink.NeighUpdate, 4096), make(chan struct{})
+	try(t, h.inside(s).Do(func() error { return netlink.NeighSubscribe(updates, done) }))
+	t.Cleanup(func() { close(done) })
+	return updates
+}
+
+// awaitEntry waits until a VXLAN is told that a MAC is behind a remote.
+func awaitEntry(t *testing.T, updates <-chan netlink.NeighUpdate, mac net.HardwareAddr, vtep netip.Addr) time.Time {
+	t.Helper()
+	deadline := time.After(longPatience)
+	for {
+		select {
+		case u := <-updates:
+			if u.Type == unix.RTM_NEWNEIGH && u.Flags&netlink.NTF_SELF != 0 && slices.Equal(u.HardwareAddr, mac) && u.IP.Equal(vtep.AsSlice()) {
+				return time.Now()
+			}
+		case <-deadline:
+			t.Fatalf("%s is not told to be behind %s", mac, vtep)
+		}
+	}
+}
+
+// Two daemons and a reflector: a pod is known to the other node as soon as it is attached, and a VM is followed when it moves.
+func TestTwoDaemonsTellEachOtherByBGP(t *testing.T) {
+	a, b, onA, onB := unicastHosts(t, families["IPv4"], 421)
+	a.build(t, told(onA))
+	b.build(t, told(onB))
+	reflector := startReflector(t, netip.AddrPort{})
+	onNode := map[bool]*speaker{true: a.speak(t, onA, 1, reflector.at), false: b.speak(t, onB, 2, reflector.at)}
+	two := b.attach(t, onB, "two", segment.Veth)
+	a.awaitState(t, onA, "the other node", func(have segment.State) bool {
+		l, _ := have.Link(onA.VXLAN.Name)
+		return len(l.VXLAN.Remotes) == 1
+	})
+	atA, atB := a.tables(t, onA), b.tables(t, onB)
+	var took []time.Duration
+	for range 30 {
+		one := a.claim(t, onA, "one", segment.Veth)
+		began := time.Now()
+		took = append(took, awaitEntry(t, atB, one.Attachment.MAC, onA.VXLAN.Local).Sub(began))
+		one.speak(t, a.inside(onA))
+		crosses(t, one, two, frames.Stream(nil, one.Attachment.MAC, 1, 1))
+		a.release(t, one)
+		b.awaitState(t, onB, "the pod to be gone", func(have segment.State) bool {
+			l, _ := have.Link(onB.VXLAN.Name)
+			return len(l.VXLAN.FDB) == 0
+		})
+	}
+	slices.Sort(took)
+	t.Logf("from attach, right after a detach, to the other node's table: median %v, worst %v", took[len(took)/2], took[len(took)-1])
+
+	here, there := a.attach(t, onA, "one", segment.Macvtap), b.attach(t, onB, "two", segment.Macvtap)
+	took = nil
+	for i := range byte(32) { // the VM of each MAC starts here, and then moves
+		mac := net.HardwareAddr{2, 0xbb, 0, 0, 1, i}
+		for _, first := range []bool{true, false} {
+			from, updates, vtep := here, atB, onA.VXLAN.Local
+			if !first {
+				from, updates, vtep = there, atA, onB.VXLAN.Local
+			}
+			began := time.Now()
+			try(t, from.Send(frames.Stream(nil, mac, 1, 1)))
+			if at := awaitEntry(t, updates, mac, vtep); !first {
+				took = append(took, at.Sub(began))
+			}
+		}
+	}
+	slices.Sort(took)
+	t.Logf("from a VM's first frame on another node to the table of that which it left: median %v, worst %v", took[len(took)/2], took[len(took)-1])
+	for _, sp := range onNode {
+		for _, s := range sp.fabric.Sessions() {
+			if !s.Up {
+				t.Errorf("session %+v", s)
+			}
+		}
+	}
+}
+
+// A reflector that goes and comes back, and a daemon that restarts, cost no frame.
+func TestTrafficGoesOnWhileReflectorAndDaemonRestart(t *testing.T) {
+	a, b, onA, onB := unicastHosts(t, families["IPv6"], 422)
+	a.build(t, told(onA))
+	b.build(t, told(onB))
+	reflector := startReflector(t, netip.AddrPort{})
+	first := a.speak(t, onA, 1, reflector.at)
+	b.speak(t, onB, 2, reflector.at)
+	one, two := a.attach(t, onA, "one", segment.Veth), b.attach(t, onB, "two", segment.Veth)
+	known := func(h host, s segment.Segment) {
+		t.Helper()
+		h.awaitState(t, s, "the other node's pod", func(have segment.State) bool {
+			l, _ := have.Link(s.VXLAN.Name)
+			return len(l.VXLAN.FDB) == 1 && len(l.VXLAN.Remotes) == 1
+		})
+	}
+	known(a, onA)
+	known(b, onB)
+	there, back := startStream(t, 1, 20*rate, one, two), startStream(t, 2, 20*rate, two, one)
+	reflector.stop()
+	again := startReflector(t, reflector.at)
+	first.leave()
+	a.speak(t, onA, 1, again.at)
+	there.expectAll(t)
+	back.expectAll(t)
+	known(a, onA)
+	known(b, onB)
+	updates, mac := b.tables(t, onB), net.HardwareAddr{2, 0xbb, 0, 0, 2, 1} // what is new is told as well
+	try(t, one.Send(frames.Stream(nil, mac, 1, 1)))
+	awaitEntry(t, updates, mac, onA.VXLAN.Local)
+}
