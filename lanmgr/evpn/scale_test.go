@@ -1,0 +1,50 @@
+package evpn_test
+
+import (
+	"net/netip"
+	"runtime"
+	"testing"
+	"time"
+
+	"github.com/k8slan/k8slan/lanmgr/evpn"
+)
+
+// A thousand nodes with ten MACs each: how long the table takes, and how large it is.
+func TestThousandNodes(t *testing.T) {
+	var before, after runtime.MemStats
+	runtime.GC()
+	runtime.ReadMemStats(&before)
+	n := nodes(1)[0]
+	began := time.Now()
+	at := func(i, m int) evpn.Route {
+		return route(evpn.MACIP, 2, func(r *evpn.Route) {
+			r.RD, r.VTEP = evpn.RD{1: 1, 4: byte(i >> 8), 5: byte(i)}, netip.AddrFrom4([4]byte{10, 1, byte(i >> 8), byte(i)})
+			r.MAC = evpn.MAC{2, byte(m), byte(i >> 8), byte(i), 1, 1}
+		})
+	}
+	for i := range 1000 {
+		f := at(i, 0)
+		f.Kind, f.MAC, f.IP = evpn.Multicast, evpn.MAC{}, f.VTEP
+		n.Learn(began, f)
+		for m := range 10 {
+			n.Learn(began, at(i, m))
+		}
+	}
+	remotes, fdb, _ := n.View(222)
+	if len(remotes) != 1000 || len(fdb) != 10_000 {
+		t.Fatalf("%d remotes, %d MACs", len(remotes), len(fdb))
+	}
+	all := time.Since(began)
+	runtime.GC()
+	runtime.ReadMemStats(&after)
+	began = time.Now()
+	const moves = 1000
+	for i := range moves {
+		r := at(i%1000, 0)
+		r.VTEP = vtep(byte(1 + i%200 + 2))
+		n.Learn(began, r)
+		n.View(222)
+		n.Own()
+	}
+	t.Logf("11,000 routes: %v, %d KiB; one more move: %v", all, (after.HeapAlloc-before.HeapAlloc)>>10, time.Since(began)/moves)
+}
