@@ -22,6 +22,8 @@ type Kernel interface {
 	Observe(ctx context.Context, netns string) (segment.State, error)
 	// Reconcile observes a segment while nobody else changes it, does what decide says, and returns what was done.
 	Reconcile(ctx context.Context, netns string, decide func(segment.State) []segment.Op) ([]segment.Op, error)
+	// Apply does operations on a segment while nobody else changes it, without a look at it before.
+	Apply(ctx context.Context, netns string, ops []segment.Op) error
 	// Release ends a claim; one that is not there is no error.
 	Release(ctx context.Context, netns, spoke, claimID string) error
 }
@@ -64,6 +66,7 @@ type Manager struct {
 	listed  bool                       // what an earlier run has left was looked for
 	first   map[string]bool            // what was wanted or here then and was not looked at yet
 	dirty   map[string]bool
+	told    map[string]bool // of those that are dirty: only what the VXLAN is told has changed
 	unseen  map[string]bool // not looked at since it was said what is wanted there
 	at      string          // is being looked at
 	last    string          // was looked at last, or is
@@ -78,7 +81,7 @@ func New(k Kernel, cdiDir string, log *slog.Logger) *Manager {
 	return &Manager{
 		kernel: k, cdiDir: cdiDir, log: log,
 		poked: make(chan struct{}, 1), changed: make(chan struct{}, 1),
-		want: map[string]segment.Segment{}, dirty: map[string]bool{}, unseen: map[string]bool{}, retry: map[string]*backoff{}, reports: map[string]Report{},
+		want: map[string]segment.Segment{}, dirty: map[string]bool{}, told: map[string]bool{}, unseen: map[string]bool{}, retry: map[string]*backoff{}, reports: map[string]Report{},
 	}
 }
 
@@ -91,8 +94,7 @@ func (m *Manager) Set(want []segment.Segment) {
 	for _, s := range want {
 		next[s.Netns] = s
 		if old, ok := m.want[s.Netns]; !ok || !old.Equal(s) {
-			m.dirty[s.Netns], m.unseen[s.Netns] = true, true
-			delete(m.retry, s.Netns) // what failed was the old wish
+			m.wish(s)
 		}
 	}
 	for name := range m.want {
@@ -108,6 +110,23 @@ func (m *Manager) Set(want []segment.Segment) {
 	signal(m.poked)
 }
 
+// wish notes that something else is wanted of a segment; m.mu is held.
+func (m *Manager) wish(s segment.Segment) {
+	delete(m.retry, s.Netns) // what failed was the old wish
+	r, had := m.reports[s.Netns]
+	if had && canBeTold(r, s) && (!m.dirty[s.Netns] || m.told[s.Netns]) {
+		m.dirty[s.Netns], m.told[s.Netns] = true, true
+		return
+	}
+	m.dirty[s.Netns], m.unseen[s.Netns] = true, true
+	delete(m.told, s.Netns)
+}
+
+// canBeTold says whether a segment stands as it was wished, and the next wish differs in nothing but what its VXLAN is told.
+func canBeTold(r Report, want segment.Segment) bool {
+	return r.Built && r.Err == nil && !r.Leaving && segment.OnlyTold(r.Segment, want)
+}
+
 // Poke says that a segment may have changed.
 func (m *Manager) Poke(netns string) {
 	m.mu.Lock()
@@ -116,6 +135,7 @@ func (m *Manager) Poke(netns string) {
 		return
 	}
 	m.dirty[netns] = true
+	delete(m.told, netns)
 	signal(m.poked)
 }
 
@@ -205,6 +225,7 @@ func (m *Manager) pokeAll() {
 	defer m.mu.Unlock()
 	for name := range m.reports {
 		m.dirty[name] = true
+		delete(m.told, name)
 	}
 }
 
@@ -276,6 +297,15 @@ func (m *Manager) work(ctx context.Context, name string) {
 	m.mu.Lock()
 	want, wanted := m.want[name]
 	old, had := m.reports[name]
+	told := m.told[name]
+	delete(m.told, name)
+	if told {
+		m.mu.Unlock()
+		if m.tell(ctx, name, want, old) {
+			return
+		}
+		m.mu.Lock()
+	}
 	m.at = name
 	delete(m.unseen, name)
 	m.mu.Unlock()
@@ -327,6 +357,30 @@ func (m *Manager) work(ctx context.Context, name string) {
 		m.reports[name] = report
 	}
 	signal(m.changed)
+}
+
+// tell has a segment that stands know of a change to what its VXLAN is told, without a look at it: with many MACs a look takes much longer
+// than one write. What somebody else has changed meanwhile is found at the next look.
+func (m *Manager) tell(ctx context.Context, name string, want segment.Segment, old Report) bool {
+	began := time.Now()
+	if !canBeTold(old, want) {
+		return false
+	}
+	ops := segment.Told(old.Segment, want, len(old.Claims) > 0)
+	if err := m.kernel.Apply(ctx, name, ops); err != nil {
+		m.log.Warn("cannot write what a LAN is told, looking at all of it", "netns", name, "err", err)
+		return false
+	}
+	m.logOps(name, ops)
+	if m.Watch != nil {
+		m.Watch(Look{Took: time.Since(began), Done: ops})
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	old.Segment, old.Remotes = want, len(want.Remotes)
+	m.reports[name] = old
+	signal(m.changed)
+	return true
 }
 
 // devicesBefore are the CDI devices of a segment that may have to go: at the first look and after an error those on file, else

@@ -22,6 +22,7 @@ type node struct {
 	refuse error // of every change
 	blind  error // of every look
 	writes int
+	looks  int
 
 	unlocked func(segment.State) segment.State // what a look without the lock sees of a segment
 	after    func(segment.Op)                  // is told of every change
@@ -41,11 +42,27 @@ func (n *node) List() ([]string, error) {
 func (n *node) Observe(_ context.Context, name string) (segment.State, error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
+	n.looks++
 	s := n.state(name)
 	if n.unlocked != nil {
 		s = n.unlocked(s)
 	}
 	return s, n.blind
+}
+
+func (n *node) Apply(_ context.Context, name string, ops []segment.Op) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.refuse != nil {
+		return n.refuse
+	}
+	have := n.state(name)
+	for _, op := range ops {
+		n.writes++
+		have = apply(have, op)
+	}
+	n.states[name] = have
+	return nil
 }
 
 func (n *node) Release(context.Context, string, string, string) error {
@@ -104,6 +121,13 @@ func apply(s segment.State, op segment.Op) segment.State {
 		}
 	case segment.AddBridge:
 		s.Links = append(s.Links, segment.Link{Index: 1, Name: o.Name, Type: "bridge", MTU: o.MTU, Up: true})
+	case segment.AddVXLAN:
+		s.Links = append(s.Links, segment.Link{
+			Index: 2, Name: o.Name, Type: "vxlan", MTU: o.MTU, Master: 1, ForwardMask: segment.ForwardMask, NoLearning: o.NoLearning,
+			VXLAN: segment.VXLANState{VNI: o.VNI, Port: o.Port, Group: o.Group, Local: o.Local, NoLearning: o.NoLearning, UnderlayIndex: o.UnderlayIndex},
+		})
+	case segment.AddRemotes, segment.DelRemotes, segment.SetFDB, segment.DelFDB, segment.SetUp, segment.SetDown:
+		s = tell(s, op)
 	case segment.AddPair:
 		port.Name, port.MTU = segment.PortName(o.Spoke), segment.PortMTU(o.MTU)
 		s.Links = append(s.Links, port, segment.Link{Name: segment.PlugName(o.Spoke), Type: "veth", MTU: o.MTU, Up: true})
@@ -123,6 +147,35 @@ func apply(s segment.State, op segment.Op) segment.State {
 		s.Links = slices.DeleteFunc(s.Links, func(l segment.Link) bool {
 			return l.Name == o.Name || segment.PortName(l.Name[:max(0, len(l.Name)-2)]) == o.Name
 		})
+	}
+	return s
+}
+
+// tell does what changes the VXLAN alone.
+func tell(s segment.State, op segment.Op) segment.State {
+	i := slices.IndexFunc(s.Links, func(l segment.Link) bool { return l.Type == "vxlan" })
+	if i < 0 {
+		return s
+	}
+	v := &s.Links[i].VXLAN
+	switch o := op.(type) {
+	case segment.AddRemotes:
+		v.Remotes = append(slices.Clone(v.Remotes), o.Remotes...)
+		slices.SortFunc(v.Remotes, netip.Addr.Compare)
+	case segment.DelRemotes:
+		v.Remotes = slices.DeleteFunc(slices.Clone(v.Remotes), func(a netip.Addr) bool { return slices.Contains(o.Remotes, a) })
+	case segment.SetFDB:
+		v.FDB = slices.Clone(v.FDB)
+		for _, e := range o.Entries {
+			v.FDB = append(v.FDB, segment.FDBState{FDBEntry: e, Bridge: true})
+		}
+		slices.SortFunc(v.FDB, func(a, b segment.FDBState) int { return slices.Compare(a.MAC[:], b.MAC[:]) })
+	case segment.DelFDB:
+		v.FDB = slices.DeleteFunc(slices.Clone(v.FDB), func(e segment.FDBState) bool { return slices.Contains(o.Entries, e) })
+	case segment.SetUp:
+		s.Links[i].Up = s.Links[i].Up || o.Name == s.Links[i].Name
+	case segment.SetDown:
+		s.Links[i].Up = s.Links[i].Up && o.Name != s.Links[i].Name
 	}
 	return s
 }
@@ -462,4 +515,81 @@ func TestASegmentOfNobodyGoesWithItsLastVM(t *testing.T) {
 	n.change("default.old", func(s *segment.State) { s.Links[0].Promisc = 0 })
 	m.Poke("default.old")
 	await(t, m, "gone", func([]lanmgr.Report) bool { names, _ := n.List(); return len(names) == 0 })
+}
+
+// What a VXLAN is told changes without a look at the segment, until one is due for another reason, or the write fails.
+func TestWhatAVXLANIsToldIsWrittenWithoutALook(t *testing.T) {
+	n := &node{states: map[string]segment.State{}}
+	m, _ := start(t, n)
+	told := func(remotes, macs int) segment.Segment {
+		s := lan("a", "1", "x")
+		s.VXLAN.Group, s.VXLAN.Local, s.VXLAN.NoLearning, s.VXLAN.UnderlayIndex = netip.Addr{}, netip.MustParseAddr("192.0.2.1"), true, 7
+		s.Remotes, s.FDB = []netip.Addr{}, []segment.FDBEntry{}
+		for i := range byte(remotes) {
+			s.Remotes = append(s.Remotes, netip.AddrFrom4([4]byte{192, 0, 2, 2 + i}))
+		}
+		for i := range byte(macs) {
+			s.FDB = append(s.FDB, segment.FDBEntry{MAC: [6]byte{2, i}, VTEP: netip.MustParseAddr("192.0.2.2")})
+		}
+		return s
+	}
+	is := func(remotes, macs int) bool {
+		n.mu.Lock()
+		defer n.mu.Unlock()
+		l, ok := n.state("default.a").Link("vx1")
+		return ok && len(l.VXLAN.Remotes) == remotes && len(l.VXLAN.FDB) == macs
+	}
+	looks := func() int {
+		n.mu.Lock()
+		defer n.mu.Unlock()
+		return n.looks
+	}
+	done := func(s segment.Segment) func([]lanmgr.Report) bool {
+		return func(rs []lanmgr.Report) bool {
+			return allBuilt(1)(rs) && rs[0].Segment.Equal(s) && rs[0].Err == nil && rs[0].Remotes == len(s.Remotes)
+		}
+	}
+	m.Set([]segment.Segment{told(1, 0)})
+	await(t, m, "built", done(told(1, 0)))
+	n.attach("default.a", "x")
+	m.Poke("default.a")
+	await(t, m, "attached", func(rs []lanmgr.Report) bool { return len(rs[0].Claims) == 1 && rs[0].Built })
+
+	before := looks()
+	for _, step := range [][2]int{{2, 3}, {2, 1}, {1, 4}, {0, 0}, {3, 3}} {
+		m.Set([]segment.Segment{told(step[0], step[1])})
+		await(t, m, "told", done(told(step[0], step[1])))
+		if !is(step[0], step[1]) {
+			t.Errorf("is not told %v", step)
+		}
+	}
+	if after := looks(); after != before {
+		t.Errorf("looked %d times", after-before)
+	}
+
+	partial := told(1, 1)
+	partial.Partial = true
+	m.Set([]segment.Segment{partial})
+	await(t, m, "nothing deleted", func(rs []lanmgr.Report) bool { return allBuilt(1)(rs) && rs[0].Segment.Equal(partial) })
+	if !is(3, 3) {
+		t.Error("something went that may be there")
+	}
+	m.Set([]segment.Segment{told(1, 1)})
+	await(t, m, "deleted", done(told(1, 1)))
+	if !is(1, 1) || looks() == before {
+		t.Error("what was there from before is not looked for")
+	}
+
+	n.mu.Lock()
+	n.refuse = errors.New("no room")
+	n.mu.Unlock()
+	m.Set([]segment.Segment{told(2, 2)})
+	await(t, m, "refused", func(rs []lanmgr.Report) bool { return rs[0].Err != nil })
+	n.mu.Lock()
+	n.refuse = nil
+	n.mu.Unlock()
+	await(t, m, "told in the end", done(told(2, 2)))
+	if !is(2, 2) {
+		t.Error("is not told")
+	}
 }

@@ -64,6 +64,26 @@ func (n *Node) reconcile(ctx context.Context, netnsName string, decide func(segm
 	return done, nil
 }
 
+// Apply does operations on a segment while nobody else changes it, without a look at it before.
+func (n *Node) Apply(ctx context.Context, netnsName string, ops []segment.Op) error {
+	if err := checkName(netnsName); err != nil {
+		return err
+	}
+	unlock, err := n.lock(ctx, netnsName)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	b := &builder{node: n, netns: netnsName}
+	defer b.close()
+	for _, op := range ops {
+		if err := b.apply(op); err != nil {
+			return fmt.Errorf("%s: %s: %w", netnsName, op, err)
+		}
+	}
+	return nil
+}
+
 // VNITaken says that something else on the node uses a VNI on the same UDP port.
 type VNITaken struct {
 	VNI  uint32

@@ -193,6 +193,61 @@ func (d *diff) fdb(l Link) {
 	}
 }
 
+// OnlyTold says whether two wishes differ in nothing but what the VXLAN is told, of remotes and MACs, if at all.
+func OnlyTold(was, want Segment) bool {
+	rest := want
+	rest.Remotes, rest.FDB = was.Remotes, was.FDB
+	known := was.Remotes != nil && want.Remotes != nil && (was.FDB == nil) == (want.FDB == nil)
+	return known && want.VXLAN.UnderlayIndex != 0 && want.VXLAN.Unicast() && rest.Equal(was)
+}
+
+// Told brings what a VXLAN has been told from one wish to the next, of which OnlyTold is so. Without a claim here MACs are not told.
+func Told(was, want Segment, claimed bool) (ops []Op) {
+	add, del := changes(want.Remotes, was.Remotes)
+	var set []FDBEntry
+	var gone []FDBState
+	if claimed {
+		set, gone = toldChanges(want.FDB, was.FDB)
+	}
+	if want.Partial {
+		del, gone = nil, nil
+	}
+	if len(add) > 0 {
+		ops = append(ops, AddRemotes{want.VXLAN.Name, add})
+	}
+	if len(del) > 0 {
+		ops = append(ops, DelRemotes{Name: want.VXLAN.Name, Remotes: del, Learnt: !want.VXLAN.NoLearning})
+	}
+	if len(set) > 0 {
+		ops = append(ops, SetFDB{want.VXLAN.Name, set})
+	}
+	if len(gone) > 0 {
+		ops = append(ops, DelFDB{want.VXLAN.Name, gone})
+	}
+	return ops
+}
+
+// toldChanges are the entries of one list that the other lacks or has with another remote, and those that only the other has.
+func toldChanges(want, was []FDBEntry) (set []FDBEntry, gone []FDBState) {
+	for len(want) > 0 && len(was) > 0 {
+		switch order := bytes.Compare(want[0].MAC[:], was[0].MAC[:]); {
+		case order < 0:
+			set, want = append(set, want[0]), want[1:]
+		case order > 0:
+			gone, was = append(gone, FDBState{was[0], true}), was[1:]
+		default:
+			if want[0].VTEP != was[0].VTEP {
+				set = append(set, want[0])
+			}
+			want, was = want[1:], was[1:]
+		}
+	}
+	for _, e := range was {
+		gone = append(gone, FDBState{e, true})
+	}
+	return append(set, want...), gone
+}
+
 // fdbChanges are the entries that the VXLAN lacks or has with another remote, and those that are not wanted. That the bridge has one on
 // no port of the VXLAN's is left so: the MAC has shown itself here, and what is wanted may not know yet.
 func fdbChanges(want []FDBEntry, have []FDBState) (add []FDBEntry, del []FDBState) {
@@ -275,8 +330,8 @@ func (d *diff) vxlan() {
 	}
 	l, ok := d.links[want.Name]
 	switch {
-	case ok && want.Unicast() && d.want.Remotes == nil && l.VXLAN.Group.IsValid() && want.UnderlayIndex != 0:
-		// Its group stays until the remotes are known, in whose place nobody would hear what is flooded.
+	case ok && want.Unicast() && (d.want.Remotes == nil || d.want.Partial) && l.VXLAN.Group.IsValid() && want.UnderlayIndex != 0:
+		// Its group stays until all remotes are known, in whose place nobody would hear what is flooded.
 		d.port(l)
 		d.settings(l, d.want.MTU, len(d.claims) > 0)
 		return

@@ -541,6 +541,7 @@ func TestAVXLANIsToldWhereMACsAre(t *testing.T) {
 		{"from learning", one, attached(built(learning), "srl"), []string{
 			"record knlvrf", "bridge link set dev vx2 learning off", "ip link set vx2 type vxlan id 222 local 192.0.2.1 nolearning", fmt.Sprintf(set, 9, 2),
 		}},
+		{"from a group, some not known", partial, attached(built(lab), "srl"), []string{"record knlvrf"}},
 		{"to learning", learning, toldState(one), []string{
 			"record knlvrf", "bridge link set dev vx2 learning on", "ip link set vx2 type vxlan id 222 local 192.0.2.1", fmt.Sprintf(del+"; "+delBridge, 9, 2, 9),
 		}},

@@ -1,13 +1,21 @@
 package dataplane
 
 import (
+	"context"
+	"log/slog"
+	"net"
+	"net/netip"
+	"slices"
 	"testing"
 	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/k8slan/k8slan/lanmgr/bgp"
+	"github.com/k8slan/k8slan/lanmgr/evpn"
 	"github.com/k8slan/k8slan/lanmgr/segment"
+	"github.com/k8slan/k8slan/test/frames"
 )
 
 // Ten thousand MACs beside the one that changes: it alone is written.
@@ -49,4 +57,68 @@ func TestOneMACMoreIsOneWrite(t *testing.T) {
 	if len(ops) != 1 || ops[0].String() != "bridge fdb del 02:00:00:27:0f:01 dev vx431 dst 192.0.2.2 self; bridge fdb del 02:00:00:27:0f:01 dev vx431 master" {
 		t.Errorf("did %v", ops)
 	}
+}
+
+// A thousand nodes with ten MACs each: all of it arrives, and a VM that moves among them is followed as ever.
+func TestAThousandNodesWithTenMACsEach(t *testing.T) {
+	a, b, onA, onB := unicastHosts(t, families["IPv4"], 432)
+	a.build(t, told(onA))
+	b.build(t, told(onB))
+	reflector := startReflector(t, netip.AddrPort{})
+	a.speak(t, onA, 1, reflector.at)
+	b.speak(t, onB, 2, reflector.at)
+	here, there := a.attach(t, onA, "one", segment.Macvtap), b.attach(t, onB, "two", segment.Macvtap)
+
+	others := bgp.NewSpeaker(bgp.Config{AS: 65000, RouterID: netip.MustParseAddr("127.0.0.9"), Hear: func(bgp.Heard) {}, Log: slog.New(slog.DiscardHandler)})
+	try(t, others.SetPeers(t.Context(), []bgp.Peer{{
+		Address: reflector.at.Addr(), Port: reflector.at.Port(), AS: 65000, Source: netip.MustParseAddr("127.0.0.9"),
+	}}))
+	ctx, stop := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- others.Run(ctx) }()
+	t.Cleanup(func() {
+		stop()
+		try(t, <-done)
+	})
+	var routes []evpn.Route
+	for i := range 1000 {
+		r := evpn.Route{VNI: 432, VTEP: netip.AddrFrom4([4]byte{10, 1, byte(i >> 8), byte(i)}), Targets: []evpn.Target{evpn.NewTarget(65000, 432)}}
+		r.Key = evpn.Key{Kind: evpn.Multicast, RD: evpn.RD{1: 1, 4: byte(i >> 8), 5: byte(i), 7: 1}, IP: r.VTEP}
+		routes = append(routes, r)
+		for m := range byte(10) {
+			r.Key = evpn.Key{Kind: evpn.MACIP, RD: r.RD, MAC: evpn.MAC{2, 1, m, byte(i >> 8), byte(i), 1}}
+			routes = append(routes, r)
+		}
+	}
+	began := time.Now()
+	try(t, others.Set(routes))
+	for _, n := range []struct {
+		host
+		s segment.Segment
+	}{{a, onA}, {b, onB}} {
+		n.awaitState(t, n.s, "all of it", func(have segment.State) bool {
+			l, _ := have.Link(n.s.VXLAN.Name)
+			return len(l.VXLAN.FDB) == 10_000 && len(l.VXLAN.Remotes) == 1001
+		})
+	}
+	t.Logf("1,000 remotes and 10,000 MACs in two nodes' tables: %v", time.Since(began))
+
+	atA, atB := a.tables(t, onA), b.tables(t, onB)
+	var took []time.Duration
+	for i := range byte(32) {
+		mac := net.HardwareAddr{2, 0xbb, 0, 0, 1, i}
+		for _, first := range []bool{true, false} {
+			from, updates, vtep := here, atB, onA.VXLAN.Local
+			if !first {
+				from, updates, vtep = there, atA, onB.VXLAN.Local
+			}
+			began := time.Now()
+			try(t, from.Send(frames.Stream(mac, mac, 1, 1))) // to itself: no copy for each of a thousand
+			if at := awaitEntry(t, updates, mac, vtep); !first {
+				took = append(took, at.Sub(began))
+			}
+		}
+	}
+	slices.Sort(took)
+	t.Logf("from a VM's first frame on another node to the table of that which it left: median %v, worst %v", took[len(took)/2], took[len(took)-1])
 }
