@@ -52,6 +52,9 @@ const (
 	ReasonMTUTooLarge       = "MTUTooLarge"       // spec.mtu does not fit the underlay
 	ReasonVNITaken          = "VNITaken"          // something else on the node uses the VNI on that port
 	ReasonBuildFailed       = "BuildFailed"       // the kernel refused; the message has its words
+	ReasonBGPDown           = "BGPDown"           // discovery evpn: no session is up
+	ReasonMACTwice          = "MACTwice"          // discovery evpn: a MAC is on this node and on another
+	ReasonRoutesRefused     = "RoutesRefused"     // discovery evpn: another router tells what cannot be used
 	ReasonStrangersHeard    = "StrangersHeard"    // the kernel does not filter what is no member's; the message has its words
 )
 

@@ -20,8 +20,8 @@ type LAN struct {
 	Export   []Target   // that the node's routes bear; none: AS:VNI
 }
 
-// equal says whether two are the same.
-func (l LAN) equal(o LAN) bool {
+// Equal says whether two are the same.
+func (l LAN) Equal(o LAN) bool {
 	return l.VNI == o.VNI && l.VTEP == o.VTEP && l.Claimed == o.Claimed && slices.Equal(l.Attached, o.Attached) &&
 		slices.Equal(l.Import, o.Import) && slices.Equal(l.Export, o.Export)
 }

@@ -42,7 +42,7 @@ func (t *Table) Set(now time.Time, lans []LAN) {
 
 func (t *Table) set(now time.Time, want LAN) {
 	l := t.lans[want.VNI]
-	if l != nil && l.equal(want) {
+	if l != nil && l.LAN.Equal(want) {
 		return
 	}
 	anew := l == nil || l.VTEP != want.VTEP || !slices.Equal(l.Import, want.Import)

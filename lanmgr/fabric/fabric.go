@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"maps"
 	"net/netip"
 	"slices"
 	"sync"
@@ -40,7 +41,8 @@ type Fabric struct {
 
 	mu       sync.Mutex
 	table    *evpn.Table
-	vnis     map[string]uint32 // by netns
+	lans     map[string]evpn.LAN // by netns
+	vnis     map[string]uint32   // by netns
 	partial  bool
 	sessions []bgp.Session
 	failed   string // what the last failure to tell routes said
@@ -87,6 +89,13 @@ func (f *Fabric) Sessions() []bgp.Session { return f.speaker.Sessions() }
 // Set says which LANs the node takes part in, by the names of their network namespaces; it replaces what was said before. Of one that is
 // new, the MACs on its ports are asked for: their events were before.
 func (f *Fabric) Set(lans map[string]evpn.LAN) {
+	f.mu.Lock()
+	same := maps.EqualFunc(lans, f.lans, evpn.LAN.Equal)
+	f.lans = lans
+	f.mu.Unlock()
+	if same {
+		return
+	}
 	f.after(func(now time.Time) {
 		var list []evpn.LAN
 		vnis := make(map[string]uint32, len(lans))
@@ -110,6 +119,26 @@ func (f *Fabric) Fill(s *segment.Segment) {
 	if remotes, fdb, ok := f.table.View(s.VXLAN.VNI); ok && f.vnis[s.Netns] == s.VXLAN.VNI {
 		s.Remotes, s.FDB, s.Partial = remotes, fdb, f.partial
 	}
+}
+
+// Trouble is what keeps a LAN from being whole.
+type Trouble struct {
+	Down       []bgp.Session // all there are, where none is up
+	Duplicates []evpn.MAC    // are on this node and on another
+	Refused    []evpn.Refusal
+}
+
+// Trouble is that of a LAN, by the name of its network namespace.
+func (f *Fabric) Trouble(netns string) (t Trouble) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if !slices.ContainsFunc(f.sessions, func(s bgp.Session) bool { return s.Up }) {
+		t.Down = f.sessions
+	}
+	if vni, ok := f.vnis[netns]; ok {
+		t.Duplicates, t.Refused = f.table.Duplicates(vni), f.table.Refused(vni)
+	}
+	return t
 }
 
 // hear takes in what other routers tell.

@@ -148,3 +148,59 @@ func TestWhatIsHeardIsPartialAtFirst(t *testing.T) {
 	a.await(t, "a partial list", func(s segment.Segment) bool { return s.Partial && s.FDB != nil })
 	a.await(t, "a whole one", func(s segment.Segment) bool { return !s.Partial && s.FDB != nil })
 }
+
+// A MAC on two nodes, a route that cannot be used and sessions that are all down are told.
+func TestWhatIsWrongIsTold(t *testing.T) {
+	nodes := fabricOf(t, 2)
+	a, b := nodes[0], nodes[1]
+	a.has(true)
+	b.has(true)
+	mac := [6]byte{2, 9}
+	a.await(t, "the other node", func(s segment.Segment) bool { return len(s.Remotes) == 1 })
+	b.await(t, "the other node", func(s segment.Segment) bool { return len(s.Remotes) == 1 })
+	for range 20 {
+		a.tell.Seen("lab", mac)
+		b.tell.Seen("lab", mac)
+	}
+	deadline := time.After(time.Minute)
+	for len(a.Trouble("lab").Duplicates) == 0 && len(b.Trouble("lab").Duplicates) == 0 {
+		select {
+		case <-a.Changed():
+			a.tell.Seen("lab", mac)
+		case <-b.Changed():
+			b.tell.Seen("lab", mac)
+		case <-deadline:
+			t.Fatal("a MAC that speaks on both is not told")
+		}
+	}
+	b.Set(map[string]evpn.LAN{"lab": {VNI: 222, VTEP: a.vtep, Claimed: true}}) // it has our address
+	a.await(t, "nobody", func(segment.Segment) bool {
+		refused := a.Trouble("lab").Refused
+		return len(refused) > 0 && refused[0].Reason == evpn.OwnVTEP
+	})
+	if trouble := a.Trouble("lab"); len(trouble.Down) > 0 {
+		t.Errorf("sessions %v", trouble.Down)
+	}
+}
+
+func TestAWishThatIsTheSameWakesNobody(t *testing.T) {
+	m := member{Fabric: fabric.New(fabric.Config{
+		AS: 65000, RouterID: netip.MustParseAddr("192.0.2.1"), Stations: &bridges{}, Log: slog.New(slog.DiscardHandler),
+	}), vtep: netip.MustParseAddr("192.0.2.1")}
+	woken := func() bool {
+		select {
+		case <-m.Changed():
+			return true
+		default:
+			return false
+		}
+	}
+	m.has(true, evpn.MAC{2})
+	if !woken() {
+		t.Error("a new LAN wakes nobody")
+	}
+	m.has(true, evpn.MAC{2})
+	if woken() {
+		t.Error("the same LAN wakes somebody")
+	}
+}

@@ -23,6 +23,7 @@ import (
 	"github.com/k8slan/k8slan/crd/v1beta1"
 	"github.com/k8slan/k8slan/lanmgr"
 	"github.com/k8slan/k8slan/lanmgr/evpn"
+	"github.com/k8slan/k8slan/lanmgr/fabric"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 	"github.com/k8slan/k8slan/lanmgr/strangers"
@@ -57,6 +58,7 @@ type Fabric interface {
 	Run(ctx context.Context) error
 	Set(lans map[string]evpn.LAN)
 	Fill(s *segment.Segment)
+	Trouble(netns string) fabric.Trouble
 	Changed() <-chan struct{}
 }
 
@@ -158,7 +160,9 @@ func (a *Agent) Run(ctx context.Context) error {
 			a.report()
 			continue
 		case <-learnt:
-			a.want()
+			if a.want() {
+				a.report()
+			}
 			continue
 		}
 		if err := a.plan(ctx); err != nil {
@@ -205,10 +209,10 @@ func (a *Agent) plan(ctx context.Context) error {
 	return nil
 }
 
-// want has the manager make what is planned, with what is known of other nodes.
-func (a *Agent) want() {
+// want has the manager make what is planned, with what is known of other nodes, and says whether a LAN's problem is another since.
+func (a *Agent) want() (changed bool) {
 	if !a.planned {
-		return
+		return false
 	}
 	unfiltered := a.Strangers.Err()
 	segments, asking := make([]segment.Segment, len(a.plans)), make(map[types.UID]bool)
@@ -227,11 +231,13 @@ func (a *Agent) want() {
 			segments[i].Remotes = a.peers.remotes(types.UID(p.Segment.LAN.UID), p.VTEP)
 		case p.EVPN && a.Fabric != nil:
 			a.Fabric.Fill(&segments[i])
+			changed = p.trouble(a.Fabric.Trouble(p.Segment.Netns)) || changed
 		}
 	}
 	a.peers.only(asking)
 	a.filter()
 	a.Manager.Set(segments)
+	return changed
 }
 
 // internalIPs are the addresses by which the cluster knows a node, the main one first.

@@ -2,9 +2,13 @@ package node
 
 import (
 	"context"
+	"fmt"
+	"strings"
 
+	"github.com/k8slan/k8slan/crd/v1beta1"
 	"github.com/k8slan/k8slan/lanmgr"
 	"github.com/k8slan/k8slan/lanmgr/evpn"
+	"github.com/k8slan/k8slan/lanmgr/fabric"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
@@ -51,4 +55,54 @@ func evpnLAN(p Plan, r lanmgr.Report) evpn.LAN {
 		}
 	}
 	return lan
+}
+
+// trouble makes what the fabric tells the plan's problem, where it has none of its own, and says whether it is another since.
+func (p *Plan) trouble(t fabric.Trouble) bool {
+	switch p.Problem.Reason {
+	case "", v1beta1.ReasonBGPDown, v1beta1.ReasonMACTwice, v1beta1.ReasonRoutesRefused:
+	default:
+		return false
+	}
+	before := p.Problem
+	p.Problem = firstProblem(sessionProblem(t), duplicateProblem(t), refusalProblem(t))
+	return p.Problem != before
+}
+
+func sessionProblem(t fabric.Trouble) Problem {
+	if len(t.Down) == 0 {
+		return Problem{}
+	}
+	var peers []string
+	for _, s := range t.Down {
+		peers = append(peers, fmt.Sprintf("%s (%s)", s.Peer, s.Why))
+	}
+	return Problem{v1beta1.ReasonBGPDown, fmt.Sprintf(
+		"no BGP session is up, to %s: what is new on other nodes is not reached, what was told before stays", strings.Join(peers, ", ")), false}
+}
+
+func duplicateProblem(t fabric.Trouble) Problem {
+	if len(t.Duplicates) == 0 {
+		return Problem{}
+	}
+	return Problem{v1beta1.ReasonMACTwice, fmt.Sprintf(
+		"%s speaks on this node and on another%s: each node keeps its own. Change one of them", t.Duplicates[0], besides(len(t.Duplicates), "MAC")), false}
+}
+
+func refusalProblem(t fabric.Trouble) Problem {
+	if len(t.Refused) == 0 {
+		return Problem{}
+	}
+	return Problem{v1beta1.ReasonRoutesRefused, fmt.Sprintf("%s%s", t.Refused[0], besides(len(t.Refused), "route")), false}
+}
+
+// besides counts what a message does not name: all but the first.
+func besides(n int, what string) string {
+	switch n {
+	case 1:
+		return ""
+	case 2:
+		return ", and 1 other " + what
+	}
+	return fmt.Sprintf(", and %d other %ss", n-1, what)
 }

@@ -4,11 +4,14 @@ import (
 	"context"
 	"net/netip"
 	"reflect"
+	"strings"
 	"sync"
 	"testing"
 
 	"github.com/k8slan/k8slan/crd/v1beta1"
+	"github.com/k8slan/k8slan/lanmgr/bgp"
 	"github.com/k8slan/k8slan/lanmgr/evpn"
+	"github.com/k8slan/k8slan/lanmgr/fabric"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
@@ -17,9 +20,24 @@ type fakeFabric struct {
 	*board
 	changed chan struct{}
 
-	mu   sync.Mutex
-	lans map[string]evpn.LAN
-	told segment.Segment
+	mu      sync.Mutex
+	lans    map[string]evpn.LAN
+	told    segment.Segment
+	trouble fabric.Trouble
+}
+
+func (f *fakeFabric) Trouble(string) fabric.Trouble {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.trouble
+}
+
+// tells has the fabric tell something else.
+func (f *fakeFabric) tells(change func()) {
+	f.mu.Lock()
+	change()
+	f.mu.Unlock()
+	f.changed <- struct{}{}
 }
 
 func (f *fakeFabric) Run(ctx context.Context) error {
@@ -72,14 +90,32 @@ func TestAnEVPNLANIsJoinedToTheFabric(t *testing.T) {
 	w.await(t, "the pod to be told, and not the VM", f.has(map[string]evpn.LAN{"default.lab": lan}))
 
 	remote := netip.MustParseAddr("192.0.2.2")
-	f.mu.Lock()
-	f.told = segment.Segment{Remotes: []netip.Addr{remote}, FDB: []segment.FDBEntry{{MAC: [6]byte{2}, VTEP: remote}}, Partial: true}
-	f.mu.Unlock()
-	f.changed <- struct{}{}
+	f.tells(func() {
+		f.told = segment.Segment{Remotes: []netip.Addr{remote}, FDB: []segment.FDBEntry{{MAC: [6]byte{2}, VTEP: remote}}, Partial: true}
+	})
 	w.await(t, "what the fabric tells to be wanted", func() bool {
 		_, want := w.manager.wanted()
 		return len(want) == 1 && want[0].VXLAN.NoLearning && len(want[0].Remotes) == 1 && len(want[0].FDB) == 1 && want[0].Partial
 	})
+
+	degraded := func(reason, word string) func(v1beta1.LANNodeStatus) bool {
+		return func(s v1beta1.LANNodeStatus) bool {
+			return len(s.Segments) == 1 && s.Segments[0].State == v1beta1.SegmentDegraded && s.Segments[0].Reason == reason &&
+				strings.Contains(s.Segments[0].Message, word) && s.Segments[0].Offered == 2
+		}
+	}
+	f.tells(func() {
+		f.trouble.Down = []bgp.Session{{Peer: bgp.Peer{Address: remote, AS: 65000}, Why: "no TCP connection"}}
+	})
+	w.awaitStatus("a session that is down", degraded(v1beta1.ReasonBGPDown, "192.0.2.2:179 of AS 65000 (no TCP connection)"))
+	f.tells(func() { f.trouble = fabric.Trouble{Duplicates: []evpn.MAC{{2, 1}, {2, 2}}} })
+	w.awaitStatus("MACs on two nodes", degraded(v1beta1.ReasonMACTwice, "02:01:00:00:00:00 speaks on this node and on another, and 1 other MAC"))
+	f.tells(func() {
+		f.trouble = fabric.Trouble{Refused: []evpn.Refusal{{Route: evpn.Route{Key: evpn.Key{Kind: evpn.Multicast}, VTEP: remote}, Reason: evpn.OtherVNI}}}
+	})
+	w.awaitStatus("a route that is refused", degraded(v1beta1.ReasonRoutesRefused, "from VTEP 192.0.2.2 is not used: it bears another VNI"))
+	f.tells(func() { f.trouble = fabric.Trouble{} })
+	w.awaitStatus("all well", ready)
 
 	w.update(func(l *v1beta1.LAN) { l.Spec.Discovery = v1beta1.Multicast })
 	w.await(t, "the LAN to leave the fabric", func() bool {
