@@ -147,7 +147,7 @@ nodes keep what it has told until it is back.`,
 	f.addLog(flags)
 	f.addAS(flags, "as", " of the nodes and the reflector")
 	flags.StringVar(&f.routerID, "router-id", os.Getenv("POD_IP"), "IPv4 `address` that no other router has (environment: POD_IP); empty or IPv6: one made from the host's name")
-	flags.StringVar(&f.listen, "listen", ":179", "`address` where nodes connect, host:port")
+	flags.StringVar(&f.listen, "listen", ":179", "`address` where nodes connect, host:port; without a host all, over IPv4 and IPv6, 0.0.0.0 over IPv4 alone")
 	flags.IPNetSliceVar(&f.from, "from", nil, "`ranges` of the nodes' addresses; empty: any")
 	flags.DurationVar(&f.holdTime, "hold-time", bgp.HoldTime, "how long a node may be silent")
 	flags.StringVar(&f.passwordFile, "password-file", "", "`file` with the password of every session (TCP MD5); empty: none")

@@ -391,6 +391,30 @@ func TestAWrongPasswordOrASKeepsNobodyElseOut(t *testing.T) {
 	wrong.awaitRoutes(t, flood(6))
 }
 
+// A reflector on all addresses is reached over IPv4 and IPv6, by those who know the password alone.
+func TestAReflectorOnAllAddresses(t *testing.T) {
+	t.Parallel()
+	port := freePort(t)
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	r := reflector(port, "secret")
+	r.Listen = netip.AddrPortFrom(netip.IPv6Unspecified(), port)
+	go func() { done <- r.Run(ctx) }()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
+	four, six, stranger := peerAt(port, 2), peerAt(port, 3), peerAt(port, 4)
+	four.Password, six.Password = "secret", "secret"
+	six.Address, six.Source = netip.IPv6Loopback(), netip.Addr{}
+	a, b, c := speak(t, 2, four), speak(t, 3, six), speak(t, 4, stranger)
+	a.set(t, flood(2))
+	b.awaitRoutes(t, flood(2))
+	c.await(t, "a word about the password", func() bool { return len(c.sessions) == 1 && strings.Contains(c.sessions[0].Why, "password") })
+}
+
 // A route with an IPv6 VTEP is told only to peers that can take it; FRR 8.4 closes the session over one.
 func TestRoutesWithIPv6VTEPsAreKeptFromPeersThatCannotTakeThem(t *testing.T) {
 	t.Parallel()

@@ -15,7 +15,7 @@ import (
 type Reflector struct {
 	AS       uint32
 	RouterID netip.Addr     // an IPv4 address, nobody else's
-	Listen   netip.AddrPort // the unspecified address: all of them
+	Listen   netip.AddrPort // :: is all addresses, 0.0.0.0 those of IPv4
 	From     []netip.Prefix // sessions from elsewhere are refused; none: from anywhere
 	HoldTime time.Duration  // 0: HoldTime
 	Password string         // of TCP MD5 (RFC 2385); empty: none
@@ -42,9 +42,12 @@ func (r Reflector) Run(ctx context.Context) error {
 }
 
 func (r Reflector) start(ctx context.Context, srv *server.BgpServer) error {
-	address := r.Listen.Addr()
+	addresses := []string{r.Listen.Addr().String()}
+	if r.Listen.Addr() == netip.IPv6Unspecified() { // one socket for both would have no passwords for IPv4
+		addresses = append(addresses, netip.IPv4Unspecified().String())
+	}
 	err := srv.StartBgp(ctx, &api.StartBgpRequest{Global: &api.Global{
-		Asn: r.AS, RouterId: r.RouterID.String(), ListenPort: int32(r.Listen.Port()), ListenAddresses: []string{address.String()},
+		Asn: r.AS, RouterId: r.RouterID.String(), ListenPort: int32(r.Listen.Port()), ListenAddresses: addresses,
 	}})
 	if err != nil {
 		return fmt.Errorf("listen on %s as AS %d with router ID %s: %w", r.Listen, r.AS, r.RouterID, err)
