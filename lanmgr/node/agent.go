@@ -204,6 +204,7 @@ func (a *Agent) plan(ctx context.Context) error {
 		EVPN: a.Fabric != nil,
 	}
 	a.plans, a.planned = planAll(lans.Items, node, a.now()), true
+	oneLANPerVNI(a.plans)
 	a.want()
 	a.publisher.setOwner(&self)
 	return nil

@@ -33,6 +33,27 @@ func (a *Agent) joinFabric(ctx context.Context) {
 	}
 }
 
+// oneLANPerVNI takes out of EVPN what has the VNI of another LAN there, on another port: routes do not tell ports. The older one has it.
+func oneLANPerVNI(plans []Plan) {
+	taken := make(map[uint32]segment.LAN)
+	for i := range plans {
+		p := &plans[i]
+		vni := p.Segment.VXLAN.VNI
+		other, twice := taken[vni]
+		switch {
+		case !p.EVPN:
+		case !twice:
+			taken[vni] = p.Segment.LAN
+		default:
+			p.EVPN = false
+			if p.Problem.Reason == "" {
+				p.Problem = Problem{v1beta1.ReasonVNITaken, fmt.Sprintf(
+					"VNI %d is that of %s, too, on another port, and EVPN tells no ports: no other node is reached. Choose another vni", vni, other), false}
+			}
+		}
+	}
+}
+
 // evpnLANs are the LANs with discovery evpn that the node has, by netns.
 func evpnLANs(plans []Plan, reports []lanmgr.Report) map[string]evpn.LAN {
 	byNetns := index(reports)

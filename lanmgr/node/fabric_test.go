@@ -7,6 +7,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/k8slan/k8slan/crd/v1beta1"
 	"github.com/k8slan/k8slan/lanmgr/bgp"
@@ -121,5 +122,28 @@ func TestAnEVPNLANIsJoinedToTheFabric(t *testing.T) {
 	w.await(t, "the LAN to leave the fabric", func() bool {
 		_, want := w.manager.wanted()
 		return f.has(map[string]evpn.LAN{})() && len(want) == 1 && !want[0].VXLAN.NoLearning && want[0].FDB == nil
+	})
+}
+
+// EVPN tells no ports, so of two LANs with one VNI the older alone is joined.
+func TestTwoEVPNLANsWithOneVNIAreNotMixed(t *testing.T) {
+	older := lab(func(l *v1beta1.LAN) { l.Spec.Discovery = v1beta1.EVPN })
+	younger := lab(func(l *v1beta1.LAN) {
+		l.Spec.Discovery, l.Name, l.UID = v1beta1.EVPN, "other", "uid-other"
+		l.CreationTimestamp.Time = older.CreationTimestamp.Add(time.Hour)
+		l.Status.Holds.NS, l.Status.Holds.Port, l.Status.Holds.Spokes = "default.other", 4790, nil
+	})
+	w := newWorld(t, older, younger)
+	device := w.kernel.underlays.Devices["eth0"]
+	vtep := netip.MustParseAddr("192.0.2.1")
+	device.Addresses = []netip.Addr{vtep}
+	w.kernel.underlays.Devices["eth0"] = device
+	f := &fakeFabric{board: w.board, changed: make(chan struct{}, 1)}
+	w.fabric = f
+	w.start()
+	w.await(t, "the older LAN to be joined", f.has(map[string]evpn.LAN{"default.lab": {VNI: 222, VTEP: vtep}}))
+	w.awaitStatus("the other to say why it is not", func(s v1beta1.LANNodeStatus) bool {
+		return len(s.Segments) == 2 && s.Segments[0].State == v1beta1.SegmentReady && s.Segments[1].Reason == v1beta1.ReasonVNITaken &&
+			strings.Contains(s.Segments[1].Message, "default/lab")
 	})
 }
