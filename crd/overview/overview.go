@@ -65,7 +65,48 @@ func (s Screen) Draw(f Facts) string {
 		p.spokes(lan, f.attachments(lan))
 		p.nodes(nodes)
 	}
+	if slices.ContainsFunc(f.LANs, func(l v1beta1.LAN) bool { return l.Status.Discovery == string(v1beta1.EVPN) }) {
+		p.sessions(f)
+	}
 	return p.text.String()
+}
+
+// sessions are a line about those of all nodes that answer, and a table of those that are down.
+func (p *page) sessions(f Facts) {
+	t := table{head: []string{"NODE", "PEER", "AS", "DOWN SINCE"}, spare: []string{"AS"}}
+	byName, all := f.nodesByName(), 0
+	for _, ln := range f.LANNodes {
+		if n := byName[ln.Name]; n != nil && !answers(n) {
+			continue
+		}
+		for _, s := range ln.Status.Sessions {
+			if all++; s.State == v1beta1.SessionUp {
+				continue
+			}
+			t.row(plain(ln.Name, s.Peer, strconv.FormatInt(s.AS, 10), age(p.Now, s.Since)))
+			if s.Message != "" {
+				t.below[len(t.rows)-1] = s.Message
+			}
+		}
+	}
+	if all == 0 {
+		return
+	}
+	p.line("")
+	name, state := p.paint(bold, "BGP"), p.paint(green, "Up")
+	if len(t.rows) > 0 {
+		state = p.paint(yellow, "Degraded")
+	}
+	p.line(fmt.Sprintf("%s  %s  %d of %d sessions are up", name, state, all-len(t.rows), all))
+	p.table(t)
+}
+
+func (f Facts) nodesByName() map[string]*corev1.Node {
+	byName := map[string]*corev1.Node{}
+	for i := range f.Nodes {
+		byName[f.Nodes[i].Name] = &f.Nodes[i]
+	}
+	return byName
 }
 
 // headline sums a LAN up.
@@ -212,10 +253,7 @@ type onNode struct {
 
 // nodesOf are the nodes that have the LAN, or should.
 func (f Facts) nodesOf(lan *v1beta1.LAN) []onNode {
-	byName := map[string]*corev1.Node{}
-	for i := range f.Nodes {
-		byName[f.Nodes[i].Name] = &f.Nodes[i]
-	}
+	byName := f.nodesByName()
 	var nodes []onNode
 	for _, ln := range f.LANNodes {
 		n := onNode{name: ln.Name, state: "Pending"}

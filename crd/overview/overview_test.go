@@ -120,6 +120,21 @@ func TestDrawTellsWhatIsWhereAndWhatIsWrong(t *testing.T) {
 		},
 		Nodes: both,
 	}
+	withSessions := func(n v1beta1.LANNode, sessions ...v1beta1.BGPSession) v1beta1.LANNode {
+		n.Status.Sessions = sessions
+		return n
+	}
+	up := v1beta1.BGPSession{Peer: "192.0.2.8:179", AS: 65000, State: v1beta1.SessionUp, Since: ago(time.Hour)}
+	down := v1beta1.BGPSession{
+		Peer: "192.0.2.9:179", AS: 65000, State: v1beta1.SessionDown, Since: ago(2 * time.Minute),
+		Message: "it connects and says nothing; it may not expect this node",
+	}
+	other := up
+	other.Peer = down.Peer
+	evpn := func(l *v1beta1.LAN) { l.Status.Discovery = string(v1beta1.EVPN) }
+	twice := segment("lab", "192.0.2.2")
+	twice.State, twice.Reason = v1beta1.SegmentDegraded, v1beta1.ReasonMACTwice
+	twice.Message = "02:6b:5c:10:00:01 speaks on this node and on another: each node keeps its own. Change one of them"
 	many := Facts{LANs: []v1beta1.LAN{core}, LANNodes: []v1beta1.LANNode{lanNode("worker1", segment("core", "fe80::1")), lanNode("worker2", missing)}, Nodes: both}
 	for i := range 3 {
 		many.LANs = append(many.LANs, lan(fmt.Sprintf("lab%d", i), int32(i+1)))
@@ -195,6 +210,22 @@ func TestDrawTellsWhatIsWhereAndWhatIsWrong(t *testing.T) {
 				})
 			})},
 			LANNodes: []v1beta1.LANNode{lanNode("worker1", segment("lab", "fe80::1", pod("web_0", "web-abc", v1beta1.KindVeth)))}, Nodes: both,
+		}},
+		{name: "evpn", facts: Facts{
+			LANs: []v1beta1.LAN{lan("lab", 222, evpn)},
+			LANNodes: []v1beta1.LANNode{
+				withSessions(lanNode("worker1", segment("lab", "192.0.2.1")), up), withSessions(lanNode("worker2", segment("lab", "192.0.2.2")), up),
+			},
+			Nodes: both,
+		}},
+		{name: "evpn-session-down-and-mac-twice", screen: Screen{Width: 80}, facts: Facts{
+			LANs: []v1beta1.LAN{lan("lab", 222, evpn, unready(v1beta1.StateDegraded, v1beta1.ReasonMACTwice, v1beta1.ReasonMACTwice,
+				"node worker2: "+twice.Message+"; spokes are offered on 2 of 2 nodes"))},
+			LANNodes: []v1beta1.LANNode{
+				withSessions(lanNode("worker1", segment("lab", "192.0.2.1")), up, other), withSessions(lanNode("worker2", twice), up, down),
+				withSessions(lanNode("worker3"), up, down), // it is silent, and says nothing any more
+			},
+			Nodes: append(both[:2:2], node("worker3", corev1.ConditionUnknown)),
 		}},
 		{name: "many-brief", screen: Screen{Brief: true}, facts: many},
 		{name: "many-free-spokes", screen: Screen{Width: 80}, facts: Facts{LANs: []v1beta1.LAN{crowd}}},

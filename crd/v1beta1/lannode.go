@@ -122,6 +122,30 @@ type GoneLAN struct {
 	Generation int64 `json:"generation"`
 }
 
+// SessionState is whether a BGP session is there.
+type SessionState string
+
+// The states of a session.
+const (
+	SessionUp   SessionState = "Up"
+	SessionDown SessionState = "Down"
+)
+
+// BGPSession is how it stands with a router from which this node hears of LANs with discovery evpn, and which it tells of them.
+type BGPSession struct {
+	// Peer is the router's address and port.
+	Peer string `json:"peer"`
+	// AS that the router is to be of.
+	AS int64 `json:"as"`
+	// State is Up or Down.
+	State SessionState `json:"state"`
+	// Since when the session is in that state; of one that is being connected, when that began.
+	Since metav1.Time `json:"since"`
+	// Message says why the session is down, as far as that is known.
+	// +optional
+	Message string `json:"message,omitempty"`
+}
+
 // LANNodeStatus is written by the node of that name alone.
 type LANNodeStatus struct {
 	// Segments are the LANs on this node, those that are leaving included; of each namespace (ns) there is one.
@@ -133,6 +157,11 @@ type LANNodeStatus struct {
 	// +listType=map
 	// +listMapKey=name
 	Underlays []NodeUnderlay `json:"underlays,omitempty"`
+	// Sessions are the BGP sessions of this node, by the peers' addresses; none where EVPN is not set up.
+	// +optional
+	// +listType=map
+	// +listMapKey=peer
+	Sessions []BGPSession `json:"sessions,omitempty"`
 	// Gone are LANs that are being deleted and of which this node has nothing left, no link, no offer and no pod: its word that it
 	// will not build them again. A LAN object goes when every node has given it; it leaves this list after that.
 	// +optional

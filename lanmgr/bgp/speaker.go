@@ -33,14 +33,16 @@ type Peer struct {
 	IPv6VTEPs bool          // it takes routes with an IPv6 VTEP. FRR 8.4 closes the session over one
 }
 
-// String names the peer, and not its password.
-func (p Peer) String() string {
-	port := p.Port
-	if port == 0 {
-		port = bgp.BGP_PORT
+// At is where the peer is connected to.
+func (p Peer) At() netip.AddrPort {
+	if p.Port == 0 {
+		return netip.AddrPortFrom(p.Address, bgp.BGP_PORT)
 	}
-	return fmt.Sprintf("%s of AS %d", netip.AddrPortFrom(p.Address, port), p.AS)
+	return netip.AddrPortFrom(p.Address, p.Port)
 }
+
+// String names the peer, and not its password.
+func (p Peer) String() string { return fmt.Sprintf("%s of AS %d", p.At(), p.AS) }
 
 // The times of sessions.
 const (

@@ -22,6 +22,7 @@ import (
 
 	"github.com/k8slan/k8slan/crd/v1beta1"
 	"github.com/k8slan/k8slan/lanmgr"
+	"github.com/k8slan/k8slan/lanmgr/bgp"
 	"github.com/k8slan/k8slan/lanmgr/evpn"
 	"github.com/k8slan/k8slan/lanmgr/fabric"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
@@ -59,6 +60,7 @@ type Fabric interface {
 	Set(lans map[string]evpn.LAN)
 	Fill(s *segment.Segment)
 	Trouble(netns string) fabric.Trouble
+	Sessions() []bgp.Session
 	Changed() <-chan struct{}
 }
 
@@ -98,12 +100,13 @@ type Agent struct {
 	underlays *kernel.Underlays // nil: not known yet
 
 	// Of the main loop alone.
-	plans   []Plan
-	planned bool
-	records []segment.Segment // of an earlier run; nil once the manager has looked at all that it left
-	lans    map[types.UID]*v1beta1.LAN
-	offered []Spoke
-	told    map[types.UID]Problem // what the last event on a LAN said
+	plans    []Plan
+	planned  bool
+	records  []segment.Segment // of an earlier run; nil once the manager has looked at all that it left
+	lans     map[types.UID]*v1beta1.LAN
+	sessions []v1beta1.BGPSession
+	offered  []Spoke
+	told     map[types.UID]Problem // what the last event on a LAN said
 }
 
 // New returns an agent that does nothing until Run.
@@ -210,10 +213,16 @@ func (a *Agent) plan(ctx context.Context) error {
 	return nil
 }
 
-// want has the manager make what is planned, with what is known of other nodes, and says whether a LAN's problem is another since.
+// want has the manager make what is planned, with what is known of other nodes, and says whether there is news of the fabric to report:
+// a LAN's problem, or a session.
 func (a *Agent) want() (changed bool) {
 	if !a.planned {
 		return false
+	}
+	if a.Fabric != nil {
+		before := a.sessions
+		a.sessions = sessionsOf(a.Fabric.Sessions())
+		changed = !slices.Equal(before, a.sessions)
 	}
 	unfiltered := a.Strangers.Err()
 	segments, asking := make([]segment.Segment, len(a.plans)), make(map[types.UID]bool)
@@ -334,6 +343,7 @@ func (a *Agent) report() {
 	}
 	if a.Manager.Looked() { // before, attachments would seem to be gone
 		status := Status(a.plans, reports, underlays, gone, a.Version)
+		status.Sessions = a.sessions
 		a.publisher.set(status)
 		if a.Show != nil {
 			a.Show(status)

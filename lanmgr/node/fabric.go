@@ -4,9 +4,13 @@ import (
 	"context"
 	"fmt"
 	"strings"
+	"time"
+
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/k8slan/k8slan/crd/v1beta1"
 	"github.com/k8slan/k8slan/lanmgr"
+	"github.com/k8slan/k8slan/lanmgr/bgp"
 	"github.com/k8slan/k8slan/lanmgr/evpn"
 	"github.com/k8slan/k8slan/lanmgr/fabric"
 	"github.com/k8slan/k8slan/lanmgr/segment"
@@ -115,6 +119,22 @@ func refusalProblem(t fabric.Trouble) Problem {
 		return Problem{}
 	}
 	return Problem{v1beta1.ReasonRoutesRefused, fmt.Sprintf("%s%s", t.Refused[0], besides(len(t.Refused), "route")), false}
+}
+
+// sessionsOf are sessions as the LANNode tells of them.
+func sessionsOf(sessions []bgp.Session) []v1beta1.BGPSession {
+	var list []v1beta1.BGPSession
+	for _, s := range sessions {
+		told := v1beta1.BGPSession{
+			Peer: s.Peer.At().String(), AS: int64(s.Peer.AS), State: v1beta1.SessionUp,
+			Since: metav1.NewTime(s.Since.Truncate(time.Second)), // as the API keeps it
+		}
+		if !s.Up {
+			told.State, told.Message = v1beta1.SessionDown, s.Why
+		}
+		list = append(list, told)
+	}
+	return list
 }
 
 // besides counts what a message does not name: all but the first.

@@ -9,6 +9,9 @@ import (
 	"testing"
 	"time"
 
+	"k8s.io/apimachinery/pkg/api/equality"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
 	"github.com/k8slan/k8slan/crd/v1beta1"
 	"github.com/k8slan/k8slan/lanmgr/bgp"
 	"github.com/k8slan/k8slan/lanmgr/evpn"
@@ -25,6 +28,13 @@ type fakeFabric struct {
 	lans    map[string]evpn.LAN
 	told    segment.Segment
 	trouble fabric.Trouble
+	peers   []bgp.Session
+}
+
+func (f *fakeFabric) Sessions() []bgp.Session {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.peers
 }
 
 func (f *fakeFabric) Trouble(string) fabric.Trouble {
@@ -117,6 +127,22 @@ func TestAnEVPNLANIsJoinedToTheFabric(t *testing.T) {
 	w.awaitStatus("a route that is refused", degraded(v1beta1.ReasonRoutesRefused, "from VTEP 192.0.2.2 is not used: it bears another VNI"))
 	f.tells(func() { f.trouble = fabric.Trouble{} })
 	w.awaitStatus("all well", ready)
+
+	// Of several sessions one that is down is no LAN's problem, and told all the same.
+	since := time.Date(2026, 11, 21, 12, 0, 0, 500, time.UTC)
+	session := func(at string, up bool, why string) bgp.Session {
+		return bgp.Session{Peer: bgp.Peer{Address: netip.MustParseAddr(at), AS: 65000, Password: "secret"}, Up: up, Since: since, Why: why}
+	}
+	f.tells(func() {
+		f.peers = []bgp.Session{session("192.0.2.8", true, ""), session("2001:db8::9", false, "no TCP connection")}
+	})
+	w.awaitStatus("which sessions there are", func(s v1beta1.LANNodeStatus) bool {
+		at := metav1.NewTime(since.Truncate(time.Second))
+		return ready(s) && equality.Semantic.DeepEqual(s.Sessions, []v1beta1.BGPSession{
+			{Peer: "192.0.2.8:179", AS: 65000, State: v1beta1.SessionUp, Since: at},
+			{Peer: "[2001:db8::9]:179", AS: 65000, State: v1beta1.SessionDown, Since: at, Message: "no TCP connection"},
+		})
+	})
 
 	w.update(func(l *v1beta1.LAN) { l.Spec.Discovery = v1beta1.Multicast })
 	w.await(t, "the LAN to leave the fabric", func() bool {
