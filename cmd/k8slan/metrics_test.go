@@ -16,10 +16,18 @@ import (
 	"github.com/k8slan/k8slan/crd/controller"
 	"github.com/k8slan/k8slan/crd/v1beta1"
 	"github.com/k8slan/k8slan/lanmgr"
+	"github.com/k8slan/k8slan/lanmgr/bgp"
+	"github.com/k8slan/k8slan/lanmgr/evpn"
 	"github.com/k8slan/k8slan/lanmgr/metrics"
 	"github.com/k8slan/k8slan/lanmgr/outcome"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
+
+// joined is a fabric of one LAN.
+type joined struct{}
+
+func (joined) Sessions() []bgp.Session         { return []bgp.Session{{Up: true}} }
+func (joined) Count(string) (evpn.Count, bool) { return evpn.Count{}, true }
 
 // nodeMetrics are those of a daemon to which everything has happened once.
 func nodeMetrics() *metrics.Metrics {
@@ -28,6 +36,7 @@ func nodeMetrics() *metrics.Metrics {
 		Registered: func() int { return 1 },
 		Reports:    func() []lanmgr.Report { return []lanmgr.Report{{Segment: lab}} },
 		Dropped:    func() map[string]uint64 { return map[string]uint64{"default/lab": 1} },
+		Fabric:     joined{},
 	})
 	m.Show(v1beta1.LANNodeStatus{})
 	m.Look(lanmgr.Look{Done: []segment.Op{segment.AddBridge{}}, Repair: true})

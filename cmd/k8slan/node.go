@@ -130,7 +130,14 @@ func (f *nodeFlags) runNode(ctx context.Context) error {
 	plugins := deviceplugin.New(f.pluginsDir, log)
 	collector := podresources.New(f.kubelet, f.self, lans, log)
 	filter := strangers.New("", log)
-	m := metrics.New(metrics.Sources{Reports: lans.Reports, Registered: plugins.Registered, Dropped: filter.Dropped})
+	sources := metrics.Sources{Reports: lans.Reports, Registered: plugins.Registered, Dropped: filter.Dropped}
+	var joined *fabric.Fabric
+	if evpn != nil {
+		evpn.Stations, evpn.Log = host, log
+		joined = fabric.New(*evpn)
+		sources.Fabric = joined
+	}
+	m := metrics.New(sources)
 	lans.Watch, collector.Collected = m.Look, m.Collected
 	plugins.Watch(m.Registration)
 	if err := register(m); err != nil {
@@ -155,9 +162,8 @@ func (f *nodeFlags) runNode(ctx context.Context) error {
 		Events: mgr.GetEventRecorder("k8slan-node"),
 		Log:    log,
 	}
-	if evpn != nil {
-		evpn.Stations, evpn.Log = host, log
-		config.Fabric = fabric.New(*evpn)
+	if joined != nil {
+		config.Fabric = joined
 	}
 	agent := node.New(config)
 	err = errors.Join(

@@ -148,6 +148,54 @@ func TestAMACMovesThereAndBack(t *testing.T) {
 	expect(t, "silent everywhere", m[2], "tells itself, floods 1, floods 2")
 }
 
+// Of a LAN it is known how many routes and MACs there are, and how often one has moved, whoever it moved between.
+func TestWhatThereIsOfALANIsCounted(t *testing.T) {
+	m := nodes(3)
+	a, b, c := m[0], m[1], m[2]
+	count := func(when string, n *node, want evpn.Count) {
+		t.Helper()
+		if have, ok := n.Count(222); !ok || have != want {
+			t.Errorf("%s node %s counts %+v, want %+v", when, n.vtep, have, want)
+		}
+	}
+	a.See(began, 222, mac(1))
+	a.See(began, 222, mac(2))
+	m.tell(t, began)
+	count("at first", a, evpn.Count{Own: 3, Used: 2, Here: 2})
+	count("at first", c, evpn.Count{Own: 1, Used: 4, Elsewhere: 2})
+	b.See(began, 222, mac(1))
+	m.tell(t, began)
+	for _, n := range m {
+		want := evpn.Count{Own: 1, Used: 4, Elsewhere: 2, Moves: 1}
+		if n != c {
+			want = evpn.Count{Own: 2, Used: 3, Here: 1, Elsewhere: 1, Moves: 1}
+		}
+		count("after a move", n, want)
+	}
+	b.Lose(began, 222, mac(1)) // and speaks again: it did not move
+	m.tell(t, began)
+	b.See(began, 222, mac(1))
+	m.tell(t, began)
+	count("after a silence", c, evpn.Count{Own: 1, Used: 4, Elsewhere: 2, Moves: 1})
+	c.Set(began, []evpn.LAN{{VNI: 222, VTEP: vtep(9), Claimed: true}})
+	count("with another address", c, evpn.Count{Own: 1, Used: 4, Elsewhere: 2, Moves: 1})
+	other := evpn.Route{Key: evpn.Key{Kind: evpn.Multicast, RD: evpn.RD{9}}, VTEP: vtep(7), VNI: 223, Targets: []evpn.Target{evpn.NewTarget(1, 222)}}
+	c.Learn(began, other)
+	count("with a route of another VNI", c, evpn.Count{Own: 1, Used: 4, Refused: 1, Elsewhere: 2, Moves: 1})
+	for range 5 {
+		a.See(began, 222, mac(1))
+		m.tell(t, began)
+		b.See(began, 222, mac(1))
+		m.tell(t, began)
+	}
+	if have, _ := a.Count(222); have.Twice != 1 || have.Here != 1 || have.Elsewhere != 0 {
+		t.Errorf("of a MAC that speaks on two nodes, one of them counts %+v", have)
+	}
+	if _, ok := a.Count(223); ok {
+		t.Error("there is a count of a LAN that is not here")
+	}
+}
+
 func TestAPodThatNeverSpokeIsTold(t *testing.T) {
 	m := nodes(2)
 	with := func(claimed bool, macs ...evpn.MAC) []evpn.LAN {

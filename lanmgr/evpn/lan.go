@@ -35,6 +35,7 @@ type lan struct {
 	macs       map[MAC]*station
 	refused    map[Key]Reason
 	duplicates map[MAC]bool
+	moves      uint64
 
 	remotes []netip.Addr       // sorted; nil: to be made anew. Nobody changes it
 	fdb     []segment.FDBEntry // sorted, but for those of changed. Nobody changes it
@@ -50,6 +51,7 @@ type station struct {
 	sequence uint32      // of that route
 	taken    []time.Time // when it was taken from another lately
 	frozen   bool        // two have it: each node leaves it where it is
+	at       netip.Addr  // the VTEP of who was last known to have it
 }
 
 // offer is one route that tells where a MAC is.
@@ -126,12 +128,25 @@ func (l *lan) settle(now time.Time, mac MAC, spoke bool) {
 	}
 	if !s.here() && !other {
 		delete(l.macs, mac)
+	} else if at := l.at(s); at != s.at {
+		if s.at.IsValid() {
+			l.moves++
+		}
+		s.at = at
 	}
 	if l.changed[mac] = true; s.frozen && other {
 		l.duplicates[mac] = true
 	} else {
 		delete(l.duplicates, mac)
 	}
+}
+
+// at is the VTEP of who has a MAC, of those that somebody has.
+func (l *lan) at(s *station) netip.Addr {
+	if vtep, ok := s.entry(); ok {
+		return vtep
+	}
+	return l.VTEP
 }
 
 // entry is the VTEP behind which a MAC is; none where it is here.
@@ -245,6 +260,26 @@ func (l *lan) refuse(r Route) Reason {
 		return NoStation
 	}
 	return ""
+}
+
+// Count is how much there is of a LAN.
+type Count struct {
+	Own, Used, Refused     int    // routes: the node's, others' that count, and others' that cannot be used
+	Here, Elsewhere, Twice int    // MACs: on this node, on others, and on both
+	Moves                  uint64 // of MACs from one of the nodes to another, since the LAN is here
+}
+
+func (l *lan) count() Count {
+	c := Count{Own: len(l.own()), Used: len(l.flood), Refused: len(l.refused), Twice: len(l.duplicates), Moves: l.moves}
+	for mac, s := range l.macs {
+		c.Used += len(s.routes)
+		if _, elsewhere := s.entry(); elsewhere {
+			c.Elsewhere++
+		} else if !l.duplicates[mac] {
+			c.Here++
+		}
+	}
+	return c
 }
 
 // own are the node's routes in the LAN.

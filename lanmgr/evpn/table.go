@@ -74,6 +74,7 @@ func (t *Table) set(now time.Time, want LAN) {
 // refill reads a LAN's routes again: other ones are its own now, or can be used. What is here stays.
 func (t *Table) refill(now time.Time, l *lan) {
 	l.flood, l.refused, l.remotes = map[Key]netip.Addr{}, map[Key]Reason{}, nil
+	moves := l.moves
 	for mac, s := range maps.Clone(l.macs) {
 		s.routes = nil
 		l.settle(now, mac, false)
@@ -83,6 +84,7 @@ func (t *Table) refill(now time.Time, l *lan) {
 			l.learn(now, r)
 		}
 	}
+	l.moves = moves // nobody went anywhere
 }
 
 // number finds a number for a LAN's RD that no other has here: its VNI, if that fits.
@@ -212,6 +214,15 @@ func (t *Table) Duplicates(vni uint32) []MAC {
 		return nil
 	}
 	return slices.SortedFunc(maps.Keys(t.lans[vni].duplicates), MAC.compare)
+}
+
+// Count is how much there is of a LAN; ok is false if the node takes no part in it.
+func (t *Table) Count(vni uint32) (c Count, ok bool) {
+	l := t.lans[vni]
+	if l == nil {
+		return c, false
+	}
+	return l.count(), true
 }
 
 // Refused are the routes of a LAN that cannot be used, sorted.

@@ -141,6 +141,17 @@ func (f *Fabric) Trouble(netns string) (t Trouble) {
 	return t
 }
 
+// Count is how much there is of a LAN, by the name of its network namespace; ok is false if the node takes no part in it.
+func (f *Fabric) Count(netns string) (c evpn.Count, ok bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	vni, ok := f.vnis[netns]
+	if !ok {
+		return c, false
+	}
+	return f.table.Count(vni)
+}
+
 // hear takes in what other routers tell.
 func (f *Fabric) hear(h bgp.Heard) {
 	f.after(func(now time.Time) {

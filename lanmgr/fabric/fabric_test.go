@@ -121,6 +121,12 @@ func TestNodesTellEachOtherWhoIsWhere(t *testing.T) {
 	b.await(t, "the pod and who had spoken", func(s segment.Segment) bool {
 		return slices.Equal(s.Remotes, []netip.Addr{a.vtep}) && behind(pod, a.vtep)(s) && behind(late, a.vtep)(s) && len(s.FDB) == 2
 	})
+	if c, ok := b.Count("lab"); !ok || c != (evpn.Count{Used: 3, Elsewhere: 2}) {
+		t.Errorf("of the LAN there is %+v, %t", c, ok)
+	}
+	if _, ok := b.Count("other"); ok {
+		t.Error("there is a count of a LAN that is not here")
+	}
 	a.await(t, "nobody: the other node has no pod", func(s segment.Segment) bool { return len(s.Remotes) == 0 && s.Remotes != nil })
 	began := time.Now()
 	a.tell.Seen("lab", vm)

@@ -10,6 +10,8 @@ import (
 
 	"github.com/k8slan/k8slan/crd/v1beta1"
 	"github.com/k8slan/k8slan/lanmgr"
+	"github.com/k8slan/k8slan/lanmgr/bgp"
+	"github.com/k8slan/k8slan/lanmgr/evpn"
 	"github.com/k8slan/k8slan/lanmgr/node"
 	"github.com/k8slan/k8slan/lanmgr/outcome"
 	"github.com/k8slan/k8slan/lanmgr/segment"
@@ -41,6 +43,13 @@ type Sources struct {
 	Reports    func() []lanmgr.Report   // what the node has
 	Registered func() int               // how many spokes on offer kubelet knows
 	Dropped    func() map[string]uint64 // packets of strangers, by the LAN's name
+	Fabric     Fabric                   // nil: the node takes no part in EVPN
+}
+
+// Fabric is what a node hears and tells by EVPN; fabric.Fabric is one.
+type Fabric interface {
+	Sessions() []bgp.Session
+	Count(netns string) (evpn.Count, bool)
 }
 
 var (
@@ -55,9 +64,17 @@ var (
 	learntDesc = prometheus.NewDesc("k8slan_fdb_learned_entries",
 		"Ethernet addresses that a LAN's bridge on this node has learned, at most a minute ago. Needs Linux 6.7.", []string{"lan"}, nil)
 	remotesDesc = prometheus.NewDesc("k8slan_remotes",
-		"Nodes to which this one sends what a LAN floods, one by one. Only of LANs with unicast discovery.", []string{"lan"}, nil)
+		"Nodes to which this one sends what a LAN floods, one by one. Not of LANs with multicast discovery.", []string{"lan"}, nil)
 	droppedDesc = prometheus.NewDesc("k8slan_stranger_packets_dropped_total",
 		"VXLAN packets with the VNI of a LAN that came from none of its nodes, and were dropped. Only of LANs with strict peers.", []string{"lan"}, nil)
+	sessionsDesc = prometheus.NewDesc("k8slan_bgp_sessions",
+		"BGP sessions of this node by state.", []string{"state"}, nil)
+	routesDesc = prometheus.NewDesc("k8slan_evpn_routes",
+		"EVPN routes of a LAN: own ones that this node tells, those of others that it uses, and those of others that it cannot use.", []string{"lan", "use"}, nil)
+	macsDesc = prometheus.NewDesc("k8slan_evpn_macs",
+		"Ethernet addresses on a LAN: on this node, on another, or on both at once.", []string{"lan", "place"}, nil)
+	movesDesc = prometheus.NewDesc("k8slan_evpn_mac_moves_total",
+		"Ethernet addresses on a LAN that went from one node to another, this one or not.", []string{"lan"}, nil)
 )
 
 // Buckets in seconds: an attachment takes some milliseconds, with addresses a second or two, and at most a minute; a look at a
@@ -203,7 +220,8 @@ func (m *Metrics) Offer(spokes []node.Spoke) {
 
 // Describe implements prometheus.Collector.
 func (m *Metrics) Describe(to chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{segmentsDesc, spokesDesc, registeredDesc, attachmentsDesc, learntDesc, remotesDesc, droppedDesc} {
+	for _, d := range []*prometheus.Desc{segmentsDesc, spokesDesc, registeredDesc, attachmentsDesc, learntDesc, remotesDesc, droppedDesc,
+		sessionsDesc, routesDesc, macsDesc, movesDesc} {
 		to <- d
 	}
 	for _, c := range m.counted {
@@ -233,6 +251,15 @@ func (m *Metrics) Collect(to chan<- prometheus.Metric) {
 		if r.Remotes >= 0 {
 			gauge(remotesDesc, r.Remotes, lan)
 		}
+		m.collectEVPN(to, lan, r.Segment.Netns)
+	}
+	if m.sources.Fabric != nil {
+		up := map[bool]int{}
+		for _, s := range m.sources.Fabric.Sessions() {
+			up[s.Up]++
+		}
+		gauge(sessionsDesc, up[true], "up")
+		gauge(sessionsDesc, up[false], "down")
 	}
 	for lan, packets := range m.sources.Dropped() {
 		to <- prometheus.MustNewConstMetric(droppedDesc, prometheus.CounterValue, float64(packets), lan)
@@ -257,4 +284,25 @@ func (m *Metrics) Collect(to chan<- prometheus.Metric) {
 	for _, kind := range []v1beta1.AttachmentKind{v1beta1.KindVeth, v1beta1.KindMacvtap} {
 		gauge(attachmentsDesc, kinds[kind], string(kind))
 	}
+}
+
+// collectEVPN tells of a LAN with discovery evpn.
+func (m *Metrics) collectEVPN(to chan<- prometheus.Metric, lan, netns string) {
+	if m.sources.Fabric == nil {
+		return
+	}
+	c, ok := m.sources.Fabric.Count(netns)
+	if !ok {
+		return
+	}
+	gauge := func(desc *prometheus.Desc, value int, label string) {
+		to <- prometheus.MustNewConstMetric(desc, prometheus.GaugeValue, float64(value), lan, label)
+	}
+	gauge(routesDesc, c.Own, "told")
+	gauge(routesDesc, c.Used, "used")
+	gauge(routesDesc, c.Refused, "refused")
+	gauge(macsDesc, c.Here, "here")
+	gauge(macsDesc, c.Elsewhere, "elsewhere")
+	gauge(macsDesc, c.Twice, "twice")
+	to <- prometheus.MustNewConstMetric(movesDesc, prometheus.CounterValue, float64(c.Moves), lan)
 }

@@ -13,6 +13,8 @@ import (
 
 	"github.com/k8slan/k8slan/crd/v1beta1"
 	"github.com/k8slan/k8slan/lanmgr"
+	"github.com/k8slan/k8slan/lanmgr/bgp"
+	"github.com/k8slan/k8slan/lanmgr/evpn"
 	"github.com/k8slan/k8slan/lanmgr/metrics"
 	"github.com/k8slan/k8slan/lanmgr/node"
 	"github.com/k8slan/k8slan/lanmgr/outcome"
@@ -62,6 +64,15 @@ func labels(m *dto.Metric) string {
 	return "{" + strings.Join(pairs, ",") + "}"
 }
 
+// fabric is one with three sessions and a LAN.
+type fabric struct{}
+
+func (fabric) Sessions() []bgp.Session { return []bgp.Session{{Up: true}, {Up: true}, {}} }
+
+func (fabric) Count(netns string) (evpn.Count, bool) {
+	return evpn.Count{Own: 11, Used: 12, Refused: 13, Here: 14, Elsewhere: 15, Twice: 16, Moves: 17}, netns == "default.lab"
+}
+
 func TestEverythingThatHappensIsCounted(t *testing.T) {
 	lab := segment.LAN{Namespace: "default", Name: "lab", UID: "1"}
 	m := metrics.New(metrics.Sources{
@@ -75,8 +86,9 @@ func TestEverythingThatHappensIsCounted(t *testing.T) {
 				{Segment: segment.Segment{Netns: "nobodys"}, Learnt: 9},
 			}
 		},
+		Fabric: fabric{},
 	})
-	if before := read(t, m); len(before) != 4 { // registered, learned, remotes, dropped
+	if before := read(t, m); len(before) != 13 { // registered, learned, remotes, dropped, and nine of EVPN
 		t.Errorf("before anything happened: %v", before)
 	}
 	m.Offer([]node.Spoke{{Name: "a", Healthy: true}, {Name: "b", Healthy: true}, {Name: "c"}})
@@ -115,6 +127,15 @@ func TestEverythingThatHappensIsCounted(t *testing.T) {
 		`k8slan_fdb_learned_entries{lan="default/lab"}`:                  7,
 		`k8slan_remotes{lan="default/lab"}`:                              4,
 		`k8slan_stranger_packets_dropped_total{lan="default/lab"}`:       5,
+		`k8slan_bgp_sessions{state="up"}`:                                2,
+		`k8slan_bgp_sessions{state="down"}`:                              1,
+		`k8slan_evpn_routes{lan="default/lab",use="told"}`:               11,
+		`k8slan_evpn_routes{lan="default/lab",use="used"}`:               12,
+		`k8slan_evpn_routes{lan="default/lab",use="refused"}`:            13,
+		`k8slan_evpn_macs{lan="default/lab",place="here"}`:               14,
+		`k8slan_evpn_macs{lan="default/lab",place="elsewhere"}`:          15,
+		`k8slan_evpn_macs{lan="default/lab",place="twice"}`:              16,
+		`k8slan_evpn_mac_moves_total{lan="default/lab"}`:                 17,
 		`k8slan_attach_duration_seconds{kind="veth",result="succeeded"}`: 1,
 		`k8slan_attach_duration_seconds{kind="macvtap",result="failed"}`: 1,
 		`k8slan_attach_duration_seconds{kind="unknown",result="failed"}`: 1,
