@@ -53,7 +53,7 @@ Its parts run in the cluster, installed by the Helm chart; people use kubectl:
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return usageError{fmt.Errorf("%w; see %s --help", err, cmd.CommandPath())}
 	})
-	root.AddCommand(nodeCommand(), controllerCommand(), reflectorCommand(), cleanCommand(), upgradeCommand(), uninstallCommand(), probeCommand(), captureCommand(),
+	root.AddCommand(nodeCommand(), controllerCommand(), reflectorCommand(), cleanCommand(), upgradeCommand(), uninstallCommand(), probeCommand(), captureCommand(), macsCommand(),
 		pauseCommand(), versionCommand())
 	return root
 }

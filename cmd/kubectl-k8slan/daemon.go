@@ -18,38 +18,60 @@ import (
 // hangUp is how long a program in a pod may take to end after its standard input has.
 const hangUp = 5 * time.Second
 
-// onNode is the daemon's pod on a node, where programs can look at LANs.
-type onNode struct {
+// daemons are the daemon's pods that run.
+type daemons struct {
 	cluster
-	node, system, pod string
+	system string
+	pods   map[string]string // by node
 }
 
-// daemonOn finds the pod.
-func (c cluster) daemonOn(ctx context.Context, node, system string) (onNode, error) {
-	d := onNode{cluster: c, node: node, system: system}
+func (c cluster) daemons(ctx context.Context, system string) (daemons, error) {
+	all := daemons{cluster: c, system: system, pods: map[string]string{}}
 	var pods corev1.PodList
 	err := c.client.List(ctx, &pods, client.InNamespace(system),
 		client.MatchingLabels{"app.kubernetes.io/name": "k8slan", "app.kubernetes.io/component": "node"})
 	if err != nil {
-		return d, d.tell(fmt.Errorf("list the daemon's pods in namespace %s: %w", system, err))
+		return all, all.tell(fmt.Errorf("list the daemon's pods in namespace %s: %w", system, err))
 	}
 	for _, p := range pods.Items {
-		if p.Spec.NodeName == node && p.Status.Phase == corev1.PodRunning && p.DeletionTimestamp.IsZero() {
-			d.pod = p.Name
-			return d, nil
+		if p.Status.Phase == corev1.PodRunning && p.DeletionTimestamp.IsZero() {
+			all.pods[p.Spec.NodeName] = p.Name
 		}
 	}
-	return d, fmt.Errorf("k8slan has no pod that runs on node %s in namespace %s; give --system-namespace if it is installed elsewhere, or see kubectl get pods -n %[2]s -o wide",
-		node, system)
+	return all, nil
+}
+
+// onNode is the daemon's pod on a node, where programs can look at LANs.
+type onNode struct {
+	daemons
+	node, pod string
+}
+
+func (d daemons) on(node string) (onNode, error) {
+	pod, ok := d.pods[node]
+	if !ok {
+		return onNode{}, fmt.Errorf("k8slan has no pod that runs on node %s in namespace %s; give --system-namespace if it is installed elsewhere, or see kubectl get pods -n %[2]s -o wide",
+			node, d.system)
+	}
+	return onNode{daemons: d, node: node, pod: pod}, nil
+}
+
+// daemonOn finds the pod.
+func (c cluster) daemonOn(ctx context.Context, node, system string) (onNode, error) {
+	all, err := c.daemons(ctx, system)
+	if err != nil {
+		return onNode{}, err
+	}
+	return all.on(node)
 }
 
 // tell adds to an error for want of rights what is needed.
-func (d onNode) tell(err error) error {
+func (d daemons) tell(err error) error {
 	if !apierrors.IsForbidden(err) {
 		return err
 	}
-	return fmt.Errorf("%w; this runs a program in k8slan's pod on node %s, for which you need, in namespace %s, the verb list on pods, and create and get on pods/exec. "+
-		"That is as much as root on the nodes; ask who runs the cluster", err, d.node, d.system)
+	return fmt.Errorf("%w; this runs a program in k8slan's pods on the nodes, for which you need, in namespace %s, the verb list on pods, and create and get on pods/exec. "+
+		"That is as much as root on the nodes; ask who runs the cluster", err, d.system)
 }
 
 // run runs a program of k8slan's image until it ends or, some seconds after its standard input has ended with ctx, is given up.

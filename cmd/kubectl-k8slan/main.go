@@ -61,7 +61,7 @@ func rootCommand() *cobra.Command {
 	})
 	var f clusterFlags
 	f.add(root.PersistentFlags())
-	root.AddCommand(statusCommand(&f), captureCommand(&f), probeCommand(&f), versionCommand())
+	root.AddCommand(statusCommand(&f), macsCommand(&f), captureCommand(&f), probeCommand(&f), versionCommand())
 	return root
 }
 

@@ -112,11 +112,15 @@ func (c cluster) absent(ctx context.Context, lan string) error {
 	err := c.client.Get(ctx, client.ObjectKey{Namespace: namespace, Name: name}, &v1beta1.LAN{})
 	switch {
 	case apierrors.IsNotFound(err):
-		return fmt.Errorf("there is no LAN %s in namespace %s; kubectl k8slan status -A lists them", name, namespace)
+		return noLAN(namespace, name)
 	case err != nil:
 		return fmt.Errorf("get LAN %s: %w", lan, err)
 	}
 	return nil
+}
+
+func noLAN(namespace, name string) error {
+	return fmt.Errorf("there is no LAN %s in namespace %s; kubectl k8slan status -A lists them", name, namespace)
 }
 
 func qualified(namespace, name string) string {

@@ -73,6 +73,24 @@ func node(name string, ready corev1.ConditionStatus) corev1.Node {
 	}
 }
 
+// golden compares a text with that of testdata.
+func golden(t *testing.T, name, got string) {
+	t.Helper()
+	file := filepath.Join("testdata", name+".txt")
+	if *update {
+		if err := os.WriteFile(file, []byte(got), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got != string(want) {
+		t.Errorf("drew\n%s\nwant\n%s", got, want)
+	}
+}
+
 func TestDrawTellsWhatIsWhereAndWhatIsWrong(t *testing.T) {
 	both := []corev1.Node{node("worker1", corev1.ConditionTrue), node("worker2", corev1.ConditionTrue)}
 	missing := segment("core", "")
@@ -233,19 +251,7 @@ func TestDrawTellsWhatIsWhereAndWhatIsWrong(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			test.screen.Now = now
 			got := test.screen.Draw(test.facts)
-			file := filepath.Join("testdata", test.name+".txt")
-			if *update {
-				if err := os.WriteFile(file, []byte(got), 0o644); err != nil {
-					t.Fatal(err)
-				}
-			}
-			want, err := os.ReadFile(file)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if got != string(want) {
-				t.Errorf("drew\n%s\nwant\n%s", got, want)
-			}
+			golden(t, test.name, got)
 			if test.screen.Width > 0 && !test.screen.Colour {
 				for line := range strings.Lines(got) {
 					if n := len([]rune(strings.TrimRight(line, "\n"))); n > test.screen.Width {

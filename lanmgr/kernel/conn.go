@@ -11,6 +11,7 @@ import (
 	"slices"
 	"sync"
 	"syscall"
+	"time"
 
 	"github.com/safchain/ethtool"
 	"github.com/vishvananda/netlink"
@@ -315,13 +316,17 @@ type entry struct {
 	state  uint16
 	flags  uint8
 	mac    [6]byte
-	dst    netip.Addr // a VXLAN's
-	master int        // of a bridge's: the bridge
+	dst    netip.Addr    // a VXLAN's
+	master int           // of a bridge's: the bridge
+	age    time.Duration // since a frame, or who told it, brought it last
 }
 
 // self says whether it is a VXLAN's own; told, whether somebody has told it and not a frame.
 func (e entry) self() bool { return e.flags&netlink.NTF_SELF != 0 }
 func (e entry) told() bool { return e.flags&netlink.NTF_EXT_LEARNED != 0 }
+
+// clockTick is the unit in which the kernel tells times to programs (USER_HZ), on all but Alpha.
+const clockTick = time.Second / 100
 
 // parseEntry reads an entry such as k8slan or the kernel makes: one with a port, VNI or device of its own is somebody else's.
 func parseEntry(m []byte) (e entry, ok bool) {
@@ -342,6 +347,10 @@ func parseEntry(m []byte) (e entry, ok bool) {
 			e.dst, _ = netip.AddrFromSlice(a.Value)
 		case unix.NDA_MASTER:
 			e.master = int(nl.NativeEndian().Uint32(a.Value))
+		case unix.NDA_CACHEINFO: // the third of struct nda_cacheinfo, ndm_updated (include/uapi/linux/neighbour.h)
+			if len(a.Value) >= 12 {
+				e.age = time.Duration(nl.NativeEndian().Uint32(a.Value[8:])) * clockTick
+			}
 		case unix.NDA_PORT, unix.NDA_VNI, unix.NDA_IFINDEX:
 			return e, false
 		}

@@ -4,10 +4,16 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
+	"net"
+	"slices"
+	"strings"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
+
+	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
 // Stations is what the bridges of LANs tell of who is on their own ports.
@@ -80,6 +86,43 @@ func (n *Node) Stations(netnsName string) (macs [][6]byte, err error) {
 		}
 	}
 	return macs, nil
+}
+
+// Places is where a segment has MACs, sorted: those that have spoken on its ports, and those behind VTEPs, told or learnt.
+func (n *Node) Places(ctx context.Context, netnsName string) ([]segment.Place, error) {
+	state, err := n.Observe(ctx, netnsName)
+	if err != nil {
+		return nil, err
+	}
+	h := n.inHand(netnsName)
+	if h == nil {
+		return nil, fmt.Errorf("the LAN is not on this node: there is no namespace %s", n.netnsPath(netnsName))
+	}
+	defer n.giveBack(h)
+	msgs, err := h.conn.dumpFDB(func(*nl.IfInfomsg) {})
+	if err != nil {
+		return nil, fmt.Errorf("read the MACs on %s: %w", netnsName, err)
+	}
+	links := map[int]segment.Link{}
+	for _, l := range state.Links {
+		links[l.Index] = l
+	}
+	places := map[[6]byte]segment.Place{}
+	for _, m := range msgs {
+		e, ok := parseEntry(m)
+		link := links[e.index]
+		spoke, isPort := link.Spoke()
+		switch {
+		case !ok || e.mac == [6]byte{}:
+		case e.self() && link.Type == "vxlan" && e.dst.IsValid():
+			if places[e.mac].Spoke == "" { // a bridge with the MAC on a port does not ask its VXLAN
+				places[e.mac] = segment.Place{MAC: net.HardwareAddr(e.mac[:]).String(), VTEP: e.dst}
+			}
+		case !e.self() && isPort && e.state&netlink.NUD_PERMANENT == 0:
+			places[e.mac] = segment.Place{MAC: net.HardwareAddr(e.mac[:]).String(), Spoke: spoke, Heard: e.age}
+		}
+	}
+	return slices.SortedFunc(maps.Values(places), func(a, b segment.Place) int { return strings.Compare(a.MAC, b.MAC) }), nil
 }
 
 // ofBridges is a socket filter that lets the events of bridges' forwarding tables pass, those of VXLANs' own aside.

@@ -220,8 +220,10 @@ func (m *Metrics) Offer(spokes []node.Spoke) {
 
 // Describe implements prometheus.Collector.
 func (m *Metrics) Describe(to chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{segmentsDesc, spokesDesc, registeredDesc, attachmentsDesc, learntDesc, remotesDesc, droppedDesc,
-		sessionsDesc, routesDesc, macsDesc, movesDesc} {
+	for _, d := range []*prometheus.Desc{
+		segmentsDesc, spokesDesc, registeredDesc, attachmentsDesc, learntDesc, remotesDesc, droppedDesc,
+		sessionsDesc, routesDesc, macsDesc, movesDesc,
+	} {
 		to <- d
 	}
 	for _, c := range m.counted {

@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"time"
 )
 
 // State is a segment as the node's kernel has it.
@@ -65,6 +66,14 @@ type VXLANState struct {
 	FDB           []FDBState   // which MACs it has been told, sorted; read where Remotes are
 	NoLearning    bool
 	UnderlayIndex int // as the node's own netns counts
+}
+
+// Place is where a segment has a MAC: on a port of its own bridge, or behind a VTEP.
+type Place struct {
+	MAC   string        // as text
+	Spoke string        // by whose port it speaks; empty behind a VTEP
+	VTEP  netip.Addr    // behind which it is; the zero Addr on a port
+	Heard time.Duration // on a port, how long ago it spoke last
 }
 
 // FDBEntry says behind which VTEP a MAC is.

@@ -323,3 +323,52 @@ func TestWhatAnEarlierRunToldIsPutRight(t *testing.T) {
 		t.Errorf("left: %+v", have.VXLAN.FDB)
 	}
 }
+
+// Another process reads from the kernel where a LAN has which MAC: on which spoke of the node, or behind whom. In a LAN that learns, too.
+func TestWhereMACsAreIsReadFromTheKernel(t *testing.T) {
+	f := families["IPv6"]
+	have := func(h host, s segment.Segment, want ...segment.Place) {
+		t.Helper()
+		places, err := h.start(t).Places(t.Context(), s.Netns)
+		try(t, err)
+		for i := range places {
+			if places[i].Heard > time.Minute {
+				t.Errorf("%+v has been silent for a minute", places[i])
+			}
+			places[i].Heard = 0
+		}
+		for _, p := range want {
+			if !slices.Contains(places, p) {
+				t.Errorf("%s has %+v, want %+v among them", h.Name, places, p)
+			}
+		}
+		if len(places) != len(want) {
+			t.Errorf("%s has %+v, want %d", h.Name, places, len(want))
+		}
+	}
+	t.Run("told", func(t *testing.T) {
+		fab, a, b := evpnHosts(t, f, 421)
+		pod, vm := fab.join(t, a, "one", segment.Veth), fab.join(t, b, "two", segment.Macvtap)
+		have(a.host, a.want)
+		have(b.host, b.want, segment.Place{MAC: pod.Attachment.MAC.String(), VTEP: f.vteps[0]})
+		crosses(t, pod, vm, frames.Stream(nil, pod.Attachment.MAC, 9, 1))
+		try(t, vm.Send(frames.Stream(nil, []byte{2, 0xbb, 0, 0, 0, 2}, 9, 2)))
+		fab.await(t, "the VM to be known", func() bool { return a.behind([]byte{2, 0xbb, 0, 0, 0, 2}) == f.vteps[1] })
+		have(a.host, a.want,
+			segment.Place{MAC: pod.Attachment.MAC.String(), Spoke: "one"}, segment.Place{MAC: "02:bb:00:00:00:02", VTEP: f.vteps[1]})
+		have(b.host, b.want,
+			segment.Place{MAC: pod.Attachment.MAC.String(), VTEP: f.vteps[0]}, segment.Place{MAC: "02:bb:00:00:00:02", Spoke: "two"})
+		if _, err := a.start(t).Places(t.Context(), "never"); err == nil {
+			t.Error("a LAN that is not on the node has MACs")
+		}
+	})
+	t.Run("learnt", func(t *testing.T) {
+		a, b, onA, onB := unicastHosts(t, f, 422)
+		a.build(t, onA)
+		b.build(t, onB)
+		one, two := a.attach(t, onA, "one", segment.Veth), b.attach(t, onB, "two", segment.Veth)
+		crosses(t, one, two, frames.Stream(nil, one.Attachment.MAC, 9, 1))
+		have(a, onA, segment.Place{MAC: one.Attachment.MAC.String(), Spoke: "one"})
+		have(b, onB, segment.Place{MAC: one.Attachment.MAC.String(), VTEP: f.vteps[0]})
+	})
+}
