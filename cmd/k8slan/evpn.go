@@ -26,6 +26,9 @@ type evpnFlags struct {
 	as       uint32
 	routerID string
 	peers    []string
+
+	reflectors             string // a Service
+	reflectorsPasswordFile string
 }
 
 func (f *evpnFlags) addAS(flags *pflag.FlagSet, name, without string) {
@@ -38,17 +41,25 @@ func (f *evpnFlags) add(flags *pflag.FlagSet) {
 		"IPv4 `address` that no other router has (environment: NODE_IP); empty or IPv6: one made from the node's name")
 	flags.StringArrayVar(&f.peers, "evpn-peer", nil,
 		"`router` to speak with: address=192.0.2.1[,port=179][,as=<that of the node>][,hold-time=9s][,multihop=2][,password-file=...][,ipv6-vteps]; may be repeated")
+	flags.StringVar(&f.reflectors, "evpn-reflectors", "", "`name` of a Service in the daemon's own namespace whose pods are route reflectors to speak with, all of them; empty: there is none")
+	flags.StringVar(&f.reflectorsPasswordFile, "evpn-reflectors-password-file", "", "`file` with the password of the sessions with them (TCP MD5); empty: none")
 }
 
 // evpn is what the flags come to, but for who hears the bridges; nil without an AS.
 func (f *evpnFlags) evpn(nodeName string) (*fabric.Config, error) {
 	if f.as == 0 {
-		if len(f.peers) > 0 {
-			return nil, usageError{errors.New("--evpn-peer needs --evpn-as")}
+		if len(f.peers) > 0 || f.reflectors != "" {
+			return nil, usageError{errors.New("--evpn-peer and --evpn-reflectors need --evpn-as")}
 		}
 		return nil, nil
 	}
 	e := &fabric.Config{AS: f.as, RouterID: routerID(f.routerID, nodeName)}
+	if f.reflectorsPasswordFile != "" {
+		var err error
+		if e.ReflectorPassword, err = readPassword(f.reflectorsPasswordFile); err != nil {
+			return nil, err
+		}
+	}
 	for _, text := range f.peers {
 		p, err := parsePeer(text, f.as)
 		if err != nil {

@@ -49,6 +49,7 @@ func TestEveryCommandHelps(t *testing.T) {
 
 func TestMistakesInTheCommandLineExitWithTwo(t *testing.T) {
 	t.Setenv("NODE_NAME", "")
+	t.Setenv("POD_NAMESPACE", "")
 	for _, c := range []struct {
 		args []string
 		want string
@@ -60,6 +61,8 @@ func TestMistakesInTheCommandLineExitWithTwo(t *testing.T) {
 		{[]string{"reflector"}, "--as"},
 		{[]string{"reflector", "--as", "65000", "--listen", "nowhere"}, "--listen"},
 		{[]string{"node", "--node-name", "n", "--evpn-peer", "address=192.0.2.1"}, "--evpn-as"},
+		{[]string{"node", "--node-name", "n", "--evpn-reflectors", "k8slan-reflector"}, "POD_NAMESPACE"},
+		{[]string{"node", "--node-name", "n", "--pod-namespace", "k8slan-system", "--evpn-reflectors", "k8slan-reflector"}, "--evpn-as"},
 	} {
 		_, err := run(c.args...)
 		if err == nil || !strings.Contains(err.Error(), c.want) || exitCode(err) != 2 {

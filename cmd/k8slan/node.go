@@ -12,10 +12,13 @@ import (
 
 	"github.com/spf13/cobra"
 	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
 	"k8s.io/apimachinery/pkg/api/meta"
 	"k8s.io/apimachinery/pkg/fields"
+	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/rest"
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/cache"
@@ -67,6 +70,9 @@ node's network namespace. When it ends, the LANs stay; kubelet offers their spok
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if f.node == "" {
 				return usageError{errors.New("the node has no name: give --node-name or set NODE_NAME")}
+			}
+			if f.reflectors != "" && f.self.Namespace == "" {
+				return usageError{errors.New("--evpn-reflectors names a Service of the daemon's own namespace: give --pod-namespace or set POD_NAMESPACE")}
 			}
 			return f.runNode(cmd.Context())
 		},
@@ -164,6 +170,7 @@ func (f *nodeFlags) runNode(ctx context.Context) error {
 	}
 	if joined != nil {
 		config.Fabric = joined
+		config.Reflectors = types.NamespacedName{Namespace: f.self.Namespace, Name: f.reflectors}
 	}
 	agent := node.New(config)
 	err = errors.Join(
@@ -189,14 +196,14 @@ func (f *nodeFlags) runNode(ctx context.Context) error {
 	return start(ctx, mgr, log)
 }
 
-// manager has the informers: of every LAN, and of Nodes and LANNodes this node's own.
+// manager has the informers: of every LAN, of Nodes and LANNodes this node's own, and of EndpointSlices those of the reflectors.
 func (f *nodeFlags) manager() (ctrl.Manager, error) {
 	config, err := f.rest("node")
 	if err != nil {
 		return nil, err
 	}
 	scheme := runtime.NewScheme()
-	if err := errors.Join(corev1.AddToScheme(scheme), v1beta1.AddToScheme(scheme)); err != nil {
+	if err := errors.Join(corev1.AddToScheme(scheme), discoveryv1.AddToScheme(scheme), v1beta1.AddToScheme(scheme)); err != nil {
 		return nil, fmt.Errorf("register the API's kinds: %w", err)
 	}
 	own := cache.ByObject{Field: fields.OneTermEqualSelector("metadata.name", f.node)}
@@ -206,7 +213,12 @@ func (f *nodeFlags) manager() (ctrl.Manager, error) {
 		MapperProvider: func(*rest.Config, *http.Client) (meta.RESTMapper, error) { return nodeKinds(), nil },
 		Cache: cache.Options{
 			DefaultTransform: cache.TransformStripManagedFields(),
-			ByObject:         map[client.Object]cache.ByObject{&corev1.Node{}: own, &v1beta1.LANNode{}: own},
+			ByObject: map[client.Object]cache.ByObject{
+				&corev1.Node{}: own, &v1beta1.LANNode{}: own,
+				&discoveryv1.EndpointSlice{}: {Namespaces: map[string]cache.Config{
+					f.self.Namespace: {LabelSelector: labels.SelectorFromSet(labels.Set{discoveryv1.LabelServiceName: f.reflectors})},
+				}},
+			},
 		},
 		Metrics:                 metricsserver.Options{BindAddress: f.metricsAddress},
 		GracefulShutdownTimeout: &stop,
@@ -235,10 +247,11 @@ func (f *nodeFlags) peers(mgr ctrl.Manager) (cache.Cache, error) {
 // nodeKinds are the kinds that the daemon deals with. It need not ask the API server for them, and so comes up
 // while that is away, as it may be after a power loss.
 func nodeKinds() meta.RESTMapper {
-	mapper := meta.NewDefaultRESTMapper([]schema.GroupVersion{corev1.SchemeGroupVersion, v1beta1.GroupVersion})
+	mapper := meta.NewDefaultRESTMapper([]schema.GroupVersion{corev1.SchemeGroupVersion, discoveryv1.SchemeGroupVersion, v1beta1.GroupVersion})
 	mapper.Add(corev1.SchemeGroupVersion.WithKind("Node"), meta.RESTScopeRoot)
 	mapper.Add(v1beta1.GroupVersion.WithKind("LANNode"), meta.RESTScopeRoot)
 	mapper.Add(v1beta1.GroupVersion.WithKind("LAN"), meta.RESTScopeNamespace)
+	mapper.Add(discoveryv1.SchemeGroupVersion.WithKind("EndpointSlice"), meta.RESTScopeNamespace)
 	return mapper
 }
 

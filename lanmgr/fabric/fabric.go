@@ -28,9 +28,11 @@ type Stations interface {
 type Config struct {
 	AS       uint32
 	RouterID netip.Addr // an IPv4 address, no other router's
-	Peers    []bgp.Peer
-	Stations Stations
-	Log      *slog.Logger
+	Peers    []bgp.Peer // besides the cluster's own reflectors
+	// ReflectorPassword is that of the sessions with those; empty: none.
+	ReflectorPassword string
+	Stations          Stations
+	Log               *slog.Logger
 }
 
 // Fabric is one node's part in EVPN.
@@ -40,6 +42,7 @@ type Fabric struct {
 	changed chan struct{}
 
 	mu       sync.Mutex
+	peers    []bgp.Peer
 	table    *evpn.Table
 	lans     map[string]evpn.LAN // by netns
 	vnis     map[string]uint32   // by netns
@@ -51,7 +54,7 @@ type Fabric struct {
 // New returns a fabric that hears and tells nothing until Run.
 func New(c Config) *Fabric {
 	f := &Fabric{
-		Config: c, changed: make(chan struct{}, 1),
+		Config: c, changed: make(chan struct{}, 1), peers: c.Peers,
 		table: evpn.New(c.AS, c.RouterID), vnis: map[string]uint32{}, partial: true,
 	}
 	f.speaker = bgp.NewSpeaker(bgp.Config{AS: c.AS, RouterID: c.RouterID, Hear: f.hear, Log: c.Log})
@@ -72,12 +75,31 @@ func (f *Fabric) Run(ctx context.Context) error {
 		defer cancel()
 		errs[1] = f.Stations.WatchStations(ctx, kernel.Stations{Seen: f.seen, Left: f.left, Missed: f.list})
 	})
-	err := f.speaker.SetPeers(ctx, f.Peers)
+	f.mu.Lock()
+	err := f.speaker.SetPeers(ctx, f.peers)
+	f.mu.Unlock()
 	if err != nil {
 		cancel()
 	}
 	tasks.Wait()
 	return errors.Join(err, errs[0], errs[1])
+}
+
+// SetReflectors says where the cluster's reflectors are; it replaces what was said before. What one has told that is gone stays until the
+// others have told it, or two minutes have gone by.
+func (f *Fabric) SetReflectors(ctx context.Context, at []netip.AddrPort) error {
+	peers := slices.Clone(f.Peers)
+	for _, a := range at {
+		peers = append(peers, bgp.Peer{Address: a.Addr(), Port: a.Port(), AS: f.AS, Password: f.ReflectorPassword, IPv6VTEPs: true})
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if slices.Equal(peers, f.peers) {
+		return nil
+	}
+	f.peers = peers
+	f.sessions = slices.DeleteFunc(slices.Clone(f.sessions), func(s bgp.Session) bool { return !slices.Contains(peers, s.Peer) })
+	return f.speaker.SetPeers(ctx, peers)
 }
 
 // Changed has a value whenever Fill may fill in something else.
@@ -123,6 +145,7 @@ func (f *Fabric) Fill(s *segment.Segment) {
 
 // Trouble is what keeps a LAN from being whole.
 type Trouble struct {
+	Alone      bool          // there is nobody to speak with
 	Down       []bgp.Session // all there are, where none is up
 	Duplicates []evpn.MAC    // are on this node and on another
 	Refused    []evpn.Refusal
@@ -132,6 +155,7 @@ type Trouble struct {
 func (f *Fabric) Trouble(netns string) (t Trouble) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	t.Alone = len(f.peers) == 0
 	if !slices.ContainsFunc(f.sessions, func(s bgp.Session) bool { return s.Up }) {
 		t.Down = f.sessions
 	}

@@ -46,41 +46,61 @@ type member struct {
 	vtep netip.Addr
 }
 
-// fabricOf runs a reflector and nodes that speak with it.
-func fabricOf(t *testing.T, nodes int) []member {
+// reflector runs one at a port of the address, until stop is called or the test ends.
+func reflector(t *testing.T, address string) (at netip.AddrPort, stop func()) {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	l, err := net.Listen("tcp", address+":0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	at := l.Addr().(*net.TCPAddr).AddrPort()
+	at = l.Addr().(*net.TCPAddr).AddrPort()
 	l.Close()
-	ctx, stop := context.WithCancel(context.Background())
-	var tasks sync.WaitGroup
-	t.Cleanup(func() { stop(); tasks.Wait() })
-	log := slog.New(slog.DiscardHandler)
-	tasks.Go(func() {
-		if err := (bgp.Reflector{AS: 65000, RouterID: at.Addr(), Listen: at, Log: log}).Run(ctx); err != nil {
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan error)
+	go func() {
+		ended <- bgp.Reflector{AS: 65000, RouterID: at.Addr(), Listen: at, Log: slog.New(slog.DiscardHandler)}.Run(ctx)
+	}()
+	stop = sync.OnceFunc(func() {
+		cancel()
+		if err := <-ended; err != nil {
 			t.Error(err)
 		}
 	})
+	t.Cleanup(stop)
+	return at, stop
+}
+
+// fabricOf runs a reflector and nodes that speak with it.
+func fabricOf(t *testing.T, nodes int) []member {
+	t.Helper()
+	at, _ := reflector(t, "127.0.0.1")
 	var members []member
 	for i := range byte(nodes) {
-		m := member{bridges: &bridges{there: map[string][][6]byte{}, ready: make(chan struct{})}, vtep: netip.AddrFrom4([4]byte{192, 0, 2, 2 + i})}
-		source := netip.AddrFrom4([4]byte{127, 0, 0, 2 + i})
-		m.Fabric = fabric.New(fabric.Config{
-			AS: 65000, RouterID: source, Stations: m.bridges, Log: log,
-			Peers: []bgp.Peer{{Address: at.Addr(), Port: at.Port(), AS: 65000, Source: source}},
-		})
-		tasks.Go(func() {
-			if err := m.Run(ctx); err != nil {
-				t.Error(err)
-			}
-		})
-		<-m.ready
-		members = append(members, m)
+		members = append(members, newMember(t, i, bgp.Peer{Address: at.Addr(), Port: at.Port(), AS: 65000}))
 	}
 	return members
+}
+
+// newMember runs a node that speaks with the peers; its number is in its addresses.
+func newMember(t *testing.T, number byte, peers ...bgp.Peer) member {
+	t.Helper()
+	m := member{bridges: &bridges{there: map[string][][6]byte{}, ready: make(chan struct{})}, vtep: netip.AddrFrom4([4]byte{192, 0, 2, 2 + number})}
+	source := netip.AddrFrom4([4]byte{127, 0, 0, 2 + number})
+	for i := range peers {
+		peers[i].Source = source
+	}
+	m.Fabric = fabric.New(fabric.Config{AS: 65000, RouterID: source, Stations: m.bridges, Log: slog.New(slog.DiscardHandler), Peers: peers})
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan error)
+	go func() { ended <- m.Run(ctx) }()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+	})
+	<-m.ready
+	return m
 }
 
 // has says that the node has the LAN, that somebody is attached or not, and which MACs pods have.
@@ -141,6 +161,42 @@ func TestNodesTellEachOtherWhoIsWhere(t *testing.T) {
 	b.await(t, "one gone", func(s segment.Segment) bool { return len(s.FDB) == 1 })
 	a.has(false)
 	b.await(t, "all gone", func(s segment.Segment) bool { return len(s.FDB) == 0 && len(s.Remotes) == 0 })
+}
+
+// A reflector that moves is followed, and what it had told stays: it is told again.
+func TestAReflectorThatMovesIsFollowed(t *testing.T) {
+	a := newMember(t, 0)
+	if !a.Trouble("lab").Alone {
+		t.Error("without peers the node is not alone")
+	}
+	first, end := reflector(t, "127.0.0.1")
+	second, _ := reflector(t, "127.0.0.9")
+	b := newMember(t, 1, bgp.Peer{Address: first.Addr(), Port: first.Port(), AS: 65000}, bgp.Peer{Address: second.Addr(), Port: second.Port(), AS: 65000})
+	mac, later := evpn.MAC{2, 1}, evpn.MAC{2, 2}
+	b.has(true, mac)
+	a.has(true)
+	follow := func(at ...netip.AddrPort) {
+		t.Helper()
+		if err := a.SetReflectors(t.Context(), at); err != nil {
+			t.Fatal(err)
+		}
+	}
+	follow(first)
+	a.await(t, "what the first has told", behind(mac, b.vtep))
+	follow(second)
+	end()
+	lost := false
+	b.has(true, mac, later)
+	a.await(t, "what the second has told", func(s segment.Segment) bool {
+		lost = lost || !behind(mac, b.vtep)(s)
+		return behind(later, b.vtep)(s)
+	})
+	if lost {
+		t.Error("what the first had told was lost on the way")
+	}
+	if sessions := a.Sessions(); len(sessions) != 1 || sessions[0].Peer.Address != second.Addr() || a.Trouble("lab").Alone {
+		t.Errorf("sessions %+v", sessions)
+	}
 }
 
 // While nobody has told everything yet, nothing that stands is to go.

@@ -58,6 +58,7 @@ type Strangers interface {
 type Fabric interface {
 	Run(ctx context.Context) error
 	Set(lans map[string]evpn.LAN)
+	SetReflectors(ctx context.Context, at []netip.AddrPort) error
 	Fill(s *segment.Segment)
 	Trouble(netns string) fabric.Trouble
 	Sessions() []bgp.Session
@@ -80,11 +81,13 @@ type Config struct {
 	Kernel    Kernel
 	Manager   Manager
 	Strangers Strangers
-	Fabric    Fabric                      // what LANs with discovery evpn are joined to; nil: they wait
-	Offer     func([]Spoke)               // the whole set for kubelet, never blocks
-	Show      func(v1beta1.LANNodeStatus) // is shown what the LANNode is to say; nil: nobody is
-	Events    events.EventRecorder
-	Log       *slog.Logger
+	Fabric    Fabric // what LANs with discovery evpn are joined to; nil: they wait
+	// Reflectors is the Service whose pods the fabric is told as reflectors; the zero name: there is none.
+	Reflectors types.NamespacedName
+	Offer      func([]Spoke)               // the whole set for kubelet, never blocks
+	Show       func(v1beta1.LANNodeStatus) // is shown what the LANNode is to say; nil: nobody is
+	Events     events.EventRecorder
+	Log        *slog.Logger
 }
 
 // Agent is what makes one node carry its LANs.
@@ -205,6 +208,9 @@ func (a *Agent) plan(ctx context.Context) error {
 	node := Node{
 		Name: a.Node, Labels: self.Labels, Addresses: internalIPs(&self), Underlays: *underlays, VTEPs: a.VTEPs,
 		EVPN: a.Fabric != nil,
+	}
+	if err := a.setReflectors(ctx); err != nil {
+		return err
 	}
 	a.plans, a.planned = planAll(lans.Items, node, a.now()), true
 	oneLANPerVNI(a.plans)

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -223,6 +224,8 @@ func (f *fakeInformers) GetInformer(ctx context.Context, obj client.Object, _ ..
 		list = &v1beta1.LANList{}
 	case *v1beta1.LANNode:
 		list = &v1beta1.LANNodeList{}
+	case *discoveryv1.EndpointSlice:
+		list = &discoveryv1.EndpointSliceList{}
 	default:
 		list = &corev1.NodeList{}
 	}
@@ -294,6 +297,8 @@ type world struct {
 	events  *events.FakeRecorder
 	fabric  node.Fabric // nil: none
 
+	reflectors types.NamespacedName
+
 	mu     sync.Mutex
 	away   error // the API server's answer to everything
 	writes int   // of LANNode status
@@ -305,7 +310,7 @@ type world struct {
 func newWorld(t *testing.T, lans ...client.Object) *world {
 	t.Helper()
 	scheme := runtime.NewScheme()
-	if err := errors.Join(corev1.AddToScheme(scheme), v1beta1.AddToScheme(scheme)); err != nil {
+	if err := errors.Join(corev1.AddToScheme(scheme), discoveryv1.AddToScheme(scheme), v1beta1.AddToScheme(scheme)); err != nil {
 		t.Fatal(err)
 	}
 	b := &board{changed: make(chan struct{})}
@@ -368,7 +373,7 @@ func (w *world) start() (stop func()) {
 		Node: "worker1", Version: "v1.2.3",
 		Informers: &fakeInformers{api: w.api, done: done}, Client: w.api, Live: w.api,
 		Peers:  &fakeInformers{api: w.api, done: done},
-		Kernel: w.kernel, Manager: w.manager, Strangers: w.filter, Events: w.events, Fabric: w.fabric,
+		Kernel: w.kernel, Manager: w.manager, Strangers: w.filter, Events: w.events, Fabric: w.fabric, Reflectors: w.reflectors,
 		Offer: func(offers []node.Spoke) {
 			w.mu.Lock()
 			w.offers = append(w.offers, offers)

@@ -95,7 +95,10 @@ func (p *Plan) trouble(t fabric.Trouble) bool {
 }
 
 func sessionProblem(t fabric.Trouble) Problem {
-	if len(t.Down) == 0 {
+	switch {
+	case t.Alone:
+		return Problem{v1beta1.ReasonBGPDown, "no BGP session is up, for there is nobody to speak with: no other node is reached. Have k8slan's chart run reflectors (evpn.reflectors.replicas), or name routers there (evpn.peers)", false}
+	case len(t.Down) == 0:
 		return Problem{}
 	}
 	var peers []string

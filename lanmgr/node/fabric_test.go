@@ -4,13 +4,16 @@ import (
 	"context"
 	"net/netip"
 	"reflect"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
+	discoveryv1 "k8s.io/api/discovery/v1"
 	"k8s.io/apimachinery/pkg/api/equality"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/k8slan/k8slan/crd/v1beta1"
 	"github.com/k8slan/k8slan/lanmgr/bgp"
@@ -29,12 +32,34 @@ type fakeFabric struct {
 	told    segment.Segment
 	trouble fabric.Trouble
 	peers   []bgp.Session
+	at      []netip.AddrPort
 }
 
 func (f *fakeFabric) Sessions() []bgp.Session {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return f.peers
+}
+
+func (f *fakeFabric) SetReflectors(_ context.Context, at []netip.AddrPort) error {
+	defer f.note()
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.at = at
+	return nil
+}
+
+// speaksWith says whether these are the reflectors that the fabric was told.
+func (f *fakeFabric) speaksWith(want ...string) func() bool {
+	return func() bool {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		have := []string{}
+		for _, a := range f.at {
+			have = append(have, a.String())
+		}
+		return slices.Equal(have, want)
+	}
 }
 
 func (f *fakeFabric) Trouble(string) fabric.Trouble {
@@ -119,6 +144,8 @@ func TestAnEVPNLANIsJoinedToTheFabric(t *testing.T) {
 		f.trouble.Down = []bgp.Session{{Peer: bgp.Peer{Address: remote, AS: 65000}, Why: "no TCP connection"}}
 	})
 	w.awaitStatus("a session that is down", degraded(v1beta1.ReasonBGPDown, "192.0.2.2:179 of AS 65000 (no TCP connection)"))
+	f.tells(func() { f.trouble = fabric.Trouble{Alone: true} })
+	w.awaitStatus("nobody to speak with", degraded(v1beta1.ReasonBGPDown, "evpn.reflectors.replicas"))
 	f.tells(func() { f.trouble = fabric.Trouble{Duplicates: []evpn.MAC{{2, 1}, {2, 2}}} })
 	w.awaitStatus("MACs on two nodes", degraded(v1beta1.ReasonMACTwice, "02:01:00:00:00:00 speaks on this node and on another, and 1 other MAC"))
 	f.tells(func() {
@@ -149,6 +176,44 @@ func TestAnEVPNLANIsJoinedToTheFabric(t *testing.T) {
 		_, want := w.manager.wanted()
 		return f.has(map[string]evpn.LAN{})() && len(want) == 1 && !want[0].VXLAN.NoLearning && want[0].FDB == nil
 	})
+}
+
+// A reflector is spoken with wherever its pod is, ready or not, and those of no other Service.
+func TestReflectorsAreThePodsOfTheirService(t *testing.T) {
+	slice := func(namespace, service, name string, port int32, addresses ...string) *discoveryv1.EndpointSlice {
+		s := &discoveryv1.EndpointSlice{
+			ObjectMeta:  metav1.ObjectMeta{Namespace: namespace, Name: name, Labels: map[string]string{discoveryv1.LabelServiceName: service}},
+			AddressType: discoveryv1.AddressTypeIPv4, Ports: []discoveryv1.EndpointPort{{Port: &port}},
+		}
+		for i, a := range addresses {
+			ready := i > 0
+			s.Endpoints = append(s.Endpoints, discoveryv1.Endpoint{Addresses: []string{a}, Conditions: discoveryv1.EndpointConditions{Ready: &ready}})
+		}
+		return s
+	}
+	w := newWorld(t,
+		slice("k8slan-system", "reflectors", "one", 1790, "10.244.2.5", "10.244.1.7"),
+		slice("k8slan-system", "others", "two", 1790, "10.244.1.8"),
+		slice("default", "reflectors", "three", 1790, "10.244.1.9"))
+	f := &fakeFabric{board: w.board, changed: make(chan struct{}, 1)}
+	w.fabric, w.reflectors = f, types.NamespacedName{Namespace: "k8slan-system", Name: "reflectors"}
+	stop := w.start()
+	defer stop()
+	w.await(t, "two reflectors", f.speaksWith("10.244.1.7:1790", "10.244.2.5:1790"))
+
+	moved := &discoveryv1.EndpointSlice{}
+	if err := w.api.Get(t.Context(), types.NamespacedName{Namespace: "k8slan-system", Name: "one"}, moved); err != nil {
+		t.Fatal(err)
+	}
+	moved.Endpoints[1].Addresses[0] = "10.244.2.9"
+	if err := w.api.Update(t.Context(), moved); err != nil {
+		t.Fatal(err)
+	}
+	w.await(t, "the one that has moved", f.speaksWith("10.244.2.5:1790", "10.244.2.9:1790"))
+	if err := w.api.Delete(t.Context(), moved); err != nil {
+		t.Fatal(err)
+	}
+	w.await(t, "none", f.speaksWith())
 }
 
 // EVPN tells no ports, so of two LANs with one VNI the older alone is joined.

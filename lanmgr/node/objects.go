@@ -8,6 +8,7 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
 	"k8s.io/apimachinery/pkg/api/equality"
 	toolscache "k8s.io/client-go/tools/cache"
 	"sigs.k8s.io/controller-runtime/pkg/client"
@@ -23,10 +24,11 @@ func (a *Agent) watchObjects(ctx context.Context) error {
 		a.Log.Warn("the API server has not yet told which LANs there are; LANs on this node stay as they are", "node", a.Node)
 	})
 	defer slow.Stop()
-	for _, watch := range []struct {
+	type watch struct {
 		kind    client.Object
 		handler toolscache.ResourceEventHandler
-	}{
+	}
+	watches := []watch{
 		{&v1beta1.LAN{}, onChange(func(before, after any) {
 			if lanChanged(before, after) {
 				signal(a.inputs)
@@ -38,7 +40,11 @@ func (a *Agent) watchObjects(ctx context.Context) error {
 			}
 		})},
 		{&v1beta1.LANNode{}, onChange(func(before, after any) { a.publisher.seen(before, after) })},
-	} {
+	}
+	if a.Reflectors.Name != "" {
+		watches = append(watches, watch{&discoveryv1.EndpointSlice{}, onChange(func(any, any) { signal(a.inputs) })})
+	}
+	for _, watch := range watches {
 		for {
 			err := a.watchKind(ctx, watch.kind, watch.handler)
 			if err == nil {

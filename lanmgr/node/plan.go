@@ -377,7 +377,7 @@ func speakerProblem(mute bool) Problem {
 	if !mute {
 		return Problem{}
 	}
-	return Problem{v1beta1.ReasonBuildFailed, "discovery evpn needs BGP, and the daemon was started without it (--evpn-as, --evpn-peer). Start it with them, or choose another spec.discovery; pods wait until then", true}
+	return Problem{v1beta1.ReasonBuildFailed, "discovery evpn needs BGP, and the daemon was started without it. Set evpn.enabled in k8slan's chart (--evpn-as of the daemon), or choose another spec.discovery; pods wait until then", true}
 }
 
 func mtuProblem(name string, device kernel.Underlay, mtu int, o overhead) Problem {
