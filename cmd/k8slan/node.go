@@ -252,6 +252,8 @@ func nodeKinds() meta.RESTMapper {
 	mapper.Add(v1beta1.GroupVersion.WithKind("LANNode"), meta.RESTScopeRoot)
 	mapper.Add(v1beta1.GroupVersion.WithKind("LAN"), meta.RESTScopeNamespace)
 	mapper.Add(discoveryv1.SchemeGroupVersion.WithKind("EndpointSlice"), meta.RESTScopeNamespace)
+	// A cache of one namespace asks for the scope of lists as well (multiNamespaceCache.List in controller-runtime's pkg/cache).
+	mapper.Add(discoveryv1.SchemeGroupVersion.WithKind("EndpointSliceList"), meta.RESTScopeNamespace)
 	return mapper
 }
 

@@ -49,18 +49,68 @@ func TestEveryNamespacedObjectIsInTheReleasesNamespace(t *testing.T) {
 	}
 }
 
-func TestControllerRunsWithoutPrivileges(t *testing.T) {
-	deployment := find[appsv1.Deployment](t, render(t, "k8slan-system"), "k8slan-controller-manager")
-	pod := deployment.Spec.Template.Spec
-	if pod.HostNetwork || pod.HostPID || pod.HostIPC || len(pod.Volumes) > 0 {
-		t.Error("the controller's pod reaches into the node")
+func TestControllerAndReflectorsRunWithoutPrivileges(t *testing.T) {
+	for _, name := range []string{"k8slan-controller-manager", "k8slan-reflector"} {
+		pod := find[appsv1.Deployment](t, render(t, "k8slan-system", "evpn.enabled=true"), name).Spec.Template.Spec
+		if pod.HostNetwork || pod.HostPID || pod.HostIPC || len(pod.Volumes) > 0 {
+			t.Errorf("%s: the pod reaches into the node", name)
+		}
+		if !*pod.SecurityContext.RunAsNonRoot || pod.SecurityContext.SeccompProfile.Type != corev1.SeccompProfileTypeRuntimeDefault {
+			t.Errorf("%s: the pod has security context %+v", name, pod.SecurityContext)
+		}
+		for _, c := range pod.Containers {
+			if s := c.SecurityContext; *s.AllowPrivilegeEscalation || !*s.ReadOnlyRootFilesystem || !slices.Equal(s.Capabilities.Drop, []corev1.Capability{"ALL"}) {
+				t.Errorf("%s: container %s has security context %+v", name, c.Name, s)
+			}
+		}
 	}
-	if !*pod.SecurityContext.RunAsNonRoot || pod.SecurityContext.SeccompProfile.Type != corev1.SeccompProfileTypeRuntimeDefault {
-		t.Errorf("the controller's pod has security context %+v", pod.SecurityContext)
+}
+
+// They are there where LANs may be by EVPN, and have what they need: passwords come from Secrets, and are in nobody's arguments.
+func TestReflectorsRunWhereEVPNIs(t *testing.T) {
+	for _, o := range render(t, "k8slan-system") {
+		if strings.Contains(o.GetName(), "reflector") {
+			t.Errorf("without EVPN there is %s %s", o.GetKind(), o.GetName())
+		}
 	}
-	for _, c := range pod.Containers {
-		if s := c.SecurityContext; *s.AllowPrivilegeEscalation || !*s.ReadOnlyRootFilesystem || !slices.Equal(s.Capabilities.Drop, []corev1.Capability{"ALL"}) {
-			t.Errorf("container %s has security context %+v", c.Name, s)
+	for _, value := range []string{"discovery=evpn", "evpn.enabled=true"} {
+		objects := render(t, "k8slan-system", value, "evpn.as=4200000000", "evpn.reflectors.passwordSecret=inside",
+			"evpn.peers[0].address=192.0.2.1", "evpn.peers[1].address=2001:db8::1", "evpn.peers[1].as=4200000001", "evpn.peers[1].port=1179",
+			"evpn.peers[1].holdTime=30s", "evpn.peers[1].multihop=2", "evpn.peers[1].passwordSecret=outside", "evpn.peers[1].ipv6VTEPs=true")
+		daemon := find[appsv1.DaemonSet](t, objects, "k8slan-ds").Spec.Template
+		for _, want := range []string{
+			"--evpn-as=4200000000", "--evpn-reflectors=k8slan-reflector", "--evpn-reflectors-password-file=/etc/k8slan/bgp/reflectors/password",
+			"--evpn-peer=address=192.0.2.1",
+			"--evpn-peer=address=2001:db8::1,port=1179,as=4200000001,hold-time=30s,multihop=2,password-file=/etc/k8slan/bgp/peer-1/password,ipv6-vteps",
+		} {
+			if !slices.Contains(daemon.Spec.Containers[0].Args, want) {
+				t.Errorf("%s: the daemon's arguments have no %s: %q", value, want, daemon.Spec.Containers[0].Args)
+			}
+		}
+		deployment := find[appsv1.Deployment](t, objects, "k8slan-reflector")
+		reflector := deployment.Spec.Template
+		for secret, pods := range map[string][]corev1.PodTemplateSpec{"inside": {daemon, reflector}, "outside": {daemon}} {
+			for _, pod := range pods {
+				i := slices.IndexFunc(pod.Spec.Volumes, func(v corev1.Volume) bool { return v.Secret != nil && v.Secret.SecretName == secret })
+				if i < 0 || !slices.ContainsFunc(pod.Spec.Containers[0].VolumeMounts, func(m corev1.VolumeMount) bool { return m.Name == pod.Spec.Volumes[i].Name }) {
+					t.Errorf("%s: Secret %s is not mounted into %s", value, secret, pod.Spec.Containers[0].Name)
+				}
+			}
+		}
+		if *deployment.Spec.Replicas != 2 || !slices.Contains(reflector.Spec.Containers[0].Args, "--as=4200000000") || *reflector.Spec.AutomountServiceAccountToken {
+			t.Errorf("%s: the reflectors are %+v", value, deployment.Spec)
+		}
+		service, policy := find[corev1.Service](t, objects, "k8slan-reflector"), find[networkingv1.NetworkPolicy](t, objects, "k8slan-reflector")
+		if !labels.SelectorFromSet(service.Spec.Selector).Matches(labels.Set(reflector.Labels)) || service.Spec.Ports[0].Port != reflector.Spec.Containers[0].Ports[0].ContainerPort {
+			t.Errorf("%s: the Service does not lead to the reflectors: %+v", value, service.Spec)
+		}
+		if !labels.SelectorFromSet(policy.Spec.PodSelector.MatchLabels).Matches(labels.Set(reflector.Labels)) || policy.Spec.Ingress[0].Ports[0].Port.IntVal != service.Spec.Ports[0].Port {
+			t.Errorf("%s: the NetworkPolicy does not let nodes in: %+v", value, policy.Spec)
+		}
+	}
+	for _, o := range render(t, "k8slan-system", "evpn.enabled=true", "evpn.reflectors.replicas=0", "evpn.peers[0].address=192.0.2.1") {
+		if strings.Contains(o.GetName(), "reflector") {
+			t.Errorf("with replicas 0 there is %s %s", o.GetKind(), o.GetName())
 		}
 	}
 }
@@ -116,7 +166,8 @@ func TestUnknownAndImpossibleValuesAreRefused(t *testing.T) {
 		"node.cniBinDirectory=/opt/cni/bin", "image.pullPolicy=Sometimes", "node.healthPort=70000",
 		"node.cniBinDir=opt/cni/bin", "logLevel=chatty", "controller.replicas=-1",
 		"limits.vniRange={1000}", "limits.vniRange={1000,20000000}", "limits.vniRange={2000,1000}", "limits.underlayDevices=eth1",
-		"networkPolicy.apiServerPorts=null", "vtepCIDRs={10.20.0.1}", "vtepCIDRs=10.20.0.0/16",
+		"networkPolicy.apiServerPorts=null", "discovery=bgp", "evpn.as=0", "evpn.peers[0].port=179", "evpn.reflectors.port=179",
+		"evpn.enabled=true,evpn.reflectors.replicas=0", "vtepCIDRs={10.20.0.1}", "vtepCIDRs=10.20.0.0/16",
 	} {
 		if _, err := helm(t, "template", "k8slan", chart, "--kube-version", "1.31.0", "--set", value); err == nil {
 			t.Errorf("helm takes %s", value)

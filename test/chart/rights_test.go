@@ -148,5 +148,5 @@ func resources(rule rbacv1.PolicyRule) string {
 // renderAll renders the chart with everything that is off by default.
 func renderAll(t *testing.T) []unstructured.Unstructured {
 	t.Helper()
-	return render(t, "k8slan-system", "limits.vniRange={1000,1999}", "limits.underlayDevices={eth1}", "uninstall.removeLANs=true")
+	return render(t, "k8slan-system", "limits.vniRange={1000,1999}", "limits.underlayDevices={eth1}", "uninstall.removeLANs=true", "evpn.enabled=true")
 }

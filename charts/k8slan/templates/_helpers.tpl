@@ -16,6 +16,42 @@ app.kubernetes.io/name: k8slan
 app.kubernetes.io/component: {{ . }}
 {{- end }}
 
+{{- /* Whether nodes speak BGP: empty if not. */ -}}
+{{- define "k8slan.evpn" -}}
+{{- if or .Values.evpn.enabled (eq .Values.discovery "evpn") }}true{{ end }}
+{{- end }}
+
+{{- /* The same of reflectors. */ -}}
+{{- define "k8slan.reflectors" -}}
+{{- if and (include "k8slan.evpn" .) .Values.evpn.reflectors.replicas }}true{{ end }}
+{{- end }}
+
+{{- /* A router as the daemon's flag has it; takes what the values say of it, and its place among them. */ -}}
+{{- define "k8slan.peer" -}}
+{{- $p := index . 0 -}}
+address={{ $p.address }}
+{{- with $p.port }},port={{ int64 . }}{{ end }}
+{{- with $p.as }},as={{ int64 . }}{{ end }}
+{{- with $p.holdTime }},hold-time={{ . }}{{ end }}
+{{- with $p.multihop }},multihop={{ int64 . }}{{ end }}
+{{- if $p.passwordSecret }},password-file=/etc/k8slan/bgp/peer-{{ index . 1 }}/password{{ end }}
+{{- if $p.ipv6VTEPs }},ipv6-vteps{{ end }}
+{{- end }}
+
+{{- /* The Secrets with passwords of BGP sessions that a daemon has, as JSON. */ -}}
+{{- define "k8slan.passwords" -}}
+{{- $all := list }}
+{{- if include "k8slan.evpn" . }}
+{{- if and (include "k8slan.reflectors" .) .Values.evpn.reflectors.passwordSecret }}
+{{- $all = append $all (dict "name" "reflectors" "secret" .Values.evpn.reflectors.passwordSecret) }}
+{{- end }}
+{{- range $i, $peer := .Values.evpn.peers }}
+{{- with $peer.passwordSecret }}{{ $all = append $all (dict "name" (printf "peer-%d" $i) "secret" .) }}{{ end }}
+{{- end }}
+{{- end }}
+{{- toJson $all }}
+{{- end }}
+
 {{- /* Devices as a sentence has them; takes a list in which "" is the default route's. */ -}}
 {{- define "k8slan.devices" -}}
 {{- $names := list }}
