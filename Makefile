@@ -73,7 +73,7 @@ dataplane: ## Send real frames through LANs in network namespaces
 	$(GOTEST) -p 1 ./test/netns ./test/image/vm ./test/dataplane ./test/soak ./test/bench
 
 .PHONY: e2e
-e2e: ## Test everything on the cluster; FOCUS=<regexp> runs the tests of that name, UNDERLAY=routed6 has LANs in unicast over a router
+e2e: ## Test everything on the cluster; FOCUS=<regexp> runs the tests of that name, UNDERLAY=routed6 has LANs in unicast over a router, evpn4 by EVPN
 	$(GOTEST) -timeout 1h -count 1 -run '$(FOCUS)' ./test/e2e $(if $(UNDERLAY),-underlay $(UNDERLAY))
 
 .PHONY: bench

@@ -17,7 +17,7 @@ import (
 )
 
 // TestAPIServerIsAwayWhilePodsTalk takes the API server away for the time in K8SLAN_E2E_OUTAGE, 10 seconds if it is not set, from a LAN over
-// the usual underlay and one in unicast over a router.
+// the usual underlay, one in unicast over a router and one by EVPN.
 func TestAPIServerIsAwayWhilePodsTalk(t *testing.T) {
 	outage := 10 * time.Second
 	if text := os.Getenv("K8SLAN_E2E_OUTAGE"); text != "" {
@@ -35,8 +35,8 @@ func TestAPIServerIsAwayWhilePodsTalk(t *testing.T) {
 		links    map[string]int
 	}
 	var lans []lan
-	for i, u := range []underlay{l.underlay, routed6} {
-		name := []string{"away", "afar"}[i]
+	for i, u := range []underlay{l.underlay, routed6, evpn4} {
+		name := []string{"away", "afar", "abgp"}[i]
 		one, two := l.over(u).pair(name, 1132+17*i)
 		lans = append(lans, lan{name, one, two, m.sandbox(name, name+"-3"), m.indexes(l.namespace + "." + name)})
 	}
@@ -72,7 +72,11 @@ func TestAPIServerIsAwayWhilePodsTalk(t *testing.T) {
 			l.ready(n.name)
 		}
 	}
-	losesNothing(lans[0].one, lans[0].two, func() { losesNothing(lans[1].one, lans[1].two, away) })
+	for _, n := range lans {
+		inner := away
+		away = func() { losesNothing(n.one, n.two, inner) }
+	}
+	away()
 	if err := bed.awaitInstalled(ctx); err != nil {
 		t.Error(err)
 	}

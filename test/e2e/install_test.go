@@ -64,13 +64,13 @@ const chartDir = "charts/k8slan"
 
 // chart installs the chart, or what changed in it, and returns when all of k8slan is ready.
 func (b *testbed) chart(ctx context.Context) error {
-	if err := b.Chart(ctx, "node.metricsPort="+metricsPort, "controller.metricsPort="+metricsPort); err != nil {
+	if err := b.Chart(ctx, "node.metricsPort="+metricsPort, "controller.metricsPort="+metricsPort, "evpn.enabled=true"); err != nil {
 		return err
 	}
 	return b.awaitInstalled(ctx)
 }
 
-// awaitInstalled returns when the daemon and the controller are ready.
+// awaitInstalled returns when the daemon, the controller and the reflectors are ready.
 func (b *testbed) awaitInstalled(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, 2*patience)
 	defer cancel()
@@ -81,9 +81,9 @@ func (b *testbed) awaitInstalled(ctx context.Context) error {
 		return fmt.Errorf("wait for daemonset k8slan-ds: %w", err)
 	}
 	if _, err := await(ctx, b.client, &appsv1.DeploymentList{}, here, func(all []*appsv1.Deployment) bool {
-		return len(all) == 1 && deploymentReady(all[0])
+		return len(all) == 2 && deploymentReady(all[0]) && deploymentReady(all[1])
 	}); err != nil {
-		return fmt.Errorf("wait for deployment k8slan-controller-manager: %w", err)
+		return fmt.Errorf("wait for deployments k8slan-controller-manager and k8slan-reflector: %w", err)
 	}
 	return nil
 }

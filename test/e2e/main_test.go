@@ -40,7 +40,7 @@ type testbed struct {
 // TestMain brings the cluster up, unless one is, and installs k8slan as it is in this checkout. A cluster that it
 // brought up it takes down again, unless K8SLAN_E2E_KEEP is set.
 func TestMain(m *testing.M) {
-	flag.Func("underlay", "what LANs go `over`: multicast, subnet4, subnet6, routed4 or routed6", setUsual)
+	flag.Func("underlay", "what LANs go `over`: multicast, subnet4, subnet6, routed4 or routed6, or by EVPN evpn4, evpn6, evpn4r or evpn6r", setUsual)
 	flag.Parse()
 	ctrllog.SetLogger(logr.Discard())                      // the clients' library wants to be told
 	if err := flag.Set("test.parallel", "4"); err != nil { // tests wait more than they work

@@ -20,7 +20,7 @@ func TestPodsWaitForAMissingUnderlay(t *testing.T) {
 	l.waitsFor(v1beta1.ReasonUnderlayMissing, "lost", "lost-2", `no device "eth7" (spec.vxlanDevMap.worker2)`)
 
 	var addresses []string
-	if l.underlay.unicast() {
+	if l.underlay.oneByOne() {
 		addresses = append(addresses, l.underlay.spare().address(1))
 	}
 	l.machine(worker2).addDevice("eth7", addresses...)

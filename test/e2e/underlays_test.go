@@ -3,7 +3,10 @@ package e2e
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
+
+	"github.com/k8slan/k8slan/crd/v1beta1"
 )
 
 // underlay is the network that LANs go over, and how nodes find each other on it.
@@ -15,6 +18,8 @@ type underlay struct {
 	vteps  [2]string
 	bits   int // of the VTEPs' prefixes; 0 with multicast, for which a link-local address does
 	mtu    int // a LAN's
+
+	discovery v1beta1.Discovery // empty: the chart's
 }
 
 // multicast is the underlay of all tests that do not ask for another, unless the flag does: one link, without addresses.
@@ -23,20 +28,35 @@ var multicast = underlay{name: "multicast", device: "eth1", second: "eth2", mtu:
 // The underlays of LANs with unicast discovery, none of which carries multicast: the nodes' devices are in one subnet, or each in its own
 // with a router between them.
 var (
-	subnet4 = underlay{name: "subnet4", device: "eth3", second: "eth3", vteps: [2]string{"192.0.2.11", "192.0.2.12"}, bits: 24, mtu: 1500 - 58}
-	subnet6 = underlay{name: "subnet6", device: "eth3", second: "eth3", group: "ff02::14", vteps: [2]string{"2001:db8:77::11", "2001:db8:77::12"}, bits: 64, mtu: 1500 - 78}
-	routed4 = underlay{name: "routed4", device: "eth4", second: "eth4", vteps: [2]string{"198.18.1.11", "198.18.2.11"}, bits: 24, mtu: 1500 - 58}
-	routed6 = underlay{name: "routed6", device: "eth4", second: "eth4", group: "ff02::14", vteps: [2]string{"2001:db8:18:1::11", "2001:db8:18:2::11"}, bits: 64, mtu: 1500 - 78}
+	subnet4 = underlay{name: "subnet4", device: "eth3", second: "eth3", vteps: [2]string{"192.0.2.11", "192.0.2.12"}, bits: 24, mtu: 1500 - 58, discovery: v1beta1.Unicast}
+	subnet6 = underlay{name: "subnet6", device: "eth3", second: "eth3", group: "ff02::14", vteps: [2]string{"2001:db8:77::11", "2001:db8:77::12"}, bits: 64, mtu: 1500 - 78, discovery: v1beta1.Unicast}
+	routed4 = underlay{name: "routed4", device: "eth4", second: "eth4", vteps: [2]string{"198.18.1.11", "198.18.2.11"}, bits: 24, mtu: 1500 - 58, discovery: v1beta1.Unicast}
+	routed6 = underlay{name: "routed6", device: "eth4", second: "eth4", group: "ff02::14", vteps: [2]string{"2001:db8:18:1::11", "2001:db8:18:2::11"}, bits: 64, mtu: 1500 - 78, discovery: v1beta1.Unicast}
 
 	unicasts = []underlay{subnet4, subnet6, routed4, routed6}
 )
+
+// The same networks for LANs with discovery evpn.
+var (
+	evpn4  = subnet4.byEVPN("evpn4")
+	evpn6  = subnet6.byEVPN("evpn6")
+	evpn4r = routed4.byEVPN("evpn4r")
+	evpn6r = routed6.byEVPN("evpn6r")
+
+	evpns = []underlay{evpn4, evpn6, evpn4r, evpn6r}
+)
+
+func (u underlay) byEVPN(name string) underlay {
+	u.name, u.discovery = name, v1beta1.EVPN
+	return u
+}
 
 // usual is the underlay of the tests that do not ask for one; TestMain sets it before the first of them and nothing changes it.
 var usual = multicast
 
 // setUsual sets it by its name.
 func setUsual(name string) error {
-	for _, u := range append(unicasts, multicast) {
+	for _, u := range slices.Concat(unicasts, evpns, []underlay{multicast}) {
 		if u.name == name {
 			usual = u
 			return nil
@@ -48,7 +68,8 @@ func setUsual(name string) error {
 // String is the underlay's name.
 func (u underlay) String() string { return u.name }
 
-func (u underlay) unicast() bool { return u.bits > 0 }
+// oneByOne says whether nodes send to each other's addresses.
+func (u underlay) oneByOne() bool { return u.bits > 0 }
 
 // over is the same test with LANs over another underlay.
 func (l lab) over(u underlay) lab {
@@ -59,8 +80,8 @@ func (l lab) over(u underlay) lab {
 // spec are the lines that a LAN's spec has for the underlay.
 func (u underlay) spec() string {
 	lines := []string{"defaultVxlanDev: " + u.device}
-	if u.unicast() {
-		lines = append(lines, "discovery: unicast")
+	if u.discovery != "" {
+		lines = append(lines, "discovery: "+string(u.discovery))
 	}
 	if u.group != "" {
 		lines = append(lines, "vxlanGrp: "+u.group)
@@ -70,7 +91,7 @@ func (u underlay) spec() string {
 
 // otherGroup is a group of the family of the underlay's addresses.
 func (u underlay) otherGroup() string {
-	if u.unicast() && netip.MustParseAddr(u.vteps[0]).Is4() {
+	if u.oneByOne() && netip.MustParseAddr(u.vteps[0]).Is4() {
 		return "239.77.0.36"
 	}
 	return "ff02::1:36"

@@ -1,0 +1,118 @@
+package e2e
+
+import (
+	"slices"
+	"strconv"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	"github.com/k8slan/k8slan/lanmgr/bgp"
+	"github.com/k8slan/k8slan/test/install"
+)
+
+// The networks carry no multicast, and nodes know of each other by the reflectors alone.
+func TestFramesOfEveryKindCrossByEVPN(t *testing.T) { newLab(t).framesCross(evpns, 1170) }
+
+func TestAPodIsReachedByEVPNAtOnce(t *testing.T) {
+	newLab(t).over(evpn4).podIsReached(1174, 50*time.Millisecond)
+}
+
+func TestFaultsByEVPN(t *testing.T) {
+	for _, c := range []struct {
+		what     string
+		underlay underlay
+		fault    func(lab)
+	}{
+		{"the daemon is killed", evpn4r, lab.daemonIsKilledWhilePodsTalk},
+		{"reflectors are killed and move", evpn4, lab.reflectorsAreLostWhilePodsTalk},
+		{"the underlay is cut and comes back", evpn6, lab.trafficIsBackWithinASecondOfItsUnderlay},
+	} {
+		t.Run(c.what, func(t *testing.T) { c.fault(newLab(t).over(c.underlay)) })
+	}
+}
+
+func (l lab) reflectorsAreLostWhilePodsTalk() {
+	l.Helper()
+	one, two := l.pair("reflected", 1175)
+	third := l.machine(worker2).sandbox("reflected", "reflected-3")
+	reached := func() { // a pod that is new, by who is still there
+		l.Helper()
+		third.must("ADD")
+		third.pings(address(3), address(1))
+		third.must("DEL")
+	}
+	losesNothing(one, two, func() {
+		pods := l.reflectors()
+		back := l.kill(pods[0])
+		reached()
+		back()
+
+		begin := time.Now()
+		first, second := l.kill(pods[0]), l.kill(pods[1])
+		first()
+		second()
+		l.logTime("until both reflectors were back", begin)
+		<-time.After(bgp.Settling + 2*aMoment) // by then what nobody has told again is gone
+		reached()
+
+		for i := range pods {
+			if err := bed.client.Delete(l.Context(), &pods[i]); err != nil {
+				l.Fatal(err)
+			}
+		}
+		l.awaitReflectors("two others that are ready", func(now []*corev1.Pod) bool {
+			return len(now) == len(pods) && !slices.ContainsFunc(now, func(p *corev1.Pod) bool {
+				return !isRunning(p) || slices.ContainsFunc(pods, func(old corev1.Pod) bool { return old.UID == p.UID })
+			})
+		})
+		reached()
+	})
+}
+
+// reflectors are the pods that reflect routes.
+func (l lab) reflectors() (pods []corev1.Pod) {
+	l.Helper()
+	for _, p := range l.awaitReflectors("two that are ready", func(now []*corev1.Pod) bool {
+		return len(now) == 2 && isRunning(now[0]) && isRunning(now[1])
+	}) {
+		pods = append(pods, *p)
+	}
+	return pods
+}
+
+// awaitReflectors returns when the reflectors' pods fit.
+func (l lab) awaitReflectors(what string, fits func([]*corev1.Pod) bool) (pods []*corev1.Pod) {
+	l.Helper()
+	which := []client.ListOption{client.InNamespace(install.Namespace), client.MatchingLabels{"app.kubernetes.io/component": "reflector"}}
+	pods, err := await(l.Context(), bed.client, &corev1.PodList{}, which, fits)
+	if err != nil {
+		l.Fatalf("waited for reflectors, %s: %v", what, err)
+	}
+	return pods
+}
+
+// kill kills what runs in a pod of one container. The function that it returns returns when kubelet has started it again.
+func (l lab) kill(p corev1.Pod) (back func()) {
+	l.Helper()
+	m := l.machine(p.Spec.NodeName)
+	var restarts int32
+	l.awaitReflectors("started", func(now []*corev1.Pod) bool {
+		i := slices.IndexFunc(now, func(o *corev1.Pod) bool { return o.UID == p.UID && isRunning(o) })
+		if i >= 0 {
+			restarts = now[i].Status.ContainerStatuses[0].RestartCount
+		}
+		return i >= 0
+	})
+	m.run("pkill", "-9", "-f", "^/k8slan reflector .*[[]"+p.Status.PodIP+"[]]")
+	return func() {
+		l.Helper()
+		l.awaitReflectors("started anew, restart "+strconv.Itoa(int(restarts)+1), func(now []*corev1.Pod) bool {
+			return slices.ContainsFunc(now, func(o *corev1.Pod) bool {
+				return o.UID == p.UID && isRunning(o) && o.Status.ContainerStatuses[0].RestartCount > restarts
+			})
+		})
+	}
+}
