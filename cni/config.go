@@ -39,6 +39,9 @@ type wire struct {
 	Pool     string `json:"pool"`
 	DeviceID string `json:"deviceID"`
 
+	VXLANID *uint32 `json:"vxlanId"` // of type megalos, with master
+	Master  string  `json:"master"`
+
 	MTU         *int    `json:"mtu"`
 	MAC         string  `json:"mac"`
 	PromiscMode bool    `json:"promiscMode"`
@@ -74,6 +77,8 @@ type attachment struct {
 	kind      segment.Kind
 	ipam      string // type of the IPAM plugin; empty for none
 	config    []byte // as it came, for the IPAM plugin
+	vni       uint32 // of a network of type megalos; 0 for a LAN's own
+	master    string // the underlay device that such a network names; empty: that of the default route
 
 	claimID   string
 	sandbox   string // container ID
@@ -86,6 +91,9 @@ type attachment struct {
 
 // String names the attachment's spoke in a sentence.
 func (a attachment) String() string {
+	if a.vni != 0 {
+		return fmt.Sprintf("VNI %d", a.vni)
+	}
 	if a.pool != "" && a.spoke == "" {
 		return fmt.Sprintf("pool %q of LAN %s", a.pool, a.lan)
 	}
@@ -154,6 +162,9 @@ func (p *Plugin) attachment(w wire, args *skel.CmdArgs) (attachment, error) {
 	}
 	if !slices.Contains(version.All.SupportedVersions(), a.version) {
 		return a, fail(types.ErrIncompatibleCNIVersion, "cniVersion %q is none of %s", a.version, strings.Join(version.All.SupportedVersions(), ", "))
+	}
+	if w.Type == megalos {
+		return a.onDemand(w, p.host.Run)
 	}
 	if a.kind != segment.Veth && a.kind != segment.Macvtap {
 		return a, invalid("kind", w.Kind, `is neither "veth" nor "macvtap"`)

@@ -95,6 +95,9 @@ func (a attachment) explain(err error) error {
 }
 
 func (a attachment) noLAN(code uint) error {
+	if a.vni != 0 {
+		return fail(code, "%s is not on this node any more (no %s)", a, a.netnsPath)
+	}
 	return fail(code, "LAN %s is not on this node (no %s): was it deleted, or is the daemon still starting? kubectl get lan -n %s %s",
 		a.lan, a.netnsPath, a.lan.Namespace, a.lan.Name)
 }

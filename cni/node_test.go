@@ -20,8 +20,9 @@ type memoryNode struct {
 	claims    map[string]heldClaim         // by netns/spoke
 	addresses map[string][]netip.Prefix    // by netns path/interface
 	routes    map[string][]kernel.Route    // by netns path/interface
-	busy      error                        // what every change answers, if set
-	refuse    error                        // what SetAddresses answers, if set
+	underlays kernel.Underlays
+	busy      error // what every change answers, if set
+	refuse    error // what SetAddresses answers, if set
 }
 
 type heldClaim struct {
@@ -64,8 +65,13 @@ func (n *memoryNode) Record(netns string) (segment.Segment, error) {
 	return s, nil
 }
 
-func (n *memoryNode) Claim(_ context.Context, r kernel.ClaimRequest) (kernel.Attachment, error) {
+func (n *memoryNode) Claim(ctx context.Context, r kernel.ClaimRequest) (kernel.Attachment, error) {
 	lan, err := n.Record(r.Netns)
+	if err != nil && r.Make != nil {
+		if lan, err = r.Make(ctx); err == nil {
+			n.lans[r.Netns] = lan
+		}
+	}
 	if err != nil {
 		return kernel.Attachment{}, err
 	}
@@ -81,7 +87,7 @@ func (n *memoryNode) Claim(_ context.Context, r kernel.ClaimRequest) (kernel.Att
 		return kernel.Attachment{}, n.busy
 	case !ok:
 		return kernel.Attachment{}, fmt.Errorf("open the pod's network namespace: %w", &fs.PathError{Op: "open", Path: r.PodNetns, Err: fs.ErrNotExist})
-	case !slices.Contains(lan.Spokes, r.Spoke):
+	case !segment.IsOnDemand(r.Spoke) && !slices.Contains(lan.Spokes, r.Spoke):
 		return kernel.Attachment{}, kernel.ErrNoSpoke
 	case nameTaken:
 		return kernel.Attachment{}, kernel.ErrNameTaken
@@ -100,7 +106,7 @@ func (n *memoryNode) Claim(_ context.Context, r kernel.ClaimRequest) (kernel.Att
 	}
 	n.claims[key] = heldClaim{request: r, Claim: segment.Claim{
 		ID: r.ID(), Spoke: r.Spoke, Kind: r.Kind, Sandbox: r.Sandbox, Interface: r.Interface,
-		PodNamespace: r.PodNamespace, Pod: r.Pod, PodUID: r.PodUID, MAC: r.MAC,
+		PodNamespace: r.PodNamespace, Pod: r.Pod, PodUID: r.PodUID, Network: r.Network, MAC: r.MAC,
 	}}
 	pod[r.Interface] = r.Spoke
 	a := kernel.Attachment{ClaimID: r.ID(), MAC: r.MAC, MTU: r.MTU, Index: 17, HostInterface: r.ID(), TookOver: taken}
@@ -117,12 +123,15 @@ func (n *memoryNode) end(key string) {
 	delete(n.claims, key)
 }
 
-func (n *memoryNode) Release(_ context.Context, netns, spoke, claimID string) error {
+func (n *memoryNode) Release(ctx context.Context, netns, spoke, claimID string) error {
 	if n.busy != nil {
 		return n.busy
 	}
 	if key := netns + "/" + spoke; n.claims[key].ID == claimID {
 		n.end(key)
+	}
+	if claims, _ := n.Claims(ctx, netns); n.lans[netns].OnDemand && len(claims) == 0 {
+		delete(n.lans, netns)
 	}
 	return nil
 }
@@ -162,3 +171,9 @@ func (n *memoryNode) SetAddresses(_ context.Context, podNetns, ifname string, wa
 func (n *memoryNode) Addresses(_ context.Context, podNetns, ifname string) ([]netip.Prefix, error) {
 	return n.addresses[podNetns+"/"+ifname], nil
 }
+
+func (n *memoryNode) Records() ([]segment.Segment, error) {
+	return slices.Collect(maps.Values(n.lans)), nil
+}
+
+func (n *memoryNode) Underlays(context.Context) (kernel.Underlays, error) { return n.underlays, nil }

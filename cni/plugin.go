@@ -30,6 +30,8 @@ import (
 // Node is what the plugin needs of the node it runs on; *kernel.Node is one.
 type Node interface {
 	Record(netns string) (segment.Segment, error)
+	Records() ([]segment.Segment, error)
+	Underlays(ctx context.Context) (kernel.Underlays, error)
 	Claim(ctx context.Context, req kernel.ClaimRequest) (kernel.Attachment, error)
 	Release(ctx context.Context, netns, spoke, claimID string) error
 	Claims(ctx context.Context, netns string) ([]segment.Claim, error)
@@ -122,6 +124,9 @@ func isOwnNetns(path string) bool {
 
 // admit says whether the node's record of the LAN and kubelet's allocation let the pod have the spoke.
 func (r request) admit(record segment.Segment) error {
+	if r.vni != 0 {
+		return r.admitOnDemand(record)
+	}
 	switch err := r.isOf(record); {
 	case err != nil:
 		return err
@@ -168,7 +173,15 @@ func (p *Plugin) record(a attachment, missing uint) (segment.Segment, error) {
 
 // attach makes the attachment; steps takes back what it has done so far, o says how it came about.
 func (p *Plugin) attach(ctx context.Context, r request, steps *undo, o *outcome.Outcome) (*current.Result, error) {
-	made, err := p.node.Claim(ctx, r.claim())
+	var err error
+	if r.attachment, err = p.place(r.attachment); err != nil {
+		return nil, err
+	}
+	claim := r.claim()
+	if r.vni != 0 && r.netns == netnsOnDemand(r.vni) {
+		claim.Make = func(ctx context.Context) (segment.Segment, error) { return p.segment(ctx, r.attachment) }
+	}
+	made, err := p.node.Claim(ctx, claim)
 	if err != nil {
 		return nil, r.explain(err)
 	}
@@ -188,6 +201,9 @@ func (p *Plugin) attach(ctx context.Context, r request, steps *undo, o *outcome.
 	}
 	for _, ip := range result.IPs {
 		ip.Interface = current.Int(1)
+	}
+	if r.vni != 0 {
+		return result, nil // kubelet allocated nothing: there is no device's name
 	}
 	// Last, so that the device's name means something only when all of it is there.
 	*steps = append(*steps, func(context.Context) error { return cdi.Remove(p.host.CDI, r.spoke, r.claimID) })
@@ -240,7 +256,7 @@ func (r request) claim() kernel.ClaimRequest {
 		Sandbox: r.sandbox, Interface: r.ifname, PodNetns: r.podNetns,
 		PodNamespace: r.pod.namespace, Pod: r.pod.name, PodUID: r.pod.uid,
 		MAC: r.mac, MTU: r.mtu, Promiscuous: r.promisc,
-		Admit: r.admit,
+		Network: r.mark(), Admit: r.admit,
 	}
 }
 
@@ -290,8 +306,14 @@ func (p *Plugin) del(ctx context.Context, args *skel.CmdArgs, o *outcome.Outcome
 			failed = append(failed, err)
 		}
 	}
-	if err := p.releaseOwn(ctx, a); err != nil {
+	places, err := p.places(a)
+	if err != nil {
 		failed = append(failed, err)
+	}
+	for _, a := range places {
+		if err := p.releaseOwn(ctx, a); err != nil {
+			failed = append(failed, err)
+		}
 	}
 	return join(failed)
 }
@@ -354,6 +376,9 @@ func (p *Plugin) check(ctx context.Context, args *skel.CmdArgs) error {
 	}
 	r, addresses, err := r.expect()
 	if err != nil {
+		return err
+	}
+	if r.attachment, err = p.place(r.attachment); err != nil {
 		return err
 	}
 	if _, err := p.record(r.attachment, types.ErrTryAgainLater); err != nil {
@@ -432,26 +457,32 @@ func (p *Plugin) gc(ctx context.Context, args *skel.CmdArgs) error {
 			failed = append(failed, err)
 		}
 	}
-	claims, err := p.claims(ctx, a)
+	places, err := p.places(a)
 	if err != nil {
 		failed = append(failed, err)
 	}
-	for _, c := range stale(claims, a, w.ValidAttachments) {
-		if err := p.release(ctx, a, c.Spoke, c.ID); err != nil {
+	for _, a := range places {
+		claims, err := p.claims(ctx, a)
+		if err != nil {
 			failed = append(failed, err)
+		}
+		for _, c := range stale(claims, a, w.ValidAttachments) {
+			if err := p.release(ctx, a, c.Spoke, c.ID); err != nil {
+				failed = append(failed, err)
+			}
 		}
 	}
 	return join(failed)
 }
 
-// stale are the claims on the attachment's spoke or pool, of its kind, that are none of the valid ones.
+// stale are the claims of the attachment's network that are none of the valid ones.
 // The two networks of a spoke differ in kind, and each is collected with the attachments of its own.
 func stale(claims []segment.Claim, a attachment, valid []types.GCAttachment) []segment.Claim {
 	keep := map[string]bool{}
 	for _, v := range valid {
 		keep[segment.ClaimID(v.ContainerID, v.IfName)] = true
 	}
-	return slices.DeleteFunc(claims, func(c segment.Claim) bool { return !a.takes(c.Spoke) || c.Kind != a.kind || keep[c.ID] })
+	return slices.DeleteFunc(claims, func(c segment.Claim) bool { return !a.isOn(c) || keep[c.ID] })
 }
 
 func (p *Plugin) status(ctx context.Context, args *skel.CmdArgs) error {
@@ -462,6 +493,9 @@ func (p *Plugin) status(ctx context.Context, args *skel.CmdArgs) error {
 	a, err := p.attachment(w, args)
 	if err != nil {
 		return err
+	}
+	if a.vni != 0 {
+		return p.statusOnDemand(ctx, a)
 	}
 	record, err := p.record(a, types.ErrPluginNotAvailable)
 	switch {

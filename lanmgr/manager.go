@@ -433,6 +433,7 @@ func (m *Manager) reconcile(ctx context.Context, name string, want segment.Segme
 		}
 		return r, done, false, false
 	}
+	wanted = wanted && (len(have.Claims()) > 0 || !want.OnDemand)
 	left, leaving := decide(want, wanted, have)
 	r.Leaving = leaving
 	switch {
@@ -443,7 +444,7 @@ func (m *Manager) reconcile(ctx context.Context, name string, want segment.Segme
 	}
 	r.Claims = have.Claims()
 	for _, c := range r.Claims {
-		if !slices.Contains(r.Segment.Spokes, c.Spoke) || leaving {
+		if !slices.Contains(r.Segment.Spokes, c.Spoke) && !segment.IsOnDemand(c.Spoke) || leaving {
 			r.Withdrawn = append(r.Withdrawn, c.Spoke)
 		}
 	}
@@ -501,10 +502,11 @@ func built(left []segment.Op) bool {
 	return !slices.ContainsFunc(left, func(op segment.Op) bool { _, question := op.(segment.Settle); return !question })
 }
 
-// decide is what to do about a segment, and whether it is leaving. One that is attached to stays, and stays whole,
+// decide is what to do about a segment, and whether it is leaving. One on demand is wanted while somebody is attached. One that is attached to stays, and stays whole,
 // when it is not wanted any more or when another LAN wants its name.
 func decide(want segment.Segment, wanted bool, have segment.State) (ops []segment.Op, leaving bool) {
 	claimed := len(have.Claims()) > 0
+	wanted = wanted && (claimed || !want.OnDemand)
 	foreign := wanted && have.Record != nil && have.Record.LAN != want.LAN
 	switch {
 	case wanted && !foreign:

@@ -63,7 +63,8 @@ The daemon must not run on the node: it would build its LANs again. To repeat it
 func (c cleaning) clean(ctx context.Context, out io.Writer) error {
 	errs := []error{
 		// Who would attach goes first.
-		removeAll(c.cniDir, pluginName, "."+pluginName+"-new-*"),
+		removeOurs(c.cniDir),
+		removeAll(c.cniDir, pluginName, "."+pluginName+"-new-*", "."+megalosName+"-new-*"),
 		removeAll(c.pluginsDir, deviceplugin.Sockets),
 	}
 	host := kernel.New(kernel.Paths{Run: c.run})

@@ -12,6 +12,48 @@ import (
 // pluginName is what the CNI plugin is called on a node: the type in the NADs.
 const pluginName = "k8slan"
 
+// megalosName is what it is called beside that for networks of type megalos.
+const megalosName = "megalos"
+
+// installPlugin puts the CNI plugin into its place, under the second name as well where that is wished for. Where it is not, a program of that name is
+// somebody else's unless it is the plugin, which goes.
+func installPlugin(source, dir string, withMegalos bool) (installed bool, err error) {
+	megalos := filepath.Join(dir, megalosName)
+	if !withMegalos {
+		if err := removeOurs(dir); err != nil {
+			return false, err
+		}
+		return installCNI(source, filepath.Join(dir, pluginName))
+	}
+	for _, target := range []string{megalos, filepath.Join(dir, pluginName)} {
+		anew, err := installCNI(source, target)
+		if err != nil {
+			return installed, err
+		}
+		installed = installed || anew
+	}
+	return installed, nil
+}
+
+// removeOurs removes the program of the second name if it is the same as the plugin beside it.
+func removeOurs(dir string) error {
+	megalos := filepath.Join(dir, megalosName)
+	program, err := os.ReadFile(filepath.Join(dir, pluginName))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("read the CNI plugin that is there: %w", err)
+	}
+	if same, err := isInstalled(program, megalos); err != nil || !same {
+		return err
+	}
+	if err := os.Remove(megalos); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("remove the CNI plugin's second name: %w", err)
+	}
+	return nil
+}
+
 // installCNI copies the program source to target, whose directory must exist, in one step: whoever starts it meanwhile gets
 // the old one or the new one, whole. Where the same is there already nothing is written.
 func installCNI(source, target string) (installed bool, err error) {

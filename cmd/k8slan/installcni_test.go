@@ -3,6 +3,7 @@ package main
 import (
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -111,4 +112,48 @@ func TestAFailedInstallationSaysWhatAndLeavesNothing(t *testing.T) {
 	if entries, err := os.ReadDir(parent); err != nil || len(entries) != 0 {
 		t.Errorf("left %v, %v", entries, err)
 	}
+}
+
+func TestThePluginsSecondNameComesAndGoes(t *testing.T) {
+	dir, source := t.TempDir(), filepath.Join(t.TempDir(), "k8slan-cni")
+	write := func(path, content string) {
+		t.Helper()
+		if err := os.WriteFile(path, []byte(content), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	has := func(when string, want ...string) {
+		t.Helper()
+		entries, err := os.ReadDir(dir)
+		var have []string
+		for _, e := range entries {
+			have = append(have, e.Name())
+		}
+		if err != nil || !slices.Equal(have, want) {
+			t.Errorf("%s: there are %v, %v; want %v", when, have, err, want)
+		}
+	}
+	write(source, "plugin")
+	for _, step := range []struct {
+		when    string
+		content string
+		megalos bool
+		want    []string
+	}{
+		{"both", "plugin", true, []string{"k8slan", "megalos"}},
+		{"both, a new one", "plugin 2", true, []string{"k8slan", "megalos"}},
+		{"one, and a new one", "plugin 3", false, []string{"k8slan"}},
+		{"one", "plugin 3", false, []string{"k8slan"}},
+	} {
+		write(source, step.content)
+		if _, err := installPlugin(source, dir, step.megalos); err != nil {
+			t.Fatal(err)
+		}
+		has(step.when, step.want...)
+	}
+	write(filepath.Join(dir, "megalos"), "Megalos' own")
+	if _, err := installPlugin(source, dir, false); err != nil {
+		t.Fatal(err)
+	}
+	has("somebody else's", "k8slan", "megalos")
 }

@@ -8,7 +8,6 @@ import (
 	"net/http"
 	"net/netip"
 	"os"
-	"path/filepath"
 
 	"github.com/spf13/cobra"
 	corev1 "k8s.io/api/core/v1"
@@ -49,6 +48,7 @@ type nodeFlags struct {
 	pluginsDir string
 	cniSource  string
 	cniDir     string
+	megalos    bool
 	kubelet    string // socket of its pod resources
 	vteps      []net.IPNet
 	self       podresources.Pod
@@ -86,6 +86,7 @@ node's network namespace. When it ends, the LANs stay; kubelet offers their spok
 	cmd.Flags().StringVar(&f.cdi, "cdi-dir", cdi.DefaultDir, "`directory` of the container runtime's CDI files")
 	cmd.Flags().StringVar(&f.cniSource, "cni-source", "/k8slan-cni", "the CNI plugin's `file`")
 	cmd.Flags().StringVar(&f.cniDir, "cni-dir", "", "the container runtime's `directory` of CNI plugins, where to put it as k8slan; empty: nowhere")
+	cmd.Flags().BoolVar(&f.megalos, "megalos", false, "put the CNI plugin there as megalos, too, for networks of that type")
 	cmd.Flags().StringVar(&f.pluginsDir, "device-plugin-dir", deviceplugin.Dir, "kubelet's `directory` of device plugins")
 	cmd.Flags().StringVar(&f.kubelet, "pod-resources-socket", podresources.Socket, "`socket` by which kubelet tells of its pods")
 	cmd.Flags().StringVar(&f.self.Name, "pod-name", os.Getenv("POD_NAME"),
@@ -116,7 +117,7 @@ func (f *nodeFlags) runNode(ctx context.Context) error {
 	}
 	// Before spokes are offered; not by an init container, because kubelet refuses them until the daemon is back.
 	if f.cniDir != "" {
-		installed, err := installCNI(f.cniSource, filepath.Join(f.cniDir, pluginName))
+		installed, err := installPlugin(f.cniSource, f.cniDir, f.megalos)
 		if err != nil {
 			return err
 		}

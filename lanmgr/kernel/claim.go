@@ -31,12 +31,17 @@ type ClaimRequest struct {
 
 	PodNamespace, Pod, PodUID string // for people
 
+	Network string // segment.NetworkMark of the CNI network, where the spoke is made on demand; else empty
+
 	MAC         net.HardwareAddr // nil: what segment.Segment.PodMAC derives
 	MTU         int              // bytes; 0: the LAN's
 	Promiscuous bool             // of the link in the pod
 
 	// Admit may refuse the pod by the LAN's record, which nobody changes until the claim is made; nil refuses nobody.
 	Admit func(segment.Segment) error
+
+	// Make says what to build where the LAN is not on the node; nil: that is ErrNoLAN.
+	Make func(context.Context) (segment.Segment, error)
 }
 
 // complete fills in what was not asked for.
@@ -79,18 +84,24 @@ func (n *Node) Claim(ctx context.Context, r ClaimRequest) (Attachment, error) {
 	}
 	defer unlock()
 	want, err := n.Record(r.Netns)
-	if errors.Is(err, ErrNoLAN) {
+	absent := errors.Is(err, ErrNoLAN)
+	if absent && r.Make != nil {
+		want, err = r.Make(ctx)
+	}
+	if absent && err != nil {
 		return Attachment{}, errors.Join(err, removeFile(n.lockPath(r.Netns)))
 	}
 	if err != nil {
 		return Attachment{}, err
 	}
 	if r.Admit != nil {
-		if err := r.Admit(want); err != nil {
+		if err := r.Admit(want); err != nil && absent {
+			return Attachment{}, errors.Join(err, removeFile(n.lockPath(r.Netns)))
+		} else if err != nil {
 			return Attachment{}, err
 		}
 	}
-	if !slices.Contains(want.Spokes, r.Spoke) {
+	if !segment.IsOnDemand(r.Spoke) && !slices.Contains(want.Spokes, r.Spoke) {
 		return Attachment{}, fmt.Errorf("%w: %q", ErrNoSpoke, r.Spoke)
 	}
 	if err := r.complete(want); err != nil {
@@ -98,6 +109,9 @@ func (n *Node) Claim(ctx context.Context, r ClaimRequest) (Attachment, error) {
 	}
 	c := &claiming{ClaimRequest: r, want: want, node: n}
 	defer c.close()
+	if want.OnDemand {
+		c.undo = append(c.undo, func() error { return n.endUnclaimed(context.WithoutCancel(ctx), r.Netns) })
+	}
 	a, err := c.run(ctx)
 	if err != nil {
 		return Attachment{}, errors.Join(err, c.undoAll())
@@ -170,6 +184,11 @@ func (c *claiming) run(ctx context.Context) (Attachment, error) {
 
 // standing makes sure of what the daemon built ahead of time, and builds what is missing in its place.
 func (c *claiming) standing(ctx context.Context) error {
+	if c.want.OnDemand { // nobody builds it ahead of time, and who was about to may have been killed
+		if err := c.build(ctx); err != nil {
+			return err
+		}
+	}
 	complete, err := c.find()
 	if err != nil || complete {
 		return err
@@ -180,13 +199,18 @@ func (c *claiming) standing(ctx context.Context) error {
 	}
 	c.lan.close()
 	c.lan = nil
-	_, err = c.node.reconcile(ctx, c.Netns, func(have segment.State) []segment.Op { return segment.Diff(c.want, have) })
-	if err != nil {
+	if err := c.build(ctx); err != nil {
 		return err
 	}
 	if complete, err = c.find(); err == nil && !complete {
-		err = fmt.Errorf("the standing pair of spoke %s could not be built", c.Spoke)
+		err = fmt.Errorf("what spoke %s needs of the segment could not be built", c.Spoke)
 	}
+	return err
+}
+
+// build brings the segment in order.
+func (c *claiming) build(ctx context.Context) error {
+	_, err := c.node.reconcile(ctx, c.Netns, func(have segment.State) []segment.Op { return segment.Diff(c.want, have) })
 	return err
 }
 
@@ -203,15 +227,15 @@ func (c *claiming) find() (complete bool, err error) {
 		}
 		c.lan = lan
 	}
-	for _, l := range []struct {
+	type part struct {
 		name string
 		to   *netlink.Link
-	}{
-		{c.want.Bridge, &c.bridge},
-		{segment.PortName(c.Spoke), &c.port},
-		{segment.PlugName(c.Spoke), &c.plug},
-		{c.Spoke, &c.carrier},
-	} {
+	}
+	needed := []part{{c.want.Bridge, &c.bridge}}
+	if !c.onDemand() {
+		needed = append(needed, part{segment.PortName(c.Spoke), &c.port}, part{segment.PlugName(c.Spoke), &c.plug}, part{c.Spoke, &c.carrier})
+	}
+	for _, l := range needed {
 		var ok bool
 		if *l.to, ok, err = c.lan.link(l.name); err != nil || !ok {
 			return false, err
@@ -222,6 +246,9 @@ func (c *claiming) find() (complete bool, err error) {
 
 // takeOver ends the claim of another sandbox: of a pod that kubelet has given up but whose sandbox still stands.
 func (c *claiming) takeOver(ctx context.Context) error {
+	if c.onDemand() {
+		return nil // the spoke is this pod's alone
+	}
 	alias, end := c.carrier.Attrs().Alias, func(id string) error { return c.node.endVeth(c.lan, c.Spoke, id) }
 	id := c.carrier.Attrs().Name
 	if !segment.IsClaimID(id) {
@@ -252,7 +279,32 @@ func (n *Node) endVeth(lan *conn, spoke, claimID string) error {
 	if err := lan.delLink(claimID); err != nil {
 		return fmt.Errorf("delete the link of claim %s: %w", claimID, err)
 	}
+	if segment.IsOnDemand(spoke) {
+		return nil
+	}
 	return lan.standBy(spoke)
+}
+
+// onDemand says whether the spoke is made with the claim.
+func (c *claiming) onDemand() bool { return segment.IsOnDemand(c.Spoke) }
+
+// endUnclaimed takes a segment away that is there for who is attached, where nobody is. The caller has its lock.
+func (n *Node) endUnclaimed(ctx context.Context, netnsName string) error {
+	if record, err := n.Record(netnsName); err == nil && !record.OnDemand || err != nil && !errors.Is(err, ErrNoLAN) {
+		return nil // one that cannot be read is the daemon's to judge
+	}
+	nothing := false
+	_, err := n.reconcile(ctx, netnsName, func(have segment.State) []segment.Op {
+		if len(have.Claims()) > 0 {
+			return nil
+		}
+		nothing = !have.Exists && !have.Lost && !have.Dead
+		return segment.Teardown(have)
+	})
+	if err == nil && nothing { // else the lock went with the namespace
+		err = removeFile(n.lockPath(netnsName))
+	}
+	return err
 }
 
 // standBy lets a spoke's standing port carry its frames.
@@ -313,7 +365,7 @@ func (n *Node) endMacvtap(ctx context.Context, lan *conn, want segment.Segment, 
 func (c *claiming) claim() segment.Claim {
 	return segment.Claim{
 		ID: c.ID(), Spoke: c.Spoke, Kind: c.Kind, PodNamespace: c.PodNamespace, Pod: c.Pod, PodUID: c.PodUID,
-		Interface: c.Interface, Sandbox: c.Sandbox, MAC: c.MAC, Since: time.Now(),
+		Interface: c.Interface, Sandbox: c.Sandbox, Network: c.Network, MAC: c.MAC, Since: time.Now(),
 	}
 }
 
@@ -336,9 +388,9 @@ func (c *claiming) veth() (Attachment, error) {
 		{"put it into the bridge", func() error { return c.lan.LinkSetMasterByIndex(v, c.bridge.Attrs().Index) }},
 		{"open it for link-local frames", func() error { return c.lan.setForwardMask(v) }},
 		{"have its frames finished", func() error { return c.finished(c.lan, id) }},
-		{"take the spoke's name off the standing port", func() error { return c.lan.LinkDelAltName(c.port, c.Spoke) }},
+		{"take the spoke's name off the standing port", c.unnamePort},
 		{"give it the spoke's name", func() error { return c.lan.LinkAddAltName(v, c.Spoke) }},
-		{"set the standing port down", func() error { return c.lan.LinkSetDown(c.port) }},
+		{"set the standing port down", c.portDown},
 		{"set it up", func() error { return c.lan.LinkSetUp(v) }},
 	}
 	for _, s := range steps {
@@ -352,6 +404,20 @@ func (c *claiming) veth() (Attachment, error) {
 	att, err := c.podLink()
 	att.HostInterface = id
 	return att, err
+}
+
+func (c *claiming) unnamePort() error {
+	if c.port == nil { // a spoke on demand
+		return nil
+	}
+	return c.lan.LinkDelAltName(c.port, c.Spoke)
+}
+
+func (c *claiming) portDown() error {
+	if c.port == nil {
+		return nil
+	}
+	return c.lan.LinkSetDown(c.port)
 }
 
 // finished has what leaves by a new link bear finished checksums, if that is wished of the spoke.
@@ -450,7 +516,7 @@ func (c *claiming) vxlanUp() error {
 }
 
 // Release ends a claim and makes the spoke wait for the next pod. A claim that is not there is no error: it may have
-// been taken over, or have gone with its pod.
+// been taken over, or have gone with its pod. A segment that is there for who is attached goes with its last claim.
 func (n *Node) Release(ctx context.Context, netnsName, spoke, claimID string) error {
 	if err := checkName(netnsName); err != nil {
 		return err
@@ -460,10 +526,21 @@ func (n *Node) Release(ctx context.Context, netnsName, spoke, claimID string) er
 		return err
 	}
 	defer unlock()
+	if err := n.release(ctx, netnsName, spoke, claimID); err != nil || !segment.IsOnDemand(spoke) {
+		return err
+	}
+	return n.endUnclaimed(ctx, netnsName)
+}
+
+// release is Release for those who have the lock.
+func (n *Node) release(ctx context.Context, netnsName, spoke, claimID string) error {
 	s := segment.State{Netns: netnsName}
 	lan, err := n.reach(&s)
 	if err != nil {
 		return err
+	}
+	if lan == nil && segment.IsOnDemand(spoke) {
+		return nil
 	}
 	if lan == nil {
 		return removeFile(n.lockPath(netnsName))

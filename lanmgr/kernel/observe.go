@@ -23,6 +23,11 @@ func (n *Node) Observe(_ context.Context, netnsName string) (segment.State, erro
 	} else if !errors.Is(err, ErrNoLAN) && !isDamaged(err) {
 		return s, err
 	}
+	if s.Record != nil && s.Record.OnDemand {
+		if err := n.follow(netnsName); err != nil {
+			return s, fmt.Errorf("observe %s: %w", netnsName, err)
+		}
+	}
 	h, err := n.take(&s)
 	if err != nil || h == nil {
 		return s, err
@@ -43,6 +48,27 @@ func (n *Node) Observe(_ context.Context, netnsName string) (segment.State, erro
 		}
 	}
 	return s, nil
+}
+
+// follow lets go of a namespace in hand whose name stands for another one: another process took the segment away and made it anew.
+func (n *Node) follow(name string) error {
+	h := n.inHand(name)
+	if h == nil {
+		return nil
+	}
+	defer n.giveBack(h)
+	if named, err := h.inode.isAt(n.netnsPath(name)); named || err != nil {
+		return err
+	}
+	ns, err := openNetns(n.netnsPath(name))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // somebody took the name alone
+	}
+	if err != nil {
+		return err
+	}
+	n.letGo(name)
+	return ns.Close()
 }
 
 // isDamaged says whether a record is there but cannot be understood; it is written anew then.

@@ -317,7 +317,7 @@ func (n *Node) readUevents(ctx context.Context, f *os.File, poke func(string)) e
 	}, func() { n.pokeAll(poke) })
 }
 
-// readMountEvents pokes the segments whose name no longer stands for their namespace. The mount table signals a
+// readMountEvents pokes the segments whose name no longer stands for their namespace, and those that another process has made. The mount table signals a
 // change by POLLPRI (mounts_poll in fs/proc_namespace.c).
 func (n *Node) readMountEvents(ctx context.Context, poke func(string)) error {
 	// Not an os.File: the runtime's own poll of that would take some of the signals, for each is given once per file.
@@ -342,6 +342,17 @@ func (n *Node) readMountEvents(ctx context.Context, poke func(string)) error {
 		}
 		for _, name := range n.heldNames() {
 			if lost, err := n.lost(name); lost || err != nil {
+				poke(name)
+			}
+		}
+		names, err := n.List()
+		if err != nil {
+			return err
+		}
+		for _, name := range names {
+			if h := n.inHand(name); h != nil {
+				n.giveBack(h)
+			} else {
 				poke(name)
 			}
 		}

@@ -103,7 +103,9 @@ type Agent struct {
 	underlays *kernel.Underlays // nil: not known yet
 
 	// Of the main loop alone.
-	plans    []Plan
+	plans    []Plan // of LAN objects, and then those on demand
+	objects  int    // how many are of LAN objects
+	here     Node
 	planned  bool
 	records  []segment.Segment // of an earlier run; nil once the manager has looked at all that it left
 	lans     map[types.UID]*v1beta1.LAN
@@ -163,6 +165,9 @@ func (a *Agent) Run(ctx context.Context) error {
 		case <-retry.timer.C:
 		case <-a.Strangers.Changed():
 		case <-a.Manager.Changed():
+			if a.demand() {
+				a.want()
+			}
 			a.report()
 			continue
 		case <-learnt:
@@ -205,18 +210,34 @@ func (a *Agent) plan(ctx context.Context) error {
 			return err
 		}
 	}
-	node := Node{
+	a.here = Node{
 		Name: a.Node, Labels: self.Labels, Addresses: internalIPs(&self), Underlays: *underlays, VTEPs: a.VTEPs,
 		EVPN: a.Fabric != nil,
 	}
 	if err := a.setReflectors(ctx); err != nil {
 		return err
 	}
-	a.plans, a.planned = planAll(lans.Items, node, a.now()), true
+	a.plans, a.planned = planAll(lans.Items, a.here, a.now()), true
+	a.objects = len(a.plans)
 	oneLANPerVNI(a.plans)
+	a.demand()
 	a.want()
 	a.publisher.setOwner(&self)
 	return nil
+}
+
+// demand plans the LANs that no object wants, as the manager has found them, and says whether they are others than before.
+func (a *Agent) demand() (changed bool) {
+	if !a.planned {
+		return false
+	}
+	now := onDemand(a.plans[:a.objects], a.Manager.Reports(), a.here)
+	if slices.EqualFunc(now, a.plans[a.objects:], func(x, y Plan) bool { return x.Segment.Equal(y.Segment) }) {
+		return false
+	}
+	a.plans = append(a.plans[:a.objects:a.objects], now...)
+	oneLANPerVNI(a.plans)
+	return true
 }
 
 // want has the manager make what is planned, with what is known of other nodes, and says whether there is news of the fabric to report:
@@ -382,7 +403,7 @@ func (a *Agent) gone() []v1beta1.GoneLAN {
 func (a *Agent) tell(reports []lanmgr.Report) {
 	byNetns := index(reports)
 	told := make(map[types.UID]Problem, len(a.told))
-	for _, p := range a.plans {
+	for _, p := range a.plans[:a.objects] {
 		uid := types.UID(p.Segment.LAN.UID)
 		before := a.told[uid]
 		now, well := p.Problem, false

@@ -237,8 +237,8 @@ type overhead struct {
 }
 
 var (
-	overhead4 = overhead{least: 50, reserve: 58}
-	overhead6 = overhead{least: 70, reserve: 78}
+	overhead4 = overhead{least: 50, reserve: segment.Reserve4}
+	overhead6 = overhead{least: 70, reserve: segment.Reserve6}
 )
 
 func firstProblem(problems ...Problem) Problem {

@@ -359,6 +359,10 @@ func (d *diff) vxlan() {
 
 // spoke brings a spoke's standing pair in order, and the claim link of the pod that is attached.
 func (d *diff) spoke(spoke string) {
+	if IsOnDemand(spoke) {
+		d.onDemand(spoke)
+		return
+	}
 	port, havePort := d.links[PortName(spoke)]
 	plug, havePlug := d.links[PlugName(spoke)]
 	if !havePort || !havePlug {
@@ -391,6 +395,19 @@ func (d *diff) spoke(spoke string) {
 	d.settings(plug, d.want.MTU, true)
 	d.settings(port, PortMTU(d.want.MTU), carrier.Name == port.Name)
 	d.settle(plug)
+}
+
+// onDemand brings the link of a claim in order that has no standing pair behind it.
+func (d *diff) onDemand(spoke string) {
+	claim, ok := d.vethClaim(spoke)
+	if !ok {
+		return
+	}
+	if !claim.answersTo(spoke) {
+		d.do(AddAltName{claim.Name, spoke})
+	}
+	d.port(claim)
+	d.settings(claim, d.want.MTU, true)
 }
 
 // vethClaim is the link by which a pod is attached to the spoke.

@@ -21,8 +21,13 @@ type LAN struct {
 	UID       string `json:"uid"`
 }
 
-// String is namespace/name.
-func (l LAN) String() string { return l.Namespace + "/" + l.Name }
+// String is namespace/name, or the name alone of what is no LAN object.
+func (l LAN) String() string {
+	if l.Namespace == "" {
+		return l.Name
+	}
+	return l.Namespace + "/" + l.Name
+}
 
 // Segment is a LAN as one node must build it.
 type Segment struct {
@@ -39,6 +44,7 @@ type Segment struct {
 	MACByOrdinal      []string `json:"macByOrdinal,omitempty"`  // sorted: pools whose pods have MACs by their ordinals
 	Node              string   `json:"node,omitempty"`          // its name, which the MACs of ports depend on; empty where there is no pool
 	AllowedNamespaces []string `json:"allowedNamespaces,omitempty"`
+	OnDemand          bool     `json:"onDemand,omitempty"` // no LAN object wants it: it is there for who is attached, and goes with the last
 
 	// Remotes are the other nodes that take part, sorted, where the VXLAN has no group; nil: not known, those that stand stay.
 	// They are not in the record: only who watches the other nodes knows them.
@@ -67,7 +73,7 @@ func (s Segment) Equal(o Segment) bool {
 		s.MTU == o.MTU && s.VXLAN == o.VXLAN &&
 		slices.Equal(s.Spokes, o.Spokes) && slices.Equal(s.TxChecksumOff, o.TxChecksumOff) &&
 		slices.Equal(s.MACByOrdinal, o.MACByOrdinal) && s.Node == o.Node &&
-		slices.Equal(s.AllowedNamespaces, o.AllowedNamespaces) &&
+		slices.Equal(s.AllowedNamespaces, o.AllowedNamespaces) && s.OnDemand == o.OnDemand &&
 		(s.Remotes == nil) == (o.Remotes == nil) && slices.Equal(s.Remotes, o.Remotes) &&
 		(s.FDB == nil) == (o.FDB == nil) && slices.Equal(s.FDB, o.FDB) && s.Partial == o.Partial
 }
@@ -107,6 +113,7 @@ type Claim struct {
 	PodUID       string
 	Interface    string // in the pod
 	Sandbox      string // container ID, possibly cut short
+	Network      string // mark of the CNI network, where a LAN has more than its spokes'; else empty
 	MAC          net.HardwareAddr
 	Since        time.Time
 }
@@ -129,6 +136,26 @@ func IsClaimID(name string) bool {
 	_, err := hex.DecodeString(name[1:])
 	return err == nil
 }
+
+// SpokeOnDemand is the spoke of a claim that takes none of the LAN's: it is made with the claim, without a standing pair, and goes with it.
+// No LAN's own spoke has so long a name.
+func SpokeOnDemand(claimID string) string { return strings.TrimPrefix(claimID, claimPrefix) }
+
+// IsOnDemand says whether a spoke is made with its claim.
+func IsOnDemand(spoke string) bool { return IsClaimID(claimPrefix + spoke) }
+
+// NetworkMark tells the claims of one CNI network from those of others in the same LAN: a network's name is too long for an alias.
+func NetworkMark(network string) string {
+	sum := sha256.Sum256([]byte(network))
+	return hex.EncodeToString(sum[:4])
+}
+
+// Reserve4 and Reserve6 are what a VXLAN over IPv4 and IPv6 adds to a packet of the LAN, in bytes: inner Ethernet with two VLAN tags,
+// VXLAN, UDP and IP.
+const (
+	Reserve4 = 58
+	Reserve6 = 78
+)
 
 // PortName is the bridge's end of a spoke's standing pair. This underscore cannot occur in a spoke's own name.
 func PortName(spoke string) string { return spoke + "_b" }
@@ -223,8 +250,12 @@ func (c Claim) Alias() string {
 		sandbox = sandbox[:sandboxLen]
 	}
 	// The pod comes last: its name can be 253 characters long and is the one thing that may be cut.
-	s := fmt.Sprintf("%s spoke=%s if=%s mac=%s since=%s sandbox=%s uid=%s pod=%s/%s", c.Kind, c.Spoke, c.Interface, c.MAC,
-		c.Since.UTC().Format(time.RFC3339), sandbox, c.PodUID, c.PodNamespace, c.Pod)
+	network := ""
+	if c.Network != "" {
+		network = " net=" + c.Network
+	}
+	s := fmt.Sprintf("%s spoke=%s if=%s mac=%s since=%s sandbox=%s%s uid=%s pod=%s/%s", c.Kind, c.Spoke, c.Interface, c.MAC,
+		c.Since.UTC().Format(time.RFC3339), sandbox, network, c.PodUID, c.PodNamespace, c.Pod)
 	if len(s) > maxAlias {
 		s = s[:maxAlias]
 	}
@@ -267,6 +298,8 @@ func ParseAlias(id, alias string) (c Claim, ok bool) {
 			c.Since, _ = time.Parse(time.RFC3339, value)
 		case "sandbox":
 			c.Sandbox = value
+		case "net":
+			c.Network = value
 		case "uid":
 			c.PodUID = value
 		case "pod":

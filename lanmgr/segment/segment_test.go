@@ -7,6 +7,7 @@ import (
 	"maps"
 	"net"
 	"net/netip"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -562,5 +563,44 @@ func TestAVXLANIsToldWhereMACsAre(t *testing.T) {
 	}
 	if one.Equal(none) || none.Equal(unknown) || none.Equal(partial) || !one.Recorded().Equal(none.Recorded()) {
 		t.Error("wishes that differ in what is told are taken for the same, or their records for different ones")
+	}
+}
+
+// A spoke that is made with its claim has no standing pair, and goes with it.
+func TestASpokeOnDemandIsItsClaimsLinkAlone(t *testing.T) {
+	id := segment.ClaimID("c1", "net1")
+	spoke := segment.SpokeOnDemand(id)
+	if !segment.IsOnDemand(spoke) || segment.IsOnDemand("srl") || segment.IsOnDemand("web_0") || segment.IsOnDemand(id) {
+		t.Fatalf("%q is not told from others", spoke)
+	}
+	claim := segment.Claim{
+		ID: id, Spoke: spoke, Kind: segment.Veth, PodNamespace: "default", Pod: "r1", Interface: "net1", Sandbox: "c1",
+		Network: segment.NetworkMark("katlab-a"), MAC: net.HardwareAddr{2, 0, 0, 0, 0, 1}, Since: time.Unix(1000, 0).UTC(),
+	}
+	if got, ok := segment.ParseAlias(id, claim.Alias()); !ok || !reflect.DeepEqual(got, claim) {
+		t.Fatalf("alias %q is read as %+v", claim.Alias(), got)
+	}
+	want := segment.Segment{LAN: segment.LAN{Name: "megalos:5"}, Netns: "megalos-5", Bridge: "br5", MTU: 1442, OnDemand: true}
+	have := segment.State{
+		Netns: want.Netns, Exists: true, Silent: true, Record: &want,
+		Links: []segment.Link{
+			{Index: 2, Name: "br5", Type: "bridge", MTU: 1442, Up: true},
+			{Index: 3, Name: id, Type: "veth", MTU: 1442, Up: true, Master: 2, ForwardMask: segment.ForwardMask, AltNames: []string{spoke}, Alias: claim.Alias()},
+		},
+	}
+	if ops := segment.Diff(want, have); len(ops) != 0 {
+		t.Errorf("to do: %v", ops)
+	}
+	have.Links[1].AltNames, have.Links[1].Master = nil, 0
+	var did []string
+	for _, op := range segment.Diff(want, have) {
+		did = append(did, op.String())
+	}
+	if want := "ip link property add " + id + " altname " + spoke; len(did) != 3 || did[0] != want {
+		t.Errorf("repaired by %q", did)
+	}
+	have.Links[1].Up = false // made, and its plugin was killed
+	if ops := segment.Diff(want, have); len(ops) != 1 || ops[0].String() != "ip link del "+id {
+		t.Errorf("what never was attached: %v", ops)
 	}
 }

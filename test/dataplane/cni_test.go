@@ -45,6 +45,7 @@ type sandbox struct {
 	host   host
 	id     string
 	ifname string
+	mac    string // that CNI_ARGS asks for; empty: none
 }
 
 func (h host) sandbox(t *testing.T) sandbox {
@@ -111,9 +112,13 @@ func (s sandbox) command(verb string) (*exec.Cmd, error) {
 		return nil, err
 	}
 	cmd := exec.Command(binary)
+	args := "IgnoreUnknown=1;K8S_POD_NAMESPACE=default;K8S_POD_NAME=" + s.id + ";K8S_POD_UID=1234"
+	if s.mac != "" {
+		args += ";MAC=" + s.mac
+	}
 	cmd.Env = []string{
 		"CNI_COMMAND=" + verb, "CNI_CONTAINERID=" + s.id, "CNI_NETNS=" + s.Path, "CNI_IFNAME=" + s.ifname, "CNI_PATH=" + s.host.plugins(),
-		"CNI_ARGS=IgnoreUnknown=1;K8S_POD_NAMESPACE=default;K8S_POD_NAME=" + s.id + ";K8S_POD_UID=1234",
+		"CNI_ARGS=" + args,
 		"K8SLAN_RUN_DIR=" + s.host.Run, "K8SLAN_CDI_DIR=" + s.host.CDI,
 	}
 	return cmd, nil

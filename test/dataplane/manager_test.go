@@ -20,7 +20,8 @@ import (
 type managed struct {
 	host
 	*lanmgr.Manager
-	stop func()
+	daemon *kernel.Node // the process's own
+	stop   func()
 }
 
 // manage starts the daemon's manager on the node, as a new process would: with a kernel of its own. It ends with the
@@ -29,7 +30,7 @@ func (h host) manage(t *testing.T) managed {
 	t.Helper()
 	k := kernel.New(kernel.Paths{Run: h.Run, HostNetns: h.Path})
 	log := slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelWarn}))
-	m := managed{host: h, Manager: lanmgr.New(k, h.CDI, log)}
+	m := managed{host: h, Manager: lanmgr.New(k, h.CDI, log), daemon: k}
 	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
 	var running sync.WaitGroup
 	for what, run := range map[string]func() error{

@@ -1,0 +1,53 @@
+package node
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/k8slan/k8slan/crd/v1beta1"
+	"github.com/k8slan/k8slan/lanmgr"
+	"github.com/k8slan/k8slan/lanmgr/kernel"
+	"github.com/k8slan/k8slan/lanmgr/segment"
+)
+
+// onDemand are the LANs that no object wants, sorted by netns: the CNI plugin made them for pods that are attached. They stay as it made them, but for
+// the underlay, as long as one is. A name that a LAN object has is that LAN's.
+func onDemand(objects []Plan, reports []lanmgr.Report, node Node) []Plan {
+	var plans []Plan
+	for _, r := range reports {
+		taken := slices.ContainsFunc(objects, func(p Plan) bool { return p.Segment.Netns == r.Segment.Netns })
+		if r.Segment.OnDemand && len(r.Claims) > 0 && !taken {
+			plans = append(plans, planOnDemand(r.Segment.Recorded(), node))
+		}
+	}
+	return plans
+}
+
+func planOnDemand(s segment.Segment, node Node) Plan {
+	device, found := node.Underlays.Devices[s.VXLAN.Underlay]
+	s.VXLAN.UnderlayIndex = device.Index // 0 where there is none
+	s.VXLAN.Local = sourceOnDemand(device, s.VXLAN.Local)
+	p := Plan{Segment: s, VTEP: s.VXLAN.Local, EVPN: true}
+	switch {
+	case !found:
+		p.Problem = Problem{v1beta1.ReasonUnderlayMissing, fmt.Sprintf(
+			"device %q, which the network names as master, is gone: frames reach no other node. Make it again", s.VXLAN.Underlay), false}
+	case !node.EVPN:
+		p.Problem = Problem{v1beta1.ReasonBGPDown, "the daemon was started without BGP (--evpn-as, --evpn-peer): frames reach no other node. Start it with them", false}
+	default:
+		p.Problem = firstProblem(vtepWish{}.problem(s.VXLAN.Underlay, device, p.VTEP, v1beta1.EVPN), linkProblem(s.VXLAN.Underlay, device))
+	}
+	return p
+}
+
+// sourceOnDemand is the address that the LAN has had or, where the device has lost it, another of that family.
+func sourceOnDemand(device kernel.Underlay, had netip.Addr) netip.Addr {
+	if slices.Contains(device.Addresses, had) {
+		return had
+	}
+	if i := slices.IndexFunc(device.Addresses, func(a netip.Addr) bool { return a.Is4() == had.Is4() }); i >= 0 {
+		return device.Addresses[i]
+	}
+	return had
+}

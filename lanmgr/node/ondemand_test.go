@@ -1,0 +1,108 @@
+package node_test
+
+import (
+	"net/netip"
+	"slices"
+	"testing"
+
+	"github.com/k8slan/k8slan/crd/v1beta1"
+	"github.com/k8slan/k8slan/lanmgr"
+	"github.com/k8slan/k8slan/lanmgr/evpn"
+	"github.com/k8slan/k8slan/lanmgr/kernel"
+	"github.com/k8slan/k8slan/lanmgr/segment"
+)
+
+// made is a segment as the CNI plugin makes it for a VNI.
+func made() segment.Segment {
+	return segment.Segment{
+		LAN: segment.LAN{Name: "megalos:5001"}, Netns: "megalos-5001", Bridge: "br5001", MTU: 1442,
+		VXLAN: segment.VXLAN{
+			Name: "vx5001", VNI: 5001, Port: 4789, Local: netip.MustParseAddr("192.0.2.1"), Underlay: "eth0", UnderlayIndex: 2, NoLearning: true,
+		},
+		AllowedNamespaces: []string{"*"}, OnDemand: true,
+	}
+}
+
+// finds has the manager find what the plugin has made.
+func (m *fakeManager) finds(s segment.Segment, claims ...segment.Claim) {
+	m.change(func() {
+		m.claims[s.Netns] = claims
+		m.reports = append(m.reports, lanmgr.Report{Segment: s, Leaving: true, Claims: claims})
+	})
+}
+
+// onDemandWorld has an underlay device with the LAN's address.
+func onDemandWorld(t *testing.T, f *fakeFabric) *world {
+	w := newWorld(t)
+	device := w.kernel.underlays.Devices["eth0"]
+	device.Addresses = []netip.Addr{made().VXLAN.Local}
+	w.kernel.underlays.Devices["eth0"] = device
+	if f != nil {
+		f.board, f.changed = w.board, make(chan struct{}, 1)
+		w.fabric = f
+	}
+	w.start()
+	w.awaitOffer("")
+	return w
+}
+
+// What the plugin has made for a VNI is kept, joined to EVPN and reported as long as a pod is on it, and offered to nobody.
+func TestALANThatNoObjectWantsStaysWithItsPods(t *testing.T) {
+	f := &fakeFabric{told: segment.Segment{Remotes: []netip.Addr{netip.MustParseAddr("192.0.2.2")}}}
+	w := onDemandWorld(t, f)
+	pod := claim(segment.SpokeOnDemand(segment.ClaimID("r1", "net1")), "r1")
+	w.manager.finds(made(), pod)
+	lanNode := w.awaitStatus("the LAN to be Ready", ready)
+	s := lanNode.Status.Segments[0]
+	if s.LAN != "megalos:5001" || s.VNI != 5001 || s.VTEP != "192.0.2.1" || s.Offered != 0 || len(s.Attachments) != 1 || s.Attachments[0].Pod != "default/r1" {
+		t.Errorf("LANNode says %+v", s)
+	}
+	w.await(t, "the LAN to be in the fabric", f.has(map[string]evpn.LAN{"megalos-5001": {
+		VNI: 5001, VTEP: made().VXLAN.Local, Claimed: true, Attached: []evpn.MAC{evpn.MAC(pod.MAC)},
+	}}))
+	w.await(t, "what is told to be wanted", func() bool {
+		_, want := w.manager.wanted()
+		return len(want) == 1 && len(want[0].Remotes) == 1 && want[0].Recorded().Equal(made())
+	})
+	w.manager.change(func() { w.manager.claims = map[string][]segment.Claim{} })
+	w.awaitStatus("nothing to be left", func(s v1beta1.LANNodeStatus) bool { return len(s.Segments) == 0 })
+	w.await(t, "nothing to be told", f.has(map[string]evpn.LAN{}))
+	if w.offered() != "" {
+		t.Errorf("offered %s", w.offered())
+	}
+}
+
+func TestALANThatNoObjectWantsSaysWhatItLacks(t *testing.T) {
+	w := onDemandWorld(t, nil)
+	w.manager.finds(made(), claim(segment.SpokeOnDemand(segment.ClaimID("r1", "net1")), "r1"))
+	reason := func(want string) {
+		t.Helper()
+		w.awaitStatus(want, func(s v1beta1.LANNodeStatus) bool {
+			return len(s.Segments) == 1 && s.Segments[0].State == v1beta1.SegmentDegraded && s.Segments[0].Reason == want && s.Segments[0].Message != ""
+		})
+	}
+	reason(v1beta1.ReasonBGPDown)
+	w.kernel.change(func() { w.kernel.underlays = kernel.Underlays{Devices: map[string]kernel.Underlay{}} })
+	reason(v1beta1.ReasonUnderlayMissing)
+}
+
+// A LAN object has its name before one that no object wants.
+func TestALANObjectsNameIsItsOwn(t *testing.T) {
+	w := newWorld(t, lab(nil))
+	w.start()
+	w.awaitStatus("the object's LAN", ready)
+	w.manager.finds(made(), claim(segment.SpokeOnDemand(segment.ClaimID("r1", "net1")), "r1"))
+	wanted := func(names ...string) func() bool {
+		return func() bool {
+			_, want := w.manager.wanted()
+			var have []string
+			for _, s := range want {
+				have = append(have, s.LAN.String())
+			}
+			return slices.Equal(have, names)
+		}
+	}
+	w.await(t, "both to be wanted", wanted("default/lab", "megalos:5001"))
+	w.update(func(l *v1beta1.LAN) { l.Status.Holds.NS = "megalos-5001" })
+	w.await(t, "the object's alone to be wanted", wanted("default/lab"))
+}

@@ -1,0 +1,296 @@
+package dataplane
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"net"
+	"net/netip"
+	"sync"
+	"testing"
+
+	"github.com/k8slan/k8slan/cni"
+	"github.com/k8slan/k8slan/lanmgr"
+	"github.com/k8slan/k8slan/lanmgr/bgp"
+	"github.com/k8slan/k8slan/lanmgr/evpn"
+	"github.com/k8slan/k8slan/lanmgr/fabric"
+	"github.com/k8slan/k8slan/lanmgr/segment"
+	"github.com/k8slan/k8slan/test/frames"
+	"github.com/k8slan/k8slan/test/netns"
+)
+
+// megalos is a network as Kathará writes it.
+func megalos(name string, vni uint32) keys {
+	return keys{"cniVersion": "0.3.0", "name": name, "type": "megalos", "suffix": name, "vxlanId": vni, "master": netns.UnderlayDevice}
+}
+
+// madeFor is what a node has of a VNI, as far as tests name it.
+func madeFor(vni uint32) segment.Segment {
+	return segment.Segment{
+		Netns: fmt.Sprintf("megalos-%d", vni), Bridge: fmt.Sprintf("br%d", vni),
+		VXLAN: segment.VXLAN{Name: fmt.Sprintf("vx%d", vni), VNI: vni},
+	}
+}
+
+// serveDemand starts what a daemon does for LANs that no object wants: those with a pod are kept and joined to EVPN. The node is number n of its fabric.
+func (h host) serveDemand(t *testing.T, n byte, reflector netip.AddrPort) *speaker {
+	t.Helper()
+	source := netip.AddrFrom4([4]byte{127, 0, 0, 1 + n})
+	m := h.manage(t)
+	fab := fabric.New(fabric.Config{
+		AS: 65000, RouterID: source, Stations: m.daemon, Log: slog.New(slog.DiscardHandler),
+		Peers: []bgp.Peer{{Address: reflector.Addr(), Port: reflector.Port(), AS: 65000, Source: source, IPv6VTEPs: true}},
+	})
+	m.Set(nil)
+	ctx, cancel := context.WithCancel(context.Background())
+	var tasks sync.WaitGroup
+	tasks.Go(func() {
+		if err := fab.Run(ctx); err != nil && !errors.Is(err, context.Canceled) {
+			t.Error(err)
+		}
+	})
+	tasks.Go(func() {
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case <-fab.Changed():
+			case <-m.Changed():
+				lans := map[string]evpn.LAN{}
+				for _, r := range m.Reports() {
+					lan := evpn.LAN{VNI: r.Segment.VXLAN.VNI, VTEP: r.Segment.VXLAN.Local, Claimed: len(r.Claims) > 0}
+					for _, c := range r.Claims {
+						lan.Attached = append(lan.Attached, evpn.MAC(c.MAC))
+					}
+					if !r.Leaving {
+						lans[r.Segment.Netns] = lan
+					}
+				}
+				fab.Set(lans)
+			}
+			var want []segment.Segment
+			for _, r := range m.Reports() {
+				if s := r.Segment.Recorded(); s.OnDemand && len(r.Claims) > 0 {
+					fab.Fill(&s)
+					want = append(want, s)
+				}
+			}
+			m.Set(want)
+		}
+	})
+	sp := &speaker{managed: m, fabric: fab, leave: sync.OnceFunc(func() {
+		cancel()
+		tasks.Wait()
+		m.stop()
+	})}
+	t.Cleanup(sp.leave)
+	return sp
+}
+
+// joinVNI attaches an interface of a pod with a MAC, and speaks there.
+func (s sandbox) joinVNI(t *testing.T, lan segment.Segment, config keys) netns.Wire {
+	t.Helper()
+	out := s.must(t, "ADD", config)
+	var result struct {
+		CNIVersion string
+		Interfaces []struct{ Name, MAC, Sandbox string }
+	}
+	if err := json.Unmarshal(out, &result); err != nil || len(result.Interfaces) != 2 || result.CNIVersion != "0.3.0" {
+		t.Fatalf("ADD says %s", out)
+	}
+	if got := result.Interfaces[1]; got.Name != s.ifname || got.MAC != s.mac || got.Sandbox != s.Path {
+		t.Fatalf("attached as %+v, asked for %s as %s", got, s.mac, s.ifname)
+	}
+	s.AwaitCarrier(t, s.ifname)
+	s.host.inside(lan).AwaitCarrier(t, result.Interfaces[0].Name)
+	return s.Open(t, s.ifname)
+}
+
+// hasNothing waits until the daemon has seen that there is no LAN any more, and wants nothing to be left on the node.
+func (sp *speaker) hasNothing(t *testing.T) {
+	t.Helper()
+	sp.awaitReports(t, "nothing", func(r []lanmgr.Report) bool { return len(r) == 0 })
+	expectNothing(t, sp.host)
+}
+
+// Two networks and three pods on two nodes, as Kathará makes them: the LANs are apart, MACs are as asked for, and with the last pod all is gone. A daemon that
+// is away meanwhile keeps nobody from attaching.
+func TestKatharaPodsMeetByVNI(t *testing.T) {
+	a, b := hosts(t)
+	f := families["IPv4"]
+	a.address(t, netip.PrefixFrom(f.vteps[0], f.bits))
+	b.address(t, netip.PrefixFrom(f.vteps[1], f.bits))
+	reflector := startReflector(t, netip.AddrPort{})
+	onA := a.serveDemand(t, 1, reflector.at)
+	onB := b.serveDemand(t, 2, reflector.at)
+	red, blue := megalos("katlab-a", 5001), megalos("katlab-b", 70002)
+
+	r1red, r2, r3 := a.sandbox(t), b.sandbox(t), b.sandbox(t)
+	r1blue := r1red
+	r1blue.ifname = "net2"
+	r1red.mac, r1blue.mac, r2.mac, r3.mac = "02:aa:00:00:00:01", "02:aa:00:00:00:02", "02:aa:00:00:00:03", "02:aa:00:00:00:04"
+	onRed, onBlue := r1red.joinVNI(t, madeFor(5001), red), r1blue.joinVNI(t, madeFor(70002), blue)
+	farRed, farBlue := r2.joinVNI(t, madeFor(5001), red), r3.joinVNI(t, madeFor(70002), blue)
+	knows := func(h host, vni uint32, macs int) {
+		t.Helper()
+		h.awaitState(t, madeFor(vni), "the other node's pods", func(have segment.State) bool {
+			l, _ := have.Link(madeFor(vni).VXLAN.Name)
+			return len(l.VXLAN.Remotes) == min(macs, 1) && len(l.VXLAN.FDB) == macs
+		})
+	}
+	for _, h := range []host{a, b} {
+		knows(h, 5001, 1)
+		knows(h, 70002, 1)
+	}
+	mac := func(text string) net.HardwareAddr {
+		m, err := net.ParseMAC(text)
+		try(t, err)
+		return m
+	}
+	talk := func() {
+		t.Helper()
+		crosses(t, onRed, farRed, frames.Stream(nil, mac(r1red.mac), 1, 1))
+		crosses(t, farRed, onRed, frames.Stream(nil, mac(r2.mac), 1, 2))
+		crosses(t, farBlue, onBlue, frames.Stream(nil, mac(r3.mac), 1, 3))
+		crosses(t, onBlue, farBlue, frames.Stream(nil, mac(r1blue.mac), 1, 4)) // each hears its own LAN alone: what crosses is the next frame
+	}
+	talk()
+
+	onA.leave()
+	r4 := a.sandbox(t)
+	r4.mac = "02:aa:00:00:00:05"
+	alone := r4.joinVNI(t, madeFor(5001), red)
+	crosses(t, alone, onRed, frames.Stream(mac(r1red.mac), mac(r4.mac), 1, 5))
+	talk()
+	onA = a.serveDemand(t, 1, reflector.at)
+	knows(b, 5001, 2)
+	talk()
+	r4.must(t, "DEL", red)
+	knows(b, 5001, 1)
+	talk()
+
+	for s, config := range map[*sandbox]keys{&r1red: red, &r1blue: blue, &r2: red, &r3: blue} {
+		s.must(t, "DEL", config)
+		s.must(t, "DEL", config)
+	}
+	onA.hasNothing(t)
+	onB.hasNothing(t)
+
+	for range 10 { // another pod comes when the daemon has hardly seen the last one go
+		r1red.joinVNI(t, madeFor(5001), red).Close()
+		r1red.must(t, "DEL", red)
+	}
+	lost := a.sandbox(t)
+	lost.mac = "02:aa:00:00:00:06"
+	lost.joinVNI(t, madeFor(5001), red)
+	r2.joinVNI(t, madeFor(5001), red)
+	knows(a, 5001, 1)
+	knows(b, 5001, 1)
+	link, err := lost.Netlink(t).LinkByName(lost.ifname)
+	try(t, err)
+	try(t, lost.Netlink(t).LinkDel(link)) // as when the pod's namespace goes, and nobody calls DEL
+	onA.hasNothing(t)
+	knows(b, 5001, 0)
+	r2.must(t, "DEL", red)
+	onB.hasNothing(t)
+}
+
+// Without any daemon the plugin makes the LAN, joins it, and takes it away.
+func TestAVNINeedsNoDaemonOnItsNode(t *testing.T) {
+	h := join(t, netns.NewUnderlay(t, underlayMTU), "worker1")
+	h.address(t, netip.PrefixFrom(families["IPv4"].vteps[0], 24))
+	red := megalos("red", 5003)
+	one, two := h.sandbox(t), h.sandbox(t)
+	one.mac, two.mac = "02:aa:00:00:00:01", "02:aa:00:00:00:02"
+	status := maps.Clone(red)
+	status["cniVersion"] = "1.1.0"
+	one.must(t, "STATUS", status)
+	here, there := one.joinVNI(t, madeFor(5003), red), two.joinVNI(t, madeFor(5003), red)
+	src := net.HardwareAddr{2, 0xaa, 0, 0, 0, 1}
+	crosses(t, here, there, frames.Stream(nil, src, 1, 1))
+	one.must(t, "DEL", red)
+	if have := h.observe(t, madeFor(5003)); len(have.Claims()) != 1 {
+		t.Errorf("after the first DEL there are %v", have.Claims())
+	}
+	two.must(t, "DEL", red)
+	expectNothing(t, h)
+}
+
+// A VNI that a LAN object has is that LAN: open to its own namespace and those that it names.
+func TestAVNIOfALANIsThatLAN(t *testing.T) {
+	a, _ := hosts(t)
+	a.address(t, netip.PrefixFrom(families["IPv4"].vteps[0], 24))
+	for _, owner := range []string{"default", "other"} {
+		s := a.here(t, lan("owned-"+owner, 5004, "srl"))
+		s.LAN.Namespace = owner
+		m := a.manage(t)
+		m.runs(t, s)
+		pod := a.sandbox(t)
+		pod.mac = "02:aa:00:00:00:01"
+		config := megalos("red", 5004)
+		if owner == "other" {
+			pod.refused(t, "ADD", config, cni.CodeForbidden, "VNI 5004 is that of LAN other/owned-other, which is not open to namespace")
+			s.AllowedNamespaces = []string{"default"}
+			m.runs(t, s)
+		}
+		spoke := a.attach(t, s, "srl", segment.Veth)
+		wire := pod.joinVNI(t, s, config)
+		crosses(t, wire, spoke, frames.Stream(nil, net.HardwareAddr{2, 0xaa, 0, 0, 0, 1}, 1, 1))
+		m.Poke(s.Netns)
+		m.awaitReports(t, "two claims", func(r []lanmgr.Report) bool { return len(r) == 1 && len(r[0].Claims) == 2 && r[0].Built })
+		pod.must(t, "DEL", config)
+		a.release(t, spoke)
+		a.awaitState(t, s, "the LAN to be as it was", func(have segment.State) bool {
+			return len(have.Claims()) == 0 && len(segment.Diff(s, have)) == 0
+		})
+		m.Set(nil)
+		m.awaitReports(t, "nothing", func(r []lanmgr.Report) bool { return len(r) == 0 })
+		m.stop()
+	}
+}
+
+// Wherever ADD or DEL is killed, the next pod attaches, and with the last DEL nothing is left; with a daemon or without.
+func TestAVNIWhosePluginIsKilled(t *testing.T) {
+	for _, verb := range []string{"ADD", "DEL"} {
+		t.Run(verb, func(t *testing.T) {
+			h := join(t, netns.NewUnderlay(t, underlayMTU), "worker1")
+			h.address(t, netip.PrefixFrom(families["IPv4"].vteps[0], 24))
+			config := megalos("red", 5005)
+			for at := 0; ; at++ {
+				h.kernel.Close()
+				h.kernel = h.start(t)
+				first, next := h.sandbox(t), h.sandbox(t)
+				first.mac, next.mac = "02:aa:00:00:00:01", "02:aa:00:00:00:02"
+				if verb == "DEL" {
+					first.must(t, "ADD", config)
+				}
+				cmd, err := first.command(verb)
+				try(t, err)
+				steps, killed := doomed{host: h, cmd: cmd, stdin: config}.run(t, at)
+				if at%2 == 1 { // a daemon starts where the plugin was killed
+					m := h.manage(t)
+					m.Set(nil)
+					m.awaitReports(t, "all to be looked at", func([]lanmgr.Report) bool { return m.Looked() })
+					m.stop()
+				}
+				wire := next.joinVNI(t, madeFor(5005), config)
+				wire.Close()
+				if have := h.observe(t, madeFor(5005)); at%2 == 0 {
+					if ops := segment.Diff(*have.Record, have); len(ops) != 0 {
+						t.Errorf("not built: %v", ops)
+					}
+				}
+				first.must(t, "DEL", config)
+				next.must(t, "DEL", config)
+				expectNothing(t, h)
+				if t.Failed() || !killed {
+					t.Logf("step %d of %v", at, steps)
+					return
+				}
+			}
+		})
+	}
+}
