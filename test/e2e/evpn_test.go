@@ -1,14 +1,18 @@
 package e2e
 
 import (
+	"context"
 	"slices"
 	"strconv"
+	"strings"
 	"testing"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
+	"github.com/k8slan/k8slan/crd/v1beta1"
 	"github.com/k8slan/k8slan/lanmgr/bgp"
 	"github.com/k8slan/k8slan/test/install"
 )
@@ -18,6 +22,59 @@ func TestFramesOfEveryKindCrossByEVPN(t *testing.T) { newLab(t).framesCross(evpn
 
 func TestAPodIsReachedByEVPNAtOnce(t *testing.T) {
 	newLab(t).over(evpn4).podIsReached(1174, 50*time.Millisecond)
+}
+
+// A LAN that does not say is by EVPN where the chart does, and sessions can have a password; while a node's is wrong, its LANs say so.
+func TestEVPNByDefaultAndWithAPassword(t *testing.T) {
+	u := evpn4
+	u.discovery = ""
+	l := newLab(t).over(u)
+	secret := &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: install.Namespace, Name: "e2e-bgp"}, StringData: map[string]string{"password": "e2e"}}
+	if err := bed.client.Create(t.Context(), secret); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), patience)
+		defer cancel()
+		if err := bed.client.Delete(ctx, secret); err != nil {
+			t.Error(err)
+		}
+	})
+	l.reinstall()
+	ctx, cancel := context.WithTimeout(t.Context(), 3*patience)
+	defer cancel()
+	l.try(bed.Chart(ctx, "discovery=evpn", "evpn.reflectors.passwordSecret="+secret.Name))
+	l.try(bed.awaitInstalled(ctx))
+	one, two := l.pair("bydefault", 1176)
+	if lan := l.ready("bydefault"); lan.Status.Discovery != string(v1beta1.EVPN) {
+		t.Errorf("status.discovery is %q", lan.Status.Discovery)
+	}
+	for _, node := range []string{worker1, worker2} {
+		l.awaitSessions(node, v1beta1.SessionUp)
+	}
+
+	// The reflectors get another password than the nodes have.
+	secret.StringData = map[string]string{"password": "another"}
+	l.try(bed.client.Update(ctx, secret))
+	losesNothing(one, two, func() {
+		for _, p := range l.reflectors() {
+			l.try(bed.client.Delete(ctx, &p))
+		}
+		for _, node := range []string{worker1, worker2} {
+			l.awaitSessions(node, v1beta1.SessionDown)
+			l.awaitSegment(node, "bydefault", "without BGP", func(s v1beta1.SegmentStatus) bool {
+				return s.Reason == v1beta1.ReasonBGPDown && strings.Contains(s.Message, "a wrong password looks like this")
+			})
+		}
+	})
+}
+
+// awaitSessions returns when a node has two BGP sessions in that state.
+func (l lab) awaitSessions(node string, state v1beta1.SessionState) {
+	l.Helper()
+	one(l, &v1beta1.LANNodeList{}, "", node, "with two sessions "+string(state), func(n *v1beta1.LANNode) bool {
+		return n != nil && len(n.Status.Sessions) == 2 && n.Status.Sessions[0].State == state && n.Status.Sessions[1].State == state
+	})
 }
 
 func TestFaultsByEVPN(t *testing.T) {
