@@ -54,6 +54,7 @@ const (
 	ReasonBuildFailed       = "BuildFailed"       // the kernel refused; the message has its words
 	ReasonBGPDown           = "BGPDown"           // discovery evpn: no session is up
 	ReasonMACTwice          = "MACTwice"          // discovery evpn: a MAC is on this node and on another
+	ReasonRoutesWithheld    = "RoutesWithheld"    // discovery evpn: a peer takes no routes with an IPv6 VTEP
 	ReasonRoutesRefused     = "RoutesRefused"     // discovery evpn: another router tells what cannot be used
 	ReasonStrangersHeard    = "StrangersHeard"    // the kernel does not filter what is no member's; the message has its words
 )

@@ -148,6 +148,7 @@ type Trouble struct {
 	Alone      bool          // there is nobody to speak with
 	Down       []bgp.Session // all there are, where none is up
 	Duplicates []evpn.MAC    // are on this node and on another
+	Withheld   []bgp.Peer    // are there, and told nothing of the LAN: they take no routes with an IPv6 VTEP
 	Refused    []evpn.Refusal
 }
 
@@ -159,8 +160,15 @@ func (f *Fabric) Trouble(netns string) (t Trouble) {
 	if !slices.ContainsFunc(f.sessions, func(s bgp.Session) bool { return s.Up }) {
 		t.Down = f.sessions
 	}
-	if vni, ok := f.vnis[netns]; ok {
-		t.Duplicates, t.Refused = f.table.Duplicates(vni), f.table.Refused(vni)
+	vni, ok := f.vnis[netns]
+	if !ok {
+		return t
+	}
+	t.Duplicates, t.Refused = f.table.Duplicates(vni), f.table.Refused(vni)
+	for _, s := range f.sessions {
+		if s.Up && !s.Peer.IPv6VTEPs && f.lans[netns].VTEP.Is6() {
+			t.Withheld = append(t.Withheld, s.Peer)
+		}
 	}
 	return t
 }

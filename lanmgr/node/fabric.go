@@ -85,12 +85,12 @@ func evpnLAN(p Plan, r lanmgr.Report) evpn.LAN {
 // trouble makes what the fabric tells the plan's problem, where it has none of its own, and says whether it is another since.
 func (p *Plan) trouble(t fabric.Trouble) bool {
 	switch p.Problem.Reason {
-	case "", v1beta1.ReasonBGPDown, v1beta1.ReasonMACTwice, v1beta1.ReasonRoutesRefused:
+	case "", v1beta1.ReasonBGPDown, v1beta1.ReasonMACTwice, v1beta1.ReasonRoutesWithheld, v1beta1.ReasonRoutesRefused:
 	default:
 		return false
 	}
 	before := p.Problem
-	p.Problem = firstProblem(sessionProblem(t), duplicateProblem(t), refusalProblem(t))
+	p.Problem = firstProblem(sessionProblem(t), duplicateProblem(t), withheldProblem(t), refusalProblem(t))
 	return p.Problem != before
 }
 
@@ -115,6 +115,19 @@ func duplicateProblem(t fabric.Trouble) Problem {
 	}
 	return Problem{v1beta1.ReasonMACTwice, fmt.Sprintf(
 		"%s speaks on this node and on another%s: each node keeps its own. Change one of them", t.Duplicates[0], besides(len(t.Duplicates), "MAC")), false}
+}
+
+func withheldProblem(t fabric.Trouble) Problem {
+	if len(t.Withheld) == 0 {
+		return Problem{}
+	}
+	var peers []string
+	for _, p := range t.Withheld {
+		peers = append(peers, p.String())
+	}
+	return Problem{v1beta1.ReasonRoutesWithheld, fmt.Sprintf(
+		"%s: told nothing of the LAN, whose VTEP here is IPv6. Give the LAN an underlay with IPv4, or peers that can take them ipv6-vteps",
+		strings.Join(peers, ", ")), false}
 }
 
 func refusalProblem(t fabric.Trouble) Problem {

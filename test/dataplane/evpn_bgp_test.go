@@ -3,6 +3,7 @@ package dataplane
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net"
 	"net/netip"
@@ -19,6 +20,7 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/fabric"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 	"github.com/k8slan/k8slan/test/frames"
+	"github.com/k8slan/k8slan/test/netns"
 )
 
 // reflectors is a reflector that can be stopped and started, on the loopback device of the test.
@@ -30,10 +32,7 @@ type reflectors struct {
 func startReflector(t *testing.T, at netip.AddrPort) *reflectors {
 	t.Helper()
 	if !at.IsValid() {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		try(t, err)
-		at = l.Addr().(*net.TCPAddr).AddrPort()
-		l.Close()
+		at = freePort(t)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
@@ -62,13 +61,22 @@ type speaker struct {
 // speak starts a daemon on the node, which is number n of its fabric.
 func (h host) speak(t *testing.T, s segment.Segment, n byte, reflector netip.AddrPort) *speaker {
 	t.Helper()
-	source := netip.AddrFrom4([4]byte{127, 0, 0, 1 + n})
+	return h.speakTo(t, s, n, reflectorPeer(n, reflector))
+}
+
+// reflectorPeer is a reflector on the loopback device, as a speaker of that number sees it.
+func reflectorPeer(n byte, at netip.AddrPort) bgp.Peer {
+	return bgp.Peer{Address: at.Addr(), Port: at.Port(), AS: 65000, Source: netip.AddrFrom4([4]byte{127, 0, 0, 1 + n}), IPv6VTEPs: true}
+}
+
+// speakTo starts one that speaks with these.
+func (h host) speakTo(t *testing.T, s segment.Segment, n byte, peers ...bgp.Peer) *speaker {
+	t.Helper()
 	sp := &speaker{managed: h.manage(t), s: told(s)}
 	sp.s.Remotes, sp.s.FDB = nil, nil
 	h.observe(t, s) // its kernel hears a namespace from when it first saw it
 	sp.fabric = fabric.New(fabric.Config{
-		AS: 65000, RouterID: source, Stations: h.kernel, Log: slog.New(slog.DiscardHandler),
-		Peers: []bgp.Peer{{Address: reflector.Addr(), Port: reflector.Port(), AS: 65000, Source: source, IPv6VTEPs: true}},
+		AS: 65000, RouterID: netip.AddrFrom4([4]byte{127, 0, 0, 1 + n}), Stations: h.kernel, Peers: peers, Log: slog.New(slog.DiscardHandler),
 	})
 	sp.Set([]segment.Segment{sp.s})
 	ctx, cancel := context.WithCancel(context.Background())
@@ -109,11 +117,26 @@ func (h host) speak(t *testing.T, s segment.Segment, n byte, reflector netip.Add
 	return sp
 }
 
+// settled waits until the daemon has heard all that there is: from then on what is told no more is deleted.
+func (sp *speaker) settled(t *testing.T) {
+	t.Helper()
+	awaitAgain(t, "all to be heard", func() bool {
+		s := sp.s
+		sp.fabric.Fill(&s)
+		return s.Remotes != nil && !s.Partial
+	})
+}
+
 // tables hears what becomes of a LAN's tables on a node until the test ends.
 func (h host) tables(t *testing.T, s segment.Segment) <-chan netlink.NeighUpdate {
 	t.Helper()
+	return tables(t, h.inside(s))
+}
+
+func tables(t *testing.T, ns netns.Namespace) <-chan netlink.NeighUpdate {
+	t.Helper()
 	updates, done := make(chan netlink.NeighUpdate, 4096), make(chan struct{})
-	try(t, h.inside(s).Do(func() error { return netlink.NeighSubscribe(updates, done) }))
+	try(t, ns.Do(func() error { return netlink.NeighSubscribe(updates, done) }))
 	t.Cleanup(func() { close(done) })
 	return updates
 }
@@ -121,15 +144,22 @@ func (h host) tables(t *testing.T, s segment.Segment) <-chan netlink.NeighUpdate
 // awaitEntry waits until a VXLAN is told that a MAC is behind a remote.
 func awaitEntry(t *testing.T, updates <-chan netlink.NeighUpdate, mac net.HardwareAddr, vtep netip.Addr) time.Time {
 	t.Helper()
+	return awaitUpdate(t, updates, fmt.Sprintf("%s to be told to be behind %s", mac, vtep), func(u netlink.NeighUpdate) bool {
+		return u.Type == unix.RTM_NEWNEIGH && u.Flags&netlink.NTF_SELF != 0 && slices.Equal(u.HardwareAddr, mac) && u.IP.Equal(vtep.AsSlice())
+	})
+}
+
+func awaitUpdate(t *testing.T, updates <-chan netlink.NeighUpdate, what string, fits func(netlink.NeighUpdate) bool) time.Time {
+	t.Helper()
 	deadline := time.After(longPatience)
 	for {
 		select {
 		case u := <-updates:
-			if u.Type == unix.RTM_NEWNEIGH && u.Flags&netlink.NTF_SELF != 0 && slices.Equal(u.HardwareAddr, mac) && u.IP.Equal(vtep.AsSlice()) {
+			if fits(u) {
 				return time.Now()
 			}
 		case <-deadline:
-			t.Fatalf("%s is not told to be behind %s", mac, vtep)
+			t.Fatalf("waited for %s in vain", what)
 		}
 	}
 }

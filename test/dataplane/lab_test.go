@@ -22,6 +22,10 @@ func TestMain(m *testing.M) {
 	if os.Getenv(daemonRun) != "" {
 		os.Exit(daemon())
 	}
+	if err := installRouters(); err != nil {
+		fmt.Fprintln(os.Stderr, "FAIL:", err)
+		os.Exit(1)
+	}
 	netns.Main(m)
 }
 

@@ -16,7 +16,7 @@ const (
 	streamLength = 3 * rate
 )
 
-// stream sends numbered frames at the rate, and returns what of them arrived when all have, or none comes any more.
+// stream sends numbered frames at the rate, and returns what of them arrived when all have, or the last was sent long ago.
 type stream struct {
 	from, to *station
 	counter  frames.Counter
@@ -39,12 +39,14 @@ func untilDone(streams ...*stream) context.Context {
 // startStream starts a stream of so many frames.
 func startStream(t *testing.T, id uint32, length uint64, from, to *station) *stream {
 	s := &stream{from: from, to: to, counter: frames.Counter{ID: id, Total: length}}
+	ctx, cancel := context.WithCancel(context.Background())
 	s.done.Go(func() {
 		if err := s.send(); err != nil {
 			t.Errorf("stream %d: %v", id, err)
 		}
+		time.AfterFunc(patience, cancel)
 	})
-	s.done.Go(s.receive)
+	s.done.Go(func() { s.receive(ctx) })
 	return s
 }
 
@@ -65,9 +67,9 @@ func (s *stream) send() error {
 	return nil
 }
 
-func (s *stream) receive() {
+func (s *stream) receive(ctx context.Context) {
 	for !s.counter.Complete() {
-		frame, err := next(s.to, patience)
+		frame, err := s.to.Receive(ctx)
 		if err != nil {
 			s.err = err
 			return

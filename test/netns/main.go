@@ -43,6 +43,9 @@ func Main(m *testing.M) {
 	os.Exit(m.Run())
 }
 
+// Inside says whether this process runs in the namespaces that Main makes: before it, there is the machine's network.
+func Inside() bool { return os.Getenv(inside) != "" }
+
 // NeedDevices skips a test that opens a device node, which no user namespace allows.
 func NeedDevices(t testing.TB) {
 	t.Helper()

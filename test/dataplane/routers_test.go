@@ -1,0 +1,349 @@
+package dataplane
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"os/user"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+
+	"github.com/k8slan/k8slan/lanmgr/bgp"
+	"github.com/k8slan/k8slan/lanmgr/kernel"
+	"github.com/k8slan/k8slan/lanmgr/segment"
+	"github.com/k8slan/k8slan/test/debian"
+	"github.com/k8slan/k8slan/test/netns"
+)
+
+// installRouters gets the routers that others run from Debian, where there is a network still and root asks for it.
+func installRouters() error {
+	if os.Geteuid() != 0 || netns.Inside() {
+		return nil
+	}
+	return debian.Install(context.Background(), slog.Default(), "frr", "gobgpd")
+}
+
+// program is a process of somebody else's that can be killed and started again.
+type program struct {
+	args []string
+	said bytes.Buffer
+	kill func() // at once, so that nothing is said to anybody
+}
+
+func start(t *testing.T, args ...string) *program {
+	t.Helper()
+	p := &program{args: args, kill: func() {}}
+	p.start(t)
+	t.Cleanup(func() {
+		p.kill()
+		if t.Failed() {
+			t.Logf("%s said:\n%s", strings.Join(p.args, " "), p.said.Bytes())
+		}
+	})
+	return p
+}
+
+func (p *program) start(t *testing.T) {
+	t.Helper()
+	cmd := exec.Command(p.args[0], p.args[1:]...)
+	cmd.Stdout, cmd.Stderr = &p.said, &p.said
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	started, ended := make(chan error), make(chan struct{})
+	go func() {
+		defer close(ended)
+		// The process ends with the thread that has started it (PR_SET_PDEATHSIG in prctl(2)): nobody else is to have that.
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		err := cmd.Start()
+		if started <- err; err == nil {
+			_ = cmd.Wait() // it is killed
+		}
+	}()
+	try(t, <-started)
+	p.kill = sync.OnceFunc(func() {
+		if err := cmd.Process.Kill(); err != nil {
+			t.Errorf("kill %v: %v", p.args, err)
+		}
+		<-ended
+	})
+}
+
+// The network over which FRR is reached, which is not the underlay: speakers are in the test's own namespace.
+var (
+	frrAddress   = netip.MustParseAddr("198.51.100.254")
+	speakersBits = 24
+)
+
+func speakerAddress(n byte) netip.Addr { return netip.AddrFrom4([4]byte{198, 51, 100, n}) }
+
+// frr is Debian's FRR on a host of its own, and its part of a LAN.
+type frr struct {
+	host
+	dir         string
+	zebra, bgpd *program
+	vtep        netip.Addr
+}
+
+// What FRR is: its configuration is what docs/evpn.md shows.
+const (
+	asVTEP      = "  advertise-all-vni\n"
+	asReflector = "  neighbor nodes route-reflector-client\n"
+)
+
+// startFRR starts FRR on a host beside the nodes; role is one of the above, or both.
+func startFRR(t *testing.T, beside host, role string) *frr {
+	t.Helper()
+	netns.NeedRoot(t, "FRR needs its own user and group")
+	dir, err := os.MkdirTemp("/run", "frr-") // short: sockets are in it
+	try(t, err)
+	r := &frr{host: join(t, beside.underlay, "frr"), dir: dir, vtep: netip.MustParseAddr("192.0.2.3")}
+	r.address(t, netip.PrefixFrom(r.vtep, families["IPv4"].bits))
+	r.connectSpeakers(t)
+	config := filepath.Join(r.dir, "bgpd.conf")
+	try(t, os.WriteFile(config, fmt.Appendf(nil, `router bgp 65000
+ bgp router-id %s
+ no bgp default ipv4-unicast
+ timers bgp 3 9
+ neighbor nodes peer-group
+ neighbor nodes remote-as 65000
+ bgp listen range 198.51.100.0/24 peer-group nodes
+ address-family l2vpn evpn
+  neighbor nodes activate
+%s exit-address-family
+`, r.vtep, role), 0o600))
+	none := filepath.Join(r.dir, "zebra.conf")
+	try(t, os.WriteFile(none, nil, 0o600))
+	try(t, ownedBy("frr", r.dir, config, none))
+	// As they change their user, they would not end with the test; with a PID namespace they do. In /var/tmp they leave logs.
+	daemon := func(name, config string, more ...string) *program {
+		return start(t, append([]string{
+			"nsenter", "--net=" + r.Path, "--", "unshare", "--mount", "--pid", "--fork", "--kill-child", "--",
+			"sh", "-c", `mount -t tmpfs none /var/tmp && { "$@" & wait; }`, "sh",
+			"/usr/lib/frr/" + name, "-A", "127.0.0.1", "-P", "0",
+			"-f", config, "--vty_socket", r.dir, "-z", filepath.Join(r.dir, "zserv"), "-i", filepath.Join(r.dir, name+".pid"), "--log", "stdout",
+		}, more...)...)
+	}
+	r.zebra = daemon("zebra", none)
+	r.awaitVTY(t, "zebra")
+	r.bgpd = daemon("bgpd", config)
+	r.awaitVTY(t, "bgpd")
+	return r
+}
+
+// ownedBy gives files to a user.
+func ownedBy(name string, files ...string) error {
+	u, err := user.Lookup(name)
+	if err != nil {
+		return err
+	}
+	uid, err := strconv.Atoi(u.Uid)
+	if err != nil {
+		return err
+	}
+	for _, file := range files {
+		if err := os.Chown(file, uid, -1); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// awaitVTY waits until one of FRR's daemons takes commands.
+func (r *frr) awaitVTY(t *testing.T, daemon string) {
+	t.Helper()
+	awaitAgain(t, daemon+" to take commands", func() bool {
+		c, err := net.Dial("unix", filepath.Join(r.dir, daemon+".vty"))
+		if err != nil {
+			return false
+		}
+		c.Close()
+		return true
+	})
+}
+
+// connectSpeakers lays a cable between FRR and the test's own namespace, with addresses for the speakers.
+func (r *frr) connectSpeakers(t *testing.T) {
+	t.Helper()
+	there, err := os.Open(r.Path)
+	try(t, err)
+	defer there.Close()
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name = "speakers"
+	cable := &netlink.Veth{LinkAttrs: attrs, PeerName: "mgmt", PeerNamespace: netlink.NsFd(int(there.Fd()))}
+	try(t, netlink.LinkAdd(cable))
+	t.Cleanup(func() { try(t, netlink.LinkDel(cable)) })
+	for n := range byte(4) {
+		try(t, netlink.AddrAdd(cable, addressOf(t, speakerAddress(1+n))))
+	}
+	try(t, netlink.LinkSetUp(cable))
+	h := r.Netlink(t)
+	mgmt, err := h.LinkByName("mgmt")
+	try(t, err)
+	try(t, h.AddrAdd(mgmt, addressOf(t, frrAddress)))
+	try(t, h.LinkSetUp(mgmt))
+}
+
+func addressOf(t *testing.T, a netip.Addr) *netlink.Addr {
+	t.Helper()
+	addr, err := netlink.ParseAddr(netip.PrefixFrom(a, speakersBits).String())
+	try(t, err)
+	return addr
+}
+
+// peer is FRR as a speaker of that number sees it.
+func (r *frr) peer(n byte) bgp.Peer {
+	return bgp.Peer{Address: frrAddress, AS: 65000, Source: speakerAddress(n)}
+}
+
+// attach makes FRR's part of the LAN, as docs/evpn.md shows it, and a station on it.
+func (r *frr) attach(t *testing.T, s segment.Segment) *station {
+	t.Helper()
+	r.Sysctl(t, "net/ipv6/conf/default/disable_ipv6", "1")
+	st := &station{Namespace: netns.NewPod(t)}
+	pod, err := os.Open(st.Path)
+	try(t, err)
+	defer pod.Close()
+	h := r.Netlink(t)
+	named := func(name string) netlink.LinkAttrs {
+		attrs := netlink.NewLinkAttrs()
+		attrs.Name, attrs.MTU = name, s.MTU
+		return attrs
+	}
+	snooping := false
+	bridge := &netlink.Bridge{LinkAttrs: named("br"), MulticastSnooping: &snooping}
+	try(t, h.LinkAdd(bridge))
+	vxlan := &netlink.Vxlan{LinkAttrs: named("vx"), VxlanId: int(s.VXLAN.VNI), Port: int(s.VXLAN.Port), SrcAddr: r.vtep.AsSlice()}
+	vxlan.MasterIndex = bridge.Index
+	try(t, h.LinkAdd(vxlan))
+	try(t, h.LinkSetLearning(vxlan, false))
+	try(t, h.LinkSetBrNeighSuppress(vxlan, true))
+	port := &netlink.Veth{LinkAttrs: named("port"), PeerName: ifname, PeerNamespace: netlink.NsFd(int(pod.Fd()))}
+	port.MasterIndex = bridge.Index
+	try(t, h.LinkAdd(port))
+	for _, link := range []netlink.Link{bridge, vxlan, port} {
+		try(t, h.LinkSetUp(link))
+	}
+	ph := st.Netlink(t)
+	inside, err := ph.LinkByName(ifname)
+	try(t, err)
+	try(t, ph.LinkSetMTU(inside, s.MTU))
+	try(t, ph.LinkSetUp(inside))
+	st.Attachment = kernel.Attachment{MAC: inside.Attrs().HardwareAddr, MTU: s.MTU}
+	st.AwaitCarrier(t, ifname)
+	r.AwaitCarrier(t, "port")
+	st.Wire = st.Open(t, ifname)
+	return st
+}
+
+// tell logs what FRR has, if the test has failed.
+func (r *frr) tell(t *testing.T) {
+	if t.Failed() {
+		for _, command := range []string{"show bgp l2vpn evpn summary", "show bgp l2vpn evpn", "show evpn mac vni all"} {
+			t.Logf("%s\n%s", command, r.show(t, command))
+		}
+	}
+}
+
+// show is what FRR says.
+func (r *frr) show(t *testing.T, command string) string {
+	t.Helper()
+	out, err := exec.Command("vtysh", "--vty_socket", r.dir, "-c", command).CombinedOutput()
+	if err != nil {
+		t.Fatalf("vtysh -c %q: %v\n%s", command, err, out)
+	}
+	return string(out)
+}
+
+// awaitShown waits until FRR's answer has a line with all these words, and returns the answer.
+func (r *frr) awaitShown(t *testing.T, command string, words ...string) (answer string) {
+	t.Helper()
+	awaitAgain(t, fmt.Sprintf("%q in %q", words, command), func() bool {
+		answer = r.show(t, command)
+		return hasAll(answer, words...)
+	})
+	return answer
+}
+
+func hasAll(text string, words ...string) bool {
+	for _, w := range words {
+		if !strings.Contains(text, w) {
+			return false
+		}
+	}
+	return true
+}
+
+// awaitAgain asks again and again: of this there is no event.
+func awaitAgain(t *testing.T, what string, so func() bool) {
+	t.Helper()
+	again := time.NewTicker(50 * time.Millisecond)
+	defer again.Stop()
+	for deadline := time.Now().Add(longPatience); !so(); <-again.C {
+		if time.Now().After(deadline) {
+			t.Fatalf("waited for %s in vain", what)
+		}
+	}
+}
+
+// startGoBGP starts Debian's gobgpd as a reflector; its configuration is what docs/evpn.md shows.
+func startGoBGP(t *testing.T) (*program, netip.AddrPort) {
+	t.Helper()
+	if _, err := exec.LookPath("gobgpd"); err != nil {
+		netns.NeedRoot(t, "gobgpd is not there, and installing it needs root")
+	}
+	at, api := freePort(t), freePort(t)
+	config := filepath.Join(t.TempDir(), "gobgpd.toml")
+	try(t, os.WriteFile(config, fmt.Appendf(nil, `[global.config]
+as = 65000
+router-id = "127.0.0.1"
+port = %d
+local-address-list = ["127.0.0.1"]
+[[peer-groups]]
+[peer-groups.config]
+peer-group-name = "nodes"
+peer-as = 65000
+[peer-groups.timers.config]
+hold-time = 9
+keepalive-interval = 3
+[peer-groups.transport.config]
+passive-mode = true
+[peer-groups.route-reflector.config]
+route-reflector-client = true
+route-reflector-cluster-id = "127.0.0.1"
+[peer-groups.graceful-restart.config]
+enabled = true
+restart-time = 120
+[[peer-groups.afi-safis]]
+[peer-groups.afi-safis.config]
+afi-safi-name = "l2vpn-evpn"
+[peer-groups.afi-safis.mp-graceful-restart.config]
+enabled = true
+[[dynamic-neighbors]]
+[dynamic-neighbors.config]
+prefix = "127.0.0.0/8"
+peer-group = "nodes"
+`, at.Port()), 0o600))
+	return start(t, "gobgpd", "-f", config, "-t", "toml", "--api-hosts", api.String(), "--pprof-disable"), at
+}
+
+// freePort is one of the loopback device that nobody listens on.
+func freePort(t *testing.T) netip.AddrPort {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	try(t, err)
+	defer l.Close()
+	return l.Addr().(*net.TCPAddr).AddrPort()
+}
