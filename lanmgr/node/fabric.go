@@ -134,7 +134,11 @@ func refusalProblem(t fabric.Trouble) Problem {
 	if len(t.Refused) == 0 {
 		return Problem{}
 	}
-	return Problem{v1beta1.ReasonRoutesRefused, fmt.Sprintf("%s%s", t.Refused[0], besides(len(t.Refused), "route")), false}
+	message := t.Refused[0].String()
+	if len(t.Refused) > 1 {
+		message += "; nor are others (k8slan_evpn_routes counts them)" // another router may change how many all the time
+	}
+	return Problem{v1beta1.ReasonRoutesRefused, message, false}
 }
 
 // sessionsOf are sessions as the LANNode tells of them.

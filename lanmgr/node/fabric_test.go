@@ -152,6 +152,8 @@ func TestAnEVPNLANIsJoinedToTheFabric(t *testing.T) {
 		f.trouble = fabric.Trouble{Refused: []evpn.Refusal{{Route: evpn.Route{Key: evpn.Key{Kind: evpn.Multicast}, VTEP: remote}, Reason: evpn.OtherVNI}}}
 	})
 	w.awaitStatus("a route that is refused", degraded(v1beta1.ReasonRoutesRefused, "from VTEP 192.0.2.2 is not used: it bears another VNI"))
+	f.tells(func() { f.trouble.Refused = append(f.trouble.Refused, f.trouble.Refused[0]) })
+	w.awaitStatus("several such routes", degraded(v1beta1.ReasonRoutesRefused, "bears another VNI than the LAN; nor are others"))
 	f.tells(func() { f.trouble = fabric.Trouble{Withheld: []bgp.Peer{{Address: remote, AS: 65000}}} })
 	w.awaitStatus("a peer that is told nothing", degraded(v1beta1.ReasonRoutesWithheld, "192.0.2.2:179 of AS 65000: told nothing of the LAN"))
 	f.tells(func() { f.trouble = fabric.Trouble{} })
