@@ -31,15 +31,13 @@ func (r Reflector) Run(ctx context.Context) error {
 	srv := newServer(r.Log)
 	served := make(chan struct{})
 	go func() { defer close(served); srv.Serve() }()
-	err := r.start(ctx, srv)
-	if err == nil {
-		<-ctx.Done()
+	if err := r.start(ctx, srv); err != nil {
+		srv.Stop()
+		<-served
+		return err
 	}
-	if stopErr := srv.StopBgp(context.WithoutCancel(ctx), &api.StopBgpRequest{AllowGracefulRestart: true}); err == nil {
-		err = stopErr
-	}
-	<-served
-	return err
+	<-ctx.Done()
+	return nil
 }
 
 func (r Reflector) start(ctx context.Context, srv *server.BgpServer) error {

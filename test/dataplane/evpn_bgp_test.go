@@ -7,6 +7,8 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"os"
+	"os/signal"
 	"slices"
 	"sync"
 	"testing"
@@ -23,10 +25,27 @@ import (
 	"github.com/k8slan/k8slan/test/netns"
 )
 
+// reflectorAt has this program be a reflector on that address and port.
+const reflectorAt = "K8SLAN_TEST_REFLECTOR"
+
+func reflect(at string) int {
+	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGTERM)
+	defer stop()
+	listen, err := netip.ParseAddrPort(at)
+	if err == nil {
+		err = bgp.Reflector{AS: 65000, RouterID: listen.Addr(), Listen: listen, Log: slog.New(slog.DiscardHandler)}.Run(ctx)
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	return 0
+}
+
 // reflectors is a reflector that can be stopped and started, on the loopback device of the test.
 type reflectors struct {
 	at   netip.AddrPort
-	stop func()
+	stop func() // in order
 }
 
 func startReflector(t *testing.T, at netip.AddrPort) *reflectors {
@@ -34,20 +53,9 @@ func startReflector(t *testing.T, at netip.AddrPort) *reflectors {
 	if !at.IsValid() {
 		at = freePort(t)
 	}
-	ctx, cancel := context.WithCancel(context.Background())
-	done := make(chan error, 1)
-	go func() {
-		done <- bgp.Reflector{AS: 65000, RouterID: at.Addr(), Listen: at, Log: slog.New(slog.DiscardHandler)}.Run(ctx)
-	}()
-	r := &reflectors{at: at}
-	r.stop = sync.OnceFunc(func() {
-		cancel()
-		if err := <-done; err != nil {
-			t.Error(err)
-		}
-	})
-	t.Cleanup(r.stop)
-	return r
+	self, err := os.Executable()
+	try(t, err)
+	return &reflectors{at, start(t, "env", reflectorAt+"="+at.String(), self).term}
 }
 
 // speaker is a node whose LAN is joined to EVPN as the daemon does it: the manager makes what the fabric tells.
@@ -227,7 +235,7 @@ func TestTrafficGoesOnWhileReflectorAndDaemonRestart(t *testing.T) {
 	b.build(t, told(onB))
 	reflector := startReflector(t, netip.AddrPort{})
 	first := a.speak(t, onA, 1, reflector.at)
-	b.speak(t, onB, 2, reflector.at)
+	second := b.speak(t, onB, 2, reflector.at)
 	one, two := a.attach(t, onA, "one", segment.Veth), b.attach(t, onB, "two", segment.Veth)
 	known := func(h host, s segment.Segment) {
 		t.Helper()
@@ -238,6 +246,7 @@ func TestTrafficGoesOnWhileReflectorAndDaemonRestart(t *testing.T) {
 	}
 	known(a, onA)
 	known(b, onB)
+	second.settled(t)
 	there, back := startStream(t, 1, 20*rate, one, two), startStream(t, 2, 20*rate, two, one)
 	reflector.stop()
 	again := startReflector(t, reflector.at)

@@ -22,6 +22,9 @@ func TestMain(m *testing.M) {
 	if os.Getenv(daemonRun) != "" {
 		os.Exit(daemon())
 	}
+	if at := os.Getenv(reflectorAt); at != "" {
+		os.Exit(reflect(at))
+	}
 	if err := installRouters(); err != nil {
 		fmt.Fprintln(os.Stderr, "FAIL:", err)
 		os.Exit(1)

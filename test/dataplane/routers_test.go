@@ -3,6 +3,7 @@ package dataplane
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -14,7 +15,6 @@ import (
 	"runtime"
 	"strconv"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -41,11 +41,12 @@ type program struct {
 	args []string
 	said bytes.Buffer
 	kill func() // at once, so that nothing is said to anybody
+	term func() // in order
 }
 
 func start(t *testing.T, args ...string) *program {
 	t.Helper()
-	p := &program{args: args, kill: func() {}}
+	p := &program{args: args}
 	p.start(t)
 	t.Cleanup(func() {
 		p.kill()
@@ -73,12 +74,13 @@ func (p *program) start(t *testing.T) {
 		}
 	}()
 	try(t, <-started)
-	p.kill = sync.OnceFunc(func() {
-		if err := cmd.Process.Kill(); err != nil {
-			t.Errorf("kill %v: %v", p.args, err)
+	end := func(s os.Signal) {
+		if err := cmd.Process.Signal(s); err != nil && !errors.Is(err, os.ErrProcessDone) {
+			t.Errorf("%s to %v: %v", s, p.args, err)
 		}
 		<-ended
-	})
+	}
+	p.kill, p.term = func() { end(syscall.SIGKILL) }, func() { end(syscall.SIGTERM) }
 }
 
 // The network over which FRR is reached, which is not the underlay: speakers are in the test's own namespace.
