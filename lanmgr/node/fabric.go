@@ -3,6 +3,7 @@ package node
 import (
 	"context"
 	"fmt"
+	"net/netip"
 	"strings"
 	"time"
 
@@ -58,23 +59,33 @@ func oneLANPerVNI(plans []Plan) {
 	}
 }
 
-// evpnLANs are the LANs with discovery evpn that the node has, by netns.
+// evpnLANs are the LANs with discovery evpn that the node has, by netns. One that is planned no more stays for who is still attached.
 func evpnLANs(plans []Plan, reports []lanmgr.Report) map[string]evpn.LAN {
 	byNetns := index(reports)
-	lans := make(map[string]evpn.LAN)
+	lans, planned, taken := make(map[string]evpn.LAN), make(map[string]bool), make(map[uint32]bool)
 	for _, p := range plans {
 		r, built := byNetns[p.Segment.Netns]
-		if p.EVPN && built && !r.Leaving && r.Segment.LAN == p.Segment.LAN && p.VTEP.IsValid() {
-			lans[p.Segment.Netns] = evpnLAN(p, r)
+		if !built || r.Segment.LAN != p.Segment.LAN {
+			continue
+		}
+		planned[p.Segment.Netns] = true
+		if vni := p.Segment.VXLAN.VNI; p.EVPN && p.VTEP.IsValid() {
+			lans[p.Segment.Netns], taken[vni] = evpnLAN(vni, p.VTEP, r.Claims), true
+		}
+	}
+	for _, r := range reports {
+		v := r.Segment.VXLAN
+		if !planned[r.Segment.Netns] && v.NoLearning && v.Local.IsValid() && len(r.Claims) > 0 && !taken[v.VNI] {
+			lans[r.Segment.Netns], taken[v.VNI] = evpnLAN(v.VNI, v.Local, r.Claims), true
 		}
 	}
 	return lans
 }
 
 // evpnLAN is a LAN as the node takes part in it. A VM's MAC is told once it has spoken: two nodes have it while it moves.
-func evpnLAN(p Plan, r lanmgr.Report) evpn.LAN {
-	lan := evpn.LAN{VNI: p.Segment.VXLAN.VNI, VTEP: p.VTEP, Claimed: len(r.Claims) > 0}
-	for _, c := range r.Claims {
+func evpnLAN(vni uint32, vtep netip.Addr, claims []segment.Claim) evpn.LAN {
+	lan := evpn.LAN{VNI: vni, VTEP: vtep, Claimed: len(claims) > 0}
+	for _, c := range claims {
 		if c.Kind == segment.Veth && len(c.MAC) == len(evpn.MAC{}) {
 			lan.Attached = append(lan.Attached, evpn.MAC(c.MAC))
 		}

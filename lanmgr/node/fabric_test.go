@@ -175,6 +175,16 @@ func TestAnEVPNLANIsJoinedToTheFabric(t *testing.T) {
 		})
 	})
 
+	w.update(func(l *v1beta1.LAN) { l.Spec.NodeSelector = map[string]v1beta1.LabelValue{"role": "other"} })
+	w.awaitStatus("the LAN to be leaving, with who is attached", func(s v1beta1.LANNodeStatus) bool {
+		return len(s.Segments) == 1 && s.Segments[0].State == v1beta1.SegmentLeaving
+	})
+	if !f.has(map[string]evpn.LAN{"default.lab": lan})() {
+		t.Error("others are told no more of who is attached still")
+	}
+	w.update(func(l *v1beta1.LAN) { l.Spec.NodeSelector = nil })
+	w.awaitStatus("the LAN to be back", ready)
+
 	w.update(func(l *v1beta1.LAN) { l.Spec.Discovery = v1beta1.Multicast })
 	w.await(t, "the LAN to leave the fabric", func() bool {
 		_, want := w.manager.wanted()
