@@ -196,6 +196,19 @@ func TestWhatThereIsOfALANIsCounted(t *testing.T) {
 	}
 }
 
+// The kernel has a MAC on a port here until it says otherwise: an entry that points elsewhere has to take its place.
+func TestAnEntryKnowsWhetherItsMACWasHere(t *testing.T) {
+	m := nodes(1)
+	m[0].See(began, 222, mac(9))
+	m[0].Learn(began, route(evpn.MACIP, 2, func(r *evpn.Route) { r.MAC, r.Sequence = mac(9), 1 }))
+	for _, here := range []bool{true, false} {
+		if _, fdb, _ := m[0].View(222); len(fdb) != 1 || fdb[0].Here != here {
+			t.Errorf("entries %+v, want one with Here %t", fdb, here)
+		}
+		m[0].Lose(began, 222, mac(9))
+	}
+}
+
 func TestAPodThatNeverSpokeIsTold(t *testing.T) {
 	m := nodes(2)
 	with := func(claimed bool, macs ...evpn.MAC) []evpn.LAN {

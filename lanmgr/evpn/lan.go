@@ -151,7 +151,7 @@ func (l *lan) at(s *station) netip.Addr {
 
 // entry is the VTEP behind which a MAC is; none where it is here.
 func (s *station) entry() (vtep netip.Addr, ok bool) {
-	if s == nil || s.told || s.frozen {
+	if s.told || s.frozen {
 		return vtep, false
 	}
 	best, ok := s.best()
@@ -326,8 +326,10 @@ func (l *lan) view() (remotes []netip.Addr, fdb []segment.FDBEntry) {
 }
 
 func (l *lan) appendEntry(fdb []segment.FDBEntry, mac MAC) []segment.FDBEntry {
-	if vtep, ok := l.macs[mac].entry(); ok {
-		return append(fdb, segment.FDBEntry{MAC: mac, VTEP: vtep})
+	if s := l.macs[mac]; s != nil {
+		if vtep, ok := s.entry(); ok {
+			return append(fdb, segment.FDBEntry{MAC: mac, VTEP: vtep, Here: s.seen})
+		}
 	}
 	return fdb
 }

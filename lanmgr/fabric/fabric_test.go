@@ -127,7 +127,9 @@ func (m member) await(t *testing.T, what string, so func(segment.Segment) bool) 
 }
 
 func behind(mac [6]byte, vtep netip.Addr) func(segment.Segment) bool {
-	return func(s segment.Segment) bool { return slices.Contains(s.FDB, segment.FDBEntry{MAC: mac, VTEP: vtep}) }
+	return func(s segment.Segment) bool {
+		return slices.ContainsFunc(s.FDB, func(e segment.FDBEntry) bool { return e.MAC == mac && e.VTEP == vtep })
+	}
 }
 
 // What is attached to one node is known to the other, a pod at once, a VM when it speaks; and each is known where it moves to.

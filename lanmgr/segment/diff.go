@@ -236,7 +236,7 @@ func toldChanges(want, was []FDBEntry) (set []FDBEntry, gone []FDBState) {
 		case order > 0:
 			gone, was = append(gone, FDBState{was[0], true}), was[1:]
 		default:
-			if want[0].VTEP != was[0].VTEP {
+			if want[0].VTEP != was[0].VTEP || want[0].Here && !was[0].Here {
 				set = append(set, want[0])
 			}
 			want, was = want[1:], was[1:]
@@ -249,7 +249,7 @@ func toldChanges(want, was []FDBEntry) (set []FDBEntry, gone []FDBState) {
 }
 
 // fdbChanges are the entries that the VXLAN lacks or has with another remote, and those that are not wanted. That the bridge has one on
-// no port of the VXLAN's is left so: the MAC has shown itself here, and what is wanted may not know yet.
+// no port of the VXLAN's is left so, unless the wish knows of it: the MAC has shown itself here, and what is wanted may not know yet.
 func fdbChanges(want []FDBEntry, have []FDBState) (add []FDBEntry, del []FDBState) {
 	for len(want) > 0 || len(have) > 0 {
 		order := 0
@@ -267,7 +267,7 @@ func fdbChanges(want []FDBEntry, have []FDBState) (add []FDBEntry, del []FDBStat
 		case order > 0:
 			del, have = append(del, have[0]), have[1:]
 		default:
-			if unmapped(want[0].VTEP) != unmapped(have[0].VTEP) {
+			if unmapped(want[0].VTEP) != unmapped(have[0].VTEP) || want[0].Here && !have[0].Bridge {
 				add = append(add, want[0])
 			}
 			want, have = want[1:], have[1:]

@@ -80,6 +80,7 @@ type Place struct {
 type FDBEntry struct {
 	MAC  [6]byte
 	VTEP netip.Addr
+	Here bool // of a wish: the MAC was on a port here before, and what the bridge has of that gives way
 }
 
 // FDBState is an entry as the kernel has it: one half in the VXLAN's own table, one in the bridge's. A half may be missing: the

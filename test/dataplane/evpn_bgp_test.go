@@ -228,6 +228,53 @@ func TestTwoDaemonsTellEachOtherByBGP(t *testing.T) {
 	}
 }
 
+// A VM moves while its first incarnation still runs silently: every node follows its first frame within 5 ms, and nobody else loses one.
+func TestEveryNodeFollowsAVMAtOnce(t *testing.T) {
+	netns.NeedDevices(t)
+	a, b, onA, onB := unicastHosts(t, families["IPv4"], 423)
+	c := join(t, a.underlay, "worker3")
+	vtep := netip.MustParseAddr("192.0.2.3")
+	c.address(t, netip.PrefixFrom(vtep, families["IPv4"].bits))
+	onC := c.here(t, unicast(onA, vtep))
+	onC.Spokes = []string{"three"} // with a MAC of its own
+	reflector := startReflector(t, netip.AddrPort{})
+	for i, n := range []struct {
+		host
+		s segment.Segment
+	}{{a, onA}, {b, onB}, {c, onC}} {
+		n.build(t, told(n.s))
+		n.speak(t, n.s, byte(1+i), reflector.at)
+	}
+	first, second := a.attach(t, onA, "one", segment.Macvtap), b.attach(t, onB, "one", segment.Macvtap)
+	near, far := b.attach(t, onB, "two", segment.Veth), c.attach(t, onC, "three", segment.Veth)
+	c.awaitState(t, onC, "the other pod", func(have segment.State) bool {
+		l, _ := have.Link(onC.VXLAN.Name)
+		return len(l.VXLAN.FDB) == 1 && len(l.VXLAN.Remotes) == 2
+	})
+	there, back := startStream(t, 1, streamLength, near, far), startStream(t, 2, streamLength, far, near)
+	atA, atB, atC := a.tables(t, onA), b.tables(t, onB), c.tables(t, onC)
+	var took []time.Duration
+	for i := range byte(32) {
+		mac := net.HardwareAddr{2, 0xbb, 0, 0, 7, i}
+		try(t, first.Send(frames.Stream(nil, mac, 3, 1)))
+		awaitEntry(t, atB, mac, onA.VXLAN.Local)
+		awaitEntry(t, atC, mac, onA.VXLAN.Local)
+		began := time.Now()
+		try(t, second.Send(frames.Stream(nil, mac, 3, 2)))
+		awaitEntry(t, atA, mac, onB.VXLAN.Local)
+		awaitEntry(t, atC, mac, onB.VXLAN.Local)
+		took = append(took, time.Since(began))
+		arrives(t, far, second, frames.Stream(mac, far.MAC, 4, uint64(i)))
+	}
+	slices.Sort(took)
+	t.Logf("from a VM's first frame on another node to the tables of all: median %v, worst %v", took[len(took)/2], took[len(took)-1])
+	if median := took[len(took)/2]; median > 5*time.Millisecond {
+		t.Errorf("median %v, want 5 ms at most", median)
+	}
+	there.expectAll(t)
+	back.expectAll(t)
+}
+
 // A reflector that goes and comes back, and a daemon that restarts, cost no frame.
 func TestTrafficGoesOnWhileReflectorAndDaemonRestart(t *testing.T) {
 	a, b, onA, onB := unicastHosts(t, families["IPv6"], 422)

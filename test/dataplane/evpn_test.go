@@ -16,6 +16,7 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/kernel"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 	"github.com/k8slan/k8slan/test/frames"
+	"github.com/k8slan/k8slan/test/netns"
 )
 
 // mesh is nodes that tell each other at once what their tables have to tell: EVPN without the sessions.
@@ -371,4 +372,35 @@ func TestWhereMACsAreIsReadFromTheKernel(t *testing.T) {
 		have(a, onA, segment.Place{MAC: one.Attachment.MAC.String(), Spoke: "one"})
 		have(b, onB, segment.Place{MAC: one.Attachment.MAC.String(), VTEP: f.vteps[0]})
 	})
+}
+
+// A MAC that comes back to a node and leaves at once, before what the VXLAN is told has changed in between, is followed as well.
+func TestAMACThatShowsItselfForAMomentIsFollowed(t *testing.T) {
+	netns.NeedDevices(t)
+	a, b, onA, onB := unicastHosts(t, families["IPv4"], 414)
+	onA, onB = told(onA), told(onB)
+	onA.Remotes, onB.Remotes = []netip.Addr{onB.VXLAN.Local}, []netip.Addr{onA.VXLAN.Local}
+	mac := [6]byte{2, 0xbb, 0, 0, 8, 1}
+	onA.FDB = []segment.FDBEntry{{MAC: mac, VTEP: onB.VXLAN.Local}}
+	for h, s := range map[host]segment.Segment{a: onA, b: onB} {
+		h.build(t, s)
+	}
+	one, vm, two := a.attach(t, onA, "one", segment.Veth), a.attach(t, onA, "two", segment.Macvtap), b.attach(t, onB, "two", segment.Veth)
+	a.build(t, onA)
+	b.build(t, onB)
+	crosses(t, one, two, frames.Stream(mac[:], one.MAC, 1, 1))
+	crosses(t, vm, one, frames.Stream(nil, mac[:], 1, 2))
+	if _, err := next(two, patience); err != nil {
+		t.Fatal(err)
+	}
+	if ops := a.build(t, onA); len(ops) > 0 {
+		t.Errorf("a wish that does not know of the MAC here did %v", ops)
+	}
+	crosses(t, one, vm, frames.Stream(mac[:], one.MAC, 1, 3))
+	onA.FDB[0].Here = true
+	a.build(t, onA)
+	crosses(t, one, two, frames.Stream(mac[:], one.MAC, 1, 4))
+	if ops := a.build(t, onA); len(ops) > 0 {
+		t.Errorf("a second look finds to do: %v", ops)
+	}
 }
