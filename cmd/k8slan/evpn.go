@@ -193,16 +193,7 @@ func (f *reflectorFlags) runReflector(ctx context.Context) error {
 		}
 	}
 	tasks, ctx := errgroup.WithContext(ctx)
-	tasks.Go(func() error {
-		ended := make(chan error, 1)
-		go func() { ended <- r.Run(context.WithoutCancel(ctx)) }()
-		select {
-		case err := <-ended:
-			return err
-		case <-ctx.Done():
-			return nil // it goes without a word, as its process ends
-		}
-	})
+	tasks.Go(func() error { return r.Run(ctx) })
 	if f.healthAddress != "0" {
 		srv := &http.Server{Addr: f.healthAddress, Handler: healthHandler(nil), ReadHeaderTimeout: 10 * time.Second}
 		tasks.Go(func() error {

@@ -25,8 +25,9 @@ type Reflector struct {
 // clients is the peer group of whoever connects.
 const clients = "nodes"
 
-// Run reflects until ctx ends. Then it takes leave: gobgp drops one node after the other, and withdraws what those have told from the nodes
-// that are still there (deleteNeighbor in pkg/server/server.go). For nodes to keep what it has told, end the process instead.
+// Run reflects until ctx ends. Sessions and port end with the process, without a word, so that nodes keep what it has told: gobgp's own end
+// drops one node after the other, and withdraws what those have told from the nodes that are still there (deleteNeighbor in
+// pkg/server/server.go).
 func (r Reflector) Run(ctx context.Context) error {
 	srv := newServer(r.Log)
 	served := make(chan struct{})

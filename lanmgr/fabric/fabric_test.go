@@ -46,34 +46,33 @@ type member struct {
 	vtep netip.Addr
 }
 
-// reflector runs one at a port of the address, until stop is called or the test ends.
-func reflector(t *testing.T, address string) (at netip.AddrPort, stop func()) {
+// reflector runs one at a port of the address.
+func reflector(t *testing.T, address string) netip.AddrPort {
 	t.Helper()
 	l, err := net.Listen("tcp", address+":0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	at = l.Addr().(*net.TCPAddr).AddrPort()
+	at := l.Addr().(*net.TCPAddr).AddrPort()
 	l.Close()
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error)
 	go func() {
 		ended <- bgp.Reflector{AS: 65000, RouterID: at.Addr(), Listen: at, Log: slog.New(slog.DiscardHandler)}.Run(ctx)
 	}()
-	stop = sync.OnceFunc(func() {
+	t.Cleanup(func() {
 		cancel()
 		if err := <-ended; err != nil {
 			t.Error(err)
 		}
 	})
-	t.Cleanup(stop)
-	return at, stop
+	return at
 }
 
 // fabricOf runs a reflector and nodes that speak with it.
 func fabricOf(t *testing.T, nodes int) []member {
 	t.Helper()
-	at, _ := reflector(t, "127.0.0.1")
+	at := reflector(t, "127.0.0.1")
 	var members []member
 	for i := range byte(nodes) {
 		members = append(members, newMember(t, i, bgp.Peer{Address: at.Addr(), Port: at.Port(), AS: 65000}))
@@ -171,8 +170,7 @@ func TestAReflectorThatMovesIsFollowed(t *testing.T) {
 	if !a.Trouble("lab").Alone {
 		t.Error("without peers the node is not alone")
 	}
-	first, end := reflector(t, "127.0.0.1")
-	second, _ := reflector(t, "127.0.0.9")
+	first, second := reflector(t, "127.0.0.1"), reflector(t, "127.0.0.9")
 	b := newMember(t, 1, bgp.Peer{Address: first.Addr(), Port: first.Port(), AS: 65000}, bgp.Peer{Address: second.Addr(), Port: second.Port(), AS: 65000})
 	mac, later := evpn.MAC{2, 1}, evpn.MAC{2, 2}
 	b.has(true, mac)
@@ -186,7 +184,6 @@ func TestAReflectorThatMovesIsFollowed(t *testing.T) {
 	follow(first)
 	a.await(t, "what the first has told", behind(mac, b.vtep))
 	follow(second)
-	end()
 	lost := false
 	b.has(true, mac, later)
 	a.await(t, "what the second has told", func(s segment.Segment) bool {
