@@ -85,10 +85,33 @@ func TestFaultsByEVPN(t *testing.T) {
 	}{
 		{"the daemon is killed", evpn4r, lab.daemonIsKilledWhilePodsTalk},
 		{"reflectors are killed and move", evpn4, lab.reflectorsAreLostWhilePodsTalk},
+		{"a node dies and comes back", evpn4r, lab.deadNodeIsForgotten},
 		{"the underlay is cut and comes back", evpn6, lab.trafficIsBackWithinASecondOfItsUnderlay},
 	} {
 		t.Run(c.what, func(t *testing.T) { c.fault(newLab(t).over(c.underlay)) })
 	}
+}
+
+// What a node told that is dead goes when nobody has told it again for bgp.Kept: a reflector was on it, and may have been cut off alone.
+func (l lab) deadNodeIsForgotten() {
+	l.Helper()
+	l.lan("edead", 1177, []string{"edead-1", "edead-2", "edead-3"})
+	both := l.start(pod("edead-1", worker1, "edead-1"), pod("edead-2", worker1, "edead-2"))
+	lost := l.startSet("elost", worker2, "edead-3")
+	ctx, cancel := context.WithTimeout(l.Context(), 4*patience)
+	defer cancel()
+	alive, dead := l.machine(worker1), l.machine(worker2)
+	alive.awaitRemotes("edead", l.underlay.vteps[1])
+	losesNothing(both[0], both[1], func() {
+		dead.powerOff(ctx)
+		begin := time.Now()
+		alive.awaitRemotes("edead")
+		l.logTime("from the node's death until it was no remote", begin)
+		dead.powerOn(ctx)
+		l.awaitPod(lost.pod, "another one that runs", func(p *corev1.Pod) bool { return string(p.UID) != lost.uid && isRunning(p) })
+		alive.awaitRemotes("edead", l.underlay.vteps[1])
+	})
+	l.try(bed.awaitInstalled(ctx))
 }
 
 func (l lab) reflectorsAreLostWhilePodsTalk() {
