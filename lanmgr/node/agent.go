@@ -231,7 +231,7 @@ func (a *Agent) demand() (changed bool) {
 	if !a.planned {
 		return false
 	}
-	now := onDemand(a.plans[:a.objects], a.Manager.Reports(), a.here)
+	now := onDemand(a.plans[:a.objects], a.lans, a.Manager.Reports(), a.here)
 	if slices.EqualFunc(now, a.plans[a.objects:], func(x, y Plan) bool { return x.Segment.Equal(y.Segment) }) {
 		return false
 	}

@@ -5,6 +5,8 @@ import (
 	"net/netip"
 	"slices"
 
+	"k8s.io/apimachinery/pkg/types"
+
 	"github.com/k8slan/k8slan/crd/v1beta1"
 	"github.com/k8slan/k8slan/lanmgr"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
@@ -12,13 +14,26 @@ import (
 )
 
 // onDemand are the LANs that no object wants, sorted by netns: the CNI plugin made them for pods that are attached. They stay as it made them, but for
-// the underlay, as long as one is. A name that a LAN object has is that LAN's.
-func onDemand(objects []Plan, reports []lanmgr.Report, node Node) []Plan {
+// the underlay, as long as one is. A name that a LAN object has is that LAN's, and so is a VNI: who has it without the plugin having known, since the object is
+// not on this node, is not joined to others.
+func onDemand(objects []Plan, lans map[types.UID]*v1beta1.LAN, reports []lanmgr.Report, node Node) []Plan {
+	holders := make(map[uint32]string)
+	for _, lan := range lans {
+		if lan.Status.Holds != nil {
+			holders[uint32(lan.Status.Holds.VNI)] = lan.Namespace + "/" + lan.Name
+		}
+	}
 	var plans []Plan
 	for _, r := range reports {
 		taken := slices.ContainsFunc(objects, func(p Plan) bool { return p.Segment.Netns == r.Segment.Netns })
 		if r.Segment.OnDemand && len(r.Claims) > 0 && !taken {
-			plans = append(plans, planOnDemand(r.Segment.Recorded(), node))
+			p := planOnDemand(r.Segment.Recorded(), node)
+			if holder, held := holders[p.Segment.VXLAN.VNI]; held {
+				p.EVPN = false
+				p.Problem = Problem{v1beta1.ReasonVNITaken, fmt.Sprintf(
+					"VNI %d is that of LAN %s: frames reach no other node. Choose another vxlanId", p.Segment.VXLAN.VNI, holder), false}
+			}
+			plans = append(plans, p)
 		}
 	}
 	return plans

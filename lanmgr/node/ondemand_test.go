@@ -3,6 +3,7 @@ package node_test
 import (
 	"net/netip"
 	"slices"
+	"strings"
 	"testing"
 
 	"github.com/k8slan/k8slan/crd/v1beta1"
@@ -105,4 +106,23 @@ func TestALANObjectsNameIsItsOwn(t *testing.T) {
 	w.await(t, "both to be wanted", wanted("default/lab", "megalos:5001"))
 	w.update(func(l *v1beta1.LAN) { l.Status.Holds.NS = "megalos-5001" })
 	w.await(t, "the object's alone to be wanted", wanted("default/lab"))
+}
+
+// A LAN object that leaves the node out is not known to the plugin: what it makes for that VNI is not joined to the LAN.
+func TestAVNIOfALANThatIsNotHereIsNotJoined(t *testing.T) {
+	w := newWorld(t, lab(func(l *v1beta1.LAN) {
+		l.Spec.NodeSelector = map[string]v1beta1.LabelValue{"zone": "elsewhere"}
+		l.Status.Holds.VNI = 5001
+	}))
+	device := w.kernel.underlays.Devices["eth0"]
+	device.Addresses = []netip.Addr{made().VXLAN.Local}
+	w.kernel.underlays.Devices["eth0"] = device
+	f := &fakeFabric{board: w.board, changed: make(chan struct{}, 1)}
+	w.fabric = f
+	w.start()
+	w.manager.finds(made(), claim(segment.SpokeOnDemand(segment.ClaimID("r1", "net1")), "r1"))
+	w.awaitStatus("the VNI to be taken", func(s v1beta1.LANNodeStatus) bool {
+		return len(s.Segments) == 1 && s.Segments[0].Reason == v1beta1.ReasonVNITaken && strings.Contains(s.Segments[0].Message, "LAN default/lab")
+	})
+	w.await(t, "nothing to be told", f.has(map[string]evpn.LAN{}))
 }
