@@ -34,6 +34,7 @@ type lan struct {
 	flood      map[Key]netip.Addr // VTEPs, by the routes that tell them
 	macs       map[MAC]*station
 	refused    map[Key]Reason
+	named      Key // of those, the one that is named for all
 	duplicates map[MAC]bool
 	moves      uint64
 
@@ -172,6 +173,9 @@ func (l *lan) station(mac MAC) *station {
 func (l *lan) learn(now time.Time, r Route) {
 	if refusal := l.refuse(r); refusal != "" {
 		l.forget(now, r.Key)
+		if len(l.refused) == 0 {
+			l.named = r.Key
+		}
 		l.refused[r.Key] = refusal
 		return
 	}

@@ -48,3 +48,39 @@ func TestThousandNodes(t *testing.T) {
 	}
 	t.Logf("11,000 routes: %v, %d KiB; one more move: %v", all, (after.HeapAlloc-before.HeapAlloc)>>10, time.Since(began)/moves)
 }
+
+// A router may tell very many routes that cannot be used. One is named for all, the same one as long as it is told, and none else is looked at.
+func TestOfTenThousandRefusedRoutesOneIsNamed(t *testing.T) {
+	n := nodes(1)[0]
+	bad := func(i int) evpn.Route {
+		return route(evpn.MACIP, 2, func(r *evpn.Route) { r.VNI, r.MAC = 223, evpn.MAC{2, 0, 0, 0, byte(i >> 8), byte(i)} })
+	}
+	n.Learn(began, bad(1))
+	one, all := n.Refused(222)
+	if all != 1 || one.Reason != evpn.OtherVNI {
+		t.Fatalf("%d refused, %v", all, one)
+	}
+	of := func() time.Duration {
+		const often = 1000
+		began := time.Now()
+		for range often {
+			n.Refused(222)
+		}
+		return time.Since(began) / often
+	}
+	ofOne := of()
+	for i := range 10_000 {
+		n.Learn(began, bad(i))
+	}
+	t.Logf("to name one of 10,000 takes %v, of one %v", of(), ofOne)
+	if same, all := n.Refused(222); all != 10_000 || same.Route.Key != one.Route.Key {
+		t.Errorf("of %d %v is named, was %v", all, same, one)
+	}
+	if made := testing.AllocsPerRun(10, func() { n.Refused(222) }); made > 0 {
+		t.Errorf("to name one %v things are made", made)
+	}
+	n.Forget(began, one.Route.Key)
+	if other, all := n.Refused(222); all != 9_999 || other.Route.Key == one.Route.Key || other.Reason != evpn.OtherVNI {
+		t.Errorf("of %d %v is named, which is told no more", all, other)
+	}
+}

@@ -225,14 +225,16 @@ func (t *Table) Count(vni uint32) (c Count, ok bool) {
 	return l.count(), true
 }
 
-// Refused are the routes of a LAN that cannot be used, sorted.
-func (t *Table) Refused(vni uint32) (refused []Refusal) {
-	if t.lans[vni] == nil {
-		return nil
+// Refused is how many routes of a LAN cannot be used, and one of them, which stays the same as long as it can be: a router may tell very many.
+func (t *Table) Refused(vni uint32) (one Refusal, all int) {
+	l := t.lans[vni]
+	if l == nil || len(l.refused) == 0 {
+		return one, 0
 	}
-	for key, reason := range t.lans[vni].refused {
-		refused = append(refused, Refusal{t.routes[key], reason})
+	if _, still := l.refused[l.named]; !still {
+		for l.named = range l.refused {
+			break
+		}
 	}
-	slices.SortFunc(refused, func(a, b Refusal) int { return a.Route.compare(b.Route.Key) })
-	return refused
+	return Refusal{t.routes[l.named], l.refused[l.named]}, len(l.refused)
 }

@@ -149,7 +149,8 @@ type Trouble struct {
 	Down       []bgp.Session // all there are, where none is up
 	Duplicates []evpn.MAC    // are on this node and on another
 	Withheld   []bgp.Peer    // are there, and told nothing of the LAN: they take no routes with an IPv6 VTEP
-	Refused    []evpn.Refusal
+	Refused    evpn.Refusal  // is one of the routes that cannot be used
+	Refusals   int           // is how many these are
 }
 
 // Trouble is that of a LAN, by the name of its network namespace.
@@ -164,7 +165,8 @@ func (f *Fabric) Trouble(netns string) (t Trouble) {
 	if !ok {
 		return t
 	}
-	t.Duplicates, t.Refused = f.table.Duplicates(vni), f.table.Refused(vni)
+	t.Duplicates = f.table.Duplicates(vni)
+	t.Refused, t.Refusals = f.table.Refused(vni)
 	for _, s := range f.sessions {
 		if s.Up && !s.Peer.IPv6VTEPs && f.lans[netns].VTEP.Is6() {
 			t.Withheld = append(t.Withheld, s.Peer)

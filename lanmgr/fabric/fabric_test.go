@@ -236,8 +236,8 @@ func TestWhatIsWrongIsTold(t *testing.T) {
 	}
 	b.Set(map[string]evpn.LAN{"lab": {VNI: 222, VTEP: a.vtep, Claimed: true}}) // it has our address
 	a.await(t, "nobody", func(segment.Segment) bool {
-		refused := a.Trouble("lab").Refused
-		return len(refused) > 0 && refused[0].Reason == evpn.OwnVTEP
+		trouble := a.Trouble("lab")
+		return trouble.Refusals > 0 && trouble.Refused.Reason == evpn.OwnVTEP
 	})
 	if trouble := a.Trouble("lab"); len(trouble.Down) > 0 {
 		t.Errorf("sessions %v", trouble.Down)

@@ -142,11 +142,11 @@ func withheldProblem(t fabric.Trouble) Problem {
 }
 
 func refusalProblem(t fabric.Trouble) Problem {
-	if len(t.Refused) == 0 {
+	if t.Refusals == 0 {
 		return Problem{}
 	}
-	message := t.Refused[0].String()
-	if len(t.Refused) > 1 {
+	message := t.Refused.String()
+	if t.Refusals > 1 {
 		message += "; nor are others (k8slan_evpn_routes counts them)" // another router may change how many all the time
 	}
 	return Problem{v1beta1.ReasonRoutesRefused, message, false}

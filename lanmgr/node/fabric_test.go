@@ -149,10 +149,10 @@ func TestAnEVPNLANIsJoinedToTheFabric(t *testing.T) {
 	f.tells(func() { f.trouble = fabric.Trouble{Duplicates: []evpn.MAC{{2, 1}, {2, 2}}} })
 	w.awaitStatus("MACs on two nodes", degraded(v1beta1.ReasonMACTwice, "02:01:00:00:00:00 speaks on this node and on another, and 1 other MAC"))
 	f.tells(func() {
-		f.trouble = fabric.Trouble{Refused: []evpn.Refusal{{Route: evpn.Route{Key: evpn.Key{Kind: evpn.Multicast}, VTEP: remote}, Reason: evpn.OtherVNI}}}
+		f.trouble = fabric.Trouble{Refused: evpn.Refusal{Route: evpn.Route{Key: evpn.Key{Kind: evpn.Multicast}, VTEP: remote}, Reason: evpn.OtherVNI}, Refusals: 1}
 	})
 	w.awaitStatus("a route that is refused", degraded(v1beta1.ReasonRoutesRefused, "from VTEP 192.0.2.2 is not used: it bears another VNI"))
-	f.tells(func() { f.trouble.Refused = append(f.trouble.Refused, f.trouble.Refused[0]) })
+	f.tells(func() { f.trouble.Refusals++ })
 	w.awaitStatus("several such routes", degraded(v1beta1.ReasonRoutesRefused, "bears another VNI than the LAN; nor are others"))
 	f.tells(func() { f.trouble = fabric.Trouble{Withheld: []bgp.Peer{{Address: remote, AS: 65000}}} })
 	w.awaitStatus("a peer that is told nothing", degraded(v1beta1.ReasonRoutesWithheld, "192.0.2.2:179 of AS 65000: told nothing of the LAN"))
