@@ -64,7 +64,7 @@ const chartDir = "charts/k8slan"
 
 // chart installs the chart, or what changed in it, and returns when all of k8slan is ready.
 func (b *testbed) chart(ctx context.Context) error {
-	if err := b.Chart(ctx, "node.metricsPort="+metricsPort, "controller.metricsPort="+metricsPort, "evpn.enabled=true"); err != nil {
+	if err := b.Chart(ctx, "node.metricsPort="+metricsPort, "controller.metricsPort="+metricsPort, "evpn.enabled=true", "node.megalos=true"); err != nil {
 		return err
 	}
 	return b.awaitInstalled(ctx)

@@ -211,7 +211,7 @@ func (m machine) isClean() {
 	for dir, ours := range map[string]func(string) bool{
 		"/run":                            func(f string) bool { return strings.HasPrefix(f, "k8slan") },
 		"/var/run/cdi":                    func(f string) bool { return strings.Contains(f, "k8slan") },
-		"/opt/cni/bin":                    func(f string) bool { return strings.Contains(f, "k8slan") },
+		"/opt/cni/bin":                    func(f string) bool { return strings.Contains(f, "k8slan") || f == "megalos" },
 		"/var/lib/kubelet/device-plugins": func(f string) bool { return strings.HasPrefix(f, "k8slan-") },
 	} {
 		if left := slices.DeleteFunc(m.files(dir), func(f string) bool { return !ours(f) }); len(left) > 0 {
