@@ -5,14 +5,17 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"time"
 
+	"github.com/fsnotify/fsnotify"
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 	"golang.org/x/sync/errgroup"
@@ -119,12 +122,83 @@ func parsePeer(text string, as uint32) (bgp.Peer, error) {
 	return p, nil
 }
 
+// maxPassword is how long a password of TCP MD5 may be (TCP_MD5SIG_MAXKEYLEN in linux/tcp.h).
+const maxPassword = 80
+
 func readPassword(file string) (string, error) {
 	b, err := os.ReadFile(file)
 	if err != nil {
 		return "", fmt.Errorf("read the password: %w", err)
 	}
-	return strings.TrimSpace(string(b)), nil
+	password := strings.TrimSpace(string(b))
+	if password == "" || len(password) > maxPassword {
+		return "", fmt.Errorf("the password in %s has %d characters, and may have 1 to %d", file, len(password), maxPassword)
+	}
+	return password, nil
+}
+
+// passwordFiles are those that the flags name.
+func (f *evpnFlags) passwordFiles() (files []string) {
+	if f.reflectorsPasswordFile != "" {
+		files = append(files, f.reflectorsPasswordFile)
+	}
+	for _, text := range f.peers {
+		for field := range strings.SplitSeq(text, ",") {
+			if file, ok := strings.CutPrefix(field, "password-file="); ok {
+				files = append(files, file)
+			}
+		}
+	}
+	return files
+}
+
+// followPasswords has the fabric speak with other passwords when files have them, until ctx ends.
+func (f *evpnFlags) followPasswords(ctx context.Context, nodeName string, joined *fabric.Fabric, log *slog.Logger) {
+	followFiles(ctx, f.passwordFiles(), log, func() error {
+		e, err := f.evpn(nodeName)
+		if err != nil {
+			return err
+		}
+		return joined.SetPeers(ctx, e.Peers, e.ReflectorPassword)
+	})
+}
+
+// followFiles calls changed at first and whenever there may be something else in one of the files, until ctx ends. It looks at their folders:
+// kubelet renames what a Secret's volume shows (AtomicWriter in pkg/volume/util). What goes wrong is logged.
+func followFiles(ctx context.Context, files []string, log *slog.Logger, changed func() error) {
+	if len(files) == 0 {
+		return
+	}
+	notify, err := fsnotify.NewWatcher()
+	if err == nil {
+		defer notify.Close()
+	}
+	for _, file := range files {
+		if err == nil {
+			err = notify.Add(filepath.Dir(file))
+		}
+	}
+	if err != nil {
+		log.Error("cannot hear of new passwords, restart this when one changes", "files", files, "err", err)
+		return
+	}
+	for failed := ""; ; {
+		said := ""
+		if err := changed(); err != nil && ctx.Err() == nil {
+			said = err.Error()
+		}
+		if said != "" && said != failed {
+			log.Error("cannot take a new password, the old one stays", "err", said)
+		}
+		failed = said
+		select {
+		case <-ctx.Done():
+			return
+		case <-notify.Events:
+		case err := <-notify.Errors:
+			log.Warn("some changes of files went unheard, reading them again", "err", err)
+		}
+	}
 }
 
 // reflectorFlags are the flags of k8slan reflector.
@@ -187,12 +261,30 @@ func (f *reflectorFlags) runReflector(ctx context.Context) error {
 		return fmt.Errorf("ask for the host's name: %w", err)
 	}
 	r := bgp.Reflector{AS: f.as, RouterID: routerID(f.routerID, name), Listen: at, From: prefixes(f.from), HoldTime: f.holdTime, Log: log}
+	tasks, ctx := errgroup.WithContext(ctx)
 	if f.passwordFile != "" {
 		if r.Password, err = readPassword(f.passwordFile); err != nil {
 			return err
 		}
+		passwords, last := make(chan string), r.Password
+		r.Passwords = passwords
+		tasks.Go(func() error {
+			followFiles(ctx, []string{f.passwordFile}, log, func() error {
+				next, err := readPassword(f.passwordFile)
+				if err != nil || next == last {
+					return err
+				}
+				select {
+				case passwords <- next:
+					last = next
+					log.Info("there is a new password, sessions that stand go on")
+				case <-ctx.Done():
+				}
+				return nil
+			})
+			return nil
+		})
 	}
-	tasks, ctx := errgroup.WithContext(ctx)
 	tasks.Go(func() error { return r.Run(ctx) })
 	if f.healthAddress != "0" {
 		srv := &http.Server{Addr: f.healthAddress, Handler: healthHandler(nil), ReadHeaderTimeout: 10 * time.Second}

@@ -185,6 +185,12 @@ func (f *nodeFlags) runNode(ctx context.Context) error {
 			outcome.Listen(ctx, f.run, log, m.Outcome)
 			return nil
 		})),
+		mgr.Add(manager.RunnableFunc(func(ctx context.Context) error {
+			if joined != nil {
+				f.followPasswords(ctx, f.node, joined, log)
+			}
+			return nil
+		})),
 		f.serveHealth(mgr,
 			func(context.Context) error { return agent.Ready() },
 			func(context.Context) error { return plugins.Ready() }),

@@ -391,6 +391,77 @@ func TestAWrongPasswordOrASKeepsNobodyElseOut(t *testing.T) {
 	wrong.awaitRoutes(t, flood(6))
 }
 
+// A password is changed on both sides, one after the other: sessions that stand go on, and who connects has to know the new one.
+func TestAPasswordChangesUnderSessions(t *testing.T) {
+	t.Parallel()
+	port, passwords := freePort(t), make(chan string)
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	r := reflector(port, "first")
+	r.Passwords = passwords
+	go func() { done <- r.Run(ctx) }()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
+	with := func(n byte, password string) bgp.Peer {
+		p := peerAt(port, n)
+		p.Password = password
+		return p
+	}
+	a, b, early := speak(t, 2, with(2, "first")), speak(t, 3, with(3, "first")), speak(t, 4, with(4, "second"))
+	a.set(t, flood(2))
+	b.awaitRoutes(t, flood(2))
+	early.await(t, "a word about the password", func() bool { return len(early.sessions) == 1 && strings.Contains(early.sessions[0].Why, "password") })
+	passwords <- "second"
+	early.awaitRoutes(t, flood(2))
+	late := speak(t, 5, with(5, "first"))
+	late.await(t, "a word about the password", func() bool { return len(late.sessions) == 1 && strings.Contains(late.sessions[0].Why, "password") })
+	if err := late.SetPeers(t.Context(), []bgp.Peer{with(5, "second")}); err != nil {
+		t.Fatal(err)
+	}
+	late.awaitRoutes(t, flood(2))
+	if err := a.SetPeers(t.Context(), []bgp.Peer{with(2, "second")}); err != nil {
+		t.Fatal(err)
+	}
+	a.set(t, flood(2), route(2, nil))
+	b.awaitRoutes(t, flood(2), route(2, nil))
+	for _, s := range []*speaker{a, b, early} {
+		s.mu.Lock()
+		if !s.sessions[0].Up || s.gone > 0 {
+			t.Errorf("%s: session %+v, %d routes were withdrawn", s.name, s.sessions[0], s.gone)
+		}
+		s.mu.Unlock()
+	}
+}
+
+// A session that ends after the password has changed comes back with the new one.
+func TestTheNextSessionHasTheNewPassword(t *testing.T) {
+	t.Parallel()
+	port := freePort(t)
+	kill := startReflector(t, port, "first")
+	with := func(password string) bgp.Peer {
+		p := peerAt(port, 2)
+		p.Password, p.IPv6VTEPs = password, true
+		return p
+	}
+	a := speak(t, 2, with("first"))
+	a.awaitUp(t)
+	if err := a.SetPeers(t.Context(), []bgp.Peer{with("second")}); err != nil {
+		t.Fatal(err)
+	}
+	kill()
+	a.await(t, "the session to end", func() bool { return !a.sessions[0].Up })
+	startReflector(t, port, "second")
+	a.awaitUp(t)
+	last := with("second")
+	if at := a.Sessions()[0].Peer; at != last {
+		t.Errorf("the session is with %+v", at)
+	}
+}
+
 // A reflector on all addresses is reached over IPv4 and IPv6, by those who know the password alone.
 func TestAReflectorOnAllAddresses(t *testing.T) {
 	t.Parallel()

@@ -19,11 +19,13 @@ type Reflector struct {
 	From     []netip.Prefix // sessions from elsewhere are refused; none: from anywhere
 	HoldTime time.Duration  // 0: HoldTime
 	Password string         // of TCP MD5 (RFC 2385); empty: none
-	Log      *slog.Logger
+	// Passwords are later ones, for where there is one: sessions that stand go on.
+	Passwords <-chan string
+	Log       *slog.Logger
 }
 
-// clients is the peer group of whoever connects.
-const clients = "nodes"
+// group is the peer group of whoever connects.
+const group = "nodes"
 
 // Run reflects until ctx ends. Sessions and port end with the process, without a word, so that nodes keep what it has told: gobgp's own end
 // drops one node after the other, and withdraws what those have told from the nodes that are still there (deleteNeighbor in
@@ -37,8 +39,19 @@ func (r Reflector) Run(ctx context.Context) error {
 		<-served
 		return err
 	}
-	<-ctx.Done()
-	return nil
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case r.Password = <-r.Passwords:
+			if _, err := srv.UpdatePeerGroup(ctx, &api.UpdatePeerGroupRequest{PeerGroup: r.clients()}); err != nil {
+				return fmt.Errorf("change the password: %w", err)
+			}
+			if err := r.accept(ctx, srv); err != nil { // it is the listener's, too
+				return err
+			}
+		}
+	}
 }
 
 func (r Reflector) start(ctx context.Context, srv *server.BgpServer) error {
@@ -52,23 +65,32 @@ func (r Reflector) start(ctx context.Context, srv *server.BgpServer) error {
 	if err != nil {
 		return fmt.Errorf("listen on %s as AS %d with router ID %s: %w", r.Listen, r.AS, r.RouterID, err)
 	}
-	err = srv.AddPeerGroup(ctx, &api.AddPeerGroupRequest{PeerGroup: &api.PeerGroup{
-		Conf:            &api.PeerGroupConf{PeerGroupName: clients, PeerAsn: r.AS, AuthPassword: r.Password},
+	if err := srv.AddPeerGroup(ctx, &api.AddPeerGroupRequest{PeerGroup: r.clients()}); err != nil {
+		return fmt.Errorf("accept nodes of AS %d: %w", r.AS, err)
+	}
+	return r.accept(ctx, srv)
+}
+
+// clients is what whoever connects has to be.
+func (r Reflector) clients() *api.PeerGroup {
+	return &api.PeerGroup{
+		Conf:            &api.PeerGroupConf{PeerGroupName: group, PeerAsn: r.AS, AuthPassword: r.Password},
 		Timers:          timers(r.HoldTime),
 		Transport:       &api.Transport{PassiveMode: true},
 		RouteReflector:  &api.RouteReflector{RouteReflectorClient: true, RouteReflectorClusterId: r.RouterID.String()},
 		GracefulRestart: gracefulRestart(Kept),
 		AfiSafis:        families(),
-	}})
-	if err != nil {
-		return fmt.Errorf("accept nodes of AS %d: %w", r.AS, err)
 	}
+}
+
+// accept takes connections from where nodes are, with the password.
+func (r Reflector) accept(ctx context.Context, srv *server.BgpServer) error {
 	from := r.From
 	if len(from) == 0 {
 		from = []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0"), netip.MustParsePrefix("::/0")}
 	}
 	for _, prefix := range from {
-		if err := srv.AddDynamicNeighbor(ctx, &api.AddDynamicNeighborRequest{DynamicNeighbor: &api.DynamicNeighbor{Prefix: prefix.String(), PeerGroup: clients}}); err != nil {
+		if err := srv.AddDynamicNeighbor(ctx, &api.AddDynamicNeighborRequest{DynamicNeighbor: &api.DynamicNeighbor{Prefix: prefix.String(), PeerGroup: group}}); err != nil {
 			return fmt.Errorf("accept nodes from %s: %w", prefix, err)
 		}
 	}

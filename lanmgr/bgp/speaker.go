@@ -44,6 +44,12 @@ func (p Peer) At() netip.AddrPort {
 // String names the peer, and not its password.
 func (p Peer) String() string { return fmt.Sprintf("%s of AS %d", p.At(), p.AS) }
 
+// Like says whether two differ in their passwords at most.
+func (p Peer) Like(o Peer) bool {
+	p.Password = o.Password
+	return p == o
+}
+
 // The times of sessions.
 const (
 	// HoldTime is how long a peer may be silent; it is asked to speak three times as often.
@@ -69,6 +75,7 @@ type Session struct {
 	Why   string    // it is down, as far as that is known
 
 	sent, received uint64 // OPEN messages at the last look
+	outdated       bool   // the peer has another password since
 }
 
 // Config is what a speaker works with.
@@ -242,8 +249,8 @@ func (s *Speaker) tell() error {
 	return errors.Join(errs...)
 }
 
-// SetPeers says whom to speak with; it replaces what was said before. A session whose peer is the same goes on; what
-// another has told stays as when its session is lost.
+// SetPeers says whom to speak with; it replaces what was said before. A session whose peer is the same goes on, also where the password is
+// another: that counts from the next connection on. What another has told stays as when its session is lost.
 func (s *Speaker) SetPeers(ctx context.Context, peers []Peer) error {
 	want := make(map[netip.Addr]Peer, len(peers))
 	for _, p := range peers {
@@ -258,12 +265,17 @@ func (s *Speaker) SetPeers(ctx context.Context, peers []Peer) error {
 	}
 	var errs []error
 	for address, p := range old {
-		if want[address] != p {
-			errs = append(errs, s.removePeer(ctx, p))
+		next, session := want[address], s.sessions[address]
+		if next == p || session.Up && next.Like(p) {
+			session.outdated = session.outdated || next != p
+			s.sessions[address] = session
+			continue
 		}
+		errs = append(errs, s.removePeer(ctx, p))
+		delete(old, address)
 	}
 	for address, p := range want {
-		if old[address] != p {
+		if _, stays := old[address]; !stays {
 			errs = append(errs, s.addPeer(ctx, p))
 		}
 	}
@@ -407,8 +419,21 @@ func (s *Speaker) hearPeer(ctx context.Context, p apiutil.Peer, at time.Time) {
 		s.looks.Reset(lookEvery)
 	}
 	s.sessions[session.Peer.Address] = session
+	if session.outdated && !up && s.server != nil {
+		if err := s.renew(ctx, session.Peer); err != nil {
+			s.Log.Error("cannot connect with the new password, restart the daemon", "peer", session.Peer, "err", err)
+		}
+	}
 	s.mu.Unlock()
 	s.hear(ctx, s.Sessions)
+}
+
+// renew has the next session be as the peer is now; s.mu is held.
+func (s *Speaker) renew(ctx context.Context, old Peer) error {
+	if err := s.removePeer(ctx, old); err != nil {
+		return err
+	}
+	return s.addPeer(ctx, s.peers[old.Address])
 }
 
 // Sessions is how it stands with each peer, by address.

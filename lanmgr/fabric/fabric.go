@@ -41,14 +41,15 @@ type Fabric struct {
 	speaker *bgp.Speaker
 	changed chan struct{}
 
-	mu       sync.Mutex
-	peers    []bgp.Peer
-	table    *evpn.Table
-	lans     map[string]evpn.LAN // by netns
-	vnis     map[string]uint32   // by netns
-	partial  bool
-	sessions []bgp.Session
-	failed   string // what the last failure to tell routes said
+	mu         sync.Mutex
+	reflectors []netip.AddrPort
+	peers      []bgp.Peer // all
+	table      *evpn.Table
+	lans       map[string]evpn.LAN // by netns
+	vnis       map[string]uint32   // by netns
+	partial    bool
+	sessions   []bgp.Session
+	failed     string // what the last failure to tell routes said
 }
 
 // New returns a fabric that hears and tells nothing until Run.
@@ -88,17 +89,31 @@ func (f *Fabric) Run(ctx context.Context) error {
 // SetReflectors says where the cluster's reflectors are; it replaces what was said before. What one has told that is gone stays until the
 // others have told it, or two minutes have gone by.
 func (f *Fabric) SetReflectors(ctx context.Context, at []netip.AddrPort) error {
-	peers := slices.Clone(f.Peers)
-	for _, a := range at {
-		peers = append(peers, bgp.Peer{Address: a.Addr(), Port: a.Port(), AS: f.AS, Password: f.ReflectorPassword, IPv6VTEPs: true})
-	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	f.reflectors = at
+	return f.setPeers(ctx)
+}
+
+// SetPeers says whom to speak with besides those, and the password of the sessions with them; it replaces what was said before. Where a
+// session stands, another password counts once it has ended.
+func (f *Fabric) SetPeers(ctx context.Context, peers []bgp.Peer, reflectorPassword string) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.Peers, f.ReflectorPassword = peers, reflectorPassword
+	return f.setPeers(ctx)
+}
+
+func (f *Fabric) setPeers(ctx context.Context) error {
+	peers := slices.Clone(f.Peers)
+	for _, a := range f.reflectors {
+		peers = append(peers, bgp.Peer{Address: a.Addr(), Port: a.Port(), AS: f.AS, Password: f.ReflectorPassword, IPv6VTEPs: true})
+	}
 	if slices.Equal(peers, f.peers) {
 		return nil
 	}
 	f.peers = peers
-	f.sessions = slices.DeleteFunc(slices.Clone(f.sessions), func(s bgp.Session) bool { return !slices.Contains(peers, s.Peer) })
+	f.sessions = slices.DeleteFunc(slices.Clone(f.sessions), func(s bgp.Session) bool { return !slices.ContainsFunc(peers, s.Peer.Like) })
 	return f.speaker.SetPeers(ctx, peers)
 }
 
@@ -205,7 +220,7 @@ func (f *Fabric) hear(h bgp.Heard) {
 // noteSessions logs what is another than before.
 func (f *Fabric) noteSessions(sessions []bgp.Session) {
 	for _, s := range sessions {
-		if i := slices.IndexFunc(f.sessions, func(o bgp.Session) bool { return o.Peer == s.Peer && o.Up == s.Up && o.Why == s.Why }); i >= 0 {
+		if i := slices.IndexFunc(f.sessions, func(o bgp.Session) bool { return o.Peer.Like(s.Peer) && o.Up == s.Up && o.Why == s.Why }); i >= 0 {
 			continue
 		}
 		if s.Up {
