@@ -94,6 +94,11 @@ type LANSpec struct {
 	// +optional
 	Discovery Discovery `json:"discovery,omitempty"`
 
+	// EVPN says how the LAN's routes are told apart from those of others. With another discovery than evpn it means nothing. It can
+	// be changed while the LAN runs.
+	// +optional
+	EVPN *EVPNOptions `json:"evpn,omitempty"`
+
 	// StrictPeers has a node drop VXLAN packets with the LAN's VNI that come from an address of none of the other nodes of the LAN, before
 	// they reach a pod. What a node sends bears an address of its underlay device; its LANNode tells which. It can be changed while the
 	// LAN runs. Default: true with discovery unicast, false with multicast, where others than k8slan may take part.
@@ -210,6 +215,36 @@ const (
 	Unicast   Discovery = "unicast"
 	EVPN      Discovery = "evpn"
 )
+
+// EVPNOptions are how the routes of a LAN are told apart from those of others (RFC 7432). They can be changed while the LAN runs.
+type EVPNOptions struct {
+	// ImportTargets are the route targets by which others' routes are the LAN's, such as 65000:222: a route that bears one of them is.
+	// What the LAN's own nodes tell is so in any case. Default: those whose number is the VNI, of any AS.
+	// +optional
+	// +listType=set
+	// +kubebuilder:validation:MaxItems=32
+	ImportTargets []RouteTarget `json:"importTargets,omitempty"`
+
+	// ExportTargets are the route targets that the routes of the LAN's nodes bear. Nodes read of a change one after the other: to lose
+	// nothing, name the old one beside the new until all have. Default: AS:VNI, with the AS of the cluster.
+	// +optional
+	// +listType=set
+	// +kubebuilder:validation:MaxItems=32
+	ExportTargets []RouteTarget `json:"exportTargets,omitempty"`
+
+	// RD is the number in the nodes' route distinguishers for the LAN, 1 to 65535: each node's own are its router ID, ':' and this. Where two
+	// LANs ask for the same, one has the next that is free. Default: the VNI, or else the next number that is free.
+	// +optional
+	// +kubebuilder:validation:Minimum=1
+	// +kubebuilder:validation:Maximum=65535
+	RD int32 `json:"rd,omitempty"`
+}
+
+// RouteTarget is AS:number in decimal. On the wire one of both has four octets, the other two (RFC 4360, RFC 5668).
+//
+// +kubebuilder:validation:MaxLength=63
+// +kubebuilder:validation:XValidation:rule="self.matches('^(0|[1-9][0-9]{0,9}):(0|[1-9][0-9]{0,9})$') && self.split(':').all(n, int(n) <= 4294967295) && self.split(':').exists(n, int(n) <= 65535)",message="a route target is AS:number, such as 65000:222; one of both can be up to 4294967295, the other up to 65535"
+type RouteTarget string
 
 // SpokeOptions are settings of one spoke, or of each port of a pool.
 type SpokeOptions struct {

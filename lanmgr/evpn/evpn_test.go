@@ -466,6 +466,66 @@ func TestEachLANHasAnRDOfItsOwn(t *testing.T) {
 	}
 }
 
+// A LAN has the RD that it asks for, whoever had it, and the others keep theirs.
+func TestALANHasTheRDItAsksFor(t *testing.T) {
+	n := newNode(1)
+	numbers := func(lans ...evpn.LAN) (have []uint16) {
+		for i := range lans {
+			lans[i].VTEP, lans[i].Claimed = n.vtep, true
+		}
+		n.Set(began, lans)
+		for _, l := range lans {
+			for _, r := range n.Own() {
+				if r.VNI == l.VNI {
+					have = append(have, uint16(r.RD[6])<<8|uint16(r.RD[7]))
+				}
+			}
+		}
+		return have
+	}
+	five, six := evpn.LAN{VNI: 5}, evpn.LAN{VNI: 6}
+	asks := func(l evpn.LAN, number uint16) evpn.LAN { l.RD = number; return l }
+	for _, step := range []struct {
+		lans []evpn.LAN
+		want []uint16
+	}{
+		{[]evpn.LAN{five, six}, []uint16{5, 6}},
+		{[]evpn.LAN{five, asks(six, 5)}, []uint16{6, 5}},
+		{[]evpn.LAN{asks(five, 5), asks(six, 5)}, []uint16{6, 5}},
+		{[]evpn.LAN{asks(five, 5), asks(six, 300)}, []uint16{5, 300}},
+		{[]evpn.LAN{five, six}, []uint16{5, 6}},
+		{[]evpn.LAN{asks(six, 300), five}, []uint16{300, 5}},
+	} {
+		if have := numbers(step.lans...); !slices.Equal(have, step.want) {
+			t.Errorf("%+v have %v, want %v", step.lans, have, step.want)
+		}
+	}
+}
+
+// What a LAN's nodes tell is its own, whatever it imports; a target that is changed with the old one beside it loses no route.
+func TestATargetIsChangedWithoutLoss(t *testing.T) {
+	m := nodes(2, mac(7))
+	m[1].Set(began, []evpn.LAN{{VNI: 222, VTEP: m[1].vtep, Claimed: true, Attached: []evpn.MAC{mac(8)}}})
+	old, next := evpn.NewTarget(65000, 222), evpn.NewTarget(64512, 7)
+	for _, step := range []struct{ imports, exports []evpn.Target }{
+		{[]evpn.Target{next}, nil},
+		{nil, []evpn.Target{next, old}},
+		{nil, []evpn.Target{next}},
+		{[]evpn.Target{old}, []evpn.Target{next}},
+	} {
+		for _, n := range m {
+			attached := []evpn.MAC{mac(7)}
+			if n == m[1] {
+				attached = []evpn.MAC{mac(8)}
+			}
+			n.Set(began, []evpn.LAN{{VNI: 222, VTEP: n.vtep, Claimed: true, Attached: attached, Import: step.imports, Export: step.exports}})
+			m.tell(t, began)
+			expect(t, fmt.Sprint(step), m[0], "tells itself, tells 7 seq 0, floods 2, 8 behind 2")
+			expect(t, fmt.Sprint(step), m[1], "tells itself, tells 8 seq 0, floods 1, 7 behind 1")
+		}
+	}
+}
+
 // Whatever happens in whichever order, the nodes agree on who has each MAC: who spoke last, if the others heard of it in between.
 func TestNodesAgreeWhateverHappens(t *testing.T) {
 	for seed := range uint64(300) {

@@ -16,14 +16,15 @@ type LAN struct {
 	VTEP     netip.Addr // the node's
 	Claimed  bool       // a pod here is attached: without one, nothing is told
 	Attached []MAC      // of pods that may not have spoken yet, and need not
-	Import   []Target   // routes that bear one of these are the LAN's; none: those whose number is the VNI, of any AS
+	Import   []Target   // routes that bear one of these, or of Export, are the LAN's; none: those whose number is the VNI, of any AS
 	Export   []Target   // that the node's routes bear; none: AS:VNI
+	RD       uint16     // the number in the RD of the node's routes, unless another LAN has asked for it; 0: any
 }
 
 // Equal says whether two are the same.
 func (l LAN) Equal(o LAN) bool {
 	return l.VNI == o.VNI && l.VTEP == o.VTEP && l.Claimed == o.Claimed && slices.Equal(l.Attached, o.Attached) &&
-		slices.Equal(l.Import, o.Import) && slices.Equal(l.Export, o.Export)
+		slices.Equal(l.Import, o.Import) && slices.Equal(l.Export, o.Export) && l.RD == o.RD
 }
 
 // lan is what is known of a LAN.

@@ -1,6 +1,7 @@
 package evpn
 
 import (
+	"cmp"
 	"maps"
 	"net/netip"
 	"slices"
@@ -11,16 +12,15 @@ import (
 
 // Table is what one node knows of EVPN. It is for one goroutine.
 type Table struct {
-	as      uint32
-	router  netip.Addr
-	lans    map[uint32]*lan // by VNI
-	numbers map[uint16]bool // of RDs, that are taken
-	routes  map[Key]Route   // of others; also those of no LAN here, for LANs that come later
+	as     uint32
+	router netip.Addr
+	lans   map[uint32]*lan // by VNI
+	routes map[Key]Route   // of others; also those of no LAN here, for LANs that come later
 }
 
 // New returns the table of a router with that AS and ID, which is an IPv4 address.
 func New(as uint32, router netip.Addr) *Table {
-	return &Table{as: as, router: router, lans: map[uint32]*lan{}, numbers: map[uint16]bool{}, routes: map[Key]Route{}}
+	return &Table{as: as, router: router, lans: map[uint32]*lan{}, routes: map[Key]Route{}}
 }
 
 // Set says which LANs the node takes part in; it replaces what was said before.
@@ -29,15 +29,48 @@ func (t *Table) Set(now time.Time, lans []LAN) {
 	for _, l := range lans {
 		stay[l.VNI] = true
 	}
-	for vni, l := range t.lans {
+	for vni := range t.lans {
 		if !stay[vni] {
-			delete(t.numbers, l.number())
 			delete(t.lans, vni)
 		}
 	}
+	numbers := t.numbers(lans)
 	for _, l := range lans {
 		t.set(now, l)
+		t.lans[l.VNI].rd = routerRD(t.router, numbers[l.VNI])
 	}
+}
+
+// numbers gives each LAN a number for its RD that no other has here: what it asks for, else the one that it has, else its VNI if that fits, or
+// the next that is free.
+func (t *Table) numbers(lans []LAN) map[uint32]uint16 {
+	type wish struct {
+		rank   int // who comes first
+		vni    uint32
+		number uint16
+	}
+	var wishes []wish
+	for _, l := range lans {
+		w, here := wish{3, l.VNI, uint16(l.VNI)}, t.lans[l.VNI]
+		switch {
+		case l.RD != 0 && here != nil && here.number() == l.RD:
+			w.rank, w.number = 0, l.RD
+		case l.RD != 0:
+			w.rank, w.number = 1, l.RD
+		case here != nil && here.RD == 0:
+			w.rank, w.number = 2, here.number()
+		}
+		wishes = append(wishes, w)
+	}
+	slices.SortFunc(wishes, func(a, b wish) int { return cmp.Or(cmp.Compare(a.rank, b.rank), cmp.Compare(a.vni, b.vni)) })
+	numbers, taken := make(map[uint32]uint16, len(lans)), make(map[uint16]bool, len(lans))
+	for _, w := range wishes {
+		for taken[w.number] {
+			w.number++
+		}
+		numbers[w.vni], taken[w.number] = w.number, true
+	}
+	return numbers
 }
 
 func (t *Table) set(now time.Time, want LAN) {
@@ -45,9 +78,9 @@ func (t *Table) set(now time.Time, want LAN) {
 	if l != nil && l.LAN.Equal(want) {
 		return
 	}
-	anew := l == nil || l.VTEP != want.VTEP || !slices.Equal(l.Import, want.Import)
+	anew := l == nil || l.VTEP != want.VTEP || !slices.Equal(l.Import, want.Import) || !slices.Equal(l.Export, want.Export)
 	if l == nil {
-		l = &lan{rd: routerRD(t.router, t.number(want.VNI)), fdb: []segment.FDBEntry{}, macs: map[MAC]*station{}, duplicates: map[MAC]bool{}, changed: map[MAC]bool{}}
+		l = &lan{fdb: []segment.FDBEntry{}, macs: map[MAC]*station{}, duplicates: map[MAC]bool{}, changed: map[MAC]bool{}}
 		t.lans[want.VNI] = l
 	}
 	claimed := want.Claimed && !l.Claimed
@@ -87,16 +120,6 @@ func (t *Table) refill(now time.Time, l *lan) {
 	l.moves = moves // nobody went anywhere
 }
 
-// number finds a number for a LAN's RD that no other has here: its VNI, if that fits.
-func (t *Table) number(vni uint32) uint16 {
-	n := uint16(vni)
-	for t.numbers[n] {
-		n++
-	}
-	t.numbers[n] = true
-	return n
-}
-
 func (l *lan) number() uint16 { return uint16(l.rd[6])<<8 | uint16(l.rd[7]) }
 
 // lansOf are the LANs that a route is of, by its targets.
@@ -112,6 +135,9 @@ func (t *Table) lansOf(r Route) (lans []*lan) {
 // imports says whether routes with that target are the LAN's. FRR, too, looks at the number alone, for the AS of others may be another
 // (map_vni_to_rt in bgpd/bgp_evpn.c).
 func (l *lan) imports(t Target) bool {
+	if slices.Contains(l.export, t) { // of the LAN's other nodes
+		return true
+	}
 	if len(l.Import) > 0 {
 		return slices.Contains(l.Import, t)
 	}

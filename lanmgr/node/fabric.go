@@ -70,27 +70,40 @@ func evpnLANs(plans []Plan, reports []lanmgr.Report) map[string]evpn.LAN {
 		}
 		planned[p.Segment.Netns] = true
 		if vni := p.Segment.VXLAN.VNI; p.EVPN && p.VTEP.IsValid() {
-			lans[p.Segment.Netns], taken[vni] = evpnLAN(vni, p.VTEP, r.Claims), true
+			lans[p.Segment.Netns], taken[vni] = evpnLAN(p.Segment, p.VTEP, r.Claims), true
 		}
 	}
 	for _, r := range reports {
 		v := r.Segment.VXLAN
 		if !planned[r.Segment.Netns] && v.NoLearning && v.Local.IsValid() && len(r.Claims) > 0 && !taken[v.VNI] {
-			lans[r.Segment.Netns], taken[v.VNI] = evpnLAN(v.VNI, v.Local, r.Claims), true
+			lans[r.Segment.Netns], taken[v.VNI] = evpnLAN(r.Segment, v.Local, r.Claims), true
 		}
 	}
 	return lans
 }
 
 // evpnLAN is a LAN as the node takes part in it. A VM's MAC is told once it has spoken: two nodes have it while it moves.
-func evpnLAN(vni uint32, vtep netip.Addr, claims []segment.Claim) evpn.LAN {
-	lan := evpn.LAN{VNI: vni, VTEP: vtep, Claimed: len(claims) > 0}
+func evpnLAN(s segment.Segment, vtep netip.Addr, claims []segment.Claim) evpn.LAN {
+	lan := evpn.LAN{
+		VNI: s.VXLAN.VNI, VTEP: vtep, Claimed: len(claims) > 0,
+		Import: targets(s.Routes.Import), Export: targets(s.Routes.Export), RD: s.Routes.RD,
+	}
 	for _, c := range claims {
 		if c.Kind == segment.Veth && len(c.MAC) == len(evpn.MAC{}) {
 			lan.Attached = append(lan.Attached, evpn.MAC(c.MAC))
 		}
 	}
 	return lan
+}
+
+// targets reads route targets; targetProblem tells of what is none.
+func targets(texts []string) (targets []evpn.Target) {
+	for _, text := range texts {
+		if t, err := evpn.ParseTarget(text); err == nil {
+			targets = append(targets, t)
+		}
+	}
+	return targets
 }
 
 // trouble makes what the fabric tells the plan's problem, where it has none of its own, and says whether it is another since.

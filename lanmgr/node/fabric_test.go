@@ -107,7 +107,10 @@ func (f *fakeFabric) Changed() <-chan struct{} { return f.changed }
 // A LAN with discovery evpn is joined to the fabric, with its pods' MACs; what the fabric tells becomes part of its segment, and of no
 // other.
 func TestAnEVPNLANIsJoinedToTheFabric(t *testing.T) {
-	w := newWorld(t, lab(func(l *v1beta1.LAN) { l.Spec.Discovery = v1beta1.EVPN }))
+	w := newWorld(t, lab(func(l *v1beta1.LAN) {
+		l.Spec.Discovery = v1beta1.EVPN
+		l.Spec.EVPN = &v1beta1.EVPNOptions{ImportTargets: []v1beta1.RouteTarget{"64512:7"}, ExportTargets: []v1beta1.RouteTarget{"65000:8", "65000:222"}, RD: 7}
+	}))
 	device := w.kernel.underlays.Devices["eth0"]
 	vtep := netip.MustParseAddr("192.0.2.1")
 	device.Addresses = []netip.Addr{vtep}
@@ -116,7 +119,10 @@ func TestAnEVPNLANIsJoinedToTheFabric(t *testing.T) {
 	w.fabric = f
 	stop := w.start()
 	defer stop()
-	lan := evpn.LAN{VNI: 222, VTEP: vtep}
+	lan := evpn.LAN{
+		VNI: 222, VTEP: vtep, RD: 7,
+		Import: []evpn.Target{evpn.NewTarget(64512, 7)}, Export: []evpn.Target{evpn.NewTarget(65000, 222), evpn.NewTarget(65000, 8)},
+	}
 	w.await(t, "the LAN to be joined", f.has(map[string]evpn.LAN{"default.lab": lan}))
 
 	vm := claim("vm", "vm-1")
@@ -184,6 +190,10 @@ func TestAnEVPNLANIsJoinedToTheFabric(t *testing.T) {
 	}
 	w.update(func(l *v1beta1.LAN) { l.Spec.NodeSelector = nil })
 	w.awaitStatus("the LAN to be back", ready)
+
+	w.update(func(l *v1beta1.LAN) { l.Spec.EVPN.ImportTargets = nil; l.Spec.EVPN.RD = 0 })
+	lan.Import, lan.RD = nil, 0
+	w.await(t, "other targets", f.has(map[string]evpn.LAN{"default.lab": lan}))
 
 	w.update(func(l *v1beta1.LAN) { l.Spec.Discovery = v1beta1.Multicast })
 	w.await(t, "the LAN to leave the fabric", func() bool {

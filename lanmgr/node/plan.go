@@ -11,6 +11,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/k8slan/k8slan/crd/v1beta1"
+	"github.com/k8slan/k8slan/lanmgr/evpn"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 	"github.com/k8slan/k8slan/lanmgr/strangers"
@@ -75,6 +76,9 @@ func NewPlan(lan *v1beta1.LAN, node Node, now segment.Segment) (p Plan, ok bool)
 	if len(spec.SpokePools) > 0 {
 		p.Segment.Node = node.Name
 	}
+	if e := spec.EVPN; e != nil {
+		p.Segment.Routes = segment.Routes{Import: texts(e.ImportTargets), Export: texts(e.ExportTargets), RD: uint16(e.RD)}
+	}
 	discovery := lan.DiscoveryOr(holds.Discovery)
 	p.Unicast, p.EVPN, p.Strict = discovery == v1beta1.Unicast, discovery == v1beta1.EVPN, lan.Spec.Strict(discovery)
 	oneByOne := p.Unicast || p.EVPN // remotes have addresses, there is no group
@@ -119,6 +123,7 @@ func NewPlan(lan *v1beta1.LAN, node Node, now segment.Segment) (p Plan, ok bool)
 	default:
 		p.Problem = firstProblem(
 			speakerProblem(p.EVPN && !node.EVPN),
+			targetProblem(p.Segment.Routes),
 			noAddress,
 			mtuProblem(choice.name, device, int(spec.MTU), overhead),
 			linkProblem(choice.name, device))
@@ -169,6 +174,15 @@ func ports(spec *v1beta1.LANSpec, names []string) []string {
 	}
 	slices.Sort(spokes)
 	return spokes
+}
+
+// texts are route targets as they are written, sorted.
+func texts(targets []v1beta1.RouteTarget) (list []string) {
+	for _, t := range targets {
+		list = append(list, string(t))
+	}
+	slices.Sort(list)
+	return list
 }
 
 // byOrdinal are the pools whose pods have MACs by their ordinals.
@@ -378,6 +392,16 @@ func speakerProblem(mute bool) Problem {
 		return Problem{}
 	}
 	return Problem{v1beta1.ReasonBuildFailed, "discovery evpn needs BGP, and the daemon was started without it. Set evpn.enabled in k8slan's chart (--evpn-as of the daemon), or choose another spec.discovery; pods wait until then", true}
+}
+
+// targetProblem is that of a route target that the API server should not have taken.
+func targetProblem(r segment.Routes) Problem {
+	for _, t := range slices.Concat(r.Import, r.Export) {
+		if _, err := evpn.ParseTarget(t); err != nil {
+			return Problem{v1beta1.ReasonBuildFailed, "spec.evpn: " + err.Error() + "; pods wait until it is", true}
+		}
+	}
+	return Problem{}
 }
 
 func mtuProblem(name string, device kernel.Underlay, mtu int, o overhead) Problem {

@@ -46,6 +46,8 @@ type Segment struct {
 	AllowedNamespaces []string `json:"allowedNamespaces,omitempty"`
 	OnDemand          bool     `json:"onDemand,omitempty"` // no LAN object wants it: it is there for who is attached, and goes with the last
 
+	Routes Routes `json:"routes,omitzero"`
+
 	// Remotes are the other nodes that take part, sorted, where the VXLAN has no group; nil: not known, those that stand stay.
 	// They are not in the record: only who watches the other nodes knows them.
 	Remotes []netip.Addr `json:"-"`
@@ -67,13 +69,25 @@ type VXLAN struct {
 	UnderlayIndex int        `json:"underlayIndex"`        // in the node's own netns; 0 where the node has no such device, and then no VXLAN is built
 }
 
+// Routes is how the LAN's routes of EVPN are told apart from others', where it is not as it would be by itself.
+type Routes struct {
+	Import []string `json:"import,omitempty"` // route targets, as AS:number
+	Export []string `json:"export,omitempty"`
+	RD     uint16   `json:"rd,omitempty"` // the number in the route distinguisher; 0: any
+}
+
+// Equal says whether two are the same.
+func (r Routes) Equal(o Routes) bool {
+	return slices.Equal(r.Import, o.Import) && slices.Equal(r.Export, o.Export) && r.RD == o.RD
+}
+
 // Equal says whether two segments are the same wish.
 func (s Segment) Equal(o Segment) bool {
 	return s.LAN == o.LAN && s.Generation == o.Generation && s.Netns == o.Netns && s.Bridge == o.Bridge &&
 		s.MTU == o.MTU && s.VXLAN == o.VXLAN &&
 		slices.Equal(s.Spokes, o.Spokes) && slices.Equal(s.TxChecksumOff, o.TxChecksumOff) &&
 		slices.Equal(s.MACByOrdinal, o.MACByOrdinal) && s.Node == o.Node &&
-		slices.Equal(s.AllowedNamespaces, o.AllowedNamespaces) && s.OnDemand == o.OnDemand &&
+		slices.Equal(s.AllowedNamespaces, o.AllowedNamespaces) && s.OnDemand == o.OnDemand && s.Routes.Equal(o.Routes) &&
 		(s.Remotes == nil) == (o.Remotes == nil) && slices.Equal(s.Remotes, o.Remotes) &&
 		(s.FDB == nil) == (o.FDB == nil) && slices.Equal(s.FDB, o.FDB) && s.Partial == o.Partial
 }

@@ -63,6 +63,7 @@ type speaker struct {
 	managed
 	fabric *fabric.Fabric
 	s      segment.Segment
+	routes chan<- segment.Routes // are as told here from then on
 	leave  func()
 }
 
@@ -80,7 +81,8 @@ func reflectorPeer(n byte, at netip.AddrPort) bgp.Peer {
 // speakTo starts one that speaks with these.
 func (h host) speakTo(t *testing.T, s segment.Segment, n byte, peers ...bgp.Peer) *speaker {
 	t.Helper()
-	sp := &speaker{managed: h.manage(t), s: told(s)}
+	routes := make(chan segment.Routes)
+	sp := &speaker{managed: h.manage(t), s: told(s), routes: routes}
 	sp.s.Remotes, sp.s.FDB = nil, nil
 	h.observe(t, s) // its kernel hears a namespace from when it first saw it
 	sp.fabric = fabric.New(fabric.Config{
@@ -94,17 +96,22 @@ func (h host) speakTo(t *testing.T, s segment.Segment, n byte, peers ...bgp.Peer
 			t.Error(err)
 		}
 	})
+	lan := evpn.LAN{VNI: s.VXLAN.VNI, VTEP: s.VXLAN.Local}
+	lan.Import, lan.Export, lan.RD = targets(t, s.Routes.Import), targets(t, s.Routes.Export), s.Routes.RD
 	tasks.Go(func() {
 		for {
 			select {
 			case <-ctx.Done():
 				return
+			case r := <-routes:
+				lan.Import, lan.Export, lan.RD = targets(t, r.Import), targets(t, r.Export), r.RD
+				sp.fabric.Set(map[string]evpn.LAN{s.Netns: lan})
 			case <-sp.fabric.Changed():
 				want := sp.s
 				sp.fabric.Fill(&want)
 				sp.Set([]segment.Segment{want})
 			case <-sp.Changed():
-				lan := evpn.LAN{VNI: s.VXLAN.VNI, VTEP: s.VXLAN.Local}
+				lan.Claimed, lan.Attached = false, nil
 				for _, r := range sp.Reports() {
 					for _, c := range r.Claims {
 						if lan.Claimed = true; c.Kind == segment.Veth {
@@ -123,6 +130,17 @@ func (h host) speakTo(t *testing.T, s segment.Segment, n byte, peers ...bgp.Peer
 	})
 	t.Cleanup(sp.leave)
 	return sp
+}
+
+func targets(t *testing.T, texts []string) (targets []evpn.Target) {
+	for _, text := range texts {
+		target, err := evpn.ParseTarget(text)
+		if err != nil {
+			t.Error(err)
+		}
+		targets = append(targets, target)
+	}
+	return targets
 }
 
 // settled waits until the daemon has heard all that there is: from then on what is told no more is deleted.

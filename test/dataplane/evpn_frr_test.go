@@ -115,6 +115,46 @@ func TestFRRIsInTheLAN(t *testing.T) {
 	}
 }
 
+// A LAN has a route target and an RD of its own, as FRR has it; both are changed while it runs, and nothing is lost.
+func TestFRRAndTheLANHaveATargetOfTheirOwn(t *testing.T) {
+	a, _, s, _ := unicastHosts(t, families["IPv4"], 436)
+	s.Routes = segment.Routes{Import: []string{"64512:7"}, Export: []string{"4200000000:7"}, RD: 7}
+	a.build(t, told(s))
+	router := startFRR(t, a, asVTEP+`  vni 436
+   route-target import 4200000000:7
+   route-target import 64512:8
+   route-target export 64512:7
+  exit-vni
+`)
+	defer router.tell(t)
+	there := router.attach(t, s)
+	node := a.speakTo(t, s, 1, router.peer(1))
+	here := a.attach(t, s, "one", segment.Veth)
+	try(t, there.Send(frames.Stream(nil, there.MAC, 1, 1)))
+	node.knows(t, router.vtep, there.MAC)
+	router.awaitShown(t, "show bgp l2vpn evpn route", "Route Distinguisher: 127.0.0.2:7", "RT:4200000000:7 ET:8", "ET:8 RT:64512:7")
+	router.awaitShown(t, fmt.Sprintf("show evpn mac vni 436 mac %s", here.MAC), "Remote VTEP: "+s.VXLAN.Local.String())
+	arrives(t, here, there, frames.Stream(there.MAC, here.MAC, 2, 1))
+	arrives(t, there, here, frames.Stream(here.MAC, there.MAC, 2, 2))
+
+	node.settled(t)
+	out, in := startStream(t, 3, streamLength, here, there), startStream(t, 4, streamLength, there, here)
+	for _, step := range []segment.Routes{
+		{Import: []string{"64512:7"}, Export: []string{"4200000000:7", "64512:8"}, RD: 7},
+		{Import: []string{"64512:7"}, Export: []string{"64512:8"}, RD: 7},
+		{Import: []string{"64512:7", "65000:1"}, Export: []string{"64512:8"}, RD: 431},
+	} {
+		node.routes <- step
+		router.awaitShown(t, "show bgp l2vpn evpn route", fmt.Sprintf("Route Distinguisher: 127.0.0.2:%d", step.RD), "RT:"+step.Export[len(step.Export)-1])
+	}
+	awaitAgain(t, "FRR to forget the old ones", func() bool {
+		shown := router.show(t, "show bgp l2vpn evpn route")
+		return !hasAll(shown, "127.0.0.2:7") && !hasAll(shown, "4200000000:7")
+	})
+	out.expectAll(t)
+	in.expectAll(t)
+}
+
 // FRR is the reflector of two nodes. They keep what it has told while it restarts; of a node whose daemon restarts it says at once that
 // it is gone.
 func TestFRRIsTheReflector(t *testing.T) {
