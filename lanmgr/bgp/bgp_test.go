@@ -98,6 +98,7 @@ type speaker struct {
 	routes   map[evpn.Key]evpn.Route
 	gone     int
 	sessions []bgp.Session
+	lost     map[netip.Addr]string // sessions that were up, and why they were not any more
 	partial  bool
 }
 
@@ -109,7 +110,7 @@ func peerAt(port uint16, n byte) bgp.Peer {
 // speak starts a speaker that calls from 127.0.0.n.
 func speak(t *testing.T, n byte, peers ...bgp.Peer) *speaker {
 	t.Helper()
-	s := &speaker{name: fmt.Sprintf("speaker %d", n), routes: map[evpn.Key]evpn.Route{}, changed: make(chan struct{}), partial: true}
+	s := &speaker{name: fmt.Sprintf("speaker %d", n), routes: map[evpn.Key]evpn.Route{}, changed: make(chan struct{}), lost: map[netip.Addr]string{}, partial: true}
 	s.Speaker = bgp.NewSpeaker(bgp.Config{
 		AS: as, RouterID: netip.AddrFrom4([4]byte{127, 0, 0, n}), Hear: s.hear, Log: slog.New(slog.DiscardHandler),
 	})
@@ -138,6 +139,13 @@ func (s *speaker) hear(h bgp.Heard) {
 	for _, k := range h.Gone {
 		delete(s.routes, k)
 		s.gone++
+	}
+	for _, now := range h.Sessions {
+		for _, before := range s.sessions {
+			if before.Peer == now.Peer && before.Up && !now.Up {
+				s.lost[now.Peer.Address] = now.Why
+			}
+		}
 	}
 	if h.Sessions != nil {
 		s.sessions = h.Sessions

@@ -314,6 +314,9 @@ func (s *Speaker) addPeer(ctx context.Context, p Peer) error {
 	if p.Source.IsValid() {
 		peer.Transport.LocalAddress = p.Source.String()
 	}
+	if p.AS != s.AS { // nodes are of one AS, and a router of another tells each of the others, with that AS in their routes
+		peer.Conf.AllowOwnAsn = 1
+	}
 	if p.Multihop > 0 {
 		peer.EbgpMultihop = &api.EbgpMultihop{Enabled: true, MultihopTtl: uint32(p.Multihop)}
 	}
@@ -389,10 +392,12 @@ func (s *Speaker) hearPaths(ctx context.Context, paths []*apiutil.Path) {
 		if _, known := s.sessions[p.PeerAddress]; !known || p.Family != bgp.RF_EVPN {
 			continue
 		}
+		key, ok := keyOf(p)
+		if !ok || key.RD.Of(s.RouterID) { // FRR tells a node's routes to the node, too
+			continue
+		}
 		if p.Withdrawal {
-			if key, ok := keyOf(p); ok {
-				s.rib.forget(p.PeerAddress, key)
-			}
+			s.rib.forget(p.PeerAddress, key)
 		} else if r, ok := routeOf(p); ok {
 			s.rib.learn(p.PeerAddress, r)
 		}

@@ -31,6 +31,11 @@ func routerRD(router netip.Addr, number uint16) RD {
 	return rd
 }
 
+// Of says whether an RD is one that this router makes for its routes.
+func (rd RD) Of(router netip.Addr) bool {
+	return rd == routerRD(router, binary.BigEndian.Uint16(rd[6:]))
+}
+
 // Target is a route target, an extended community as it is on the wire.
 type Target [8]byte
 

@@ -95,6 +95,7 @@ func speakerAddress(n byte) netip.Addr { return netip.AddrFrom4([4]byte{198, 51,
 type frr struct {
 	host
 	dir         string
+	as          uint32
 	zebra, bgpd *program
 	vtep        netip.Addr
 }
@@ -108,24 +109,36 @@ const (
 // startFRR starts FRR on a host beside the nodes; role is one of the above, or both.
 func startFRR(t *testing.T, beside host, role string) *frr {
 	t.Helper()
+	return startFRRWith(t, beside, frrConfig{as: 65000, expects: 65000, role: role})
+}
+
+// frrConfig is what of FRR's configuration differs from test to test.
+type frrConfig struct {
+	as, expects uint32 // the AS that it is in, and that of the nodes
+	nodes       string // lines about them
+	role        string // as above
+}
+
+func startFRRWith(t *testing.T, beside host, c frrConfig) *frr {
+	t.Helper()
 	netns.NeedRoot(t, "FRR needs its own user and group")
 	dir, err := os.MkdirTemp("/run", "frr-") // short: sockets are in it
 	try(t, err)
-	r := &frr{host: join(t, beside.underlay, "frr"), dir: dir, vtep: netip.MustParseAddr("192.0.2.3")}
+	r := &frr{host: join(t, beside.underlay, "frr"), dir: dir, as: c.as, vtep: netip.MustParseAddr("192.0.2.3")}
 	r.address(t, netip.PrefixFrom(r.vtep, families["IPv4"].bits))
 	r.connectSpeakers(t)
 	config := filepath.Join(r.dir, "bgpd.conf")
-	try(t, os.WriteFile(config, fmt.Appendf(nil, `router bgp 65000
+	try(t, os.WriteFile(config, fmt.Appendf(nil, `router bgp %d
  bgp router-id %s
  no bgp default ipv4-unicast
  timers bgp 3 9
  neighbor nodes peer-group
- neighbor nodes remote-as 65000
- bgp listen range 198.51.100.0/24 peer-group nodes
+ neighbor nodes remote-as %d
+%s bgp listen range 198.51.100.0/24 peer-group nodes
  address-family l2vpn evpn
   neighbor nodes activate
 %s exit-address-family
-`, r.vtep, role), 0o600))
+`, c.as, r.vtep, c.expects, c.nodes, c.role), 0o600))
 	none := filepath.Join(r.dir, "zebra.conf")
 	try(t, os.WriteFile(none, nil, 0o600))
 	try(t, ownedBy("frr", r.dir, config, none))
@@ -207,7 +220,7 @@ func addressOf(t *testing.T, a netip.Addr) *netlink.Addr {
 
 // peer is FRR as a speaker of that number sees it.
 func (r *frr) peer(n byte) bgp.Peer {
-	return bgp.Peer{Address: frrAddress, AS: 65000, Source: speakerAddress(n)}
+	return bgp.Peer{Address: frrAddress, AS: r.as, Source: speakerAddress(n)}
 }
 
 // attach makes FRR's part of the LAN, as docs/evpn.md shows it, and a station on it.
@@ -262,9 +275,19 @@ func (r *frr) tell(t *testing.T) {
 // show is what FRR says.
 func (r *frr) show(t *testing.T, command string) string {
 	t.Helper()
-	out, err := exec.Command("vtysh", "--vty_socket", r.dir, "-c", command).CombinedOutput()
+	return r.vtysh(t, command)
+}
+
+// vtysh gives FRR commands, each in the mode that the one before has led to.
+func (r *frr) vtysh(t *testing.T, commands ...string) string {
+	t.Helper()
+	args := []string{"--vty_socket", r.dir}
+	for _, c := range commands {
+		args = append(args, "-c", c)
+	}
+	out, err := exec.Command("vtysh", args...).CombinedOutput()
 	if err != nil {
-		t.Fatalf("vtysh -c %q: %v\n%s", command, err, out)
+		t.Fatalf("vtysh, %q: %v\n%s", commands, err, out)
 	}
 	return string(out)
 }
