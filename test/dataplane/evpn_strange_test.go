@@ -47,13 +47,13 @@ func (sp *speaker) awaitUp(t *testing.T, peer bgp.Peer) {
 	})
 }
 
-// FRR is in an AS of its own, asks for a password, is two hops away as far as sessions go, and says nothing for longer: it is in the LAN, and the nodes,
-// which are in one AS, hear of each other by it alone.
+// FRR is in an AS of its own, beyond a router, and asks for a password: it is in the LAN, and the nodes, which are in one AS, hear of each other
+// by it alone.
 func TestFRRIsInAnotherAS(t *testing.T) {
 	a, b, onA, onB := unicastHosts(t, families["IPv4"], 436)
 	a.build(t, told(onA))
 	b.build(t, told(onB))
-	router := startFRRWith(t, a, frrConfig{as: 65001, expects: 65000, role: asVTEP, nodes: ` neighbor nodes password secret
+	router := startFRRWith(t, a, frrConfig{as: 65001, expects: 65000, role: asVTEP, away: true, nodes: ` neighbor nodes password secret
  neighbor nodes ebgp-multihop 2
  no bgp ebgp-requires-policy
 `})
@@ -64,7 +64,11 @@ func TestFRRIsInAnotherAS(t *testing.T) {
 		p.Password, p.Multihop, p.HoldTime = "secret", 2, 30*time.Second
 		return p
 	}
-	first, second := a.speakTo(t, onA, 1, peer(1)), b.speakTo(t, onB, 2, peer(2))
+	near := peer(1)
+	near.Multihop = 0
+	first, second := a.speakTo(t, onA, 1, near), b.speakTo(t, onB, 2, peer(2))
+	first.awaitDown(t, near, "no TCP connection")
+	try(t, first.fabric.SetPeers(t.Context(), []bgp.Peer{peer(1)}, ""))
 	one, two := a.attach(t, onA, "one", segment.Veth), b.attach(t, onB, "two", segment.Veth)
 	first.awaitUp(t, peer(1))
 	second.awaitUp(t, peer(2))

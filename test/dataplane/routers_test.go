@@ -96,6 +96,7 @@ type frr struct {
 	host
 	dir         string
 	as          uint32
+	at          netip.Addr // where speakers reach it
 	zebra, bgpd *program
 	vtep        netip.Addr
 }
@@ -117,6 +118,7 @@ type frrConfig struct {
 	as, expects uint32 // the AS that it is in, and that of the nodes
 	nodes       string // lines about them
 	role        string // as above
+	away        bool   // a router is between it and the speakers
 }
 
 func startFRRWith(t *testing.T, beside host, c frrConfig) *frr {
@@ -126,7 +128,12 @@ func startFRRWith(t *testing.T, beside host, c frrConfig) *frr {
 	try(t, err)
 	r := &frr{host: join(t, beside.underlay, "frr"), dir: dir, as: c.as, vtep: netip.MustParseAddr("192.0.2.3")}
 	r.address(t, netip.PrefixFrom(r.vtep, families["IPv4"].bits))
-	r.connectSpeakers(t)
+	r.at = frrAddress
+	if c.away {
+		r.standBack(t)
+	} else {
+		connectSpeakers(t, r.host)
+	}
 	config := filepath.Join(r.dir, "bgpd.conf")
 	try(t, os.WriteFile(config, fmt.Appendf(nil, `router bgp %d
  bgp router-id %s
@@ -189,10 +196,27 @@ func (r *frr) awaitVTY(t *testing.T, daemon string) {
 	})
 }
 
-// connectSpeakers lays a cable between FRR and the test's own namespace, with addresses for the speakers.
-func (r *frr) connectSpeakers(t *testing.T) {
+// standBack has speakers reach FRR over a router that is beside it in the underlay.
+func (r *frr) standBack(t *testing.T) {
 	t.Helper()
-	there, err := os.Open(r.Path)
+	hop, address := join(t, r.underlay, "hop"), netip.MustParseAddr("192.0.2.9")
+	hop.address(t, netip.PrefixFrom(address, families["IPv4"].bits))
+	hop.Sysctl(t, "net/ipv4/ip_forward", "1")
+	connectSpeakers(t, hop)
+	r.at = r.vtep
+	try(t, r.Netlink(t).RouteAdd(route(netip.PrefixFrom(frrAddress, speakersBits), address)))
+	try(t, netlink.RouteAdd(route(netip.PrefixFrom(r.at, r.at.BitLen()), frrAddress))) // goes with its link
+}
+
+func route(to netip.Prefix, by netip.Addr) *netlink.Route {
+	to = to.Masked()
+	return &netlink.Route{Dst: &net.IPNet{IP: to.Addr().AsSlice(), Mask: net.CIDRMask(to.Bits(), to.Addr().BitLen())}, Gw: by.AsSlice()}
+}
+
+// connectSpeakers lays a cable between a host and the test's own namespace, with addresses for the speakers.
+func connectSpeakers(t *testing.T, h host) {
+	t.Helper()
+	there, err := os.Open(h.Path)
 	try(t, err)
 	defer there.Close()
 	attrs := netlink.NewLinkAttrs()
@@ -204,11 +228,11 @@ func (r *frr) connectSpeakers(t *testing.T) {
 		try(t, netlink.AddrAdd(cable, addressOf(t, speakerAddress(1+n))))
 	}
 	try(t, netlink.LinkSetUp(cable))
-	h := r.Netlink(t)
-	mgmt, err := h.LinkByName("mgmt")
+	nl := h.Netlink(t)
+	mgmt, err := nl.LinkByName("mgmt")
 	try(t, err)
-	try(t, h.AddrAdd(mgmt, addressOf(t, frrAddress)))
-	try(t, h.LinkSetUp(mgmt))
+	try(t, nl.AddrAdd(mgmt, addressOf(t, frrAddress)))
+	try(t, nl.LinkSetUp(mgmt))
 }
 
 func addressOf(t *testing.T, a netip.Addr) *netlink.Addr {
@@ -220,7 +244,7 @@ func addressOf(t *testing.T, a netip.Addr) *netlink.Addr {
 
 // peer is FRR as a speaker of that number sees it.
 func (r *frr) peer(n byte) bgp.Peer {
-	return bgp.Peer{Address: frrAddress, AS: r.as, Source: speakerAddress(n)}
+	return bgp.Peer{Address: r.at, AS: r.as, Source: speakerAddress(n)}
 }
 
 // attach makes FRR's part of the LAN, as docs/evpn.md shows it, and a station on it.
