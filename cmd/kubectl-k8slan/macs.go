@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -15,7 +16,6 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sync/errgroup"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
-	"k8s.io/apimachinery/pkg/types"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"github.com/k8slan/k8slan/crd/overview"
@@ -61,7 +61,7 @@ Exit code: 0 when the nodes agree, 1 when they do not or a MAC that was given is
 			}
 			ctx, cancel := context.WithTimeout(cmd.Context(), timeout)
 			defer cancel()
-			return c.macs(ctx, cmd.OutOrStdout(), qualified(c.namespace, args[0]), only, system)
+			return c.macs(ctx, cmd.OutOrStdout(), args[0], only, system)
 		},
 	}
 	cmd.Flags().DurationVar(&timeout, "timeout", time.Minute, "longest `time` for all of it")
@@ -69,27 +69,25 @@ Exit code: 0 when the nodes agree, 1 when they do not or a MAC that was given is
 	return cmd
 }
 
-func (c cluster) macs(ctx context.Context, out io.Writer, lan string, only []string, system string) error {
+func (c cluster) macs(ctx context.Context, out io.Writer, lan string, only []string, system string) (err error) {
 	m := overview.MACs{Only: only}
-	namespace, name, _ := strings.Cut(lan, "/")
-	err := c.client.Get(ctx, client.ObjectKey{Namespace: namespace, Name: name}, &m.LAN)
-	switch {
-	case apierrors.IsNotFound(err):
-		return noLAN(namespace, name)
-	case err != nil:
-		return fmt.Errorf("get LAN %s: %w", lan, err)
-	}
 	var nodes v1beta1.LANNodeList
 	if err := c.client.List(ctx, &nodes); err != nil {
 		return fmt.Errorf("list lannodes, to find the LAN's nodes: %w", err)
 	}
 	m.LANNodes = nodes.Items
+	onDemand := overview.Facts{LANNodes: m.LANNodes}.OnDemand("")
+	if i := slices.IndexFunc(onDemand, func(l v1beta1.LAN) bool { return l.Name == lan }); i >= 0 {
+		m.LAN = onDemand[i]
+	} else if m.LAN, err = c.get(ctx, qualified(c.namespace, lan)); err != nil {
+		return err
+	}
 	all, err := c.daemons(ctx, system)
 	if err != nil {
 		return err
 	}
 	var unasked error
-	if m.Tables, unasked = all.tables(ctx, m.LANNodes, m.LAN.UID); len(m.Tables) == 0 && unasked != nil {
+	if m.Tables, unasked = all.tables(ctx, m.LANNodes, &m.LAN); len(m.Tables) == 0 && unasked != nil {
 		return unasked
 	}
 	text, agree := screenOf(out).DrawMACs(m)
@@ -100,8 +98,21 @@ func (c cluster) macs(ctx context.Context, out io.Writer, lan string, only []str
 	return unasked
 }
 
+// get reads a LAN.
+func (c cluster) get(ctx context.Context, lan string) (l v1beta1.LAN, err error) {
+	namespace, name, _ := strings.Cut(lan, "/")
+	err = c.client.Get(ctx, client.ObjectKey{Namespace: namespace, Name: name}, &l)
+	switch {
+	case apierrors.IsNotFound(err):
+		return l, noLAN(namespace, name)
+	case err != nil:
+		return l, fmt.Errorf("get LAN %s: %w", lan, err)
+	}
+	return l, nil
+}
+
 // tables asks the nodes that have pods on the LAN, and says which could not be asked.
-func (d daemons) tables(ctx context.Context, nodes []v1beta1.LANNode, lan types.UID) ([]overview.Table, error) {
+func (d daemons) tables(ctx context.Context, nodes []v1beta1.LANNode, lan *v1beta1.LAN) ([]overview.Table, error) {
 	var mu sync.Mutex
 	var tables []overview.Table
 	var errs []error
@@ -109,7 +120,7 @@ func (d daemons) tables(ctx context.Context, nodes []v1beta1.LANNode, lan types.
 	tasks.SetLimit(askedAtOnce)
 	for _, n := range nodes {
 		for _, s := range n.Status.Segments {
-			if s.UID != lan || len(s.Attachments) == 0 {
+			if !overview.IsOf(lan, s) || len(s.Attachments) == 0 {
 				continue
 			}
 			tasks.Go(func() error {

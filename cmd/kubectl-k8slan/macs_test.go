@@ -44,7 +44,7 @@ func TestNodesWithPodsAreAsked(t *testing.T) {
 		}}}
 	}
 	nodes := []v1beta1.LANNode{on("worker1", v1beta1.Attachment{}), on("worker2"), on("worker3", v1beta1.Attachment{})}
-	tables, err := daemons{system: "k8slan-system"}.tables(t.Context(), nodes, "lab") // none of them has a daemon
+	tables, err := daemons{system: "k8slan-system"}.tables(t.Context(), nodes, &v1beta1.LAN{ObjectMeta: metav1.ObjectMeta{Namespace: "default", UID: "lab"}}) // none of them has a daemon
 	if len(tables) > 0 || err == nil {
 		t.Fatalf("tables %v, %v", tables, err)
 	}

@@ -28,7 +28,8 @@ func statusCommand(f *clusterFlags) *cobra.Command {
 		Short: "Show where LANs are, who is on them, and what is wrong",
 		Long: fmt.Sprintf(`Show where LANs are, who is on them, and what is wrong and the way out.
 
-Without names it shows all LANs of the namespace; of more than %d, those that are Ready have one line.
+Without names it shows all LANs of the namespace, and those without a LAN object that pods of the namespace made by naming a VNI, called
+megalos:<vni>; of more than %d, those that are Ready have one line.
 
 Exit code: 0 when every LAN shown is Ready, 1 when one is not or is not there, 2 when that could not be found out.`, few),
 		Example: `  kubectl k8slan status -A
@@ -53,6 +54,7 @@ func (c cluster) status(ctx context.Context, out io.Writer, names []string) erro
 	if err != nil {
 		return err
 	}
+	facts.LANs = append(facts.LANs, facts.OnDemand(c.namespace)...)
 	lans, missing := named(facts.LANs, names)
 	facts.LANs = lans
 	s := screenOf(out)

@@ -171,8 +171,12 @@ func takenBy(other *v1beta1.LAN, what, wayOut string) verdict {
 
 // leftBy refuses a LAN what nodes still have of others.
 func leftBy(left []standing, what string) verdict {
+	how := "leaving"
+	if left[0].OnDemand() {
+		how = "made by its pods"
+	}
 	v := verdict{
-		Clash:  fmt.Sprintf("%s is still in use by %s (leaving) on node %s", what, left[0].LAN, left[0].Node),
+		Clash:  fmt.Sprintf("%s is still in use by %s (%s) on node %s", what, left[0].LAN, how, left[0].Node),
 		WayOut: "it is taken up by itself when the node has let it go",
 	}
 	if more := len(left) - 1; more > 0 {

@@ -221,6 +221,12 @@ func TestWhoHoldsKeepsAndWhoCameFirstGets(t *testing.T) {
 			},
 		},
 		{
+			"nor is one that pods have by its name",
+			[]v1beta1.LAN{lan("lab", 5, 1, "srl")},
+			[]standing{{"worker1", v1beta1.SegmentStatus{LAN: "megalos:1", NS: "megalos-1", VNI: 1, Port: 4789, State: v1beta1.SegmentReady}}},
+			map[string]string{"lab": "vni 1 is still in use by megalos:1 (made by its pods) on node worker1"},
+		},
+		{
 			"on another port it is",
 			[]v1beta1.LAN{with(lan("b", 0, 1, "srl"), port(4790))},
 			[]standing{left("old", "default/a", 1)},

@@ -40,7 +40,7 @@ func (s Screen) DrawMACs(m MACs) (text string, agree bool) {
 	var p page
 	p.Screen = s
 	all := m.stations()
-	p.line(fmt.Sprintf("%s  %s, vni %d, %s; %s asked", p.paint(bold, m.LAN.Namespace+"/"+m.LAN.Name),
+	p.line(fmt.Sprintf("%s  %s, vni %d, %s; %s asked", p.paint(bold, named(&m.LAN)),
 		cmp.Or(m.LAN.Status.Discovery, "unknown"), m.LAN.Spec.VNI, counted(len(all), "MAC"), counted(len(m.Tables), "node")))
 	agree = true
 	t := table{head: []string{"MAC", "NODE", "SPOKE", "POD", "SINCE", "HEARD", "VTEP"}, spare: []string{"VTEP", "SPOKE", "SINCE"}}
@@ -97,7 +97,7 @@ func (m MACs) stations() map[string]*station {
 	segments := map[string]v1beta1.SegmentStatus{}
 	for _, n := range m.LANNodes {
 		for _, s := range n.Status.Segments {
-			if s.UID == m.LAN.UID {
+			if IsOf(&m.LAN, s) {
 				segments[n.Name], owner[s.VTEP] = s, n.Name
 			}
 		}

@@ -53,6 +53,12 @@ func TestDrawMACsTellsWhichIsWhereAndWhoDoesNotKnow(t *testing.T) {
 				{Node: "worker2", Places: []Place{port(pod2, "lab-2", time.Second), behind(pod1, "192.0.2.1")}},
 			},
 		}},
+		{name: "macs-on-demand", agree: true, macs: MACs{
+			LAN: demanded().OnDemand("")[0], LANNodes: demanded().LANNodes, Tables: []Table{
+				{Node: "worker1", Places: []Place{port(pod1, "1a1a1a1a1a1a1a", time.Second), behind(pod2, "192.0.2.2")}},
+				{Node: "worker2", Places: []Place{behind(pod1, "192.0.2.1"), port(pod2, "2b2b2b2b2b2b2b", time.Second)}},
+			},
+		}},
 		{name: "macs-named", macs: MACs{
 			LAN: lan("lab", 222, evpn), LANNodes: nodes, Only: []string{pod1, guest}, Tables: []Table{
 				{Node: "worker1", Places: []Place{port(pod1, "lab-1", time.Second)}},

@@ -109,6 +109,55 @@ func (f Facts) nodesByName() map[string]*corev1.Node {
 	return byName
 }
 
+// OnDemand are the LANs that no object wants, as if one did, sorted by name: those with a pod of the namespace or, where that is empty, all.
+func (f Facts) OnDemand(namespace string) (lans []v1beta1.LAN) {
+	vnis := map[string]int32{} // by name
+	for _, n := range f.LANNodes {
+		for _, s := range n.Status.Segments {
+			if s.OnDemand() && (namespace == "" || slices.ContainsFunc(s.Attachments, func(a v1beta1.Attachment) bool {
+				return strings.HasPrefix(a.Pod, namespace+"/")
+			})) {
+				vnis[s.LAN] = s.VNI
+			}
+		}
+	}
+	for _, name := range keys(vnis) {
+		lan := v1beta1.LAN{ObjectMeta: metav1.ObjectMeta{Name: name}, Spec: v1beta1.LANSpec{VNI: vnis[name]}}
+		nodes, ready := f.nodesOf(&lan), 0
+		for _, n := range nodes {
+			lan.Status.Attached += int32(len(n.segment.Attachments))
+			if n.state == string(v1beta1.SegmentReady) {
+				ready++
+			}
+		}
+		lan.Status.Discovery, lan.Status.Nodes, lan.Status.State = string(v1beta1.EVPN), fmt.Sprintf("%d/%d", ready, len(nodes)), v1beta1.StateReady
+		if ready < len(nodes) {
+			lan.Status.State = v1beta1.StateDegraded
+		}
+		lans = append(lans, lan)
+	}
+	return lans
+}
+
+// isOnDemand says whether no object wants the LAN.
+func isOnDemand(lan *v1beta1.LAN) bool { return lan.Namespace == "" }
+
+// IsOf says whether a node's segment is of the LAN.
+func IsOf(lan *v1beta1.LAN, s v1beta1.SegmentStatus) bool {
+	if isOnDemand(lan) {
+		return s.OnDemand() && s.LAN == lan.Name
+	}
+	return s.UID == lan.UID
+}
+
+// named is what the LAN is called.
+func named(lan *v1beta1.LAN) string {
+	if isOnDemand(lan) {
+		return lan.Name
+	}
+	return lan.Namespace + "/" + lan.Name
+}
+
 // headline sums a LAN up.
 func (p *page) headline(lan *v1beta1.LAN) {
 	st := lan.Status
@@ -123,8 +172,12 @@ func (p *page) headline(lan *v1beta1.LAN) {
 	if st.Nodes != "" {
 		words = append(words, st.Nodes+" nodes")
 	}
-	words = append(words, fmt.Sprintf("%d spokes, %d attached", st.SpokeCount, st.Attached), age(p.Now, lan.CreationTimestamp))
-	name, colour := lan.Namespace+"/"+lan.Name, colourOf(state)
+	if isOnDemand(lan) {
+		words = append(words, fmt.Sprintf("no LAN object, %d attached", st.Attached))
+	} else {
+		words = append(words, fmt.Sprintf("%d spokes, %d attached", st.SpokeCount, st.Attached), age(p.Now, lan.CreationTimestamp))
+	}
+	name, colour := named(lan), colourOf(state)
 	if st.Reason != "" && st.Reason != state && !strings.Contains(st.Reason, " ") { // a reason of several words stands below, as a sentence
 		state += " " + st.Reason
 	}
@@ -145,7 +198,7 @@ func (p *page) faults(lan *v1beta1.LAN, nodes []onNode) {
 }
 
 func faultsOf(lan *v1beta1.LAN, nodes []onNode) (sentences []string) {
-	if len(lan.Status.Conditions) == 0 {
+	if len(lan.Status.Conditions) == 0 && !isOnDemand(lan) {
 		return []string{"no controller has looked at it yet: kubectl get pods -n k8slan-system"}
 	}
 	accepted := meta.FindStatusCondition(lan.Status.Conditions, v1beta1.ConditionAccepted)
@@ -201,7 +254,7 @@ func (f Facts) attachments(lan *v1beta1.LAN) map[string][]v1beta1.SpokeAttachmen
 	}
 	for _, n := range f.LANNodes {
 		for _, seg := range n.Status.Segments {
-			if seg.UID != lan.UID {
+			if !IsOf(lan, seg) {
 				continue
 			}
 			for _, a := range seg.Attachments {
@@ -257,7 +310,7 @@ func (f Facts) nodesOf(lan *v1beta1.LAN) []onNode {
 	var nodes []onNode
 	for _, ln := range f.LANNodes {
 		n := onNode{name: ln.Name, state: "Pending"}
-		i := slices.IndexFunc(ln.Status.Segments, func(s v1beta1.SegmentStatus) bool { return s.UID == lan.UID })
+		i := slices.IndexFunc(ln.Status.Segments, func(s v1beta1.SegmentStatus) bool { return IsOf(lan, s) })
 		switch {
 		case i >= 0:
 			n.segment = ln.Status.Segments[i]

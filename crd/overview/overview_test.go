@@ -165,6 +165,9 @@ func TestDrawTellsWhatIsWhereAndWhatIsWrong(t *testing.T) {
 		l.Status.SpokeCount = 500
 	})
 
+	demanded := demanded()
+	demanded.LANs = demanded.OnDemand("default")
+
 	for _, test := range []struct {
 		name   string
 		screen Screen
@@ -247,6 +250,7 @@ func TestDrawTellsWhatIsWhereAndWhatIsWrong(t *testing.T) {
 		}},
 		{name: "many-brief", screen: Screen{Brief: true}, facts: many},
 		{name: "many-free-spokes", screen: Screen{Width: 80}, facts: Facts{LANs: []v1beta1.LAN{crowd}}},
+		{name: "on-demand", screen: Screen{Width: 90}, facts: demanded},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			test.screen.Now = now
@@ -260,6 +264,44 @@ func TestDrawTellsWhatIsWhereAndWhatIsWrong(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// onDemand is a segment of a LAN that no object wants.
+func onDemand(vni int32, vtep string, attachments ...v1beta1.Attachment) v1beta1.SegmentStatus {
+	name := fmt.Sprint(vni)
+	s := segment(name, vtep, attachments...)
+	s.LAN, s.UID, s.NS, s.VNI, s.Offered, s.Generation = "megalos:"+name, "", "megalos-"+name, vni, 0, 0
+	return s
+}
+
+// demanded are two nodes with two such LANs, one of them with pods of another namespace alone.
+func demanded() Facts {
+	alone := onDemand(5002, "192.0.2.2", v1beta1.Attachment{Spoke: "0a0a0a0a0a0a0a", Pod: "blue/r1", Interface: "net0", MAC: "02:aa:00:00:00:03", Kind: v1beta1.KindVeth, Since: ago(0)})
+	r2 := pod("2b2b2b2b2b2b2b", "r2", v1beta1.KindVeth)
+	r2.MAC = "02:6b:5c:10:00:02"
+	down := onDemand(5001, "192.0.2.2", r2)
+	down.State, down.Reason, down.Message = v1beta1.SegmentDegraded, v1beta1.ReasonVNITaken, "VNI 5001 is that of LAN default/core: frames reach no other node. Choose another vxlanId"
+	return Facts{
+		LANNodes: []v1beta1.LANNode{
+			lanNode("worker1", segment("lab", "192.0.2.1"), onDemand(5001, "192.0.2.1", pod("1a1a1a1a1a1a1a", "r1", v1beta1.KindVeth))),
+			lanNode("worker2", down, alone),
+		},
+		Nodes: []corev1.Node{node("worker1", corev1.ConditionTrue), node("worker2", corev1.ConditionTrue)},
+	}
+}
+
+func TestLANsOnDemandAreThoseOfANamespacesPods(t *testing.T) {
+	for namespace, want := range map[string]string{
+		"default": "megalos:5001 1/2 Degraded", "blue": "megalos:5002 1/1 Ready", "": "megalos:5001 1/2 Degraded, megalos:5002 1/1 Ready", "red": "",
+	} {
+		var have []string
+		for _, l := range demanded().OnDemand(namespace) {
+			have = append(have, fmt.Sprintf("%s %s %s", l.Name, l.Status.Nodes, l.Status.State))
+		}
+		if got := strings.Join(have, ", "); got != want {
+			t.Errorf("of namespace %q there are %q, want %q", namespace, got, want)
+		}
 	}
 }
 

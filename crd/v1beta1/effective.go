@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"fmt"
 	"slices"
+	"strings"
 )
 
 // Resource is the extended resource that kubelet advertises for a spoke or a pool.
@@ -92,6 +93,9 @@ func (s *LANSpec) Pool(name string) (SpokePool, bool) {
 
 // Offer is the name of what kubelet gave to the pod: the spoke or, of a port, its pool.
 func (a Attachment) Offer() string { return cmp.Or(a.Pool, a.Spoke) }
+
+// OnDemand says whether no LAN object wants the segment: pods made it by naming its VNI.
+func (s *SegmentStatus) OnDemand() bool { return s.UID == "" && strings.HasPrefix(s.LAN, "megalos:") }
 
 // TxChecksumOff are the spokes and pools, sorted, whose txChecksum is off: their own word counts before the LAN's.
 func (s *LANSpec) TxChecksumOff() []string {

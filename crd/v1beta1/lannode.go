@@ -61,9 +61,9 @@ const (
 
 // SegmentStatus is one LAN on this node.
 type SegmentStatus struct {
-	// LAN is namespace/name.
+	// LAN is namespace/name, or megalos:<vni> of one that pods made by naming its VNI.
 	LAN string `json:"lan"`
-	// UID of the LAN that this node has built; another one than the LAN's of that name if that was deleted and made anew.
+	// UID of the LAN that this node has built; another one than the LAN's of that name if that was deleted and made anew, none where no LAN object wants it.
 	UID types.UID `json:"uid"`
 	// Generation of the LAN that this node has built.
 	// +optional

@@ -73,6 +73,19 @@ func TestALANThatNoObjectWantsStaysWithItsPods(t *testing.T) {
 	}
 }
 
+// It is never told to be leaving while somebody is on it, though the manager takes what it finds for that until it hears otherwise.
+func TestALANThatIsFoundIsNotLeaving(t *testing.T) {
+	w := onDemandWorld(t, &fakeFabric{})
+	w.manager.change(func() { w.manager.hold = true })
+	w.manager.finds(made(), claim(segment.SpokeOnDemand(segment.ClaimID("r1", "net1")), "r1"))
+	lanNode := w.awaitStatus("the LAN", func(s v1beta1.LANNodeStatus) bool { return len(s.Segments) == 1 })
+	if s := lanNode.Status.Segments[0]; s.State != v1beta1.SegmentNotReady || len(s.Attachments) != 1 || !s.OnDemand() {
+		t.Errorf("LANNode says %+v", s)
+	}
+	w.manager.change(func() { w.manager.hold = false })
+	w.awaitStatus("the LAN to be Ready", ready)
+}
+
 func TestALANThatNoObjectWantsSaysWhatItLacks(t *testing.T) {
 	w := onDemandWorld(t, nil)
 	w.manager.finds(made(), claim(segment.SpokeOnDemand(segment.ClaimID("r1", "net1")), "r1"))

@@ -71,7 +71,8 @@ func Status(plans []Plan, reports []lanmgr.Report, underlays kernel.Underlays, g
 	}
 	for _, r := range reports {
 		p, wanted := byNetns[r.Segment.Netns]
-		if !wanted || r.Leaving || r.Segment.LAN != p.Segment.LAN {
+		found := r.Leaving && r.Segment.OnDemand // the manager has not heard yet that it is wanted
+		if !wanted || r.Leaving && !found || r.Segment.LAN != p.Segment.LAN {
 			segments[r.Segment.Netns] = leaving(r)
 		} else {
 			segments[r.Segment.Netns] = reported(p, r)

@@ -69,6 +69,43 @@ func TestEVPNByDefaultAndWithAPassword(t *testing.T) {
 	})
 }
 
+// Both nodes say the same of where a MAC is, and follow a VM that goes to the other.
+func TestMACsAreShownWhereTheyAre(t *testing.T) {
+	l := newLab(t).over(evpn4)
+	one, two := l.pair("macs", 1179)
+	vtep := map[string]string{worker1: l.underlay.vteps[0], worker2: l.underlay.vteps[1]}
+	var mac string
+	for _, node := range []string{worker1, worker2} {
+		guest := l.start(vm("macs-3", node, "macs-3", address(3)+"/24"))[0]
+		one.reaches(address(3))
+		two.pings(address(3))
+		if mac == "" {
+			mac = guest.mac.String()
+		}
+		if guest.mac.String() != mac {
+			t.Fatalf("the VM's MAC is %s, it was %s", guest.mac, mac)
+		}
+		l.awaitSegment(node, "macs", "with two attached", func(s v1beta1.SegmentStatus) bool { return len(s.Attachments) == 2 })
+		for s, at := range map[string]string{one.mac.String(): worker1, two.mac.String(): worker2, mac: node} {
+			rows := strings.Split(strings.TrimSpace(l.k8slan(0, "macs", "macs", s)), "\n")
+			if len(rows) != 3 || !containsAll(rows[0], []string{"evpn, vni 1179, 3 MACs; 2 nodes asked"}) || !containsAll(rows[2], []string{s, at, vtep[at], " ago "}) {
+				t.Errorf("of %s, which is on %s, kubectl k8slan macs says\n%s", s, at, strings.Join(rows, "\n"))
+			}
+		}
+		if node == worker1 {
+			l.delete(&corev1.Pod{}, "macs-3")
+			l.awaitPodGone("macs-3")
+		}
+	}
+	nowhere := "02:00:5e:00:53:01"
+	if out := l.k8slan(1, "macs", "macs", nowhere); !strings.Contains(out, nowhere+" is on no node that was asked") {
+		t.Errorf("of a MAC that nobody has kubectl k8slan macs says\n%s", out)
+	}
+	if out := l.k8slan(0, "status", "macs"); !containsAll(out, []string{"macs  Ready  vni 1179, evpn, 2/2 nodes", "BGP  Up  4 of 4 sessions are up"}) {
+		t.Errorf("kubectl k8slan status says\n%s", out)
+	}
+}
+
 // awaitSessions returns when a node has two BGP sessions in that state.
 func (l lab) awaitSessions(node string, state v1beta1.SessionState) {
 	l.Helper()

@@ -195,6 +195,17 @@ func TestKatharaPodsMeetByVNI(t *testing.T) {
 		t.Errorf("on blue came %q (%v), want r1's frame there alone", heard, err)
 	}
 
+	out := l.k8slan(0, "status")
+	if !containsAll(out, []string{
+		"megalos:5001  Ready  vni 5001, evpn, 2/2 nodes, no LAN object, 2 attached", "megalos:70002  Ready", l.namespace + "/r1", l.namespace + "/r3",
+	}) {
+		t.Errorf("kubectl k8slan status says\n%s", out)
+	}
+	out = l.k8slan(0, "macs", "megalos:5001")
+	if !containsAll(out, []string{"megalos:5001  evpn, vni 5001, ", "; 2 nodes asked", "02:aa:00:00:00:01  worker1", "02:aa:00:00:00:03  worker2"}) {
+		t.Errorf("kubectl k8slan macs says\n%s", out)
+	}
+
 	m := l.machine(worker2)
 	links := m.indexes("megalos-" + strconv.Itoa(red))
 	losesNothing(r1[0], r2[0], func() {
