@@ -8,8 +8,8 @@ import (
 )
 
 // rib is what each peer has told, and what of it counts. A route outlives its session: it is stale until it is told again, and goes
-// where all has been told again, or nobody has for long. So it does not depend on what a peer knows of graceful restart, nor when a
-// reflector that has just started says that it has told everything.
+// where all has been told again, another peer that knows takes it back, or nobody has told it for long. So it does not depend on what
+// a peer knows of graceful restart, nor when a reflector that has just started says that it has told everything.
 type rib struct {
 	peers   map[netip.Addr]*heardFrom
 	counts  map[evpn.Key]evpn.Route
@@ -49,10 +49,24 @@ func (r *rib) learn(from netip.Addr, route evpn.Route) {
 	r.changed[route.Key] = true
 }
 
-func (r *rib) forget(from netip.Addr, key evpn.Key) {
-	delete(r.peer(from).routes, key)
+// forget is a route that is taken back. A peer that has told all that it has to tell speaks for those that are lost, too: with a node
+// dies the reflector that was on it.
+func (r *rib) forget(from netip.Addr, key evpn.Key, now time.Time) {
+	p := r.peer(from)
+	delete(p.routes, key)
 	r.changed[key] = true
+	if !p.settled(now) {
+		return
+	}
+	for _, other := range r.peers {
+		if other.routes[key].stale {
+			delete(other.routes, key)
+		}
+	}
 }
+
+// settled says whether the peer is there and has told all that it has to tell.
+func (p *heardFrom) settled(now time.Time) bool { return p.up && !p.sweep.After(now) }
 
 // up is the start of a session: all is told again within Settling.
 func (r *rib) up(from netip.Addr, now time.Time) {
@@ -103,7 +117,7 @@ func (r *rib) sweep(p *heardFrom) {
 // settledOne says whether there is a peer that has told all that it has to tell.
 func (r *rib) settledOne(now time.Time) bool {
 	for _, p := range r.peers {
-		if p.up && !p.sweep.After(now) {
+		if p.settled(now) {
 			return true
 		}
 	}

@@ -80,6 +80,59 @@ func TestWhatALostPeerToldGoesWhereOthersTellNothingOfIt(t *testing.T) {
 	}
 }
 
+// Both have told of two stations, one of them is lost, and then a peer takes back the first.
+func TestWhatALostPeerToldGoesWhereAnotherTakesItBack(t *testing.T) {
+	kept, gone := []evpn.Key{stationAt, anotherOne}, []evpn.Key{anotherOne}
+	for _, c := range []struct {
+		what    string
+		happens func(*rib)
+		want    []evpn.Key
+	}{
+		{"one that is settled", func(r *rib) { r.forget(two, stationAt, after(time.Minute)) }, gone},
+		{"nobody, for the lost one was cut off alone", func(*rib) {}, kept},
+		{"one that has restarted, and may not have heard of it yet", func(r *rib) {
+			r.down(two, after(time.Minute))
+			r.up(two, after(time.Minute))
+			r.learn(two, withNumber(stationAt, 0))
+			r.forget(two, stationAt, after(time.Minute+Settling-time.Second))
+		}, kept},
+		{"the same one a moment later, when it is settled", func(r *rib) {
+			r.down(two, after(time.Minute))
+			r.up(two, after(time.Minute))
+			r.learn(two, withNumber(stationAt, 0))
+			r.learn(two, withNumber(anotherOne, 0))
+			r.forget(two, stationAt, after(time.Minute+Settling))
+		}, gone},
+		{"one that is settled, and the lost one is back and has told it again", func(r *rib) {
+			r.up(one, after(time.Minute))
+			r.learn(one, withNumber(stationAt, 0))
+			r.forget(two, stationAt, after(time.Minute))
+		}, kept},
+		{"one that is settled, and the lost one is back and tells it afterwards", func(r *rib) {
+			r.up(one, after(time.Minute))
+			r.forget(two, stationAt, after(time.Minute))
+			r.learn(one, withNumber(stationAt, 0))
+		}, kept},
+		{"one that is settled, and the lost one is back and has not told it yet", func(r *rib) {
+			r.up(one, after(time.Minute))
+			r.forget(two, stationAt, after(time.Minute))
+		}, gone},
+	} {
+		r := newRIB()
+		for _, p := range []netip.Addr{one, two} {
+			r.up(p, began)
+			r.learn(p, withNumber(stationAt, 0))
+			r.learn(p, withNumber(anotherOne, 0))
+		}
+		r.clean(after(Settling))
+		r.down(one, after(Settling))
+		c.happens(r)
+		if got := keysOf(r); !slices.Equal(got, c.want) {
+			t.Errorf("%s: %v is left, want %v", c.what, got, c.want)
+		}
+	}
+}
+
 func TestOfSeveralPeersTheOneThatIsThereCounts(t *testing.T) {
 	r := newRIB()
 	r.up(one, began)
@@ -97,11 +150,11 @@ func TestOfSeveralPeersTheOneThatIsThereCounts(t *testing.T) {
 	if routes, gone := r.changes(); len(routes)+len(gone) > 0 {
 		t.Errorf("%v %v, and nothing has changed", routes, gone)
 	}
-	r.forget(two, stationAt)
+	r.forget(two, stationAt, began)
 	if routes, gone := r.changes(); len(routes) != 1 || len(gone) > 0 {
 		t.Errorf("%v and %v", routes, gone)
 	}
-	r.forget(one, stationAt)
+	r.forget(one, stationAt, began)
 	if _, gone := r.changes(); !slices.Equal(gone, []evpn.Key{stationAt}) {
 		t.Errorf("%v has gone", gone)
 	}

@@ -56,7 +56,7 @@ const (
 	HoldTime = 9 * time.Second
 	// NodeRestart is how long others keep the routes of a node whose session is lost: a daemon that restarts is back by then.
 	NodeRestart = 20 * time.Second
-	// Kept is how long a node keeps what a peer told that is lost, if it has others.
+	// Kept is how long a node keeps what a peer told that is lost, if it has others and none of them takes it back.
 	Kept = 2 * time.Minute
 	// Settling is for how long after a session has come up what was told before may be told again. A reflector that has restarted
 	// has not heard all nodes sooner: of its end they know after HoldTime at the latest, and try to connect every connectRetry.
@@ -397,7 +397,7 @@ func (s *Speaker) hearPaths(ctx context.Context, paths []*apiutil.Path) {
 			continue
 		}
 		if p.Withdrawal {
-			s.rib.forget(p.PeerAddress, key)
+			s.rib.forget(p.PeerAddress, key, time.Now())
 		} else if r, ok := routeOf(p); ok {
 			s.rib.learn(p.PeerAddress, r)
 		}

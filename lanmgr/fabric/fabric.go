@@ -87,7 +87,7 @@ func (f *Fabric) Run(ctx context.Context) error {
 }
 
 // SetReflectors says where the cluster's reflectors are; it replaces what was said before. What one has told that is gone stays until the
-// others have told it, or two minutes have gone by.
+// others have told it or taken it back, or bgp.Kept has gone by.
 func (f *Fabric) SetReflectors(ctx context.Context, at []netip.AddrPort) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()

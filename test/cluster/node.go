@@ -133,6 +133,12 @@ func (n *Node) RestartKubelet(ctx context.Context) error {
 // PowerOff ends everything in the node at once. What it had in memory, /run
 // above all, is lost; its disk (nodeinit.Kept) stays.
 func (n *Node) PowerOff(ctx context.Context) error {
+	for _, d := range devices() {
+		// First: the kernel ends a killed process's connections, and without power nobody says goodbye.
+		if err := n.unplug(d); err != nil {
+			return err
+		}
+	}
 	if err := n.state.nodeGroup(n.Name).Kill(ctx); err != nil {
 		return err
 	}
@@ -147,12 +153,6 @@ func (n *Node) PowerOff(ctx context.Context) error {
 		}
 		if err := r.Wait(ctx); err != nil {
 			return fmt.Errorf("wait for the end of %s: %w", name, err)
-		}
-	}
-	for _, d := range devices() {
-		// The kernel removes them a moment after the node's last process; this is surer.
-		if err := n.unplug(d); err != nil {
-			return err
 		}
 	}
 	return n.state.nodeGroup(n.Name).Remove()

@@ -21,7 +21,9 @@ import (
 func TestFramesOfEveryKindCrossByEVPN(t *testing.T) { newLab(t).framesCross(evpns, 1170) }
 
 func TestAPodIsReachedByEVPNAtOnce(t *testing.T) {
-	newLab(t).over(evpn4).podIsReached(1174, 50*time.Millisecond)
+	for i, u := range []underlay{evpn4, evpn6r} {
+		t.Run(u.name, func(t *testing.T) { newLab(t).over(u).podIsReached(1190+i, aMoment, 50*time.Millisecond) })
+	}
 }
 
 // A LAN that does not say is by EVPN where the chart does, and sessions can have a password; while a node's is wrong, its LANs say so.
@@ -121,6 +123,7 @@ func TestFaultsByEVPN(t *testing.T) {
 		fault    func(lab)
 	}{
 		{"the daemon is killed", evpn4r, lab.daemonIsKilledWhilePodsTalk},
+		{"daemons are stopped in order", evpn4r, lab.daemonsAreStoppedWhilePodsTalk},
 		{"reflectors are killed and move", evpn4, lab.reflectorsAreLostWhilePodsTalk},
 		{"a node dies and comes back", evpn4r, lab.deadNodeIsForgotten},
 		{"the underlay is cut and comes back", evpn6, lab.trafficIsBackWithinASecondOfItsUnderlay},
@@ -129,9 +132,35 @@ func TestFaultsByEVPN(t *testing.T) {
 	}
 }
 
-// What a node told that is dead goes when nobody has told it again for bgp.Kept: a reflector was on it, and may have been cut off alone.
+// A rollout of all daemons, and one that is told to stop.
+func (l lab) daemonsAreStoppedWhilePodsTalk() {
+	l.Helper()
+	one, two := l.pair("stopped", 1178)
+	third := l.machine(worker2).sandbox("stopped", "stopped-3")
+	reached := func() {
+		l.Helper()
+		third.must("ADD")
+		third.pings(address(3), address(1))
+		third.must("DEL")
+	}
+	losesNothing(one, two, func() {
+		begin := time.Now()
+		l.kubectl("rollout", "restart", "--namespace", install.Namespace, "daemonset/k8slan-ds")
+		l.kubectl("rollout", "status", "--namespace", install.Namespace, "daemonset/k8slan-ds")
+		l.logTime("until all daemons were new", begin)
+		reached()
+		begin = time.Now()
+		l.awaitDaemon(worker2, "restarted", l.machine(worker2).signalDaemon("TERM"))
+		l.logTime("until the daemon was back that was stopped", begin)
+		<-time.After(bgp.NodeRestart + 2*aMoment) // by then what it has not told again is gone
+		reached()
+	})
+}
+
+// deadNodeIsForgotten takes the power from a node that a reflector is on.
 func (l lab) deadNodeIsForgotten() {
 	l.Helper()
+	l.spreadReflectors()
 	l.lan("edead", 1177, []string{"edead-1", "edead-2", "edead-3"})
 	both := l.start(pod("edead-1", worker1, "edead-1"), pod("edead-2", worker1, "edead-2"))
 	lost := l.startSet("elost", worker2, "edead-3")
@@ -140,15 +169,38 @@ func (l lab) deadNodeIsForgotten() {
 	alive, dead := l.machine(worker1), l.machine(worker2)
 	alive.awaitRemotes("edead", l.underlay.vteps[1])
 	losesNothing(both[0], both[1], func() {
-		dead.powerOff(ctx)
 		begin := time.Now()
+		dead.powerOff(ctx)
 		alive.awaitRemotes("edead")
-		l.logTime("from the node's death until it was no remote", begin)
+		took := time.Since(begin)
+		l.Logf("a node was no remote %s after its death", took.Round(time.Millisecond))
+		if most := bgp.HoldTime + bgp.NodeRestart + 2*aMoment; took > most {
+			l.Errorf("a dead node was a remote for %s, want %s at most", took, most)
+		}
 		dead.powerOn(ctx)
 		l.awaitPod(lost.pod, "another one that runs", func(p *corev1.Pod) bool { return string(p.UID) != lost.uid && isRunning(p) })
 		alive.awaitRemotes("edead", l.underlay.vteps[1])
 	})
 	l.try(bed.awaitInstalled(ctx))
+}
+
+// spreadReflectors has one reflector on each node, and nodes that have heard all of both.
+func (l lab) spreadReflectors() {
+	l.Helper()
+	for { // the scheduler spreads them, where both nodes take pods
+		pods := l.reflectors()
+		if pods[0].Spec.NodeName != pods[1].Spec.NodeName {
+			break
+		}
+		l.try(bed.client.Delete(l.Context(), &pods[0]))
+		l.awaitReflectors("another one", func(now []*corev1.Pod) bool {
+			return !slices.ContainsFunc(now, func(p *corev1.Pod) bool { return p.UID == pods[0].UID })
+		})
+	}
+	for _, node := range []string{worker1, worker2} {
+		l.awaitSessions(node, v1beta1.SessionUp)
+	}
+	<-time.After(bgp.Settling)
 }
 
 func (l lab) reflectorsAreLostWhilePodsTalk() {

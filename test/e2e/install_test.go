@@ -62,9 +62,12 @@ func (b *testbed) sweep(ctx context.Context) error {
 // chartDir is the chart, in the checkout.
 const chartDir = "charts/k8slan"
 
+// byEVPN has the chart run what LANs with discovery evpn need.
+const byEVPN = "evpn.enabled=true"
+
 // chart installs the chart, or what changed in it, and returns when all of k8slan is ready.
 func (b *testbed) chart(ctx context.Context) error {
-	if err := b.Chart(ctx, "node.metricsPort="+metricsPort, "controller.metricsPort="+metricsPort, "evpn.enabled=true", "node.megalos=true"); err != nil {
+	if err := b.Chart(ctx, "node.metricsPort="+metricsPort, "controller.metricsPort="+metricsPort, byEVPN, "node.megalos=true"); err != nil {
 		return err
 	}
 	return b.awaitInstalled(ctx)

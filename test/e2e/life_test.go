@@ -48,13 +48,19 @@ func (s station) index() string { return s.sh("cat /sys/class/net/%s/ifindex", s
 // killDaemon kills the node's daemon, does some more before kubelet starts it again, and returns what fits its pod when it is ready.
 func (m machine) killDaemon(more ...string) func(*corev1.Pod) bool {
 	m.Helper()
+	return m.signalDaemon("KILL", more...)
+}
+
+// signalDaemon is killDaemon with a signal that ends the daemon.
+func (m machine) signalDaemon(signal string, more ...string) func(*corev1.Pod) bool {
+	m.Helper()
 	var before int32
 	m.awaitDaemon(m.Name, "ready", func(p *corev1.Pod) bool {
 		before = p.Status.ContainerStatuses[0].RestartCount
 		return p.Status.ContainerStatuses[0].Ready
 	})
 	pid := m.daemon()
-	m.run("sh", "-ec", strings.Join(append([]string{"kill -9 " + pid}, more...), "\n"))
+	m.run("sh", "-ec", strings.Join(append([]string{"kill -" + signal + " " + pid}, more...), "\n"))
 	return func(p *corev1.Pod) bool {
 		return p.Status.ContainerStatuses[0].RestartCount > before && p.Status.ContainerStatuses[0].Ready
 	}

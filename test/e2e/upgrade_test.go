@@ -40,7 +40,7 @@ func TestUpgradeFromThePreviousCommitTouchesNoAttachment(t *testing.T) {
 	t.Logf("the previous commit is %s", commit)
 	l.reinstall()
 	for _, step := range []func(context.Context) error{
-		previous.Build, previous.Definitions, func(ctx context.Context) error { return previous.Chart(ctx) },
+		previous.Build, previous.Definitions, func(ctx context.Context) error { return previous.Chart(ctx, byEVPN) },
 	} {
 		if err := step(ctx); err != nil {
 			t.Fatal(err)
@@ -55,7 +55,7 @@ func TestUpgradeFromThePreviousCommitTouchesNoAttachment(t *testing.T) {
 			gaps = append(gaps, m.watchOffer("upgraded-3"))
 		}
 		begin := time.Now()
-		if err := bed.Chart(ctx); err != nil {
+		if err := bed.Chart(ctx, byEVPN); err != nil {
 			t.Fatal(err)
 		}
 		l.logTime("helm upgrade", begin)
