@@ -526,6 +526,106 @@ func TestATargetIsChangedWithoutLoss(t *testing.T) {
 	}
 }
 
+// What a station shows to have is told as long as it is here, of whoever showed it last, here or elsewhere.
+func TestAnAddressIsToldOfWhoShowedItLast(t *testing.T) {
+	a, b := netip.MustParseAddr("10.0.0.1"), netip.MustParseAddr("fd00::1")
+	n := nodes(1, mac(7))[0]
+	now := began
+	has := func(when, want string) {
+		t.Helper()
+		var words []string
+		for _, r := range n.Own() {
+			if r.Kind == evpn.MACIP && r.IP.IsValid() {
+				words = append(words, fmt.Sprintf("%d has %s", r.MAC[5], r.IP))
+			} else if r.Kind == evpn.MACIP {
+				words = append(words, fmt.Sprintf("%d", r.MAC[5]))
+			}
+		}
+		if have := strings.Join(words, ", "); have != want {
+			t.Errorf("%s: told %s, want %s", when, have, want)
+		}
+	}
+	show := func(m evpn.MAC, ip netip.Addr) bool {
+		t.Helper()
+		told, full := n.Show(now, 222, m, ip)
+		if full {
+			t.Errorf("%s is one too many", ip)
+		}
+		return told
+	}
+	if !show(mac(7), a) || show(mac(7), a) || !show(mac(7), b) {
+		t.Error("what is new, or what is known, is not told apart")
+	}
+	has("a pod shows two", "7, 7 has 10.0.0.1, 7 has fd00::1")
+	show(mac(8), a) // its first frame; the bridge has not told of it yet
+	has("somebody who is not here", "7, 7 has 10.0.0.1, 7 has fd00::1")
+	n.See(now, 222, mac(8))
+	has("who is here now", "7, 7 has fd00::1, 8, 8 has 10.0.0.1")
+	n.Learn(now, route(evpn.MACIP, 2, func(r *evpn.Route) { r.MAC, r.IP = mac(9), b }))
+	has("shown elsewhere", "7, 8, 8 has 10.0.0.1")
+	show(mac(7), b)
+	has("and here again", "7, 7 has fd00::1, 8, 8 has 10.0.0.1")
+	n.Learn(now, route(evpn.MACIP, 2, func(r *evpn.Route) { r.MAC, r.Sequence = mac(8), 1 }))
+	has("the MAC elsewhere, and on its port here still", "7, 7 has fd00::1")
+	n.Lose(now, 222, mac(8))
+	n.See(now, 222, mac(8))
+	has("gone and back", "7, 7 has fd00::1, 8")
+	show(mac(6), a)
+	now = now.Add(time.Minute)
+	n.See(now, 222, mac(6))
+	has("shown long before", "6, 7, 7 has fd00::1, 8")
+	for _, bad := range []string{"0.0.0.0", "::", "ff02::1", "224.0.0.5", "255.255.255.255", "127.0.0.1", "::1", "::ffff:10.0.0.1"} {
+		if show(mac(7), netip.MustParseAddr(bad)) {
+			t.Errorf("%s is told", bad)
+		}
+	}
+	n.Set(now, nil)
+	if told, _ := n.Show(now, 222, mac(7), a); told {
+		t.Error("told of a LAN that is not here")
+	}
+}
+
+// A station that shows a thousand addresses has sixteen of them told, and does not have the others told of a new one all the time.
+func TestAddressesAreBounded(t *testing.T) {
+	n := nodes(1, mac(7))[0]
+	at := func(i int) netip.Addr { return netip.AddrFrom4([4]byte{10, 0, byte(i >> 8), byte(i)}) }
+	count := func() int { return len(n.Own()) - 2 }
+	changes, refused := 0, 0
+	for i := range 1000 {
+		told, full := n.Show(began, 222, mac(7), at(i))
+		if told {
+			changes++
+		}
+		if full {
+			refused++
+		}
+	}
+	if count() != 16 || changes != 17 || refused != 984 {
+		t.Errorf("%d told, after %d changes; %d too many", count(), changes, refused)
+	}
+	n.Show(began, 222, mac(7), at(1)) // is the newest now
+	n.Show(began.Add(time.Minute), 222, mac(7), at(2000))
+	has := func(ip netip.Addr) bool {
+		return slices.ContainsFunc(n.Own(), func(r evpn.Route) bool { return r.IP == ip })
+	}
+	if count() != 16 || !has(at(1)) || has(at(2)) || !has(at(2000)) {
+		t.Errorf("%d told; the newest %t, the oldest %t, the new %t", count(), has(at(1)), has(at(2)), has(at(2000)))
+	}
+	for i := range 1000 { // by others
+		m := evpn.MAC{2, 1, 0, 0, byte(i >> 8), byte(i)}
+		n.See(began, 222, m)
+		for j := range 16 {
+			n.Show(began, 222, m, netip.AddrFrom4([4]byte{11, byte(i >> 8), byte(i), byte(j)}))
+		}
+	}
+	if count() != 8192+1000 {
+		t.Errorf("%d told of all", count()-1000)
+	}
+	for i := range 1000 { // nobody is here
+		n.Show(began, 222, evpn.MAC{2, 2, 0, 0, byte(i >> 8), byte(i)}, at(i))
+	}
+}
+
 // Whatever happens in whichever order, the nodes agree on who has each MAC: who spoke last, if the others heard of it in between.
 func TestNodesAgreeWhateverHappens(t *testing.T) {
 	for seed := range uint64(300) {

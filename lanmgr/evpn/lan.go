@@ -38,6 +38,8 @@ type lan struct {
 	named      Key // of those, the one that is named for all
 	duplicates map[MAC]bool
 	moves      uint64
+	owners     map[netip.Addr]MAC // of addresses that stations here have shown
+	early      []shown
 
 	remotes []netip.Addr       // sorted; nil: to be made anew. Nobody changes it
 	fdb     []segment.FDBEntry // sorted, but for those of changed. Nobody changes it
@@ -54,6 +56,9 @@ type station struct {
 	taken    []time.Time // when it was taken from another lately
 	frozen   bool        // two have it: each node leaves it where it is
 	at       netip.Addr  // the VTEP of who was last known to have it
+
+	addresses []netip.Addr // that it has shown here, the newest last
+	replaced  time.Time    // when one of them last gave way to another
 }
 
 // offer is one route that tells where a MAC is.
@@ -128,6 +133,7 @@ func (l *lan) settle(now time.Time, mac MAC, spoke bool) {
 	default:
 		s.told, s.sequence = false, 0
 	}
+	l.settleAddresses(now, mac)
 	if !s.here() && !other {
 		delete(l.macs, mac)
 	} else if at := l.at(s); at != s.at {
@@ -192,6 +198,9 @@ func (l *lan) learn(now time.Time, r Route) {
 		s.routes[i] = o
 	} else {
 		s.routes = append(s.routes, o)
+		if owner, here := l.owners[r.IP]; here && owner != r.MAC { // another has shown it, elsewhere
+			l.hide(r.IP)
+		}
 	}
 	l.settle(now, r.MAC, false)
 }
@@ -297,8 +306,11 @@ func (l *lan) own() []Route {
 	route.Key = Key{Kind: MACIP, RD: l.rd}
 	for mac, s := range l.macs {
 		if s.told {
-			route.MAC, route.Sequence = mac, s.sequence
+			route.MAC, route.Sequence, route.IP = mac, s.sequence, netip.Addr{}
 			routes = append(routes, route)
+			for _, route.IP = range s.addresses {
+				routes = append(routes, route)
+			}
 		}
 	}
 	return routes

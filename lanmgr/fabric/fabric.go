@@ -18,10 +18,12 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
-// Stations tells of the MACs on the ports of LANs' bridges; kernel.Node does.
+// Stations tells of who is on the ports of LANs' bridges; kernel.Node does.
 type Stations interface {
 	WatchStations(ctx context.Context, tell kernel.Stations) error
 	Stations(netns string) ([][6]byte, error)
+	// WatchAddresses tells which addresses stations on the LAN's ports show that they have.
+	WatchAddresses(ctx context.Context, netns string, tell func(mac [6]byte, ip netip.Addr)) error
 }
 
 // Config is what a fabric works with.
@@ -40,6 +42,7 @@ type Fabric struct {
 	Config
 	speaker *bgp.Speaker
 	changed chan struct{}
+	claimed chan struct{} // has a value whenever a LAN may have got its first claim here, or lost the last
 
 	mu         sync.Mutex
 	reflectors []netip.AddrPort
@@ -49,14 +52,15 @@ type Fabric struct {
 	vnis       map[string]uint32   // by netns
 	partial    bool
 	sessions   []bgp.Session
-	failed     string // what the last failure to tell routes said
+	full       map[string]bool // by netns: it was said that stations show more addresses than are told
+	failed     string          // what the last failure to tell routes said
 }
 
 // New returns a fabric that hears and tells nothing until Run.
 func New(c Config) *Fabric {
 	f := &Fabric{
-		Config: c, changed: make(chan struct{}, 1), peers: c.Peers,
-		table: evpn.New(c.AS, c.RouterID), vnis: map[string]uint32{}, partial: true,
+		Config: c, changed: make(chan struct{}, 1), claimed: make(chan struct{}, 1), peers: c.Peers,
+		table: evpn.New(c.AS, c.RouterID), vnis: map[string]uint32{}, partial: true, full: map[string]bool{},
 	}
 	f.speaker = bgp.NewSpeaker(bgp.Config{AS: c.AS, RouterID: c.RouterID, Hear: f.hear, Log: c.Log})
 	return f
@@ -76,6 +80,7 @@ func (f *Fabric) Run(ctx context.Context) error {
 		defer cancel()
 		errs[1] = f.Stations.WatchStations(ctx, kernel.Stations{Seen: f.seen, Left: f.left, Missed: f.list})
 	})
+	tasks.Go(func() { f.hearAddresses(ctx) })
 	f.mu.Lock()
 	err := f.speaker.SetPeers(ctx, f.peers)
 	f.mu.Unlock()
@@ -147,6 +152,7 @@ func (f *Fabric) Set(lans map[string]evpn.LAN) {
 		}
 		f.vnis = vnis
 	})
+	signal(f.claimed)
 }
 
 // Fill writes into a segment what others have told of its LAN; what is not known stays as it is.
@@ -275,6 +281,11 @@ func (f *Fabric) after(event func(now time.Time)) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	event(time.Now())
+	f.follow()
+}
+
+// follow does what follows from a change of the table; f.mu is held.
+func (f *Fabric) follow() {
 	failed := ""
 	if err := f.speaker.Set(f.table.Own()); err != nil {
 		failed = err.Error()
@@ -283,8 +294,13 @@ func (f *Fabric) after(event func(now time.Time)) {
 		f.Log.Error("cannot tell all routes, trying again at the next event", "err", failed)
 	}
 	f.failed = failed
+	signal(f.changed)
+}
+
+// signal puts a value into a one-slot channel that may have one already.
+func signal(c chan struct{}) {
 	select {
-	case f.changed <- struct{}{}:
-	default: // it has a value already
+	case c <- struct{}{}:
+	default:
 	}
 }

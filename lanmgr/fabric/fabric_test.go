@@ -23,6 +23,7 @@ type bridges struct {
 	there map[string][][6]byte
 	tell  kernel.Stations
 	ready chan struct{}
+	shows chan func(mac [6]byte, ip netip.Addr) // of each LAN, when it is heard from then on; nil when it is no more
 }
 
 func (b *bridges) WatchStations(ctx context.Context, tell kernel.Stations) error {
@@ -37,6 +38,13 @@ func (b *bridges) Stations(netns string) ([][6]byte, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return b.there[netns], nil
+}
+
+func (b *bridges) WatchAddresses(ctx context.Context, netns string, tell func(mac [6]byte, ip netip.Addr)) error {
+	b.shows <- tell
+	<-ctx.Done()
+	b.shows <- nil
+	return nil
 }
 
 // member is a node of a fabric with LANs.
@@ -83,7 +91,7 @@ func fabricOf(t *testing.T, nodes int) []member {
 // newMember runs a node that speaks with the peers; its number is in its addresses.
 func newMember(t *testing.T, number byte, peers ...bgp.Peer) member {
 	t.Helper()
-	m := member{bridges: &bridges{there: map[string][][6]byte{}, ready: make(chan struct{})}, vtep: netip.AddrFrom4([4]byte{192, 0, 2, 2 + number})}
+	m := member{bridges: &bridges{there: map[string][][6]byte{}, ready: make(chan struct{}), shows: make(chan func([6]byte, netip.Addr), 10)}, vtep: netip.AddrFrom4([4]byte{192, 0, 2, 2 + number})}
 	source := netip.AddrFrom4([4]byte{127, 0, 0, 2 + number})
 	for i := range peers {
 		peers[i].Source = source
@@ -162,6 +170,26 @@ func TestNodesTellEachOtherWhoIsWhere(t *testing.T) {
 	b.await(t, "one gone", func(s segment.Segment) bool { return len(s.FDB) == 1 })
 	a.has(false)
 	b.await(t, "all gone", func(s segment.Segment) bool { return len(s.FDB) == 0 && len(s.Remotes) == 0 })
+}
+
+// Addresses are heard in a LAN while somebody is attached there, and told.
+func TestAddressesAreHeardWhereSomebodyIsAttached(t *testing.T) {
+	nodes := fabricOf(t, 1)
+	a := nodes[0]
+	pod := evpn.MAC{2, 1}
+	a.has(false)
+	a.has(true, pod)
+	tell := <-a.shows
+	for range 2 {
+		tell(pod, netip.MustParseAddr("10.0.0.1"))
+	}
+	if c, _ := a.Count("lab"); c.Own != 3 {
+		t.Errorf("%+v, want a route with the address beside two others", c)
+	}
+	a.has(false)
+	if <-a.shows != nil {
+		t.Error("the LAN is heard a second time")
+	}
 }
 
 // A reflector that moves is followed, and what it had told stays: it is told again.

@@ -1,0 +1,156 @@
+package dataplane
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/k8slan/k8slan/lanmgr/segment"
+	"github.com/k8slan/k8slan/test/frames"
+)
+
+var broadcast = net.HardwareAddr{0xff, 0xff, 0xff, 0xff, 0xff, 0xff}
+
+// arp is an ARP packet of that operation: 1 asks, 2 answers.
+func arp(operation byte, dst, src net.HardwareAddr, sender, target string) []byte {
+	return slices.Concat(dst, src, []byte{8, 6, 0, 1, 8, 0, 6, 4, 0, operation}, src, netip.MustParseAddr(sender).AsSlice(), dst, netip.MustParseAddr(target).AsSlice())
+}
+
+// neighborDiscovery is a message of that type: 135 asks, 136 answers; the option bears the sender's MAC.
+func neighborDiscovery(kind byte, dst, src net.HardwareAddr, source, to, target string) []byte {
+	from, at := netip.MustParseAddr(source).AsSlice(), netip.MustParseAddr(to).AsSlice()
+	message := slices.Concat([]byte{kind, 0, 0, 0, 0x60, 0, 0, 0}, netip.MustParseAddr(target).AsSlice(), []byte{kind - 134, 1}, src)
+	sum := uint32(len(message) + 58)
+	for _, part := range [][]byte{from, at, message} {
+		for i := 0; i < len(part); i += 2 {
+			sum += uint32(part[i])<<8 | uint32(part[i+1])
+		}
+	}
+	for sum > 0xffff {
+		sum = sum>>16 + sum&0xffff
+	}
+	message[2], message[3] = byte(^sum>>8), byte(^sum)
+	return slices.Concat(dst, src, []byte{0x86, 0xdd, 0x60, 0, 0, 0, 0, byte(len(message)), 58, 255}, from, at, message)
+}
+
+// What stations on a node show by ARP and neighbour discovery is heard, also where it goes to one other alone; what others show who are not on this
+// node is not, nor is anything behind a VLAN tag.
+func TestAddressesOfStationsAreHeard(t *testing.T) {
+	a, b, onA, onB := unicastHosts(t, families["IPv4"], 441)
+	onB.Spokes = []string{"three"} // with a MAC of its own
+	a.build(t, onA)
+	b.build(t, onB)
+	pod, vm, far := a.attach(t, onA, "one", segment.Veth), a.attach(t, onA, "two", segment.Macvtap), b.attach(t, onB, "three", segment.Veth)
+	a.observe(t, onA)
+	type shown struct {
+		mac string
+		ip  string
+	}
+	heard := make(chan shown, 100)
+	ctx, stop := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() {
+		ended <- a.kernel.WatchAddresses(ctx, onA.Netns, func(mac [6]byte, ip netip.Addr) {
+			heard <- shown{net.HardwareAddr(mac[:]).String(), ip.String()}
+		})
+	}()
+	until := func(what string, send func()) (all []shown) {
+		t.Helper()
+		again := time.NewTicker(50 * time.Millisecond) // it is heard from some time after the start
+		defer again.Stop()
+		last := shown{pod.MAC.String(), "10.0.0.99"}
+		send()
+		for deadline := time.After(longPatience); ; {
+			try(t, pod.Send(arp(1, broadcast, pod.MAC, last.ip, last.ip)))
+			select {
+			case s := <-heard:
+				if s == last {
+					return all
+				}
+				all = append(all, s)
+			case <-again.C:
+			case <-deadline:
+				t.Fatalf("waited for %s in vain", what)
+			}
+		}
+	}
+	until("the first address", func() {})
+	untilQuiet := time.NewTimer(200 * time.Millisecond)
+	for quiet := false; !quiet; {
+		select {
+		case <-heard:
+		case <-untilQuiet.C:
+			quiet = true
+		}
+	}
+	all := until("the last address", func() {
+		for _, frame := range [][]byte{
+			arp(1, broadcast, far.MAC, "10.0.0.51", "10.0.0.1"),
+			arp(2, pod.MAC, far.MAC, "10.0.0.52", "10.0.0.1"),
+			neighborDiscovery(136, vm.MAC, far.MAC, "fd00::53", "fd00::1", "fd00::53"),
+		} {
+			to := pod
+			if bytes.Equal(frame[:6], vm.MAC) {
+				to = vm
+			}
+			arrives(t, far, to, frame)
+		}
+		for _, frame := range [][]byte{
+			arp(1, broadcast, pod.MAC, "10.0.0.1", "10.0.0.2"),
+			arp(2, vm.MAC, pod.MAC, "10.0.0.2", "10.0.0.3"),
+			arp(2, far.MAC, pod.MAC, "10.0.0.3", "10.0.0.51"),
+			arp(1, broadcast, pod.MAC, "0.0.0.0", "10.0.0.4"),
+			frames.Tag(arp(1, broadcast, pod.MAC, "10.0.0.5", "10.0.0.2"), 0x8100, 7),
+			frames.Tag(arp(1, broadcast, pod.MAC, "10.0.0.5", "10.0.0.2"), 0x88a8, 7),
+			neighborDiscovery(135, net.HardwareAddr{0x33, 0x33, 0xff, 0, 0, 2}, pod.MAC, "fd00::1", "ff02::1:ff00:2", "fd00::2"),
+			neighborDiscovery(135, net.HardwareAddr{0x33, 0x33, 0xff, 0, 0, 2}, pod.MAC, "::", "ff02::1:ff00:2", "fd00::9"),
+			neighborDiscovery(136, far.MAC, pod.MAC, "fd00::2", "fd00::51", "fd00::2"),
+		} {
+			try(t, pod.Send(frame))
+		}
+		arrives(t, vm, pod, arp(2, pod.MAC, vm.MAC, "10.0.0.7", "10.0.0.1"))
+	})
+	slices.SortFunc(all, func(x, y shown) int { return cmp.Or(strings.Compare(x.mac, y.mac), strings.Compare(x.ip, y.ip)) })
+	all = slices.Compact(all)
+	p, v := pod.MAC.String(), vm.MAC.String()
+	want := []shown{{p, "10.0.0.1"}, {p, "10.0.0.2"}, {p, "10.0.0.3"}, {p, "fd00::1"}, {p, "fd00::2"}, {v, "10.0.0.7"}}
+	if v < p {
+		want = slices.Concat(want[5:], want[:5])
+	}
+	if !slices.Equal(all, want) {
+		t.Errorf("heard %v,\n want %v", all, want)
+	}
+	stop()
+	try(t, <-ended)
+}
+
+// What a pod shows to have is told with its MAC, and no more once the pod is gone; FRR tells the same of its own.
+func TestAddressesAreToldWithMACs(t *testing.T) {
+	a, _, s, _ := unicastHosts(t, families["IPv4"], 442)
+	a.build(t, told(s))
+	router := startFRR(t, a, asVTEP)
+	defer router.tell(t)
+	there := router.attach(t, s)
+	a.speakTo(t, s, 1, router.peer(1))
+	here := a.attach(t, s, "one", segment.Veth)
+	address := func(mac net.HardwareAddr, ip string) string {
+		return fmt.Sprintf("[2]:[0]:[48]:[%s]:[%d]:[%s]", mac, netip.MustParseAddr(ip).BitLen(), ip)
+	}
+	router.awaitShown(t, "show bgp l2vpn evpn route", "[2]:[0]:[48]:["+here.MAC.String()+"]")
+	try(t, there.Send(arp(1, broadcast, there.MAC, "10.77.0.3", "10.77.0.1")))
+	arrives(t, here, there, arp(2, there.MAC, here.MAC, "10.77.0.1", "10.77.0.3"))
+	arrives(t, here, there, neighborDiscovery(136, there.MAC, here.MAC, "fd77::1", "fd77::3", "fd77::1"))
+	router.awaitShown(t, "show bgp l2vpn evpn route", "[2]:[0]:[48]:["+here.MAC.String()+"]\n", address(here.MAC, "10.77.0.1"), address(here.MAC, "fd77::1"))
+	router.awaitShown(t, "show evpn arp-cache vni 442", "10.77.0.1", "fd77::1", here.MAC.String())
+	arrives(t, here, there, arp(1, broadcast, here.MAC, "10.77.0.2", "10.77.0.3")) // another
+	router.awaitShown(t, "show bgp l2vpn evpn route", address(here.MAC, "10.77.0.1"), address(here.MAC, "10.77.0.2"))
+	a.release(t, here)
+	awaitAgain(t, "FRR to forget the pod", func() bool { return !hasAll(router.show(t, "show bgp l2vpn evpn route"), here.MAC.String()) })
+}
