@@ -32,9 +32,13 @@ func (f *daemonFlags) add(flags *pflag.FlagSet) {
 		"kubeconfig `file` (environment: KUBECONFIG); empty: the service account of the pod")
 	flags.StringVar(&f.healthAddress, "health-address", ":8081",
 		"`address` that answers /healthz and /readyz, host:port; 0 for none")
+	f.addMetrics(flags)
+	f.addLog(flags)
+}
+
+func (f *daemonFlags) addMetrics(flags *pflag.FlagSet) {
 	flags.StringVar(&f.metricsAddress, "metrics-address", "0",
 		"`address` that answers /metrics without encryption, host:port; 0 for none")
-	f.addLog(flags)
 }
 
 func (f *daemonFlags) addLog(flags *pflag.FlagSet) {

@@ -16,12 +16,15 @@ import (
 	"time"
 
 	"github.com/fsnotify/fsnotify"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 	"golang.org/x/sync/errgroup"
+	ctrlmetrics "sigs.k8s.io/controller-runtime/pkg/metrics"
 
 	"github.com/k8slan/k8slan/lanmgr/bgp"
 	"github.com/k8slan/k8slan/lanmgr/fabric"
+	"github.com/k8slan/k8slan/lanmgr/metrics"
 )
 
 // evpnFlags are those of who speaks BGP.
@@ -237,6 +240,7 @@ nodes keep what it has told until it is back.`,
 	flags.DurationVar(&f.holdTime, "hold-time", bgp.HoldTime, "how long a node may be silent")
 	flags.StringVar(&f.passwordFile, "password-file", "", "`file` with the password of every session (TCP MD5); empty: none")
 	flags.StringVar(&f.healthAddress, "health-address", ":8081", "`address` that answers /healthz and /readyz, host:port; 0 for none")
+	f.addMetrics(flags)
 	return cmd
 }
 
@@ -260,7 +264,7 @@ func (f *reflectorFlags) runReflector(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("ask for the host's name: %w", err)
 	}
-	r := bgp.Reflector{AS: f.as, RouterID: routerID(f.routerID, name), Listen: at, From: prefixes(f.from), HoldTime: f.holdTime, Log: log}
+	r := bgp.Reflector{AS: f.as, RouterID: routerID(f.routerID, name), Listen: at, From: prefixes(f.from), HoldTime: f.holdTime, Log: log, Listens: reflectorMetrics}
 	tasks, ctx := errgroup.WithContext(ctx)
 	if f.passwordFile != "" {
 		if r.Password, err = readPassword(f.passwordFile); err != nil {
@@ -286,19 +290,31 @@ func (f *reflectorFlags) runReflector(ctx context.Context) error {
 		})
 	}
 	tasks.Go(func() error { return r.Run(ctx) })
-	if f.healthAddress != "0" {
-		srv := &http.Server{Addr: f.healthAddress, Handler: healthHandler(nil), ReadHeaderTimeout: 10 * time.Second}
-		tasks.Go(func() error {
-			if err := srv.ListenAndServe(); !errors.Is(err, http.ErrServerClosed) {
-				return fmt.Errorf("answer /healthz and /readyz (--health-address): %w", err)
-			}
-			return nil
-		})
-		tasks.Go(func() error {
-			<-ctx.Done()
-			return srv.Close()
-		})
-	}
+	serve(ctx, tasks, f.healthAddress, healthHandler(nil), "/healthz and /readyz (--health-address)")
+	serve(ctx, tasks, f.metricsAddress, promhttp.HandlerFor(ctrlmetrics.Registry, promhttp.HandlerOpts{}), "/metrics (--metrics-address)")
 	log.Info("k8slan reflector starts", "version", version, "as", f.as, "routerID", r.RouterID, "listen", at)
 	return tasks.Wait()
+}
+
+// reflectorMetrics has /metrics answer how much a reflector has to do.
+func reflectorMetrics(count func(context.Context) (bgp.Count, error)) error {
+	return register(metrics.Reflector{Count: count})
+}
+
+// serve answers what at an address until ctx ends; at 0 it does not.
+func serve(ctx context.Context, tasks *errgroup.Group, address string, handler http.Handler, what string) {
+	if address == "0" {
+		return
+	}
+	srv := &http.Server{Addr: address, Handler: handler, ReadHeaderTimeout: 10 * time.Second}
+	tasks.Go(func() error {
+		if err := srv.ListenAndServe(); !errors.Is(err, http.ErrServerClosed) {
+			return fmt.Errorf("answer %s: %w", what, err)
+		}
+		return nil
+	})
+	tasks.Go(func() error {
+		<-ctx.Done()
+		return srv.Close()
+	})
 }

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -49,9 +50,12 @@ func nodeMetrics() *metrics.Metrics {
 	return m
 }
 
+// reflected are the metrics of a reflector.
+var reflected = metrics.Reflector{Count: func(context.Context) (bgp.Count, error) { return bgp.Count{}, nil }}
+
 // What is answered at /metrics follows Prometheus's conventions, with what controller-runtime adds.
 func TestPrometheusHasNothingToSayAgainstTheMetrics(t *testing.T) {
-	for name, c := range map[string]prometheus.Collector{"daemon": nodeMetrics(), "controller": controller.NewMetrics()} {
+	for name, c := range map[string]prometheus.Collector{"daemon": nodeMetrics(), "controller": controller.NewMetrics(), "reflector": reflected} {
 		registry := prometheus.NewPedanticRegistry()
 		if err := registry.Register(c); err != nil {
 			t.Fatal(err)
@@ -108,7 +112,7 @@ func TestMetricsPageIsThatOfTheCode(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := append(rows(t, nodeMetrics()), rows(t, controller.NewMetrics())...)
+	want := slices.Concat(rows(t, nodeMetrics()), rows(t, controller.NewMetrics()), rows(t, reflected))
 	var have []string
 	for line := range strings.Lines(string(page)) {
 		if strings.HasPrefix(line, "| `k8slan_") {

@@ -280,6 +280,43 @@ func TestHowLongARouteTakes(t *testing.T) {
 	t.Logf("from Set to Hear through a reflector: median %v, worst %v", took[len(took)/2], took[len(took)-1])
 }
 
+func TestAReflectorCountsWhatItReflects(t *testing.T) {
+	t.Parallel()
+	port := freePort(t)
+	counts := make(chan func(context.Context) (bgp.Count, error), 1)
+	r := reflector(port, "")
+	r.Listens = func(count func(context.Context) (bgp.Count, error)) error {
+		counts <- count
+		return nil
+	}
+	done := make(chan error, 1)
+	ctx, cancel := context.WithCancel(context.Background())
+	go func() { done <- r.Run(ctx) }()
+	defer func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	}()
+	count := <-counts
+	want := func(want bgp.Count) {
+		t.Helper()
+		if have, err := count(t.Context()); err != nil || have != want {
+			t.Errorf("there are %+v (%v), want %+v", have, err, want)
+		}
+	}
+	want(bgp.Count{})
+	a, b := speak(t, 2, peerAt(port, 2)), speak(t, 3, peerAt(port, 3))
+	a.set(t, flood(2), route(2, nil))
+	b.set(t, flood(3))
+	b.awaitRoutes(t, flood(2), route(2, nil))
+	a.awaitRoutes(t, flood(3))
+	want(bgp.Count{Sessions: 2, Routes: 3})
+	a.set(t)
+	b.awaitRoutes(t)
+	want(bgp.Count{Sessions: 2, Routes: 1})
+}
+
 // A reflector that is killed takes nothing with it, nor does it when it is back and knows nothing yet.
 func TestAKilledReflectorTakesNothingWithIt(t *testing.T) {
 	t.Parallel()

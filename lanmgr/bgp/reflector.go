@@ -21,7 +21,15 @@ type Reflector struct {
 	Password string         // of TCP MD5 (RFC 2385); empty: none
 	// Passwords are later ones, for where there is one: sessions that stand go on.
 	Passwords <-chan string
-	Log       *slog.Logger
+	// Listens is told, as soon as nodes can connect, how to ask how much there is to do; nil: nobody is. An error of it ends Run.
+	Listens func(count func(context.Context) (Count, error)) error
+	Log     *slog.Logger
+}
+
+// Count is how much a reflector has to do.
+type Count struct {
+	Sessions int // that are up
+	Routes   int // that it was told, those kept of nodes that are away included
 }
 
 // group is the peer group of whoever connects.
@@ -34,7 +42,11 @@ func (r Reflector) Run(ctx context.Context) error {
 	srv := newServer(r.Log)
 	served := make(chan struct{})
 	go func() { defer close(served); srv.Serve() }()
-	if err := r.start(ctx, srv); err != nil {
+	err := r.start(ctx, srv)
+	if err == nil && r.Listens != nil {
+		err = r.Listens(func(ctx context.Context) (Count, error) { return count(ctx, srv) })
+	}
+	if err != nil {
 		srv.Stop()
 		<-served
 		return err
@@ -95,4 +107,20 @@ func (r Reflector) accept(ctx context.Context, srv *server.BgpServer) error {
 		}
 	}
 	return nil
+}
+
+func count(ctx context.Context, srv *server.BgpServer) (c Count, err error) {
+	if err := srv.ListPeer(ctx, &api.ListPeerRequest{}, func(p *api.Peer) {
+		if p.State.SessionState == api.PeerState_SESSION_STATE_ESTABLISHED {
+			c.Sessions++
+		}
+	}); err != nil {
+		return c, fmt.Errorf("count the sessions: %w", err)
+	}
+	table, err := srv.GetTable(ctx, &api.GetTableRequest{TableType: api.TableType_TABLE_TYPE_GLOBAL, Family: families()[0].Config.Family})
+	if err != nil {
+		return c, fmt.Errorf("count the routes: %w", err)
+	}
+	c.Routes = int(table.NumPath)
+	return c, nil
 }

@@ -1,4 +1,4 @@
-// Package metrics is what a node's daemon tells Prometheus.
+// Package metrics is what a node's daemon, and a reflector, tell Prometheus.
 package metrics
 
 import (

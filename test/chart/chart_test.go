@@ -331,26 +331,32 @@ func TestHelmTestKeepsWithinTheLimits(t *testing.T) {
 }
 
 func TestMetricsAreOffUnlessSet(t *testing.T) {
-	for _, set := range [][]string{nil, {"node.metricsPort=9100", "controller.metricsPort=9101"}} {
-		objects := render(t, "k8slan-system", set...)
+	for _, set := range [][]string{nil, {"node.metricsPort=9100", "controller.metricsPort=9101", "evpn.reflectors.metricsPort=9102"}} {
+		objects := render(t, "k8slan-system", append(set, "evpn.enabled=true")...)
 		node := find[appsv1.DaemonSet](t, objects, "k8slan-ds").Spec.Template.Spec.Containers[0]
 		controller := find[appsv1.Deployment](t, objects, "k8slan-controller-manager").Spec.Template.Spec.Containers[0]
+		reflector := find[appsv1.Deployment](t, objects, "k8slan-reflector").Spec.Template.Spec.Containers[0]
 		on := set != nil
-		if slices.Contains(node.Args, "--metrics-address=:9100") != on || slices.Contains(controller.Args, "--metrics-address=:9101") != on {
-			t.Errorf("with %v the daemon has %q, the controller %q", set, node.Args, controller.Args)
+		for i, c := range []corev1.Container{node, controller, reflector} {
+			if slices.Contains(c.Args, fmt.Sprintf("--metrics-address=:%d", 9100+i)) != on {
+				t.Errorf("with %v the %s has %q", set, c.Name, c.Args)
+			}
 		}
-		ports := 1
+		more := 0
 		if on {
-			ports = 2
+			more = 1
 		}
-		if policy := find[networkingv1.NetworkPolicy](t, objects, "k8slan-controller-manager"); len(policy.Spec.Ingress[0].Ports) != ports {
-			t.Errorf("with %v the NetworkPolicy lets %v in", set, policy.Spec.Ingress[0].Ports)
+		for name, ports := range map[string]int{"k8slan-controller-manager": 1, "k8slan-reflector": 2} {
+			if policy := find[networkingv1.NetworkPolicy](t, objects, name); len(policy.Spec.Ingress[0].Ports) != ports+more {
+				t.Errorf("with %v NetworkPolicy %s lets %v in", set, name, policy.Spec.Ingress[0].Ports)
+			}
 		}
 	}
 }
 
 func TestPodMonitorFindsWhatHasMetrics(t *testing.T) {
-	objects := render(t, "k8slan-system", "podMonitor.enabled=true", "podMonitor.labels.release=prometheus", "node.metricsPort=9100", "controller.metricsPort=9101")
+	objects := render(t, "k8slan-system", "podMonitor.enabled=true", "podMonitor.labels.release=prometheus", "node.metricsPort=9100", "controller.metricsPort=9101",
+		"evpn.enabled=true", "evpn.reflectors.metricsPort=9102")
 	i := slices.IndexFunc(objects, func(o unstructured.Unstructured) bool { return o.GetKind() == "PodMonitor" })
 	if i < 0 {
 		t.Fatal("there is no PodMonitor")
@@ -365,6 +371,7 @@ func TestPodMonitorFindsWhatHasMetrics(t *testing.T) {
 	for name, pod := range map[string]corev1.PodTemplateSpec{
 		"daemon":     find[appsv1.DaemonSet](t, objects, "k8slan-ds").Spec.Template,
 		"controller": find[appsv1.Deployment](t, objects, "k8slan-controller-manager").Spec.Template,
+		"reflector":  find[appsv1.Deployment](t, objects, "k8slan-reflector").Spec.Template,
 	} {
 		if !labels.SelectorFromSet(selector).Matches(labels.Set(pod.Labels)) {
 			t.Errorf("it does not select the %s", name)
@@ -373,7 +380,7 @@ func TestPodMonitorFindsWhatHasMetrics(t *testing.T) {
 			t.Errorf("the %s has no port of the name that it asks", name)
 		}
 	}
-	if _, err := helm(t, "template", "k8slan", chart, "--kube-version", "1.31.0", "--set", "podMonitor.enabled=true"); err == nil || !strings.Contains(err.Error(), "needs node.metricsPort or controller.metricsPort") {
+	if _, err := helm(t, "template", "k8slan", chart, "--kube-version", "1.31.0", "--set", "podMonitor.enabled=true"); err == nil || !strings.Contains(err.Error(), "needs node.metricsPort, controller.metricsPort or evpn.reflectors.metricsPort") {
 		t.Errorf("without a port: %v", err)
 	}
 }

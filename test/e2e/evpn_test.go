@@ -99,6 +99,10 @@ func TestMACsAreShownWhereTheyAre(t *testing.T) {
 			l.awaitPodGone("macs-3")
 		}
 	}
+	for _, r := range l.reflectors() {
+		l.awaitMetric("sessions of "+r.Name, func() float64 { return l.scrape(r).value("k8slan_reflector_sessions") }, 2)
+		l.awaitMetric("routes of "+r.Name, func() float64 { return l.scrape(r).value("k8slan_reflector_routes") }, 2+3) // a multicast route of each node, and three MACs
+	}
 	nowhere := "02:00:5e:00:53:01"
 	if out := l.k8slan(1, "macs", "macs", nowhere); !strings.Contains(out, nowhere+" is on no node that was asked") {
 		t.Errorf("of a MAC that nobody has kubectl k8slan macs says\n%s", out)

@@ -67,7 +67,7 @@ const byEVPN = "evpn.enabled=true"
 
 // chart installs the chart, or what changed in it, and returns when all of k8slan is ready.
 func (b *testbed) chart(ctx context.Context) error {
-	if err := b.Chart(ctx, "node.metricsPort="+metricsPort, "controller.metricsPort="+metricsPort, byEVPN, "node.megalos=true"); err != nil {
+	if err := b.Chart(ctx, "node.metricsPort="+metricsPort, "controller.metricsPort="+metricsPort, byEVPN, "evpn.reflectors.metricsPort="+metricsPort, "node.megalos=true"); err != nil {
 		return err
 	}
 	return b.awaitInstalled(ctx)

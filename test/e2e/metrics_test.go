@@ -16,7 +16,7 @@ import (
 	"github.com/k8slan/k8slan/test/install"
 )
 
-// metricsPort is that of the daemon on each node, and of the controller in its pod.
+// metricsPort is that of the daemon on each node, and of controller and reflectors in their pods.
 const metricsPort = "9472"
 
 // exposition is what a program answers at /metrics.

@@ -1,0 +1,45 @@
+package metrics
+
+import (
+	"context"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/k8slan/k8slan/lanmgr/bgp"
+)
+
+// Reflector asks a reflector at each scrape how much it has to do. It is a prometheus.Collector.
+type Reflector struct {
+	// Count asks it.
+	Count func(context.Context) (bgp.Count, error)
+}
+
+var (
+	reflectedSessionsDesc = prometheus.NewDesc("k8slan_reflector_sessions",
+		"BGP sessions of nodes with this reflector that are up.", nil, nil)
+	reflectedRoutesDesc = prometheus.NewDesc("k8slan_reflector_routes",
+		"EVPN routes that nodes have told this reflector, those included that it keeps for nodes that are away.", nil, nil)
+)
+
+// askedTime is how long a reflector may take to answer.
+const askedTime = 5 * time.Second
+
+// Describe implements prometheus.Collector.
+func (r Reflector) Describe(to chan<- *prometheus.Desc) {
+	to <- reflectedSessionsDesc
+	to <- reflectedRoutesDesc
+}
+
+// Collect implements prometheus.Collector.
+func (r Reflector) Collect(to chan<- prometheus.Metric) {
+	ctx, cancel := context.WithTimeout(context.Background(), askedTime)
+	defer cancel()
+	c, err := r.Count(ctx)
+	if err != nil {
+		to <- prometheus.NewInvalidMetric(reflectedSessionsDesc, err)
+		return
+	}
+	to <- prometheus.MustNewConstMetric(reflectedSessionsDesc, prometheus.GaugeValue, float64(c.Sessions))
+	to <- prometheus.MustNewConstMetric(reflectedRoutesDesc, prometheus.GaugeValue, float64(c.Routes))
+}
