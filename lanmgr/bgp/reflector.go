@@ -49,6 +49,9 @@ func (r Reflector) Run(ctx context.Context) error {
 	if err != nil {
 		srv.Stop()
 		<-served
+		if ctx.Err() != nil {
+			return nil // it is not to start any more
+		}
 		return err
 	}
 	for {

@@ -129,6 +129,9 @@ func (s *Speaker) Run(ctx context.Context) error {
 	if err := s.start(ctx, srv); err != nil {
 		srv.Stop()
 		<-served
+		if ctx.Err() != nil {
+			return nil // it is not to start any more
+		}
 		return err
 	}
 	<-ctx.Done()

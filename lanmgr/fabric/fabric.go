@@ -54,7 +54,19 @@ type Fabric struct {
 	sessions   []bgp.Session
 	full       map[string]bool // by netns: it was said that stations show more addresses than are told
 	failed     string          // what the last failure to tell routes said
+	leaving    []leaving
+	timer      *time.Timer // for what is leaving
 }
+
+// leaving are routes that are told until then, though they are the node's no more.
+type leaving struct {
+	routes []evpn.Route
+	until  time.Time
+}
+
+// farewell is how long a LAN that has left EVPN is told of, where somebody is attached: it has another discovery. Other nodes hear of that a
+// moment sooner or later, and send by routes until then.
+const farewell = 5 * time.Second
 
 // New returns a fabric that hears and tells nothing until Run.
 func New(c Config) *Fabric {
@@ -62,6 +74,8 @@ func New(c Config) *Fabric {
 		Config: c, changed: make(chan struct{}, 1), claimed: make(chan struct{}, 1), peers: c.Peers,
 		table: evpn.New(c.AS, c.RouterID), vnis: map[string]uint32{}, partial: true, full: map[string]bool{},
 	}
+	f.timer = time.AfterFunc(farewell, func() { f.after(func(time.Time) {}) })
+	f.timer.Stop()
 	f.speaker = bgp.NewSpeaker(bgp.Config{AS: c.AS, RouterID: c.RouterID, Hear: f.hear, Log: c.Log})
 	return f
 }
@@ -88,6 +102,7 @@ func (f *Fabric) Run(ctx context.Context) error {
 		cancel()
 	}
 	tasks.Wait()
+	f.timer.Stop()
 	return errors.Join(err, errs[0], errs[1])
 }
 
@@ -144,7 +159,11 @@ func (f *Fabric) Set(lans map[string]evpn.LAN) {
 		for netns, lan := range lans {
 			list, vnis[netns] = append(list, lan), lan.VNI
 		}
+		told := f.table.Own()
 		f.table.Set(now, list)
+		f.leave(now, slices.DeleteFunc(told, func(r evpn.Route) bool {
+			return slices.ContainsFunc(list, func(l evpn.LAN) bool { return l.VNI == r.VNI })
+		}))
 		for netns, vni := range vnis {
 			if f.vnis[netns] != vni {
 				f.listed(now, netns, vni)
@@ -153,6 +172,23 @@ func (f *Fabric) Set(lans map[string]evpn.LAN) {
 		f.vnis = vnis
 	})
 	signal(f.claimed)
+}
+
+// leave has routes told for some time yet.
+func (f *Fabric) leave(now time.Time, routes []evpn.Route) {
+	if len(routes) > 0 {
+		f.leaving = append(f.leaving, leaving{routes, now.Add(farewell)})
+		f.timer.Reset(farewell)
+	}
+}
+
+// own are the routes to tell. What is leaving comes first: a LAN may be back.
+func (f *Fabric) own(now time.Time) (routes []evpn.Route) {
+	f.leaving = slices.DeleteFunc(f.leaving, func(l leaving) bool { return !l.until.After(now) })
+	for _, l := range f.leaving {
+		routes = append(routes, l.routes...)
+	}
+	return append(routes, f.table.Own()...)
 }
 
 // Fill writes into a segment what others have told of its LAN; what is not known stays as it is.
@@ -287,7 +323,7 @@ func (f *Fabric) after(event func(now time.Time)) {
 // follow does what follows from a change of the table; f.mu is held.
 func (f *Fabric) follow() {
 	failed := ""
-	if err := f.speaker.Set(f.table.Own()); err != nil {
+	if err := f.speaker.Set(f.own(time.Now())); err != nil {
 		failed = err.Error()
 	}
 	if failed != "" && failed != f.failed {

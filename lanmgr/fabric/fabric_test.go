@@ -192,6 +192,31 @@ func TestAddressesAreHeardWhereSomebodyIsAttached(t *testing.T) {
 	}
 }
 
+// A LAN that leaves EVPN with its pods, for another discovery, is told of for a while; one whose pods have gone first is not.
+func TestALANThatLeavesEVPNIsToldOfForAWhile(t *testing.T) {
+	pod := [6]byte{2, 1}
+	nodes := fabricOf(t, 2)
+	a, b := nodes[0], nodes[1]
+	b.has(false)
+	a.has(true, pod)
+	b.await(t, "the pod", behind(pod, a.vtep))
+	a.Set(nil)
+	left := time.Now()
+	b.await(t, "nobody", func(s segment.Segment) bool { return len(s.FDB) == 0 && len(s.Remotes) == 0 })
+	if took := time.Since(left); took < 4*time.Second {
+		t.Errorf("the LAN is told of for %s after it has left", took)
+	}
+	a.has(true, pod)
+	b.await(t, "the pod again", behind(pod, a.vtep))
+	a.has(false)
+	left = time.Now()
+	a.Set(nil)
+	b.await(t, "nobody again", func(s segment.Segment) bool { return len(s.FDB) == 0 && len(s.Remotes) == 0 })
+	if took := time.Since(left); took > 4*time.Second {
+		t.Errorf("a LAN without pods is told of for %s after it has left", took)
+	}
+}
+
 // A reflector that moves is followed, and what it had told stays: it is told again.
 func TestAReflectorThatMovesIsFollowed(t *testing.T) {
 	a := newMember(t, 0)
