@@ -26,6 +26,9 @@ func TestMain(m *testing.M) {
 	if os.Getenv(spokesRole) != "" {
 		os.Exit(offerSpokes(os.Stdin, os.Stdout))
 	}
+	if at := os.Getenv(bareSpeaker); at != "" {
+		os.Exit(speakBare(at))
+	}
 	ctrllog.SetLogger(logr.Discard()) // the client's library wants to be told
 	netns.Main(m)
 }
@@ -46,6 +49,7 @@ func TestPerformance(t *testing.T) {
 		{"B8", traffic},
 		{"B9-B10", unicast},
 		{"B9-flood", flooding},
+		{"B11", told},
 	} {
 		t.Run(m.name, func(t *testing.T) { m.measure(t, b) })
 	}

@@ -130,8 +130,8 @@ func newFleet(t *testing.T) *fleet {
 	return f
 }
 
-// daemon runs k8slan node on a node until stop.
-func (f *fleet) daemon(t *testing.T, i int) (process *os.Process, stop func()) {
+// daemon runs k8slan node on a node, with these flags besides, until stop.
+func (f *fleet) daemon(t *testing.T, i int, flags ...string) (process *os.Process, stop func()) {
 	t.Helper()
 	n := f.nodes[i]
 	log := filepath.Join(t.TempDir(), n.Name+".log")
@@ -140,8 +140,10 @@ func (f *fleet) daemon(t *testing.T, i int) (process *os.Process, stop func()) {
 			t.Logf("the daemon of %s: %s", n.Name, tail(log))
 		}
 	})
-	return startIn(t, n.Do, log, "KUBECONFIG="+f.server.Kubeconfig, f.binary, "node", "--node-name="+n.Name, "--run-dir="+n.Run, "--cdi-dir="+n.CDI,
-		"--device-plugin-dir="+t.TempDir(), "--health-address=0", "--log-format=text", "--log-level=warn")
+	return startIn(t, n.Do, log, "KUBECONFIG="+f.server.Kubeconfig, f.binary, append([]string{
+		"node", "--node-name=" + n.Name, "--run-dir=" + n.Run, "--cdi-dir=" + n.CDI,
+		"--device-plugin-dir=" + t.TempDir(), "--health-address=0", "--log-format=text", "--log-level=warn",
+	}, flags...)...)
 }
 
 // awaitReady returns when the node says that it carries the LAN.
@@ -290,8 +292,10 @@ func watchEntries(t *testing.T, ns netns.Namespace) entries {
 	return entries{fd}
 }
 
-// await returns after so many of a kind.
-func (e entries) await(kind uint16, count int) error {
+// await returns after so many of remotes, of a kind.
+func (e entries) await(kind uint16, count int) error { return e.awaitThat(kind, count, ofRemote) }
+
+func (e entries) awaitThat(kind uint16, count int, fits func(neighbour []byte) bool) error {
 	buf := make([]byte, 1<<16)
 	for seen := 0; seen < count; {
 		n, _, err := unix.Recvfrom(e.fd, buf, 0)
@@ -306,7 +310,7 @@ func (e entries) await(kind uint16, count int) error {
 			return err
 		}
 		for _, m := range messages {
-			if m.Header.Type == kind && ofRemote(m.Data) {
+			if m.Header.Type == kind && fits(m.Data) {
 				seen++
 			}
 		}
