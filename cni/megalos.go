@@ -3,8 +3,11 @@ package cni
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
 	"net/netip"
+	"os"
 	"path/filepath"
 	"slices"
 
@@ -22,6 +25,33 @@ const (
 	maxDevice = 15   // characters (IFNAMSIZ less the final NUL, include/uapi/linux/if.h)
 	vxlanPort = 4789 // UDP, IANA's: EVPN tells no other
 )
+
+// closed is the file, beside the LANs' folders, that says that no more pods attach to networks of type megalos.
+const closed = "megalos-closed"
+
+// OfferVNIs says, in the folder of what lives as long as the node is up, whether pods may attach to networks of type megalos. Who is attached
+// stays, and can be detached.
+func OfferVNIs(run string, offered bool) error {
+	path := filepath.Join(run, closed)
+	if offered {
+		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("offer networks of type megalos: %w", err)
+		}
+		return nil
+	}
+	if err := errors.Join(os.MkdirAll(run, 0o755), os.WriteFile(path, nil, 0o644)); err != nil {
+		return fmt.Errorf("offer no more networks of type megalos: %w", err)
+	}
+	return nil
+}
+
+// offersVNIs is an error with that code where the node does not.
+func (p *Plugin) offersVNIs(a attachment, code uint) error {
+	if _, err := os.Stat(filepath.Join(p.host.Run, closed)); err != nil {
+		return nil //nolint:nilerr // most often there is no such file
+	}
+	return fail(code, "%s: this node takes no more pods on networks of type megalos; set node.megalos in k8slan's chart", a)
+}
 
 // netnsOnDemand is the name of the network namespace of the LAN that is made for a VNI.
 func netnsOnDemand(vni uint32) string { return fmt.Sprintf("megalos-%d", vni) }
@@ -153,6 +183,9 @@ func source(device kernel.Underlay) netip.Addr {
 
 // statusOnDemand says whether the LAN could be made here.
 func (p *Plugin) statusOnDemand(ctx context.Context, a attachment) error {
+	if err := p.offersVNIs(a, types.ErrPluginNotAvailable); err != nil {
+		return err
+	}
 	if _, err := p.segment(ctx, a); err != nil {
 		return fail(types.ErrPluginNotAvailable, "%v", err)
 	}

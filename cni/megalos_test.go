@@ -27,6 +27,7 @@ func megalos(set keys) string {
 // newVNIHost is a host with underlay devices.
 func newVNIHost(t *testing.T) *host {
 	h := newHost(t)
+	h.runDir = t.TempDir()
 	ip4, ip6 := netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("2001:db8::1")
 	h.node.underlays = kernel.Underlays{Default: "eth0", Devices: map[string]kernel.Underlay{
 		"eth0":  {Index: 2, MTU: 1500, Addresses: []netip.Addr{ip6}},
@@ -154,5 +155,29 @@ func TestGCOfAVNIReleasesItsNetworkAlone(t *testing.T) {
 	h.mustRun(gc("katlab-a"))
 	if h.String() != before {
 		t.Errorf("left:\n%s", h)
+	}
+}
+
+// Where VNIs are offered no more, nobody attaches, and who is attached goes.
+func TestAVNIThatIsNotOfferedAnyMore(t *testing.T) {
+	h := newVNIHost(t)
+	before := h.String()
+	h.mustRun(pod1("ADD", megalos(nil)))
+	for _, offered := range []bool{false, true} {
+		if err := cni.OfferVNIs(h.runDir, offered); err != nil {
+			t.Fatal(err)
+		}
+		if offered {
+			h.mustRun(pod2("ADD", megalos(nil)))
+			h.mustRun(pod2("DEL", megalos(nil)))
+			break
+		}
+		h.mustFail(pod2("ADD", megalos(nil)), cni.CodeForbidden, "VNI 5001: this node takes no more pods on networks of type megalos")
+		h.mustFail(call{verb: "STATUS", config: megalos(keys{"cniVersion": "1.1.0"})}, types.ErrPluginNotAvailable, "takes no more pods")
+		h.mustRun(pod2("DEL", megalos(nil)))
+	}
+	h.mustRun(pod1("DEL", megalos(nil)))
+	if after := h.String(); after != before {
+		t.Errorf("left %s, before %s", after, before)
 	}
 }

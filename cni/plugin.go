@@ -177,6 +177,11 @@ func (p *Plugin) attach(ctx context.Context, r request, steps *undo, o *outcome.
 	if r.attachment, err = p.place(r.attachment); err != nil {
 		return nil, err
 	}
+	if r.vni != 0 {
+		if err := p.offersVNIs(r.attachment, CodeForbidden); err != nil {
+			return nil, err
+		}
+	}
 	claim := r.claim()
 	if r.vni != 0 && r.netns == netnsOnDemand(r.vni) {
 		claim.Make = func(ctx context.Context) (segment.Segment, error) { return p.segment(ctx, r.attachment) }

@@ -36,12 +36,13 @@ type host struct {
 	node   *memoryNode
 	cdi    string
 	bin    string // CNI_PATH
+	runDir string
 	stdout io.Writer
 	told   []outcome.Outcome
 }
 
 func newHost(t *testing.T) *host {
-	h := &host{t: t, node: newMemoryNode(lab), cdi: filepath.Join(t.TempDir(), "cdi"), bin: t.TempDir()}
+	h := &host{t: t, node: newMemoryNode(lab), cdi: filepath.Join(t.TempDir(), "cdi"), bin: t.TempDir(), runDir: "/run/k8slan"}
 	for _, pod := range []string{"/netns/1", "/netns/2"} {
 		h.node.pods[pod] = map[string]string{}
 	}
@@ -98,7 +99,7 @@ func (h *host) run(c call) (string, *types.Error) {
 		stdout = &out
 	}
 	plugin := cni.New(h.node, cni.Host{
-		Run: "/run/k8slan", CDI: h.cdi, Stdout: stdout,
+		Run: h.runDir, CDI: h.cdi, Stdout: stdout,
 		Tell: func(o outcome.Outcome) { h.told = append(h.told, o) },
 	})
 	e := skel.PluginMainFuncsWithError(plugin.Funcs(h.t.Context()), cniversion.All, "")

@@ -2,11 +2,16 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
+
+	"github.com/k8slan/k8slan/lanmgr/kernel"
+	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
 // pluginName is what the CNI plugin is called on a node: the type in the NADs.
@@ -35,17 +40,45 @@ func installPlugin(source, dir string, withMegalos bool) (installed bool, err er
 	return installed, nil
 }
 
-// removeOurs removes the program of the second name if it is the same as the plugin beside it.
-func removeOurs(dir string) error {
-	megalos := filepath.Join(dir, megalosName)
+// hasOurs says whether the program of the second name is the same as the plugin beside it.
+func hasOurs(dir string) (bool, error) {
 	program, err := os.ReadFile(filepath.Join(dir, pluginName))
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil
+		return false, nil
 	}
 	if err != nil {
-		return fmt.Errorf("read the CNI plugin that is there: %w", err)
+		return false, fmt.Errorf("read the CNI plugin that is there: %w", err)
 	}
-	if same, err := isInstalled(program, megalos); err != nil || !same {
+	return isInstalled(program, filepath.Join(dir, megalosName))
+}
+
+// detaching says whether a program of the second name that is ours has to stay for pods that were attached by it: a runtime that finds no plugin
+// to detach a pod never gets rid of it.
+func detaching(ctx context.Context, host *kernel.Node, dir string) (bool, error) {
+	ours, err := hasOurs(dir)
+	if err != nil || !ours {
+		return false, err
+	}
+	lans, err := host.List()
+	if err != nil {
+		return false, err
+	}
+	for _, lan := range lans {
+		claims, err := host.Claims(ctx, lan)
+		if err != nil {
+			return false, fmt.Errorf("look for pods on networks of type megalos: %w", err)
+		}
+		if slices.ContainsFunc(claims, func(c segment.Claim) bool { return segment.IsOnDemand(c.Spoke) }) {
+			return true, nil
+		}
+	}
+	return false, nil
+}
+
+// removeOurs removes the program of the second name if it is ours.
+func removeOurs(dir string) error {
+	megalos := filepath.Join(dir, megalosName)
+	if ours, err := hasOurs(dir); err != nil || !ours {
 		return err
 	}
 	if err := os.Remove(megalos); err != nil && !errors.Is(err, fs.ErrNotExist) {

@@ -25,6 +25,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/manager"
 	metricsserver "sigs.k8s.io/controller-runtime/pkg/metrics/server"
 
+	"github.com/k8slan/k8slan/cni"
 	"github.com/k8slan/k8slan/crd/v1beta1"
 	"github.com/k8slan/k8slan/deviceplugin"
 	"github.com/k8slan/k8slan/lanmgr"
@@ -115,9 +116,21 @@ func (f *nodeFlags) runNode(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	host := kernel.New(kernel.Paths{Run: f.run})
+	defer host.Close()
 	// Before spokes are offered; not by an init container, because kubelet refuses them until the daemon is back.
 	if f.cniDir != "" {
-		installed, err := installPlugin(f.cniSource, f.cniDir, f.megalos)
+		if err := cni.OfferVNIs(f.run, f.megalos); err != nil {
+			return err
+		}
+		stays, err := detaching(ctx, host, f.cniDir)
+		if err != nil {
+			return err
+		}
+		if stays && !f.megalos {
+			log.Warn("the CNI plugin stays as megalos, for pods that are attached by it are to be detached; it goes when the daemon starts and none is left")
+		}
+		installed, err := installPlugin(f.cniSource, f.cniDir, f.megalos || stays)
 		if err != nil {
 			return err
 		}
@@ -131,8 +144,6 @@ func (f *nodeFlags) runNode(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	host := kernel.New(kernel.Paths{Run: f.run})
-	defer host.Close()
 	lans := lanmgr.New(host, f.cdi, log)
 	plugins := deviceplugin.New(f.pluginsDir, log)
 	collector := podresources.New(f.kubelet, f.self, lans, log)

@@ -18,16 +18,31 @@ import (
 // lists a pod for as long as that has its sandbox, while it is being deleted too.
 func TestKubeletListsAPodForAsLongAsItHasItsSandbox(t *testing.T) {
 	l := newLab(t)
-	l.lan("listed", 1074, []string{"listed-1"})
-	p := l.start(pod("listed-1", worker1, "listed-1"))[0]
-	m := l.machine(worker1)
+	t.Run("on a spoke", func(t *testing.T) {
+		l := l.in(t)
+		l.lan("listed", 1074, []string{"listed-1"})
+		l.start(pod("listed-1", worker1, "listed-1"))
+		l.isListed("listed-1")
+	})
+	t.Run("without a device", func(t *testing.T) {
+		l := l.in(t)
+		l.create(guest{Name: "plain", Node: worker1})
+		l.isListed("plain")
+	})
+}
+
+// isListed wants kubelet to list a pod, which it deletes, for as long as that has its sandbox.
+func (l lab) isListed(name string) {
+	l.Helper()
+	p := l.awaitRunning(name)
+	m := l.machine(p.Spec.NodeName)
 	daemon := m.daemon()
 	list := func() []podresources.Pod {
-		ctx, cancel := context.WithTimeout(t.Context(), patience)
+		ctx, cancel := context.WithTimeout(l.Context(), patience)
 		defer cancel()
 		pods, err := podresources.List(ctx, m.path("/proc/"+daemon+"/root"+podresources.Socket))
 		if err != nil {
-			t.Fatal(err)
+			l.Fatal(err)
 		}
 		return pods
 	}
@@ -38,25 +53,25 @@ func TestKubeletListsAPodForAsLongAsItHasItsSandbox(t *testing.T) {
 			self.Name = name
 		}
 	}
-	this := podresources.Pod{Namespace: l.namespace, Name: p.pod}
+	this := podresources.Pod{Namespace: l.namespace, Name: name}
 	if pods := list(); !slices.Contains(pods, self) || !slices.Contains(pods, this) {
-		t.Fatalf("kubelet lists %v, want %v and %v", pods, self, this)
+		l.Fatalf("kubelet lists %v, want %v and %v", pods, self, this)
 	}
-	l.delete(&corev1.Pod{}, p.pod, client.GracePeriodSeconds(3))
+	l.delete(&corev1.Pod{}, name, client.GracePeriodSeconds(3))
 	again := time.NewTicker(20 * time.Millisecond)
 	defer again.Stop()
 	looks := 0
 	for ; ; looks++ {
 		pods := list()
-		if m.sandboxGone(p.uid) {
+		if m.sandboxGone(string(p.UID)) {
 			break
 		}
 		if !slices.Contains(pods, this) {
-			t.Fatalf("kubelet no longer lists %v, which has its sandbox", this)
+			l.Fatalf("kubelet no longer lists %v, which has its sandbox", this)
 		}
 		<-again.C
 	}
 	if looks == 0 {
-		t.Error("the sandbox was gone at the first look")
+		l.Error("the sandbox was gone at the first look")
 	}
 }

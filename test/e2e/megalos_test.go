@@ -315,6 +315,42 @@ func TestKatharaPodsGoWhateverElseIsAway(t *testing.T) {
 	}
 }
 
+// Who is attached when the chart takes networks of type megalos away stays, and can go; nobody else comes, and then the plugin's name goes.
+func TestKatharaPodsOutliveTheChartsOption(t *testing.T) {
+	const vni = 5003
+	l := newLab(t).over(evpn4)
+	l.network("red", vni)
+	guests := []guest{l.device("r1", worker1, asked{Name: "red"}), l.device("r2", worker2, asked{Name: "red"})}
+	l.create(guests...)
+	one, two := l.interfaces(guests[0])[0], l.interfaces(guests[1])[0]
+	one.address("10.98.0.1/24")
+	two.address("10.98.0.2/24")
+	one.pings("10.98.0.2")
+	ctx, cancel := context.WithTimeout(t.Context(), 3*patience)
+	defer cancel()
+	l.reinstall()
+	losesNothing(one, two, func() {
+		l.try(bed.Chart(ctx, byEVPN))
+		l.try(bed.awaitInstalled(ctx))
+	})
+	l.create(l.device("r3", worker1, asked{Name: "red"}))
+	l.awaitEvent("r3", "FailedCreatePodSandBox", fmt.Sprintf("VNI %d: this node takes no more pods on networks of type megalos", vni))
+	guests = append(guests, guest{Name: "r3"})
+	for _, g := range guests {
+		l.delete(&corev1.Pod{}, g.Name)
+	}
+	for _, g := range guests {
+		l.awaitPodGone(g.Name)
+	}
+	l.awaitNothingOf(vni)
+	for _, m := range l.machines() {
+		l.awaitDaemon(m.Name, "restarted", m.killDaemon())
+		if slices.Contains(m.files("/opt/cni/bin"), "megalos") {
+			t.Errorf("%s still has the plugin by that name", m)
+		}
+	}
+}
+
 // A VNI that a LAN has is that LAN: closed to other namespaces, unless it says that it is open.
 func TestKatharaPodsAskForTheVNIOfALAN(t *testing.T) {
 	const vni = 1178
