@@ -238,6 +238,12 @@ type EVPNOptions struct {
 	// +kubebuilder:validation:Minimum=1
 	// +kubebuilder:validation:Maximum=65535
 	RD int32 `json:"rd,omitempty"`
+
+	// SuppressNeighbors has each node answer ARP requests and neighbour solicitations for stations on others, whose addresses it has been told, in
+	// place of sending them there. Announcements without a question (gratuitous ARP, unsolicited advertisements) do not leave the node then: who
+	// takes an address over is known as soon as the nodes have told each other. For LANs with very many stations. Default: false.
+	// +optional
+	SuppressNeighbors bool `json:"suppressNeighbors,omitempty"`
 }
 
 // RouteTarget is AS:number in decimal. On the wire one of both has four octets, the other two (RFC 4360, RFC 5668).

@@ -4,6 +4,8 @@ import (
 	"net/netip"
 	"slices"
 	"time"
+
+	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
 // Of the addresses that stations show, so many are told: of one MAC, and of all on a LAN here. Who shows more loses the one that it has not
@@ -67,6 +69,7 @@ func (l *lan) show(now time.Time, mac MAC, ip netip.Addr) (told, full bool) {
 		return false, true
 	}
 	l.hide(ip)
+	l.neighbors = nil
 	l.owners[ip], s.addresses = mac, append(s.addresses, ip)
 	return true, full
 }
@@ -74,6 +77,7 @@ func (l *lan) show(now time.Time, mac MAC, ip netip.Addr) (told, full bool) {
 // hide takes an address from the MAC here that has it, if one has.
 func (l *lan) hide(ip netip.Addr) {
 	if mac, ok := l.owners[ip]; ok {
+		l.neighbors = nil
 		delete(l.owners, ip)
 		s := l.macs[mac]
 		s.addresses = slices.DeleteFunc(s.addresses, func(a netip.Addr) bool { return a == ip })
@@ -96,4 +100,42 @@ func (l *lan) settleAddresses(now time.Time, mac MAC) {
 		}
 	}
 	l.early = slices.DeleteFunc(l.early, func(e shown) bool { return e.mac == mac })
+}
+
+// Neighbors are the stations on other nodes that the node is to answer for, sorted by address; nil where it is not to, or takes no part in the LAN. An
+// address that several have is nobody's: they answer themselves. Nobody changes the list.
+func (t *Table) Neighbors(vni uint32) []segment.Neighbor {
+	l := t.lans[vni]
+	if l == nil || !l.Suppress {
+		return nil
+	}
+	if l.neighbors == nil {
+		l.neighbors = l.elsewhere()
+	}
+	return l.neighbors
+}
+
+func (l *lan) elsewhere() []segment.Neighbor {
+	has, several := map[netip.Addr]MAC{}, map[netip.Addr]bool{}
+	for ip := range l.owners {
+		several[ip] = true
+	}
+	for mac, s := range l.macs {
+		_, behind := s.entry()
+		for _, o := range s.routes {
+			ip := o.key.IP
+			if other, ok := has[ip]; ok && other != mac || !behind {
+				several[ip] = true
+			}
+			has[ip] = mac
+		}
+	}
+	neighbors := []segment.Neighbor{}
+	for ip, mac := range has {
+		if isStations(ip) && !several[ip] {
+			neighbors = append(neighbors, segment.Neighbor{IP: ip, MAC: mac})
+		}
+	}
+	slices.SortFunc(neighbors, func(a, b segment.Neighbor) int { return a.IP.Compare(b.IP) })
+	return neighbors
 }

@@ -585,6 +585,50 @@ func TestAnAddressIsToldOfWhoShowedItLast(t *testing.T) {
 	}
 }
 
+// A node answers for whom one other node alone tells of; an address that two have is left to them.
+func TestNeighborsAreStationsOnOthers(t *testing.T) {
+	n := nodes(1, mac(7))[0]
+	a, b := netip.MustParseAddr("10.0.0.1"), netip.MustParseAddr("fd00::1")
+	has := func(m byte, ip netip.Addr, from byte) evpn.Route {
+		return route(evpn.MACIP, from, func(r *evpn.Route) { r.MAC, r.IP = mac(m), ip })
+	}
+	expect := func(when string, want ...segment.Neighbor) {
+		t.Helper()
+		if have := n.Neighbors(222); have == nil || !slices.Equal(have, want) {
+			t.Errorf("%s: %v, want %v", when, have, want)
+		}
+	}
+	one, other := segment.Neighbor{IP: a, MAC: mac(9)}, segment.Neighbor{IP: b, MAC: mac(9)}
+	n.Learn(began, has(9, a, 2))
+	if n.Neighbors(222) != nil || n.Neighbors(223) != nil {
+		t.Error("a LAN that does not want them has neighbours")
+	}
+	n.Set(began, []evpn.LAN{{VNI: 222, VTEP: n.vtep, Claimed: true, Attached: []evpn.MAC{mac(7)}, Suppress: true}})
+	expect("one", one)
+	n.Learn(began, has(9, b, 2))
+	n.Learn(began, has(9, netip.Addr{}, 2))
+	n.Learn(began, has(9, netip.MustParseAddr("ff02::1"), 2))
+	n.Learn(began, has(9, a, 3))
+	expect("two, one of them told by two", one, other)
+	n.Learn(began, has(8, a, 3))
+	expect("somebody else has one of them", other)
+	n.Show(began, 222, mac(7), b)
+	expect("and somebody here the other")
+	n.Forget(began, has(8, a, 3).Key)
+	n.Show(began, 222, mac(7), a)
+	n.Learn(began, has(6, a, 3))
+	n.Forget(began, has(6, a, 3).Key)
+	expect("nobody here has the one any more", one)
+	n.See(began, 222, mac(9))
+	expect("it is here itself")
+	n.Lose(began, 222, mac(9))
+	n.Set(began, []evpn.LAN{{VNI: 222, VTEP: n.vtep, Claimed: true, Suppress: true}})
+	expect("and gone, and so is the pod", one, other)
+	n.Forget(began, has(9, a, 2).Key)
+	n.Forget(began, has(9, a, 3).Key)
+	expect("one is told no more", other)
+}
+
 // A station that shows a thousand addresses has sixteen of them told, and does not have the others told of a new one all the time.
 func TestAddressesAreBounded(t *testing.T) {
 	n := nodes(1, mac(7))[0]

@@ -18,13 +18,14 @@ type LAN struct {
 	Attached []MAC      // of pods that may not have spoken yet, and need not
 	Import   []Target   // routes that bear one of these, or of Export, are the LAN's; none: those whose number is the VNI, of any AS
 	Export   []Target   // that the node's routes bear; none: AS:VNI
+	Suppress bool       // the node answers for stations on others
 	RD       uint16     // the number in the RD of the node's routes, unless another LAN has asked for it; 0: any
 }
 
 // Equal says whether two are the same.
 func (l LAN) Equal(o LAN) bool {
 	return l.VNI == o.VNI && l.VTEP == o.VTEP && l.Claimed == o.Claimed && slices.Equal(l.Attached, o.Attached) &&
-		slices.Equal(l.Import, o.Import) && slices.Equal(l.Export, o.Export) && l.RD == o.RD
+		slices.Equal(l.Import, o.Import) && slices.Equal(l.Export, o.Export) && l.RD == o.RD && l.Suppress == o.Suppress
 }
 
 // lan is what is known of a LAN.
@@ -40,6 +41,7 @@ type lan struct {
 	moves      uint64
 	owners     map[netip.Addr]MAC // of addresses that stations here have shown
 	early      []shown
+	neighbors  []segment.Neighbor // sorted; nil: to be made anew. Nobody changes it
 
 	remotes []netip.Addr       // sorted; nil: to be made anew. Nobody changes it
 	fdb     []segment.FDBEntry // sorted, but for those of changed. Nobody changes it
@@ -134,6 +136,7 @@ func (l *lan) settle(now time.Time, mac MAC, spoke bool) {
 		s.told, s.sequence = false, 0
 	}
 	l.settleAddresses(now, mac)
+	l.neighbors = nil
 	if !s.here() && !other {
 		delete(l.macs, mac)
 	} else if at := l.at(s); at != s.at {

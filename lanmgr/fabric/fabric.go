@@ -196,7 +196,7 @@ func (f *Fabric) Fill(s *segment.Segment) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if remotes, fdb, ok := f.table.View(s.VXLAN.VNI); ok && f.vnis[s.Netns] == s.VXLAN.VNI {
-		s.Remotes, s.FDB, s.Partial = remotes, fdb, f.partial
+		s.Remotes, s.FDB, s.Neighbors, s.Partial = remotes, fdb, f.table.Neighbors(s.VXLAN.VNI), f.partial
 	}
 }
 

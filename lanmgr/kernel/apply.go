@@ -173,6 +173,12 @@ func (b *builder) apply(op segment.Op) error {
 		return c.setFDB(o)
 	case segment.DelFDB:
 		return c.delFDB(o)
+	case segment.SetNeighborDiscovery:
+		return c.setNeighborDiscovery(o)
+	case segment.AddNeighbors:
+		return c.changeNeighbors(o.Name, o.Neighbors, c.NeighSet)
+	case segment.DelNeighbors:
+		return c.changeNeighbors(o.Name, o.Neighbors, c.forget)
 	case segment.AddPair:
 		return c.addPair(o)
 	case segment.DelLink:
@@ -209,6 +215,8 @@ func (c *conn) set(op segment.Op) error {
 		return c.with(o.Name, c.setForwardMask)
 	case segment.SetLearning:
 		return c.with(o.Name, func(l netlink.Link) error { return c.LinkSetLearning(l, o.On) })
+	case segment.SetSuppress:
+		return c.with(o.Name, func(l netlink.Link) error { return c.LinkSetBrNeighSuppress(l, o.On) })
 	case segment.SetUp:
 		return c.with(o.Name, c.up)
 	case segment.SetDown:

@@ -137,7 +137,7 @@ func parseLink(m []byte) (l segment.Link, err error) {
 		case unix.IFLA_LINKINFO:
 			err = parseLinkInfo(&l, attr.Value)
 		case unix.IFLA_AF_SPEC:
-			l.IPv6, err = parseIPv6(attr.Value)
+			l.IPv6, l.NoIPv6, err = parseIPv6(attr.Value)
 		}
 		if err != nil {
 			return l, err
@@ -156,12 +156,16 @@ func parseAltNames(b []byte) (names []string, err error) {
 	return names, err
 }
 
-// parseIPv6 says whether a link has IPv6 switched on.
-func parseIPv6(b []byte) (bool, error) {
-	const disableIPv6 = 26 // DEVCONF_DISABLE_IPV6 (include/uapi/linux/ipv6.h), of an array of int32
+// parseIPv6 says whether a link has IPv6 switched on, and whether it would give itself no address then.
+func parseIPv6(b []byte) (on, addressless bool, err error) {
+	const (
+		disableIPv6 = 26 // DEVCONF_DISABLE_IPV6 (include/uapi/linux/ipv6.h), of an array of int32
+		addrGenMode = 8  // IFLA_INET6_ADDR_GEN_MODE (include/uapi/linux/if_link.h)
+		none        = 1  // IN6_ADDR_GEN_MODE_NONE
+	)
 	families, err := nl.ParseRouteAttr(b)
 	if err != nil {
-		return false, err
+		return false, false, err
 	}
 	for _, family := range families {
 		if family.Attr.Type&^unix.NLA_F_NESTED != unix.AF_INET6 {
@@ -169,15 +173,18 @@ func parseIPv6(b []byte) (bool, error) {
 		}
 		settings, err := nl.ParseRouteAttr(family.Value)
 		if err != nil {
-			return false, err
+			return false, false, err
 		}
 		for _, s := range settings {
-			if s.Attr.Type == unix.IFLA_INET6_CONF && len(s.Value) >= 4*(disableIPv6+1) {
-				return nl.NativeEndian().Uint32(s.Value[4*disableIPv6:]) == 0, nil
+			switch {
+			case s.Attr.Type == unix.IFLA_INET6_CONF && len(s.Value) >= 4*(disableIPv6+1):
+				on = nl.NativeEndian().Uint32(s.Value[4*disableIPv6:]) == 0
+			case s.Attr.Type == addrGenMode:
+				addressless = s.Value[0] == none
 			}
 		}
 	}
-	return false, nil
+	return on, addressless, nil
 }
 
 // parseLinkInfo reads what is particular to a link of its kind, and to a bridge's port.
@@ -362,6 +369,8 @@ func parsePort(l *segment.Link, d syscall.NetlinkRouteAttr) {
 	switch d.Attr.Type {
 	case nl.IFLA_BRPORT_GROUP_FWD_MASK:
 		l.ForwardMask = nl.NativeEndian().Uint16(d.Value)
+	case nl.IFLA_BRPORT_NEIGH_SUPPRESS:
+		l.Suppress = d.Value[0] != 0
 	case nl.IFLA_BRPORT_LEARNING:
 		l.NoLearning = d.Value[0] == 0
 	}

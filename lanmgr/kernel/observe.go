@@ -42,6 +42,9 @@ func (n *Node) Observe(_ context.Context, netnsName string) (segment.State, erro
 	if err := h.conn.askRemotes(&s); err != nil {
 		return s, fmt.Errorf("observe %s: %w", netnsName, err)
 	}
+	if err := h.conn.askNeighbors(&s); err != nil {
+		return s, fmt.Errorf("observe %s: %w", netnsName, err)
+	}
 	if s.Record != nil && len(s.Record.TxChecksumOff) > 0 {
 		if err := h.conn.askTxChecksums(s.Links, s.Record.TxChecksumOff); err != nil {
 			return s, fmt.Errorf("observe %s: %w", netnsName, err)

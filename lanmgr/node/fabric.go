@@ -86,7 +86,7 @@ func evpnLANs(plans []Plan, reports []lanmgr.Report) map[string]evpn.LAN {
 func evpnLAN(s segment.Segment, vtep netip.Addr, claims []segment.Claim) evpn.LAN {
 	lan := evpn.LAN{
 		VNI: s.VXLAN.VNI, VTEP: vtep, Claimed: len(claims) > 0,
-		Import: targets(s.Routes.Import), Export: targets(s.Routes.Export), RD: s.Routes.RD,
+		Import: targets(s.Routes.Import), Export: targets(s.Routes.Export), RD: s.Routes.RD, Suppress: s.VXLAN.SuppressNeighbors,
 	}
 	for _, c := range claims {
 		if c.Kind == segment.Veth && len(c.MAC) == len(evpn.MAC{}) {

@@ -305,4 +305,11 @@ func TestAnEVPNLANIsAUnicastOneThatLearnsNothing(t *testing.T) {
 	if want.Segment.VXLAN.NoLearning = true; !got.Segment.Equal(want.Segment) || got.VTEP != want.VTEP || got.Problem != want.Problem || !got.EVPN || got.Unicast {
 		t.Errorf("is planned as %+v, want %+v", got, want)
 	}
+	for _, discovery := range []func(*v1beta1.LAN){evpn, unicast} {
+		l := lab(discovery)
+		l.Spec.EVPN = &v1beta1.EVPNOptions{SuppressNeighbors: true}
+		if p, _ := node.NewPlan(l, n, segment.Segment{}); p.Segment.VXLAN.SuppressNeighbors != p.EVPN {
+			t.Errorf("suppression %t in a LAN with evpn %t", p.Segment.VXLAN.SuppressNeighbors, p.EVPN)
+		}
+	}
 }

@@ -83,6 +83,7 @@ func NewPlan(lan *v1beta1.LAN, node Node, now segment.Segment) (p Plan, ok bool)
 	p.Unicast, p.EVPN, p.Strict = discovery == v1beta1.Unicast, discovery == v1beta1.EVPN, lan.Spec.Strict(discovery)
 	oneByOne := p.Unicast || p.EVPN // remotes have addresses, there is no group
 	p.Segment.VXLAN.NoLearning = p.EVPN
+	p.Segment.VXLAN.SuppressNeighbors = p.EVPN && spec.EVPN != nil && spec.EVPN.SuppressNeighbors
 	group, err := netip.ParseAddr(spec.VXLANGroup)
 	if err != nil || !group.IsMulticast() {
 		p.Segment.MTU = firstOf(int(spec.MTU), now.MTU, fallbackMTU-overhead6.reserve)

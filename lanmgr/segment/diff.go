@@ -71,6 +71,7 @@ type diff struct {
 	veths   map[string]Claim // of pods, by spoke
 	// rebridged is set once the bridge is made anew: what was in the old one has lost its master.
 	rebridged bool
+	silenced  bool // IPv6 is switched off on all links
 }
 
 func newDiff(want Segment, have State) *diff {
@@ -109,7 +110,9 @@ func (d *diff) namespace() {
 	default:
 		d.do(CreateNetns{d.want.Netns})
 	}
-	if !d.have.Silent || slices.ContainsFunc(d.have.Links, func(l Link) bool { return l.IPv6 }) {
+	talks := func(l Link) bool { return l.IPv6 && !(l.NoIPv6 && l.Type == "bridge" && l.Name == d.want.Bridge) }
+	if !d.have.Silent || slices.ContainsFunc(d.have.Links, talks) {
+		d.silenced = true
 		var bridge string
 		if l, ok := d.links[d.want.Bridge]; ok && l.Type == "bridge" {
 			bridge = l.Name
@@ -193,11 +196,82 @@ func (d *diff) fdb(l Link) {
 	}
 }
 
+// leastIPv6 is the smallest MTU of a link with IPv6, in bytes (IPV6_MIN_MTU in include/uapi/linux/in6.h).
+const leastIPv6 = 1280
+
+// neighbors has the bridge answer for stations behind the VXLAN, or no more: then it forgets them first.
+func (d *diff) neighbors(port Link, anew bool) {
+	name, bridge := d.want.Bridge, Link{}
+	if !d.rebridged {
+		bridge = d.links[name]
+	}
+	suppressed, discovers := port.Suppress && !anew, bridge.IPv6 && !d.silenced
+	if !d.want.VXLAN.SuppressNeighbors {
+		if len(bridge.Neighbors) > 0 {
+			d.do(DelNeighbors{name, bridge.Neighbors})
+		}
+		if suppressed {
+			d.do(SetSuppress{port.Name, false})
+		}
+		if discovers {
+			d.do(SetNeighborDiscovery{name, false})
+		}
+		return
+	}
+	if !suppressed {
+		d.do(SetSuppress{port.Name, true})
+	}
+	want := d.want.Neighbors
+	if d.want.MTU >= leastIPv6 && !discovers {
+		d.do(SetNeighborDiscovery{name, true})
+	}
+	if want == nil || len(d.claims) == 0 {
+		return
+	}
+	have := bridge.Neighbors
+	if !discovers { // it has no IPv6 ones any more
+		have = slices.DeleteFunc(slices.Clone(have), func(n Neighbor) bool { return n.IP.Is6() })
+	}
+	add, del := neighborChanges(d.want.takes(want), have)
+	if len(add) > 0 {
+		d.do(AddNeighbors{name, add})
+	}
+	if !d.want.Partial && len(del) > 0 {
+		d.do(DelNeighbors{name, del})
+	}
+}
+
+// takes are the neighbours that a bridge of the segment's MTU takes.
+func (s Segment) takes(neighbors []Neighbor) []Neighbor {
+	if s.MTU >= leastIPv6 {
+		return neighbors
+	}
+	return slices.DeleteFunc(slices.Clone(neighbors), func(n Neighbor) bool { return n.IP.Is6() })
+}
+
+// neighborChanges are the neighbours of one sorted list that the other lacks or has with another MAC, and those that only the other has.
+func neighborChanges(want, have []Neighbor) (add, del []Neighbor) {
+	for len(want) > 0 && len(have) > 0 {
+		switch order := want[0].IP.Compare(have[0].IP); {
+		case order < 0:
+			add, want = append(add, want[0]), want[1:]
+		case order > 0:
+			del, have = append(del, have[0]), have[1:]
+		default:
+			if want[0] != have[0] {
+				add = append(add, want[0])
+			}
+			want, have = want[1:], have[1:]
+		}
+	}
+	return append(add, want...), append(del, have...)
+}
+
 // OnlyTold says whether two wishes differ in nothing but what the VXLAN is told, of remotes and MACs, if at all.
 func OnlyTold(was, want Segment) bool {
 	rest := want
-	rest.Remotes, rest.FDB = was.Remotes, was.FDB
-	known := was.Remotes != nil && want.Remotes != nil && (was.FDB == nil) == (want.FDB == nil)
+	rest.Remotes, rest.FDB, rest.Neighbors = was.Remotes, was.FDB, was.Neighbors
+	known := was.Remotes != nil && want.Remotes != nil && (was.FDB == nil) == (want.FDB == nil) && (was.Neighbors == nil) == (want.Neighbors == nil)
 	return known && want.VXLAN.UnderlayIndex != 0 && want.VXLAN.Unicast() && rest.Equal(was)
 }
 
@@ -206,11 +280,13 @@ func Told(was, want Segment, claimed bool) (ops []Op) {
 	add, del := changes(want.Remotes, was.Remotes)
 	var set []FDBEntry
 	var gone []FDBState
+	var come, leave []Neighbor
 	if claimed {
 		set, gone = toldChanges(want.FDB, was.FDB)
+		come, leave = neighborChanges(want.takes(want.Neighbors), want.takes(was.Neighbors))
 	}
 	if want.Partial {
-		del, gone = nil, nil
+		del, gone, leave = nil, nil, nil
 	}
 	if len(add) > 0 {
 		ops = append(ops, AddRemotes{want.VXLAN.Name, add})
@@ -223,6 +299,12 @@ func Told(was, want Segment, claimed bool) (ops []Op) {
 	}
 	if len(gone) > 0 {
 		ops = append(ops, DelFDB{want.VXLAN.Name, gone})
+	}
+	if len(come) > 0 {
+		ops = append(ops, AddNeighbors{want.Bridge, come})
+	}
+	if len(leave) > 0 {
+		ops = append(ops, DelNeighbors{want.Bridge, leave})
 	}
 	return ops
 }
@@ -329,10 +411,11 @@ func (d *diff) vxlan() {
 		}
 	}
 	l, ok := d.links[want.Name]
+	anew := false
 	switch {
 	case ok && want.Unicast() && (d.want.Remotes == nil || d.want.Partial) && l.VXLAN.Group.IsValid() && want.UnderlayIndex != 0:
 		// Its group stays until all remotes are known, in whose place nobody would hear what is flooded.
-		d.port(l)
+		d.neighbors(l, d.port(l))
 		d.settings(l, d.want.MTU, len(d.claims) > 0)
 		return
 	case want.UnderlayIndex == 0:
@@ -347,12 +430,13 @@ func (d *diff) vxlan() {
 		d.do(AddVXLAN{VXLAN: want, MTU: d.want.MTU, Bridge: d.want.Bridge})
 		l = Link{Name: want.Name, MTU: d.want.MTU, ForwardMask: ForwardMask}
 	default:
-		anew := d.port(l)
+		anew = d.port(l)
 		if want.NoLearning != (l.NoLearning && !anew) {
 			d.do(SetLearning{want.Name, !want.NoLearning})
 		}
 	}
 	d.remotes(l)
+	d.neighbors(l, anew)
 	// A LAN that nobody uses here costs the underlay nothing: a VXLAN joins its group only while it is up.
 	d.settings(l, d.want.MTU, len(d.claims) > 0)
 }

@@ -67,6 +67,26 @@ type (
 		Name string
 		On   bool
 	}
+	// SetSuppress says whether the bridge answers ARP and neighbour discovery that would go out by a port, if it can.
+	SetSuppress struct {
+		Name string
+		On   bool
+	}
+	// SetNeighborDiscovery switches a bridge's IPv6 on, without an address, so that it takes neighbours, or off.
+	SetNeighborDiscovery struct {
+		Name string
+		On   bool
+	}
+	// AddNeighbors tells a bridge who has addresses.
+	AddNeighbors struct {
+		Name      string
+		Neighbors []Neighbor
+	}
+	// DelNeighbors takes that back.
+	DelNeighbors struct {
+		Name      string
+		Neighbors []Neighbor
+	}
 	// AddPair makes a spoke's standing pair: the port up in the bridge, the plug up beside it.
 	AddPair struct {
 		Spoke  string
@@ -209,10 +229,41 @@ func more(n int) string {
 }
 
 func (o SetLearning) String() string {
-	if o.On {
-		return fmt.Sprintf("bridge link set dev %s learning on", o.Name)
+	return fmt.Sprintf("bridge link set dev %s learning %s", o.Name, onOff(o.On))
+}
+
+func (o SetSuppress) String() string {
+	return fmt.Sprintf("bridge link set dev %s neigh_suppress %s", o.Name, onOff(o.On))
+}
+
+func (o SetNeighborDiscovery) String() string {
+	if !o.On {
+		return fmt.Sprintf("sysctl net.ipv6.conf.%s.disable_ipv6=1", o.Name)
 	}
-	return fmt.Sprintf("bridge link set dev %s learning off", o.Name)
+	return fmt.Sprintf("sysctl net.ipv6.conf.%[1]s.addr_gen_mode=1 net.ipv6.conf.%[1]s.accept_ra=0 net.ipv6.conf.%[1]s.disable_ipv6=0", o.Name)
+}
+
+func onOff(on bool) string {
+	if on {
+		return "on"
+	}
+	return "off"
+}
+
+func (o AddNeighbors) String() string {
+	var lines []string
+	for _, n := range o.Neighbors[:min(shown, len(o.Neighbors))] {
+		lines = append(lines, fmt.Sprintf("ip neigh replace %s lladdr %s dev %s nud permanent extern_learn", n.IP, net.HardwareAddr(n.MAC[:]), o.Name))
+	}
+	return strings.Join(lines, "; ") + more(len(o.Neighbors))
+}
+
+func (o DelNeighbors) String() string {
+	var lines []string
+	for _, n := range o.Neighbors[:min(shown, len(o.Neighbors))] {
+		lines = append(lines, fmt.Sprintf("ip neigh del %s dev %s", n.IP, o.Name))
+	}
+	return strings.Join(lines, "; ") + more(len(o.Neighbors))
 }
 
 func (o AddPair) String() string {
@@ -231,11 +282,7 @@ func (o SetForwardMask) String() string {
 func (o SetUp) String() string   { return fmt.Sprintf("ip link set %s up", o.Name) }
 func (o SetDown) String() string { return fmt.Sprintf("ip link set %s down", o.Name) }
 func (o SetTxChecksum) String() string {
-	state := "off"
-	if o.On {
-		state = "on"
-	}
-	return fmt.Sprintf("ethtool -K %s tx %[2]s tso %[2]s tx-udp-segmentation %[2]s tx-sctp-segmentation %[2]s", o.Name, state)
+	return fmt.Sprintf("ethtool -K %s tx %[2]s tso %[2]s tx-udp-segmentation %[2]s tx-sctp-segmentation %[2]s", o.Name, onOff(o.On))
 }
 
 func (o AddAltName) String() string {

@@ -53,20 +53,24 @@ type Segment struct {
 	Remotes []netip.Addr `json:"-"`
 	// FDB says behind which remotes MACs are, sorted by MAC, where the VXLAN does not learn; nil: not known. It is not in the record either.
 	FDB []FDBEntry `json:"-"`
-	// Partial says that Remotes and FDB may lack some: none that stands is deleted.
+	// Neighbors are others' stations that the node answers for, sorted by address, where VXLAN.SuppressNeighbors; nil: not known. Nor are they.
+	Neighbors []Neighbor `json:"-"`
+	// Partial says that Remotes, FDB and Neighbors may lack some: none that stands is deleted.
 	Partial bool `json:"-"`
 }
 
 // VXLAN is the link that carries the LAN to other nodes.
 type VXLAN struct {
-	Name          string     `json:"name"`
-	VNI           uint32     `json:"vni"`
-	Port          uint16     `json:"port"`           // UDP
-	Group         netip.Addr `json:"group"`          // multicast, IPv4 or IPv6; the zero Addr where remotes are told one by one
-	Local         netip.Addr `json:"local,omitzero"` // its packets' source; the zero Addr leaves it to the node's routes
-	Underlay      string     `json:"underlay"`
-	NoLearning    bool       `json:"noLearning,omitempty"` // it is told behind which remotes MACs are: what arrives teaches it nothing
-	UnderlayIndex int        `json:"underlayIndex"`        // in the node's own netns; 0 where the node has no such device, and then no VXLAN is built
+	Name       string     `json:"name"`
+	VNI        uint32     `json:"vni"`
+	Port       uint16     `json:"port"`           // UDP
+	Group      netip.Addr `json:"group"`          // multicast, IPv4 or IPv6; the zero Addr where remotes are told one by one
+	Local      netip.Addr `json:"local,omitzero"` // its packets' source; the zero Addr leaves it to the node's routes
+	Underlay   string     `json:"underlay"`
+	NoLearning bool       `json:"noLearning,omitempty"` // it is told behind which remotes MACs are: what arrives teaches it nothing
+	// SuppressNeighbors has the bridge answer ARP and neighbour discovery itself for who is behind it and known.
+	SuppressNeighbors bool `json:"suppressNeighbors,omitempty"`
+	UnderlayIndex     int  `json:"underlayIndex"` // in the node's own netns; 0 where the node has no such device, and then no VXLAN is built
 }
 
 // Routes is how the LAN's routes of EVPN are told apart from others', where it is not as it would be by itself.
@@ -89,12 +93,13 @@ func (s Segment) Equal(o Segment) bool {
 		slices.Equal(s.MACByOrdinal, o.MACByOrdinal) && s.Node == o.Node &&
 		slices.Equal(s.AllowedNamespaces, o.AllowedNamespaces) && s.OnDemand == o.OnDemand && s.Routes.Equal(o.Routes) &&
 		(s.Remotes == nil) == (o.Remotes == nil) && slices.Equal(s.Remotes, o.Remotes) &&
-		(s.FDB == nil) == (o.FDB == nil) && slices.Equal(s.FDB, o.FDB) && s.Partial == o.Partial
+		(s.FDB == nil) == (o.FDB == nil) && slices.Equal(s.FDB, o.FDB) &&
+		(s.Neighbors == nil) == (o.Neighbors == nil) && slices.Equal(s.Neighbors, o.Neighbors) && s.Partial == o.Partial
 }
 
 // Recorded is what of a segment its record has.
 func (s Segment) Recorded() Segment {
-	s.Remotes, s.FDB, s.Partial = nil, nil, false
+	s.Remotes, s.FDB, s.Neighbors, s.Partial = nil, nil, nil, false
 	return s
 }
 

@@ -566,6 +566,76 @@ func TestAVXLANIsToldWhereMACsAre(t *testing.T) {
 	}
 }
 
+// A node answers for others' stations where that is wanted; where it is not any more, its bridge forgets them first.
+func TestANodeAnswersForStationsItIsToldOf(t *testing.T) {
+	const (
+		add4     = "ip neigh replace 10.0.0.9 lladdr 02:00:00:00:00:09 dev br2 nud permanent extern_learn"
+		add6     = "ip neigh replace fd00::9 lladdr 02:00:00:00:00:09 dev br2 nud permanent extern_learn"
+		suppress = "bridge link set dev vx2 neigh_suppress on"
+		ipv6     = "sysctl net.ipv6.conf.br2.addr_gen_mode=1 net.ipv6.conf.br2.accept_ra=0 net.ipv6.conf.br2.disable_ipv6=0"
+	)
+	off := told(map[byte]byte{9: 2})
+	on, unknown := off, off
+	on.VXLAN.SuppressNeighbors, unknown.VXLAN.SuppressNeighbors = true, true
+	mac := [6]byte{2, 0, 0, 0, 0, 9}
+	on.Neighbors = []segment.Neighbor{{IP: netip.MustParseAddr("10.0.0.9"), MAC: mac}, {IP: netip.MustParseAddr("fd00::9"), MAC: mac}}
+	offSmall := off
+	small, others := on, on
+	offSmall.MTU, small.MTU = 1279, 1279
+	others.Neighbors = []segment.Neighbor{{IP: on.Neighbors[0].IP, MAC: [6]byte{2, 0, 0, 0, 0, 8}}}
+	partial := others
+	partial.Partial = true
+	answering := func(s segment.Segment) segment.State {
+		state := change(toldState(s), "vx2", func(l *segment.Link) { l.Suppress = true })
+		return change(state, "br2", func(l *segment.Link) { l.Neighbors, l.IPv6, l.NoIPv6 = s.Neighbors, s.MTU >= 1280, true })
+	}
+	at := func(s segment.Segment, link string, f func(*segment.Link)) segment.State {
+		return change(answering(s), link, f)
+	}
+	for _, tt := range []struct {
+		name string
+		want segment.Segment
+		have segment.State
+		ops  []string
+	}{
+		{"as it should be", on, answering(on), nil},
+		{"switched on", on, toldState(off), []string{"record knlvrf", suppress, ipv6, add4 + "; " + add6}},
+		{"switched off", off, answering(on), []string{"record knlvrf", "ip neigh del 10.0.0.9 dev br2; ip neigh del fd00::9 dev br2", "bridge link set dev vx2 neigh_suppress off", "sysctl net.ipv6.conf.br2.disable_ipv6=1"}},
+		{"not known", unknown, answering(on), nil},
+		{"another MAC, and one gone", others, answering(on), []string{strings.ReplaceAll(add4, ":09", ":08"), "ip neigh del fd00::9 dev br2"}},
+		{"one gone, some not known", partial, answering(on), []string{strings.ReplaceAll(add4, ":09", ":08")}},
+		{"a LAN too small for IPv6", small, toldState(offSmall), []string{"record knlvrf", suppress, add4}},
+		{"IPv6 switched off by hand", on, at(on, "br2", func(l *segment.Link) { l.IPv6 = false }), []string{ipv6, add6}},
+		{"IPv6 with an address", on, at(on, "br2", func(l *segment.Link) { l.NoIPv6 = false }), []string{
+			"sysctl net.ipv6.conf.all.disable_ipv6=1 net.bridge.bridge-nf-call-{iptables,ip6tables,arptables}=0", ipv6, add6,
+		}},
+		{"the VXLAN taken out of the bridge", on, at(on, "vx2", func(l *segment.Link) { l.Master = 0 }), []string{
+			"ip link set vx2 master br2", "ip link set vx2 type bridge_slave group_fwd_mask 0xfffd", "bridge link set dev vx2 learning off", suppress,
+		}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			have := change(tt.have, claim("srl", segment.Veth).ID, func(l *segment.Link) { l.MTU = tt.want.MTU })
+			if ops, want := text(segment.Diff(tt.want, have)), strings.Join(tt.ops, "\n"); ops != want {
+				t.Errorf("to do:\n%s\nwant:\n%s", ops, want)
+			}
+		})
+	}
+	if !segment.OnlyTold(on, others) || segment.OnlyTold(on, unknown) || segment.OnlyTold(on, off) {
+		t.Error("a change of neighbours is not told from one of what is wanted")
+	}
+	if ops, want := text(segment.Told(on, others, true)), strings.ReplaceAll(add4, ":09", ":08")+"\nip neigh del fd00::9 dev br2"; ops != want {
+		t.Errorf("told:\n%s\nwant:\n%s", ops, want)
+	}
+	nobody := small
+	nobody.Neighbors = []segment.Neighbor{}
+	if ops := text(segment.Told(nobody, small, true)); ops != add4 {
+		t.Errorf("in a LAN too small for IPv6 told:\n%s\nwant:\n%s", ops, add4)
+	}
+	if on.Equal(others) || on.Equal(unknown) || !on.Recorded().Equal(others.Recorded()) {
+		t.Error("wishes that differ in neighbours are taken for the same, or their records for different ones")
+	}
+}
+
 // A spoke that is made with its claim has no standing pair, and goes with it.
 func TestASpokeOnDemandIsItsClaimsLinkAlone(t *testing.T) {
 	id := segment.ClaimID("c1", "net1")

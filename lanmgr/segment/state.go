@@ -30,10 +30,13 @@ type Link struct {
 	MTU      int
 	Up       bool
 	IPv6     bool // is on
+	NoIPv6   bool // gives itself no IPv6 address where it is on, and so says nothing
 	Master   int  // ifindex of its bridge; 0 for none
 	Promisc  int  // how many ask it to be promiscuous; at least 1 while a macvtap on it is up
 
 	ForwardMask uint16      // of a bridge port: which of 01-80-C2-00-00-0X pass
+	Suppress    bool        // of a bridge port: ARP and neighbour discovery that the bridge can answer are not sent by it
+	Neighbors   []Neighbor  // of a bridge, that it was told, sorted by address; read only where MayHaveNeighbors
 	NoLearning  bool        // of a bridge port: what arrives by it teaches the bridge nothing
 	Bridge      BridgeState // of a bridge
 	VXLAN       VXLANState  // of a VXLAN
@@ -74,6 +77,18 @@ type Place struct {
 	Spoke string        // by whose port it speaks; empty behind a VTEP
 	VTEP  netip.Addr    // behind which it is; the zero Addr on a port
 	Heard time.Duration // on a port, how long ago it spoke last
+}
+
+// Neighbor says which MAC has an address.
+type Neighbor struct {
+	IP  netip.Addr
+	MAC [6]byte
+}
+
+// MayHaveNeighbors says whether it has to be asked which neighbours its bridge was told. The port's setting and IPv6 are switched on before the first
+// comes, and off after the last has gone.
+func (s State) MayHaveNeighbors() bool {
+	return s.Record != nil && s.Record.VXLAN.SuppressNeighbors || slices.ContainsFunc(s.Links, func(l Link) bool { return l.Suppress || l.Type == "bridge" && l.IPv6 })
 }
 
 // FDBEntry says behind which VTEP a MAC is.

@@ -83,7 +83,7 @@ func (h host) speakTo(t *testing.T, s segment.Segment, n byte, peers ...bgp.Peer
 	t.Helper()
 	routes := make(chan segment.Routes)
 	sp := &speaker{managed: h.manage(t), s: told(s), routes: routes}
-	sp.s.Remotes, sp.s.FDB = nil, nil
+	sp.s.Remotes, sp.s.FDB, sp.s.Neighbors = nil, nil, nil
 	h.observe(t, s) // its kernel hears a namespace from when it first saw it
 	sp.fabric = fabric.New(fabric.Config{
 		AS: 65000, RouterID: netip.AddrFrom4([4]byte{127, 0, 0, 1 + n}), Stations: h.kernel, Peers: peers, Log: slog.New(slog.DiscardHandler),
@@ -96,7 +96,7 @@ func (h host) speakTo(t *testing.T, s segment.Segment, n byte, peers ...bgp.Peer
 			t.Error(err)
 		}
 	})
-	lan := evpn.LAN{VNI: s.VXLAN.VNI, VTEP: s.VXLAN.Local}
+	lan := evpn.LAN{VNI: s.VXLAN.VNI, VTEP: s.VXLAN.Local, Suppress: s.VXLAN.SuppressNeighbors}
 	lan.Import, lan.Export, lan.RD = targets(t, s.Routes.Import), targets(t, s.Routes.Export), s.Routes.RD
 	tasks.Go(func() {
 		for {

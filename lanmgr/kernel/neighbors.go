@@ -1,0 +1,82 @@
+package kernel
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/k8slan/k8slan/lanmgr/segment"
+)
+
+// askNeighbors asks for the neighbours that a segment's bridge was told, if it may have any.
+func (c *conn) askNeighbors(s *segment.State) error {
+	if !s.MayHaveNeighbors() {
+		return nil
+	}
+	for i := range s.Links {
+		bridge := &s.Links[i]
+		if bridge.Type != "bridge" {
+			continue
+		}
+		for _, family := range []int{unix.AF_INET, unix.AF_INET6} {
+			list, err := retryDump(func() ([]netlink.Neigh, error) { return c.NeighList(bridge.Index, family) })
+			if err != nil {
+				return fmt.Errorf("list the neighbours of %s: %w", bridge.Name, err)
+			}
+			for _, n := range list {
+				ip, ok := netip.AddrFromSlice(n.IP)
+				if ok && n.Flags&netlink.NTF_EXT_LEARNED != 0 && len(n.HardwareAddr) == 6 {
+					bridge.Neighbors = append(bridge.Neighbors, segment.Neighbor{IP: ip.Unmap(), MAC: [6]byte(n.HardwareAddr)})
+				}
+			}
+		}
+		slices.SortFunc(bridge.Neighbors, func(a, b segment.Neighbor) int { return a.IP.Compare(b.IP) })
+	}
+	return nil
+}
+
+// changeNeighbors tells a bridge of neighbours, or takes them back. They are permanent: others neither stay while the bridge has no carrier nor
+// without being asked for (neigh_flush_dev and neigh_timer_handler in net/core/neighbour.c). A kernel without IPv6 takes none of it.
+func (c *conn) changeNeighbors(bridge string, neighbors []segment.Neighbor, change func(*netlink.Neigh) error) error {
+	return c.with(bridge, func(l netlink.Link) error {
+		for _, n := range neighbors {
+			family := unix.AF_INET
+			if n.IP.Is6() {
+				family = unix.AF_INET6
+			}
+			err := change(&netlink.Neigh{
+				LinkIndex: l.Attrs().Index, Family: family, State: netlink.NUD_PERMANENT, Flags: netlink.NTF_EXT_LEARNED,
+				IP: n.IP.AsSlice(), HardwareAddr: n.MAC[:],
+			})
+			if err != nil && !(n.IP.Is6() && errors.Is(err, unix.EAFNOSUPPORT)) {
+				return fmt.Errorf("neighbour %s: %w", n.IP, err)
+			}
+		}
+		return nil
+	})
+}
+
+// setNeighborDiscovery switches a bridge's IPv6 on, without which it takes no neighbour (ndisc_allow_add in net/ipv6/ndisc.c), or off. It gives itself
+// no address, and so has nothing to say: neither duplicate address detection, nor a solicitation of routers, nor a report of groups.
+func (c *conn) setNeighborDiscovery(o segment.SetNeighborDiscovery) error {
+	settings := [][2]string{{"disable_ipv6", "1"}}
+	if o.On {
+		settings = [][2]string{{"addr_gen_mode", "1"}, {"accept_ra", "0"}, {"disable_ipv6", "0"}}
+	}
+	return do(c.ns, func() error {
+		for _, s := range settings {
+			err := os.WriteFile(filepath.Join("/proc/sys/net/ipv6/conf", o.Name, s[0]), []byte(s[1]), 0)
+			if err != nil && !errors.Is(err, fs.ErrNotExist) {
+				return fmt.Errorf("sysctl: %w", err)
+			}
+		}
+		return nil
+	})
+}

@@ -1,0 +1,167 @@
+package dataplane
+
+import (
+	"bytes"
+	"context"
+	"net"
+	"net/netip"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+
+	"github.com/k8slan/k8slan/lanmgr/segment"
+	"github.com/k8slan/k8slan/test/frames"
+	"github.com/k8slan/k8slan/test/netns"
+)
+
+// solicited is the group of MACs that a solicitation for fd00::<last octets> goes to.
+func solicited(last byte) net.HardwareAddr { return net.HardwareAddr{0x33, 0x33, 0xff, 0, 0, last} }
+
+// answers wants a question to be answered on the node, with that MAC at the end of an answer that holds the words.
+func answers(t *testing.T, asks, hears *station, question []byte, mac net.HardwareAddr, words ...[]byte) {
+	t.Helper()
+	stops(t, asks, hears, question)
+	_, err := netns.Await(asks, patience, func(got []byte) bool {
+		for _, w := range append(words, mac) {
+			if !bytes.Contains(got, w) {
+				return false
+			}
+		}
+		return bytes.Equal(got[:6], asks.MAC)
+	})
+	if err != nil {
+		t.Fatalf("no answer from the node: %v", err)
+	}
+}
+
+// With suppression a node answers for who is known on others, and what is not known is asked for everywhere. It is switched while the LAN runs, and
+// leaves nothing.
+func TestANodeAnswersForStationsOnOthers(t *testing.T) {
+	a, b, onA, onB := unicastHosts(t, families["IPv4"], 443)
+	onA, onB = told(onA), told(onB)
+	onA.Remotes, onB.Remotes = []netip.Addr{onB.VXLAN.Local}, []netip.Addr{onA.VXLAN.Local}
+	a.build(t, onA)
+	b.build(t, onB)
+	one, two := a.attach(t, onA, "one", segment.Veth), b.attach(t, onB, "two", segment.Veth)
+	far := [6]byte(two.MAC)
+	onA.FDB, onB.FDB = []segment.FDBEntry{{MAC: far, VTEP: onB.VXLAN.Local}}, []segment.FDBEntry{{MAC: [6]byte(one.MAC), VTEP: onA.VXLAN.Local}}
+	a.build(t, onA)
+	b.build(t, onB)
+	off, on := onA, onA
+	on.VXLAN.SuppressNeighbors = true
+	on.Neighbors = []segment.Neighbor{{IP: netip.MustParseAddr("10.0.0.2"), MAC: far}, {IP: netip.MustParseAddr("fd00::2"), MAC: far}}
+	allowed := func(ops []segment.Op) {
+		t.Helper()
+		for _, op := range ops {
+			switch op.(type) {
+			case segment.WriteRecord, segment.SetSuppress, segment.SetNeighborDiscovery, segment.AddNeighbors, segment.DelNeighbors:
+			default:
+				t.Errorf("did %s", op)
+			}
+		}
+	}
+	asks4, asks6 := arp(1, broadcast, one.MAC, "10.0.0.1", "10.0.0.2"), neighborDiscovery(135, solicited(2), one.MAC, "fd00::1", "ff02::1:ff00:2", "fd00::2")
+	crosses(t, one, two, asks4)
+	crosses(t, one, two, asks6)
+
+	allowed(a.build(t, on))
+	if ops := a.build(t, on); len(ops) > 0 {
+		t.Errorf("a second look finds to do: %v", ops)
+	}
+	answers(t, one, two, asks4, two.MAC, []byte{8, 6, 0, 1, 8, 0, 6, 4, 0, 2}, []byte{10, 0, 0, 2})
+	answers(t, one, two, asks6, two.MAC, []byte{136, 0}, netip.MustParseAddr("fd00::2").AsSlice())
+	crosses(t, one, two, arp(1, broadcast, one.MAC, "10.0.0.1", "10.0.0.3"))
+	crosses(t, one, two, neighborDiscovery(135, solicited(3), one.MAC, "fd00::1", "ff02::1:ff00:3", "fd00::3"))
+	stops(t, one, two, arp(1, broadcast, one.MAC, "10.0.0.1", "10.0.0.1")) // nobody has asked
+	vxlan := func() uint64 {
+		link, err := a.inside(on).Netlink(t).LinkByName(on.VXLAN.Name)
+		try(t, err)
+		return link.Attrs().Statistics.TxPackets
+	}
+	sent := vxlan()
+	for range 100 {
+		try(t, one.Send(asks4))
+		try(t, one.Send(asks6))
+	}
+	answers(t, one, two, asks6, two.MAC, []byte{136, 0})
+	if over := vxlan() - sent; over != 1 {
+		t.Errorf("200 questions and what came after them are %d packets on the underlay, want 1", over)
+	}
+	quiet, cancel := context.WithTimeout(t.Context(), 1500*time.Millisecond) // a report of groups would come within a second
+	defer cancel()
+	try(t, hush(quiet, two, func(frame []byte) bool { return !bytes.Equal(frame[6:12], one.MAC) }))
+
+	a.kernel = a.start(t) // another daemon, which knows nothing yet
+	nothing, partial := on, on
+	nothing.Remotes, nothing.FDB, nothing.Neighbors = nil, nil, nil
+	partial.Neighbors, partial.FDB, partial.Partial = []segment.Neighbor{}, []segment.FDBEntry{}, true
+	for _, s := range []segment.Segment{nothing, partial} {
+		if ops := a.build(t, s); len(ops) > 0 {
+			t.Errorf("before all is known did %v", ops)
+		}
+	}
+	answers(t, one, two, asks6, two.MAC, []byte{136, 0})
+
+	fewer := on
+	fewer.Neighbors = on.Neighbors[:1]
+	allowed(a.build(t, fewer))
+	crosses(t, one, two, asks6)
+
+	there, back := startStream(t, 1, streamLength, one, two), startStream(t, 2, streamLength, two, one)
+	for range 20 {
+		allowed(a.build(t, off))
+		allowed(a.build(t, on))
+	}
+	there.expectAll(t)
+	back.expectAll(t)
+	answers(t, one, two, asks4, two.MAC, []byte{10, 0, 0, 2})
+
+	allowed(a.build(t, off))
+	have := a.observe(t, off)
+	bridge, _ := have.Link(off.Bridge)
+	port, _ := have.Link(off.VXLAN.Name)
+	link, err := a.inside(off).Netlink(t).LinkByName(off.Bridge)
+	try(t, err)
+	left, err := a.inside(off).Netlink(t).NeighList(link.Attrs().Index, 0)
+	try(t, err)
+	if port.Suppress || bridge.IPv6 || slices.ContainsFunc(left, func(n netlink.Neigh) bool { return len(n.HardwareAddr) > 0 }) {
+		t.Errorf("left: suppression %t, IPv6 %t, neighbours %v", port.Suppress, bridge.IPv6, left)
+	}
+	crosses(t, one, two, asks4)
+	crosses(t, one, two, asks6)
+	crosses(t, one, two, frames.Stream(two.MAC, one.MAC, 3, 1))
+}
+
+// What a pod shows on one node, another with suppression knows of its bridge, as long as the pod is there.
+func TestNeighborsAreToldByBGP(t *testing.T) {
+	a, b, onA, onB := unicastHosts(t, families["IPv4"], 444)
+	onB.VXLAN.SuppressNeighbors = true
+	a.build(t, told(onA))
+	b.build(t, told(onB))
+	reflector := startReflector(t, netip.AddrPort{})
+	a.speak(t, onA, 1, reflector.at)
+	second := b.speak(t, onB, 2, reflector.at)
+	one, two := a.attach(t, onA, "one", segment.Veth), b.attach(t, onB, "two", segment.Veth)
+	second.knows(t, onA.VXLAN.Local, one.MAC)
+	arrives(t, one, two, arp(1, broadcast, one.MAC, "10.0.0.1", "10.0.0.1"))
+	arrives(t, one, two, neighborDiscovery(136, two.MAC, one.MAC, "fd00::1", "fd00::2", "fd00::1"))
+	neighbors := func(want ...segment.Neighbor) {
+		t.Helper()
+		b.awaitState(t, onB, "neighbours", func(have segment.State) bool {
+			bridge, _ := have.Link(onB.Bridge)
+			return slices.Equal(bridge.Neighbors, want)
+		})
+	}
+	mac := [6]byte(one.MAC)
+	neighbors(segment.Neighbor{IP: netip.MustParseAddr("10.0.0.1"), MAC: mac}, segment.Neighbor{IP: netip.MustParseAddr("fd00::1"), MAC: mac})
+	second.settled(t)
+	answers(t, two, one, arp(1, broadcast, two.MAC, "10.0.0.2", "10.0.0.1"), one.MAC, []byte{10, 0, 0, 1})
+	a.release(t, one)
+	neighbors()
+	have := a.observe(t, onA)
+	if bridge, _ := have.Link(onA.Bridge); len(bridge.Neighbors) > 0 || bridge.IPv6 {
+		t.Errorf("a node without suppression has neighbours %v, IPv6 %t", bridge.Neighbors, bridge.IPv6)
+	}
+}
