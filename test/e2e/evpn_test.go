@@ -31,17 +31,8 @@ func TestEVPNByDefaultAndWithAPassword(t *testing.T) {
 	u := evpn4
 	u.discovery = ""
 	l := newLab(t).over(u)
-	secret := &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: install.Namespace, Name: "e2e-bgp"}, StringData: map[string]string{"password": "e2e"}}
-	if err := bed.client.Create(t.Context(), secret); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), patience)
-		defer cancel()
-		if err := bed.client.Delete(ctx, secret); err != nil {
-			t.Error(err)
-		}
-	})
+	secret := l.password("e2e-bgp", "e2e")
+	other := l.password("e2e-bgp-other", "another")
 	l.reinstall()
 	ctx, cancel := context.WithTimeout(t.Context(), 3*patience)
 	defer cancel()
@@ -55,19 +46,23 @@ func TestEVPNByDefaultAndWithAPassword(t *testing.T) {
 		l.awaitSessions(node, v1beta1.SessionUp)
 	}
 
-	// The reflectors get another password than the nodes have.
-	secret.StringData = map[string]string{"password": "another"}
-	l.try(bed.client.Update(ctx, secret))
+	// The reflectors get another password than the nodes have, and then those get it, too.
 	losesNothing(one, two, func() {
-		for _, p := range l.reflectors() {
-			l.try(bed.client.Delete(ctx, &p))
-		}
+		l.kubectl("--namespace", install.Namespace, "patch", "deployment", "k8slan-reflector", "--type", "json", "--patch",
+			`[{"op": "replace", "path": "/spec/template/spec/volumes/0/secret/secretName", "value": "`+other.Name+`"}]`)
 		for _, node := range []string{worker1, worker2} {
 			l.awaitSessions(node, v1beta1.SessionDown)
 			l.awaitSegment(node, "bydefault", "without BGP", func(s v1beta1.SegmentStatus) bool {
 				return s.Reason == v1beta1.ReasonBGPDown && strings.Contains(s.Message, "a wrong password looks like this")
 			})
 		}
+		secret.Data = other.Data
+		l.try(bed.client.Update(ctx, secret))
+		begin := time.Now()
+		for _, node := range []string{worker1, worker2} {
+			l.awaitSessions(node, v1beta1.SessionUp)
+		}
+		l.logTime("from the right password until all sessions were up", begin)
 	})
 }
 
@@ -110,6 +105,21 @@ func TestMACsAreShownWhereTheyAre(t *testing.T) {
 	if out := l.k8slan(0, "status", "macs"); !containsAll(out, []string{"macs  Ready  vni 1179, evpn, 2/2 nodes", "BGP  Up  4 of 4 sessions are up"}) {
 		t.Errorf("kubectl k8slan status says\n%s", out)
 	}
+}
+
+// password is a Secret with that password, for the time of the test.
+func (l lab) password(name, text string) *corev1.Secret {
+	l.Helper()
+	s := &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: install.Namespace, Name: name}, Data: map[string][]byte{"password": []byte(text)}}
+	l.try(bed.client.Create(l.Context(), s))
+	l.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), patience)
+		defer cancel()
+		if err := bed.client.Delete(ctx, s); err != nil {
+			l.Error(err)
+		}
+	})
+	return s
 }
 
 // awaitSessions returns when a node has two BGP sessions in that state.
