@@ -35,6 +35,7 @@ type lan struct {
 	export     []Target
 	flood      map[Key]netip.Addr // VTEPs, by the routes that tell them
 	macs       map[MAC]*station
+	told       map[MAC]*station // of those, whom routes of ours tell
 	refused    map[Key]Reason
 	named      Key // of those, the one that is named for all
 	duplicates map[MAC]bool
@@ -137,6 +138,11 @@ func (l *lan) settle(now time.Time, mac MAC, spoke bool) {
 	}
 	l.settleAddresses(now, mac)
 	l.neighbors = nil
+	if s.told {
+		l.told[mac] = s
+	} else {
+		delete(l.told, mac)
+	}
 	if !s.here() && !other {
 		delete(l.macs, mac)
 	} else if at := l.at(s); at != s.at {

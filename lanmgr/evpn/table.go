@@ -80,7 +80,7 @@ func (t *Table) set(now time.Time, want LAN) {
 	}
 	anew := l == nil || l.VTEP != want.VTEP || !slices.Equal(l.Import, want.Import) || !slices.Equal(l.Export, want.Export)
 	if l == nil {
-		l = &lan{fdb: []segment.FDBEntry{}, macs: map[MAC]*station{}, duplicates: map[MAC]bool{}, changed: map[MAC]bool{}, owners: map[netip.Addr]MAC{}}
+		l = &lan{fdb: []segment.FDBEntry{}, macs: map[MAC]*station{}, told: map[MAC]*station{}, duplicates: map[MAC]bool{}, changed: map[MAC]bool{}, owners: map[netip.Addr]MAC{}}
 		t.lans[want.VNI] = l
 	}
 	claimed := want.Claimed && !l.Claimed
