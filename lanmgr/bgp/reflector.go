@@ -50,7 +50,7 @@ func (r Reflector) Run(ctx context.Context) error {
 		srv.Stop()
 		<-served
 		if ctx.Err() != nil {
-			return nil // it is not to start any more
+			err = nil // it is not to start any more
 		}
 		return err
 	}

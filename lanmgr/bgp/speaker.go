@@ -130,7 +130,7 @@ func (s *Speaker) Run(ctx context.Context) error {
 		srv.Stop()
 		<-served
 		if ctx.Err() != nil {
-			return nil // it is not to start any more
+			err = nil // it is not to start any more
 		}
 		return err
 	}

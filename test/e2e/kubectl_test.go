@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"cmp"
 	"context"
 	"strings"
 	"testing"
@@ -23,7 +24,7 @@ func TestKubectlShowsLANsWaitsForThemAndExplainsThem(t *testing.T) {
 	if got, want := strings.Join(strings.Fields(lines[0]), " "), "NAME VNI DISCOVERY SPOKES ATTACHED NODES STATE REASON AGE"; got != want {
 		t.Errorf("kubectl get lans has the columns %s, want %s", got, want)
 	}
-	if got, want := strings.Join(strings.Fields(lines[1])[:7], " "), "shown 1080 multicast 2 1 2/2 Ready"; got != want {
+	if got, want := strings.Join(strings.Fields(lines[1])[:7], " "), "shown 1080 "+string(cmp.Or(l.underlay.discovery, v1beta1.Multicast))+" 2 1 2/2 Ready"; got != want {
 		t.Errorf("kubectl get lans says %q, want %q", got, want)
 	}
 	if out := l.kubectl("describe", "lan", "shown"); !containsAll(out, []string{l.namespace + "/shown-1", "worker1", "veth"}) {
