@@ -184,14 +184,16 @@ func (t *Table) See(now time.Time, vni uint32, mac MAC) {
 	}
 }
 
-// Lose says that a MAC is on no port here any more: it has been silent for long, or its port is gone.
-func (t *Table) Lose(now time.Time, vni uint32, mac MAC) {
+// Lose says that a MAC is on no port here any more: it has been silent for long, or its port is gone. changed is false where nobody knew it to be on
+// one: a bridge tells of each entry that is written to it, too.
+func (t *Table) Lose(now time.Time, vni uint32, mac MAC) (changed bool) {
 	l := t.lans[vni]
-	if l == nil || l.macs[mac] == nil {
-		return
+	if l == nil || l.macs[mac] == nil || !l.macs[mac].seen {
+		return false
 	}
 	l.macs[mac].seen = false
 	l.settle(now, mac, false)
+	return true
 }
 
 // Seen says which MACs are on ports here, all of them: those that are not among them are not any more.

@@ -283,11 +283,11 @@ func (f *Fabric) seen(netns string, mac [6]byte) {
 }
 
 func (f *Fabric) left(netns string, mac [6]byte) {
-	f.after(func(now time.Time) {
-		if vni, ok := f.vnis[netns]; ok {
-			f.table.Lose(now, vni, mac)
-		}
-	})
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if vni, ok := f.vnis[netns]; ok && f.table.Lose(time.Now(), vni, mac) {
+		f.follow()
+	}
 }
 
 // list asks for the MACs on every LAN's ports.

@@ -17,6 +17,7 @@ type held struct {
 	inode    inode
 	settings *settingFiles
 	id       int // of the namespace, as the host's netns counts: what link events bear
+	vxlan    int // ifindex of its VXLAN at the last look, 0 if there was none; Node.mu guards it
 	users    int // those who have it from inHand or hold, and Node.held; Node.mu guards it
 }
 

@@ -39,6 +39,7 @@ func (n *Node) Observe(_ context.Context, netnsName string) (segment.State, erro
 	if s.Links, err = h.conn.links(); err != nil {
 		return s, fmt.Errorf("observe %s: %w", netnsName, err)
 	}
+	n.noteVXLAN(h, s.Links)
 	if err := h.conn.askRemotes(&s); err != nil {
 		return s, fmt.Errorf("observe %s: %w", netnsName, err)
 	}

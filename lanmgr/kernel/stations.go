@@ -45,12 +45,31 @@ func (n *Node) WatchStations(ctx context.Context, tell Stations) error {
 		e, ok := parseEntry(msg[unix.SizeofNlMsghdr:length])
 		switch {
 		case !ok || e.self() || e.state&netlink.NUD_PERMANENT != 0:
-		case nl.NativeEndian().Uint16(msg[4:]) == unix.RTM_NEWNEIGH && !e.told():
+		case nl.NativeEndian().Uint16(msg[4:]) == unix.RTM_NEWNEIGH && !e.told() && !n.isVXLAN(name, e.index):
 			tell.Seen(name, e.mac)
 		default:
 			tell.Left(name, e.mac)
 		}
 	}, tell.Missed)
+}
+
+// noteVXLAN notes which of a segment's links is its VXLAN: until learning is off on that port, the bridge tells of those behind it as well.
+func (n *Node) noteVXLAN(h *held, links []segment.Link) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	h.vxlan = 0
+	for _, l := range links {
+		if l.Type == "vxlan" {
+			h.vxlan = l.Index
+		}
+	}
+}
+
+func (n *Node) isVXLAN(name string, index int) bool {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	h := n.held[name]
+	return h != nil && h.vxlan == index
 }
 
 // Stations are the MACs on a LAN's own ports now. A LAN that is not on the node has none.

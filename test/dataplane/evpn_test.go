@@ -3,6 +3,7 @@ package dataplane
 import (
 	"context"
 	"maps"
+	"net"
 	"net/netip"
 	"slices"
 	"sync"
@@ -291,6 +292,47 @@ func TestALANChangesToEVPNUnderTraffic(t *testing.T) {
 	}
 	there.expectAll(t)
 	back.expectAll(t)
+}
+
+// A LAN that has not left learning yet tells of nobody who is behind its VXLAN: the node would take them for its own.
+func TestWhoIsBehindAVXLANThatLearnsIsNotHere(t *testing.T) {
+	a, b, onA, onB := unicastHosts(t, families["IPv4"], 414)
+	a.build(t, onA)
+	b.build(t, onB)
+	one, two := a.attach(t, onA, "one", segment.Veth), b.attach(t, onB, "two", segment.Veth)
+	a.build(t, onA) // a look, after which the VXLAN's port is known
+	seen := make(chan [6]byte, 64)
+	ctx, stop := context.WithCancel(t.Context())
+	defer stop()
+	heard := make(chan struct{})
+	var watch sync.WaitGroup
+	defer watch.Wait()
+	defer stop()
+	watch.Go(func() {
+		err := a.kernel.WatchStations(ctx, kernel.Stations{
+			Seen: func(_ string, mac [6]byte) { seen <- mac }, Left: func(string, [6]byte) {}, Missed: func() { close(heard) },
+		})
+		if err != nil {
+			t.Error(err)
+		}
+	})
+	<-heard
+	from := func(mac byte) []byte { return frames.Stream(nil, net.HardwareAddr{2, 0, 0, 0, 4, mac}, 9, 1) }
+	crosses(t, two, one, from(2))
+	crosses(t, one, two, from(1))
+	for {
+		select {
+		case mac := <-seen:
+			if mac == [6]byte{2, 0, 0, 0, 4, 2} {
+				t.Fatalf("%x, who is behind the VXLAN, is told to be here", mac)
+			}
+			if mac == [6]byte{2, 0, 0, 0, 4, 1} {
+				return
+			}
+		case <-time.After(patience):
+			t.Fatal("who speaks here is not told of")
+		}
+	}
 }
 
 // What an earlier run has told and nobody tells now goes, but not before all is known.
