@@ -70,7 +70,7 @@ api: ## Test objects and controller against a real kube-apiserver
 
 .PHONY: dataplane
 dataplane: ## Send real frames through LANs in network namespaces
-	$(GOTEST) -p 1 ./test/netns ./test/image/vm ./test/dataplane ./test/soak ./test/bench
+	$(GOTEST) -p 1 -timeout 30m ./test/netns ./test/image/vm ./test/dataplane ./test/soak ./test/bench
 
 .PHONY: e2e
 e2e: ## Test everything on the cluster; FOCUS=<regexp> runs the tests of that name, UNDERLAY=routed6 has LANs in unicast over a router, evpn4 by EVPN

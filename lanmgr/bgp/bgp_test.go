@@ -21,6 +21,20 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/evpn"
 )
 
+func TestALogTellsNoPassword(t *testing.T) {
+	peer := bgp.Peer{Address: netip.MustParseAddr("192.0.2.1"), AS: 65000, Password: "secret"}
+	for what, handler := range map[string]func(io.Writer) slog.Handler{
+		"json": func(w io.Writer) slog.Handler { return slog.NewJSONHandler(w, nil) },
+		"text": func(w io.Writer) slog.Handler { return slog.NewTextHandler(w, nil) },
+	} {
+		var out strings.Builder
+		slog.New(handler(&out)).Info("up", "peer", peer, "session", bgp.Session{Peer: peer}, "peers", []bgp.Peer{peer})
+		if strings.Contains(out.String(), "secret") || !strings.Contains(out.String(), "192.0.2.1:179 of AS 65000") {
+			t.Errorf("%s: %s", what, out.String())
+		}
+	}
+}
+
 // reflectorAt has this program be a reflector that can be killed: port and password.
 const reflectorAt = "K8SLAN_TEST_REFLECTOR"
 

@@ -28,7 +28,7 @@ type Peer struct {
 	AS        uint32
 	HoldTime  time.Duration // whole seconds, 3 at least; 0: HoldTime
 	Multihop  uint8         // how many hops away a router of another AS may be; 0: it is on the link
-	Password  string        // of TCP MD5 (RFC 2385); empty: none
+	Password  string        `json:"-"` // of TCP MD5 (RFC 2385); empty: none
 	Source    netip.Addr    // the session's own end; the zero Addr leaves it to the node's routes
 	IPv6VTEPs bool          // it takes routes with an IPv6 VTEP. FRR 8.4 closes the session over one
 }
@@ -43,6 +43,9 @@ func (p Peer) At() netip.AddrPort {
 
 // String names the peer, and not its password.
 func (p Peer) String() string { return fmt.Sprintf("%s of AS %d", p.At(), p.AS) }
+
+// LogValue is String: a log in JSON would else tell the password.
+func (p Peer) LogValue() slog.Value { return slog.StringValue(p.String()) }
 
 // Like says whether two differ in their passwords at most.
 func (p Peer) Like(o Peer) bool {
@@ -278,8 +281,13 @@ func (s *Speaker) SetPeers(ctx context.Context, peers []Peer) error {
 		delete(old, address)
 	}
 	for address, p := range want {
-		if _, stays := old[address]; !stays {
-			errs = append(errs, s.addPeer(ctx, p))
+		if _, stays := old[address]; stays {
+			continue
+		}
+		if err := s.addPeer(ctx, p); err != nil {
+			errs = append(errs, err)
+			s.sessions[address] = Session{Peer: p, Since: time.Now(), Why: err.Error()}
+			delete(want, address) // so that the next call tries again
 		}
 	}
 	s.timer.Reset(0)

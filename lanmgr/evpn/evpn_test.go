@@ -149,6 +149,32 @@ func TestAMACMovesThereAndBack(t *testing.T) {
 }
 
 // Of a LAN it is known how many routes and MACs there are, and how often one has moved, whoever it moved between.
+// A pod may speak from as many MACs as it likes; others are told of so many, and of every attached pod's own.
+func TestMACsAreBounded(t *testing.T) {
+	n := nodes(1, mac(1))[0]
+	speaks := func(i int) (full bool) {
+		return n.See(began, 222, evpn.MAC{6, 0, byte(i >> 16), byte(i >> 8), byte(i), 1})
+	}
+	for i := range evpn.MaxMACs - 1 { // mac(1) is told, too
+		if speaks(i) {
+			t.Fatalf("full at %d", i)
+		}
+	}
+	told := func() int { return len(n.Own()) - 1 } // but the route of type 3
+	if !speaks(1<<20) || told() != evpn.MaxMACs {
+		t.Errorf("%d are told, %d may be", told(), evpn.MaxMACs)
+	}
+	n.Set(began, []evpn.LAN{{VNI: 222, VTEP: n.vtep, Claimed: true, Attached: []evpn.MAC{mac(1), mac(2)}}})
+	if told() != evpn.MaxMACs+1 {
+		t.Error("another pod is attached, and not told of")
+	}
+	n.Lose(began, 222, evpn.MAC{6, 0, 0, 0, 0, 1})
+	n.Lose(began, 222, evpn.MAC{6, 0, 0, 0, 1, 1})
+	if speaks(1<<20+1) || told() != evpn.MaxMACs {
+		t.Errorf("%d are told once there is room", told())
+	}
+}
+
 func TestWhatThereIsOfALANIsCounted(t *testing.T) {
 	m := nodes(3)
 	a, b, c := m[0], m[1], m[2]

@@ -117,6 +117,10 @@ func (s *station) thaw(now time.Time) {
 	}
 }
 
+// MaxMACs is how many MACs of a LAN a node tells the others of, those of attached pods aside. What is sent to the rest is flooded. Each
+// takes some 10 KB of every daemon and reflector, and a pod may speak from as many as it likes.
+const MaxMACs = 8192
+
 // settle decides who has a MAC. spoke: it has just shown itself on a port here, or its pod has been attached.
 func (l *lan) settle(now time.Time, mac MAC, spoke bool) {
 	s := l.macs[mac]
@@ -127,7 +131,7 @@ func (l *lan) settle(now time.Time, mac MAC, spoke bool) {
 	case !l.Claimed || !s.here():
 		s.told, s.sequence, s.frozen = false, 0, false
 	case !other:
-		s.told = true
+		s.told = s.told || s.attached || len(l.told) < MaxMACs
 	case s.frozen:
 	case s.told && mine.before(best):
 	case spoke && !best.sticky:
@@ -313,13 +317,11 @@ func (l *lan) own() []Route {
 	route := Route{Key: Key{Kind: Multicast, RD: l.rd, IP: l.VTEP}, VTEP: l.VTEP, VNI: l.VNI, Targets: l.export}
 	routes := []Route{route}
 	route.Key = Key{Kind: MACIP, RD: l.rd}
-	for mac, s := range l.macs {
-		if s.told {
-			route.MAC, route.Sequence, route.IP = mac, s.sequence, netip.Addr{}
+	for mac, s := range l.told {
+		route.MAC, route.Sequence, route.IP = mac, s.sequence, netip.Addr{}
+		routes = append(routes, route)
+		for _, route.IP = range s.addresses {
 			routes = append(routes, route)
-			for _, route.IP = range s.addresses {
-				routes = append(routes, route)
-			}
 		}
 	}
 	return routes

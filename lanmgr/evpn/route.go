@@ -19,6 +19,9 @@ type MAC [6]byte
 
 func (m MAC) String() string { return net.HardwareAddr(m[:]).String() }
 
+// MarshalText is how a log shows it.
+func (m MAC) MarshalText() ([]byte, error) { return []byte(m.String()), nil }
+
 // RD is a route distinguisher as it is on the wire.
 type RD [8]byte
 

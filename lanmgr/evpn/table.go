@@ -83,7 +83,7 @@ func (t *Table) set(now time.Time, want LAN) {
 		l = &lan{fdb: []segment.FDBEntry{}, macs: map[MAC]*station{}, told: map[MAC]*station{}, duplicates: map[MAC]bool{}, changed: map[MAC]bool{}, owners: map[netip.Addr]MAC{}}
 		t.lans[want.VNI] = l
 	}
-	claimed := want.Claimed && !l.Claimed
+	claimed, otherwise := want.Claimed && !l.Claimed, want.Claimed != l.Claimed
 	l.LAN = want
 	l.export = slices.Clone(want.Export)
 	if len(l.export) == 0 {
@@ -97,10 +97,12 @@ func (t *Table) set(now time.Time, want LAN) {
 		attached[mac] = true
 		l.station(mac)
 	}
-	for mac, s := range maps.Clone(l.macs) {
+	for mac, s := range l.macs { // of which settle deletes none but mac
 		comes := attached[mac] && (!s.attached || claimed)
-		s.attached = attached[mac]
-		l.settle(now, mac, comes)
+		if otherwise || s.attached != attached[mac] {
+			s.attached = attached[mac]
+			l.settle(now, mac, comes)
+		}
 	}
 }
 
@@ -176,12 +178,16 @@ func (t *Table) Forget(now time.Time, k Key) {
 	}
 }
 
-// See says that a MAC has shown itself on a port here; Lose that it is on none any more.
-func (t *Table) See(now time.Time, vni uint32, mac MAC) {
-	if l := t.lans[vni]; l != nil && mac[0]&1 == 0 {
-		l.station(mac).seen = true
-		l.settle(now, mac, true)
+// See says that a MAC has shown itself on a port here; Lose that it is on none any more. full is true where others are not told of it, for there are
+// too many.
+func (t *Table) See(now time.Time, vni uint32, mac MAC) (full bool) {
+	l := t.lans[vni]
+	if l == nil || mac[0]&1 != 0 {
+		return false
 	}
+	l.station(mac).seen = true
+	l.settle(now, mac, true)
+	return l.Claimed && l.told[mac] == nil && len(l.told) >= MaxMACs
 }
 
 // Lose says that a MAC is on no port here any more: it has been silent for long, or its port is gone. changed is false where nobody knew it to be on

@@ -47,12 +47,14 @@ type Fabric struct {
 	mu         sync.Mutex
 	reflectors []netip.AddrPort
 	peers      []bgp.Peer // all
+	unset      bool       // the speaker could not take them all
 	table      *evpn.Table
 	lans       map[string]evpn.LAN // by netns
 	vnis       map[string]uint32   // by netns
 	partial    bool
 	sessions   []bgp.Session
 	full       map[string]bool // by netns: it was said that stations show more addresses than are told
+	crowded    map[string]bool // by netns: it was said that more MACs speak than are told
 	failed     string          // what the last failure to tell routes said
 	leaving    []leaving
 	timer      *time.Timer // for what is leaving
@@ -72,7 +74,7 @@ const farewell = 5 * time.Second
 func New(c Config) *Fabric {
 	f := &Fabric{
 		Config: c, changed: make(chan struct{}, 1), claimed: make(chan struct{}, 1), peers: c.Peers,
-		table: evpn.New(c.AS, c.RouterID), vnis: map[string]uint32{}, partial: true, full: map[string]bool{},
+		table: evpn.New(c.AS, c.RouterID), vnis: map[string]uint32{}, partial: true, full: map[string]bool{}, crowded: map[string]bool{},
 	}
 	f.timer = time.AfterFunc(farewell, func() { f.after(func(time.Time) {}) })
 	f.timer.Stop()
@@ -129,12 +131,14 @@ func (f *Fabric) setPeers(ctx context.Context) error {
 	for _, a := range f.reflectors {
 		peers = append(peers, bgp.Peer{Address: a.Addr(), Port: a.Port(), AS: f.AS, Password: f.ReflectorPassword, IPv6VTEPs: true})
 	}
-	if slices.Equal(peers, f.peers) {
+	if slices.Equal(peers, f.peers) && !f.unset {
 		return nil
 	}
 	f.peers = peers
 	f.sessions = slices.DeleteFunc(slices.Clone(f.sessions), func(s bgp.Session) bool { return !slices.ContainsFunc(peers, s.Peer.Like) })
-	return f.speaker.SetPeers(ctx, peers)
+	err := f.speaker.SetPeers(ctx, peers)
+	f.unset = err != nil
+	return err
 }
 
 // Changed has a value whenever Fill may fill in something else.
@@ -276,8 +280,9 @@ func (f *Fabric) noteSessions(sessions []bgp.Session) {
 
 func (f *Fabric) seen(netns string, mac [6]byte) {
 	f.after(func(now time.Time) {
-		if vni, ok := f.vnis[netns]; ok {
-			f.table.See(now, vni, mac)
+		if vni, ok := f.vnis[netns]; ok && f.table.See(now, vni, mac) && !f.crowded[netns] {
+			f.crowded[netns] = true
+			f.Log.Warn("more MACs speak on this node than others are told of, what is sent to the rest is flooded", "netns", netns, "told", evpn.MaxMACs)
 		}
 	})
 }

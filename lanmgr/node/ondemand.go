@@ -49,7 +49,7 @@ func planOnDemand(s segment.Segment, node Node) Plan {
 		p.Problem = Problem{v1beta1.ReasonUnderlayMissing, fmt.Sprintf(
 			"device %q, which the network names as master, is gone: frames reach no other node. Make it again", s.VXLAN.Underlay), false}
 	case !node.EVPN:
-		p.Problem = Problem{v1beta1.ReasonBGPDown, "the daemon was started without BGP (--evpn-as, --evpn-peer): frames reach no other node. Start it with them", false}
+		p.Problem = Problem{v1beta1.ReasonBGPDown, "the daemon was started without BGP: frames reach no other node. Have k8slan's chart start it it (evpn.enabled)", false}
 	default:
 		p.Problem = firstProblem(vtepWish{}.problem(s.VXLAN.Underlay, device, p.VTEP, v1beta1.EVPN), linkProblem(s.VXLAN.Underlay, device))
 	}
