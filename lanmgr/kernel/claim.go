@@ -44,6 +44,19 @@ type ClaimRequest struct {
 	Make func(context.Context) (segment.Segment, error)
 }
 
+// suits says whether the pod may have the spoke of that LAN, and fills in what was not asked for.
+func (r *ClaimRequest) suits(want segment.Segment) error {
+	if r.Admit != nil {
+		if err := r.Admit(want); err != nil {
+			return err
+		}
+	}
+	if !segment.IsOnDemand(r.Spoke) && !slices.Contains(want.Spokes, r.Spoke) {
+		return fmt.Errorf("%w: %q", ErrNoSpoke, r.Spoke)
+	}
+	return r.complete(want)
+}
+
 // complete fills in what was not asked for.
 func (r *ClaimRequest) complete(want segment.Segment) (err error) {
 	if r.MAC == nil {
@@ -88,23 +101,13 @@ func (n *Node) Claim(ctx context.Context, r ClaimRequest) (Attachment, error) {
 	if absent && r.Make != nil {
 		want, err = r.Make(ctx)
 	}
-	if absent && err != nil {
-		return Attachment{}, errors.Join(err, removeFile(n.lockPath(r.Netns)))
+	if err == nil {
+		err = r.suits(want)
+	}
+	if err != nil && absent { // of what isn't there, the lock shall not stay either
+		err = errors.Join(err, removeFile(n.lockPath(r.Netns)))
 	}
 	if err != nil {
-		return Attachment{}, err
-	}
-	if r.Admit != nil {
-		if err := r.Admit(want); err != nil && absent {
-			return Attachment{}, errors.Join(err, removeFile(n.lockPath(r.Netns)))
-		} else if err != nil {
-			return Attachment{}, err
-		}
-	}
-	if !segment.IsOnDemand(r.Spoke) && !slices.Contains(want.Spokes, r.Spoke) {
-		return Attachment{}, fmt.Errorf("%w: %q", ErrNoSpoke, r.Spoke)
-	}
-	if err := r.complete(want); err != nil {
 		return Attachment{}, err
 	}
 	c := &claiming{ClaimRequest: r, want: want, node: n}

@@ -113,7 +113,7 @@ const skipStats = 1 << 3
 // reads very much that nobody asks for, which makes a look at a LAN take twice as long.
 func parseLink(m []byte) (l segment.Link, err error) {
 	info := nl.DeserializeIfInfomsg(m)
-	l.Index, l.Up, l.Type = int(info.Index), info.Flags&unix.IFF_UP != 0, "device" // unless it says something else
+	l.Index, l.Up, l.Type, l.LacksIPv6 = int(info.Index), info.Flags&unix.IFF_UP != 0, "device", true // unless it says something else
 	attrs, err := nl.ParseRouteAttr(m[unix.SizeofIfInfomsg:])
 	if err != nil {
 		return l, err
@@ -137,7 +137,7 @@ func parseLink(m []byte) (l segment.Link, err error) {
 		case unix.IFLA_LINKINFO:
 			err = parseLinkInfo(&l, attr.Value)
 		case unix.IFLA_AF_SPEC:
-			l.IPv6, l.NoIPv6, err = parseIPv6(attr.Value)
+			err = parseIPv6(&l, attr.Value)
 		}
 		if err != nil {
 			return l, err
@@ -156,8 +156,9 @@ func parseAltNames(b []byte) (names []string, err error) {
 	return names, err
 }
 
-// parseIPv6 says whether a link has IPv6 switched on, and whether it would give itself no address then.
-func parseIPv6(b []byte) (on, addressless bool, err error) {
+// parseIPv6 reads whether a link has IPv6 switched on, and whether it would give itself no address then. One that has no IPv6 says nothing of it
+// (inet6_fill_link_af in net/ipv6/addrconf.c).
+func parseIPv6(l *segment.Link, b []byte) error {
 	const (
 		disableIPv6 = 26 // DEVCONF_DISABLE_IPV6 (include/uapi/linux/ipv6.h), of an array of int32
 		addrGenMode = 8  // IFLA_INET6_ADDR_GEN_MODE (include/uapi/linux/if_link.h)
@@ -165,26 +166,27 @@ func parseIPv6(b []byte) (on, addressless bool, err error) {
 	)
 	families, err := nl.ParseRouteAttr(b)
 	if err != nil {
-		return false, false, err
+		return err
 	}
 	for _, family := range families {
 		if family.Attr.Type&^unix.NLA_F_NESTED != unix.AF_INET6 {
 			continue
 		}
+		l.LacksIPv6 = false
 		settings, err := nl.ParseRouteAttr(family.Value)
 		if err != nil {
-			return false, false, err
+			return err
 		}
 		for _, s := range settings {
 			switch {
 			case s.Attr.Type == unix.IFLA_INET6_CONF && len(s.Value) >= 4*(disableIPv6+1):
-				on = nl.NativeEndian().Uint32(s.Value[4*disableIPv6:]) == 0
+				l.IPv6 = nl.NativeEndian().Uint32(s.Value[4*disableIPv6:]) == 0
 			case s.Attr.Type == addrGenMode:
-				addressless = s.Value[0] == none
+				l.NoIPv6 = s.Value[0] == none
 			}
 		}
 	}
-	return on, addressless, nil
+	return nil
 }
 
 // parseLinkInfo reads what is particular to a link of its kind, and to a bridge's port.

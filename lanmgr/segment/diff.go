@@ -221,8 +221,11 @@ func (d *diff) neighbors(port Link, anew bool) {
 	if !suppressed {
 		d.do(SetSuppress{port.Name, true})
 	}
-	want := d.want.Neighbors
-	if d.want.MTU >= leastIPv6 && !discovers {
+	want := d.want.takes(d.want.Neighbors)
+	switch { // a small one gets IPv6 with its MTU
+	case bridge.LacksIPv6 && bridge.MTU >= leastIPv6:
+		want = onlyIPv4(want)
+	case d.want.MTU >= leastIPv6 && !discovers:
 		d.do(SetNeighborDiscovery{name, true})
 	}
 	if want == nil || len(d.claims) == 0 {
@@ -230,9 +233,9 @@ func (d *diff) neighbors(port Link, anew bool) {
 	}
 	have := bridge.Neighbors
 	if !discovers { // it has no IPv6 ones any more
-		have = slices.DeleteFunc(slices.Clone(have), func(n Neighbor) bool { return n.IP.Is6() })
+		have = onlyIPv4(have)
 	}
-	add, del := neighborChanges(d.want.takes(want), have)
+	add, del := neighborChanges(want, have)
 	if len(add) > 0 {
 		d.do(AddNeighbors{name, add})
 	}
@@ -246,6 +249,10 @@ func (s Segment) takes(neighbors []Neighbor) []Neighbor {
 	if s.MTU >= leastIPv6 {
 		return neighbors
 	}
+	return onlyIPv4(neighbors)
+}
+
+func onlyIPv4(neighbors []Neighbor) []Neighbor {
 	return slices.DeleteFunc(slices.Clone(neighbors), func(n Neighbor) bool { return n.IP.Is6() })
 }
 

@@ -592,6 +592,9 @@ func TestANodeAnswersForStationsItIsToldOf(t *testing.T) {
 	at := func(s segment.Segment, link string, f func(*segment.Link)) segment.State {
 		return change(answering(s), link, f)
 	}
+	lacking := func(state segment.State, mtu int) segment.State {
+		return change(state, "br2", func(l *segment.Link) { l.LacksIPv6, l.MTU = true, mtu })
+	}
 	for _, tt := range []struct {
 		name string
 		want segment.Segment
@@ -606,6 +609,9 @@ func TestANodeAnswersForStationsItIsToldOf(t *testing.T) {
 		{"one gone, some not known", partial, answering(on), []string{strings.ReplaceAll(add4, ":09", ":08")}},
 		{"a LAN too small for IPv6", small, toldState(offSmall), []string{"record knlvrf", suppress, add4}},
 		{"IPv6 switched off by hand", on, at(on, "br2", func(l *segment.Link) { l.IPv6 = false }), []string{ipv6, add6}},
+		{"a kernel without IPv6, first look", on, lacking(toldState(off), off.MTU), []string{"record knlvrf", suppress, add4}},
+		{"a kernel without IPv6", on, lacking(change(answering(on), "br2", func(l *segment.Link) { l.Neighbors, l.IPv6 = on.Neighbors[:1], false }), off.MTU), nil},
+		{"MTU raised to one for IPv6", on, lacking(toldState(off), 1279), []string{"record knlvrf", "ip link set br2 mtu 1422", suppress, ipv6, add4 + "; " + add6}},
 		{"IPv6 with an address", on, at(on, "br2", func(l *segment.Link) { l.NoIPv6 = false }), []string{
 			"sysctl net.ipv6.conf.all.disable_ipv6=1 net.bridge.bridge-nf-call-{iptables,ip6tables,arptables}=0", ipv6, add6,
 		}},

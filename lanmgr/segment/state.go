@@ -21,18 +21,19 @@ type State struct {
 
 // Link is one link as the kernel has it, in the terms that matter to a LAN.
 type Link struct {
-	Index    int
-	Name     string
-	AltNames []string
-	Alias    string
-	Type     string // "bridge", "vxlan", "veth", …
-	MAC      net.HardwareAddr
-	MTU      int
-	Up       bool
-	IPv6     bool // is on
-	NoIPv6   bool // gives itself no IPv6 address where it is on, and so says nothing
-	Master   int  // ifindex of its bridge; 0 for none
-	Promisc  int  // how many ask it to be promiscuous; at least 1 while a macvtap on it is up
+	Index     int
+	Name      string
+	AltNames  []string
+	Alias     string
+	Type      string // "bridge", "vxlan", "veth", …
+	MAC       net.HardwareAddr
+	MTU       int
+	Up        bool
+	IPv6      bool // is on
+	NoIPv6    bool // gives itself no IPv6 address where it is on, and so says nothing
+	LacksIPv6 bool // has nothing that could be on: the kernel is without IPv6, or the MTU too small for it
+	Master    int  // ifindex of its bridge; 0 for none
+	Promisc   int  // how many ask it to be promiscuous; at least 1 while a macvtap on it is up
 
 	ForwardMask uint16      // of a bridge port: which of 01-80-C2-00-00-0X pass
 	Suppress    bool        // of a bridge port: ARP and neighbour discovery that the bridge can answer are not sent by it
