@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/k8slan/k8slan/lanmgr/evpn"
+	"github.com/k8slan/k8slan/lanmgr/kernel"
 )
 
 // hearAddresses hears in each LAN with somebody attached here who has which address, until ctx ends.
@@ -60,8 +61,12 @@ const addressRest = 10 * time.Second
 func (f *Fabric) hearLAN(ctx context.Context, netns string) {
 	rest := time.NewTimer(addressRest)
 	defer rest.Stop()
+	tell := kernel.Addresses{
+		Shown: func(mac [6]byte, ip netip.Addr) { f.shown(netns, mac, ip) },
+		Anew:  func() { f.listAnew(netns) },
+	}
 	for said := false; ; said = true {
-		err := f.Stations.WatchAddresses(ctx, netns, func(mac [6]byte, ip netip.Addr) { f.shown(netns, mac, ip) })
+		err := f.Stations.WatchAddresses(ctx, netns, tell)
 		if ctx.Err() != nil {
 			return
 		}

@@ -23,7 +23,7 @@ type Stations interface {
 	WatchStations(ctx context.Context, tell kernel.Stations) error
 	Stations(netns string) ([][6]byte, error)
 	// WatchAddresses tells which addresses stations on the LAN's ports show that they have.
-	WatchAddresses(ctx context.Context, netns string, tell func(mac [6]byte, ip netip.Addr)) error
+	WatchAddresses(ctx context.Context, netns string, tell kernel.Addresses) error
 }
 
 // Config is what a fabric works with.
@@ -299,6 +299,15 @@ func (f *Fabric) left(netns string, mac [6]byte) {
 func (f *Fabric) list() {
 	f.after(func(now time.Time) {
 		for netns, vni := range f.vnis {
+			f.listed(now, netns, vni)
+		}
+	})
+}
+
+// listAnew asks for those on one LAN's.
+func (f *Fabric) listAnew(netns string) {
+	f.after(func(now time.Time) {
+		if vni, ok := f.vnis[netns]; ok {
 			f.listed(now, netns, vni)
 		}
 	})

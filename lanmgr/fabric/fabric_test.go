@@ -23,7 +23,7 @@ type bridges struct {
 	there map[string][][6]byte
 	tell  kernel.Stations
 	ready chan struct{}
-	shows chan func(mac [6]byte, ip netip.Addr) // of each LAN, when it is heard from then on; nil when it is no more
+	shows chan *kernel.Addresses // of each LAN, when it is heard from then on; nil when it is no more
 }
 
 func (b *bridges) WatchStations(ctx context.Context, tell kernel.Stations) error {
@@ -40,8 +40,8 @@ func (b *bridges) Stations(netns string) ([][6]byte, error) {
 	return b.there[netns], nil
 }
 
-func (b *bridges) WatchAddresses(ctx context.Context, netns string, tell func(mac [6]byte, ip netip.Addr)) error {
-	b.shows <- tell
+func (b *bridges) WatchAddresses(ctx context.Context, netns string, tell kernel.Addresses) error {
+	b.shows <- &tell
 	<-ctx.Done()
 	b.shows <- nil
 	return nil
@@ -91,7 +91,7 @@ func fabricOf(t *testing.T, nodes int) []member {
 // newMember runs a node that speaks with the peers; its number is in its addresses.
 func newMember(t *testing.T, number byte, peers ...bgp.Peer) member {
 	t.Helper()
-	m := member{bridges: &bridges{there: map[string][][6]byte{}, ready: make(chan struct{}), shows: make(chan func([6]byte, netip.Addr), 10)}, vtep: netip.AddrFrom4([4]byte{192, 0, 2, 2 + number})}
+	m := member{bridges: &bridges{there: map[string][][6]byte{}, ready: make(chan struct{}), shows: make(chan *kernel.Addresses, 10)}, vtep: netip.AddrFrom4([4]byte{192, 0, 2, 2 + number})}
 	source := netip.AddrFrom4([4]byte{127, 0, 0, 2 + number})
 	for i := range peers {
 		peers[i].Source = source
@@ -181,7 +181,7 @@ func TestAddressesAreHeardWhereSomebodyIsAttached(t *testing.T) {
 	a.has(true, pod)
 	tell := <-a.shows
 	for range 2 {
-		tell(pod, netip.MustParseAddr("10.0.0.1"))
+		tell.Shown(pod, netip.MustParseAddr("10.0.0.1"))
 	}
 	if c, _ := a.Count("lab"); c.Own != 3 {
 		t.Errorf("%+v, want a route with the address beside two others", c)
@@ -190,6 +190,23 @@ func TestAddressesAreHeardWhereSomebodyIsAttached(t *testing.T) {
 	if <-a.shows != nil {
 		t.Error("the LAN is heard a second time")
 	}
+}
+
+// A LAN that was made anew between two looks has other stations, though neither its VNI nor who is attached has changed.
+func TestALANMadeAnewIsAskedWhoIsThere(t *testing.T) {
+	gone, vm := [6]byte{2, 2}, [6]byte{2, 3}
+	nodes := fabricOf(t, 2)
+	a, b := nodes[0], nodes[1]
+	a.there["lab"] = [][6]byte{gone}
+	b.has(false)
+	a.has(true)
+	b.await(t, "who is there at first", behind(gone, a.vtep))
+	tell := <-a.shows
+	a.mu.Lock()
+	a.there["lab"] = [][6]byte{vm}
+	a.mu.Unlock()
+	tell.Anew()
+	b.await(t, "who is there now, alone", func(s segment.Segment) bool { return behind(vm, a.vtep)(s) && len(s.FDB) == 1 })
 }
 
 // A LAN that leaves EVPN with its pods, for another discovery, is told of for a while; one whose pods have gone first is not.

@@ -24,20 +24,47 @@ const (
 	arpBurst = 1000
 )
 
-// WatchAddresses tells which stations on a LAN's own ports show by ARP or neighbour discovery that they have which addresses, until
-// the context ends. What is sent to others is heard, and what comes from other nodes is not.
-func (n *Node) WatchAddresses(ctx context.Context, netnsName string, tell func(mac [6]byte, ip netip.Addr)) error {
-	h := n.inHand(netnsName)
-	if h == nil {
-		return fmt.Errorf("%w (no %s)", ErrNoLAN, n.netnsPath(netnsName))
+// Addresses is what stations on a LAN's own ports show of themselves.
+type Addresses struct {
+	// Shown says that a station has shown by ARP or neighbour discovery that it has the address.
+	Shown func(mac [6]byte, ip netip.Addr)
+	// Anew says that the LAN is in another network namespace now, of which nothing was told so far: Node.Stations tells who is there.
+	Anew func()
+}
+
+// WatchAddresses tells of a LAN's addresses as long as it is in hand, and again when another namespace of its name is, until the context ends.
+// What is sent to others is heard, and what comes from other nodes is not.
+func (n *Node) WatchAddresses(ctx context.Context, netnsName string, tell Addresses) error {
+	anew := func() {} // at first who is there is known
+	for {
+		h := n.await(ctx, netnsName)
+		if h == nil {
+			return nil
+		}
+		err := h.hear(ctx, tell.Shown, anew)
+		n.giveBack(h)
+		if ctx.Err() != nil {
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("hear ARP on %s: %w", netnsName, err)
+		}
+		anew = tell.Anew
 	}
-	defer n.giveBack(h)
+}
+
+// hear tells of addresses in the namespace until the context ends, or it is in hand no more.
+func (h *held) hear(ctx context.Context, shown func(mac [6]byte, ip netip.Addr), begun func()) error {
 	var f *os.File
 	if err := do(h.conn.ns, func() (err error) { f, err = openARP(); return err }); err != nil {
-		return fmt.Errorf("hear ARP on %s: %w", netnsName, err)
+		return err
 	}
-	defer context.AfterFunc(ctx, func() { f.Close() })()
 	defer f.Close()
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
+	defer context.AfterFunc(h.inHand, stop)()
+	defer context.AfterFunc(ctx, func() { f.Close() })()
+	begun()
 	ear := arpEar{conn: h.conn, file: f, ports: map[int]bool{}}
 	pace := rate.NewLimiter(arpRate, arpBurst)
 	for buf := make([]byte, arpLongest); ; {
@@ -47,14 +74,14 @@ func (n *Node) WatchAddresses(ctx context.Context, netnsName string, tell func(m
 		}
 		if err == nil && ear.isPort(from) {
 			if mac, ip, ok := shownBy(buf[:size]); ok {
-				tell(mac, ip)
+				shown(mac, ip)
 			}
 		}
 		if err == nil {
 			err = ear.err
 		}
 		if err != nil {
-			return fmt.Errorf("hear ARP on %s: %w", netnsName, err)
+			return err
 		}
 		if pace.Wait(ctx) != nil {
 			return nil

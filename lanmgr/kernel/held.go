@@ -1,6 +1,7 @@
 package kernel
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -19,6 +20,9 @@ type held struct {
 	id       int // of the namespace, as the host's netns counts: what link events bear
 	vxlan    int // ifindex of its VXLAN at the last look, 0 if there was none; Node.mu guards it
 	users    int // those who have it from inHand or hold, and Node.held; Node.mu guards it
+
+	inHand context.Context // until it is let go
+	end    context.CancelFunc
 }
 
 // inHand is the segment's namespace that is in hand, nil if none is; the caller gives it back.
@@ -32,9 +36,27 @@ func (n *Node) inHand(name string) *held {
 	return h
 }
 
+// await is the segment's namespace as soon as it is in hand, nil when the context ends before; the caller gives it back.
+func (n *Node) await(ctx context.Context, name string) *held {
+	for {
+		n.mu.Lock()
+		taken := n.taken
+		n.mu.Unlock()
+		if h := n.inHand(name); h != nil {
+			return h
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-taken:
+		}
+	}
+}
+
 // hold takes a namespace in hand, which it owns from then on, also when it fails; the caller gives it back.
 func (n *Node) hold(name string, ns netns.NsHandle) (*held, error) {
 	h := &held{conn: &conn{ns: ns}, users: 2}
+	h.inHand, h.end = context.WithCancel(context.Background())
 	err := n.look(h)
 	if err != nil {
 		h.close()
@@ -46,6 +68,8 @@ func (n *Node) hold(name string, ns netns.NsHandle) (*held, error) {
 		n.drop(name, old)
 	}
 	n.held[name], n.numbered[h.id] = h, name
+	close(n.taken)
+	n.taken = make(chan struct{})
 	return h, nil
 }
 
@@ -98,6 +122,7 @@ func (n *Node) drop(name string, h *held) {
 	if n.numbered[h.id] == name {
 		delete(n.numbered, h.id)
 	}
+	h.end()
 	n.leave(h)
 }
 

@@ -35,6 +35,7 @@ type Node struct {
 	mu       sync.Mutex
 	held     map[string]*held // by the netns's name
 	numbered map[int]string   // the names in held, by the namespace's number
+	taken    chan struct{}    // closed, and made anew, whenever there is one more in held
 }
 
 // New returns the node's kernel.
@@ -42,7 +43,7 @@ func New(p Paths) *Node {
 	if p.Run == "" {
 		p.Run = DefaultRun
 	}
-	return &Node{paths: p, held: map[string]*held{}, numbered: map[int]string{}}
+	return &Node{paths: p, held: map[string]*held{}, numbered: map[int]string{}, taken: make(chan struct{})}
 }
 
 // Close lets go of the namespaces in hand; they stay.

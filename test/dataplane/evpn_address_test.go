@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/k8slan/k8slan/lanmgr/kernel"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 	"github.com/k8slan/k8slan/test/frames"
 )
@@ -57,9 +58,9 @@ func TestAddressesOfStationsAreHeard(t *testing.T) {
 	ctx, stop := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
 	go func() {
-		ended <- a.kernel.WatchAddresses(ctx, onA.Netns, func(mac [6]byte, ip netip.Addr) {
+		ended <- a.kernel.WatchAddresses(ctx, onA.Netns, kernel.Addresses{Shown: func(mac [6]byte, ip netip.Addr) {
 			heard <- shown{net.HardwareAddr(mac[:]).String(), ip.String()}
-		})
+		}, Anew: func() {}})
 	}()
 	until := func(what string, send func()) (all []shown) {
 		t.Helper()

@@ -9,14 +9,19 @@ import (
 	"maps"
 	"net"
 	"net/netip"
+	"os"
 	"sync"
 	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/k8slan/k8slan/cni"
 	"github.com/k8slan/k8slan/lanmgr"
 	"github.com/k8slan/k8slan/lanmgr/bgp"
 	"github.com/k8slan/k8slan/lanmgr/evpn"
 	"github.com/k8slan/k8slan/lanmgr/fabric"
+	"github.com/k8slan/k8slan/lanmgr/kernel"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 	"github.com/k8slan/k8slan/test/frames"
 	"github.com/k8slan/k8slan/test/netns"
@@ -196,6 +201,87 @@ func TestKatharaPodsMeetByVNI(t *testing.T) {
 	knows(b, 5001, 0)
 	r2.must(t, "DEL", red)
 	onB.hasNothing(t)
+}
+
+// A LAN that goes and comes again between two looks of the daemon is heard, asked who is there, and the old one let go.
+func TestAVNIThatIsMadeAnewIsHeard(t *testing.T) {
+	h := join(t, netns.NewUnderlay(t, underlayMTU), "worker1")
+	h.address(t, netip.PrefixFrom(families["IPv4"].vteps[0], 24))
+	red, s, pod, daemon := megalos("red", 5006), madeFor(5006), h.sandbox(t), h.start(t)
+	pod.mac = "02:aa:00:00:00:01"
+	join := func() (wire netns.Wire, namespace string) {
+		t.Helper()
+		wire = pod.joinVNI(t, s, red)
+		var st unix.Stat_t
+		try(t, unix.Stat(h.inside(s).Path, &st))
+		return wire, fmt.Sprintf("net:[%d]", st.Ino)
+	}
+	shown, anew := make(chan netip.Addr, 100), make(chan struct{}, 1)
+	ctx, stop := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() {
+		ended <- daemon.WatchAddresses(ctx, s.Netns, kernel.Addresses{
+			Shown: func(_ [6]byte, ip netip.Addr) {
+				select {
+				case shown <- ip:
+				default: // the test has heard enough
+				}
+			},
+			Anew: func() { anew <- struct{}{} },
+		})
+	}()
+	shows := func(wire netns.Wire, address string) {
+		t.Helper()
+		again := time.NewTicker(50 * time.Millisecond) // it is heard from some time after the look
+		defer again.Stop()
+		for deadline := time.After(longPatience); ; {
+			try(t, wire.Send(arp(1, broadcast, net.HardwareAddr{2, 0xaa, 0, 0, 0, 1}, address, address)))
+			select {
+			case ip := <-shown:
+				if ip.String() == address {
+					return
+				}
+			case <-again.C:
+			case <-deadline:
+				t.Fatalf("%s was not heard", address)
+			}
+		}
+	}
+	look := func() {
+		t.Helper()
+		_, err := daemon.Observe(t.Context(), s.Netns)
+		try(t, err)
+	}
+	wire, old := join()
+	look()
+	shows(wire, "10.0.0.1")
+	pod.must(t, "DEL", red)
+	wire, now := join()
+	if old == now {
+		t.Fatalf("both are %s", now)
+	}
+	look()
+	select {
+	case <-anew:
+	case <-time.After(longPatience):
+		t.Fatal("nobody says that the LAN was made anew")
+	}
+	shows(wire, "10.0.0.2")
+	macs, err := daemon.Stations(s.Netns)
+	try(t, err)
+	if len(macs) != 1 || macs[0] != [6]byte{2, 0xaa, 0, 0, 0, 1} {
+		t.Errorf("on the LAN are %x", macs)
+	}
+	fds, err := os.ReadDir("/proc/self/fd")
+	try(t, err)
+	for _, fd := range fds {
+		if to, err := os.Readlink("/proc/self/fd/" + fd.Name()); err == nil && to == old {
+			t.Errorf("the old namespace %s is still open", old)
+		}
+	}
+	stop()
+	try(t, <-ended)
+	pod.must(t, "DEL", red)
 }
 
 // Without any daemon the plugin makes the LAN, joins it, and takes it away.
