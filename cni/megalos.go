@@ -127,6 +127,9 @@ func (r request) admitOnDemand(record segment.Segment) error {
 	case record.VXLAN.VNI != r.vni || record.LAN.Namespace != r.lan.Namespace || record.LAN.Name != r.lan.Name:
 		return fail(types.ErrTryAgainLater, "%s: network namespace %s is that of LAN %s with VNI %d; choose another spec.ns there, or wait until it has gone",
 			r, r.netns, record.LAN, record.VXLAN.VNI)
+	case record.Leaving:
+		return fail(types.ErrTryAgainLater, "%s is that of LAN %s, which is leaving this node and goes with its last pod; wait until then, or choose another vxlanId",
+			r, record.LAN)
 	case !record.Allows(r.pod.namespace):
 		return fail(CodeForbidden, "%s is that of LAN %s, which is not open to namespace %q; its owner can add that to spec.allowedNamespaces, or choose another vxlanId",
 			r, record.LAN, r.pod.namespace)

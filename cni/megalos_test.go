@@ -128,6 +128,12 @@ func TestAVNIThatALANHasIsForWhomTheLANIsOpenTo(t *testing.T) {
 		t.Errorf("left:\n%s", h)
 	}
 
+	leaving := lab
+	leaving.Leaving = true
+	h.node.lans[lab.Netns] = leaving
+	h.mustFail(pod1("ADD", megalos(held)), types.ErrTryAgainLater, "VNI 222 is that of LAN default/lab, which is leaving this node")
+	h.node.lans[lab.Netns] = lab
+
 	taken := lab
 	taken.Netns = "megalos-5001"
 	h.node.lans["megalos-5001"] = taken

@@ -512,7 +512,9 @@ func decide(want segment.Segment, wanted bool, have segment.State) (ops []segmen
 	case wanted && !foreign:
 		return segment.Diff(want, have), false
 	case claimed && have.Record != nil:
-		return segment.Diff(*have.Record, have), true
+		left := *have.Record
+		left.Leaving = !left.OnDemand // which nobody wants before it is found
+		return segment.Diff(left, have), true
 	case claimed:
 		return segment.Doubts(have), true // whose it was is lost; it goes with its last pod
 	case foreign:

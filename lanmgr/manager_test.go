@@ -296,6 +296,19 @@ func TestAttachedSegmentStaysUntilItsPodIsGone(t *testing.T) {
 	if !slices.Equal(rs[0].Withdrawn, []string{"x"}) || !rs[0].Built {
 		t.Errorf("report of a leaving segment: %+v", rs[0])
 	}
+	leaving := func() bool {
+		s, err := n.Observe(t.Context(), "default.a")
+		return err == nil && s.Record != nil && s.Record.Leaving
+	}
+	if !leaving() {
+		t.Error("its record does not tell")
+	}
+	m.Set([]segment.Segment{lan("a", "1", "x")})
+	await(t, m, "wanted again", allBuilt(1))
+	if leaving() {
+		t.Error("its record tells that it is leaving")
+	}
+	m.Set(nil)
 	// Another LAN of the same network namespace waits for its turn.
 	m.Set([]segment.Segment{lan("a", "2", "x")})
 	await(t, m, "still leaving", func(rs []lanmgr.Report) bool { return rs[0].Leaving && rs[0].Segment.LAN.UID == "1" })

@@ -45,6 +45,7 @@ type Segment struct {
 	Node              string   `json:"node,omitempty"`          // its name, which the MACs of ports depend on; empty where there is no pool
 	AllowedNamespaces []string `json:"allowedNamespaces,omitempty"`
 	OnDemand          bool     `json:"onDemand,omitempty"` // no LAN object wants it: it is there for who is attached, and goes with the last
+	Leaving           bool     `json:"leaving,omitempty"`  // nobody wants it any more, and it goes with the last of who is attached; the manager's to say
 
 	Routes Routes `json:"routes,omitzero"`
 
@@ -91,7 +92,7 @@ func (s Segment) Equal(o Segment) bool {
 		s.MTU == o.MTU && s.VXLAN == o.VXLAN &&
 		slices.Equal(s.Spokes, o.Spokes) && slices.Equal(s.TxChecksumOff, o.TxChecksumOff) &&
 		slices.Equal(s.MACByOrdinal, o.MACByOrdinal) && s.Node == o.Node &&
-		slices.Equal(s.AllowedNamespaces, o.AllowedNamespaces) && s.OnDemand == o.OnDemand && s.Routes.Equal(o.Routes) &&
+		slices.Equal(s.AllowedNamespaces, o.AllowedNamespaces) && s.OnDemand == o.OnDemand && s.Leaving == o.Leaving && s.Routes.Equal(o.Routes) &&
 		(s.Remotes == nil) == (o.Remotes == nil) && slices.Equal(s.Remotes, o.Remotes) &&
 		(s.FDB == nil) == (o.FDB == nil) && slices.Equal(s.FDB, o.FDB) &&
 		(s.Neighbors == nil) == (o.Neighbors == nil) && slices.Equal(s.Neighbors, o.Neighbors) && s.Partial == o.Partial

@@ -164,6 +164,7 @@ func (r *race) stays(t *testing.T, s segment.Segment, sandbox string) error {
 	if err != nil {
 		return err
 	}
+	s.Leaving = true
 	if left := segment.Diff(s, have); len(left) > 0 || len(have.Claims()) != 1 {
 		return fmt.Errorf("a pod is attached, and the LAN lacks %v:\n%s", left, describe(have))
 	}

@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/containernetworking/cni/pkg/types"
 	"golang.org/x/sys/unix"
 
 	"github.com/k8slan/k8slan/cni"
@@ -327,6 +328,15 @@ func TestAVNIOfALANIsThatLAN(t *testing.T) {
 		crosses(t, wire, spoke, frames.Stream(nil, net.HardwareAddr{2, 0xaa, 0, 0, 0, 1}, 1, 1))
 		m.Poke(s.Netns)
 		m.awaitReports(t, "two claims", func(r []lanmgr.Report) bool { return len(r) == 1 && len(r[0].Claims) == 2 && r[0].Built })
+		m.Set(nil)
+		m.awaitReports(t, "leaving", func(r []lanmgr.Report) bool { return len(r) == 1 && r[0].Leaving && r[0].Built })
+		late := a.sandbox(t)
+		late.mac = "02:aa:00:00:00:02"
+		late.refused(t, "ADD", config, types.ErrTryAgainLater, "which is leaving this node")
+		crosses(t, wire, spoke, frames.Stream(nil, net.HardwareAddr{2, 0xaa, 0, 0, 0, 1}, 1, 2))
+		m.runs(t, s)
+		late.joinVNI(t, s, config)
+		late.must(t, "DEL", config)
 		pod.must(t, "DEL", config)
 		a.release(t, spoke)
 		a.awaitState(t, s, "the LAN to be as it was", func(have segment.State) bool {
