@@ -36,21 +36,19 @@ type Addresses struct {
 // What is sent to others is heard, and what comes from other nodes is not.
 func (n *Node) WatchAddresses(ctx context.Context, netnsName string, tell Addresses) error {
 	anew := func() {} // at first who is there is known
-	for {
+	for ctx.Err() == nil {
 		h := n.await(ctx, netnsName)
 		if h == nil {
-			return nil
+			break
 		}
 		err := h.hear(ctx, tell.Shown, anew)
 		n.giveBack(h)
-		if ctx.Err() != nil {
-			return nil
-		}
 		if err != nil {
 			return fmt.Errorf("hear ARP on %s: %w", netnsName, err)
 		}
 		anew = tell.Anew
 	}
+	return nil
 }
 
 // hear tells of addresses in the namespace until the context ends, or it is in hand no more.

@@ -10,6 +10,8 @@ import (
 	"os"
 	"os/signal"
 	"slices"
+	"strconv"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -291,6 +293,53 @@ func TestEveryNodeFollowsAVMAtOnce(t *testing.T) {
 	}
 	there.expectAll(t)
 	back.expectAll(t)
+}
+
+// A node speaks BGP beside another router of its own, for it listens nowhere.
+func TestANodeSpeaksBesideAnotherRouter(t *testing.T) {
+	other, err := net.Listen("tcp", ":179")
+	try(t, err)
+	defer other.Close()
+	a, _, s, _ := unicastHosts(t, families["IPv4"], 424)
+	a.build(t, told(s))
+	speaker := a.speak(t, s, 1, startReflector(t, netip.AddrPort{}).at)
+	awaitAgain(t, "the session", func() bool {
+		sessions := speaker.fabric.Sessions()
+		return len(sessions) == 1 && sessions[0].Up
+	})
+	if at, want := listening(t), []string{other.Addr().String()}; !slices.Equal(at, want) {
+		t.Errorf("with a speaker this process listens at %v, without it at %v", at, want)
+	}
+}
+
+// listening is where this process has listening TCP sockets in the network namespace of the test.
+func listening(t *testing.T) (at []string) {
+	t.Helper()
+	own := map[string]bool{}
+	fds, err := os.ReadDir("/proc/self/fd")
+	try(t, err)
+	for _, fd := range fds {
+		if to, err := os.Readlink("/proc/self/fd/" + fd.Name()); err == nil { // the folder itself was one
+			own[to] = true
+		}
+	}
+	for _, table := range []string{"tcp", "tcp6"} {
+		for line := range strings.Lines(read(t, "/proc/self/net/"+table)) {
+			const local, state, inode, listen = 1, 3, 9, "0A"
+			field := strings.Fields(line)
+			if field[state] != listen || !own["socket:["+field[inode]+"]"] {
+				continue
+			}
+			hexAddress, hexPort, _ := strings.Cut(field[local], ":")
+			port, err := strconv.ParseUint(hexPort, 16, 16)
+			try(t, err)
+			if strings.Trim(hexAddress, "0") == "" {
+				hexAddress = "[::]"
+			}
+			at = append(at, fmt.Sprintf("%s:%d", hexAddress, port))
+		}
+	}
+	return at
 }
 
 // A reflector that goes and comes back, and a daemon that restarts, cost no frame.
