@@ -134,6 +134,23 @@ func TestANodeAnswersForStationsOnOthers(t *testing.T) {
 	crosses(t, one, two, frames.Stream(two.MAC, one.MAC, 3, 1))
 }
 
+// A bridge whose MTU is too small for IPv6 has none, as in a kernel without it, and gets it with its MTU.
+func TestABridgeTooSmallForIPv6LacksIt(t *testing.T) {
+	h, _, s, _ := unicastHosts(t, families["IPv4"], 445)
+	s = told(s)
+	s.VXLAN.SuppressNeighbors = true
+	for _, mtu := range []int{1279, 1280} {
+		s.MTU = mtu
+		h.build(t, s)
+		if ops := h.build(t, s); len(ops) > 0 {
+			t.Errorf("MTU %d: a second look finds to do: %v", mtu, ops)
+		}
+		if bridge, _ := h.observe(t, s).Link(s.Bridge); bridge.LacksIPv6 != (mtu < 1280) || bridge.IPv6 == bridge.LacksIPv6 {
+			t.Errorf("MTU %d: lacks IPv6 %t, has it on %t", mtu, bridge.LacksIPv6, bridge.IPv6)
+		}
+	}
+}
+
 // What a pod shows on one node, another with suppression knows of its bridge, as long as the pod is there.
 func TestNeighborsAreToldByBGP(t *testing.T) {
 	a, b, onA, onB := unicastHosts(t, families["IPv4"], 444)
