@@ -82,7 +82,7 @@ func (c cleaning) clean(ctx context.Context, out io.Writer) error {
 	}
 	errs = append(errs, removeAll(c.cdi, cdi.Files))
 	if c.nftables {
-		errs = append(errs, strangers.Remove(""))
+		errs = append(errs, strangers.Remove("", strangers.TableName))
 	}
 	if errors.Join(errs...) == nil {
 		errs = append(errs, os.RemoveAll(c.run))

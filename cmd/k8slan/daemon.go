@@ -56,20 +56,25 @@ func register(c prometheus.Collector) error {
 
 // logger is the one logger of the process; the libraries' own are led to it.
 func (f *daemonFlags) logger() (*slog.Logger, error) {
-	var handler slog.Handler
-	options := &slog.HandlerOptions{Level: f.logLevel}
-	switch f.logFormat {
-	case "json":
-		handler = slog.NewJSONHandler(os.Stderr, options)
-	case "text":
-		handler = slog.NewTextHandler(os.Stderr, options)
-	default:
-		return nil, usageError{fmt.Errorf("--log-format is json or text, not %q", f.logFormat)}
+	handler, err := f.handler(f.logLevel)
+	if err != nil {
+		return nil, err
 	}
 	log := slog.New(handler)
 	klog.SetSlogLogger(log)
 	ctrl.SetLogger(logr.FromSlogHandler(handler))
 	return log, nil
+}
+
+func (f *daemonFlags) handler(level slog.Leveler) (slog.Handler, error) {
+	options := &slog.HandlerOptions{Level: level}
+	switch f.logFormat {
+	case "json":
+		return slog.NewJSONHandler(os.Stderr, options), nil
+	case "text":
+		return slog.NewTextHandler(os.Stderr, options), nil
+	}
+	return nil, usageError{fmt.Errorf("--log-format is json or text, not %q", f.logFormat)}
 }
 
 // shutdown is less than the time kubelet gives the pod to end: 10 s in the chart.

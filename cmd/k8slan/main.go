@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"runtime"
 	"syscall"
 
@@ -21,7 +22,11 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	context.AfterFunc(ctx, stop) // a second signal ends the program at once
-	if err := rootCommand().ExecuteContext(ctx); err != nil {
+	root := rootCommand()
+	if filepath.Base(os.Args[0]) == kubelanProgram {
+		root.SetArgs(append([]string{"sidecar"}, os.Args[1:]...))
+	}
+	if err := root.ExecuteContext(ctx); err != nil {
 		fmt.Fprintln(os.Stderr, "k8slan:", err)
 		os.Exit(exitCode(err))
 	}
@@ -53,7 +58,7 @@ Its parts run in the cluster, installed by the Helm chart; people use kubectl:
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return usageError{fmt.Errorf("%w; see %s --help", err, cmd.CommandPath())}
 	})
-	root.AddCommand(nodeCommand(), controllerCommand(), reflectorCommand(), cleanCommand(), upgradeCommand(), uninstallCommand(), probeCommand(), captureCommand(), macsCommand(),
+	root.AddCommand(nodeCommand(), controllerCommand(), reflectorCommand(), sidecarCommand(), cleanCommand(), upgradeCommand(), uninstallCommand(), probeCommand(), captureCommand(), macsCommand(),
 		pauseCommand(), versionCommand())
 	return root
 }

@@ -147,7 +147,7 @@ func (f *nodeFlags) runNode(ctx context.Context) error {
 	lans := lanmgr.New(host, f.cdi, log)
 	plugins := deviceplugin.New(f.pluginsDir, log)
 	collector := podresources.New(f.kubelet, f.self, lans, log)
-	filter := strangers.New("", log)
+	filter := strangers.New("", strangers.TableName, log)
 	sources := metrics.Sources{Reports: lans.Reports, Registered: plugins.Registered, Dropped: filter.Dropped}
 	var joined *fabric.Fabric
 	if evpn != nil {

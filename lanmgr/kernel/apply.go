@@ -150,14 +150,26 @@ func (b *builder) apply(op segment.Op) error {
 		return err
 	}
 	switch o := op.(type) {
+	case segment.AddVXLAN:
+		host, err := b.node.dialHost()
+		if err != nil {
+			return err
+		}
+		defer host.close()
+		return addVXLAN(host, c, o)
 	case segment.Silence:
 		return c.silence(o.Bridge)
+	}
+	return c.apply(op)
+}
+
+// apply does one operation that stays within the namespace.
+func (c *conn) apply(op segment.Op) error {
+	switch o := op.(type) {
 	case segment.AddBridge:
 		return c.addBridge(o)
 	case segment.SetBridge:
 		return c.setBridge(o)
-	case segment.AddVXLAN:
-		return b.addVXLAN(c, o)
 	case segment.SetVXLAN:
 		return c.setVXLAN(o)
 	case segment.AddRemotes:
@@ -221,6 +233,14 @@ func (c *conn) set(op segment.Op) error {
 		return c.with(o.Name, c.up)
 	case segment.SetDown:
 		return c.with(o.Name, func(l netlink.Link) error { return c.LinkSetDown(l) })
+	case segment.SetMAC:
+		return c.with(o.Name, func(l netlink.Link) error { return c.LinkSetHardwareAddr(l, o.MAC) })
+	case segment.SetAlias:
+		return c.with(o.Name, func(l netlink.Link) error { return c.LinkSetAlias(l, o.Alias) })
+	case segment.AddAddress:
+		return c.with(o.Name, func(l netlink.Link) error { return c.addAddress(l, o.Address) })
+	case segment.DelAddress:
+		return c.with(o.Name, func(l netlink.Link) error { return c.delAddress(l, o.Address) })
 	case segment.AddAltName:
 		return c.with(o.Name, func(l netlink.Link) error { return c.LinkAddAltName(l, o.AltName) })
 	case segment.DelAltName:
@@ -315,27 +335,25 @@ func (c *conn) addBridge(o segment.AddBridge) error {
 	return c.with(o.Name, c.up)
 }
 
-// addVXLAN makes the VXLAN from the node's own netns, where its underlay and its UDP socket stay, directly into the LAN's.
-func (b *builder) addVXLAN(lan *conn, o segment.AddVXLAN) error {
-	host, err := b.node.dialHost()
-	if err != nil {
-		return err
-	}
-	defer host.close()
+// addVXLAN makes the VXLAN from where its underlay and its UDP socket stay, the node's own netns, directly into the LAN's.
+func addVXLAN(host, lan *conn, o segment.AddVXLAN) error {
 	a := netlink.NewLinkAttrs()
 	a.Name, a.MTU, a.Namespace = o.Name, o.MTU, netlink.NsFd(int(lan.ns))
 	v := &netlink.Vxlan{
 		LinkAttrs: a, VxlanId: int(o.VNI), Port: int(o.Port), Group: o.Group.AsSlice(), SrcAddr: o.Local.AsSlice(),
 		VtepDevIndex: o.UnderlayIndex, Learning: !o.NoLearning, TTL: ttl(o.VXLAN),
 	}
-	err = host.LinkAdd(v)
+	err := host.LinkAdd(v)
 	if errors.Is(err, unix.EEXIST) {
 		if _, ours, lookErr := lan.link(o.Name); lookErr != nil || !ours {
 			return errors.Join(vniTaken(host, o.VXLAN), lookErr)
 		}
 		err = nil
 	}
-	if err != nil {
+	if errors.Is(err, unix.EOPNOTSUPP) {
+		return fmt.Errorf("%w: the kernel has no VXLAN; load its module on the node (modprobe vxlan)", err)
+	}
+	if err != nil || o.Bridge == "" {
 		return err
 	}
 	return lan.with(o.Name, func(l netlink.Link) error {

@@ -13,6 +13,7 @@ import (
 
 	"github.com/fsnotify/fsnotify"
 	"github.com/vishvananda/netlink/nl"
+	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 )
 
@@ -147,8 +148,13 @@ func (n *Node) subscribe(all bool, filter []unix.SockFilter, groups ...int) (*os
 		return nil, err
 	}
 	defer host.Close()
+	return subscribe(host, all, filter, groups...)
+}
+
+// subscribe opens such a socket in any namespace.
+func subscribe(ns netns.NsHandle, all bool, filter []unix.SockFilter, groups ...int) (*os.File, error) {
 	var fd int
-	err = do(host, func() (err error) {
+	err := do(ns, func() (err error) {
 		fd, err = unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_ROUTE)
 		return err
 	})

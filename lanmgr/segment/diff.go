@@ -64,6 +64,7 @@ type diff struct {
 	have   State
 	claims []Claim
 	ops    []Op
+	alone  bool // it is but a VXLAN, which is in use
 
 	// What is looked up for each spoke.
 	links   map[string]Link  // by name
@@ -184,7 +185,7 @@ func (d *diff) fdb(l Link) {
 	switch {
 	case !d.want.VXLAN.NoLearning:
 		want = []FDBEntry{} // it learns by itself
-	case len(d.claims) == 0:
+	case len(d.claims) == 0 && !d.alone:
 		return
 	}
 	add, del := fdbChanges(want, l.VXLAN.FDB)

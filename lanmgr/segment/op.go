@@ -33,7 +33,7 @@ type (
 		Name string
 		Off  BridgeState
 	}
-	// AddVXLAN makes the VXLAN, down, as a port of the bridge.
+	// AddVXLAN makes the VXLAN, down, as a port of the bridge if there is one.
 	AddVXLAN struct {
 		VXLAN
 		MTU    int
@@ -153,8 +153,14 @@ func (o SetBridge) String() string {
 }
 
 func (o AddVXLAN) String() string {
-	return fmt.Sprintf("ip link add %s mtu %d master %s type vxlan id %d dstport %d%s dev %s%s",
-		o.Name, o.MTU, o.Bridge, o.VNI, o.Port, o.ends(), o.Underlay, o.learning())
+	master, device := "", ""
+	if o.Bridge != "" {
+		master = " master " + o.Bridge
+	}
+	if o.Underlay != "" {
+		device = " dev " + o.Underlay
+	}
+	return fmt.Sprintf("ip link add %s mtu %d%s type vxlan id %d dstport %d%s%s%s", o.Name, o.MTU, master, o.VNI, o.Port, o.ends(), device, o.learning())
 }
 
 // ends are a VXLAN's two ends in ip's words.

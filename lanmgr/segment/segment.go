@@ -243,7 +243,7 @@ func (s Segment) PodMAC(spoke, pod string) (net.HardwareAddr, error) {
 	if !port || !slices.Contains(s.MACByOrdinal, pool) {
 		return s.PlugMAC(spoke), nil
 	}
-	ordinal, ok := cutNumber(pod, "-")
+	ordinal, ok := Ordinal(pod)
 	if !ok {
 		return nil, fmt.Errorf("%w: pool %s derives MACs from it, and the pod is called %q", ErrNoOrdinal, pool, pod)
 	}

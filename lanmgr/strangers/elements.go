@@ -151,8 +151,8 @@ func chunks(set string, del, add []element) []step {
 	return list
 }
 
-// String is the step as nft(8) would take it.
-func (s step) String() string {
+// in is the step as nft(8) would take it, in a table.
+func (s step) in(table string) string {
 	var lines []string
 	for verb, list := range map[string][]element{"delete": s.del, "add": s.add} {
 		if len(list) == 0 {
@@ -162,7 +162,7 @@ func (s step) String() string {
 		for i, e := range list {
 			texts[i] = e.String()
 		}
-		lines = append(lines, fmt.Sprintf("%s element inet %s %s { %s }", verb, tableName, s.set, strings.Join(texts, ", ")))
+		lines = append(lines, fmt.Sprintf("%s element inet %s %s { %s }", verb, table, s.set, strings.Join(texts, ", ")))
 	}
 	slices.Sort(lines)
 	slices.Reverse(lines)

@@ -82,7 +82,7 @@ func TestTheDifferenceIsWhatChanges(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			var lines []string
 			for _, s := range steps(wanted(c.want, c.have), c.have) {
-				lines = append(lines, s.String())
+				lines = append(lines, s.in(TableName))
 			}
 			want := strings.ReplaceAll(strings.TrimSpace(c.text), "\t", "")
 			if have := strings.Join(lines, "\n"); have != want {

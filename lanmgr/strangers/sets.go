@@ -46,13 +46,13 @@ func keyLen(set string) (length uint32) {
 
 // addSet is the message that adds a set. The library has no word for a set's user data, from which nft(8) knows what a key of raw
 // bits is: without it, it shows a wrong VNI, and what it saves of the node's rules it cannot load again.
-func addSet(name string) (netlink.Message, error) {
+func (t table) addSet(name string) (netlink.Message, error) {
 	var datatype uint32
 	for _, f := range setKeys[name] {
 		datatype = datatype<<nftables.SetConcatTypeBits | f.datatype
 	}
 	attributes := []netlink.Attribute{
-		{Type: unix.NFTA_SET_TABLE, Data: []byte(tableName + "\x00")},
+		{Type: unix.NFTA_SET_TABLE, Data: []byte(t.name + "\x00")},
 		{Type: unix.NFTA_SET_NAME, Data: []byte(name + "\x00")},
 		{Type: unix.NFTA_SET_FLAGS, Data: binaryutil.BigEndian.PutUint32(0)},
 		{Type: unix.NFTA_SET_KEY_TYPE, Data: binaryutil.BigEndian.PutUint32(datatype)},
@@ -122,7 +122,7 @@ func (t table) addSets() error {
 	}
 	batch := []netlink.Message{mark(unix.NFNL_MSG_BATCH_BEGIN)}
 	for name := range setKeys {
-		m, err := addSet(name)
+		m, err := t.addSet(name)
 		if err != nil {
 			return err
 		}

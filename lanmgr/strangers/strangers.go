@@ -28,9 +28,9 @@ type Filter struct {
 }
 
 // New returns a filter that does nothing until its first Set and Run. hostNetns is the path of the node's own network namespace;
-// empty: that of the calling thread, and of all others.
-func New(hostNetns string, log *slog.Logger) *Filter {
-	return &Filter{table: table{netns: hostNetns}, log: log, poked: make(chan struct{}, 1), changed: make(chan struct{}, 1)}
+// empty: that of the calling thread, and of all others. name is that of the table, which nobody else has.
+func New(hostNetns, name string, log *slog.Logger) *Filter {
+	return &Filter{table: table{hostNetns, name}, log: log, poked: make(chan struct{}, 1), changed: make(chan struct{}, 1)}
 }
 
 // Set says which LANs hear their members alone; it replaces what was said before.
@@ -70,13 +70,13 @@ func (f *Filter) Dropped() map[string]uint64 {
 	return s.counts
 }
 
-// Remove takes all of it off a node; what is not there is no error. hostNetns is as for New.
-func Remove(hostNetns string) error { return table{netns: hostNetns}.remove() }
+// Remove takes all of it off a node; what is not there is no error. hostNetns and name are as for New.
+func Remove(hostNetns, name string) error { return table{hostNetns, name}.remove() }
 
 // Heard says which addresses a LAN's packets are taken from, in the namespace of the calling thread, as the kernel has it now: any, where
 // the LAN is not strict.
 func Heard(port uint16, vni uint32) (func(netip.Addr) bool, error) {
-	s, err := table{}.observe(lansSet, members4Set, members6Set)
+	s, err := table{name: TableName}.observe(lansSet, members4Set, members6Set)
 	if err != nil && !unknown(err) {
 		return nil, err
 	}
@@ -164,14 +164,14 @@ func (f *Filter) bring(lans []LAN) error {
 		if !have.exists {
 			return nil
 		}
-		f.log.Info("no LAN is strict, the filter of strangers goes", "table", "inet "+tableName)
+		f.log.Info("no LAN is strict, the filter of strangers goes", "table", "inet "+f.table.name)
 		return f.table.remove()
 	}
 	if !have.sound {
 		if err := f.table.make(have.exists); err != nil {
 			return err
 		}
-		f.log.Info("filter of strangers made", "table", "inet "+tableName, "anew", have.exists)
+		f.log.Info("filter of strangers made", "table", "inet "+f.table.name, "anew", have.exists)
 		have.has = newElements()
 	}
 	all := steps(want, have.has)
@@ -179,7 +179,7 @@ func (f *Filter) bring(lans []LAN) error {
 		if err := f.table.take(s); err != nil {
 			return err
 		}
-		f.log.Debug("done", "op", s.String())
+		f.log.Debug("done", "op", s.in(f.table.name))
 	}
 	if len(all) > 0 {
 		f.log.Info("filter of strangers changed", "lans", len(want[lansSet]), "members", len(want[members4Set])+len(want[members6Set]), "steps", len(all))
@@ -228,7 +228,7 @@ func (f *Filter) hear(ctx context.Context, hears func()) error {
 			signal(f.poked)
 		case err != nil:
 			return err
-		case slices.ContainsFunc(events, concerns):
+		case slices.ContainsFunc(events, f.table.concerns):
 			signal(f.poked)
 		}
 	}

@@ -14,17 +14,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-const (
-	tableName = "k8slan"
-	chainName = "input"
-)
+// TableName is the table of a node's LANs.
+const TableName = "k8slan"
+
+const chainName = "input"
 
 // patience is how long the kernel may take for an answer: it owes one for each message, and sends but one where it knows no nftables.
 const patience = 10 * time.Second
 
-// table is k8slan's table in the netfilter of a node's own namespace, where the sockets of VXLANs are.
+// table is k8slan's table in the netfilter of a node's own namespace, or of a pod's, where the sockets of VXLANs are.
 type table struct {
 	netns string // path; empty: that of the calling thread
+	name  string
 }
 
 // dial opens a connection to the namespace's netfilter.
@@ -66,12 +67,12 @@ func (t table) do(f func(*nftables.Conn) error) error {
 }
 
 // inet is the table for the library.
-func inet() *nftables.Table {
-	return &nftables.Table{Name: tableName, Family: nftables.TableFamilyINet}
+func (t table) inet() *nftables.Table {
+	return &nftables.Table{Name: t.name, Family: nftables.TableFamilyINet}
 }
 
 // set is one of the table's sets for the library.
-func set(name string) *nftables.Set { return &nftables.Set{Table: inet(), Name: name} }
+func (t table) set(name string) *nftables.Set { return &nftables.Set{Table: t.inet(), Name: name} }
 
 // Registers of the kernel's, of four bytes each. The first is also called 1.
 const (
@@ -143,7 +144,7 @@ type state struct {
 func (t table) observe(sets ...string) (state, error) {
 	s := state{has: newElements(), counts: map[string]uint64{}}
 	err := t.do(func(c *nftables.Conn) error {
-		have, err := c.ListTableOfFamily(tableName, nftables.TableFamilyINet)
+		have, err := c.ListTableOfFamily(t.name, nftables.TableFamilyINet)
 		if errors.Is(err, os.ErrNotExist) {
 			return nil
 		}
@@ -151,12 +152,12 @@ func (t table) observe(sets ...string) (state, error) {
 			return err
 		}
 		s.exists = true
-		s.sound, err = sound(c, have)
+		s.sound, err = t.sound(c, have)
 		if err != nil || !s.sound {
 			return err
 		}
 		for _, name := range sets {
-			list, err := c.GetSetElements(set(name))
+			list, err := c.GetSetElements(t.set(name))
 			if err != nil {
 				return err
 			}
@@ -170,13 +171,13 @@ func (t table) observe(sets ...string) (state, error) {
 		return nil
 	})
 	if err != nil {
-		return state{}, fmt.Errorf("read nftables' table inet %s: %w", tableName, err)
+		return state{}, fmt.Errorf("read nftables' table inet %s: %w", t.name, err)
 	}
 	return s, nil
 }
 
 // sound says whether the table is what make makes, whatever its sets have.
-func sound(c *nftables.Conn, have *nftables.Table) (bool, error) {
+func (t table) sound(c *nftables.Conn, have *nftables.Table) (bool, error) {
 	if have.Flags != 0 { // dormant
 		return false, nil
 	}
@@ -184,7 +185,7 @@ func sound(c *nftables.Conn, have *nftables.Table) (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	chains = slices.DeleteFunc(chains, func(c *nftables.Chain) bool { return c.Table.Name != tableName })
+	chains = slices.DeleteFunc(chains, func(c *nftables.Chain) bool { return c.Table.Name != t.name })
 	if len(chains) != 1 || !isBase(chains[0]) {
 		return false, nil
 	}
@@ -207,16 +208,16 @@ func sound(c *nftables.Conn, have *nftables.Table) (bool, error) {
 	}), nil
 }
 
-func base() *nftables.Chain {
+func (t table) base() *nftables.Chain {
 	policy := nftables.ChainPolicyAccept
 	return &nftables.Chain{
-		Name: chainName, Table: inet(), Type: nftables.ChainTypeFilter, Policy: &policy,
+		Name: chainName, Table: t.inet(), Type: nftables.ChainTypeFilter, Policy: &policy,
 		Hooknum: nftables.ChainHookInput, Priority: nftables.ChainPriorityRaw, // before what others filter
 	}
 }
 
 func isBase(c *nftables.Chain) bool {
-	b := base()
+	b := table{}.base()
 	return c.Name == b.Name && c.Type == b.Type && c.Hooknum != nil && *c.Hooknum == *b.Hooknum &&
 		c.Priority != nil && *c.Priority == *b.Priority && c.Policy != nil && *c.Policy == *b.Policy
 }
@@ -225,23 +226,23 @@ func isBase(c *nftables.Chain) bool {
 func (t table) make(exists bool) error {
 	err := t.do(func(c *nftables.Conn) error {
 		if exists {
-			c.DelTable(inet())
+			c.DelTable(t.inet())
 		}
-		c.AddTable(inet())
+		c.AddTable(t.inet())
 		if err := c.Flush(); err != nil {
 			return err
 		}
 		if err := t.addSets(); err != nil {
 			return err
 		}
-		chain := c.AddChain(base())
+		chain := c.AddChain(t.base())
 		for _, r := range rules() {
-			c.AddRule(&nftables.Rule{Table: inet(), Chain: chain, Exprs: r.exprs, UserData: userdata.AppendString(nil, ruleComment, r.words)})
+			c.AddRule(&nftables.Rule{Table: t.inet(), Chain: chain, Exprs: r.exprs, UserData: userdata.AppendString(nil, ruleComment, r.words)})
 		}
 		return c.Flush()
 	})
 	if err != nil {
-		return fmt.Errorf("make nftables' table inet %s: %w", tableName, err)
+		return fmt.Errorf("make nftables' table inet %s: %w", t.name, err)
 	}
 	return nil
 }
@@ -249,13 +250,13 @@ func (t table) make(exists bool) error {
 // remove deletes the table; one that is not there is no error, nor is a kernel that knows none.
 func (t table) remove() error {
 	err := t.do(func(c *nftables.Conn) error {
-		c.DelTable(inet())
+		c.DelTable(t.inet())
 		return c.Flush()
 	})
 	if err == nil || errors.Is(err, os.ErrNotExist) || unknown(err) {
 		return nil
 	}
-	return fmt.Errorf("delete nftables' table inet %s: %w", tableName, err)
+	return fmt.Errorf("delete nftables' table inet %s: %w", t.name, err)
 }
 
 // unknown says whether the kernel has no netfilter (EPROTONOSUPPORT), no nftables (EINVAL to a question, EOPNOTSUPP to a change; both
@@ -268,19 +269,19 @@ func unknown(err error) bool {
 func (t table) take(s step) error {
 	err := t.do(func(c *nftables.Conn) error {
 		if len(s.del) > 0 {
-			if err := c.SetDeleteElements(set(s.set), named(s.del)); err != nil {
+			if err := c.SetDeleteElements(t.set(s.set), named(s.del)); err != nil {
 				return err
 			}
 		}
 		if len(s.add) > 0 {
-			if err := c.SetAddElements(set(s.set), named(s.add)); err != nil {
+			if err := c.SetAddElements(t.set(s.set), named(s.add)); err != nil {
 				return err
 			}
 		}
 		return c.Flush()
 	})
 	if err != nil {
-		return fmt.Errorf("change nftables' set %s of table inet %s: %w", s.set, tableName, err)
+		return fmt.Errorf("change nftables' set %s of table inet %s: %w", s.set, t.name, err)
 	}
 	return nil
 }
@@ -309,7 +310,7 @@ func (t table) listen() (*netlink.Conn, error) {
 // concerns says whether an event is of the table. Of each kind of object, the table's name is the first attribute: in
 // include/uapi/linux/netfilter/nf_tables.h all of NFTA_TABLE_NAME, NFTA_CHAIN_TABLE, NFTA_RULE_TABLE, NFTA_SET_TABLE and
 // NFTA_SET_ELEM_LIST_TABLE are 1.
-func concerns(m netlink.Message) bool {
+func (t table) concerns(m netlink.Message) bool {
 	const genmsg = 4 // struct nfgenmsg
 	if len(m.Data) < genmsg || m.Data[0] != unix.NFPROTO_INET {
 		return false
@@ -320,7 +321,7 @@ func concerns(m netlink.Message) bool {
 	}
 	for attributes.Next() {
 		if attributes.Type() == unix.NFTA_TABLE_NAME {
-			return attributes.String() == tableName
+			return attributes.String() == t.name
 		}
 	}
 	return false

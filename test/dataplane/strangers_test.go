@@ -28,7 +28,7 @@ import (
 // filter starts a daemon's filter of strangers on the node.
 func (h host) filter(t *testing.T) (f *strangers.Filter, stop func()) {
 	t.Helper()
-	f = strangers.New(h.Path, slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelWarn})))
+	f = strangers.New(h.Path, strangers.TableName, slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelWarn})))
 	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
 	ended := make(chan error, 1)
 	go func() { ended <- f.Run(ctx) }()
@@ -251,8 +251,8 @@ func TestOnlyMembersAreHeard(t *testing.T) {
 			filter.Set([]strangers.LAN{strict(onA, f.vteps[1])})
 			until(t, "the filter", func() bool { return drops(filter, onA) == 0 })
 			stop()
-			try(t, strangers.Remove(a.Path))
-			try(t, strangers.Remove(a.Path))
+			try(t, strangers.Remove(a.Path, strangers.TableName))
+			try(t, strangers.Remove(a.Path, strangers.TableName))
 			send(said(6))
 			hears(t, one, said(6))
 		})

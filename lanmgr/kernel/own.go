@@ -1,0 +1,210 @@
+package kernel
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
+
+	"github.com/k8slan/k8slan/lanmgr/segment"
+)
+
+// Own is the network namespace that the program itself is in: a pod's.
+type Own struct{ conn *conn }
+
+// OpenOwn connects to it.
+func OpenOwn() (*Own, error) {
+	ns, err := netns.Get()
+	if err != nil {
+		return nil, fmt.Errorf("open the pod's network namespace: %w", err)
+	}
+	c, err := dial(ns)
+	if err != nil {
+		return nil, err
+	}
+	return &Own{c}, nil
+}
+
+// Close ends the connection.
+func (o *Own) Close() { o.conn.close() }
+
+// Observe reads a VXLAN of that name as it is, and what there is under other names from before.
+func (o *Own) Observe(name string) (s segment.AloneState, err error) {
+	links, err := o.conn.links()
+	if err != nil {
+		return s, err
+	}
+	for _, l := range links {
+		if l.Name != name && l.Type == "vxlan" && segment.Marked(l) {
+			s.Others = append(s.Others, l)
+		}
+	}
+	i := slices.IndexFunc(links, func(l segment.Link) bool { return l.Name == name })
+	if i < 0 {
+		return s, nil
+	}
+	s.Link = links[i]
+	if s.Link.Type != "vxlan" {
+		return s, nil
+	}
+	if err := o.conn.askTable(&s.Link); err != nil {
+		return s, fmt.Errorf("list the remotes of %s: %w", name, err)
+	}
+	addresses, err := retryDump(func() ([]netlink.Addr, error) { return o.conn.AddrList(nil, netlink.FAMILY_ALL) })
+	if err != nil {
+		return s, fmt.Errorf("list the addresses of %s: %w", name, err)
+	}
+	for _, a := range addresses {
+		if ip, ok := netip.AddrFromSlice(a.IP); ok && a.LinkIndex == s.Link.Index {
+			bits, _ := a.Mask.Size()
+			s.Addresses = append(s.Addresses, netip.PrefixFrom(ip.Unmap(), bits))
+		}
+	}
+	return s, nil
+}
+
+// Apply does operations of segment.DiffAlone one after the other, up to the first that fails.
+func (o *Own) Apply(ctx context.Context, ops []segment.Op) error {
+	for _, op := range ops {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		var err error
+		if add, ok := op.(segment.AddVXLAN); ok {
+			err = addVXLAN(o.conn, o.conn, add)
+		} else {
+			err = o.conn.apply(op)
+		}
+		if err != nil {
+			return fmt.Errorf("%s: %w", op, err)
+		}
+	}
+	return nil
+}
+
+// Remove deletes a VXLAN of that name; one that is not there is no error, and what is no VXLAN stays.
+func (o *Own) Remove(name string) error {
+	l, ok, err := o.conn.link(name)
+	if err != nil || !ok || l.Type() != "vxlan" {
+		return err
+	}
+	return o.conn.delLink(name)
+}
+
+// Frames are how many frames an interface has received and sent since it is there.
+func (o *Own) Frames(name string) (received, sent uint64, err error) {
+	l, ok, err := o.conn.link(name)
+	if err != nil || !ok || l.Attrs().Statistics == nil {
+		return 0, 0, err
+	}
+	s := l.Attrs().Statistics
+	return s.RxPackets, s.TxPackets, nil
+}
+
+// Source is the address that packets by a default route have, that of IPv4 before that of IPv6 where both would do; the zero Addr if there
+// is none.
+func (o *Own) Source(ipv4, ipv6 bool) (netip.Addr, error) {
+	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+		if family == netlink.FAMILY_V4 && !ipv4 || family == netlink.FAMILY_V6 && !ipv6 {
+			continue
+		}
+		routes, err := retryDump(func() ([]netlink.Route, error) {
+			return o.conn.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_MAIN, Dst: nil}, netlink.RT_FILTER_TABLE|netlink.RT_FILTER_DST)
+		})
+		if err != nil {
+			return netip.Addr{}, fmt.Errorf("list the pod's default routes: %w", err)
+		}
+		for _, r := range routes {
+			if a, ok := netip.AddrFromSlice(r.Src); ok {
+				return a.Unmap(), nil
+			}
+			if a, err := o.firstAddress(r.LinkIndex, family); err != nil || a.IsValid() {
+				return a, err
+			}
+		}
+	}
+	return netip.Addr{}, nil
+}
+
+// firstAddress is the first of a link's that reaches further than the link.
+func (o *Own) firstAddress(index, family int) (netip.Addr, error) {
+	all, err := retryDump(func() ([]netlink.Addr, error) { return o.conn.AddrList(nil, family) })
+	if err != nil {
+		return netip.Addr{}, fmt.Errorf("list the pod's addresses: %w", err)
+	}
+	for _, a := range all {
+		if ip, ok := netip.AddrFromSlice(a.IP); ok && a.LinkIndex == index && a.Scope == unix.RT_SCOPE_UNIVERSE && a.Flags&passing == 0 {
+			return ip.Unmap(), nil
+		}
+	}
+	return netip.Addr{}, nil
+}
+
+// Carrier is the link that has an address, and its MTU in bytes; none if no link has it.
+func (o *Own) Carrier(address netip.Addr) (name string, mtu int, err error) {
+	all, err := retryDump(func() ([]netlink.Addr, error) { return o.conn.AddrList(nil, netlink.FAMILY_ALL) })
+	if err != nil {
+		return "", 0, fmt.Errorf("list the pod's addresses: %w", err)
+	}
+	for _, a := range all {
+		if ip, ok := netip.AddrFromSlice(a.IP); ok && ip.Unmap() == address {
+			l, err := o.conn.LinkByIndex(a.LinkIndex)
+			if err != nil {
+				return "", 0, fmt.Errorf("look up the link with %s: %w", address, err)
+			}
+			return l.Attrs().Name, l.Attrs().MTU, nil
+		}
+	}
+	return "", 0, nil
+}
+
+// Watch calls poke whenever a link, an address or a remote of the namespace may have changed, until ctx ends, and once at the start, when
+// nothing can be missed any more.
+func (o *Own) Watch(ctx context.Context, poke func()) error {
+	links, err := subscribe(o.conn.ns, false, nil, unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR)
+	if err != nil {
+		return fmt.Errorf("watch the pod's links: %w", err)
+	}
+	remotes, err := subscribe(o.conn.ns, false, ofRemotes, unix.RTNLGRP_NEIGH)
+	if err != nil {
+		links.Close()
+		return fmt.Errorf("watch the remotes: %w", err)
+	}
+	poke()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	ended := make(chan error, 1)
+	go func() {
+		defer cancel()
+		ended <- receive(ctx, remotes, func([]byte, int) { poke() }, poke)
+	}()
+	err = receive(ctx, links, func([]byte, int) { poke() }, poke)
+	cancel()
+	return errors.Join(err, <-ended)
+}
+
+// addAddress gives a link an address; one that it has is no error.
+func (c *conn) addAddress(l netlink.Link, a netip.Prefix) error {
+	if a.Addr().Is6() {
+		if err := do(c.ns, func() error { return allowIPv6(l.Attrs().Name) }); err != nil {
+			return err
+		}
+	}
+	if err := c.AddrAdd(l, &netlink.Addr{IPNet: ipNet(a)}); err != nil && !errors.Is(err, unix.EEXIST) {
+		return err
+	}
+	return nil
+}
+
+// delAddress takes an address off a link; one that it has not is no error.
+func (c *conn) delAddress(l netlink.Link, a netip.Prefix) error {
+	if err := c.AddrDel(l, &netlink.Addr{IPNet: ipNet(a)}); err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) {
+		return err
+	}
+	return nil
+}

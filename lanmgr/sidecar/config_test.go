@@ -1,0 +1,105 @@
+package sidecar
+
+import (
+	"net/netip"
+	"reflect"
+	"strings"
+	"testing"
+	"time"
+)
+
+func TestConfigOfKubelan(t *testing.T) {
+	c, err := Read(Sources{
+		File: []byte(`
+log_level: Debug
+HTTP_address: ':9999'
+ip: '1.2.3.4'
+namespace: default
+services:
+  - kube-system/some-svc
+  - some-default-ns-svc
+vxlan:
+  interface: my-lan
+  vni: 16777215
+  port: 8472
+  mtu: 1450
+hooks:
+  up: ['sh', '-c', 'echo "Hello, from up hook!"']
+  change: [notify]
+`),
+		Env:   map[string]string{"KL_VXLAN_PORT": "4790", "KL_IP": "10.244.1.7", "KL_LOG_LEVEL": "", "KL_SERVICE_HOST": "10.96.0.9"},
+		Flags: map[string]string{"log_level": "warning"}, Hostname: "web-2",
+	})
+	want := Config{
+		LogLevel: "WARNING", HTTPAddress: ":9999", IP: []netip.Addr{netip.MustParseAddr("10.244.1.7")}, Namespace: "default", Pod: "web-2",
+		Services: []Service{{"kube-system", "some-svc"}, {"default", "some-default-ns-svc"}},
+		VXLAN:    VXLAN{Interface: "my-lan", VNI: 16777215, Port: 4790, MTU: 1450},
+		Hooks:    Hooks{Up: []string{"sh", "-c", `echo "Hello, from up hook!"`}, Change: []string{"notify"}, Timeout: Duration(30 * time.Second)},
+	}
+	if err != nil || !reflect.DeepEqual(c, want) {
+		t.Errorf("%v\n%+v, want\n%+v", err, c, want)
+	}
+}
+
+func TestConfigOfTheEnvironmentAlone(t *testing.T) {
+	c, err := Read(Sources{Env: map[string]string{
+		"KL_SERVICES": "web, other/db,other/db", "KL_VXLAN_MTU": "-1", "KL_HOOKS_UP": `["sh", "-c", "echo a,b"]`,
+		"KL_IP": "10.0.0.1,fd00::1", "KL_IP_FAMILY": "ipv6", "KL_READY_ONLY": "true", "KL_STRICT_PEERS": "1", "KL_PEERS": "10.1.0.9",
+		"KL_VXLAN_ADDRESSES": "192.168.69.{ordinal+1}/24,fd69::{ordinal:x}/64", "KL_VXLAN_MAC": "02:00:00:00:01:{ordinal+200:x}",
+	}, Hostname: "web-31", Namespace: "mine"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := Config{
+		LogLevel: "INFO", HTTPAddress: ":8181", IP: []netip.Addr{netip.MustParseAddr("10.0.0.1"), netip.MustParseAddr("fd00::1")}, IPFamily: "ipv6",
+		Namespace: "mine", Pod: "web-31", Services: []Service{{"mine", "web"}, {"other", "db"}}, Peers: []netip.Addr{netip.MustParseAddr("10.1.0.9")},
+		ReadyOnly: true, StrictPeers: true,
+		VXLAN: VXLAN{
+			Interface: "kubelan", VNI: 6969, Port: 4789, MTU: -1, MAC: "02:00:00:00:01:e7",
+			Addresses: []netip.Prefix{netip.MustParsePrefix("192.168.69.32/24"), netip.MustParsePrefix("fd69::1f/64")},
+		},
+		Hooks: Hooks{Up: []string{"sh", "-c", "echo a,b"}, Timeout: Duration(30 * time.Second)},
+	}
+	if !reflect.DeepEqual(c, want) {
+		t.Errorf("%+v, want\n%+v", c, want)
+	}
+}
+
+// Each mistake is told in one line that names the key.
+func TestWhatIsNoConfig(t *testing.T) {
+	for file, want := range map[string]string{
+		"services: [a/b]\nvxlan: {vnii: 3}":                              "vxlan.vnii: unknown key",
+		"services: [a/b]\nhook: ''":                                      "hook: unknown key",
+		"services: [a/b]\nvxlan: {vni: 16777216}":                        `vxlan.vni: "16777216" is no number from 1 to 16777215`,
+		"services: [a/b]\nvxlan: {vni: 0}":                               "vxlan.vni: ",
+		"services: [a/b]\nvxlan: {port: 65536}":                          "vxlan.port: ",
+		"services: [a/b]\nvxlan: {mtu: 20}":                              "vxlan.mtu: ",
+		"services: [a/b]\nvxlan: {interface: 'a/b'}":                     "vxlan.interface: ",
+		"services: [a/b]\nvxlan: {interface: abcdefghijklmnop}":          "vxlan.interface: ",
+		"services: [a/b]\nvxlan: {mac: '03:00:00:00:00:01'}":             "vxlan.mac: ",
+		"services: [a/b]\nvxlan: {addresses: [10.0.0.1]}":                "vxlan.addresses: ",
+		"services: [a/b]\nvxlan: {addresses: ['10.0.0.{number}/24']}":    "vxlan.addresses: ",
+		"services: [a/b]\nvxlan: {addresses: ['10.0.0.{ordinal-1}/24']}": "vxlan.addresses: ",
+		"services: [a/b]\nvxlan: {addresses: ['10.0.0.{ordinal}/24']}":   `the pod is called "web"`,
+		"services: [a/b]\nip: 1.2.3":                                     `ip: "1.2.3" is no IP address`,
+		"services: [a/b]\nip: [1.2.3.4]\nip_family: ipv6":                "ip_family: ",
+		"services: [a/b]\nlog_level: loud":                               "log_level: ",
+		"services: [a/b]\nhttp_address: 8181":                            "http_address: ",
+		"services: [a/b]\nready_only: perhaps":                           "ready_only: ",
+		"services: [a/b]\nhooks: {timeout: 0s}":                          "hooks.timeout: ",
+		"services: [a/b]\nlog_level: [info, debug]":                      "log_level: has 2 values",
+		"services: [web]":                                                `services: "web" has no namespace`,
+		"services: [A/b/c]":                                              "services: ",
+		"services: [{name: web}]":                                        "services: has something else than values",
+		"services: []":                                                   "services: there are none, nor peers",
+		"":                                                               "services: there are none, nor peers",
+		"- services":                                                     "is no list of keys and values",
+		"services: [a/b]\nservices: [a/c]":                               "is no YAML",
+		"services: [a/b":                                                 "is no YAML",
+	} {
+		_, err := Read(Sources{File: []byte(file), Hostname: "web"})
+		if err == nil || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), "\n") {
+			t.Errorf("%q: %v, want one line with %q", file, err, want)
+		}
+	}
+}

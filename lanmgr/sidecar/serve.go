@@ -1,0 +1,60 @@
+package sidecar
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"time"
+)
+
+// serve answers /health and /config until ctx ends.
+func (s *Sidecar) serve(ctx context.Context, address string) error {
+	l, err := net.Listen("tcp", address)
+	if err != nil {
+		return fmt.Errorf("answer /health and /config (http_address; another container of the pod may have it): %w", err)
+	}
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /health", func(w http.ResponseWriter, _ *http.Request) {
+		if err := s.Health(); err != nil {
+			http.Error(w, err.Error(), http.StatusInternalServerError)
+			return
+		}
+		w.WriteHeader(http.StatusNoContent)
+	})
+	mux.HandleFunc("GET /config", func(w http.ResponseWriter, _ *http.Request) {
+		s.mu.Lock()
+		config := s.config
+		s.mu.Unlock()
+		w.Header().Set("Content-Type", "application/json")
+		if err := json.NewEncoder(w).Encode(config); err != nil {
+			s.Log.Warn("cannot answer /config", "err", err)
+		}
+	})
+	server := &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second}
+	defer context.AfterFunc(ctx, func() { server.Close() })()
+	if err := server.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+		return fmt.Errorf("answer /health and /config: %w", err)
+	}
+	return nil
+}
+
+// Health is what keeps the pod from the LAN; nil once it is in it. That the API server is away is no reason where the interface has peers:
+// they stay.
+func (s *Sidecar) Health() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	switch {
+	case s.unbuilt != nil:
+		return s.unbuilt
+	case !s.stands:
+		return errors.New("the interface is not there yet")
+	case s.all != nil || s.remotes > 0:
+		return nil
+	case s.unheard != nil:
+		return s.unheard
+	}
+	return errors.New("the Services' endpoints are not known yet")
+}

@@ -1,0 +1,410 @@
+package sidecar
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"net"
+	"net/netip"
+	"slices"
+	"sync"
+	"time"
+
+	"k8s.io/client-go/rest"
+
+	"github.com/k8slan/k8slan/lanmgr/kernel"
+	"github.com/k8slan/k8slan/lanmgr/segment"
+	"github.com/k8slan/k8slan/lanmgr/strangers"
+)
+
+// Sidecar is a pod's part in a LAN.
+type Sidecar struct {
+	Log         *slog.Logger
+	Level       *slog.LevelVar               // of Log
+	API         func() (*rest.Config, error) // the way to the API server; asked only where there are Services
+	Environment []string                     // that hooks get
+
+	own        *kernel.Own
+	filter     *strangers.Filter
+	filterName string
+	poked      chan struct{}
+	hooks      chan struct{}
+
+	mu      sync.Mutex
+	config  Config
+	all     endpoints     // of the Services; nil: not known yet
+	want    segment.Alone // last
+	stands  bool          // it is as it shall be
+	remotes int           // to how many it sends
+	peers   endpoints     // to whom, of the Services
+	unbuilt error         // why it is not as it shall be
+	unheard error         // why the Services' endpoints are not to be had
+
+	hooked endpoints // what the change hook knows of peers; runHooks alone has it
+}
+
+// Run has the pod's LAN be as configured until ctx ends, and then takes the interface away. Each configuration from configs takes the place of the one
+// before; what it leaves as it was goes on undisturbed. An up hook that fails ends it.
+func (s *Sidecar) Run(ctx context.Context, config Config, configs <-chan Config) (err error) {
+	if s.own, err = kernel.OpenOwn(); err != nil {
+		return err
+	}
+	defer s.own.Close()
+	s.poked, s.hooks = make(chan struct{}, 1), make(chan struct{}, 1)
+	s.filterName = "k8slan-" + config.VXLAN.Interface // another LAN of the pod has its own
+	s.filter = strangers.New("", s.filterName, s.Log)
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	var tasks sync.WaitGroup
+	task := func(run func(context.Context) error) {
+		tasks.Go(func() {
+			if err := run(ctx); err != nil {
+				cancel(err)
+			}
+		})
+	}
+	task(func(ctx context.Context) error { return s.own.Watch(ctx, func() { signal(s.poked) }) })
+	s.set(config)
+	task(s.build)
+	task(s.runHooks)
+	task(s.filter.Run)
+	task(s.listen)
+	server, watch := s.startServer(ctx, cancel, config), s.startWatch(ctx, cancel, config)
+	for {
+		select {
+		case <-ctx.Done():
+			server.end()
+			watch.end()
+			tasks.Wait()
+			if cause := context.Cause(ctx); !errors.Is(cause, context.Canceled) {
+				err = cause
+			}
+			return errors.Join(err, s.leave())
+		case next := <-configs:
+			old := config
+			config = next
+			s.set(config)
+			if config.HTTPAddress != old.HTTPAddress {
+				server.end()
+				server = s.startServer(ctx, cancel, config)
+			}
+			if !slices.Equal(config.Services, old.Services) || config.ReadyOnly != old.ReadyOnly {
+				watch.end()
+				watch = s.startWatch(ctx, cancel, config)
+			}
+		}
+	}
+}
+
+// part is what runs for as long as a part of the configuration stays.
+type part struct {
+	cancel context.CancelFunc
+	ended  chan struct{}
+}
+
+func start(ctx context.Context, run func(context.Context)) part {
+	ctx, cancel := context.WithCancel(ctx)
+	p := part{cancel, make(chan struct{})}
+	go func() {
+		defer close(p.ended)
+		run(ctx)
+	}()
+	return p
+}
+
+func (p part) end() {
+	p.cancel()
+	<-p.ended
+}
+
+func (s *Sidecar) startServer(ctx context.Context, fail context.CancelCauseFunc, c Config) part {
+	return start(ctx, func(ctx context.Context) {
+		if err := s.serve(ctx, c.HTTPAddress); err != nil {
+			fail(err)
+		}
+	})
+}
+
+func (s *Sidecar) startWatch(ctx context.Context, fail context.CancelCauseFunc, c Config) part {
+	return start(ctx, func(ctx context.Context) {
+		if len(c.Services) == 0 {
+			s.know(endpoints{})
+			return
+		}
+		api, err := s.API()
+		if err == nil {
+			err = follow(ctx, api, c.Services, c.ReadyOnly, s.know, s.cannotKnow)
+		}
+		if err != nil {
+			fail(err)
+		}
+	})
+}
+
+// set notes another configuration.
+func (s *Sidecar) set(c Config) {
+	s.Level.Set(c.LogLevel.Slog())
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.config = c
+	signal(s.poked)
+}
+
+// know takes in the endpoints of all Services.
+func (s *Sidecar) know(all endpoints) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.all = all
+	signal(s.poked)
+}
+
+// cannotKnow takes in why they are not to be had, nil where they are again.
+func (s *Sidecar) cannotKnow(err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	switch {
+	case err == nil && s.unheard != nil:
+		s.Log.Info("the API server tells of endpoints again")
+	case err != nil && (s.unheard == nil || s.unheard.Error() != err.Error()):
+		s.Log.Error("peers stay as they are", "err", err)
+	}
+	s.unheard = err
+}
+
+const (
+	firstDelay = 50 * time.Millisecond
+	lastDelay  = 15 * time.Second
+)
+
+// build brings the interface in order whenever something may have changed.
+func (s *Sidecar) build(ctx context.Context) error {
+	retry := time.NewTimer(0)
+	defer retry.Stop()
+	delay := firstDelay
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-s.poked:
+		case <-retry.C:
+		}
+		err := s.bring(ctx)
+		var hook *hookError
+		switch {
+		case ctx.Err() != nil:
+			return nil
+		case errors.As(err, &hook):
+			return err
+		case err != nil:
+			retry.Reset(delay)
+			delay = min(2*delay, lastDelay)
+		default:
+			delay = firstDelay
+		}
+		s.mu.Lock()
+		if err != nil && (s.unbuilt == nil || s.unbuilt.Error() != err.Error()) {
+			s.Log.Error("the interface is not as it should be, trying again", "err", err)
+		}
+		s.unbuilt, s.stands = err, err == nil
+		s.mu.Unlock()
+	}
+}
+
+// hookError is an up hook that failed.
+type hookError struct{ error }
+
+// bring brings the interface in order once.
+func (s *Sidecar) bring(ctx context.Context) error {
+	s.mu.Lock()
+	config, all, was := s.config, s.all, s.want.VXLAN.Name
+	s.mu.Unlock()
+	address, mtu, err := s.place(config)
+	if err != nil {
+		return err
+	}
+	var peers endpoints
+	want := segment.Alone{
+		VXLAN: segment.VXLAN{Name: config.VXLAN.Interface, VNI: config.VXLAN.VNI, Port: config.VXLAN.Port, Local: address},
+		MTU:   mtu, MAC: config.mac(), Addresses: config.VXLAN.Addresses,
+	}
+	if all != nil {
+		more := endpoints{Service{}: config.Peers}
+		peers = all.peers(address, config.IP)
+		want.Remotes = sorted(append(peers.union(), more.peers(address, config.IP).union()...))
+	}
+	s.guard(config, want)
+	if was != "" && was != want.VXLAN.Name {
+		if err := s.own.Remove(was); err != nil {
+			return fmt.Errorf("remove %s: %w", was, err)
+		}
+	}
+	s.note(func() { s.want = want })
+	for {
+		anew, err := s.apply(ctx, want)
+		if err != nil {
+			return err
+		}
+		if !anew {
+			break
+		}
+		if len(config.Hooks.Up) > 0 {
+			if err := runHook(ctx, s.Log, "up", config.Hooks, config.Hooks.Up, s.Environment, "IFACE="+want.VXLAN.Name); err != nil {
+				return &hookError{err}
+			}
+		}
+		want.Prepared = true
+	}
+	s.note(func() {
+		if s.peers = peers; peers != nil {
+			signal(s.hooks)
+		}
+	})
+	return nil
+}
+
+// apply does what is to be done, and says whether there is an interface now that is not prepared.
+func (s *Sidecar) apply(ctx context.Context, want segment.Alone) (anew bool, err error) {
+	have, err := s.own.Observe(want.VXLAN.Name)
+	if err != nil {
+		return false, err
+	}
+	ops, err := segment.DiffAlone(want, have)
+	if err != nil {
+		return false, err
+	}
+	anew = !want.Prepared && !have.Prepared()
+	for _, op := range ops {
+		if _, ok := op.(segment.AddVXLAN); ok && !want.Prepared {
+			anew = true
+		}
+		s.Log.Debug("done", "op", op.String())
+	}
+	if err := s.own.Apply(ctx, ops); err != nil {
+		return false, err
+	}
+	if len(ops) > 0 {
+		s.Log.Info("interface changed", "interface", want.VXLAN.Name, "ops", len(ops), "peers", len(want.Remotes))
+	}
+	s.note(func() {
+		if s.remotes = len(have.Link.VXLAN.Remotes); want.Remotes != nil {
+			s.remotes = len(want.Remotes)
+		}
+	})
+	return anew, nil
+}
+
+func (s *Sidecar) note(what func()) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	what()
+}
+
+// Overhead4 and overhead6 are what a VXLAN adds to a frame's payload, in bytes: inner Ethernet, VXLAN, UDP and IP. It is what kubelan takes
+// off, so that pods of both agree; frames with VLAN tags have so much less.
+const (
+	overhead4 = 50
+	overhead6 = 70
+)
+
+// place is the pod's address that packets of the LAN bear, and the LAN's MTU.
+func (s *Sidecar) place(c Config) (address netip.Addr, mtu int, err error) {
+	if i := slices.IndexFunc(c.IP, c.isOfFamily); i >= 0 {
+		address = c.IP[i]
+	} else if address, err = s.own.Source(c.IPFamily != "ipv6", c.IPFamily != "ipv4"); err != nil {
+		return address, 0, err
+	}
+	if !address.IsValid() {
+		return address, 0, errors.New("the pod has no default route whose address could be its own: set ip, from status.podIP")
+	}
+	link, mtu, err := s.own.Carrier(address)
+	switch {
+	case err != nil:
+		return address, 0, err
+	case link == "":
+		return address, 0, fmt.Errorf("no interface of the pod has the address %s: set ip from status.podIP, or leave it out", address)
+	case c.VXLAN.MTU > 0:
+		return address, c.VXLAN.MTU, nil
+	case address.Is4():
+		return address, mtu - overhead4, nil
+	}
+	return address, mtu - overhead6, nil
+}
+
+// mac is the interface's: as requested, or one of the pod's name, or nil where that is not known.
+func (c *Config) mac() net.HardwareAddr {
+	if mac, err := net.ParseMAC(c.VXLAN.MAC); err == nil {
+		return mac
+	}
+	if c.Namespace == "" || c.Pod == "" {
+		return nil
+	}
+	return segment.AloneMAC(c.Namespace, c.Pod, c.VXLAN.Interface)
+}
+
+// guard says whose packets are heard.
+func (s *Sidecar) guard(c Config, want segment.Alone) {
+	var lans []strangers.LAN
+	if c.StrictPeers {
+		lans = []strangers.LAN{{Name: want.VXLAN.Name, Port: want.VXLAN.Port, VNI: want.VXLAN.VNI, Members: want.Remotes}}
+	}
+	s.filter.Set(lans)
+}
+
+// runHooks tells the change hook what became of peers, one Service after the other; what changes meanwhile is told next.
+func (s *Sidecar) runHooks(ctx context.Context) error {
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-s.hooks:
+		}
+		for ctx.Err() == nil {
+			s.mu.Lock()
+			config, is := s.config, s.peers
+			s.mu.Unlock()
+			all := changes(s.hooked, is)
+			if len(config.Hooks.Change) == 0 || len(all) == 0 {
+				s.hooked = is
+				break
+			}
+			next := all[0]
+			if err := runHook(ctx, s.Log, "change", config.Hooks, config.Hooks.Change, s.Environment, changeVariables(config.VXLAN.Interface, next)...); err != nil && ctx.Err() == nil {
+				s.Log.Error("the LAN goes on without it", "err", err)
+			}
+			s.hooked = s.hooked.after(next)
+		}
+	}
+}
+
+// after are the endpoints after a change.
+func (e endpoints) after(c change) endpoints {
+	next := maps.Clone(e)
+	if next == nil {
+		next = endpoints{}
+	}
+	if c.deleted {
+		next[c.service] = without(next[c.service], c.ips)
+	} else {
+		next[c.service] = sorted(append(slices.Clone(next[c.service]), c.ips...))
+	}
+	return next
+}
+
+// leave takes away what the pod has of the LAN.
+func (s *Sidecar) leave() error {
+	name := s.want.VXLAN.Name
+	if name == "" {
+		return nil
+	}
+	err := s.own.Remove(name)
+	if s.config.StrictPeers {
+		err = errors.Join(err, strangers.Remove("", s.filterName))
+	}
+	if err != nil {
+		return fmt.Errorf("remove %s: %w", name, err)
+	}
+	s.Log.Info("interface removed", "interface", name)
+	return nil
+}
