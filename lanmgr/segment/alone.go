@@ -152,7 +152,10 @@ type (
 	}
 )
 
-func (o SetMAC) String() string     { return fmt.Sprintf("ip link set %s address %s", o.Name, o.MAC) }
-func (o SetAlias) String() string   { return fmt.Sprintf("ip link set %s alias '%s'", o.Name, o.Alias) }
+func (o SetMAC) String() string { return fmt.Sprintf("ip link set %s address %s", o.Name, o.MAC) }
+
+func (o SetAlias) String() string { return fmt.Sprintf("ip link set %s alias '%s'", o.Name, o.Alias) }
+
 func (o AddAddress) String() string { return fmt.Sprintf("ip addr add %s dev %s", o.Address, o.Name) }
+
 func (o DelAddress) String() string { return fmt.Sprintf("ip addr del %s dev %s", o.Address, o.Name) }

@@ -29,8 +29,11 @@ func TestDiffAlone(t *testing.T) {
 	remote := func(text string) []netip.Addr { return []netip.Addr{netip.MustParseAddr(text)} }
 	other := netip.MustParsePrefix("192.168.70.1/24")
 	make := []Op{
-		AddVXLAN{VXLAN: wanted().VXLAN, MTU: 1450}, SetMAC{"kubelan", wanted().MAC}, SetAlias{"kubelan", "k8slan 192.168.69.1/24"},
-		AddAddress{"kubelan", wanted().Addresses[0]}, SetUp{"kubelan"},
+		AddVXLAN{VXLAN: wanted().VXLAN, MTU: 1450},
+		SetMAC{"kubelan", wanted().MAC},
+		SetAlias{"kubelan", "k8slan 192.168.69.1/24"},
+		AddAddress{"kubelan", wanted().Addresses[0]},
+		SetUp{"kubelan"},
 	}
 	for _, c := range []struct {
 		what   string
