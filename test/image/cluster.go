@@ -44,7 +44,7 @@ func Pause(ctx context.Context, cacheDir string) (archivePath string, err error)
 // has it, made from the same inputs.
 func Toolbox(ctx context.Context, cacheDir string) (archivePath string, err error) {
 	return withPrograms(ctx, cacheDir, func(bin programs) (Image, error) {
-		files, err := busyboxFiles(ctx)
+		files, err := Busybox(ctx)
 		if err != nil {
 			return Image{}, err
 		}
@@ -62,8 +62,8 @@ func Toolbox(ctx context.Context, cacheDir string) (archivePath string, err erro
 	}, "test/image/frames", "test/image/pause")
 }
 
-// busyboxFiles are busybox and a link to it for each of its names.
-func busyboxFiles(ctx context.Context) ([]File, error) {
+// Busybox are busybox and a link to it for each of its names.
+func Busybox(ctx context.Context) ([]File, error) {
 	if err := debian.Install(ctx, slog.Default(), "busybox-static"); err != nil {
 		return nil, err
 	}

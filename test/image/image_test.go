@@ -254,13 +254,13 @@ func TestDynamicProgramIsRefusedForTheProduct(t *testing.T) {
 	}
 }
 
-func TestProductHasItsTwoProgramsAndRunsTheFirst(t *testing.T) {
+func TestProductHasItsProgramsAndRunsTheFirst(t *testing.T) {
 	program, err := build(context.Background(), t.TempDir(), "test/image/pause") // any static one
 	if err != nil {
 		t.Fatal(err)
 	}
 	archive := filepath.Join(t.TempDir(), "dist", "k8slan.tar")
-	if err := K8slan(context.Background(), archive, Product{Version: "1.2.3", K8slan: program, CNI: program}); err != nil {
+	if err := K8slan(context.Background(), archive, Product{Version: "1.2.3", K8slan: program, CNI: program, Tools: []File{Copy("/bin/sh", program, 0o755)}}); err != nil {
 		t.Fatal(err)
 	}
 	l := readArchive(t, archive)
@@ -275,10 +275,23 @@ func TestProductHasItsTwoProgramsAndRunsTheFirst(t *testing.T) {
 		t.Fatal(err)
 	}
 	r := tar.NewReader(zip)
-	for _, name := range []string{"k8slan", "k8slan-cni"} {
+	programs, kubelan := []string{}, ""
+	for {
 		h, err := r.Next()
-		if err != nil || h.Name != name || h.Mode != 0o755 {
-			t.Errorf("it has %+v (%v), want %s with mode 0755", h, err, name)
+		if errors.Is(err, io.EOF) {
+			break
 		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if h.Typeflag == tar.TypeReg && h.Mode == 0o755 {
+			programs = append(programs, h.Name)
+		}
+		if h.Name == "usr/local/bin/kubelan" {
+			kubelan = h.Linkname
+		}
+	}
+	if want := []string{"bin/sh", "k8slan", "k8slan-cni"}; !slices.Equal(programs, want) || kubelan != "/k8slan" {
+		t.Errorf("it has %q, want %q; kubelan is %q", programs, want, kubelan)
 	}
 }

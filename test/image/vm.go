@@ -120,7 +120,7 @@ func withLibraries(ctx context.Context, programs []string) ([]File, error) {
 
 // guestFiles is the guest's initial file system.
 func guestFiles(ctx context.Context, kernel string, bin programs) ([]byte, error) {
-	files, err := busyboxFiles(ctx)
+	files, err := Busybox(ctx)
 	if err != nil {
 		return nil, err
 	}

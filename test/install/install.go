@@ -156,6 +156,9 @@ func (b *Bed) Build(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if programs.Tools, err = image.Busybox(ctx); err != nil {
+		return err
+	}
 	b.tag, programs.Version = "test-"+sum, "test-"+sum
 	archive := filepath.Join(b.work, "k8slan.tar")
 	if err := image.K8slan(ctx, archive, programs); err != nil {

@@ -43,7 +43,10 @@ func product() *cobra.Command {
 		Long: "Write the product's image, " + image.Repository + ":<version>, from its two static programs.\n" +
 			"Import it with: ctr -n k8s.io images import <archive>",
 		Args: cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
+		RunE: func(cmd *cobra.Command, _ []string) (err error) {
+			if p.Tools, err = image.Busybox(cmd.Context()); err != nil {
+				return err
+			}
 			if err := image.K8slan(cmd.Context(), archive, p); err != nil {
 				return err
 			}
