@@ -182,7 +182,7 @@ func followFiles(ctx context.Context, files []string, log *slog.Logger, changed 
 		}
 	}
 	if err != nil {
-		log.Error("cannot hear of new passwords, restart this when one changes", "files", files, "err", err)
+		log.Error("cannot hear of changes to files, restart this when one changes", "files", files, "err", err)
 		return
 	}
 	for failed := ""; ; {
@@ -191,7 +191,7 @@ func followFiles(ctx context.Context, files []string, log *slog.Logger, changed 
 			said = err.Error()
 		}
 		if said != "" && said != failed {
-			log.Error("cannot take a new password, the old one stays", "err", said)
+			log.Error("cannot take what has changed in a file, all stays as it was", "err", said)
 		}
 		failed = said
 		select {

@@ -10,9 +10,10 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
+	"sync"
 
-	"github.com/fsnotify/fsnotify"
 	"github.com/go-logr/logr"
 	"github.com/spf13/cobra"
 	"k8s.io/client-go/rest"
@@ -71,20 +72,17 @@ func (f *sidecarFlags) run(ctx context.Context) error {
 		return err
 	}
 	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	configs, watched := make(chan sidecar.Config), make(chan error, 1)
-	go func() {
-		defer cancel()
-		watched <- file.watch(ctx, log, config, configs)
-	}()
 	log.Info("k8slan sidecar starts", "version", version, "config", file.found)
+	configs := make(chan sidecar.Config)
+	var follow sync.WaitGroup
+	follow.Go(func() { file.follow(ctx, log, config, configs) })
+	defer follow.Wait()
+	defer cancel()
 	s := sidecar.Sidecar{
 		Log: log, Level: level, Environment: os.Environ(),
 		API: func() (*rest.Config, error) { return f.rest("sidecar") },
 	}
-	err = s.Run(ctx, config, configs)
-	cancel()
-	return errors.Join(err, <-watched)
+	return s.Run(ctx, config, configs)
 }
 
 // sidecarLogger is the one logger of the process, whose level the configuration changes.
@@ -112,7 +110,7 @@ func (f *configFile) paths() []string {
 	if f.path != "" {
 		return []string{f.path}
 	}
-	return configFiles
+	return slices.Clone(configFiles)
 }
 
 // read reads the configuration as it is now.
@@ -146,46 +144,23 @@ func (f *configFile) read() (c sidecar.Config, err error) {
 	return c, nil
 }
 
-// watch reads the configuration again whenever its file may have changed, until ctx ends. One with a mistake in it is told and passed over.
-func (f *configFile) watch(ctx context.Context, log *slog.Logger, config sidecar.Config, configs chan<- sidecar.Config) error {
-	w, err := fsnotify.NewWatcher()
-	if err != nil {
-		return fmt.Errorf("watch the configuration: %w", err)
-	}
-	defer w.Close()
-	for _, path := range f.paths() {
-		// The folder: kubelet and editors put another file in the place of the old one.
-		if err := w.Add(filepath.Dir(path)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return fmt.Errorf("watch the configuration: %w", err)
-		}
-	}
-	said := ""
-	for {
-		// At once: it may have changed since it was read.
+// follow passes the configuration on whenever its file has made another of it, until ctx ends.
+func (f *configFile) follow(ctx context.Context, log *slog.Logger, config sidecar.Config, configs chan<- sidecar.Config) {
+	files := slices.DeleteFunc(f.paths(), func(path string) bool {
+		_, err := os.Stat(filepath.Dir(path))
+		return err != nil
+	})
+	followFiles(ctx, files, log, func() error {
 		next, err := f.read()
-		switch {
-		case err != nil && err.Error() != said:
-			said = err.Error()
-			log.Error("the configuration stays as it was", "err", err)
-		case err == nil:
-			said = ""
-			if !reflect.DeepEqual(next, config) {
-				log.Info("configuration changed", "config", f.found)
-				config = next
-				select {
-				case configs <- config:
-				case <-ctx.Done():
-				}
-			}
+		if err != nil || reflect.DeepEqual(next, config) {
+			return err
 		}
+		log.Info("configuration changed", "config", f.found)
+		config = next
 		select {
+		case configs <- config:
 		case <-ctx.Done():
-			return nil
-		case <-w.Events:
-		case err := <-w.Errors:
-			if !errors.Is(err, fsnotify.ErrEventOverflow) {
-				return fmt.Errorf("watch the configuration: %w", err)
-			}
 		}
-	}
+		return nil
+	})
 }
