@@ -338,7 +338,10 @@ func (c *conn) addBridge(o segment.AddBridge) error {
 // addVXLAN makes the VXLAN from where its underlay and its UDP socket stay, the node's own netns, directly into the LAN's.
 func addVXLAN(host, lan *conn, o segment.AddVXLAN) error {
 	a := netlink.NewLinkAttrs()
-	a.Name, a.MTU, a.Namespace = o.Name, o.MTU, netlink.NsFd(int(lan.ns))
+	a.Name, a.MTU = o.Name, o.MTU
+	if lan != host {
+		a.Namespace = netlink.NsFd(int(lan.ns))
+	}
 	v := &netlink.Vxlan{
 		LinkAttrs: a, VxlanId: int(o.VNI), Port: int(o.Port), Group: o.Group.AsSlice(), SrcAddr: o.Local.AsSlice(),
 		VtepDevIndex: o.UnderlayIndex, Learning: !o.NoLearning, TTL: ttl(o.VXLAN),

@@ -17,14 +17,15 @@ import (
 // Own is the network namespace that the program itself is in: a pod's.
 type Own struct{ conn *conn }
 
-// OpenOwn connects to it.
+// OpenOwn connects to it. Nothing of Own enters a namespace: that needs CAP_SYS_ADMIN, and who has CAP_NET_ADMIN alone shall be able to use it.
 func OpenOwn() (*Own, error) {
-	ns, err := netns.Get()
+	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
 	if err != nil {
-		return nil, fmt.Errorf("open the pod's network namespace: %w", err)
+		return nil, fmt.Errorf("open a netlink socket: %w", err)
 	}
-	c, err := dial(ns)
-	if err != nil {
+	c := &conn{Handle: h, ns: netns.None()}
+	if err := c.openSocket(); err != nil {
+		c.close()
 		return nil, err
 	}
 	return &Own{c}, nil
@@ -74,17 +75,25 @@ func (o *Own) Apply(ctx context.Context, ops []segment.Op) error {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		var err error
-		if add, ok := op.(segment.AddVXLAN); ok {
-			err = addVXLAN(o.conn, o.conn, add)
-		} else {
-			err = o.conn.apply(op)
-		}
-		if err != nil {
+		if err := o.apply(op); err != nil {
 			return fmt.Errorf("%s: %w", op, err)
 		}
 	}
 	return nil
+}
+
+func (o *Own) apply(op segment.Op) error {
+	switch op := op.(type) {
+	case segment.AddVXLAN:
+		return addVXLAN(o.conn, o.conn, op)
+	case segment.AddAddress:
+		if op.Address.Addr().Is6() {
+			if err := allowIPv6(op.Name); err != nil {
+				return err
+			}
+		}
+	}
+	return o.conn.apply(op)
 }
 
 // Remove deletes a VXLAN of that name; one that is not there is no error, and what is no VXLAN stays.
@@ -166,11 +175,11 @@ func (o *Own) Carrier(address netip.Addr) (name string, mtu int, err error) {
 // Watch calls poke whenever a link, an address or a remote of the namespace may have changed, until ctx ends, and once at the start, when
 // nothing can be missed any more.
 func (o *Own) Watch(ctx context.Context, poke func()) error {
-	links, err := subscribe(o.conn.ns, false, nil, unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR)
+	links, err := subscribe(false, nil, unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR)
 	if err != nil {
 		return fmt.Errorf("watch the pod's links: %w", err)
 	}
-	remotes, err := subscribe(o.conn.ns, false, ofRemotes, unix.RTNLGRP_NEIGH)
+	remotes, err := subscribe(false, ofRemotes, unix.RTNLGRP_NEIGH)
 	if err != nil {
 		links.Close()
 		return fmt.Errorf("watch the remotes: %w", err)
@@ -190,11 +199,6 @@ func (o *Own) Watch(ctx context.Context, poke func()) error {
 
 // addAddress gives a link an address; one that it has is no error.
 func (c *conn) addAddress(l netlink.Link, a netip.Prefix) error {
-	if a.Addr().Is6() {
-		if err := do(c.ns, func() error { return allowIPv6(l.Attrs().Name) }); err != nil {
-			return err
-		}
-	}
 	if err := c.AddrAdd(l, &netlink.Addr{IPNet: ipNet(a)}); err != nil && !errors.Is(err, unix.EEXIST) {
 		return err
 	}

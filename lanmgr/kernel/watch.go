@@ -13,7 +13,6 @@ import (
 
 	"github.com/fsnotify/fsnotify"
 	"github.com/vishvananda/netlink/nl"
-	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 )
 
@@ -142,22 +141,22 @@ var ofRemotes = []unix.SockFilter{
 }
 
 // subscribe opens a route socket in the node's own netns; it hears what the filter passes, if there is one.
-func (n *Node) subscribe(all bool, filter []unix.SockFilter, groups ...int) (*os.File, error) {
+func (n *Node) subscribe(all bool, filter []unix.SockFilter, groups ...int) (f *os.File, err error) {
 	host, err := n.host()
 	if err != nil {
 		return nil, err
 	}
 	defer host.Close()
-	return subscribe(host, all, filter, groups...)
-}
-
-// subscribe opens such a socket in any namespace.
-func subscribe(ns netns.NsHandle, all bool, filter []unix.SockFilter, groups ...int) (*os.File, error) {
-	var fd int
-	err := do(ns, func() (err error) {
-		fd, err = unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_ROUTE)
+	err = do(host, func() (err error) {
+		f, err = subscribe(all, filter, groups...)
 		return err
 	})
+	return f, err
+}
+
+// subscribe opens such a socket in the thread's own namespace.
+func subscribe(all bool, filter []unix.SockFilter, groups ...int) (*os.File, error) {
+	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_ROUTE)
 	if err != nil {
 		return nil, err
 	}
