@@ -27,7 +27,9 @@ func follow(ctx context.Context, api *rest.Config, services []Service, readyOnly
 		return err
 	}
 	mapper := meta.NewDefaultRESTMapper(nil) // one kind of object is not worth a question what the API server has
-	mapper.Add(discoveryv1.SchemeGroupVersion.WithKind("EndpointSlice"), meta.RESTScopeNamespace)
+	for _, kind := range []string{"EndpointSlice", "EndpointSliceList"} { // the cache asks for lists, too
+		mapper.Add(discoveryv1.SchemeGroupVersion.WithKind(kind), meta.RESTScopeNamespace)
+	}
 	namespaces, err := selectors(services)
 	if err != nil {
 		return err
