@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -11,8 +10,6 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
-	"strconv"
-	"strings"
 	"time"
 
 	"github.com/fsnotify/fsnotify"
@@ -59,15 +56,15 @@ func (f *evpnFlags) evpn(nodeName string) (*fabric.Config, error) {
 		}
 		return nil, nil
 	}
-	e := &fabric.Config{AS: f.as, RouterID: routerID(f.routerID, nodeName)}
+	e := &fabric.Config{AS: f.as, RouterID: bgp.RouterID(f.routerID, nodeName)}
 	if f.reflectorsPasswordFile != "" {
 		var err error
-		if e.ReflectorPassword, err = readPassword(f.reflectorsPasswordFile); err != nil {
+		if e.ReflectorPassword, err = bgp.ReadPassword(f.reflectorsPasswordFile); err != nil {
 			return nil, err
 		}
 	}
 	for _, text := range f.peers {
-		p, err := parsePeer(text, f.as)
+		p, err := bgp.ParsePeer(text, f.as)
 		if err != nil {
 			return nil, usageError{fmt.Errorf("--evpn-peer %s: %w", text, err)}
 		}
@@ -76,83 +73,12 @@ func (f *evpnFlags) evpn(nodeName string) (*fabric.Config, error) {
 	return e, nil
 }
 
-// routerID is the address, or one made from the name where it is none of IPv4.
-func routerID(address, name string) netip.Addr {
-	if a, err := netip.ParseAddr(address); err == nil && a.Unmap().Is4() {
-		return a.Unmap()
-	}
-	sum := sha256.Sum256([]byte(name))
-	sum[0] |= 1 // 0.0.0.0 is no router ID
-	return netip.AddrFrom4([4]byte(sum[:4]))
-}
-
-func parsePeer(text string, as uint32) (bgp.Peer, error) {
-	p := bgp.Peer{AS: as}
-	for field := range strings.SplitSeq(text, ",") {
-		key, value, _ := strings.Cut(field, "=")
-		var err error
-		var number uint64
-		switch key {
-		case "address":
-			p.Address, err = netip.ParseAddr(value)
-		case "port":
-			number, err = strconv.ParseUint(value, 10, 16)
-			p.Port = uint16(number)
-		case "as":
-			number, err = strconv.ParseUint(value, 10, 32)
-			p.AS = uint32(number)
-		case "hold-time":
-			if p.HoldTime, err = time.ParseDuration(value); err == nil && p.HoldTime < 3*time.Second {
-				err = errors.New("hold-time is 3s at least")
-			}
-		case "multihop":
-			number, err = strconv.ParseUint(value, 10, 8)
-			p.Multihop = uint8(number)
-		case "password-file":
-			p.Password, err = readPassword(value)
-		case "ipv6-vteps":
-			p.IPv6VTEPs = true
-		default:
-			err = fmt.Errorf("%q is none of address, port, as, hold-time, multihop, password-file and ipv6-vteps", key)
-		}
-		if err != nil {
-			return p, err
-		}
-	}
-	if !p.Address.IsValid() {
-		return p, errors.New("address= is missing")
-	}
-	return p, nil
-}
-
-// maxPassword is how long a password of TCP MD5 may be (TCP_MD5SIG_MAXKEYLEN in linux/tcp.h).
-const maxPassword = 80
-
-func readPassword(file string) (string, error) {
-	b, err := os.ReadFile(file)
-	if err != nil {
-		return "", fmt.Errorf("read the password: %w", err)
-	}
-	password := strings.TrimSpace(string(b))
-	if password == "" || len(password) > maxPassword {
-		return "", fmt.Errorf("the password in %s has %d characters, and may have 1 to %d", file, len(password), maxPassword)
-	}
-	return password, nil
-}
-
 // passwordFiles are those that the flags name.
 func (f *evpnFlags) passwordFiles() (files []string) {
 	if f.reflectorsPasswordFile != "" {
 		files = append(files, f.reflectorsPasswordFile)
 	}
-	for _, text := range f.peers {
-		for field := range strings.SplitSeq(text, ",") {
-			if file, ok := strings.CutPrefix(field, "password-file="); ok {
-				files = append(files, file)
-			}
-		}
-	}
-	return files
+	return append(files, bgp.PasswordFiles(f.peers)...)
 }
 
 // followPasswords has the fabric speak with other passwords when files have them, until ctx ends.
@@ -264,17 +190,17 @@ func (f *reflectorFlags) runReflector(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("ask for the host's name: %w", err)
 	}
-	r := bgp.Reflector{AS: f.as, RouterID: routerID(f.routerID, name), Listen: at, From: prefixes(f.from), HoldTime: f.holdTime, Log: log, Listens: reflectorMetrics}
+	r := bgp.Reflector{AS: f.as, RouterID: bgp.RouterID(f.routerID, name), Listen: at, From: prefixes(f.from), HoldTime: f.holdTime, Log: log, Listens: reflectorMetrics}
 	tasks, ctx := errgroup.WithContext(ctx)
 	if f.passwordFile != "" {
-		if r.Password, err = readPassword(f.passwordFile); err != nil {
+		if r.Password, err = bgp.ReadPassword(f.passwordFile); err != nil {
 			return err
 		}
 		passwords, last := make(chan string), r.Password
 		r.Passwords = passwords
 		tasks.Go(func() error {
 			followFiles(ctx, []string{f.passwordFile}, log, func() error {
-				next, err := readPassword(f.passwordFile)
+				next, err := bgp.ReadPassword(f.passwordFile)
 				if err != nil || next == last {
 					return err
 				}

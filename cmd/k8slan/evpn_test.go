@@ -3,45 +3,12 @@ package main
 import (
 	"context"
 	"log/slog"
-	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
-
-	"github.com/k8slan/k8slan/lanmgr/bgp"
 )
-
-func TestPeersAreRead(t *testing.T) {
-	secret := filepath.Join(t.TempDir(), "password")
-	if err := os.WriteFile(secret, []byte("secret\n"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	for text, want := range map[string]bgp.Peer{
-		"address=192.0.2.1": {Address: netip.MustParseAddr("192.0.2.1"), AS: 65000},
-		"address=2001:db8::1,port=1790,as=4200000000,hold-time=30s,multihop=2,ipv6-vteps,password-file=" + secret: {
-			Address: netip.MustParseAddr("2001:db8::1"), Port: 1790, AS: 4200000000, HoldTime: 30 * time.Second, Multihop: 2, IPv6VTEPs: true, Password: "secret",
-		},
-	} {
-		if got, err := parsePeer(text, 65000); err != nil || got != want {
-			t.Errorf("%s: %+v, %v", text, got, err)
-		}
-	}
-	for text, want := range map[string]string{
-		"":                                 "none of",
-		"port=179":                         "address= is missing",
-		"address=tor1":                     "tor1",
-		"address=192.0.2.1,port=70000":     "70000",
-		"address=192.0.2.1,hold-time=1s":   "3s at least",
-		"address=192.0.2.1,asn=65000":      "asn",
-		"address=192.0.2.1,password-file=": "read the password",
-	} {
-		if got, err := parsePeer(text, 65000); err == nil || !strings.Contains(err.Error(), want) {
-			t.Errorf("%q is read as %+v, %v", text, got, err)
-		}
-	}
-}
 
 // A Secret's volume changes as kubelet changes it: the new password is there without a restart, and one that cannot be changes nothing.
 func TestAPasswordThatChangesIsReadAgain(t *testing.T) {
@@ -108,15 +75,5 @@ func try(t *testing.T, err error) {
 	t.Helper()
 	if err != nil {
 		t.Fatal(err)
-	}
-}
-
-func TestRouterIDsDiffer(t *testing.T) {
-	if got := routerID("192.0.2.1", "worker1"); got != netip.MustParseAddr("192.0.2.1") {
-		t.Errorf("by its address: %s", got)
-	}
-	one, two := routerID("2001:db8::1", "worker1"), routerID("", "worker2")
-	if !one.Is4() || one.IsUnspecified() || one == two {
-		t.Errorf("by their names: %s and %s", one, two)
 	}
 }

@@ -1,0 +1,50 @@
+package bgp
+
+import (
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+func TestPeersAreRead(t *testing.T) {
+	secret := filepath.Join(t.TempDir(), "password")
+	if err := os.WriteFile(secret, []byte("secret\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for text, want := range map[string]Peer{
+		"address=192.0.2.1": {Address: netip.MustParseAddr("192.0.2.1"), AS: 65000},
+		"address=2001:db8::1,port=1790,as=4200000000,hold-time=30s,multihop=2,ipv6-vteps,password-file=" + secret: {
+			Address: netip.MustParseAddr("2001:db8::1"), Port: 1790, AS: 4200000000, HoldTime: 30 * time.Second, Multihop: 2, IPv6VTEPs: true, Password: "secret",
+		},
+	} {
+		if got, err := ParsePeer(text, 65000); err != nil || got != want {
+			t.Errorf("%s: %+v, %v", text, got, err)
+		}
+	}
+	for text, want := range map[string]string{
+		"":                                 "none of",
+		"port=179":                         "address= is missing",
+		"address=tor1":                     "tor1",
+		"address=192.0.2.1,port=70000":     "70000",
+		"address=192.0.2.1,hold-time=1s":   "3s at least",
+		"address=192.0.2.1,asn=65000":      "asn",
+		"address=192.0.2.1,password-file=": "read the password",
+	} {
+		if got, err := ParsePeer(text, 65000); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%q is read as %+v, %v", text, got, err)
+		}
+	}
+}
+
+func TestRouterIDsDiffer(t *testing.T) {
+	if got := RouterID("192.0.2.1", "worker1"); got != netip.MustParseAddr("192.0.2.1") {
+		t.Errorf("by its address: %s", got)
+	}
+	one, two := RouterID("2001:db8::1", "worker1"), RouterID("", "worker2")
+	if !one.Is4() || one.IsUnspecified() || one == two {
+		t.Errorf("by their names: %s and %s", one, two)
+	}
+}
