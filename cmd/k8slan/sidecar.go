@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -139,7 +140,7 @@ func (f *configFile) read() (c sidecar.Config, err error) {
 		sources.Namespace = string(bytes.TrimSpace(b))
 	}
 	if c, err = sidecar.Read(sources); err != nil {
-		return c, fmt.Errorf("configuration %s: %w", f.found, err)
+		return c, fmt.Errorf("configuration (%s): %w", cmp.Or(f.found, "environment"), err)
 	}
 	return c, nil
 }
@@ -150,7 +151,7 @@ func (f *configFile) follow(ctx context.Context, log *slog.Logger, config sideca
 		_, err := os.Stat(filepath.Dir(path))
 		return err != nil
 	})
-	followFiles(ctx, files, log, func() error {
+	followFiles(ctx, append(files, config.PasswordFiles()...), log, func() error {
 		next, err := f.read()
 		if err != nil || reflect.DeepEqual(next, config) {
 			return err

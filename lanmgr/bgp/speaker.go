@@ -87,7 +87,9 @@ type Config struct {
 	RouterID netip.Addr // an IPv4 address, nobody else's
 	// Hear is told what others tell, by one goroutine at a time, and is not called any more once Run has returned.
 	Hear func(Heard)
-	Log  *slog.Logger
+	// Leaves says that who ends does not come back: the others forget its routes at once.
+	Leaves bool
+	Log    *slog.Logger
 }
 
 // Heard is what has changed.
@@ -124,7 +126,7 @@ func NewSpeaker(c Config) *Speaker {
 	}
 }
 
-// Run speaks until ctx ends. Then it goes without a word, so that the others keep the node's routes for NodeRestart.
+// Run speaks until ctx ends. Then it goes without a word, so that the others keep the node's routes for NodeRestart; who Leaves says so.
 func (s *Speaker) Run(ctx context.Context) error {
 	srv := newServer(s.Log)
 	served := make(chan struct{})
@@ -151,7 +153,7 @@ func (s *Speaker) Run(ctx context.Context) error {
 	s.mu.Unlock()
 	s.hearing.Unlock()
 	// The watch has ended with ctx, before the server withdraws what it has heard.
-	err := srv.StopBgp(context.WithoutCancel(ctx), &api.StopBgpRequest{AllowGracefulRestart: true})
+	err := srv.StopBgp(context.WithoutCancel(ctx), &api.StopBgpRequest{AllowGracefulRestart: !s.Leaves})
 	<-served
 	return err
 }

@@ -34,6 +34,7 @@ type Config struct {
 	// ReflectorPassword is that of the sessions with those; empty: none.
 	ReflectorPassword string
 	Stations          Stations
+	Leaves            bool // its end is no restart: the others forget its routes at once
 	Log               *slog.Logger
 }
 
@@ -78,7 +79,7 @@ func New(c Config) *Fabric {
 	}
 	f.timer = time.AfterFunc(farewell, func() { f.after(func(time.Time) {}) })
 	f.timer.Stop()
-	f.speaker = bgp.NewSpeaker(bgp.Config{AS: c.AS, RouterID: c.RouterID, Hear: f.hear, Log: c.Log})
+	f.speaker = bgp.NewSpeaker(bgp.Config{AS: c.AS, RouterID: c.RouterID, Hear: f.hear, Leaves: c.Leaves, Log: c.Log})
 	return f
 }
 

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"math"
 	"net"
 	"net/netip"
 	"slices"
@@ -19,6 +20,7 @@ import (
 	"k8s.io/apimachinery/pkg/util/validation"
 	"sigs.k8s.io/yaml"
 
+	"github.com/k8slan/k8slan/lanmgr/bgp"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
@@ -34,8 +36,31 @@ type Config struct {
 	Peers       []netip.Addr `json:"peers,omitempty"` // besides the Services' endpoints
 	ReadyOnly   bool         `json:"ready_only"`
 	StrictPeers bool         `json:"strict_peers"`
+	Discovery   Discovery    `json:"discovery"`
+	EVPN        EVPN         `json:"evpn,omitzero"`
 	VXLAN       VXLAN        `json:"vxlan"`
 	Hooks       Hooks        `json:"hooks"`
+}
+
+// Discovery is how pods know of each other.
+type Discovery string
+
+// The kinds of discovery.
+const (
+	UnicastDiscovery Discovery = "unicast" // by Services
+	EVPNDiscovery    Discovery = "evpn"    // by BGP as well
+)
+
+// EVPN is as whom and with whom to speak BGP.
+type EVPN struct {
+	AS                     uint32     `json:"as,omitempty"`
+	RouterID               netip.Addr `json:"router_id,omitzero"` // IPv4
+	Peers                  []string   `json:"peers,omitempty"`    // as bgp.ParsePeer reads them
+	Reflectors             *Service   `json:"reflectors,omitempty"`
+	ReflectorsPasswordFile string     `json:"reflectors_password_file,omitempty"`
+
+	peers             []bgp.Peer // with their passwords, which nobody is told
+	reflectorPassword string
 }
 
 // VXLAN is the pod's interface.
@@ -93,6 +118,7 @@ type Sources struct {
 
 const (
 	envPrefix = "KL_"
+	peersKey  = "evpn.peers"
 
 	defaultTimeout = 30 * time.Second
 )
@@ -101,7 +127,7 @@ const (
 // environment variable counts as none.
 func Read(s Sources) (Config, error) {
 	c := Config{
-		LogLevel: "INFO", HTTPAddress: ":8181", Namespace: s.Namespace, Pod: s.Hostname,
+		LogLevel: "INFO", HTTPAddress: ":8181", Namespace: s.Namespace, Pod: s.Hostname, Discovery: UnicastDiscovery,
 		VXLAN: VXLAN{Interface: "kubelan", VNI: 6969, Port: 4789, MTU: -1},
 		Hooks: Hooks{Timeout: Duration(defaultTimeout)},
 	}
@@ -209,6 +235,48 @@ var keys = []key{
 	}},
 	{"ready_only", false, boolKey(func(c *Config) *bool { return &c.ReadyOnly })},
 	{"strict_peers", false, boolKey(func(c *Config) *bool { return &c.StrictPeers })},
+	{"discovery", false, func(c *Config, v []string) error {
+		c.Discovery = Discovery(v[0])
+		if c.Discovery != UnicastDiscovery && c.Discovery != EVPNDiscovery {
+			return fmt.Errorf("%q is neither %s nor %s", v[0], UnicastDiscovery, EVPNDiscovery)
+		}
+		return nil
+	}},
+	{"evpn.as", false, func(c *Config, v []string) error {
+		n, err := strconv.ParseUint(v[0], 10, 32)
+		c.EVPN.AS = uint32(n)
+		if err != nil || n == 0 {
+			return fmt.Errorf("%q is no number from 1 to %d", v[0], uint32(math.MaxUint32))
+		}
+		return nil
+	}},
+	{"evpn.router_id", false, func(c *Config, v []string) (err error) {
+		if c.EVPN.RouterID, err = netip.ParseAddr(v[0]); err != nil || !c.EVPN.RouterID.Is4() || c.EVPN.RouterID.IsUnspecified() {
+			return fmt.Errorf("%q is no IPv4 address", v[0])
+		}
+		return nil
+	}},
+	{peersKey, true, func(c *Config, v []string) error {
+		c.EVPN.Peers = v
+		for _, text := range v {
+			p, err := bgp.ParsePeer(text, c.EVPN.AS)
+			if err != nil {
+				return fmt.Errorf("%q: %w", text, err)
+			}
+			c.EVPN.peers = append(c.EVPN.peers, p)
+		}
+		return nil
+	}},
+	{"evpn.reflectors", false, func(c *Config, v []string) error {
+		s, err := service(c.Namespace, v[0])
+		c.EVPN.Reflectors = &s
+		return err
+	}},
+	{"evpn.reflectors_password_file", false, func(c *Config, v []string) (err error) {
+		c.EVPN.ReflectorsPasswordFile = v[0]
+		c.EVPN.reflectorPassword, err = bgp.ReadPassword(v[0])
+		return err
+	}},
 	{"vxlan.interface", false, func(c *Config, v []string) error {
 		c.VXLAN.Interface = v[0]
 		if name := v[0]; len(name) > 15 || name == "." || name == ".." || name == "lo" || strings.ContainsAny(name, "/: \t\n%") {
@@ -314,24 +382,32 @@ func checkLabel(text string) error {
 	return nil
 }
 
-// setServices reads namespace/name, or name alone.
 func setServices(c *Config, v []string) error {
 	for _, text := range v {
-		s := Service{Namespace: c.Namespace, Name: text}
-		if namespace, name, ok := strings.Cut(text, "/"); ok {
-			s = Service{namespace, name}
-		}
-		if s.Namespace == "" {
-			return fmt.Errorf("%q has no namespace: write namespace/%s, or set namespace", text, text)
-		}
-		if err := errors.Join(checkLabel(s.Namespace), checkLabel(s.Name)); err != nil {
-			return fmt.Errorf("%q is neither a Service's name nor namespace/name", text)
+		s, err := service(c.Namespace, text)
+		if err != nil {
+			return err
 		}
 		if !slices.Contains(c.Services, s) {
 			c.Services = append(c.Services, s)
 		}
 	}
 	return nil
+}
+
+// service reads namespace/name, or name alone.
+func service(namespace, text string) (Service, error) {
+	s := Service{Namespace: namespace, Name: text}
+	if namespace, name, ok := strings.Cut(text, "/"); ok {
+		s = Service{namespace, name}
+	}
+	if s.Namespace == "" {
+		return s, fmt.Errorf("%q has no namespace: write namespace/%s, or set namespace", text, text)
+	}
+	if err := errors.Join(checkLabel(s.Namespace), checkLabel(s.Name)); err != nil {
+		return s, fmt.Errorf("%q is neither a Service's name nor namespace/name", text)
+	}
+	return s, nil
 }
 
 func setAddresses(c *Config, v []string) error {
@@ -357,10 +433,44 @@ func (c *Config) check() error {
 	if c.IPFamily != "" && len(c.IP) > 0 && !slices.ContainsFunc(c.IP, c.isOfFamily) {
 		return fmt.Errorf("ip_family: the pod has no %s address among %v", c.IPFamily, c.IP)
 	}
+	if c.Discovery == EVPNDiscovery {
+		return c.EVPN.check()
+	}
 	if len(c.Services) == 0 && len(c.Peers) == 0 {
 		return errors.New("services: there are none, nor peers: nobody is in the LAN")
 	}
 	return nil
+}
+
+func (e *EVPN) check() error {
+	switch {
+	case e.AS == 0:
+		return errors.New("evpn.as: the number of the autonomous system is missing, which discovery evpn needs")
+	case len(e.Peers) == 0 && e.Reflectors == nil:
+		return errors.New("evpn.peers: there are none, nor evpn.reflectors: there is nobody to speak with")
+	}
+	return nil
+}
+
+// PasswordFiles are those whose contents the configuration has.
+func (c *Config) PasswordFiles() []string {
+	files := bgp.PasswordFiles(c.EVPN.Peers)
+	if c.EVPN.ReflectorsPasswordFile != "" {
+		files = append(files, c.EVPN.ReflectorsPasswordFile)
+	}
+	return files
+}
+
+// routerID is as configured, or the pod's IPv4 address, or one made from its name.
+func (c *Config) routerID() netip.Addr {
+	if c.EVPN.RouterID.IsValid() {
+		return c.EVPN.RouterID
+	}
+	address := ""
+	if i := slices.IndexFunc(c.IP, netip.Addr.Is4); i >= 0 {
+		address = c.IP[i].String()
+	}
+	return bgp.RouterID(address, c.Namespace+"/"+c.Pod)
 }
 
 func (c *Config) isOfFamily(a netip.Addr) bool {
@@ -454,7 +564,8 @@ func flatten(values map[string][]string, prefix string, tree map[string]any) err
 	return nil
 }
 
-// textValues are the values of an environment variable: of a list, with commas between, or written as in YAML.
+// textValues are the values of an environment variable: of a list, with commas between, of routers, which have commas in them, with spaces, or written
+// as in YAML.
 func textValues(k key, text string) ([]string, error) {
 	if !k.list {
 		return []string{text}, nil
@@ -462,6 +573,9 @@ func textValues(k key, text string) ([]string, error) {
 	if strings.HasPrefix(text, "[") {
 		values, err := fileValues([]byte(k.name + ": " + text))
 		return values[k.name], err
+	}
+	if k.name == peersKey {
+		return strings.Fields(text), nil
 	}
 	var values []string
 	for v := range strings.SplitSeq(text, ",") {

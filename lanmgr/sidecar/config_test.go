@@ -1,8 +1,12 @@
 package sidecar
 
 import (
+	"encoding/json"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -31,7 +35,7 @@ hooks:
 		Flags: map[string]string{"log_level": "warning"}, Hostname: "web-2",
 	})
 	want := Config{
-		LogLevel: "WARNING", HTTPAddress: ":9999", IP: []netip.Addr{netip.MustParseAddr("10.244.1.7")}, Namespace: "default", Pod: "web-2",
+		LogLevel: "WARNING", HTTPAddress: ":9999", IP: []netip.Addr{netip.MustParseAddr("10.244.1.7")}, Namespace: "default", Pod: "web-2", Discovery: UnicastDiscovery,
 		Services: []Service{{"kube-system", "some-svc"}, {"default", "some-default-ns-svc"}},
 		VXLAN:    VXLAN{Interface: "my-lan", VNI: 16777215, Port: 4790, MTU: 1450},
 		Hooks:    Hooks{Up: []string{"sh", "-c", `echo "Hello, from up hook!"`}, Change: []string{"notify"}, Timeout: Duration(30 * time.Second)},
@@ -52,7 +56,7 @@ func TestConfigOfTheEnvironmentAlone(t *testing.T) {
 	}
 	want := Config{
 		LogLevel: "INFO", HTTPAddress: ":8181", IP: []netip.Addr{netip.MustParseAddr("10.0.0.1"), netip.MustParseAddr("fd00::1")}, IPFamily: "ipv6",
-		Namespace: "mine", Pod: "web-31", Services: []Service{{"mine", "web"}, {"other", "db"}}, Peers: []netip.Addr{netip.MustParseAddr("10.1.0.9")},
+		Namespace: "mine", Pod: "web-31", Discovery: UnicastDiscovery, Services: []Service{{"mine", "web"}, {"other", "db"}}, Peers: []netip.Addr{netip.MustParseAddr("10.1.0.9")},
 		ReadyOnly: true, StrictPeers: true,
 		VXLAN: VXLAN{
 			Interface: "kubelan", VNI: 6969, Port: 4789, MTU: -1, MAC: "02:00:00:00:01:e7",
@@ -62,6 +66,39 @@ func TestConfigOfTheEnvironmentAlone(t *testing.T) {
 	}
 	if !reflect.DeepEqual(c, want) {
 		t.Errorf("%+v, want\n%+v", c, want)
+	}
+}
+
+func TestConfigOfEVPN(t *testing.T) {
+	secret := filepath.Join(t.TempDir(), "password")
+	if err := os.WriteFile(secret, []byte("secret\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	file := "discovery: evpn\nevpn:\n  as: 4200000000\n  peers: ['address=192.0.2.254,password-file=" + secret + "']\n  reflectors: k8slan-system/k8slan-reflector\n"
+	env := map[string]string{"KL_IP": "2001:db8::1,192.0.2.1", "KL_NAMESPACE": "default"}
+	c, err := Read(Sources{File: []byte(file), Env: env, Hostname: "web-2"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	reflectors := Service{"k8slan-system", "k8slan-reflector"}
+	if c.EVPN.AS != 4200000000 || c.EVPN.Reflectors == nil || *c.EVPN.Reflectors != reflectors || c.routerID() != netip.MustParseAddr("192.0.2.1") {
+		t.Errorf("%+v by %s", c.EVPN, c.routerID())
+	}
+	if len(c.EVPN.peers) != 1 || c.EVPN.peers[0].AS != 4200000000 || c.EVPN.peers[0].Password != "secret" || !slices.Equal(c.PasswordFiles(), []string{secret}) {
+		t.Errorf("peers are %+v, files %v", c.EVPN.peers, c.PasswordFiles())
+	}
+	if text, err := json.Marshal(c); err != nil || strings.Contains(string(text), `"secret`) {
+		t.Errorf("everybody is told %s, %v", text, err)
+	}
+	if asked := c.asked(); !slices.Equal(asked, []Service{reflectors}) {
+		t.Errorf("asks for %v", asked)
+	}
+	env["KL_EVPN_PEERS"], env["KL_EVPN_ROUTER_ID"] = "address=192.0.2.7,port=1790 address=2001:db8::9,ipv6-vteps", "10.0.0.9"
+	if c, err = Read(Sources{File: []byte(file), Env: env, Hostname: "web-2"}); err != nil {
+		t.Fatal(err)
+	}
+	if len(c.EVPN.peers) != 2 || c.EVPN.peers[0].Port != 1790 || !c.EVPN.peers[1].IPv6VTEPs || c.routerID() != netip.MustParseAddr("10.0.0.9") {
+		t.Errorf("peers are %+v by %s", c.EVPN.peers, c.routerID())
 	}
 }
 
@@ -91,11 +128,19 @@ func TestWhatIsNoConfig(t *testing.T) {
 		"services: [web]":                                                `services: "web" has no namespace`,
 		"services: [A/b/c]":                                              "services: ",
 		"services: [{name: web}]":                                        "services: has something else than values",
-		"services: []":                                                   "services: there are none, nor peers",
-		"":                                                               "services: there are none, nor peers",
-		"- services":                                                     "is no list of keys and values",
-		"services: [a/b]\nservices: [a/c]":                               "is no YAML",
-		"services: [a/b":                                                 "is no YAML",
+		"services: [a/b]\ndiscovery: multicast":                          `discovery: "multicast" is neither unicast nor evpn`,
+		"discovery: evpn\nevpn: {peers: [address=192.0.2.1]}":            "evpn.as: ",
+		"discovery: evpn\nevpn: {as: 0}":                                 "evpn.as: ",
+		"discovery: evpn\nevpn: {as: 65000}":                             "evpn.peers: there are none",
+		"discovery: evpn\nevpn: {as: 65000, peers: [port=179]}":          "evpn.peers: \"port=179\": address= is missing",
+		"discovery: evpn\nevpn: {as: 65000, reflectors: a/b/c}":          "evpn.reflectors: ",
+		"discovery: evpn\nevpn: {as: 65000, router_id: '2001:db8::1'}":   "evpn.router_id: ",
+		"discovery: evpn\nevpn: {reflectors_password_file: /no/such}":    "evpn.reflectors_password_file: ",
+		"services: []":                     "services: there are none, nor peers",
+		"":                                 "services: there are none, nor peers",
+		"- services":                       "is no list of keys and values",
+		"services: [a/b]\nservices: [a/c]": "is no YAML",
+		"services: [a/b":                   "is no YAML",
 	} {
 		_, err := Read(Sources{File: []byte(file), Hostname: "web"})
 		if err == nil || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), "\n") {

@@ -17,7 +17,7 @@ func join(services []Service, parts []discoveryv1.EndpointSlice, readyOnly bool)
 		all[s] = []netip.Addr{}
 	}
 	for _, part := range parts {
-		s := Service{part.Namespace, part.Labels[discoveryv1.LabelServiceName]}
+		s := serviceOf(part)
 		if _, ok := all[s]; !ok {
 			continue
 		}
@@ -36,6 +36,11 @@ func join(services []Service, parts []discoveryv1.EndpointSlice, readyOnly bool)
 		all[s] = sorted(all[s])
 	}
 	return all
+}
+
+// serviceOf is the Service that a part is of.
+func serviceOf(part discoveryv1.EndpointSlice) Service {
+	return Service{part.Namespace, part.Labels[discoveryv1.LabelServiceName]}
 }
 
 func sorted(all []netip.Addr) []netip.Addr {

@@ -51,10 +51,14 @@ func (s *Sidecar) Health() error {
 		return s.unbuilt
 	case !s.stands:
 		return errors.New("the interface is not there yet")
-	case s.all != nil || s.remotes > 0:
+	case s.remotes > 0:
 		return nil
-	case s.unheard != nil:
+	case s.unheard != nil && (s.all == nil || s.joined != nil):
 		return s.unheard
+	case s.all == nil:
+		return errors.New("the Services' endpoints are not known yet")
+	case s.joined != nil:
+		return unspoken(s.joined.Sessions())
 	}
-	return errors.New("the Services' endpoints are not known yet")
+	return nil
 }

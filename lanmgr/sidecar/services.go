@@ -4,8 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
+	"net"
+	"net/http"
 	"slices"
+	"sync/atomic"
 
 	discoveryv1 "k8s.io/api/discovery/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -19,15 +21,16 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 )
 
-// follow tells the endpoints of Services: once when all are known, and then at each change, until ctx ends. It asks for the EndpointSlices
+// follow tells the EndpointSlices of Services: once when all are known, and then at each change, until ctx ends. It asks for those
 // of these Services in their namespaces alone. fail is told why they are not to be had, and nil when they are again.
-func follow(ctx context.Context, api *rest.Config, services []Service, readyOnly bool, tell func(endpoints), fail func(error)) error {
+func follow(ctx context.Context, api *rest.Config, services []Service, tell func([]discoveryv1.EndpointSlice), fail func(error)) error {
 	scheme := runtime.NewScheme()
 	if err := discoveryv1.AddToScheme(scheme); err != nil {
 		return err
 	}
-	mapper := meta.NewDefaultRESTMapper(nil) // one kind of object is not worth a question what the API server has
-	for _, kind := range []string{"EndpointSlice", "EndpointSliceList"} { // the cache asks for lists, too
+	// One kind of object is not worth a question what the API server has; of it the cache wants to know its list, too.
+	mapper := meta.NewDefaultRESTMapper(nil)
+	for _, kind := range []string{"EndpointSlice", "EndpointSliceList"} {
 		mapper.Add(discoveryv1.SchemeGroupVersion.WithKind(kind), meta.RESTScopeNamespace)
 	}
 	namespaces, err := selectors(services)
@@ -35,11 +38,15 @@ func follow(ctx context.Context, api *rest.Config, services []Service, readyOnly
 		return err
 	}
 	changed := make(chan struct{}, 1)
+	var known atomic.Bool // all of them
+	api = rest.CopyConfig(api)
+	api.Wrap(func(next http.RoundTripper) http.RoundTripper { return ear{next, &known, fail} })
 	c, err := cache.New(api, cache.Options{
 		Scheme: scheme, Mapper: mapper, DefaultTransform: cache.TransformStripManagedFields(),
 		ByObject: map[client.Object]cache.ByObject{&discoveryv1.EndpointSlice{}: {Namespaces: namespaces}},
 		DefaultWatchErrorHandler: func(_ context.Context, _ *toolscache.Reflector, err error) {
-			if !errors.Is(err, io.EOF) && !apierrors.IsResourceExpired(err) && !apierrors.IsGone(err) { // the ends of every watch
+			var answer apierrors.APIStatus
+			if errors.As(err, &answer) && !apierrors.IsResourceExpired(err) && !apierrors.IsGone(err) { // those are the ends of every watch
 				fail(explain(err, services))
 			}
 		},
@@ -51,10 +58,7 @@ func follow(ctx context.Context, api *rest.Config, services []Service, readyOnly
 	if err != nil {
 		return fmt.Errorf("watch the EndpointSlices: %w", err)
 	}
-	poke := func() {
-		fail(nil)
-		signal(changed)
-	}
+	poke := func() { signal(changed) }
 	if _, err := informer.AddEventHandler(toolscache.ResourceEventHandlerFuncs{
 		AddFunc: func(any) { poke() }, UpdateFunc: func(any, any) { poke() }, DeleteFunc: func(any) { poke() },
 	}); err != nil {
@@ -70,6 +74,8 @@ func follow(ctx context.Context, api *rest.Config, services []Service, readyOnly
 	if !c.WaitForCacheSync(ctx) {
 		return nil
 	}
+	known.Store(true)
+	fail(nil)
 	poke()
 	for {
 		select {
@@ -80,9 +86,35 @@ func follow(ctx context.Context, api *rest.Config, services []Service, readyOnly
 			if err := c.List(ctx, &parts); err != nil {
 				return fmt.Errorf("list the EndpointSlices: %w", err)
 			}
-			tell(join(services, parts.Items, readyOnly))
+			tell(parts.Items)
 		}
 	}
+}
+
+// ear hears how the API server answers: that it does not, the informers keep to themselves and try again.
+type ear struct {
+	http.RoundTripper
+	known *atomic.Bool
+	fail  func(error)
+}
+
+func (e ear) RoundTrip(r *http.Request) (*http.Response, error) {
+	answer, err := e.RoundTripper.RoundTrip(r)
+	switch {
+	case err != nil && r.Context().Err() == nil:
+		e.fail(fmt.Errorf("watch the EndpointSlices, trying again: the API server at %s does not answer: %w", r.URL.Host, plain(err)))
+	case err == nil && answer.StatusCode < http.StatusMultipleChoices && e.known.Load():
+		e.fail(nil)
+	}
+	return answer, err
+}
+
+// plain is an error without the ports of a connection, which are others at each attempt.
+func plain(err error) error {
+	if e, ok := errors.AsType[*net.OpError](err); ok {
+		return e.Err
+	}
+	return err
 }
 
 // selectors are the namespaces to ask, and in each for the parts of which Services.

@@ -12,6 +12,7 @@ import (
 	"sync"
 	"time"
 
+	discoveryv1 "k8s.io/api/discovery/v1"
 	"k8s.io/client-go/rest"
 
 	"github.com/k8slan/k8slan/lanmgr/kernel"
@@ -36,6 +37,8 @@ type Sidecar struct {
 	config  Config
 	all     endpoints     // of the Services; nil: not known yet
 	want    segment.Alone // last
+	joined  *membership   // nil without discovery evpn
+	trouble string        // that it last told
 	stands  bool          // it is as it shall be
 	remotes int           // to how many it sends
 	peers   endpoints     // to whom, of the Services
@@ -71,12 +74,13 @@ func (s *Sidecar) Run(ctx context.Context, config Config, configs <-chan Config)
 	task(s.runHooks)
 	task(s.filter.Run)
 	task(s.listen)
-	server, watch := s.startServer(ctx, cancel, config), s.startWatch(ctx, cancel, config)
+	server, speaker, watch := s.startServer(ctx, cancel, config), s.startFabric(ctx, cancel, config), s.startWatch(ctx, cancel, config)
 	for {
 		select {
 		case <-ctx.Done():
 			server.end()
 			watch.end()
+			speaker.end()
 			tasks.Wait()
 			if cause := context.Cause(ctx); !errors.Is(cause, context.Canceled) {
 				err = cause
@@ -90,7 +94,16 @@ func (s *Sidecar) Run(ctx context.Context, config Config, configs <-chan Config)
 				server.end()
 				server = s.startServer(ctx, cancel, config)
 			}
-			if !slices.Equal(config.Services, old.Services) || config.ReadyOnly != old.ReadyOnly {
+			anew := config.speaks(old)
+			if anew {
+				speaker.end()
+				speaker = s.startFabric(ctx, cancel, config)
+			} else if joined := s.membership(); joined != nil {
+				if err := joined.SetPeers(ctx, config.EVPN.peers, config.EVPN.reflectorPassword); err != nil {
+					s.Log.Error("cannot speak with every router", "err", err)
+				}
+			}
+			if anew || !slices.Equal(config.asked(), old.asked()) || config.ReadyOnly != old.ReadyOnly {
 				watch.end()
 				watch = s.startWatch(ctx, cancel, config)
 			}
@@ -131,11 +144,17 @@ func (s *Sidecar) startWatch(ctx context.Context, fail context.CancelCauseFunc, 
 	return start(ctx, func(ctx context.Context) {
 		if len(c.Services) == 0 {
 			s.know(endpoints{})
+		}
+		asked := c.asked()
+		if len(asked) == 0 {
 			return
 		}
 		api, err := s.API()
 		if err == nil {
-			err = follow(ctx, api, c.Services, c.ReadyOnly, s.know, s.cannotKnow)
+			err = follow(ctx, api, asked, func(parts []discoveryv1.EndpointSlice) {
+				s.know(join(c.Services, parts, c.ReadyOnly))
+				s.setReflectors(ctx, c.EVPN.Reflectors, parts)
+			}, s.cannotKnow)
 		}
 		if err != nil {
 			fail(err)
@@ -149,6 +168,9 @@ func (s *Sidecar) set(c Config) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.config = c
+	if len(c.Services) > 0 && len(s.all) == 0 { // there were none to know
+		s.all = nil
+	}
 	signal(s.poked)
 }
 
@@ -218,32 +240,32 @@ type hookError struct{ error }
 // bring brings the interface in order once.
 func (s *Sidecar) bring(ctx context.Context) error {
 	s.mu.Lock()
-	config, all, was := s.config, s.all, s.want.VXLAN.Name
+	config, all, joined, was := s.config, s.all, s.joined, s.want.VXLAN.Name
 	s.mu.Unlock()
 	address, mtu, err := s.place(config)
 	if err != nil {
 		return err
 	}
-	var peers endpoints
+	more := endpoints{Service{}: config.Peers}
+	peers := all.peers(address, config.IP)
 	want := segment.Alone{
 		VXLAN: segment.VXLAN{Name: config.VXLAN.Interface, VNI: config.VXLAN.VNI, Port: config.VXLAN.Port, Local: address},
 		MTU:   mtu, MAC: config.mac(), Addresses: config.VXLAN.Addresses,
+		Remotes: sorted(append(peers.union(), more.peers(address, config.IP).union()...)), Partial: all == nil,
 	}
-	if all != nil {
-		more := endpoints{Service{}: config.Peers}
-		peers = all.peers(address, config.IP)
-		want.Remotes = sorted(append(peers.union(), more.peers(address, config.IP).union()...))
+	if config.Discovery == EVPNDiscovery {
+		joined.fill(&want)
 	}
-	s.guard(config, want)
 	if was != "" && was != want.VXLAN.Name {
 		if err := s.own.Remove(was); err != nil {
 			return fmt.Errorf("remove %s: %w", was, err)
 		}
 	}
 	s.note(func() { s.want = want })
+	var have segment.AloneState
 	for {
-		anew, err := s.apply(ctx, want)
-		if err != nil {
+		var anew bool
+		if have, anew, err = s.apply(ctx, config, want); err != nil {
 			return err
 		}
 		if !anew {
@@ -256,24 +278,32 @@ func (s *Sidecar) bring(ctx context.Context) error {
 		}
 		want.Prepared = true
 	}
+	if joined != nil && have.Link.Index != 0 {
+		s.attach(joined, want, have)
+	}
 	s.note(func() {
-		if s.peers = peers; peers != nil {
+		if all != nil {
+			s.peers = peers
 			signal(s.hooks)
 		}
 	})
 	return nil
 }
 
-// apply does what is to be done, and says whether there is an interface now that is not prepared.
-func (s *Sidecar) apply(ctx context.Context, want segment.Alone) (anew bool, err error) {
-	have, err := s.own.Observe(want.VXLAN.Name)
-	if err != nil {
-		return false, err
+// apply does what is to be done about what there is, and says whether there is an interface now that is not prepared.
+func (s *Sidecar) apply(ctx context.Context, config Config, want segment.Alone) (have segment.AloneState, anew bool, err error) {
+	if have, err = s.own.Observe(want.VXLAN.Name); err != nil {
+		return have, false, err
 	}
 	ops, err := segment.DiffAlone(want, have)
 	if err != nil {
-		return false, err
+		return have, false, err
 	}
+	remotes := want.Remotes
+	if want.Partial {
+		remotes = sorted(append(slices.Clone(have.Link.VXLAN.Remotes), remotes...))
+	}
+	s.guard(config, want.VXLAN, remotes)
 	anew = !want.Prepared && !have.Prepared()
 	for _, op := range ops {
 		if _, ok := op.(segment.AddVXLAN); ok && !want.Prepared {
@@ -282,17 +312,13 @@ func (s *Sidecar) apply(ctx context.Context, want segment.Alone) (anew bool, err
 		s.Log.Debug("done", "op", op.String())
 	}
 	if err := s.own.Apply(ctx, ops); err != nil {
-		return false, err
+		return have, false, err
 	}
 	if len(ops) > 0 {
 		s.Log.Info("interface changed", "interface", want.VXLAN.Name, "ops", len(ops), "peers", len(want.Remotes))
 	}
-	s.note(func() {
-		if s.remotes = len(have.Link.VXLAN.Remotes); want.Remotes != nil {
-			s.remotes = len(want.Remotes)
-		}
-	})
-	return anew, nil
+	s.note(func() { s.remotes = len(remotes) })
+	return have, anew, nil
 }
 
 func (s *Sidecar) note(what func()) {
@@ -302,7 +328,7 @@ func (s *Sidecar) note(what func()) {
 }
 
 // Overhead4 and overhead6 are what a VXLAN adds to a frame's payload, in bytes: inner Ethernet, VXLAN, UDP and IP. It is what kubelan takes
-// off, so that pods of both agree; frames with VLAN tags have so much less.
+// off, so that pods of both agree; frames with VLAN tags have so much less. With discovery evpn it is what nodes take off.
 const (
 	overhead4 = 50
 	overhead6 = 70
@@ -326,6 +352,10 @@ func (s *Sidecar) place(c Config) (address netip.Addr, mtu int, err error) {
 		return address, 0, fmt.Errorf("no interface of the pod has the address %s: set ip from status.podIP, or leave it out", address)
 	case c.VXLAN.MTU > 0:
 		return address, c.VXLAN.MTU, nil
+	case c.Discovery == EVPNDiscovery && address.Is4():
+		return address, mtu - segment.Reserve4, nil
+	case c.Discovery == EVPNDiscovery:
+		return address, mtu - segment.Reserve6, nil
 	case address.Is4():
 		return address, mtu - overhead4, nil
 	}
@@ -343,11 +373,11 @@ func (c *Config) mac() net.HardwareAddr {
 	return segment.AloneMAC(c.Namespace, c.Pod, c.VXLAN.Interface)
 }
 
-// guard says whose packets are heard.
-func (s *Sidecar) guard(c Config, want segment.Alone) {
+// guard says whose packets are heard: of those to whom the pod sends, once there are any.
+func (s *Sidecar) guard(c Config, v segment.VXLAN, remotes []netip.Addr) {
 	var lans []strangers.LAN
 	if c.StrictPeers {
-		lans = []strangers.LAN{{Name: want.VXLAN.Name, Port: want.VXLAN.Port, VNI: want.VXLAN.VNI, Members: want.Remotes}}
+		lans = []strangers.LAN{{Name: v.Name, Port: v.Port, VNI: v.VNI, Members: remotes}}
 	}
 	s.filter.Set(lans)
 }
