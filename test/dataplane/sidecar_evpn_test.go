@@ -1,0 +1,132 @@
+package dataplane
+
+import (
+	"fmt"
+	"net"
+	"net/http"
+	"net/netip"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+	discoveryv1 "k8s.io/api/discovery/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/k8slan/k8slan/lanmgr/segment"
+	"github.com/k8slan/k8slan/test/frames"
+	"github.com/k8slan/k8slan/test/netns"
+)
+
+// reflectorAddress is where pods reach the reflector, and the first of the addresses that it sees them come from.
+var (
+	reflectorAddress = netip.MustParseAddr("198.51.100.254")
+	sessionAddress   = netip.MustParseAddr("127.0.0.20")
+)
+
+// Two pods with sidecars and one that is attached to a spoke on a node with the daemon, in one LAN.
+func evpnWithANode(t *testing.T, s *sidecars) {
+	const vni = 441
+	for family, is6 := range map[string]bool{"ipv4": false, "ipv6": true} {
+		t.Run(family, func(t *testing.T) {
+			tm := s.pods(t, 2)
+			a, b := tm.pods[0], tm.pods[1]
+			reflector := startReflector(t, netip.AddrPort{})
+			port := int32(reflector.at.Port())
+			mine := settings{"KL_SERVICES": "", "KL_DISCOVERY": "evpn", "KL_EVPN_AS": "65000", "KL_VXLAN_VNI": fmt.Sprint(vni), "KL_IP_FAMILY": family}
+			if is6 { // the reflector by its address, and no API server
+				mine["KL_EVPN_PEERS"], mine["KUBECONFIG"] = fmt.Sprintf("address=%s,port=%d,ipv6-vteps", reflectorAddress, port), ""
+			} else {
+				mine["KL_EVPN_REFLECTORS"] = tm.namespace + "/reflectors"
+				try(t, tm.api.Create(t.Context(), &discoveryv1.EndpointSlice{
+					ObjectMeta:  metav1.ObjectMeta{Namespace: tm.namespace, Name: "reflectors", Labels: map[string]string{discoveryv1.LabelServiceName: "reflectors"}},
+					AddressType: discoveryv1.AddressTypeIPv4, Ports: []discoveryv1.EndpointPort{{Port: &port}}, Endpoints: ready(reflectorAddress),
+				}))
+			}
+			vtep := map[*pod]netip.Addr{a: a.ipv4, b: b.ipv4}
+			nodeIPv4, nodeIPv6 := podAddresses(9)
+			node := join(t, tm.underlay, "worker1")
+			node.address(t, netip.PrefixFrom(nodeIPv4, 24))
+			node.address(t, netip.PrefixFrom(nodeIPv6, 64))
+			local, overhead := nodeIPv4, segment.Reserve4
+			if is6 {
+				local, overhead, vtep[a], vtep[b] = nodeIPv6, segment.Reserve6, a.ipv6, b.ipv6
+			}
+			lan := lan("evpn", vni, "one")
+			lan.MTU = underlayMTU - overhead
+			lan = node.here(t, told(unicast(lan, local)))
+			node.build(t, lan)
+			daemon := node.speak(t, lan, 1, reflector.at)
+			one := node.attach(t, lan, "one", segment.Veth)
+			link, err := one.Netlink(t).LinkByName(ifname)
+			try(t, err)
+			try(t, one.Netlink(t).AddrAdd(link, &netlink.Addr{IPNet: &net.IPNet{IP: net.IPv4(192, 168, 69, 9), Mask: net.CIDRMask(24, 32)}}))
+
+			onA := tables(t, a.Namespace)
+			running := map[*pod]*sidecar{}
+			for i, p := range tm.pods {
+				lo, err := p.Netlink(t).LinkByName("lo")
+				try(t, err)
+				try(t, p.Netlink(t).AddrAdd(lo, &netlink.Addr{IPNet: &net.IPNet{IP: reflectorAddress.AsSlice(), Mask: net.CIDRMask(32, 32)}}))
+				source := netip.AddrFrom4([4]byte{127, 0, 0, sessionAddress.As4()[3] + byte(i)})
+				p.relayTo(t, netip.AddrPortFrom(reflectorAddress, uint16(port)).String(), reflector.at.String(), source)
+				running[p] = p.start(t, p.settings().with(mine))
+			}
+			for p, others := range map[*pod][]netip.Addr{a: {vtep[b], local}, b: {vtep[a], local}} {
+				p.awaitRemotes(t, others...)
+				p.awaitHealth(t, http.StatusNoContent)
+				if mtu := p.link(t, kubelan).Attrs().MTU; mtu != lan.MTU {
+					t.Errorf("the MTU of %s is %d, that of the node's LAN %d", p.Name, mtu, lan.MTU)
+				}
+			}
+			awaitEntry(t, onA, one.MAC, local)
+			for _, address := range []string{"192.168.69.1", "192.168.69.2", "192.168.69.9"} {
+				for _, from := range []netns.Namespace{a.Namespace, b.Namespace, one.Namespace} {
+					ping(t, from, address)
+				}
+			}
+			if entries := a.learnt(t); len(entries) > 0 {
+				t.Errorf("%s has learnt %v", a.Name, entries)
+			}
+
+			// What is known by routes is not flooded, and a sidecar that is killed and comes back loses nothing.
+			from, to := a.station(t), b.station(t)
+			there, back, node1 := startStream(t, 1, 2*streamLength, from, to), startStream(t, 2, 2*streamLength, to, from), startStream(t, 3, 2*streamLength, from, one)
+			for range 2 {
+				running[a].kill()
+				running[a] = a.start(t, a.settings().with(mine))
+				a.awaitHealth(t, http.StatusNoContent)
+			}
+			there.expectAll(t)
+			back.expectAll(t)
+			node1.expectAll(t)
+
+			// One that ends takes back what it has told.
+			daemon.settled(t)
+			onNode := node.tables(t, lan)
+			began := time.Now()
+			running[b].stop(t)
+			awaitUpdate(t, onNode, "the remote to go", func(u netlink.NeighUpdate) bool {
+				return u.Type == unix.RTM_DELNEIGH && u.IP.Equal(vtep[b].AsSlice()) && slices.Equal(u.HardwareAddr, make([]byte, 6))
+			})
+			t.Logf("the node forgot a pod %v after its sidecar was told to end", time.Since(began).Round(time.Millisecond))
+			a.awaitRemotes(t, local)
+			crosses(t, one, from, frames.Stream(nil, one.MAC, 5, 1))
+			daemon.leave()
+		})
+	}
+}
+
+// learnt are the MACs that the pod's VXLAN has learnt by itself.
+func (p *pod) learnt(t *testing.T) (macs []string) {
+	t.Helper()
+	entries, err := p.Netlink(t).NeighList(p.index(t), unix.AF_BRIDGE)
+	try(t, err)
+	for _, e := range entries {
+		if e.Flags&netlink.NTF_EXT_LEARNED == 0 && e.State&netlink.NUD_PERMANENT == 0 {
+			macs = append(macs, e.HardwareAddr.String()+" behind "+e.IP.String())
+		}
+	}
+	return macs
+}
