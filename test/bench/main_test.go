@@ -50,6 +50,7 @@ func TestPerformance(t *testing.T) {
 		{"B9-B10", unicast},
 		{"B9-flood", flooding},
 		{"B11", told},
+		{"B12", sidecar},
 	} {
 		t.Run(m.name, func(t *testing.T) { m.measure(t, b) })
 	}

@@ -81,18 +81,25 @@ type fleet struct {
 // vtep is the address of a node of the fleet, and of the peers after them.
 func vtep(i int) netip.Addr { return netip.AddrFrom4([4]byte{10, 0, byte(i / 250), byte(1 + i%250)}) }
 
+// build builds k8slan as it is shipped.
+func build(t *testing.T) (binary string) {
+	t.Helper()
+	binary = filepath.Join(t.TempDir(), "k8slan")
+	cmd := exec.CommandContext(t.Context(), "go", "build", "-trimpath", "-ldflags", "-s -w", "-o", binary, "github.com/k8slan/k8slan/cmd/k8slan")
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("build k8slan: %v\n%s", err, out)
+	}
+	return binary
+}
+
 func newFleet(t *testing.T) *fleet {
 	t.Helper()
-	f := &fleet{binary: filepath.Join(t.TempDir(), "k8slan")}
+	f := &fleet{binary: build(t)}
 	u := netns.NewUnderlay(t, lab.UnderlayMTU)
 	for i := range f.nodes {
 		f.nodes[i] = join(t, u, fmt.Sprint("worker", i+1))
 		ip(t, f.nodes[i].Namespace, "addr add %s/8 dev %s", vtep(i), netns.UnderlayDevice)
-	}
-	build := exec.CommandContext(t.Context(), "go", "build", "-trimpath", "-ldflags", "-s -w", "-o", f.binary, "github.com/k8slan/k8slan/cmd/k8slan")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("build k8slan: %v\n%s", err, out)
 	}
 	kubernetes, err := lab.Component(t.Context(), "kubernetes")
 	try(t, err)
@@ -149,14 +156,14 @@ func (f *fleet) daemon(t *testing.T, i int, flags ...string) (process *os.Proces
 // awaitReady returns when the node says that it carries the LAN.
 func (f *fleet) awaitReady(t *testing.T, i int) {
 	t.Helper()
-	f.until(t, f.nodes[i].Name+" to carry the LAN", func() bool {
+	until(t, f.nodes[i].Name+" to carry the LAN", func() bool {
 		var n v1beta1.LANNode
 		err := f.api.Get(t.Context(), client.ObjectKey{Name: f.nodes[i].Name}, &n)
 		return client.IgnoreNotFound(err) == nil && n.Status.Ready == 1
 	})
 }
 
-func (f *fleet) until(t *testing.T, what string, fits func() bool) {
+func until(t *testing.T, what string, fits func() bool) {
 	t.Helper()
 	late := time.After(time.Minute)
 	again := time.NewTicker(20 * time.Millisecond)
