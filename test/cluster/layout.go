@@ -23,25 +23,27 @@ const (
 	controlIPv4   = "10.77.0.1"
 	controlIPv6   = "fd77::1"
 	apiServer     = controlIPv4 + ":6443" // in the control plane's network namespace
-	serviceCIDR   = "10.96.0.0/16"
-	kubernetesIP  = "10.96.0.1" // the first address of serviceCIDR
+	serviceCIDRs  = "10.96.0.0/16,fd96::/112"
+	kubernetesIP  = "10.96.0.1" // the first address of serviceCIDRs
 	podCIDR       = "10.244.0.0/16"
+	podCIDR6      = "fd44::/48"
 	clusterDomain = "cluster.local"
 )
 
 // spec is what tells one node from the other.
 type spec struct {
-	Name    string
-	IPv4    string
-	IPv6    string
-	PodCIDR string
-	number  byte
+	Name     string
+	IPv4     string
+	IPv6     string
+	PodCIDR  string
+	PodCIDR6 string
+	number   byte
 }
 
 func specs() []spec {
 	return []spec{
-		{Name: "worker1", IPv4: "10.77.0.11", IPv6: "fd77::11", PodCIDR: "10.244.1.0/24", number: 1},
-		{Name: "worker2", IPv4: "10.77.0.12", IPv6: "fd77::12", PodCIDR: "10.244.2.0/24", number: 2},
+		{Name: "worker1", IPv4: "10.77.0.11", IPv6: "fd77::11", PodCIDR: "10.244.1.0/24", PodCIDR6: "fd44:0:0:1::/64", number: 1},
+		{Name: "worker2", IPv4: "10.77.0.12", IPv6: "fd77::12", PodCIDR: "10.244.2.0/24", PodCIDR6: "fd44:0:0:2::/64", number: 2},
 	}
 }
 

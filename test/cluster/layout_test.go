@@ -10,7 +10,7 @@ import (
 )
 
 func TestEveryNodesPodsHaveTheirOwnAddresses(t *testing.T) {
-	cluster := netip.MustParsePrefix(podCIDR)
+	clusters := []netip.Prefix{netip.MustParsePrefix(podCIDR), netip.MustParsePrefix(podCIDR6)}
 	taken := map[netip.Prefix]string{}
 	for _, s := range specs() {
 		content, err := render("00-multus.conf", s)
@@ -29,14 +29,16 @@ func TestEveryNodesPodsHaveTheirOwnAddresses(t *testing.T) {
 		if err := json.Unmarshal(content, &conf); err != nil {
 			t.Fatalf("%s: %v in\n%s", s.Name, err, content)
 		}
-		subnet := conf.Delegates[0].Plugins[0].IPAM.Ranges[0][0].Subnet
-		if !cluster.Contains(subnet.Addr()) || subnet.Bits() <= cluster.Bits() {
-			t.Errorf("%s: %v is not inside the pods' %v", s.Name, subnet, cluster)
+		for i, cluster := range clusters {
+			subnet := conf.Delegates[0].Plugins[0].IPAM.Ranges[i][0].Subnet
+			if !cluster.Contains(subnet.Addr()) || subnet.Bits() <= cluster.Bits() {
+				t.Errorf("%s: %v is not inside the pods' %v", s.Name, subnet, cluster)
+			}
+			if other := taken[subnet]; other != "" {
+				t.Errorf("%s and %s share %v", s.Name, other, subnet)
+			}
+			taken[subnet] = s.Name
 		}
-		if other := taken[subnet]; other != "" {
-			t.Errorf("%s and %s share %v", s.Name, other, subnet)
-		}
-		taken[subnet] = s.Name
 	}
 }
 

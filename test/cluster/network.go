@@ -157,7 +157,7 @@ func (n *Node) connect() error {
 			return err
 		}
 	}
-	return inside(n.state.underlayPath(), func(h *netlink.Handle) error { return route(h, n.PodCIDR, n.IPv4) })
+	return inside(n.state.underlayPath(), n.routePods)
 }
 
 // plug connects one device of the node to its bridge.
@@ -258,11 +258,16 @@ func (n *Node) routeControl(h *netlink.Handle) error {
 		if other.Name == n.Name {
 			continue
 		}
-		if err := route(h, other.PodCIDR, other.IPv4); err != nil {
+		if err := other.routePods(h); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// routePods sends what is for the node's pods to the node.
+func (s spec) routePods(h *netlink.Handle) error {
+	return errors.Join(route(h, s.PodCIDR, s.IPv4), route(h, s.PodCIDR6, s.IPv6))
 }
 
 // unplug removes one device of the node, if it is there.

@@ -230,7 +230,7 @@ func (n *Node) startProxy(ctx context.Context) error {
 	}
 	_, err := n.state.spawn(ctx, n.Name, name, "kube-proxy",
 		"--kubeconfig=/etc/kubernetes/kube-proxy.kubeconfig", "--proxy-mode=nftables",
-		"--cluster-cidr="+podCIDR, "--conntrack-max-per-core=0") // 0: leave it, it is the machine's
+		"--cluster-cidr="+podCIDR+","+podCIDR6, "--conntrack-max-per-core=0") // 0: leave it, it is the machine's
 	return err
 }
 
