@@ -3,6 +3,7 @@ package e2e
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/hex"
 	"encoding/json"
@@ -35,15 +36,19 @@ type station struct {
 	link   string
 	mac    net.HardwareAddr
 	mtu    int
+
+	container string // of the pod, where commands run; empty: main
 }
 
 func (s station) String() string { return s.pod + " on " + s.node }
+
+func (s station) inContainer() string { return cmp.Or(s.container, "main") }
 
 // exec runs a command until its end or the context's.
 func (s station) exec(ctx context.Context, stdout, stderr io.Writer, command ...string) error {
 	request := bed.core.CoreV1().RESTClient().Post().Resource("pods").Namespace(s.namespace).Name(s.pod).SubResource("exec").
 		VersionedParams(&corev1.PodExecOptions{
-			Container: "main", Command: append(slices.Clone(s.prefix), command...), Stdout: true, Stderr: true,
+			Container: s.inContainer(), Command: append(slices.Clone(s.prefix), command...), Stdout: true, Stderr: true,
 		}, scheme.ParameterCodec)
 	executor, err := remotecommand.NewWebSocketExecutor(bed.config, "GET", request.URL().String())
 	if err != nil {
@@ -142,12 +147,12 @@ func (s station) in(t *testing.T) station {
 	return s
 }
 
-// awaitLog returns when the pod's main container has said something.
+// awaitLog returns when the station's container has said something.
 func (s station) awaitLog(words string) {
 	s.Helper()
 	ctx, cancel := context.WithTimeout(s.Context(), patience)
 	defer cancel()
-	log, err := bed.core.CoreV1().Pods(s.namespace).GetLogs(s.pod, &corev1.PodLogOptions{Container: "main", Follow: true}).Stream(ctx)
+	log, err := bed.core.CoreV1().Pods(s.namespace).GetLogs(s.pod, &corev1.PodLogOptions{Container: s.inContainer(), Follow: true}).Stream(ctx)
 	if err != nil {
 		s.Fatalf("read the log of %s: %v", s, err)
 	}

@@ -44,11 +44,16 @@ func (m machine) stranger(vni uint32) func(frame []byte) {
 	m.Cleanup(func() { c.Close() })
 	return func(frame []byte) {
 		m.Helper()
-		header := binary.BigEndian.AppendUint32([]byte{0x08, 0, 0, 0}, vni<<8) // RFC 7348, section 5
-		if _, err := c.Write(append(header, frame...)); err != nil {
+		if _, err := c.Write(encapsulated(vni, frame)); err != nil {
 			m.Fatal(err)
 		}
 	}
+}
+
+// encapsulated is a frame as a VXLAN's packets have it.
+func encapsulated(vni uint32, frame []byte) []byte {
+	header := binary.BigEndian.AppendUint32([]byte{0x08, 0, 0, 0}, vni<<8) // RFC 7348, section 5
+	return append(header, frame...)
 }
 
 // A stranger on the network between the nodes knows the VNI. Nothing that it sends reaches a pod, and it is counted; where the LAN

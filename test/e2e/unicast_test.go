@@ -25,10 +25,16 @@ import (
 // remotes are those that a LAN has on the node.
 func (m machine) remotes(lan string) (remotes []netip.Addr) {
 	m.Helper()
-	handle := m.inside(m.namespace + "." + lan).Netlink(m.T)
+	return m.remotesIn(m.inside(m.namespace + "." + lan))
+}
+
+// remotesIn are those of the VXLANs in a network namespace.
+func (l lab) remotesIn(ns netns.Namespace) (remotes []netip.Addr) {
+	l.Helper()
+	handle := ns.Netlink(l.T)
 	links, err := handle.LinkList()
 	if err != nil {
-		m.Fatal(err)
+		l.Fatal(err)
 	}
 	for _, link := range links {
 		if link.Type() != "vxlan" {
@@ -36,7 +42,7 @@ func (m machine) remotes(lan string) (remotes []netip.Addr) {
 		}
 		entries, err := handle.NeighList(link.Attrs().Index, unix.AF_BRIDGE)
 		if err != nil {
-			m.Fatal(err)
+			l.Fatal(err)
 		}
 		for _, e := range entries {
 			r, ok := netip.AddrFromSlice(e.IP)
