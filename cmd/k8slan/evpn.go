@@ -63,12 +63,9 @@ func (f *evpnFlags) evpn(nodeName string) (*fabric.Config, error) {
 			return nil, err
 		}
 	}
-	for _, text := range f.peers {
-		p, err := bgp.ParsePeer(text, f.as)
-		if err != nil {
-			return nil, usageError{fmt.Errorf("--evpn-peer %s: %w", text, err)}
-		}
-		e.Peers = append(e.Peers, p)
+	var err error
+	if e.Peers, err = bgp.ParsePeers(f.peers, f.as); err != nil {
+		return nil, usageError{fmt.Errorf("--evpn-peer %w", err)}
 	}
 	return e, nil
 }

@@ -6,10 +6,29 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
 )
+
+// ParsePeers reads peers, each as ParsePeer does, and each address once.
+func ParsePeers(texts []string, as uint32) (peers []Peer, err error) {
+	for _, text := range texts {
+		p, err := ParsePeer(text, as)
+		if err != nil {
+			return nil, fmt.Errorf("%q: %w", text, err)
+		}
+		if slices.ContainsFunc(peers, func(o Peer) bool { return o.Address == p.Address }) {
+			return nil, fmt.Errorf("%q: there is a peer with that address already", text)
+		}
+		peers = append(peers, p)
+	}
+	return peers, nil
+}
+
+// maxHoldTime is the most that an OPEN message has room for, in seconds (RFC 4271, 4.2).
+const maxHoldTime = 65535 * time.Second
 
 // ParsePeer reads a peer as people write it: address=192.0.2.1[,port=179][,as=65000][,hold-time=9s][,multihop=2][,password-file=...][,ipv6-vteps].
 // The AS is that given where it names none; the password is read.
@@ -22,15 +41,19 @@ func ParsePeer(text string, as uint32) (Peer, error) {
 		switch key {
 		case "address":
 			p.Address, err = netip.ParseAddr(value)
+			p.Address = p.Address.Unmap()
 		case "port":
 			number, err = strconv.ParseUint(value, 10, 16)
 			p.Port = uint16(number)
 		case "as":
-			number, err = strconv.ParseUint(value, 10, 32)
+			if number, err = strconv.ParseUint(value, 10, 32); err == nil && number == 0 {
+				err = errors.New("as is 1 at least")
+			}
 			p.AS = uint32(number)
 		case "hold-time":
-			if p.HoldTime, err = time.ParseDuration(value); err == nil && p.HoldTime < 3*time.Second {
-				err = errors.New("hold-time is 3s at least")
+			p.HoldTime, err = time.ParseDuration(value)
+			if err == nil && (p.HoldTime < 3*time.Second || p.HoldTime > maxHoldTime || p.HoldTime%time.Second != 0) {
+				err = errors.New("hold-time is 3s at least and 65535s at most, in whole seconds")
 			}
 		case "multihop":
 			number, err = strconv.ParseUint(value, 10, 8)

@@ -25,17 +25,29 @@ func TestPeersAreRead(t *testing.T) {
 		}
 	}
 	for text, want := range map[string]string{
-		"":                                 "none of",
-		"port=179":                         "address= is missing",
-		"address=tor1":                     "tor1",
-		"address=192.0.2.1,port=70000":     "70000",
-		"address=192.0.2.1,hold-time=1s":   "3s at least",
-		"address=192.0.2.1,asn=65000":      "asn",
-		"address=192.0.2.1,password-file=": "read the password",
+		"":                                   "none of",
+		"port=179":                           "address= is missing",
+		"address=tor1":                       "tor1",
+		"address=192.0.2.1,port=70000":       "70000",
+		"address=192.0.2.1,hold-time=1s":     "3s at least",
+		"address=192.0.2.1,asn=65000":        "asn",
+		"address=192.0.2.1,as=0":             "1 at least",
+		"address=192.0.2.1,hold-time=3500ms": "whole seconds",
+		"address=192.0.2.1,hold-time=20h":    "65535s at most",
+		"address=192.0.2.1,password-file=":   "read the password",
 	} {
 		if got, err := ParsePeer(text, 65000); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%q is read as %+v, %v", text, got, err)
 		}
+	}
+}
+
+func TestAPeerIsNamedOnce(t *testing.T) {
+	if peers, err := ParsePeers([]string{"address=192.0.2.1", "address=192.0.2.2"}, 65000); err != nil || len(peers) != 2 {
+		t.Errorf("%v, %v", peers, err)
+	}
+	if _, err := ParsePeers([]string{"address=192.0.2.1", "address=::ffff:192.0.2.1,port=1790"}, 65000); err == nil || !strings.Contains(err.Error(), "already") {
+		t.Errorf("two with one address: %v", err)
 	}
 }
 

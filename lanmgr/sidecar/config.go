@@ -256,16 +256,10 @@ var keys = []key{
 		}
 		return nil
 	}},
-	{peersKey, true, func(c *Config, v []string) error {
+	{peersKey, true, func(c *Config, v []string) (err error) {
 		c.EVPN.Peers = v
-		for _, text := range v {
-			p, err := bgp.ParsePeer(text, c.EVPN.AS)
-			if err != nil {
-				return fmt.Errorf("%q: %w", text, err)
-			}
-			c.EVPN.peers = append(c.EVPN.peers, p)
-		}
-		return nil
+		c.EVPN.peers, err = bgp.ParsePeers(v, c.EVPN.AS)
+		return err
 	}},
 	{"evpn.reflectors", false, func(c *Config, v []string) error {
 		s, err := service(c.Namespace, v[0])

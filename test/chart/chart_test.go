@@ -176,7 +176,7 @@ func TestUnknownAndImpossibleValuesAreRefused(t *testing.T) {
 		"node.cniBinDir=opt/cni/bin", "logLevel=chatty", "controller.replicas=-1",
 		"limits.vniRange={1000}", "limits.vniRange={1000,20000000}", "limits.vniRange={2000,1000}", "limits.underlayDevices=eth1",
 		"networkPolicy.apiServerPorts=null", "discovery=bgp", "evpn.as=0", "evpn.peers[0].port=179", "evpn.reflectors.port=179",
-		"evpn.enabled=true,evpn.reflectors.replicas=0", "vtepCIDRs={10.20.0.1}", "node.megalos=perhaps", "node.megalos=true", "vtepCIDRs=10.20.0.0/16",
+		"evpn.enabled=true,evpn.reflectors.replicas=0", "evpn.peers[0].address=192.0.2.1,evpn.peers[0].holdTime=1s", "vtepCIDRs={10.20.0.1}", "node.megalos=perhaps", "node.megalos=true", "vtepCIDRs=10.20.0.0/16",
 	} {
 		if _, err := helm(t, "template", "k8slan", chart, "--kube-version", "1.31.0", "--set", value); err == nil {
 			t.Errorf("helm takes %s", value)
