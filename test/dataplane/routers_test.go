@@ -338,9 +338,15 @@ func hasAll(text string, words ...string) bool {
 // awaitAgain asks again and again: of this there is no event.
 func awaitAgain(t *testing.T, what string, so func() bool) {
 	t.Helper()
+	awaitWithin(t, longPatience, what, so)
+}
+
+// awaitWithin does so for what takes its time.
+func awaitWithin(t *testing.T, patience time.Duration, what string, so func() bool) {
+	t.Helper()
 	again := time.NewTicker(50 * time.Millisecond)
 	defer again.Stop()
-	for deadline := time.Now().Add(longPatience); !so(); <-again.C {
+	for deadline := time.Now().Add(patience); !so(); <-again.C {
 		if time.Now().After(deadline) {
 			t.Fatalf("waited for %s in vain", what)
 		}

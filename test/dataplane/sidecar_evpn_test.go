@@ -65,12 +65,8 @@ func evpnWithANode(t *testing.T, s *sidecars) {
 
 			onA := tables(t, a.Namespace)
 			running := map[*pod]*sidecar{}
-			for i, p := range tm.pods {
-				lo, err := p.Netlink(t).LinkByName("lo")
-				try(t, err)
-				try(t, p.Netlink(t).AddrAdd(lo, &netlink.Addr{IPNet: &net.IPNet{IP: reflectorAddress.AsSlice(), Mask: net.CIDRMask(32, 32)}}))
-				source := netip.AddrFrom4([4]byte{127, 0, 0, sessionAddress.As4()[3] + byte(i)})
-				p.relayTo(t, netip.AddrPortFrom(reflectorAddress, uint16(port)).String(), reflector.at.String(), source)
+			tm.reach(t, reflector)
+			for _, p := range tm.pods {
 				running[p] = p.start(t, p.settings().with(mine))
 			}
 			for p, others := range map[*pod][]netip.Addr{a: {vtep[b], local}, b: {vtep[a], local}} {
@@ -115,6 +111,95 @@ func evpnWithANode(t *testing.T, s *sidecars) {
 			crosses(t, one, from, frames.Stream(nil, one.MAC, 5, 1))
 			daemon.leave()
 		})
+	}
+}
+
+// reach has each pod reach the reflector.
+func (tm *team) reach(t *testing.T, reflector *reflectors) {
+	t.Helper()
+	for i, p := range tm.pods {
+		lo, err := p.Netlink(t).LinkByName("lo")
+		try(t, err)
+		try(t, p.Netlink(t).AddrAdd(lo, &netlink.Addr{IPNet: &net.IPNet{IP: reflectorAddress.AsSlice(), Mask: net.CIDRMask(32, 32)}}))
+		source := netip.AddrFrom4([4]byte{127, 0, 0, sessionAddress.As4()[3] + byte(i)})
+		p.relayTo(t, netip.AddrPortFrom(reflectorAddress, reflector.at.Port()).String(), reflector.at.String(), source)
+	}
+}
+
+// Pods go from one discovery to the other one by one, and nothing is lost.
+func fromUnicastToEVPN(t *testing.T, s *sidecars) {
+	tm := s.pods(t, 2)
+	tm.service(t, "lan")
+	a, b := tm.pods[0], tm.pods[1]
+	reflector := startReflector(t, netip.AddrPort{})
+	tm.reach(t, reflector)
+	unicast := "services: [lan]\nvxlan: {mtu: 1400}\n"
+	evpn := fmt.Sprintf("discovery: evpn\nevpn: {as: 65000, peers: ['address=%s,port=%d']}\nvxlan: {mtu: 1400}\n", reflectorAddress, reflector.at.Port())
+	both := evpn + "services: [lan]\n"
+	for _, p := range tm.pods {
+		p.configure(t, unicast)
+		mine := p.settings()
+		delete(mine, "KL_SERVICES")
+		p.start(t, mine)
+	}
+	a.awaitRemotes(t, b.ipv4)
+	b.awaitRemotes(t, a.ipv4)
+	index := a.index(t)
+	one, two := a.station(t), b.station(t)
+	crosses(t, one, two, frames.Stream(nil, one.MAC, 9, 1))
+	crosses(t, two, one, frames.Stream(nil, two.MAC, 9, 2))
+	streams := []*stream{startStream(t, 1, 4*streamLength, one, two), startStream(t, 2, 4*streamLength, two, one)}
+	for _, step := range []struct {
+		what   string
+		config string
+		told   bool
+	}{{"both", both, true}, {"EVPN", evpn, true}, {"both again", both, true}, {"unicast", unicast, false}} {
+		for _, p := range tm.pods {
+			p.configure(t, step.config)
+		}
+		for p, other := range map[*pod]*station{a: two, b: one} {
+			awaitAgain(t, fmt.Sprintf("%s: %s to be told where the other is: %t", step.what, p.Name, step.told), func() bool {
+				return p.isTold(t, other.MAC) == step.told && p.link(t, kubelan).(*netlink.Vxlan).Learning != step.told
+			})
+		}
+	}
+	for _, s := range streams {
+		s.expectAll(t)
+	}
+	if now := a.index(t); now != index {
+		t.Errorf("the interface has number %d, it had %d", now, index)
+	}
+	a.awaitRemotes(t, b.ipv4)
+}
+
+// isTold says whether the pod's VXLAN was told where a MAC is.
+func (p *pod) isTold(t *testing.T, mac net.HardwareAddr) bool {
+	t.Helper()
+	entries, err := p.Netlink(t).NeighList(p.index(t), unix.AF_BRIDGE)
+	try(t, err)
+	return slices.ContainsFunc(entries, func(e netlink.Neigh) bool {
+		return e.Flags&netlink.NTF_EXT_LEARNED != 0 && slices.Equal(e.HardwareAddr, mac)
+	})
+}
+
+// While there is nobody to speak with, /health says so; the first pod of a LAN is well without others.
+func evpnWithNobody(t *testing.T, s *sidecars) {
+	tm := s.pods(t, 1)
+	a := tm.pods[0]
+	at := freePort(t)
+	mine := a.settings().with(settings{
+		"KL_SERVICES": "", "KUBECONFIG": "", "KL_DISCOVERY": "evpn", "KL_EVPN_AS": "65000",
+		"KL_EVPN_PEERS": fmt.Sprintf("address=%s,port=%d", reflectorAddress, at.Port()), "KL_STRICT_PEERS": "true",
+	})
+	sc := a.start(t, mine)
+	a.awaitHealth(t, http.StatusInternalServerError, "no BGP session is up", reflectorAddress.String())
+	sc.tells(t, "level=WARN", "BGP session is down", reflectorAddress.String())
+	tm.reach(t, startReflector(t, at))
+	a.awaitHealth(t, http.StatusNoContent)
+	sc.tells(t, "level=INFO", "BGP session is up")
+	sc.stop(t)
+	if links := a.Links(t); !slices.Equal(links, []string{"eth1"}) {
+		t.Errorf("%s is left with %v", a.Name, links)
 	}
 }
 

@@ -604,3 +604,33 @@ func noRights(t *testing.T, s *sidecars) {
 	a.awaitHealth(t, http.StatusNoContent)
 	a.awaitRemotes(t, netip.MustParseAddr("198.51.100.5"))
 }
+
+// startDeaf has a pod send to a peer from which nothing comes. What it says of that it says after half a minute, so meanwhile there are other tests.
+func (s *sidecars) startDeaf(t *testing.T) func(*testing.T, *sidecars) {
+	t.Helper()
+	tm := s.pods(t, 2)
+	a, b := tm.pods[0], tm.pods[1]
+	deaf := a.start(t, a.settings().with(settings{"KL_SERVICES": "", "KL_PEERS": b.ipv4.String()}))
+	other := b.start(t, b.settings().with(settings{"KL_SERVICES": "", "KL_PEERS": a.ipv4.String(), "KL_VXLAN_VNI": "6970"}))
+	a.awaitHealth(t, http.StatusNoContent)
+	b.awaitHealth(t, http.StatusNoContent)
+	station := a.station(t)
+	try(t, station.Send(frames.Stream(nil, station.MAC, 1, 1)))
+	return func(t *testing.T, _ *sidecars) {
+		awaitWithin(t, 2*longPatience, "it to say so", func() bool {
+			if err := station.Send(frames.Stream(nil, station.MAC, 1, 1)); err != nil {
+				t.Error(err)
+			}
+			return deaf.count(t, "level=WARN", "frames are sent, but none has arrived yet", "NetworkPolicy", "port=4789", "vni=6969") == 1
+		})
+		a.staysHealthy(t)
+		if said := other.said(t); strings.Contains(said, "level=WARN") { // it sends nothing
+			t.Errorf("the other said\n%s", said)
+		}
+		other.stop(t)
+		b.start(t, b.settings().with(settings{"KL_SERVICES": "", "KL_PEERS": a.ipv4.String()}))
+		b.awaitHealth(t, http.StatusNoContent)
+		crosses(t, b.station(t), station, frames.Stream(nil, b.link(t, kubelan).Attrs().HardwareAddr, 1, 2))
+		deaf.tells(t, "level=INFO", "frames arrive")
+	}
+}

@@ -67,6 +67,7 @@ func TestSidecar(t *testing.T) {
 	try(t, errors.Join(corev1.AddToScheme(scheme), discoveryv1.AddToScheme(scheme), rbacv1.AddToScheme(scheme), authenticationv1.AddToScheme(scheme)))
 	s.api, err = client.New(s.server.Client, client.Options{Scheme: scheme})
 	try(t, err)
+	deaf := s.startDeaf(t)
 	for _, test := range []struct {
 		name string
 		run  func(*testing.T, *sidecars)
@@ -85,6 +86,9 @@ func TestSidecar(t *testing.T) {
 		{"no API server", noAPIServer},
 		{"no rights", noRights},
 		{"EVPN with a node", evpnWithANode},
+		{"from unicast to EVPN and back", fromUnicastToEVPN},
+		{"EVPN with nobody", evpnWithNobody},
+		{"frames that do not arrive", deaf},
 	} {
 		t.Run(test.name, func(t *testing.T) { test.run(t, s) })
 	}
