@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"slices"
 	"sync/atomic"
+	"time"
 
 	discoveryv1 "k8s.io/api/discovery/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -24,6 +25,20 @@ import (
 // follow tells the EndpointSlices of Services: once when all are known, and then at each change, until ctx ends. It asks for those
 // of these Services in their namespaces alone. fail is told why they are not to be had, and nil when they are again.
 func follow(ctx context.Context, api *rest.Config, services []Service, tell func([]discoveryv1.EndpointSlice), fail func(error)) error {
+	for {
+		if err := followOnce(ctx, api, services, tell, fail); !errors.Is(err, errRefused) {
+			return err
+		}
+	}
+}
+
+// errRefused is told by what was refused, and has waited.
+var errRefused = errors.New("refused")
+
+// refusedWait is how long to wait after that. Informers would wait longer and longer, up to a minute, when somebody has long given the right.
+const refusedWait = 5 * time.Second
+
+func followOnce(ctx context.Context, api *rest.Config, services []Service, tell func([]discoveryv1.EndpointSlice), fail func(error)) error {
 	scheme := runtime.NewScheme()
 	if err := discoveryv1.AddToScheme(scheme); err != nil {
 		return err
@@ -39,6 +54,8 @@ func follow(ctx context.Context, api *rest.Config, services []Service, tell func
 	}
 	changed := make(chan struct{}, 1)
 	var known atomic.Bool // all of them
+	asking, stop := context.WithCancelCause(ctx)
+	defer stop(nil)
 	api = rest.CopyConfig(api)
 	api.Wrap(func(next http.RoundTripper) http.RoundTripper { return ear{next, &known, fail} })
 	c, err := cache.New(api, cache.Options{
@@ -48,6 +65,9 @@ func follow(ctx context.Context, api *rest.Config, services []Service, tell func
 			var answer apierrors.APIStatus
 			if errors.As(err, &answer) && !apierrors.IsResourceExpired(err) && !apierrors.IsGone(err) { // those are the ends of every watch
 				fail(explain(err, services))
+			}
+			if apierrors.IsForbidden(err) {
+				time.AfterFunc(refusedWait, func() { stop(errRefused) }) // without effect once all are known
 			}
 		},
 	})
@@ -71,8 +91,11 @@ func follow(ctx context.Context, api *rest.Config, services []Service, tell func
 		cancel()
 		<-ended
 	}()
-	if !c.WaitForCacheSync(ctx) {
-		return nil
+	if !c.WaitForCacheSync(asking) {
+		if ctx.Err() != nil {
+			return nil
+		}
+		return errRefused
 	}
 	known.Store(true)
 	fail(nil)

@@ -42,7 +42,8 @@ func TestSidecars(t *testing.T) {
 			prove func(lab)
 		}{
 			{"kubelan's configuration", lab.kubelanIsReplaced},
-			{"kubelan's program, and no right to endpoints", lab.sidecarHasNoRight},
+			{"no right to endpoints", lab.sidecarHasNoRight},
+			{"kubelan's program", lab.kubelansProgram},
 			{"a StatefulSet with native sidecars", lab.nativeSidecars},
 			{"a Deployment that hears its peers alone", lab.deploymentOfSidecars},
 			{"two LANs in one pod", lab.twoSidecars},
@@ -420,26 +421,37 @@ func (l lab) kubelanIsReplaced() {
 	allReach(all[:2], inOrder)
 }
 
-func (l lab) sidecarHasNoRight() {
-	k := kubelan{Replicas: 2, Program: "command: [/usr/local/bin/kubelan]", Level: "WARN"}
-	l.kubelan(k)
-	one := l.beside("kubelan-0")
-	sidecar := one
-	sidecar.container = "kubelan"
-	const reason = "the pod's service account may not"
-	sidecar.awaitLog(reason)
-	l.machine(one.node).until("health to tell of it", func() bool { // before, it tells of the interface
-		code, said := one.health()
-		return code == http.StatusInternalServerError && strings.Contains(said, reason)
-	})
-	k.Rights = true
-	l.kubelan(k)
-	begin := time.Now()
-	one.awaitHealth()
-	l.logTime("until a right that was given was used", begin)
+func (l lab) kubelansProgram() {
+	l.kubelan(kubelan{Replicas: 2, Program: "command: [/usr/local/bin/kubelan]", Level: "WARN", Rights: true})
 	l.kubectl("rollout", "status", "statefulset", "kubelan")
 	allReach(l.members("kubelan", "kubelan", 2), inOrder)
-	if said := l.kubectl("logs", one.pod, "-c", "kubelan"); strings.Count(said, reason) != 1 {
+}
+
+// sidecarHasNoRight until long after its start.
+func (l lab) sidecarHasNoRight() {
+	whole := l.example("docs/examples/sidecar-statefulset.yaml")
+	l.apply(strings.Join(slices.DeleteFunc(strings.Split(whole, "---\n"), func(document string) bool { return strings.Contains(document, "kind: RoleBinding\n") }), "---\n"))
+	p := l.awaitPod("lan-0", "starting its sidecar", func(p *corev1.Pod) bool {
+		return len(p.Status.InitContainerStatuses) == 1 && p.Status.InitContainerStatuses[0].State.Running != nil
+	})
+	sidecar := station{lab: l, pod: p.Name, node: p.Spec.NodeName, uid: string(p.UID), container: "k8slan"}
+	const reason = "the pod's service account may not"
+	sidecar.awaitLog(reason)
+	l.machine(sidecar.node).until("health to tell of it", func() bool { // before, it tells of the interface
+		code, said := sidecar.health()
+		return code == http.StatusInternalServerError && strings.Contains(said, reason)
+	})
+	<-time.After(20 * time.Second)
+	l.apply(whole)
+	begin := time.Now()
+	sidecar.awaitHealth()
+	l.logTime("until a right that was given was used", begin)
+	if took := time.Since(begin); took > 10*time.Second {
+		l.Errorf("a right that was given was used after %s, want seconds", took)
+	}
+	l.kubectl("rollout", "status", "statefulset", "lan")
+	allReach(l.members("lan", "kubelan", 3), inOrder)
+	if said := l.kubectl("logs", sidecar.pod, "-c", "k8slan"); strings.Count(said, reason) != 1 {
 		l.Errorf("the missing right is told other than once:\n%s", said)
 	}
 }
@@ -628,7 +640,7 @@ func (l lab) sidecarIsMisconfigured() {
 	if ended == nil || ended.ExitCode != 1 || strings.Count(strings.TrimSpace(ended.Message), "\n") > 0 {
 		l.Errorf("the container ended with %+v", ended)
 	}
-	if out := l.kubectl("describe", "pod", p.Name); !strings.Contains(out, "k8slan: configuration /run/config/kubelan.yaml: vxlan.vin: unknown key") {
+	if out := l.kubectl("describe", "pod", p.Name); !strings.Contains(out, "k8slan: configuration (/run/config/kubelan.yaml): vxlan.vin: unknown key") {
 		l.Errorf("kubectl describe pod does not say what is wrong:\n%s", out)
 	}
 }
