@@ -20,6 +20,9 @@ func (l lab) daemonIsKilledWhilePodsTalk() {
 	l.Helper()
 	one, two := l.pair("killed", 1070)
 	m, ns := l.machine(worker2), l.namespace+".killed"
+	if l.underlay.discovery == v1beta1.EVPN {
+		m.renewDaemon()
+	}
 	before, inPod := m.indexes(ns), two.index()
 	var third station
 	losesNothing(one, two, func() {
@@ -49,6 +52,21 @@ func (s station) index() string { return s.sh("cat /sys/class/net/%s/ifindex", s
 func (m machine) killDaemon(more ...string) func(*corev1.Pod) bool {
 	m.Helper()
 	return m.signalDaemon("KILL", more...)
+}
+
+// renewDaemon gives the node a daemon in a new pod. One that has ended before in its pod is started again later each time (10 s, 20 s and so on), and
+// after bgp.NodeRestart the others take the node for dead.
+func (m machine) renewDaemon() {
+	m.Helper()
+	var old *corev1.Pod
+	m.awaitDaemon(m.Name, "there", func(p *corev1.Pod) bool {
+		old = p
+		return true
+	})
+	if err := bed.client.Delete(m.Context(), old); err != nil {
+		m.Fatalf("delete the daemon of %s: %v", m, err)
+	}
+	m.awaitDaemon(m.Name, "another", func(p *corev1.Pod) bool { return p.UID != old.UID && p.Status.ContainerStatuses[0].Ready })
 }
 
 // signalDaemon is killDaemon with a signal that ends the daemon.

@@ -207,6 +207,8 @@ func TestKatharaPodsMeetByVNI(t *testing.T) {
 	}
 
 	m := l.machine(worker2)
+	m.renewDaemon()
+	l.awaitSessions(worker2, v1beta1.SessionUp)
 	links := m.indexes("megalos-" + strconv.Itoa(red))
 	losesNothing(r1[0], r2[0], func() {
 		l.awaitDaemon(worker2, "restarted", m.killDaemon())
