@@ -159,7 +159,7 @@ func (st *station) WatchStations(ctx context.Context, _ kernel.Stations) error {
 func (st *station) Stations(string) ([][6]byte, error) { return nil, nil }
 
 // WatchAddresses is for fabric.Stations: the interface's own addresses.
-func (st *station) WatchAddresses(ctx context.Context, _ string, tell func(mac [6]byte, ip netip.Addr)) error {
+func (st *station) WatchAddresses(ctx context.Context, _ string, tell kernel.Addresses) error {
 	for {
 		select {
 		case <-ctx.Done():
@@ -170,7 +170,7 @@ func (st *station) WatchAddresses(ctx context.Context, _ string, tell func(mac [
 		mac, addresses := st.mac, st.addresses
 		st.mu.Unlock()
 		for _, a := range addresses {
-			tell(mac, a)
+			tell.Shown(mac, a)
 		}
 	}
 }
