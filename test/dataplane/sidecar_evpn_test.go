@@ -34,7 +34,7 @@ func evpnWithANode(t *testing.T, s *sidecars) {
 			a, b := tm.pods[0], tm.pods[1]
 			reflector := startReflector(t, netip.AddrPort{})
 			port := int32(reflector.at.Port())
-			mine := settings{"KL_SERVICES": "", "KL_DISCOVERY": "evpn", "KL_EVPN_AS": "65000", "KL_VXLAN_VNI": fmt.Sprint(vni), "KL_IP_FAMILY": family}
+			mine := settings{"KL_SERVICES": "", "KL_DISCOVERY": "evpn", "KL_EVPN_AS": "65000", "KL_VXLAN_VNI": fmt.Sprint(vni), "KL_IP_FAMILY": family, "KL_STRICT_PEERS": "true"}
 			if is6 { // the reflector by its address, and no API server
 				mine["KL_EVPN_PEERS"], mine["KUBECONFIG"] = fmt.Sprintf("address=%s,port=%d,ipv6-vteps", reflectorAddress, port), ""
 			} else {

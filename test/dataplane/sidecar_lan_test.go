@@ -6,6 +6,7 @@ import (
 	"net/http"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -350,6 +351,54 @@ func strictPeers(t *testing.T, s *sidecars) {
 			}))
 		})
 	}
+}
+
+// Two sidecars of a pod leave each other's interface and filter alone, however one of them ends.
+func twoLANsInOnePod(t *testing.T, s *sidecars) {
+	tm := s.pods(t, 2)
+	tm.service(t, "lan")
+	second := settings{"KL_VXLAN_INTERFACE": "lan2", "KL_VXLAN_VNI": "6970", "KL_HTTP_ADDRESS": ":8182", "KL_VXLAN_ADDRESSES": "192.168.70.{ordinal+1}/24"}
+	tm.startAll(t, settings{"KL_STRICT_PEERS": "true"})
+	var others []*sidecar
+	for _, p := range tm.pods {
+		others = append(others, p.start(t, p.settings().with(second).with(settings{"KL_STRICT_PEERS": "true"})))
+	}
+	a, b := tm.pods[0], tm.pods[1]
+	reach := func() {
+		awaitAgain(t, "the second LAN", func() bool {
+			return a.Do(exec.Command("ping", "-c", "1", "-W", "1", "192.168.70.2").Run) == nil
+		})
+		ping(t, a.Namespace, "192.168.69.2")
+		ping(t, b.Namespace, "192.168.70.1")
+	}
+	reach()
+	one, two := a.station(t), b.station(t)
+	crosses(t, two, one, frames.Stream(nil, two.MAC, 9, 1))
+	stream := startStream(t, 1, streamLength, two, one)
+	others[0].kill()
+	others[0] = a.start(t, a.settings().with(second)) // not strict any more
+	reach()
+	others[1].stop(t)
+	if links := b.Links(t); !slices.Equal(links, []string{"eth1", kubelan}) {
+		t.Errorf("%s is left with %v", b.Name, links)
+	}
+	stream.expectAll(t)
+	awaitAgain(t, "one filter to be left in each pod", func() bool {
+		for _, p := range tm.pods {
+			var names []string
+			try(t, host{Node: p.Node}.nft(t, func(c *nftables.Conn) error {
+				tables, err := c.ListTables()
+				for _, table := range tables {
+					names = append(names, table.Name)
+				}
+				return err
+			}))
+			if !slices.Equal(names, []string{"k8slan-" + kubelan}) {
+				return false
+			}
+		}
+		return true
+	})
 }
 
 func aKilledSidecarIsAdopted(t *testing.T, s *sidecars) {

@@ -79,6 +79,7 @@ func TestSidecar(t *testing.T) {
 		{"static peers need no API server", staticPeersNeedNoAPIServer},
 		{"a changed configuration", aChangedConfiguration},
 		{"strict peers", strictPeers},
+		{"two LANs in one pod", twoLANsInOnePod},
 		{"a killed sidecar is adopted", aKilledSidecarIsAdopted},
 		{"what is not ours is left alone", whatIsNotOursIsLeftAlone},
 		{"hooks", hooks},
