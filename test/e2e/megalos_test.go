@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"maps"
+	"net/netip"
 	"regexp"
 	"slices"
 	"strconv"
@@ -263,6 +264,9 @@ func TestKatharaPodsGoWhateverElseIsAway(t *testing.T) {
 		l.awaitVNI(worker2, vni, map[string]string{"r2": "02:aa:00:00:00:02"})
 		two := l.interfaces(far)[0]
 		two.address("10.98.0.2/24")
+		m.until("worker1 to be a remote", func() bool { // a daemon that has just begun has to find the reflectors first
+			return slices.Contains(m.remotesIn(m.inside(fmt.Sprintf("megalos-%d", vni))), netip.MustParseAddr(l.underlay.vteps[0]))
+		})
 		two.pings("10.98.0.1")
 		return two
 	}
