@@ -175,6 +175,9 @@ func (f *Fabric) Set(lans map[string]evpn.LAN) {
 			}
 		}
 		f.vnis = vnis
+		gone := func(netns string, _ bool) bool { _, here := lans[netns]; return !here }
+		maps.DeleteFunc(f.full, gone)
+		maps.DeleteFunc(f.crowded, gone)
 	})
 	signal(f.claimed)
 }

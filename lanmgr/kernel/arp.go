@@ -197,7 +197,10 @@ func (e *arpEar) isPort(index int) bool {
 	}
 	l, err := e.conn.LinkByIndex(index)
 	if err != nil {
-		return false // it is gone
+		if !notFound(err) { // else it is gone
+			e.err = fmt.Errorf("look up link %d: %w", index, err)
+		}
+		return false
 	}
 	is = l.Attrs().MasterIndex != 0 && l.Type() != "vxlan"
 	if e.ports[index] = is; is {

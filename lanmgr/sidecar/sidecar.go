@@ -327,7 +327,7 @@ func (s *Sidecar) note(what func()) {
 	what()
 }
 
-// Overhead4 and overhead6 are what a VXLAN adds to a frame's payload, in bytes: inner Ethernet, VXLAN, UDP and IP. It is what kubelan takes
+// overhead4 and overhead6 are what a VXLAN adds to a frame's payload, in bytes: inner Ethernet, VXLAN, UDP and IP. It is what kubelan takes
 // off, so that pods of both agree; frames with VLAN tags have so much less. With discovery evpn it is what nodes take off.
 const (
 	overhead4 = 50
