@@ -18,7 +18,7 @@ import (
 	"github.com/k8slan/k8slan/crd/v1beta1"
 	"github.com/k8slan/k8slan/lanmgr"
 	"github.com/k8slan/k8slan/lanmgr/bgp"
-	"github.com/k8slan/k8slan/lanmgr/evpn"
+	"github.com/k8slan/k8slan/lanmgr/evpn/macvrf"
 	"github.com/k8slan/k8slan/lanmgr/metrics"
 	"github.com/k8slan/k8slan/lanmgr/outcome"
 	"github.com/k8slan/k8slan/lanmgr/segment"
@@ -27,8 +27,8 @@ import (
 // joined is a fabric of one LAN.
 type joined struct{}
 
-func (joined) Sessions() []bgp.Session         { return []bgp.Session{{Up: true}} }
-func (joined) Count(string) (evpn.Count, bool) { return evpn.Count{}, true }
+func (joined) Sessions() []bgp.Session           { return []bgp.Session{{Up: true}} }
+func (joined) Count(string) (macvrf.Count, bool) { return macvrf.Count{}, true }
 
 // nodeMetrics are those of a daemon to which everything has happened once.
 func nodeMetrics() *metrics.Metrics {

@@ -18,7 +18,7 @@ import (
 	"time"
 
 	"github.com/k8slan/k8slan/lanmgr/bgp"
-	"github.com/k8slan/k8slan/lanmgr/evpn"
+	"github.com/k8slan/k8slan/lanmgr/evpn/macvrf"
 )
 
 func TestALogTellsNoPassword(t *testing.T) {
@@ -109,7 +109,7 @@ type speaker struct {
 
 	mu       sync.Mutex
 	changed  chan struct{} // closed at the next change
-	routes   map[evpn.Key]evpn.Route
+	routes   map[macvrf.Key]macvrf.Route
 	gone     int
 	sessions []bgp.Session
 	lost     map[netip.Addr]string // sessions that were up, and why they were not any more
@@ -124,7 +124,7 @@ func peerAt(port uint16, n byte) bgp.Peer {
 // speak starts a speaker that calls from 127.0.0.n.
 func speak(t *testing.T, n byte, peers ...bgp.Peer) *speaker {
 	t.Helper()
-	s := &speaker{name: fmt.Sprintf("speaker %d", n), routes: map[evpn.Key]evpn.Route{}, changed: make(chan struct{}), lost: map[netip.Addr]string{}, partial: true}
+	s := &speaker{name: fmt.Sprintf("speaker %d", n), routes: map[macvrf.Key]macvrf.Route{}, changed: make(chan struct{}), lost: map[netip.Addr]string{}, partial: true}
 	s.Speaker = bgp.NewSpeaker(bgp.Config{
 		AS: as, RouterID: netip.AddrFrom4([4]byte{127, 0, 0, n}), Hear: s.hear, Log: slog.New(slog.DiscardHandler),
 	})
@@ -198,7 +198,7 @@ func (s *speaker) awaitUp(t *testing.T) {
 }
 
 // awaitRoutes waits until these and no others are there.
-func (s *speaker) awaitRoutes(t *testing.T, want ...evpn.Route) {
+func (s *speaker) awaitRoutes(t *testing.T, want ...macvrf.Route) {
 	t.Helper()
 	s.await(t, fmt.Sprint(want), func() bool {
 		for _, r := range want {
@@ -210,7 +210,7 @@ func (s *speaker) awaitRoutes(t *testing.T, want ...evpn.Route) {
 	})
 }
 
-func (s *speaker) set(t *testing.T, own ...evpn.Route) {
+func (s *speaker) set(t *testing.T, own ...macvrf.Route) {
 	t.Helper()
 	if err := s.Set(own); err != nil {
 		t.Fatal(err)
@@ -225,10 +225,10 @@ func (s *speaker) withdrawn() int {
 }
 
 // route is one of the node of that number.
-func route(n byte, change func(*evpn.Route)) evpn.Route {
-	r := evpn.Route{
-		Key:  evpn.Key{Kind: evpn.MACIP, RD: evpn.RD{1: 1, 2: 127, 5: n, 7: 222}, MAC: evpn.MAC{2, 0, 0, 0, 0, n}},
-		VTEP: netip.AddrFrom4([4]byte{192, 0, 2, n}), VNI: 222, Targets: []evpn.Target{evpn.NewTarget(as, 222)},
+func route(n byte, change func(*macvrf.Route)) macvrf.Route {
+	r := macvrf.Route{
+		Key:  macvrf.Key{Kind: macvrf.MACIP, RD: macvrf.RD{1: 1, 2: 127, 5: n, 7: 222}, MAC: macvrf.MAC{2, 0, 0, 0, 0, n}},
+		VTEP: netip.AddrFrom4([4]byte{192, 0, 2, n}), VNI: 222, Targets: []macvrf.Target{macvrf.NewTarget(as, 222)},
 	}
 	if change != nil {
 		change(&r)
@@ -236,8 +236,8 @@ func route(n byte, change func(*evpn.Route)) evpn.Route {
 	return r
 }
 
-func flood(n byte) evpn.Route {
-	return route(n, func(r *evpn.Route) { r.Kind, r.MAC, r.IP = evpn.Multicast, evpn.MAC{}, r.VTEP })
+func flood(n byte) macvrf.Route {
+	return route(n, func(r *macvrf.Route) { r.Kind, r.MAC, r.IP = macvrf.Multicast, macvrf.MAC{}, r.VTEP })
 }
 
 // What one node tells arrives at the others as it was told, and goes when it is taken back; nobody hears its own.
@@ -246,16 +246,16 @@ func TestRoutesArriveAsTheyWereTold(t *testing.T) {
 	port := freePort(t)
 	startReflector(t, port, "")
 	a, b := speak(t, 2, peerAt(port, 2)), speak(t, 3, peerAt(port, 3))
-	all := []evpn.Route{
+	all := []macvrf.Route{
 		flood(2), route(2, nil),
-		route(2, func(r *evpn.Route) { r.MAC[5], r.Sequence = 77, 1<<32-1 }),
-		route(2, func(r *evpn.Route) { r.MAC[5], r.Sticky = 78, true }),
-		route(2, func(r *evpn.Route) { r.IP = netip.MustParseAddr("10.0.0.1") }),
-		route(2, func(r *evpn.Route) { r.IP = netip.MustParseAddr("fd00::1") }),
-		route(2, func(r *evpn.Route) { r.VNI, r.MAC[5] = 16777215, 79 }),
-		route(2, func(r *evpn.Route) { r.Tag = 5 }),
-		route(2, func(r *evpn.Route) {
-			other, err := evpn.ParseTarget("4200000000:7")
+		route(2, func(r *macvrf.Route) { r.MAC[5], r.Sequence = 77, 1<<32-1 }),
+		route(2, func(r *macvrf.Route) { r.MAC[5], r.Sticky = 78, true }),
+		route(2, func(r *macvrf.Route) { r.IP = netip.MustParseAddr("10.0.0.1") }),
+		route(2, func(r *macvrf.Route) { r.IP = netip.MustParseAddr("fd00::1") }),
+		route(2, func(r *macvrf.Route) { r.VNI, r.MAC[5] = 16777215, 79 }),
+		route(2, func(r *macvrf.Route) { r.Tag = 5 }),
+		route(2, func(r *macvrf.Route) {
+			other, err := macvrf.ParseTarget("4200000000:7")
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -266,7 +266,7 @@ func TestRoutesArriveAsTheyWereTold(t *testing.T) {
 	b.set(t, flood(3))
 	b.awaitRoutes(t, all...)
 	a.awaitRoutes(t, flood(3))
-	moved := route(2, func(r *evpn.Route) { r.Sequence = 3 })
+	moved := route(2, func(r *macvrf.Route) { r.Sequence = 3 })
 	a.set(t, flood(2), moved)
 	b.awaitRoutes(t, flood(2), moved)
 	a.set(t, flood(2), route(2, nil)) // a lower sequence is told as well
@@ -284,7 +284,7 @@ func TestHowLongARouteTakes(t *testing.T) {
 	b.awaitUp(t)
 	var took []time.Duration
 	for i := range 101 {
-		r := route(2, func(r *evpn.Route) { r.Sequence = uint32(i) })
+		r := route(2, func(r *macvrf.Route) { r.Sequence = uint32(i) })
 		began := time.Now()
 		a.set(t, r)
 		b.awaitRoutes(t, r)
@@ -342,7 +342,7 @@ func TestAKilledReflectorTakesNothingWithIt(t *testing.T) {
 	b.awaitRoutes(t, flood(2), route(2, nil))
 	kill()
 	b.await(t, "the session to end", func() bool { return !b.sessions[0].Up })
-	late := route(2, func(r *evpn.Route) { r.MAC[5] = 99 }) // told while it is away, and another taken back
+	late := route(2, func(r *macvrf.Route) { r.MAC[5] = 99 }) // told while it is away, and another taken back
 	a.set(t, flood(2), late)
 	startReflector(t, port, "")
 	b.awaitRoutes(t, flood(2), late, route(2, nil))
@@ -381,8 +381,8 @@ func TestTheLossOfOneOfTwoReflectorsIsNotNoticed(t *testing.T) {
 	b.awaitRoutes(t, flood(2), route(2, nil))
 	kill()
 	b.await(t, "the session to end", func() bool { return !b.sessions[0].Up })
-	a.set(t, flood(2), route(2, func(r *evpn.Route) { r.Sequence = 1 }))
-	b.awaitRoutes(t, flood(2), route(2, func(r *evpn.Route) { r.Sequence = 1 }))
+	a.set(t, flood(2), route(2, func(r *macvrf.Route) { r.Sequence = 1 }))
+	b.awaitRoutes(t, flood(2), route(2, func(r *macvrf.Route) { r.Sequence = 1 }))
 	if gone := b.withdrawn(); gone > 0 {
 		t.Errorf("%d routes were withdrawn", gone)
 	}
@@ -395,7 +395,7 @@ func TestADaemonThatRestartsKeepsItsRoutes(t *testing.T) {
 	startReflector(t, port, "")
 	b := speak(t, 3, peerAt(port, 3))
 	a := speak(t, 2, peerAt(port, 2))
-	old := route(2, func(r *evpn.Route) { r.MAC[5] = 99 })
+	old := route(2, func(r *macvrf.Route) { r.MAC[5] = 99 })
 	a.set(t, flood(2), route(2, nil), old)
 	b.awaitRoutes(t, flood(2), route(2, nil), old)
 	a.stop()
@@ -553,9 +553,9 @@ func TestRoutesWithIPv6VTEPsAreKeptFromPeersThatCannotTakeThem(t *testing.T) {
 	able := peerAt(port, 2)
 	able.IPv6VTEPs = true
 	a, b := speak(t, 2, peerAt(port, 2)), speak(t, 3, peerAt(port, 3))
-	six := route(2, func(r *evpn.Route) {
+	six := route(2, func(r *macvrf.Route) {
 		r.VTEP = netip.MustParseAddr("2001:db8::2")
-		r.Kind, r.MAC, r.IP = evpn.Multicast, evpn.MAC{}, r.VTEP
+		r.Kind, r.MAC, r.IP = macvrf.Multicast, macvrf.MAC{}, r.VTEP
 	})
 	a.set(t, six, flood(2))
 	b.awaitRoutes(t, flood(2))

@@ -10,7 +10,7 @@ import (
 	packet "github.com/osrg/gobgp/v4/pkg/packet/bgp"
 
 	"github.com/k8slan/k8slan/lanmgr/bgp"
-	"github.com/k8slan/k8slan/lanmgr/evpn"
+	"github.com/k8slan/k8slan/lanmgr/evpn/macvrf"
 )
 
 // rawRouter is one at an address of the loopback device that opens sessions in order, and then sends these bytes.
@@ -144,7 +144,7 @@ func TestWhatIsNoRouteHarmsNobodyElse(t *testing.T) {
 	other.set(t, flood(3), route(3, nil))
 	s := speak(t, 2, peers...)
 	has := func(mac byte) bool {
-		key := route(77, func(r *evpn.Route) { r.MAC = evpn.MAC{2, 0, 0, 0, 77, mac} }).Key
+		key := route(77, func(r *macvrf.Route) { r.MAC = macvrf.MAC{2, 0, 0, 0, 77, mac} }).Key
 		r, ok := s.routes[key]
 		return ok && r.VTEP == netip.MustParseAddr("192.0.2.77") && r.VNI == 222
 	}

@@ -4,7 +4,7 @@ import (
 	"net/netip"
 	"time"
 
-	"github.com/k8slan/k8slan/lanmgr/evpn"
+	"github.com/k8slan/k8slan/lanmgr/evpn/macvrf"
 )
 
 // rib is what each peer has told, and what of it counts. A route outlives its session: it is stale until it is told again, and goes
@@ -12,8 +12,8 @@ import (
 // a peer knows of graceful restart, nor when a reflector that has just started says that it has told everything.
 type rib struct {
 	peers   map[netip.Addr]*heardFrom
-	counts  map[evpn.Key]evpn.Route
-	changed map[evpn.Key]bool // may count for something else since changes
+	counts  map[macvrf.Key]macvrf.Route
+	changed map[macvrf.Key]bool // may count for something else since changes
 	serial  uint64
 }
 
@@ -21,29 +21,29 @@ type rib struct {
 type heardFrom struct {
 	up     bool
 	sweep  time.Time // what is stale goes then; zero: nothing is
-	routes map[evpn.Key]heard
+	routes map[macvrf.Key]heard
 }
 
 type heard struct {
-	evpn.Route
+	macvrf.Route
 	stale  bool
 	serial uint64 // later ones have larger
 }
 
 func newRIB() *rib {
-	return &rib{peers: map[netip.Addr]*heardFrom{}, counts: map[evpn.Key]evpn.Route{}, changed: map[evpn.Key]bool{}}
+	return &rib{peers: map[netip.Addr]*heardFrom{}, counts: map[macvrf.Key]macvrf.Route{}, changed: map[macvrf.Key]bool{}}
 }
 
 func (r *rib) peer(address netip.Addr) *heardFrom {
 	p := r.peers[address]
 	if p == nil {
-		p = &heardFrom{routes: map[evpn.Key]heard{}}
+		p = &heardFrom{routes: map[macvrf.Key]heard{}}
 		r.peers[address] = p
 	}
 	return p
 }
 
-func (r *rib) learn(from netip.Addr, route evpn.Route) {
+func (r *rib) learn(from netip.Addr, route macvrf.Route) {
 	r.serial++
 	r.peer(from).routes[route.Key] = heard{Route: route, serial: r.serial}
 	r.changed[route.Key] = true
@@ -51,7 +51,7 @@ func (r *rib) learn(from netip.Addr, route evpn.Route) {
 
 // forget is a route that is taken back. A peer that has told all that it has to tell speaks for those that are lost, too: with a node
 // dies the reflector that was on it.
-func (r *rib) forget(from netip.Addr, key evpn.Key, now time.Time) {
+func (r *rib) forget(from netip.Addr, key macvrf.Key, now time.Time) {
 	p := r.peer(from)
 	delete(p.routes, key)
 	r.changed[key] = true
@@ -137,7 +137,7 @@ func (r *rib) settled() bool {
 }
 
 // changes are what counts now and did not, or not so, at the last call, and what counts no more.
-func (r *rib) changes() (routes []evpn.Route, gone []evpn.Key) {
+func (r *rib) changes() (routes []macvrf.Route, gone []macvrf.Key) {
 	for key := range r.changed {
 		best, ok := r.best(key)
 		old, had := r.counts[key]
@@ -157,7 +157,7 @@ func (r *rib) changes() (routes []evpn.Route, gone []evpn.Key) {
 
 // best is which of the routes with that key counts: they are all of one router, told by several. One that is not stale comes
 // before one that is, then the higher sequence, then the later one.
-func (r *rib) best(key evpn.Key) (best evpn.Route, ok bool) {
+func (r *rib) best(key macvrf.Key) (best macvrf.Route, ok bool) {
 	var b heard
 	for _, p := range r.peers {
 		h, told := p.routes[key]

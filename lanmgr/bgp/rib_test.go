@@ -9,26 +9,26 @@ import (
 	"github.com/osrg/gobgp/v4/pkg/apiutil"
 	"github.com/osrg/gobgp/v4/pkg/packet/bgp"
 
-	"github.com/k8slan/k8slan/lanmgr/evpn"
+	"github.com/k8slan/k8slan/lanmgr/evpn/macvrf"
 )
 
 var (
 	began      = time.Unix(1_800_000_000, 0)
 	one, two   = netip.MustParseAddr("192.0.2.101"), netip.MustParseAddr("192.0.2.102")
-	stationAt  = evpn.Key{Kind: evpn.MACIP, RD: evpn.RD{1: 1, 7: 1}, MAC: evpn.MAC{2}}
-	anotherOne = evpn.Key{Kind: evpn.MACIP, RD: evpn.RD{1: 1, 7: 1}, MAC: evpn.MAC{2, 1}}
+	stationAt  = macvrf.Key{Kind: macvrf.MACIP, RD: macvrf.RD{1: 1, 7: 1}, MAC: macvrf.MAC{2}}
+	anotherOne = macvrf.Key{Kind: macvrf.MACIP, RD: macvrf.RD{1: 1, 7: 1}, MAC: macvrf.MAC{2, 1}}
 )
 
 func after(d time.Duration) time.Time { return began.Add(d) }
 
-func withNumber(k evpn.Key, n uint32) evpn.Route { return evpn.Route{Key: k, Sequence: n} }
+func withNumber(k macvrf.Key, n uint32) macvrf.Route { return macvrf.Route{Key: k, Sequence: n} }
 
-func keysOf(r *rib) (keys []evpn.Key) {
+func keysOf(r *rib) (keys []macvrf.Key) {
 	r.changes()
 	for k := range r.counts {
 		keys = append(keys, k)
 	}
-	slices.SortFunc(keys, func(a, b evpn.Key) int { return slices.Compare(a.MAC[:], b.MAC[:]) })
+	slices.SortFunc(keys, func(a, b macvrf.Key) int { return slices.Compare(a.MAC[:], b.MAC[:]) })
 	return keys
 }
 
@@ -59,7 +59,7 @@ func TestWhatALostPeerToldStaysUntilAllIsToldAgain(t *testing.T) {
 		t.Errorf("%v is left before all was told again", got)
 	}
 	r.clean(after(time.Hour + Settling))
-	if got := keysOf(r); !slices.Equal(got, []evpn.Key{stationAt}) {
+	if got := keysOf(r); !slices.Equal(got, []macvrf.Key{stationAt}) {
 		t.Errorf("%v is left, one was not told again", got)
 	}
 }
@@ -82,11 +82,11 @@ func TestWhatALostPeerToldGoesWhereOthersTellNothingOfIt(t *testing.T) {
 
 // Both have told of two stations, one of them is lost, and then a peer takes back the first.
 func TestWhatALostPeerToldGoesWhereAnotherTakesItBack(t *testing.T) {
-	kept, gone := []evpn.Key{stationAt, anotherOne}, []evpn.Key{anotherOne}
+	kept, gone := []macvrf.Key{stationAt, anotherOne}, []macvrf.Key{anotherOne}
 	for _, c := range []struct {
 		what    string
 		happens func(*rib)
-		want    []evpn.Key
+		want    []macvrf.Key
 	}{
 		{"one that is settled", func(r *rib) { r.forget(two, stationAt, after(time.Minute)) }, gone},
 		{"nobody, for the lost one was cut off alone", func(*rib) {}, kept},
@@ -155,17 +155,17 @@ func TestOfSeveralPeersTheOneThatIsThereCounts(t *testing.T) {
 		t.Errorf("%v and %v", routes, gone)
 	}
 	r.forget(one, stationAt, began)
-	if _, gone := r.changes(); !slices.Equal(gone, []evpn.Key{stationAt}) {
+	if _, gone := r.changes(); !slices.Equal(gone, []macvrf.Key{stationAt}) {
 		t.Errorf("%v has gone", gone)
 	}
 }
 
 // Whatever comes over a session becomes routes, or nothing; and what of them becomes entries is what a VXLAN can have.
 func FuzzUpdate(f *testing.F) {
-	for _, r := range []evpn.Route{
-		{Key: evpn.Key{Kind: evpn.MACIP, RD: evpn.RD{1: 1, 7: 1}, MAC: evpn.MAC{2, 0, 0, 0, 0, 9}}, VTEP: one, VNI: 222, Targets: []evpn.Target{evpn.NewTarget(65000, 222)}, Sequence: 7},
-		{Key: evpn.Key{Kind: evpn.MACIP, RD: evpn.RD{1: 1, 7: 1}, MAC: evpn.MAC{2}, IP: netip.MustParseAddr("fd00::1")}, VTEP: netip.MustParseAddr("2001:db8::1"), VNI: 222},
-		{Key: evpn.Key{Kind: evpn.Multicast, RD: evpn.RD{1: 1, 7: 1}, IP: two}, VTEP: two, VNI: 222, Targets: []evpn.Target{evpn.NewTarget(65000, 222)}},
+	for _, r := range []macvrf.Route{
+		{Key: macvrf.Key{Kind: macvrf.MACIP, RD: macvrf.RD{1: 1, 7: 1}, MAC: macvrf.MAC{2, 0, 0, 0, 0, 9}}, VTEP: one, VNI: 222, Targets: []macvrf.Target{macvrf.NewTarget(65000, 222)}, Sequence: 7},
+		{Key: macvrf.Key{Kind: macvrf.MACIP, RD: macvrf.RD{1: 1, 7: 1}, MAC: macvrf.MAC{2}, IP: netip.MustParseAddr("fd00::1")}, VTEP: netip.MustParseAddr("2001:db8::1"), VNI: 222},
+		{Key: macvrf.Key{Kind: macvrf.Multicast, RD: macvrf.RD{1: 1, 7: 1}, IP: two}, VTEP: two, VNI: 222, Targets: []macvrf.Target{macvrf.NewTarget(65000, 222)}},
 	} {
 		p, err := pathOf(r)
 		if err != nil {
@@ -186,9 +186,9 @@ func FuzzUpdate(f *testing.F) {
 		if !ok {
 			return
 		}
-		table := evpn.New(65000, netip.MustParseAddr("192.0.2.1"))
+		table := macvrf.New(65000, netip.MustParseAddr("192.0.2.1"))
 		own := netip.MustParseAddr("192.0.2.1")
-		table.Set(began, []evpn.LAN{{VNI: 222, VTEP: own, Claimed: true}})
+		table.Set(began, []macvrf.LAN{{VNI: 222, VTEP: own, Claimed: true}})
 		for _, attr := range update.PathAttributes {
 			reach, ok := attr.(*bgp.PathAttributeMpReachNLRI)
 			if !ok {

@@ -18,7 +18,7 @@ import (
 	"github.com/osrg/gobgp/v4/pkg/packet/bgp"
 	"github.com/osrg/gobgp/v4/pkg/server"
 
-	"github.com/k8slan/k8slan/lanmgr/evpn"
+	"github.com/k8slan/k8slan/lanmgr/evpn/macvrf"
 )
 
 // Peer is a router to speak with.
@@ -94,8 +94,8 @@ type Config struct {
 
 // Heard is what has changed.
 type Heard struct {
-	Routes   []evpn.Route // new ones, and such as take the place of those with their keys
-	Gone     []evpn.Key
+	Routes   []macvrf.Route // new ones, and such as take the place of those with their keys
+	Gone     []macvrf.Key
 	Sessions []Session // all of them, by address, if one has changed
 	Partial  bool      // there may be more routes that nobody has told yet: what stands and is not told is not gone
 }
@@ -110,8 +110,8 @@ type Speaker struct {
 	server   *server.BgpServer // nil while Run does not run
 	peers    map[netip.Addr]Peer
 	sessions map[netip.Addr]Session
-	told     map[evpn.Key]evpn.Route
-	own      map[evpn.Key]evpn.Route
+	told     map[macvrf.Key]macvrf.Route
+	own      map[macvrf.Key]macvrf.Route
 	rib      *rib
 	whole    bool        // the rib has settled once
 	timer    *time.Timer // for the rib
@@ -122,7 +122,7 @@ type Speaker struct {
 func NewSpeaker(c Config) *Speaker {
 	return &Speaker{
 		Config: c, peers: map[netip.Addr]Peer{}, sessions: map[netip.Addr]Session{},
-		told: map[evpn.Key]evpn.Route{}, own: map[evpn.Key]evpn.Route{}, rib: newRIB(),
+		told: map[macvrf.Key]macvrf.Route{}, own: map[macvrf.Key]macvrf.Route{}, rib: newRIB(),
 	}
 }
 
@@ -182,7 +182,7 @@ func (s *Speaker) start(ctx context.Context, srv *server.BgpServer) error {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.server, s.told = srv, map[evpn.Key]evpn.Route{}
+	s.server, s.told = srv, map[macvrf.Key]macvrf.Route{}
 	s.timer = time.AfterFunc(time.Hour, func() { s.hear(ctx, func() []Session { return nil }) })
 	s.looks = time.AfterFunc(lookEvery, func() { s.look(ctx) })
 	for _, p := range s.peers {
@@ -194,10 +194,10 @@ func (s *Speaker) start(ctx context.Context, srv *server.BgpServer) error {
 }
 
 // Set says which routes to tell; it replaces what was said before. What is the same is not told again.
-func (s *Speaker) Set(own []evpn.Route) error {
+func (s *Speaker) Set(own []macvrf.Route) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.own = make(map[evpn.Key]evpn.Route, len(own))
+	s.own = make(map[macvrf.Key]macvrf.Route, len(own))
 	for _, r := range own {
 		s.own[r.Key] = r
 	}
@@ -210,7 +210,7 @@ func (s *Speaker) tell() error {
 		return nil
 	}
 	var add, lower, del []*apiutil.Path
-	var keys []evpn.Key
+	var keys []macvrf.Key
 	var errs []error
 	for key, r := range s.own {
 		old, told := s.told[key]

@@ -6,11 +6,11 @@ import (
 	"github.com/osrg/gobgp/v4/pkg/apiutil"
 	"github.com/osrg/gobgp/v4/pkg/packet/bgp"
 
-	"github.com/k8slan/k8slan/lanmgr/evpn"
+	"github.com/k8slan/k8slan/lanmgr/evpn/macvrf"
 )
 
 // pathOf is one of our routes as it is sent. Labels bear the VNI as it is (RFC 8365, 5.1.3).
-func pathOf(r evpn.Route) (*apiutil.Path, error) {
+func pathOf(r macvrf.Route) (*apiutil.Path, error) {
 	rd := bgp.GetRouteDistinguisher(r.RD[:])
 	attrs := []bgp.PathAttributeInterface{bgp.NewPathAttributeOrigin(bgp.BGP_ORIGIN_ATTR_TYPE_IGP)}
 	communities := []bgp.ExtendedCommunityInterface{bgp.NewEncapExtended(bgp.TUNNEL_TYPE_VXLAN)}
@@ -24,10 +24,10 @@ func pathOf(r evpn.Route) (*apiutil.Path, error) {
 	var nlri *bgp.EVPNNLRI
 	var err error
 	switch r.Kind {
-	case evpn.Multicast:
+	case macvrf.Multicast:
 		nlri, err = bgp.NewEVPNMulticastEthernetTagRoute(rd, r.Tag, r.IP)
 		attrs = append(attrs, bgp.NewPathAttributePmsiTunnel(bgp.PMSI_TUNNEL_TYPE_INGRESS_REPL, false, r.VNI, &bgp.IngressReplTunnelID{Value: r.VTEP}))
-	case evpn.MACIP:
+	case macvrf.MACIP:
 		nlri, err = bgp.NewEVPNMacIPAdvertisementRoute(rd, bgp.EthernetSegmentIdentifier{}, r.Tag, r.MAC.String(), r.IP, []uint32{r.VNI})
 		// Also where it is 0, or gobgp would add one (fixupApiPath in pkg/server/server.go).
 		communities = append(communities, bgp.NewMacMobilityExtended(r.Sequence, r.Sticky))
@@ -52,7 +52,7 @@ func withdrawal(p *apiutil.Path) *apiutil.Path {
 
 // routeOf reads a route; ok is false for one of a kind that does not matter to a LAN. What is wrong with it otherwise is for the
 // table to say.
-func routeOf(p *apiutil.Path) (r evpn.Route, ok bool) {
+func routeOf(p *apiutil.Path) (r macvrf.Route, ok bool) {
 	if r.Key, ok = keyOf(p); !ok {
 		return r, false
 	}
@@ -62,11 +62,11 @@ func routeOf(p *apiutil.Path) (r evpn.Route, ok bool) {
 	for _, attr := range p.Attrs {
 		switch a := attr.(type) {
 		case *bgp.PathAttributeMpReachNLRI:
-			if r.Kind == evpn.MACIP {
+			if r.Kind == macvrf.MACIP {
 				r.VTEP = a.Nexthop
 			}
 		case *bgp.PathAttributePmsiTunnel:
-			if r.Kind == evpn.Multicast {
+			if r.Kind == macvrf.Multicast {
 				r.VNI = a.Label
 				id, isReplication := a.TunnelID.(*bgp.IngressReplTunnelID)
 				if r.Other = r.Other || !isReplication; isReplication {
@@ -82,7 +82,7 @@ func routeOf(p *apiutil.Path) (r evpn.Route, ok bool) {
 
 // readCommunities reads what a route's extended communities tell. Without one that names an encapsulation it is the one that is
 // configured (RFC 8365, 5.1.3): VXLAN.
-func readCommunities(r *evpn.Route, communities []bgp.ExtendedCommunityInterface) {
+func readCommunities(r *macvrf.Route, communities []bgp.ExtendedCommunityInterface) {
 	named, vxlan := false, false
 	for _, c := range communities {
 		switch c := c.(type) {
@@ -94,8 +94,8 @@ func readCommunities(r *evpn.Route, communities []bgp.ExtendedCommunityInterface
 			if _, sub := c.GetTypes(); sub != bgp.EC_SUBTYPE_ROUTE_TARGET {
 				continue
 			}
-			if b, err := c.Serialize(); err == nil && len(b) == len(evpn.Target{}) {
-				r.Targets = append(r.Targets, evpn.Target(b))
+			if b, err := c.Serialize(); err == nil && len(b) == len(macvrf.Target{}) {
+				r.Targets = append(r.Targets, macvrf.Target(b))
 			}
 		}
 	}
@@ -103,7 +103,7 @@ func readCommunities(r *evpn.Route, communities []bgp.ExtendedCommunityInterface
 }
 
 // keyOf reads what tells a route from others; a withdrawal has little more.
-func keyOf(p *apiutil.Path) (k evpn.Key, ok bool) {
+func keyOf(p *apiutil.Path) (k macvrf.Key, ok bool) {
 	nlri, ok := p.Nlri.(*bgp.EVPNNLRI)
 	if !ok {
 		return k, false
@@ -114,13 +114,13 @@ func keyOf(p *apiutil.Path) (k evpn.Key, ok bool) {
 		if d.MacAddressLength != 8*uint8(len(k.MAC)) || len(d.MacAddress) != len(k.MAC) {
 			return k, false
 		}
-		k = evpn.Key{Kind: evpn.MACIP, Tag: d.ETag, MAC: evpn.MAC(d.MacAddress)}
+		k = macvrf.Key{Kind: macvrf.MACIP, Tag: d.ETag, MAC: macvrf.MAC(d.MacAddress)}
 		if d.IPAddressLength > 0 {
 			k.IP = d.IPAddress
 		}
 		rd = d.RD
 	case *bgp.EVPNMulticastEthernetTagRoute:
-		k, rd = evpn.Key{Kind: evpn.Multicast, Tag: d.ETag, IP: d.IPAddress}, d.RD
+		k, rd = macvrf.Key{Kind: macvrf.Multicast, Tag: d.ETag, IP: d.IPAddress}, d.RD
 	}
 	if rd == nil {
 		return k, false
@@ -129,6 +129,6 @@ func keyOf(p *apiutil.Path) (k evpn.Key, ok bool) {
 	if err != nil || len(b) != len(k.RD) {
 		return k, false
 	}
-	k.RD = evpn.RD(b)
+	k.RD = macvrf.RD(b)
 	return k, true
 }

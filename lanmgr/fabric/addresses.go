@@ -6,7 +6,7 @@ import (
 	"sync"
 	"time"
 
-	"github.com/k8slan/k8slan/lanmgr/evpn"
+	"github.com/k8slan/k8slan/lanmgr/evpn/macvrf"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
 )
 
@@ -93,7 +93,7 @@ func (f *Fabric) shown(netns string, mac [6]byte, ip netip.Addr) {
 	told, full := f.table.Show(time.Now(), vni, mac, ip)
 	if full && !f.full[netns] {
 		f.full[netns] = true
-		f.Log.Warn("a station shows more addresses than are told of one MAC or LAN: others find the rest by flooding", "netns", netns, "mac", evpn.MAC(mac), "address", ip)
+		f.Log.Warn("a station shows more addresses than are told of one MAC or LAN: others find the rest by flooding", "netns", netns, "mac", macvrf.MAC(mac), "address", ip)
 	}
 	if told {
 		f.follow()

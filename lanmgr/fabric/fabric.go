@@ -13,7 +13,7 @@ import (
 	"time"
 
 	"github.com/k8slan/k8slan/lanmgr/bgp"
-	"github.com/k8slan/k8slan/lanmgr/evpn"
+	"github.com/k8slan/k8slan/lanmgr/evpn/macvrf"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
@@ -49,9 +49,9 @@ type Fabric struct {
 	reflectors []netip.AddrPort
 	peers      []bgp.Peer // all
 	unset      bool       // the speaker could not take them all
-	table      *evpn.Table
-	lans       map[string]evpn.LAN // by netns
-	vnis       map[string]uint32   // by netns
+	table      *macvrf.Table
+	lans       map[string]macvrf.LAN // by netns
+	vnis       map[string]uint32     // by netns
 	partial    bool
 	sessions   []bgp.Session
 	full       map[string]bool // by netns: it was said that stations show more addresses than are told
@@ -63,7 +63,7 @@ type Fabric struct {
 
 // leaving are routes that are told until then, though they are the node's no more.
 type leaving struct {
-	routes []evpn.Route
+	routes []macvrf.Route
 	until  time.Time
 }
 
@@ -75,7 +75,7 @@ const farewell = 5 * time.Second
 func New(c Config) *Fabric {
 	f := &Fabric{
 		Config: c, changed: make(chan struct{}, 1), claimed: make(chan struct{}, 1), peers: c.Peers,
-		table: evpn.New(c.AS, c.RouterID), vnis: map[string]uint32{}, partial: true, full: map[string]bool{}, crowded: map[string]bool{},
+		table: macvrf.New(c.AS, c.RouterID), vnis: map[string]uint32{}, partial: true, full: map[string]bool{}, crowded: map[string]bool{},
 	}
 	f.timer = time.AfterFunc(farewell, func() { f.after(func(time.Time) {}) })
 	f.timer.Stop()
@@ -150,24 +150,24 @@ func (f *Fabric) Sessions() []bgp.Session { return f.speaker.Sessions() }
 
 // Set says which LANs the node takes part in, by the names of their network namespaces; it replaces what was said before. Of one that is
 // new, the MACs on its ports are asked for: their events were before.
-func (f *Fabric) Set(lans map[string]evpn.LAN) {
+func (f *Fabric) Set(lans map[string]macvrf.LAN) {
 	f.mu.Lock()
-	same := maps.EqualFunc(lans, f.lans, evpn.LAN.Equal)
+	same := maps.EqualFunc(lans, f.lans, macvrf.LAN.Equal)
 	f.lans = lans
 	f.mu.Unlock()
 	if same {
 		return
 	}
 	f.after(func(now time.Time) {
-		var list []evpn.LAN
+		var list []macvrf.LAN
 		vnis := make(map[string]uint32, len(lans))
 		for netns, lan := range lans {
 			list, vnis[netns] = append(list, lan), lan.VNI
 		}
 		told := f.table.Own()
 		f.table.Set(now, list)
-		f.leave(now, slices.DeleteFunc(told, func(r evpn.Route) bool {
-			return slices.ContainsFunc(list, func(l evpn.LAN) bool { return l.VNI == r.VNI })
+		f.leave(now, slices.DeleteFunc(told, func(r macvrf.Route) bool {
+			return slices.ContainsFunc(list, func(l macvrf.LAN) bool { return l.VNI == r.VNI })
 		}))
 		for netns, vni := range vnis {
 			if f.vnis[netns] != vni {
@@ -183,7 +183,7 @@ func (f *Fabric) Set(lans map[string]evpn.LAN) {
 }
 
 // leave has routes told for some time yet.
-func (f *Fabric) leave(now time.Time, routes []evpn.Route) {
+func (f *Fabric) leave(now time.Time, routes []macvrf.Route) {
 	if len(routes) > 0 {
 		f.leaving = append(f.leaving, leaving{routes, now.Add(farewell)})
 		f.timer.Reset(farewell)
@@ -191,7 +191,7 @@ func (f *Fabric) leave(now time.Time, routes []evpn.Route) {
 }
 
 // own are the routes to tell. What is leaving comes first: a LAN may be back.
-func (f *Fabric) own(now time.Time) (routes []evpn.Route) {
+func (f *Fabric) own(now time.Time) (routes []macvrf.Route) {
 	f.leaving = slices.DeleteFunc(f.leaving, func(l leaving) bool { return !l.until.After(now) })
 	for _, l := range f.leaving {
 		routes = append(routes, l.routes...)
@@ -210,12 +210,12 @@ func (f *Fabric) Fill(s *segment.Segment) {
 
 // Trouble is what keeps a LAN from being whole.
 type Trouble struct {
-	Alone      bool          // there is nobody to speak with
-	Down       []bgp.Session // all there are, where none is up
-	Duplicates []evpn.MAC    // are on this node and on another
-	Withheld   []bgp.Peer    // are there, and told nothing of the LAN: they take no routes with an IPv6 VTEP
-	Refused    evpn.Refusal  // is one of the routes that cannot be used
-	Refusals   int           // is how many these are
+	Alone      bool           // there is nobody to speak with
+	Down       []bgp.Session  // all there are, where none is up
+	Duplicates []macvrf.MAC   // are on this node and on another
+	Withheld   []bgp.Peer     // are there, and told nothing of the LAN: they take no routes with an IPv6 VTEP
+	Refused    macvrf.Refusal // is one of the routes that cannot be used
+	Refusals   int            // is how many these are
 }
 
 // Trouble is that of a LAN, by the name of its network namespace.
@@ -241,7 +241,7 @@ func (f *Fabric) Trouble(netns string) (t Trouble) {
 }
 
 // Count is how much there is of a LAN, by the name of its network namespace; ok is false if the node takes no part in it.
-func (f *Fabric) Count(netns string) (c evpn.Count, ok bool) {
+func (f *Fabric) Count(netns string) (c macvrf.Count, ok bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	vni, ok := f.vnis[netns]
@@ -286,7 +286,7 @@ func (f *Fabric) seen(netns string, mac [6]byte) {
 	f.after(func(now time.Time) {
 		if vni, ok := f.vnis[netns]; ok && f.table.See(now, vni, mac) && !f.crowded[netns] {
 			f.crowded[netns] = true
-			f.Log.Warn("more MACs speak on this node than others are told of, what is sent to the rest is flooded", "netns", netns, "told", evpn.MaxMACs)
+			f.Log.Warn("more MACs speak on this node than others are told of, what is sent to the rest is flooded", "netns", netns, "told", macvrf.MaxMACs)
 		}
 	})
 }
@@ -323,7 +323,7 @@ func (f *Fabric) listed(now time.Time, netns string, vni uint32) {
 		f.Log.Error("cannot read which MACs are on a LAN, those that speak from now on are heard", "netns", netns, "err", err)
 		return
 	}
-	all := make([]evpn.MAC, len(macs))
+	all := make([]macvrf.MAC, len(macs))
 	for i, mac := range macs {
 		all[i] = mac
 	}

@@ -11,7 +11,7 @@ import (
 	"time"
 
 	"github.com/k8slan/k8slan/lanmgr/bgp"
-	"github.com/k8slan/k8slan/lanmgr/evpn"
+	"github.com/k8slan/k8slan/lanmgr/evpn/macvrf"
 	"github.com/k8slan/k8slan/lanmgr/fabric"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
 	"github.com/k8slan/k8slan/lanmgr/segment"
@@ -111,8 +111,8 @@ func newMember(t *testing.T, number byte, peers ...bgp.Peer) member {
 }
 
 // has says that the node has the LAN, that somebody is attached or not, and which MACs pods have.
-func (m member) has(claimed bool, pods ...evpn.MAC) {
-	m.Set(map[string]evpn.LAN{"lab": {VNI: 222, VTEP: m.vtep, Claimed: claimed, Attached: pods}})
+func (m member) has(claimed bool, pods ...macvrf.MAC) {
+	m.Set(map[string]macvrf.LAN{"lab": {VNI: 222, VTEP: m.vtep, Claimed: claimed, Attached: pods}})
 }
 
 // await waits until the LAN's segment is to be so.
@@ -150,7 +150,7 @@ func TestNodesTellEachOtherWhoIsWhere(t *testing.T) {
 	b.await(t, "the pod and who had spoken", func(s segment.Segment) bool {
 		return slices.Equal(s.Remotes, []netip.Addr{a.vtep}) && behind(pod, a.vtep)(s) && behind(late, a.vtep)(s) && len(s.FDB) == 2
 	})
-	if c, ok := b.Count("lab"); !ok || c != (evpn.Count{Used: 3, Elsewhere: 2}) {
+	if c, ok := b.Count("lab"); !ok || c != (macvrf.Count{Used: 3, Elsewhere: 2}) {
 		t.Errorf("of the LAN there is %+v, %t", c, ok)
 	}
 	if _, ok := b.Count("other"); ok {
@@ -176,7 +176,7 @@ func TestNodesTellEachOtherWhoIsWhere(t *testing.T) {
 func TestAddressesAreHeardWhereSomebodyIsAttached(t *testing.T) {
 	nodes := fabricOf(t, 1)
 	a := nodes[0]
-	pod := evpn.MAC{2, 1}
+	pod := macvrf.MAC{2, 1}
 	a.has(false)
 	a.has(true, pod)
 	tell := <-a.shows
@@ -242,7 +242,7 @@ func TestAReflectorThatMovesIsFollowed(t *testing.T) {
 	}
 	first, second := reflector(t, "127.0.0.1"), reflector(t, "127.0.0.9")
 	b := newMember(t, 1, bgp.Peer{Address: first.Addr(), Port: first.Port(), AS: 65000}, bgp.Peer{Address: second.Addr(), Port: second.Port(), AS: 65000})
-	mac, later := evpn.MAC{2, 1}, evpn.MAC{2, 2}
+	mac, later := macvrf.MAC{2, 1}, macvrf.MAC{2, 2}
 	b.has(true, mac)
 	a.has(true)
 	follow := func(at ...netip.AddrPort) {
@@ -304,10 +304,10 @@ func TestWhatIsWrongIsTold(t *testing.T) {
 			t.Fatal("a MAC that speaks on both is not told")
 		}
 	}
-	b.Set(map[string]evpn.LAN{"lab": {VNI: 222, VTEP: a.vtep, Claimed: true}}) // it has our address
+	b.Set(map[string]macvrf.LAN{"lab": {VNI: 222, VTEP: a.vtep, Claimed: true}}) // it has our address
 	a.await(t, "nobody", func(segment.Segment) bool {
 		trouble := a.Trouble("lab")
-		return trouble.Refusals > 0 && trouble.Refused.Reason == evpn.OwnVTEP
+		return trouble.Refusals > 0 && trouble.Refused.Reason == macvrf.OwnVTEP
 	})
 	if trouble := a.Trouble("lab"); len(trouble.Down) > 0 {
 		t.Errorf("sessions %v", trouble.Down)
@@ -326,11 +326,11 @@ func TestAWishThatIsTheSameWakesNobody(t *testing.T) {
 			return false
 		}
 	}
-	m.has(true, evpn.MAC{2})
+	m.has(true, macvrf.MAC{2})
 	if !woken() {
 		t.Error("a new LAN wakes nobody")
 	}
-	m.has(true, evpn.MAC{2})
+	m.has(true, macvrf.MAC{2})
 	if woken() {
 		t.Error("the same LAN wakes somebody")
 	}

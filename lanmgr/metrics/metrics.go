@@ -11,7 +11,7 @@ import (
 	"github.com/k8slan/k8slan/crd/v1beta1"
 	"github.com/k8slan/k8slan/lanmgr"
 	"github.com/k8slan/k8slan/lanmgr/bgp"
-	"github.com/k8slan/k8slan/lanmgr/evpn"
+	"github.com/k8slan/k8slan/lanmgr/evpn/macvrf"
 	"github.com/k8slan/k8slan/lanmgr/node"
 	"github.com/k8slan/k8slan/lanmgr/outcome"
 	"github.com/k8slan/k8slan/lanmgr/segment"
@@ -49,7 +49,7 @@ type Sources struct {
 // Fabric is what a node hears and tells by EVPN; fabric.Fabric is one.
 type Fabric interface {
 	Sessions() []bgp.Session
-	Count(netns string) (evpn.Count, bool)
+	Count(netns string) (macvrf.Count, bool)
 }
 
 var (

@@ -14,7 +14,7 @@ import (
 	"github.com/k8slan/k8slan/crd/v1beta1"
 	"github.com/k8slan/k8slan/lanmgr"
 	"github.com/k8slan/k8slan/lanmgr/bgp"
-	"github.com/k8slan/k8slan/lanmgr/evpn"
+	"github.com/k8slan/k8slan/lanmgr/evpn/macvrf"
 	"github.com/k8slan/k8slan/lanmgr/metrics"
 	"github.com/k8slan/k8slan/lanmgr/node"
 	"github.com/k8slan/k8slan/lanmgr/outcome"
@@ -69,8 +69,8 @@ type fabric struct{}
 
 func (fabric) Sessions() []bgp.Session { return []bgp.Session{{Up: true}, {Up: true}, {}} }
 
-func (fabric) Count(netns string) (evpn.Count, bool) {
-	return evpn.Count{Own: 11, Used: 12, Refused: 13, Here: 14, Elsewhere: 15, Twice: 16, Moves: 17}, netns == "default.lab"
+func (fabric) Count(netns string) (macvrf.Count, bool) {
+	return macvrf.Count{Own: 11, Used: 12, Refused: 13, Here: 14, Elsewhere: 15, Twice: 16, Moves: 17}, netns == "default.lab"
 }
 
 func TestEverythingThatHappensIsCounted(t *testing.T) {

@@ -23,7 +23,7 @@ import (
 	"github.com/k8slan/k8slan/crd/v1beta1"
 	"github.com/k8slan/k8slan/lanmgr"
 	"github.com/k8slan/k8slan/lanmgr/bgp"
-	"github.com/k8slan/k8slan/lanmgr/evpn"
+	"github.com/k8slan/k8slan/lanmgr/evpn/macvrf"
 	"github.com/k8slan/k8slan/lanmgr/fabric"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
 	"github.com/k8slan/k8slan/lanmgr/segment"
@@ -57,7 +57,7 @@ type Strangers interface {
 // Fabric is what the node learns and tells of LANs with discovery evpn; fabric.Fabric is one.
 type Fabric interface {
 	Run(ctx context.Context) error
-	Set(lans map[string]evpn.LAN)
+	Set(lans map[string]macvrf.LAN)
 	SetReflectors(ctx context.Context, at []netip.AddrPort) error
 	Fill(s *segment.Segment)
 	Trouble(netns string) fabric.Trouble

@@ -12,7 +12,7 @@ import (
 	"github.com/k8slan/k8slan/crd/v1beta1"
 	"github.com/k8slan/k8slan/lanmgr"
 	"github.com/k8slan/k8slan/lanmgr/bgp"
-	"github.com/k8slan/k8slan/lanmgr/evpn"
+	"github.com/k8slan/k8slan/lanmgr/evpn/macvrf"
 	"github.com/k8slan/k8slan/lanmgr/fabric"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
@@ -60,9 +60,9 @@ func oneLANPerVNI(plans []Plan) {
 }
 
 // evpnLANs are the LANs with discovery evpn that the node has, by netns. One that is planned no more stays for who is still attached.
-func evpnLANs(plans []Plan, reports []lanmgr.Report) map[string]evpn.LAN {
+func evpnLANs(plans []Plan, reports []lanmgr.Report) map[string]macvrf.LAN {
 	byNetns := index(reports)
-	lans, planned, taken := make(map[string]evpn.LAN), make(map[string]bool), make(map[uint32]bool)
+	lans, planned, taken := make(map[string]macvrf.LAN), make(map[string]bool), make(map[uint32]bool)
 	for _, p := range plans {
 		r, built := byNetns[p.Segment.Netns]
 		if !built || r.Segment.LAN != p.Segment.LAN {
@@ -83,23 +83,23 @@ func evpnLANs(plans []Plan, reports []lanmgr.Report) map[string]evpn.LAN {
 }
 
 // evpnLAN is a LAN as the node takes part in it. A VM's MAC is told once it has spoken: two nodes have it while it moves.
-func evpnLAN(s segment.Segment, vtep netip.Addr, claims []segment.Claim) evpn.LAN {
-	lan := evpn.LAN{
+func evpnLAN(s segment.Segment, vtep netip.Addr, claims []segment.Claim) macvrf.LAN {
+	lan := macvrf.LAN{
 		VNI: s.VXLAN.VNI, VTEP: vtep, Claimed: len(claims) > 0,
 		Import: targets(s.Routes.Import), Export: targets(s.Routes.Export), RD: s.Routes.RD, Suppress: s.VXLAN.SuppressNeighbors,
 	}
 	for _, c := range claims {
-		if c.Kind == segment.Veth && len(c.MAC) == len(evpn.MAC{}) {
-			lan.Attached = append(lan.Attached, evpn.MAC(c.MAC))
+		if c.Kind == segment.Veth && len(c.MAC) == len(macvrf.MAC{}) {
+			lan.Attached = append(lan.Attached, macvrf.MAC(c.MAC))
 		}
 	}
 	return lan
 }
 
 // targets reads route targets; targetProblem tells of what is none.
-func targets(texts []string) (targets []evpn.Target) {
+func targets(texts []string) (targets []macvrf.Target) {
 	for _, text := range texts {
-		if t, err := evpn.ParseTarget(text); err == nil {
+		if t, err := macvrf.ParseTarget(text); err == nil {
 			targets = append(targets, t)
 		}
 	}

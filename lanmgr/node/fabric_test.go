@@ -17,7 +17,7 @@ import (
 
 	"github.com/k8slan/k8slan/crd/v1beta1"
 	"github.com/k8slan/k8slan/lanmgr/bgp"
-	"github.com/k8slan/k8slan/lanmgr/evpn"
+	"github.com/k8slan/k8slan/lanmgr/evpn/macvrf"
 	"github.com/k8slan/k8slan/lanmgr/fabric"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
@@ -28,7 +28,7 @@ type fakeFabric struct {
 	changed chan struct{}
 
 	mu      sync.Mutex
-	lans    map[string]evpn.LAN
+	lans    map[string]macvrf.LAN
 	told    segment.Segment
 	trouble fabric.Trouble
 	peers   []bgp.Session
@@ -81,14 +81,14 @@ func (f *fakeFabric) Run(ctx context.Context) error {
 	return nil
 }
 
-func (f *fakeFabric) Set(lans map[string]evpn.LAN) {
+func (f *fakeFabric) Set(lans map[string]macvrf.LAN) {
 	defer f.note()
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.lans = lans
 }
 
-func (f *fakeFabric) has(want map[string]evpn.LAN) func() bool {
+func (f *fakeFabric) has(want map[string]macvrf.LAN) func() bool {
 	return func() bool {
 		f.mu.Lock()
 		defer f.mu.Unlock()
@@ -119,17 +119,17 @@ func TestAnEVPNLANIsJoinedToTheFabric(t *testing.T) {
 	w.fabric = f
 	stop := w.start()
 	defer stop()
-	lan := evpn.LAN{
+	lan := macvrf.LAN{
 		VNI: 222, VTEP: vtep, RD: 7,
-		Import: []evpn.Target{evpn.NewTarget(64512, 7)}, Export: []evpn.Target{evpn.NewTarget(65000, 222), evpn.NewTarget(65000, 8)},
+		Import: []macvrf.Target{macvrf.NewTarget(64512, 7)}, Export: []macvrf.Target{macvrf.NewTarget(65000, 222), macvrf.NewTarget(65000, 8)},
 	}
-	w.await(t, "the LAN to be joined", f.has(map[string]evpn.LAN{"default.lab": lan}))
+	w.await(t, "the LAN to be joined", f.has(map[string]macvrf.LAN{"default.lab": lan}))
 
 	vm := claim("vm", "vm-1")
 	vm.Kind = segment.Macvtap
 	w.manager.change(func() { w.manager.claims["default.lab"] = []segment.Claim{claim("srl", "pod-1"), vm} })
-	lan.Claimed, lan.Attached = true, []evpn.MAC{evpn.MAC(claim("srl", "pod-1").MAC)}
-	w.await(t, "the pod to be told, and not the VM", f.has(map[string]evpn.LAN{"default.lab": lan}))
+	lan.Claimed, lan.Attached = true, []macvrf.MAC{macvrf.MAC(claim("srl", "pod-1").MAC)}
+	w.await(t, "the pod to be told, and not the VM", f.has(map[string]macvrf.LAN{"default.lab": lan}))
 
 	remote := netip.MustParseAddr("192.0.2.2")
 	f.tells(func() {
@@ -152,10 +152,10 @@ func TestAnEVPNLANIsJoinedToTheFabric(t *testing.T) {
 	w.awaitStatus("a session that is down", degraded(v1beta1.ReasonBGPDown, "192.0.2.2:179 of AS 65000 (no TCP connection)"))
 	f.tells(func() { f.trouble = fabric.Trouble{Alone: true} })
 	w.awaitStatus("nobody to speak with", degraded(v1beta1.ReasonBGPDown, "evpn.reflectors.replicas"))
-	f.tells(func() { f.trouble = fabric.Trouble{Duplicates: []evpn.MAC{{2, 1}, {2, 2}}} })
+	f.tells(func() { f.trouble = fabric.Trouble{Duplicates: []macvrf.MAC{{2, 1}, {2, 2}}} })
 	w.awaitStatus("MACs on two nodes", degraded(v1beta1.ReasonMACTwice, "02:01:00:00:00:00 speaks on this node and on another, and 1 other MAC"))
 	f.tells(func() {
-		f.trouble = fabric.Trouble{Refused: evpn.Refusal{Route: evpn.Route{Key: evpn.Key{Kind: evpn.Multicast}, VTEP: remote}, Reason: evpn.OtherVNI}, Refusals: 1}
+		f.trouble = fabric.Trouble{Refused: macvrf.Refusal{Route: macvrf.Route{Key: macvrf.Key{Kind: macvrf.Multicast}, VTEP: remote}, Reason: macvrf.OtherVNI}, Refusals: 1}
 	})
 	w.awaitStatus("a route that is refused", degraded(v1beta1.ReasonRoutesRefused, "from VTEP 192.0.2.2 is not used: it bears another VNI"))
 	f.tells(func() { f.trouble.Refusals++ })
@@ -185,7 +185,7 @@ func TestAnEVPNLANIsJoinedToTheFabric(t *testing.T) {
 	w.awaitStatus("the LAN to be leaving, with who is attached", func(s v1beta1.LANNodeStatus) bool {
 		return len(s.Segments) == 1 && s.Segments[0].State == v1beta1.SegmentLeaving
 	})
-	if !f.has(map[string]evpn.LAN{"default.lab": lan})() {
+	if !f.has(map[string]macvrf.LAN{"default.lab": lan})() {
 		t.Error("others are told no more of who is attached still")
 	}
 	w.update(func(l *v1beta1.LAN) { l.Spec.NodeSelector = nil })
@@ -193,12 +193,12 @@ func TestAnEVPNLANIsJoinedToTheFabric(t *testing.T) {
 
 	w.update(func(l *v1beta1.LAN) { l.Spec.EVPN.ImportTargets = nil; l.Spec.EVPN.RD = 0 })
 	lan.Import, lan.RD = nil, 0
-	w.await(t, "other targets", f.has(map[string]evpn.LAN{"default.lab": lan}))
+	w.await(t, "other targets", f.has(map[string]macvrf.LAN{"default.lab": lan}))
 
 	w.update(func(l *v1beta1.LAN) { l.Spec.Discovery = v1beta1.Multicast })
 	w.await(t, "the LAN to leave the fabric", func() bool {
 		_, want := w.manager.wanted()
-		return f.has(map[string]evpn.LAN{})() && len(want) == 1 && !want[0].VXLAN.NoLearning && want[0].FDB == nil
+		return f.has(map[string]macvrf.LAN{})() && len(want) == 1 && !want[0].VXLAN.NoLearning && want[0].FDB == nil
 	})
 }
 
@@ -256,7 +256,7 @@ func TestTwoEVPNLANsWithOneVNIAreNotMixed(t *testing.T) {
 	f := &fakeFabric{board: w.board, changed: make(chan struct{}, 1)}
 	w.fabric = f
 	w.start()
-	w.await(t, "the older LAN to be joined", f.has(map[string]evpn.LAN{"default.lab": {VNI: 222, VTEP: vtep}}))
+	w.await(t, "the older LAN to be joined", f.has(map[string]macvrf.LAN{"default.lab": {VNI: 222, VTEP: vtep}}))
 	w.awaitStatus("the other to say why it is not", func(s v1beta1.LANNodeStatus) bool {
 		return len(s.Segments) == 2 && s.Segments[0].State == v1beta1.SegmentReady && s.Segments[1].Reason == v1beta1.ReasonVNITaken &&
 			strings.Contains(s.Segments[1].Message, "default/lab")

@@ -8,7 +8,7 @@ import (
 
 	"github.com/k8slan/k8slan/crd/v1beta1"
 	"github.com/k8slan/k8slan/lanmgr"
-	"github.com/k8slan/k8slan/lanmgr/evpn"
+	"github.com/k8slan/k8slan/lanmgr/evpn/macvrf"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
@@ -58,8 +58,8 @@ func TestALANThatNoObjectWantsStaysWithItsPods(t *testing.T) {
 	if s.LAN != "megalos:5001" || s.VNI != 5001 || s.VTEP != "192.0.2.1" || s.Offered != 0 || len(s.Attachments) != 1 || s.Attachments[0].Pod != "default/r1" {
 		t.Errorf("LANNode says %+v", s)
 	}
-	w.await(t, "the LAN to be in the fabric", f.has(map[string]evpn.LAN{"megalos-5001": {
-		VNI: 5001, VTEP: made().VXLAN.Local, Claimed: true, Attached: []evpn.MAC{evpn.MAC(pod.MAC)},
+	w.await(t, "the LAN to be in the fabric", f.has(map[string]macvrf.LAN{"megalos-5001": {
+		VNI: 5001, VTEP: made().VXLAN.Local, Claimed: true, Attached: []macvrf.MAC{macvrf.MAC(pod.MAC)},
 	}}))
 	w.await(t, "what is told to be wanted", func() bool {
 		_, want := w.manager.wanted()
@@ -67,7 +67,7 @@ func TestALANThatNoObjectWantsStaysWithItsPods(t *testing.T) {
 	})
 	w.manager.change(func() { w.manager.claims = map[string][]segment.Claim{} })
 	w.awaitStatus("nothing to be left", func(s v1beta1.LANNodeStatus) bool { return len(s.Segments) == 0 })
-	w.await(t, "nothing to be told", f.has(map[string]evpn.LAN{}))
+	w.await(t, "nothing to be told", f.has(map[string]macvrf.LAN{}))
 	if w.offered() != "" {
 		t.Errorf("offered %s", w.offered())
 	}
@@ -137,5 +137,5 @@ func TestAVNIOfALANThatIsNotHereIsNotJoined(t *testing.T) {
 	w.awaitStatus("the VNI to be taken", func(s v1beta1.LANNodeStatus) bool {
 		return len(s.Segments) == 1 && s.Segments[0].Reason == v1beta1.ReasonVNITaken && strings.Contains(s.Segments[0].Message, "LAN default/lab")
 	})
-	w.await(t, "nothing to be told", f.has(map[string]evpn.LAN{}))
+	w.await(t, "nothing to be told", f.has(map[string]macvrf.LAN{}))
 }

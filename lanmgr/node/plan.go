@@ -11,7 +11,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/k8slan/k8slan/crd/v1beta1"
-	"github.com/k8slan/k8slan/lanmgr/evpn"
+	"github.com/k8slan/k8slan/lanmgr/evpn/macvrf"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 	"github.com/k8slan/k8slan/lanmgr/strangers"
@@ -398,7 +398,7 @@ func speakerProblem(mute bool) Problem {
 // targetProblem is that of a route target that the API server should not have taken.
 func targetProblem(r segment.Routes) Problem {
 	for _, t := range slices.Concat(r.Import, r.Export) {
-		if _, err := evpn.ParseTarget(t); err != nil {
+		if _, err := macvrf.ParseTarget(t); err != nil {
 			return Problem{v1beta1.ReasonBuildFailed, "spec.evpn: " + err.Error() + "; pods wait until it is", true}
 		}
 	}

@@ -12,7 +12,7 @@ import (
 	discoveryv1 "k8s.io/api/discovery/v1"
 
 	"github.com/k8slan/k8slan/lanmgr/bgp"
-	"github.com/k8slan/k8slan/lanmgr/evpn"
+	"github.com/k8slan/k8slan/lanmgr/evpn/macvrf"
 	"github.com/k8slan/k8slan/lanmgr/fabric"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
 	"github.com/k8slan/k8slan/lanmgr/segment"
@@ -87,8 +87,8 @@ func (m *membership) fill(want *segment.Alone) {
 
 // attach tells others that the pod is in the LAN, with the address that its interface has.
 func (s *Sidecar) attach(joined *membership, want segment.Alone, have segment.AloneState) {
-	v, mac := want.VXLAN, evpn.MAC(have.Link.MAC)
-	joined.Set(map[string]evpn.LAN{v.Name: {VNI: v.VNI, VTEP: v.Local, Claimed: true, Attached: []evpn.MAC{mac}}})
+	v, mac := want.VXLAN, macvrf.MAC(have.Link.MAC)
+	joined.Set(map[string]macvrf.LAN{v.Name: {VNI: v.VNI, VTEP: v.Local, Claimed: true, Attached: []macvrf.MAC{mac}}})
 	var addresses []netip.Addr
 	for _, a := range have.Addresses {
 		addresses = append(addresses, a.Addr())

@@ -21,7 +21,7 @@ import (
 
 	"github.com/k8slan/k8slan/crd/v1beta1"
 	"github.com/k8slan/k8slan/lanmgr/bgp"
-	"github.com/k8slan/k8slan/lanmgr/evpn"
+	"github.com/k8slan/k8slan/lanmgr/evpn/macvrf"
 	"github.com/k8slan/k8slan/test/frames"
 	"github.com/k8slan/k8slan/test/netns"
 )
@@ -139,7 +139,7 @@ func (f *fleet) allMACs(t *testing.T, b *bench, daemon, bare *os.Process, e, bar
 	}
 	try(t, withdraw(tell, e))
 	try(t, withdraw(tellBare, bareEntries))
-	fill := func(name string, s *bgp.Speaker, e entries, routes []evpn.Route) contender {
+	fill := func(name string, s *bgp.Speaker, e entries, routes []macvrf.Route) contender {
 		return contender{name, func() (float64, error) {
 			began := time.Now()
 			err := errors.Join(s.Set(routes), e.awaitThat(unix.RTM_NEWNEIGH, macs, ofMAC))
@@ -202,13 +202,13 @@ func teller(t *testing.T, to netip.AddrPort) *bgp.Speaker {
 }
 
 // peersOf are the routes of so many peers in a LAN.
-func peersOf(peers int, vni uint32) (routes []evpn.Route) {
+func peersOf(peers int, vni uint32) (routes []macvrf.Route) {
 	for i := range peers {
-		r := evpn.Route{VNI: vni, VTEP: vtep(2 + i), Targets: []evpn.Target{evpn.NewTarget(bareAS, vni)}}
-		r.Key = evpn.Key{Kind: evpn.Multicast, RD: evpn.RD{1: 1, 2: 10, 3: 200, 4: byte(i >> 8), 5: byte(i), 7: 1}, IP: r.VTEP}
+		r := macvrf.Route{VNI: vni, VTEP: vtep(2 + i), Targets: []macvrf.Target{macvrf.NewTarget(bareAS, vni)}}
+		r.Key = macvrf.Key{Kind: macvrf.Multicast, RD: macvrf.RD{1: 1, 2: 10, 3: 200, 4: byte(i >> 8), 5: byte(i), 7: 1}, IP: r.VTEP}
 		routes = append(routes, r)
 		for m := range byte(macsOfAPeer) {
-			r.Key = evpn.Key{Kind: evpn.MACIP, RD: r.RD, MAC: evpn.MAC{2, 1, m, byte(i >> 8), byte(i), 1}}
+			r.Key = macvrf.Key{Kind: macvrf.MACIP, RD: r.RD, MAC: macvrf.MAC{2, 1, m, byte(i >> 8), byte(i), 1}}
 			routes = append(routes, r)
 		}
 	}

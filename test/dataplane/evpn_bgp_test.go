@@ -20,7 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/k8slan/k8slan/lanmgr/bgp"
-	"github.com/k8slan/k8slan/lanmgr/evpn"
+	"github.com/k8slan/k8slan/lanmgr/evpn/macvrf"
 	"github.com/k8slan/k8slan/lanmgr/fabric"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 	"github.com/k8slan/k8slan/test/frames"
@@ -98,7 +98,7 @@ func (h host) speakTo(t *testing.T, s segment.Segment, n byte, peers ...bgp.Peer
 			t.Error(err)
 		}
 	})
-	lan := evpn.LAN{VNI: s.VXLAN.VNI, VTEP: s.VXLAN.Local, Suppress: s.VXLAN.SuppressNeighbors}
+	lan := macvrf.LAN{VNI: s.VXLAN.VNI, VTEP: s.VXLAN.Local, Suppress: s.VXLAN.SuppressNeighbors}
 	lan.Import, lan.Export, lan.RD = targets(t, s.Routes.Import), targets(t, s.Routes.Export), s.Routes.RD
 	tasks.Go(func() {
 		for {
@@ -107,7 +107,7 @@ func (h host) speakTo(t *testing.T, s segment.Segment, n byte, peers ...bgp.Peer
 				return
 			case r := <-routes:
 				lan.Import, lan.Export, lan.RD = targets(t, r.Import), targets(t, r.Export), r.RD
-				sp.fabric.Set(map[string]evpn.LAN{s.Netns: lan})
+				sp.fabric.Set(map[string]macvrf.LAN{s.Netns: lan})
 			case <-sp.fabric.Changed():
 				want := sp.s
 				sp.fabric.Fill(&want)
@@ -117,11 +117,11 @@ func (h host) speakTo(t *testing.T, s segment.Segment, n byte, peers ...bgp.Peer
 				for _, r := range sp.Reports() {
 					for _, c := range r.Claims {
 						if lan.Claimed = true; c.Kind == segment.Veth {
-							lan.Attached = append(lan.Attached, evpn.MAC(c.MAC))
+							lan.Attached = append(lan.Attached, macvrf.MAC(c.MAC))
 						}
 					}
 				}
-				sp.fabric.Set(map[string]evpn.LAN{s.Netns: lan})
+				sp.fabric.Set(map[string]macvrf.LAN{s.Netns: lan})
 			}
 		}
 	})
@@ -134,9 +134,9 @@ func (h host) speakTo(t *testing.T, s segment.Segment, n byte, peers ...bgp.Peer
 	return sp
 }
 
-func targets(t *testing.T, texts []string) (targets []evpn.Target) {
+func targets(t *testing.T, texts []string) (targets []macvrf.Target) {
 	for _, text := range texts {
-		target, err := evpn.ParseTarget(text)
+		target, err := macvrf.ParseTarget(text)
 		if err != nil {
 			t.Error(err)
 		}

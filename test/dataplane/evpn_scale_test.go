@@ -13,7 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/k8slan/k8slan/lanmgr/bgp"
-	"github.com/k8slan/k8slan/lanmgr/evpn"
+	"github.com/k8slan/k8slan/lanmgr/evpn/macvrf"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 	"github.com/k8slan/k8slan/test/frames"
 )
@@ -80,13 +80,13 @@ func TestAThousandNodesWithTenMACsEach(t *testing.T) {
 		stop()
 		try(t, <-done)
 	})
-	var routes []evpn.Route
+	var routes []macvrf.Route
 	for i := range 1000 {
-		r := evpn.Route{VNI: 432, VTEP: netip.AddrFrom4([4]byte{10, 1, byte(i >> 8), byte(i)}), Targets: []evpn.Target{evpn.NewTarget(65000, 432)}}
-		r.Key = evpn.Key{Kind: evpn.Multicast, RD: evpn.RD{1: 1, 4: byte(i >> 8), 5: byte(i), 7: 1}, IP: r.VTEP}
+		r := macvrf.Route{VNI: 432, VTEP: netip.AddrFrom4([4]byte{10, 1, byte(i >> 8), byte(i)}), Targets: []macvrf.Target{macvrf.NewTarget(65000, 432)}}
+		r.Key = macvrf.Key{Kind: macvrf.Multicast, RD: macvrf.RD{1: 1, 4: byte(i >> 8), 5: byte(i), 7: 1}, IP: r.VTEP}
 		routes = append(routes, r)
 		for m := range byte(10) {
-			r.Key = evpn.Key{Kind: evpn.MACIP, RD: r.RD, MAC: evpn.MAC{2, 1, m, byte(i >> 8), byte(i), 1}}
+			r.Key = macvrf.Key{Kind: macvrf.MACIP, RD: r.RD, MAC: macvrf.MAC{2, 1, m, byte(i >> 8), byte(i), 1}}
 			routes = append(routes, r)
 		}
 	}

@@ -9,7 +9,7 @@ import (
 	"time"
 
 	"github.com/k8slan/k8slan/lanmgr/bgp"
-	"github.com/k8slan/k8slan/lanmgr/evpn"
+	"github.com/k8slan/k8slan/lanmgr/evpn/macvrf"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 	"github.com/k8slan/k8slan/test/frames"
 )
@@ -167,7 +167,7 @@ func TestFRRTellsAnotherVNI(t *testing.T) {
 	stranger := router.attach(t, other)
 	awaitAgain(t, "the LAN to say so", func() bool {
 		trouble := first.fabric.Trouble(onA.Netns)
-		return trouble.Refusals > 0 && trouble.Refused.Reason == evpn.OtherVNI && trouble.Refused.Route.VTEP == router.vtep
+		return trouble.Refusals > 0 && trouble.Refused.Reason == macvrf.OtherVNI && trouble.Refused.Route.VTEP == router.vtep
 	})
 	try(t, stranger.Send(frames.Stream(nil, stranger.MAC, 3, 1)))
 	awaitAgain(t, "the LAN to refuse the MAC, too", func() bool { return first.fabric.Trouble(onA.Netns).Refusals == 2 })

@@ -13,7 +13,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
-	"github.com/k8slan/k8slan/lanmgr/evpn"
+	"github.com/k8slan/k8slan/lanmgr/evpn/macvrf"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 	"github.com/k8slan/k8slan/test/frames"
@@ -31,10 +31,10 @@ type mesh struct {
 // evpnNode is a node whose LAN is told where MACs are.
 type evpnNode struct {
 	host
-	table *evpn.Table
-	lan   evpn.LAN
+	table *macvrf.Table
+	lan   macvrf.LAN
 	want  segment.Segment
-	told  map[evpn.Key]evpn.Route
+	told  map[macvrf.Key]macvrf.Route
 }
 
 // evpnHosts makes two nodes, and the LAN built on both; their kernels' events are followed until the test ends.
@@ -45,8 +45,8 @@ func evpnHosts(t *testing.T, f family, vni uint32) (*mesh, *evpnNode, *evpnNode)
 	for i, h := range []host{a, b} {
 		s := told([]segment.Segment{onA, onB}[i])
 		n := &evpnNode{
-			host: h, table: evpn.New(65000, netip.AddrFrom4([4]byte{192, 0, 2, byte(i + 1)})), want: s,
-			lan: evpn.LAN{VNI: vni, VTEP: s.VXLAN.Local}, told: map[evpn.Key]evpn.Route{},
+			host: h, table: macvrf.New(65000, netip.AddrFrom4([4]byte{192, 0, 2, byte(i + 1)})), want: s,
+			lan: macvrf.LAN{VNI: vni, VTEP: s.VXLAN.Local}, told: map[macvrf.Key]macvrf.Route{},
 		}
 		fab.nodes = append(fab.nodes, n)
 		n.build(t, s)
@@ -80,7 +80,7 @@ func (f *mesh) follow(n *evpnNode) kernel.Stations {
 				f.t.Error(err)
 			}
 			f.after(func(now time.Time) {
-				var all []evpn.MAC
+				var all []macvrf.MAC
 				for _, mac := range macs {
 					all = append(all, mac)
 				}
@@ -99,11 +99,11 @@ func (f *mesh) after(event func(now time.Time)) {
 	for quiet := false; !quiet; {
 		quiet = true
 		for _, n := range f.nodes {
-			own := map[evpn.Key]evpn.Route{}
+			own := map[macvrf.Key]macvrf.Route{}
 			for _, r := range n.table.Own() {
 				own[r.Key] = r
 			}
-			if maps.EqualFunc(own, n.told, evpn.Route.Equal) {
+			if maps.EqualFunc(own, n.told, macvrf.Route.Equal) {
 				continue
 			}
 			quiet = false
@@ -167,9 +167,9 @@ func (f *mesh) join(t *testing.T, n *evpnNode, spoke string, kind segment.Kind) 
 	f.after(func(now time.Time) {
 		n.lan.Claimed = true
 		if kind == segment.Veth {
-			n.lan.Attached = append(slices.Clone(n.lan.Attached), evpn.MAC(st.Attachment.MAC))
+			n.lan.Attached = append(slices.Clone(n.lan.Attached), macvrf.MAC(st.Attachment.MAC))
 		}
-		n.table.Set(now, []evpn.LAN{n.lan})
+		n.table.Set(now, []macvrf.LAN{n.lan})
 	})
 	return st
 }

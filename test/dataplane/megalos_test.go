@@ -20,7 +20,7 @@ import (
 	"github.com/k8slan/k8slan/cni"
 	"github.com/k8slan/k8slan/lanmgr"
 	"github.com/k8slan/k8slan/lanmgr/bgp"
-	"github.com/k8slan/k8slan/lanmgr/evpn"
+	"github.com/k8slan/k8slan/lanmgr/evpn/macvrf"
 	"github.com/k8slan/k8slan/lanmgr/fabric"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
 	"github.com/k8slan/k8slan/lanmgr/segment"
@@ -65,11 +65,11 @@ func (h host) serveDemand(t *testing.T, n byte, reflector netip.AddrPort) *speak
 				return
 			case <-fab.Changed():
 			case <-m.Changed():
-				lans := map[string]evpn.LAN{}
+				lans := map[string]macvrf.LAN{}
 				for _, r := range m.Reports() {
-					lan := evpn.LAN{VNI: r.Segment.VXLAN.VNI, VTEP: r.Segment.VXLAN.Local, Claimed: len(r.Claims) > 0}
+					lan := macvrf.LAN{VNI: r.Segment.VXLAN.VNI, VTEP: r.Segment.VXLAN.Local, Claimed: len(r.Claims) > 0}
 					for _, c := range r.Claims {
-						lan.Attached = append(lan.Attached, evpn.MAC(c.MAC))
+						lan.Attached = append(lan.Attached, macvrf.MAC(c.MAC))
 					}
 					if !r.Leaving {
 						lans[r.Segment.Netns] = lan

@@ -1,4 +1,4 @@
-package evpn_test
+package macvrf_test
 
 import (
 	"net/netip"
@@ -6,7 +6,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/k8slan/k8slan/lanmgr/evpn"
+	"github.com/k8slan/k8slan/lanmgr/evpn/macvrf"
 )
 
 // A thousand nodes with ten MACs each: how long the table takes, and how large it is.
@@ -16,15 +16,15 @@ func TestThousandNodes(t *testing.T) {
 	runtime.ReadMemStats(&before)
 	n := nodes(1)[0]
 	began := time.Now()
-	at := func(i, m int) evpn.Route {
-		return route(evpn.MACIP, 2, func(r *evpn.Route) {
-			r.RD, r.VTEP = evpn.RD{1: 1, 4: byte(i >> 8), 5: byte(i)}, netip.AddrFrom4([4]byte{10, 1, byte(i >> 8), byte(i)})
-			r.MAC = evpn.MAC{2, byte(m), byte(i >> 8), byte(i), 1, 1}
+	at := func(i, m int) macvrf.Route {
+		return route(macvrf.MACIP, 2, func(r *macvrf.Route) {
+			r.RD, r.VTEP = macvrf.RD{1: 1, 4: byte(i >> 8), 5: byte(i)}, netip.AddrFrom4([4]byte{10, 1, byte(i >> 8), byte(i)})
+			r.MAC = macvrf.MAC{2, byte(m), byte(i >> 8), byte(i), 1, 1}
 		})
 	}
 	for i := range 1000 {
 		f := at(i, 0)
-		f.Kind, f.MAC, f.IP = evpn.Multicast, evpn.MAC{}, f.VTEP
+		f.Kind, f.MAC, f.IP = macvrf.Multicast, macvrf.MAC{}, f.VTEP
 		n.Learn(began, f)
 		for m := range 10 {
 			n.Learn(began, at(i, m))
@@ -52,12 +52,12 @@ func TestThousandNodes(t *testing.T) {
 // A router may tell very many routes that cannot be used. One is named for all, the same one as long as it is told, and none else is looked at.
 func TestOfTenThousandRefusedRoutesOneIsNamed(t *testing.T) {
 	n := nodes(1)[0]
-	bad := func(i int) evpn.Route {
-		return route(evpn.MACIP, 2, func(r *evpn.Route) { r.VNI, r.MAC = 223, evpn.MAC{2, 0, 0, 0, byte(i >> 8), byte(i)} })
+	bad := func(i int) macvrf.Route {
+		return route(macvrf.MACIP, 2, func(r *macvrf.Route) { r.VNI, r.MAC = 223, macvrf.MAC{2, 0, 0, 0, byte(i >> 8), byte(i)} })
 	}
 	n.Learn(began, bad(1))
 	one, all := n.Refused(222)
-	if all != 1 || one.Reason != evpn.OtherVNI {
+	if all != 1 || one.Reason != macvrf.OtherVNI {
 		t.Fatalf("%d refused, %v", all, one)
 	}
 	of := func() time.Duration {
@@ -80,7 +80,7 @@ func TestOfTenThousandRefusedRoutesOneIsNamed(t *testing.T) {
 		t.Errorf("to name one %v things are made", made)
 	}
 	n.Forget(began, one.Route.Key)
-	if other, all := n.Refused(222); all != 9_999 || other.Route.Key == one.Route.Key || other.Reason != evpn.OtherVNI {
+	if other, all := n.Refused(222); all != 9_999 || other.Route.Key == one.Route.Key || other.Reason != macvrf.OtherVNI {
 		t.Errorf("of %d %v is named, which is told no more", all, other)
 	}
 }

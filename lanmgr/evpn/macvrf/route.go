@@ -1,6 +1,6 @@
 // Package evpn is what a node believes and tells of LANs by EVPN (RFC 7432, RFC 8365): others' routes and the MACs on its own ports
 // in; remotes, the MACs behind them and its own routes out. It does no I/O.
-package evpn
+package macvrf
 
 import (
 	"bytes"

@@ -1,4 +1,4 @@
-package evpn_test
+package macvrf_test
 
 import (
 	"fmt"
@@ -10,34 +10,34 @@ import (
 	"testing"
 	"time"
 
-	"github.com/k8slan/k8slan/lanmgr/evpn"
+	"github.com/k8slan/k8slan/lanmgr/evpn/macvrf"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
 var began = time.Unix(1_800_000_000, 0)
 
 // mac is a station's address by its number.
-func mac(n byte) evpn.MAC { return evpn.MAC{2, 0, 0, 0, 0, n} }
+func mac(n byte) macvrf.MAC { return macvrf.MAC{2, 0, 0, 0, 0, n} }
 
 func vtep(n byte) netip.Addr { return netip.AddrFrom4([4]byte{192, 0, 2, n}) }
 
 // node is one of several that tell each other their routes.
 type node struct {
-	*evpn.Table
+	*macvrf.Table
 	vtep netip.Addr
-	told map[evpn.Key]evpn.Route // what the others have of it
+	told map[macvrf.Key]macvrf.Route // what the others have of it
 }
 
 func newNode(n byte) *node {
-	return &node{Table: evpn.New(65000, vtep(n)), vtep: vtep(n), told: map[evpn.Key]evpn.Route{}}
+	return &node{Table: macvrf.New(65000, vtep(n)), vtep: vtep(n), told: map[macvrf.Key]macvrf.Route{}}
 }
 
 // nodes take part in LAN 222, with these MACs of pods.
-func nodes(n int, attached ...evpn.MAC) mesh {
+func nodes(n int, attached ...macvrf.MAC) mesh {
 	var m mesh
 	for i := range n {
 		o := newNode(byte(i + 1))
-		o.Set(began, []evpn.LAN{{VNI: 222, VTEP: o.vtep, Claimed: true, Attached: attached}})
+		o.Set(began, []macvrf.LAN{{VNI: 222, VTEP: o.vtep, Claimed: true, Attached: attached}})
 		m = append(m, o)
 	}
 	return m
@@ -51,7 +51,7 @@ func (m mesh) tell(t *testing.T, now time.Time) {
 	for range 50 {
 		quiet := true
 		for _, from := range m {
-			own := map[evpn.Key]evpn.Route{}
+			own := map[macvrf.Key]macvrf.Route{}
 			for _, r := range from.Own() {
 				own[r.Key] = r
 			}
@@ -94,7 +94,7 @@ func (m mesh) others(but *node, do func(*node)) {
 func state(n *node) string {
 	var words []string
 	for _, r := range n.Own() {
-		if r.Kind == evpn.Multicast {
+		if r.Kind == macvrf.Multicast {
 			words = slices.Insert(words, 0, "tells itself")
 		} else {
 			words = append(words, fmt.Sprintf("tells %d seq %d", r.MAC[5], r.Sequence))
@@ -153,24 +153,24 @@ func TestAMACMovesThereAndBack(t *testing.T) {
 func TestMACsAreBounded(t *testing.T) {
 	n := nodes(1, mac(1))[0]
 	speaks := func(i int) (full bool) {
-		return n.See(began, 222, evpn.MAC{6, 0, byte(i >> 16), byte(i >> 8), byte(i), 1})
+		return n.See(began, 222, macvrf.MAC{6, 0, byte(i >> 16), byte(i >> 8), byte(i), 1})
 	}
-	for i := range evpn.MaxMACs - 1 { // mac(1) is told, too
+	for i := range macvrf.MaxMACs - 1 { // mac(1) is told, too
 		if speaks(i) {
 			t.Fatalf("full at %d", i)
 		}
 	}
 	told := func() int { return len(n.Own()) - 1 } // but the route of type 3
-	if !speaks(1<<20) || told() != evpn.MaxMACs {
-		t.Errorf("%d are told, %d may be", told(), evpn.MaxMACs)
+	if !speaks(1<<20) || told() != macvrf.MaxMACs {
+		t.Errorf("%d are told, %d may be", told(), macvrf.MaxMACs)
 	}
-	n.Set(began, []evpn.LAN{{VNI: 222, VTEP: n.vtep, Claimed: true, Attached: []evpn.MAC{mac(1), mac(2)}}})
-	if told() != evpn.MaxMACs+1 {
+	n.Set(began, []macvrf.LAN{{VNI: 222, VTEP: n.vtep, Claimed: true, Attached: []macvrf.MAC{mac(1), mac(2)}}})
+	if told() != macvrf.MaxMACs+1 {
 		t.Error("another pod is attached, and not told of")
 	}
-	n.Lose(began, 222, evpn.MAC{6, 0, 0, 0, 0, 1})
-	n.Lose(began, 222, evpn.MAC{6, 0, 0, 0, 1, 1})
-	if speaks(1<<20+1) || told() != evpn.MaxMACs {
+	n.Lose(began, 222, macvrf.MAC{6, 0, 0, 0, 0, 1})
+	n.Lose(began, 222, macvrf.MAC{6, 0, 0, 0, 1, 1})
+	if speaks(1<<20+1) || told() != macvrf.MaxMACs {
 		t.Errorf("%d are told once there is room", told())
 	}
 }
@@ -178,7 +178,7 @@ func TestMACsAreBounded(t *testing.T) {
 func TestWhatThereIsOfALANIsCounted(t *testing.T) {
 	m := nodes(3)
 	a, b, c := m[0], m[1], m[2]
-	count := func(when string, n *node, want evpn.Count) {
+	count := func(when string, n *node, want macvrf.Count) {
 		t.Helper()
 		if have, ok := n.Count(222); !ok || have != want {
 			t.Errorf("%s node %s counts %+v, want %+v", when, n.vtep, have, want)
@@ -187,14 +187,14 @@ func TestWhatThereIsOfALANIsCounted(t *testing.T) {
 	a.See(began, 222, mac(1))
 	a.See(began, 222, mac(2))
 	m.tell(t, began)
-	count("at first", a, evpn.Count{Own: 3, Used: 2, Here: 2})
-	count("at first", c, evpn.Count{Own: 1, Used: 4, Elsewhere: 2})
+	count("at first", a, macvrf.Count{Own: 3, Used: 2, Here: 2})
+	count("at first", c, macvrf.Count{Own: 1, Used: 4, Elsewhere: 2})
 	b.See(began, 222, mac(1))
 	m.tell(t, began)
 	for _, n := range m {
-		want := evpn.Count{Own: 1, Used: 4, Elsewhere: 2, Moves: 1}
+		want := macvrf.Count{Own: 1, Used: 4, Elsewhere: 2, Moves: 1}
 		if n != c {
-			want = evpn.Count{Own: 2, Used: 3, Here: 1, Elsewhere: 1, Moves: 1}
+			want = macvrf.Count{Own: 2, Used: 3, Here: 1, Elsewhere: 1, Moves: 1}
 		}
 		count("after a move", n, want)
 	}
@@ -202,12 +202,12 @@ func TestWhatThereIsOfALANIsCounted(t *testing.T) {
 	m.tell(t, began)
 	b.See(began, 222, mac(1))
 	m.tell(t, began)
-	count("after a silence", c, evpn.Count{Own: 1, Used: 4, Elsewhere: 2, Moves: 1})
-	c.Set(began, []evpn.LAN{{VNI: 222, VTEP: vtep(9), Claimed: true}})
-	count("with another address", c, evpn.Count{Own: 1, Used: 4, Elsewhere: 2, Moves: 1})
-	other := evpn.Route{Key: evpn.Key{Kind: evpn.Multicast, RD: evpn.RD{9}}, VTEP: vtep(7), VNI: 223, Targets: []evpn.Target{evpn.NewTarget(1, 222)}}
+	count("after a silence", c, macvrf.Count{Own: 1, Used: 4, Elsewhere: 2, Moves: 1})
+	c.Set(began, []macvrf.LAN{{VNI: 222, VTEP: vtep(9), Claimed: true}})
+	count("with another address", c, macvrf.Count{Own: 1, Used: 4, Elsewhere: 2, Moves: 1})
+	other := macvrf.Route{Key: macvrf.Key{Kind: macvrf.Multicast, RD: macvrf.RD{9}}, VTEP: vtep(7), VNI: 223, Targets: []macvrf.Target{macvrf.NewTarget(1, 222)}}
 	c.Learn(began, other)
-	count("with a route of another VNI", c, evpn.Count{Own: 1, Used: 4, Refused: 1, Elsewhere: 2, Moves: 1})
+	count("with a route of another VNI", c, macvrf.Count{Own: 1, Used: 4, Refused: 1, Elsewhere: 2, Moves: 1})
 	for range 5 {
 		a.See(began, 222, mac(1))
 		m.tell(t, began)
@@ -226,7 +226,7 @@ func TestWhatThereIsOfALANIsCounted(t *testing.T) {
 func TestAnEntryKnowsWhetherItsMACWasHere(t *testing.T) {
 	m := nodes(1)
 	m[0].See(began, 222, mac(9))
-	m[0].Learn(began, route(evpn.MACIP, 2, func(r *evpn.Route) { r.MAC, r.Sequence = mac(9), 1 }))
+	m[0].Learn(began, route(macvrf.MACIP, 2, func(r *macvrf.Route) { r.MAC, r.Sequence = mac(9), 1 }))
 	for _, here := range []bool{true, false} {
 		if _, fdb, _ := m[0].View(222); len(fdb) != 1 || fdb[0].Here != here {
 			t.Errorf("entries %+v, want one with Here %t", fdb, here)
@@ -237,8 +237,8 @@ func TestAnEntryKnowsWhetherItsMACWasHere(t *testing.T) {
 
 func TestAPodThatNeverSpokeIsTold(t *testing.T) {
 	m := nodes(2)
-	with := func(claimed bool, macs ...evpn.MAC) []evpn.LAN {
-		return []evpn.LAN{{VNI: 222, VTEP: m[0].vtep, Claimed: claimed, Attached: macs}}
+	with := func(claimed bool, macs ...macvrf.MAC) []macvrf.LAN {
+		return []macvrf.LAN{{VNI: 222, VTEP: m[0].vtep, Claimed: claimed, Attached: macs}}
 	}
 	m[0].Set(began, with(true, mac(7)))
 	m.tell(t, began)
@@ -259,13 +259,13 @@ func TestAPodThatNeverSpokeIsTold(t *testing.T) {
 // A pod that is made anew on another node is there at once, though the node it was on has not told that it is gone.
 func TestAPodMadeAnewElsewhereIsThereAtOnce(t *testing.T) {
 	m := nodes(3)
-	m[0].Set(began, []evpn.LAN{{VNI: 222, VTEP: m[0].vtep, Claimed: true, Attached: []evpn.MAC{mac(7)}}})
+	m[0].Set(began, []macvrf.LAN{{VNI: 222, VTEP: m[0].vtep, Claimed: true, Attached: []macvrf.MAC{mac(7)}}})
 	m.tell(t, began)
-	m[1].Set(began, []evpn.LAN{{VNI: 222, VTEP: m[1].vtep, Claimed: true, Attached: []evpn.MAC{mac(7)}}})
+	m[1].Set(began, []macvrf.LAN{{VNI: 222, VTEP: m[1].vtep, Claimed: true, Attached: []macvrf.MAC{mac(7)}}})
 	m.tell(t, began)
 	expect(t, "on both", m[2], "tells itself, floods 1, floods 2, 7 behind 2")
 	expect(t, "on both", m[0], "tells itself, floods 2, floods 3, 7 behind 2")
-	m[1].Set(began, []evpn.LAN{{VNI: 222, VTEP: m[1].vtep, Claimed: true}})
+	m[1].Set(began, []macvrf.LAN{{VNI: 222, VTEP: m[1].vtep, Claimed: true}})
 	m.tell(t, began)
 	expect(t, "back on the first alone", m[2], "tells itself, floods 1, floods 2, 7 behind 1")
 }
@@ -294,7 +294,7 @@ func TestAMACOnTwoNodesIsLeftAlone(t *testing.T) {
 		}
 	}
 	for _, n := range m[:2] {
-		if d := n.Duplicates(222); !slices.Equal(d, []evpn.MAC{mac(9)}) {
+		if d := n.Duplicates(222); !slices.Equal(d, []macvrf.MAC{mac(9)}) {
 			t.Errorf("node %s has duplicates %v", n.vtep, d)
 		}
 		if _, fdb, _ := n.View(222); len(fdb) > 0 {
@@ -344,12 +344,12 @@ func TestWhoIsLeftAloneIsTakenUpAfterAQuietTime(t *testing.T) {
 }
 
 // route is one that others tell of LAN 222.
-func route(kind evpn.Kind, from byte, change func(*evpn.Route)) evpn.Route {
-	r := evpn.Route{
-		Key: evpn.Key{Kind: kind, RD: evpn.RD{1: 1, 5: from, 7: 1}}, VTEP: vtep(from), VNI: 222,
-		Targets: []evpn.Target{evpn.NewTarget(65000, 222)},
+func route(kind macvrf.Kind, from byte, change func(*macvrf.Route)) macvrf.Route {
+	r := macvrf.Route{
+		Key: macvrf.Key{Kind: kind, RD: macvrf.RD{1: 1, 5: from, 7: 1}}, VTEP: vtep(from), VNI: 222,
+		Targets: []macvrf.Target{macvrf.NewTarget(65000, 222)},
 	}
-	if r.IP = r.VTEP; kind == evpn.MACIP {
+	if r.IP = r.VTEP; kind == macvrf.MACIP {
 		r.IP, r.MAC = netip.Addr{}, mac(9)
 	}
 	if change != nil {
@@ -361,26 +361,26 @@ func route(kind evpn.Kind, from byte, change func(*evpn.Route)) evpn.Route {
 func TestRoutesThatCannotBeUsedSayWhy(t *testing.T) {
 	for _, tt := range []struct {
 		name string
-		r    evpn.Route
-		want evpn.Reason
+		r    macvrf.Route
+		want macvrf.Reason
 	}{
-		{"own VTEP", route(evpn.MACIP, 1, nil), evpn.OwnVTEP},
-		{"own VTEP, flooded", route(evpn.Multicast, 1, nil), evpn.OwnVTEP},
-		{"no VTEP", route(evpn.MACIP, 2, func(r *evpn.Route) { r.VTEP = netip.Addr{} }), evpn.NoVTEP},
-		{"a group as VTEP", route(evpn.Multicast, 2, func(r *evpn.Route) { r.VTEP = netip.MustParseAddr("239.1.1.1") }), evpn.NoVTEP},
-		{"link-local", route(evpn.Multicast, 2, func(r *evpn.Route) { r.VTEP = netip.MustParseAddr("fe80::1") }), evpn.NoVTEP},
-		{"IPv6", route(evpn.MACIP, 2, func(r *evpn.Route) { r.VTEP = netip.MustParseAddr("2001:db8::1") }), evpn.OtherFamily},
-		{"IPv4 in IPv6", route(evpn.MACIP, 2, func(r *evpn.Route) { r.VTEP = netip.MustParseAddr("::ffff:192.0.2.2") }), evpn.OtherFamily},
-		{"another VNI", route(evpn.MACIP, 2, func(r *evpn.Route) { r.VNI = 223 }), evpn.OtherVNI},
-		{"MPLS", route(evpn.MACIP, 2, func(r *evpn.Route) { r.Other = true }), evpn.Encapsulation},
-		{"VLAN-aware", route(evpn.Multicast, 2, func(r *evpn.Route) { r.Tag = 5 }), evpn.VLANAware},
-		{"a group's MAC", route(evpn.MACIP, 2, func(r *evpn.Route) { r.MAC = evpn.MAC{1, 0, 0x5e, 0, 0, 1} }), evpn.NoStation},
-		{"no MAC", route(evpn.MACIP, 2, func(r *evpn.Route) { r.MAC = evpn.MAC{} }), evpn.NoStation},
+		{"own VTEP", route(macvrf.MACIP, 1, nil), macvrf.OwnVTEP},
+		{"own VTEP, flooded", route(macvrf.Multicast, 1, nil), macvrf.OwnVTEP},
+		{"no VTEP", route(macvrf.MACIP, 2, func(r *macvrf.Route) { r.VTEP = netip.Addr{} }), macvrf.NoVTEP},
+		{"a group as VTEP", route(macvrf.Multicast, 2, func(r *macvrf.Route) { r.VTEP = netip.MustParseAddr("239.1.1.1") }), macvrf.NoVTEP},
+		{"link-local", route(macvrf.Multicast, 2, func(r *macvrf.Route) { r.VTEP = netip.MustParseAddr("fe80::1") }), macvrf.NoVTEP},
+		{"IPv6", route(macvrf.MACIP, 2, func(r *macvrf.Route) { r.VTEP = netip.MustParseAddr("2001:db8::1") }), macvrf.OtherFamily},
+		{"IPv4 in IPv6", route(macvrf.MACIP, 2, func(r *macvrf.Route) { r.VTEP = netip.MustParseAddr("::ffff:192.0.2.2") }), macvrf.OtherFamily},
+		{"another VNI", route(macvrf.MACIP, 2, func(r *macvrf.Route) { r.VNI = 223 }), macvrf.OtherVNI},
+		{"MPLS", route(macvrf.MACIP, 2, func(r *macvrf.Route) { r.Other = true }), macvrf.Encapsulation},
+		{"VLAN-aware", route(macvrf.Multicast, 2, func(r *macvrf.Route) { r.Tag = 5 }), macvrf.VLANAware},
+		{"a group's MAC", route(macvrf.MACIP, 2, func(r *macvrf.Route) { r.MAC = macvrf.MAC{1, 0, 0x5e, 0, 0, 1} }), macvrf.NoStation},
+		{"no MAC", route(macvrf.MACIP, 2, func(r *macvrf.Route) { r.MAC = macvrf.MAC{} }), macvrf.NoStation},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			n := nodes(1)[0]
 			n.Learn(began, tt.r)
-			n.Learn(began, route(evpn.MACIP, 3, func(r *evpn.Route) { r.MAC = mac(1) }))
+			n.Learn(began, route(macvrf.MACIP, 3, func(r *macvrf.Route) { r.MAC = mac(1) }))
 			expect(t, "beside it", n, "tells itself, 1 behind 3")
 			refused, all := n.Refused(222)
 			if all != 1 || refused.Reason != tt.want || !strings.Contains(refused.String(), tt.r.VTEP.String()) {
@@ -397,12 +397,12 @@ func TestRoutesThatCannotBeUsedSayWhy(t *testing.T) {
 // A route that becomes unusable is as good as gone, and a MAC with several routes goes with the last of them.
 func TestARouteThatChanges(t *testing.T) {
 	n := nodes(1)[0]
-	withIP := func(ip string) evpn.Route {
-		return route(evpn.MACIP, 2, func(r *evpn.Route) { r.IP = netip.MustParseAddr(ip) })
+	withIP := func(ip string) macvrf.Route {
+		return route(macvrf.MACIP, 2, func(r *macvrf.Route) { r.IP = netip.MustParseAddr(ip) })
 	}
 	n.Learn(began, withIP("10.0.0.9"))
 	n.Learn(began, withIP("fd00::9"))
-	n.Learn(began, route(evpn.Multicast, 2, nil))
+	n.Learn(began, route(macvrf.Multicast, 2, nil))
 	n.Forget(began, withIP("10.0.0.9").Key)
 	expect(t, "one of two gone", n, "tells itself, floods 2, 9 behind 2")
 	bad := withIP("fd00::9")
@@ -411,23 +411,23 @@ func TestARouteThatChanges(t *testing.T) {
 	expect(t, "the other unusable", n, "tells itself, floods 2")
 	n.Learn(began, withIP("fd00::9"))
 	other := withIP("fd00::9")
-	other.Targets = []evpn.Target{evpn.NewTarget(65000, 223)}
+	other.Targets = []macvrf.Target{macvrf.NewTarget(65000, 223)}
 	n.Learn(began, other)
 	expect(t, "of another LAN now", n, "tells itself, floods 2")
-	n.Learn(began, route(evpn.Multicast, 2, func(r *evpn.Route) { r.VTEP = vtep(4) }))
+	n.Learn(began, route(macvrf.Multicast, 2, func(r *macvrf.Route) { r.VTEP = vtep(4) }))
 	expect(t, "another VTEP", n, "tells itself, floods 4")
 }
 
 func TestAMACThatShallNotMoveIsNotTaken(t *testing.T) {
 	n := nodes(1)[0]
-	n.Learn(began, route(evpn.MACIP, 2, func(r *evpn.Route) { r.Sticky = true }))
+	n.Learn(began, route(macvrf.MACIP, 2, func(r *macvrf.Route) { r.Sticky = true }))
 	n.See(began, 222, mac(9))
 	expect(t, "seen here", n, "tells itself, 9 behind 2")
 }
 
 func TestTheHighestSequenceIsNotPassed(t *testing.T) {
 	n := nodes(1)[0]
-	n.Learn(began, route(evpn.MACIP, 2, func(r *evpn.Route) { r.Sequence = 1<<32 - 1 }))
+	n.Learn(began, route(macvrf.MACIP, 2, func(r *macvrf.Route) { r.Sequence = 1<<32 - 1 }))
 	n.See(began, 222, mac(9))
 	if own := n.Own(); own[0].Sequence != 1<<32-1 {
 		t.Errorf("tells %+v", own)
@@ -436,18 +436,18 @@ func TestTheHighestSequenceIsNotPassed(t *testing.T) {
 
 func TestRoutesAreSortedByTheirTargets(t *testing.T) {
 	n := newNode(1)
-	foreign, err := evpn.ParseTarget("64512:7")
+	foreign, err := macvrf.ParseTarget("64512:7")
 	if err != nil {
 		t.Fatal(err)
 	}
 	// Routes that come before the LAN are its own as well.
-	n.Learn(began, route(evpn.MACIP, 2, func(r *evpn.Route) { r.Targets = []evpn.Target{evpn.NewTarget(4_200_000_001, 222)} }))
-	n.Learn(began, route(evpn.MACIP, 3, func(r *evpn.Route) { r.MAC, r.Targets = mac(3), []evpn.Target{foreign} }))
-	lan := evpn.LAN{VNI: 222, VTEP: n.vtep, Claimed: true}
-	n.Set(began, []evpn.LAN{lan})
+	n.Learn(began, route(macvrf.MACIP, 2, func(r *macvrf.Route) { r.Targets = []macvrf.Target{macvrf.NewTarget(4_200_000_001, 222)} }))
+	n.Learn(began, route(macvrf.MACIP, 3, func(r *macvrf.Route) { r.MAC, r.Targets = mac(3), []macvrf.Target{foreign} }))
+	lan := macvrf.LAN{VNI: 222, VTEP: n.vtep, Claimed: true}
+	n.Set(began, []macvrf.LAN{lan})
 	expect(t, "any AS", n, "tells itself, 9 behind 2")
-	lan.Import, lan.Export = []evpn.Target{foreign}, []evpn.Target{foreign}
-	n.Set(began, []evpn.LAN{lan})
+	lan.Import, lan.Export = []macvrf.Target{foreign}, []macvrf.Target{foreign}
+	n.Set(began, []macvrf.LAN{lan})
 	expect(t, "a target of its own", n, "tells itself, 3 behind 3")
 	if own := n.Own(); !slices.Equal(own[0].Targets, lan.Export) {
 		t.Errorf("tells %v", own)
@@ -459,17 +459,17 @@ func TestRoutesAreSortedByTheirTargets(t *testing.T) {
 }
 
 func TestTargetsAreRead(t *testing.T) {
-	for text, want := range map[string]evpn.Target{
+	for text, want := range map[string]macvrf.Target{
 		"65000:222":        {0, 2, 0xfd, 0xe8, 0, 0, 0, 222},
 		"65000:16777215":   {0, 2, 0xfd, 0xe8, 0, 0xff, 0xff, 0xff},
 		"4200000000:65535": {2, 2, 0xfa, 0x56, 0xea, 0, 0xff, 0xff},
 	} {
-		if got, err := evpn.ParseTarget(text); err != nil || got != want {
+		if got, err := macvrf.ParseTarget(text); err != nil || got != want {
 			t.Errorf("%s: %x, %v", text, got, err)
 		}
 	}
 	for _, bad := range []string{"", "65000", "65000:", ":1", "a:b", "70000:70000", "-1:1", "1:4294967296", "1:2:3"} {
-		if got, err := evpn.ParseTarget(bad); err == nil {
+		if got, err := macvrf.ParseTarget(bad); err == nil {
 			t.Errorf("%q is read as %x", bad, got)
 		}
 	}
@@ -478,12 +478,12 @@ func TestTargetsAreRead(t *testing.T) {
 // No two LANs of a node have the same RD, though it has no room for a whole VNI.
 func TestEachLANHasAnRDOfItsOwn(t *testing.T) {
 	n := newNode(1)
-	var lans []evpn.LAN
+	var lans []macvrf.LAN
 	for _, vni := range []uint32{5, 65541, 131077, 6, 65535, 16777215} {
-		lans = append(lans, evpn.LAN{VNI: vni, VTEP: n.vtep, Claimed: true})
+		lans = append(lans, macvrf.LAN{VNI: vni, VTEP: n.vtep, Claimed: true})
 		n.Set(began, lans)
 	}
-	seen := map[evpn.RD]bool{}
+	seen := map[macvrf.RD]bool{}
 	for _, r := range n.Own() {
 		seen[r.RD] = true
 	}
@@ -495,7 +495,7 @@ func TestEachLANHasAnRDOfItsOwn(t *testing.T) {
 // A LAN has the RD that it asks for, whoever had it, and the others keep theirs.
 func TestALANHasTheRDItAsksFor(t *testing.T) {
 	n := newNode(1)
-	numbers := func(lans ...evpn.LAN) (have []uint16) {
+	numbers := func(lans ...macvrf.LAN) (have []uint16) {
 		for i := range lans {
 			lans[i].VTEP, lans[i].Claimed = n.vtep, true
 		}
@@ -509,18 +509,18 @@ func TestALANHasTheRDItAsksFor(t *testing.T) {
 		}
 		return have
 	}
-	five, six := evpn.LAN{VNI: 5}, evpn.LAN{VNI: 6}
-	asks := func(l evpn.LAN, number uint16) evpn.LAN { l.RD = number; return l }
+	five, six := macvrf.LAN{VNI: 5}, macvrf.LAN{VNI: 6}
+	asks := func(l macvrf.LAN, number uint16) macvrf.LAN { l.RD = number; return l }
 	for _, step := range []struct {
-		lans []evpn.LAN
+		lans []macvrf.LAN
 		want []uint16
 	}{
-		{[]evpn.LAN{five, six}, []uint16{5, 6}},
-		{[]evpn.LAN{five, asks(six, 5)}, []uint16{6, 5}},
-		{[]evpn.LAN{asks(five, 5), asks(six, 5)}, []uint16{6, 5}},
-		{[]evpn.LAN{asks(five, 5), asks(six, 300)}, []uint16{5, 300}},
-		{[]evpn.LAN{five, six}, []uint16{5, 6}},
-		{[]evpn.LAN{asks(six, 300), five}, []uint16{300, 5}},
+		{[]macvrf.LAN{five, six}, []uint16{5, 6}},
+		{[]macvrf.LAN{five, asks(six, 5)}, []uint16{6, 5}},
+		{[]macvrf.LAN{asks(five, 5), asks(six, 5)}, []uint16{6, 5}},
+		{[]macvrf.LAN{asks(five, 5), asks(six, 300)}, []uint16{5, 300}},
+		{[]macvrf.LAN{five, six}, []uint16{5, 6}},
+		{[]macvrf.LAN{asks(six, 300), five}, []uint16{300, 5}},
 	} {
 		if have := numbers(step.lans...); !slices.Equal(have, step.want) {
 			t.Errorf("%+v have %v, want %v", step.lans, have, step.want)
@@ -531,20 +531,20 @@ func TestALANHasTheRDItAsksFor(t *testing.T) {
 // What a LAN's nodes tell is its own, whatever it imports; a target that is changed with the old one beside it loses no route.
 func TestATargetIsChangedWithoutLoss(t *testing.T) {
 	m := nodes(2, mac(7))
-	m[1].Set(began, []evpn.LAN{{VNI: 222, VTEP: m[1].vtep, Claimed: true, Attached: []evpn.MAC{mac(8)}}})
-	old, next := evpn.NewTarget(65000, 222), evpn.NewTarget(64512, 7)
-	for _, step := range []struct{ imports, exports []evpn.Target }{
-		{[]evpn.Target{next}, nil},
-		{nil, []evpn.Target{next, old}},
-		{nil, []evpn.Target{next}},
-		{[]evpn.Target{old}, []evpn.Target{next}},
+	m[1].Set(began, []macvrf.LAN{{VNI: 222, VTEP: m[1].vtep, Claimed: true, Attached: []macvrf.MAC{mac(8)}}})
+	old, next := macvrf.NewTarget(65000, 222), macvrf.NewTarget(64512, 7)
+	for _, step := range []struct{ imports, exports []macvrf.Target }{
+		{[]macvrf.Target{next}, nil},
+		{nil, []macvrf.Target{next, old}},
+		{nil, []macvrf.Target{next}},
+		{[]macvrf.Target{old}, []macvrf.Target{next}},
 	} {
 		for _, n := range m {
-			attached := []evpn.MAC{mac(7)}
+			attached := []macvrf.MAC{mac(7)}
 			if n == m[1] {
-				attached = []evpn.MAC{mac(8)}
+				attached = []macvrf.MAC{mac(8)}
 			}
-			n.Set(began, []evpn.LAN{{VNI: 222, VTEP: n.vtep, Claimed: true, Attached: attached, Import: step.imports, Export: step.exports}})
+			n.Set(began, []macvrf.LAN{{VNI: 222, VTEP: n.vtep, Claimed: true, Attached: attached, Import: step.imports, Export: step.exports}})
 			m.tell(t, began)
 			expect(t, fmt.Sprint(step), m[0], "tells itself, tells 7 seq 0, floods 2, 8 behind 2")
 			expect(t, fmt.Sprint(step), m[1], "tells itself, tells 8 seq 0, floods 1, 7 behind 1")
@@ -561,9 +561,9 @@ func TestAnAddressIsToldOfWhoShowedItLast(t *testing.T) {
 		t.Helper()
 		var words []string
 		for _, r := range n.Own() {
-			if r.Kind == evpn.MACIP && r.IP.IsValid() {
+			if r.Kind == macvrf.MACIP && r.IP.IsValid() {
 				words = append(words, fmt.Sprintf("%d has %s", r.MAC[5], r.IP))
-			} else if r.Kind == evpn.MACIP {
+			} else if r.Kind == macvrf.MACIP {
 				words = append(words, fmt.Sprintf("%d", r.MAC[5]))
 			}
 		}
@@ -571,7 +571,7 @@ func TestAnAddressIsToldOfWhoShowedItLast(t *testing.T) {
 			t.Errorf("%s: told %s, want %s", when, have, want)
 		}
 	}
-	show := func(m evpn.MAC, ip netip.Addr) bool {
+	show := func(m macvrf.MAC, ip netip.Addr) bool {
 		t.Helper()
 		told, full := n.Show(now, 222, m, ip)
 		if full {
@@ -587,11 +587,11 @@ func TestAnAddressIsToldOfWhoShowedItLast(t *testing.T) {
 	has("somebody who is not here", "7, 7 has 10.0.0.1, 7 has fd00::1")
 	n.See(now, 222, mac(8))
 	has("who is here now", "7, 7 has fd00::1, 8, 8 has 10.0.0.1")
-	n.Learn(now, route(evpn.MACIP, 2, func(r *evpn.Route) { r.MAC, r.IP = mac(9), b }))
+	n.Learn(now, route(macvrf.MACIP, 2, func(r *macvrf.Route) { r.MAC, r.IP = mac(9), b }))
 	has("shown elsewhere", "7, 8, 8 has 10.0.0.1")
 	show(mac(7), b)
 	has("and here again", "7, 7 has fd00::1, 8, 8 has 10.0.0.1")
-	n.Learn(now, route(evpn.MACIP, 2, func(r *evpn.Route) { r.MAC, r.Sequence = mac(8), 1 }))
+	n.Learn(now, route(macvrf.MACIP, 2, func(r *macvrf.Route) { r.MAC, r.Sequence = mac(8), 1 }))
 	has("the MAC elsewhere, and on its port here still", "7, 7 has fd00::1")
 	n.Lose(now, 222, mac(8))
 	n.See(now, 222, mac(8))
@@ -615,8 +615,8 @@ func TestAnAddressIsToldOfWhoShowedItLast(t *testing.T) {
 func TestNeighborsAreStationsOnOthers(t *testing.T) {
 	n := nodes(1, mac(7))[0]
 	a, b := netip.MustParseAddr("10.0.0.1"), netip.MustParseAddr("fd00::1")
-	has := func(m byte, ip netip.Addr, from byte) evpn.Route {
-		return route(evpn.MACIP, from, func(r *evpn.Route) { r.MAC, r.IP = mac(m), ip })
+	has := func(m byte, ip netip.Addr, from byte) macvrf.Route {
+		return route(macvrf.MACIP, from, func(r *macvrf.Route) { r.MAC, r.IP = mac(m), ip })
 	}
 	expect := func(when string, want ...segment.Neighbor) {
 		t.Helper()
@@ -629,7 +629,7 @@ func TestNeighborsAreStationsOnOthers(t *testing.T) {
 	if n.Neighbors(222) != nil || n.Neighbors(223) != nil {
 		t.Error("a LAN that does not want them has neighbours")
 	}
-	n.Set(began, []evpn.LAN{{VNI: 222, VTEP: n.vtep, Claimed: true, Attached: []evpn.MAC{mac(7)}, Suppress: true}})
+	n.Set(began, []macvrf.LAN{{VNI: 222, VTEP: n.vtep, Claimed: true, Attached: []macvrf.MAC{mac(7)}, Suppress: true}})
 	expect("one", one)
 	n.Learn(began, has(9, b, 2))
 	n.Learn(began, has(9, netip.Addr{}, 2))
@@ -648,7 +648,7 @@ func TestNeighborsAreStationsOnOthers(t *testing.T) {
 	n.See(began, 222, mac(9))
 	expect("it is here itself")
 	n.Lose(began, 222, mac(9))
-	n.Set(began, []evpn.LAN{{VNI: 222, VTEP: n.vtep, Claimed: true, Suppress: true}})
+	n.Set(began, []macvrf.LAN{{VNI: 222, VTEP: n.vtep, Claimed: true, Suppress: true}})
 	expect("and gone, and so is the pod", one, other)
 	n.Forget(began, has(9, a, 2).Key)
 	n.Forget(began, has(9, a, 3).Key)
@@ -676,13 +676,13 @@ func TestAddressesAreBounded(t *testing.T) {
 	n.Show(began, 222, mac(7), at(1)) // is the newest now
 	n.Show(began.Add(time.Minute), 222, mac(7), at(2000))
 	has := func(ip netip.Addr) bool {
-		return slices.ContainsFunc(n.Own(), func(r evpn.Route) bool { return r.IP == ip })
+		return slices.ContainsFunc(n.Own(), func(r macvrf.Route) bool { return r.IP == ip })
 	}
 	if count() != 16 || !has(at(1)) || has(at(2)) || !has(at(2000)) {
 		t.Errorf("%d told; the newest %t, the oldest %t, the new %t", count(), has(at(1)), has(at(2)), has(at(2000)))
 	}
 	for i := range 1000 { // by others
-		m := evpn.MAC{2, 1, 0, 0, byte(i >> 8), byte(i)}
+		m := macvrf.MAC{2, 1, 0, 0, byte(i >> 8), byte(i)}
 		n.See(began, 222, m)
 		for j := range 16 {
 			n.Show(began, 222, m, netip.AddrFrom4([4]byte{11, byte(i >> 8), byte(i), byte(j)}))
@@ -692,7 +692,7 @@ func TestAddressesAreBounded(t *testing.T) {
 		t.Errorf("%d told of all", count()-1000)
 	}
 	for i := range 1000 { // nobody is here
-		n.Show(began, 222, evpn.MAC{2, 2, 0, 0, byte(i >> 8), byte(i)}, at(i))
+		n.Show(began, 222, macvrf.MAC{2, 2, 0, 0, byte(i >> 8), byte(i)}, at(i))
 	}
 }
 
@@ -701,7 +701,7 @@ func TestNodesAgreeWhateverHappens(t *testing.T) {
 	for seed := range uint64(300) {
 		rng := rand.New(rand.NewPCG(seed, 1))
 		m, now := nodes(4), began
-		last := map[evpn.MAC]int{} // on which node it spoke last; -1: on several at once
+		last := map[macvrf.MAC]int{} // on which node it spoke last; -1: on several at once
 		for range 60 {
 			now = now.Add(time.Minute)
 			n, station := rng.IntN(len(m)), mac(byte(rng.IntN(5)))
@@ -720,12 +720,12 @@ func TestNodesAgreeWhateverHappens(t *testing.T) {
 			}
 			m.tell(t, now)
 		}
-		owners := map[evpn.MAC]int{}
+		owners := map[macvrf.MAC]int{}
 		for i, n := range m {
 			for _, r := range n.Own() {
-				if _, twice := owners[r.MAC]; twice && r.Kind == evpn.MACIP {
+				if _, twice := owners[r.MAC]; twice && r.Kind == macvrf.MACIP {
 					t.Fatalf("seed %d: two nodes tell %s", seed, r.MAC)
-				} else if r.Kind == evpn.MACIP {
+				} else if r.Kind == macvrf.MACIP {
 					owners[r.MAC] = i
 				}
 			}
@@ -748,14 +748,14 @@ func TestNodesAgreeWhateverHappens(t *testing.T) {
 	}
 }
 
-func compare(a, b evpn.MAC) int { return slices.Compare(a[:], b[:]) }
+func compare(a, b macvrf.MAC) int { return slices.Compare(a[:], b[:]) }
 
 // What a LAN's segment has to have is the same, whether routes come one by one or all at once, and is sorted.
 func TestTheForwardingTableIsThatOfItsRoutes(t *testing.T) {
 	rng := rand.New(rand.NewPCG(1, 1))
-	step, want := nodes(1)[0], map[evpn.MAC]netip.Addr{}
+	step, want := nodes(1)[0], map[macvrf.MAC]netip.Addr{}
 	for i := range 3000 {
-		r := route(evpn.MACIP, byte(2+rng.IntN(5)), func(r *evpn.Route) { r.RD = evpn.RD{1}; r.MAC = mac(byte(rng.IntN(200))) })
+		r := route(macvrf.MACIP, byte(2+rng.IntN(5)), func(r *macvrf.Route) { r.RD = macvrf.RD{1}; r.MAC = mac(byte(rng.IntN(200))) })
 		if rng.IntN(3) == 0 {
 			step.Forget(began, r.Key)
 			delete(want, r.MAC)
@@ -780,16 +780,16 @@ func TestTheForwardingTableIsThatOfItsRoutes(t *testing.T) {
 
 // Whatever a route says, nothing but what a station could have becomes an entry, and another LAN is not touched.
 func FuzzRoute(f *testing.F) {
-	add := func(r evpn.Route) {
+	add := func(r macvrf.Route) {
 		f.Add(byte(r.Kind), r.RD[:], r.Tag, r.MAC[:], r.IP.AsSlice(), r.VTEP.AsSlice(), r.VNI, r.Targets[0][:], r.Other, r.Sequence, r.Sticky)
 	}
-	add(route(evpn.MACIP, 2, nil))
-	add(route(evpn.Multicast, 2, nil))
+	add(route(macvrf.MACIP, 2, nil))
+	add(route(macvrf.Multicast, 2, nil))
 	f.Fuzz(func(t *testing.T, kind byte, rd []byte, tag uint32, mac, ip, vtep []byte, vni uint32, target []byte, other bool, sequence uint32, sticky bool) {
 		n := newNode(1)
-		n.Set(began, []evpn.LAN{{VNI: 222, VTEP: n.vtep, Claimed: true}, {VNI: 223, VTEP: n.vtep, Claimed: true, Import: []evpn.Target{{9, 9}}}})
-		r := evpn.Route{VNI: vni, Targets: make([]evpn.Target, 1), Other: other, Sequence: sequence, Sticky: sticky}
-		r.Kind, r.Tag = evpn.Kind(kind), tag
+		n.Set(began, []macvrf.LAN{{VNI: 222, VTEP: n.vtep, Claimed: true}, {VNI: 223, VTEP: n.vtep, Claimed: true, Import: []macvrf.Target{{9, 9}}}})
+		r := macvrf.Route{VNI: vni, Targets: make([]macvrf.Target, 1), Other: other, Sequence: sequence, Sticky: sticky}
+		r.Kind, r.Tag = macvrf.Kind(kind), tag
 		copy(r.RD[:], rd)
 		copy(r.MAC[:], mac)
 		copy(r.Targets[0][:], target)
@@ -811,7 +811,7 @@ func FuzzRoute(f *testing.F) {
 		if got := len(remotes) + len(fdb) + refused; got > 1 {
 			t.Errorf("one route became %d things", got)
 		}
-		if r.Targets[0] != (evpn.Target{9, 9}) {
+		if r.Targets[0] != (macvrf.Target{9, 9}) {
 			if remotes, fdb, _ := n.View(223); len(remotes)+len(fdb) > 0 {
 				t.Errorf("the other LAN has %v %v", remotes, fdb)
 			}

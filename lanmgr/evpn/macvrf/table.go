@@ -1,4 +1,4 @@
-package evpn
+package macvrf
 
 import (
 	"cmp"
