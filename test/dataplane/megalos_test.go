@@ -19,7 +19,7 @@ import (
 
 	"github.com/k8slan/k8slan/cni"
 	"github.com/k8slan/k8slan/lanmgr"
-	"github.com/k8slan/k8slan/lanmgr/bgp"
+	"github.com/k8slan/k8slan/lanmgr/evpn/bgp"
 	"github.com/k8slan/k8slan/lanmgr/evpn/macvrf"
 	"github.com/k8slan/k8slan/lanmgr/fabric"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
