@@ -19,8 +19,8 @@ import (
 	"golang.org/x/sync/errgroup"
 	ctrlmetrics "sigs.k8s.io/controller-runtime/pkg/metrics"
 
+	"github.com/k8slan/k8slan/lanmgr/evpn"
 	"github.com/k8slan/k8slan/lanmgr/evpn/bgp"
-	"github.com/k8slan/k8slan/lanmgr/fabric"
 	"github.com/k8slan/k8slan/lanmgr/metrics"
 )
 
@@ -49,14 +49,14 @@ func (f *evpnFlags) add(flags *pflag.FlagSet) {
 }
 
 // evpn is what the flags come to, but for who hears the bridges; nil without an AS.
-func (f *evpnFlags) evpn(nodeName string) (*fabric.Config, error) {
+func (f *evpnFlags) evpn(nodeName string) (*evpn.Config, error) {
 	if f.as == 0 {
 		if len(f.peers) > 0 || f.reflectors != "" {
 			return nil, usageError{errors.New("--evpn-peer and --evpn-reflectors need --evpn-as")}
 		}
 		return nil, nil
 	}
-	e := &fabric.Config{AS: f.as, RouterID: bgp.RouterID(f.routerID, nodeName)}
+	e := &evpn.Config{AS: f.as, RouterID: bgp.RouterID(f.routerID, nodeName)}
 	if f.reflectorsPasswordFile != "" {
 		var err error
 		if e.ReflectorPassword, err = bgp.ReadPassword(f.reflectorsPasswordFile); err != nil {
@@ -79,7 +79,7 @@ func (f *evpnFlags) passwordFiles() (files []string) {
 }
 
 // followPasswords has the fabric speak with other passwords when files have them, until ctx ends.
-func (f *evpnFlags) followPasswords(ctx context.Context, nodeName string, joined *fabric.Fabric, log *slog.Logger) {
+func (f *evpnFlags) followPasswords(ctx context.Context, nodeName string, joined *evpn.Fabric, log *slog.Logger) {
 	followFiles(ctx, f.passwordFiles(), log, func() error {
 		e, err := f.evpn(nodeName)
 		if err != nil {

@@ -30,7 +30,7 @@ import (
 	"github.com/k8slan/k8slan/deviceplugin"
 	"github.com/k8slan/k8slan/lanmgr"
 	"github.com/k8slan/k8slan/lanmgr/cdi"
-	"github.com/k8slan/k8slan/lanmgr/fabric"
+	"github.com/k8slan/k8slan/lanmgr/evpn"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
 	"github.com/k8slan/k8slan/lanmgr/metrics"
 	"github.com/k8slan/k8slan/lanmgr/node"
@@ -112,7 +112,7 @@ func (f *nodeFlags) runNode(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	evpn, err := f.evpn(f.node)
+	evpnConfig, err := f.evpn(f.node)
 	if err != nil {
 		return err
 	}
@@ -149,10 +149,10 @@ func (f *nodeFlags) runNode(ctx context.Context) error {
 	collector := podresources.New(f.kubelet, f.self, lans, log)
 	filter := strangers.New("", strangers.TableName, log)
 	sources := metrics.Sources{Reports: lans.Reports, Registered: plugins.Registered, Dropped: filter.Dropped}
-	var joined *fabric.Fabric
-	if evpn != nil {
-		evpn.Stations, evpn.Log = host, log
-		joined = fabric.New(*evpn)
+	var joined *evpn.Fabric
+	if evpnConfig != nil {
+		evpnConfig.Stations, evpnConfig.Log = host, log
+		joined = evpn.New(*evpnConfig)
 		sources.Fabric = joined
 	}
 	m := metrics.New(sources)

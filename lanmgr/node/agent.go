@@ -22,9 +22,9 @@ import (
 
 	"github.com/k8slan/k8slan/crd/v1beta1"
 	"github.com/k8slan/k8slan/lanmgr"
+	"github.com/k8slan/k8slan/lanmgr/evpn"
 	"github.com/k8slan/k8slan/lanmgr/evpn/bgp"
 	"github.com/k8slan/k8slan/lanmgr/evpn/macvrf"
-	"github.com/k8slan/k8slan/lanmgr/fabric"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 	"github.com/k8slan/k8slan/lanmgr/strangers"
@@ -60,7 +60,7 @@ type Fabric interface {
 	Set(lans map[string]macvrf.LAN)
 	SetReflectors(ctx context.Context, at []netip.AddrPort) error
 	Fill(s *segment.Segment)
-	Trouble(netns string) fabric.Trouble
+	Trouble(netns string) evpn.Trouble
 	Sessions() []bgp.Session
 	Changed() <-chan struct{}
 }

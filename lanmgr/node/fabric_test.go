@@ -16,9 +16,9 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/k8slan/k8slan/crd/v1beta1"
+	"github.com/k8slan/k8slan/lanmgr/evpn"
 	"github.com/k8slan/k8slan/lanmgr/evpn/bgp"
 	"github.com/k8slan/k8slan/lanmgr/evpn/macvrf"
-	"github.com/k8slan/k8slan/lanmgr/fabric"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
@@ -30,7 +30,7 @@ type fakeFabric struct {
 	mu      sync.Mutex
 	lans    map[string]macvrf.LAN
 	told    segment.Segment
-	trouble fabric.Trouble
+	trouble evpn.Trouble
 	peers   []bgp.Session
 	at      []netip.AddrPort
 }
@@ -62,7 +62,7 @@ func (f *fakeFabric) speaksWith(want ...string) func() bool {
 	}
 }
 
-func (f *fakeFabric) Trouble(string) fabric.Trouble {
+func (f *fakeFabric) Trouble(string) evpn.Trouble {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return f.trouble
@@ -150,19 +150,19 @@ func TestAnEVPNLANIsJoinedToTheFabric(t *testing.T) {
 		f.trouble.Down = []bgp.Session{{Peer: bgp.Peer{Address: remote, AS: 65000}, Why: "no TCP connection"}}
 	})
 	w.awaitStatus("a session that is down", degraded(v1beta1.ReasonBGPDown, "192.0.2.2:179 of AS 65000 (no TCP connection)"))
-	f.tells(func() { f.trouble = fabric.Trouble{Alone: true} })
+	f.tells(func() { f.trouble = evpn.Trouble{Alone: true} })
 	w.awaitStatus("nobody to speak with", degraded(v1beta1.ReasonBGPDown, "evpn.reflectors.replicas"))
-	f.tells(func() { f.trouble = fabric.Trouble{Duplicates: []macvrf.MAC{{2, 1}, {2, 2}}} })
+	f.tells(func() { f.trouble = evpn.Trouble{Duplicates: []macvrf.MAC{{2, 1}, {2, 2}}} })
 	w.awaitStatus("MACs on two nodes", degraded(v1beta1.ReasonMACTwice, "02:01:00:00:00:00 speaks on this node and on another, and 1 other MAC"))
 	f.tells(func() {
-		f.trouble = fabric.Trouble{Refused: macvrf.Refusal{Route: macvrf.Route{Key: macvrf.Key{Kind: macvrf.Multicast}, VTEP: remote}, Reason: macvrf.OtherVNI}, Refusals: 1}
+		f.trouble = evpn.Trouble{Refused: macvrf.Refusal{Route: macvrf.Route{Key: macvrf.Key{Kind: macvrf.Multicast}, VTEP: remote}, Reason: macvrf.OtherVNI}, Refusals: 1}
 	})
 	w.awaitStatus("a route that is refused", degraded(v1beta1.ReasonRoutesRefused, "from VTEP 192.0.2.2 is not used: it bears another VNI"))
 	f.tells(func() { f.trouble.Refusals++ })
 	w.awaitStatus("several such routes", degraded(v1beta1.ReasonRoutesRefused, "bears another VNI than the LAN; nor are others"))
-	f.tells(func() { f.trouble = fabric.Trouble{Withheld: []bgp.Peer{{Address: remote, AS: 65000}}} })
+	f.tells(func() { f.trouble = evpn.Trouble{Withheld: []bgp.Peer{{Address: remote, AS: 65000}}} })
 	w.awaitStatus("a peer that is told nothing", degraded(v1beta1.ReasonRoutesWithheld, "192.0.2.2:179 of AS 65000: told nothing of the LAN"))
-	f.tells(func() { f.trouble = fabric.Trouble{} })
+	f.tells(func() { f.trouble = evpn.Trouble{} })
 	w.awaitStatus("all well", ready)
 
 	// Of several sessions one that is down is no LAN's problem, and told all the same.

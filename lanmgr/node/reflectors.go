@@ -7,7 +7,7 @@ import (
 	discoveryv1 "k8s.io/api/discovery/v1"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
-	"github.com/k8slan/k8slan/lanmgr/fabric"
+	"github.com/k8slan/k8slan/lanmgr/evpn"
 )
 
 // setReflectors tells the fabric where the reflectors are. While the API server is away, they are where they were.
@@ -20,7 +20,7 @@ func (a *Agent) setReflectors(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("list the EndpointSlices of Service %s: %w", a.Reflectors, err)
 	}
-	if err := a.Fabric.SetReflectors(ctx, fabric.Endpoints(parts.Items)); err != nil {
+	if err := a.Fabric.SetReflectors(ctx, evpn.Endpoints(parts.Items)); err != nil {
 		a.Log.Error("cannot speak with every reflector, trying again when one changes", "service", a.Reflectors, "err", err)
 	}
 	return nil

@@ -11,16 +11,16 @@ import (
 
 	discoveryv1 "k8s.io/api/discovery/v1"
 
+	"github.com/k8slan/k8slan/lanmgr/evpn"
 	"github.com/k8slan/k8slan/lanmgr/evpn/bgp"
 	"github.com/k8slan/k8slan/lanmgr/evpn/macvrf"
-	"github.com/k8slan/k8slan/lanmgr/fabric"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
 // membership is the pod's part in EVPN.
 type membership struct {
-	*fabric.Fabric
+	*evpn.Fabric
 	self *station
 }
 
@@ -31,7 +31,7 @@ func (s *Sidecar) startFabric(ctx context.Context, fail context.CancelCauseFunc,
 		return start(ctx, func(context.Context) {})
 	}
 	self := &station{changed: make(chan struct{}, 1)}
-	joined := &membership{fabric.New(fabric.Config{
+	joined := &membership{evpn.New(evpn.Config{
 		AS: c.EVPN.AS, RouterID: c.routerID(), Peers: c.EVPN.peers, ReflectorPassword: c.EVPN.reflectorPassword, Stations: self, Leaves: true, Log: s.Log,
 	}), self}
 	s.note(func() { s.joined = joined })
@@ -68,7 +68,7 @@ func (s *Sidecar) setReflectors(ctx context.Context, reflectors *Service, parts 
 		return
 	}
 	theirs := slices.DeleteFunc(slices.Clone(parts), func(part discoveryv1.EndpointSlice) bool { return serviceOf(part) != *reflectors })
-	if err := joined.SetReflectors(ctx, fabric.Endpoints(theirs)); err != nil {
+	if err := joined.SetReflectors(ctx, evpn.Endpoints(theirs)); err != nil {
 		s.Log.Error("cannot speak with every reflector, trying again when one changes", "service", reflectors, "err", err)
 	}
 }
@@ -104,7 +104,7 @@ func (s *Sidecar) attach(joined *membership, want segment.Alone, have segment.Al
 }
 
 // troubleOf is what of a LAN's routes does not go together; that no session is up, the sessions tell themselves.
-func troubleOf(t fabric.Trouble) string {
+func troubleOf(t evpn.Trouble) string {
 	var all []string
 	if len(t.Duplicates) > 0 {
 		all = append(all, fmt.Sprintf("%s is this interface's, and is told from elsewhere: give vxlan.mac, or pods names of their own", t.Duplicates[0]))

@@ -19,9 +19,9 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/k8slan/k8slan/lanmgr/evpn"
 	"github.com/k8slan/k8slan/lanmgr/evpn/bgp"
 	"github.com/k8slan/k8slan/lanmgr/evpn/macvrf"
-	"github.com/k8slan/k8slan/lanmgr/fabric"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 	"github.com/k8slan/k8slan/test/frames"
 	"github.com/k8slan/k8slan/test/netns"
@@ -63,7 +63,7 @@ func startReflector(t *testing.T, at netip.AddrPort) *reflectors {
 // speaker is a node whose LAN is joined to EVPN as the daemon does it: the manager makes what the fabric tells.
 type speaker struct {
 	managed
-	fabric *fabric.Fabric
+	fabric *evpn.Fabric
 	s      segment.Segment
 	routes chan<- segment.Routes // are as told here from then on
 	leave  func()
@@ -87,7 +87,7 @@ func (h host) speakTo(t *testing.T, s segment.Segment, n byte, peers ...bgp.Peer
 	sp := &speaker{managed: h.manage(t), s: told(s), routes: routes}
 	sp.s.Remotes, sp.s.FDB, sp.s.Neighbors = nil, nil, nil
 	h.observe(t, s) // its kernel hears a namespace from when it first saw it
-	sp.fabric = fabric.New(fabric.Config{
+	sp.fabric = evpn.New(evpn.Config{
 		AS: 65000, RouterID: netip.AddrFrom4([4]byte{127, 0, 0, 1 + n}), Stations: h.kernel, Peers: peers, Log: slog.New(slog.DiscardHandler),
 	})
 	sp.Set([]segment.Segment{sp.s})

@@ -19,9 +19,9 @@ import (
 
 	"github.com/k8slan/k8slan/cni"
 	"github.com/k8slan/k8slan/lanmgr"
+	"github.com/k8slan/k8slan/lanmgr/evpn"
 	"github.com/k8slan/k8slan/lanmgr/evpn/bgp"
 	"github.com/k8slan/k8slan/lanmgr/evpn/macvrf"
-	"github.com/k8slan/k8slan/lanmgr/fabric"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 	"github.com/k8slan/k8slan/test/frames"
@@ -46,7 +46,7 @@ func (h host) serveDemand(t *testing.T, n byte, reflector netip.AddrPort) *speak
 	t.Helper()
 	source := netip.AddrFrom4([4]byte{127, 0, 0, 1 + n})
 	m := h.manage(t)
-	fab := fabric.New(fabric.Config{
+	fab := evpn.New(evpn.Config{
 		AS: 65000, RouterID: source, Stations: m.daemon, Log: slog.New(slog.DiscardHandler),
 		Peers: []bgp.Peer{{Address: reflector.Addr(), Port: reflector.Port(), AS: 65000, Source: source, IPv6VTEPs: true}},
 	})

@@ -1,4 +1,4 @@
-package fabric
+package evpn
 
 import (
 	"net/netip"

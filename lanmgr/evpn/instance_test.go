@@ -1,4 +1,4 @@
-package fabric_test
+package evpn_test
 
 import (
 	"context"
@@ -10,9 +10,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/k8slan/k8slan/lanmgr/evpn"
 	"github.com/k8slan/k8slan/lanmgr/evpn/bgp"
 	"github.com/k8slan/k8slan/lanmgr/evpn/macvrf"
-	"github.com/k8slan/k8slan/lanmgr/fabric"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
@@ -49,7 +49,7 @@ func (b *bridges) WatchAddresses(ctx context.Context, netns string, tell kernel.
 
 // member is a node of a fabric with LANs.
 type member struct {
-	*fabric.Fabric
+	*evpn.Fabric
 	*bridges
 	vtep netip.Addr
 }
@@ -96,7 +96,7 @@ func newMember(t *testing.T, number byte, peers ...bgp.Peer) member {
 	for i := range peers {
 		peers[i].Source = source
 	}
-	m.Fabric = fabric.New(fabric.Config{AS: 65000, RouterID: source, Stations: m.bridges, Log: slog.New(slog.DiscardHandler), Peers: peers})
+	m.Fabric = evpn.New(evpn.Config{AS: 65000, RouterID: source, Stations: m.bridges, Log: slog.New(slog.DiscardHandler), Peers: peers})
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error)
 	go func() { ended <- m.Run(ctx) }()
@@ -315,7 +315,7 @@ func TestWhatIsWrongIsTold(t *testing.T) {
 }
 
 func TestAWishThatIsTheSameWakesNobody(t *testing.T) {
-	m := member{Fabric: fabric.New(fabric.Config{
+	m := member{Fabric: evpn.New(evpn.Config{
 		AS: 65000, RouterID: netip.MustParseAddr("192.0.2.1"), Stations: &bridges{}, Log: slog.New(slog.DiscardHandler),
 	}), vtep: netip.MustParseAddr("192.0.2.1")}
 	woken := func() bool {

@@ -1,6 +1,6 @@
 // Package fabric joins a node's LANs to EVPN: who is attached and what bridges hear is told to other routers, and what those tell becomes
 // part of the LANs' segments.
-package fabric
+package evpn
 
 import (
 	"context"
