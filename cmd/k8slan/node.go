@@ -29,11 +29,11 @@ import (
 	"github.com/k8slan/k8slan/crd/v1beta1"
 	"github.com/k8slan/k8slan/deviceplugin"
 	"github.com/k8slan/k8slan/lanmgr"
+	"github.com/k8slan/k8slan/lanmgr/agent"
 	"github.com/k8slan/k8slan/lanmgr/cdi"
 	"github.com/k8slan/k8slan/lanmgr/evpn"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
 	"github.com/k8slan/k8slan/lanmgr/metrics"
-	"github.com/k8slan/k8slan/lanmgr/node"
 	"github.com/k8slan/k8slan/lanmgr/outcome"
 	"github.com/k8slan/k8slan/lanmgr/podresources"
 	"github.com/k8slan/k8slan/lanmgr/strangers"
@@ -161,7 +161,7 @@ func (f *nodeFlags) runNode(ctx context.Context) error {
 	if err := register(m); err != nil {
 		return err
 	}
-	config := node.Config{
+	config := agent.Config{
 		Node:      f.node,
 		Version:   version,
 		Informers: mgr.GetCache(),
@@ -172,7 +172,7 @@ func (f *nodeFlags) runNode(ctx context.Context) error {
 		Kernel:    host,
 		Manager:   lans,
 		Strangers: filter,
-		Offer: func(spokes []node.Spoke) {
+		Offer: func(spokes []agent.Spoke) {
 			plugins.Set(offered(spokes))
 			m.Offer(spokes)
 		},
@@ -184,7 +184,7 @@ func (f *nodeFlags) runNode(ctx context.Context) error {
 		config.Fabric = joined
 		config.Reflectors = types.NamespacedName{Namespace: f.self.Namespace, Name: f.reflectors}
 	}
-	agent := node.New(config)
+	agent := agent.New(config)
 	err = errors.Join(
 		mgr.Add(peers),
 		mgr.Add(manager.RunnableFunc(lans.Run)),
@@ -254,7 +254,7 @@ func (f *nodeFlags) peers(mgr ctrl.Manager) (cache.Cache, error) {
 		HTTPClient: mgr.GetHTTPClient(),
 		Scheme:     mgr.GetScheme(),
 		Mapper:     mgr.GetRESTMapper(),
-		ByObject:   map[client.Object]cache.ByObject{&v1beta1.LANNode{}: {Transform: node.PeerOf}},
+		ByObject:   map[client.Object]cache.ByObject{&v1beta1.LANNode{}: {Transform: agent.PeerOf}},
 	})
 	if err != nil {
 		return nil, fmt.Errorf("set up the daemon: %w", err)
@@ -275,7 +275,7 @@ func nodeKinds() meta.RESTMapper {
 	return mapper
 }
 
-func offered(spokes []node.Spoke) []deviceplugin.Spoke {
+func offered(spokes []agent.Spoke) []deviceplugin.Spoke {
 	offers := make([]deviceplugin.Spoke, len(spokes))
 	for i, s := range spokes {
 		offers[i] = deviceplugin.Spoke(s)

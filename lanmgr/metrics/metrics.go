@@ -10,9 +10,9 @@ import (
 
 	"github.com/k8slan/k8slan/crd/v1beta1"
 	"github.com/k8slan/k8slan/lanmgr"
+	"github.com/k8slan/k8slan/lanmgr/agent"
 	"github.com/k8slan/k8slan/lanmgr/evpn/bgp"
 	"github.com/k8slan/k8slan/lanmgr/evpn/macvrf"
-	"github.com/k8slan/k8slan/lanmgr/node"
 	"github.com/k8slan/k8slan/lanmgr/outcome"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
@@ -208,7 +208,7 @@ func (m *Metrics) Show(status v1beta1.LANNodeStatus) {
 }
 
 // Offer keeps how many spokes the node offers to kubelet.
-func (m *Metrics) Offer(spokes []node.Spoke) {
+func (m *Metrics) Offer(spokes []agent.Spoke) {
 	healthy := map[bool]int{}
 	for _, s := range spokes {
 		healthy[s.Healthy] += max(s.Ports, 1)

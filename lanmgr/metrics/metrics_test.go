@@ -13,10 +13,10 @@ import (
 
 	"github.com/k8slan/k8slan/crd/v1beta1"
 	"github.com/k8slan/k8slan/lanmgr"
+	"github.com/k8slan/k8slan/lanmgr/agent"
 	"github.com/k8slan/k8slan/lanmgr/evpn/bgp"
 	"github.com/k8slan/k8slan/lanmgr/evpn/macvrf"
 	"github.com/k8slan/k8slan/lanmgr/metrics"
-	"github.com/k8slan/k8slan/lanmgr/node"
 	"github.com/k8slan/k8slan/lanmgr/outcome"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
@@ -91,7 +91,7 @@ func TestEverythingThatHappensIsCounted(t *testing.T) {
 	if before := read(t, m); len(before) != 13 { // registered, learned, remotes, dropped, and nine of EVPN
 		t.Errorf("before anything happened: %v", before)
 	}
-	m.Offer([]node.Spoke{{Name: "a", Healthy: true}, {Name: "b", Healthy: true}, {Name: "c"}})
+	m.Offer([]agent.Spoke{{Name: "a", Healthy: true}, {Name: "b", Healthy: true}, {Name: "c"}})
 	m.Show(v1beta1.LANNodeStatus{Segments: []v1beta1.SegmentStatus{
 		{State: v1beta1.SegmentReady, Attachments: []v1beta1.Attachment{{Kind: v1beta1.KindVeth}, {Kind: v1beta1.KindMacvtap}}},
 		{State: v1beta1.SegmentReady, Attachments: []v1beta1.Attachment{{Kind: v1beta1.KindVeth}}},

@@ -1,4 +1,4 @@
-package node_test
+package agent_test
 
 import (
 	"net/netip"
@@ -11,8 +11,8 @@ import (
 
 	"github.com/k8slan/k8slan/crd/v1beta1"
 	"github.com/k8slan/k8slan/lanmgr"
+	"github.com/k8slan/k8slan/lanmgr/agent"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
-	"github.com/k8slan/k8slan/lanmgr/node"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
@@ -25,8 +25,8 @@ func device(index, mtu int) kernel.Underlay {
 }
 
 // worker1 is a node with the devices eth0, of the default route, eth1 and a jumbo one.
-func worker1() node.Node {
-	return node.Node{
+func worker1() agent.Node {
+	return agent.Node{
 		Name:   "worker1",
 		Labels: map[string]string{"kubernetes.io/hostname": "host1", "rack": "a"},
 		Underlays: kernel.Underlays{
@@ -52,7 +52,7 @@ func lab(change func(*v1beta1.LAN)) *v1beta1.LAN {
 }
 
 func TestALANOfTenLinesGetsItsDefaults(t *testing.T) {
-	plan, ok := node.NewPlan(lab(nil), worker1(), segment.Segment{})
+	plan, ok := agent.NewPlan(lab(nil), worker1(), segment.Segment{})
 	want := segment.Segment{
 		LAN:        segment.LAN{Namespace: "default", Name: "lab", UID: "uid-lab"},
 		Generation: 3,
@@ -67,7 +67,7 @@ func TestALANOfTenLinesGetsItsDefaults(t *testing.T) {
 	if !ok || !plan.Segment.Equal(want) {
 		t.Errorf("plan = %+v, want %+v", plan.Segment, want)
 	}
-	if plan.Problem != (node.Problem{}) || plan.VTEP != netip.MustParseAddr("fe80::1") {
+	if plan.Problem != (agent.Problem{}) || plan.VTEP != netip.MustParseAddr("fe80::1") {
 		t.Errorf("problem = %+v, VTEP = %v", plan.Problem, plan.VTEP)
 	}
 }
@@ -79,17 +79,17 @@ func TestANodeHasNothingOfALANThatIs(t *testing.T) {
 		"for other nodes":    func(l *v1beta1.LAN) { l.Spec.NodeSelector = map[string]v1beta1.LabelValue{"rack": "b"} },
 		"for unlabelled key": func(l *v1beta1.LAN) { l.Spec.NodeSelector = map[string]v1beta1.LabelValue{"rack": "a", "gpu": ""} },
 	} {
-		if plan, ok := node.NewPlan(lab(change), worker1(), segment.Segment{}); ok {
+		if plan, ok := agent.NewPlan(lab(change), worker1(), segment.Segment{}); ok {
 			t.Errorf("%s: plan = %+v", name, plan)
 		}
 	}
-	if _, ok := node.NewPlan(lab(func(l *v1beta1.LAN) { l.Spec.NodeSelector = map[string]v1beta1.LabelValue{"rack": "a"} }), worker1(), segment.Segment{}); !ok {
+	if _, ok := agent.NewPlan(lab(func(l *v1beta1.LAN) { l.Spec.NodeSelector = map[string]v1beta1.LabelValue{"rack": "a"} }), worker1(), segment.Segment{}); !ok {
 		t.Error("nothing of a LAN that selects the node")
 	}
 }
 
 func TestOnlyWhatIsHeldIsBuilt(t *testing.T) {
-	plan, _ := node.NewPlan(lab(func(l *v1beta1.LAN) {
+	plan, _ := agent.NewPlan(lab(func(l *v1beta1.LAN) {
 		l.Spec.Spokes = []string{"srl", "refused"}
 		l.Spec.VXLANPort = 4790 // asked for, not held yet
 	}), worker1(), segment.Segment{})
@@ -121,7 +121,7 @@ func TestTheUnderlayIsTheNodesOwnThenTheLANsThenTheDefaultRoutes(t *testing.T) {
 		{"by hostname label", devices("host1", "jumbo"), "eth1", "jumbo"},
 		{"only other nodes'", devices("worker2", "jumbo"), "eth1", "eth1"},
 	} {
-		plan, _ := node.NewPlan(lab(func(l *v1beta1.LAN) { l.Spec.VXLANDevMap, l.Spec.DefaultVXLANDev = c.byNode, c.common }), worker1(), segment.Segment{})
+		plan, _ := agent.NewPlan(lab(func(l *v1beta1.LAN) { l.Spec.VXLANDevMap, l.Spec.DefaultVXLANDev = c.byNode, c.common }), worker1(), segment.Segment{})
 		if got := plan.Segment.VXLAN.Underlay; got != c.want {
 			t.Errorf("%s: underlay = %q, want %q", c.name, got, c.want)
 		}
@@ -144,7 +144,7 @@ func TestTheMTULeavesRoomForTheVXLAN(t *testing.T) {
 		{"asked for, just fits IPv4", "239.1.1.1", "eth0", 1450, 1450, ""},
 		{"asked for, one too many for IPv4", "239.1.1.1", "eth0", 1451, 1451, v1beta1.ReasonMTUTooLarge},
 	} {
-		plan, _ := node.NewPlan(lab(func(l *v1beta1.LAN) {
+		plan, _ := agent.NewPlan(lab(func(l *v1beta1.LAN) {
 			l.Spec.VXLANGroup, l.Spec.DefaultVXLANDev, l.Spec.MTU = c.group, v1beta1.Device(c.underlay), c.mtu
 		}), worker1(), segment.Segment{})
 		if plan.Segment.MTU != c.want || plan.Problem.Reason != c.reason {
@@ -154,8 +154,8 @@ func TestTheMTULeavesRoomForTheVXLAN(t *testing.T) {
 }
 
 func TestAProblemSaysWhatIsWrongAndTheWayOut(t *testing.T) {
-	change := func(name string, f func(*kernel.Underlay)) func(*node.Node) {
-		return func(n *node.Node) {
+	change := func(name string, f func(*kernel.Underlay)) func(*agent.Node) {
+		return func(n *agent.Node) {
 			d := n.Underlays.Devices[name]
 			f(&d)
 			n.Underlays.Devices[name] = d
@@ -164,7 +164,7 @@ func TestAProblemSaysWhatIsWrongAndTheWayOut(t *testing.T) {
 	for _, c := range []struct {
 		name     string
 		lan      func(*v1beta1.LAN)
-		node     func(*node.Node)
+		node     func(*agent.Node)
 		reason   string
 		blocking bool
 		message  string
@@ -183,7 +183,7 @@ func TestAProblemSaysWhatIsWrongAndTheWayOut(t *testing.T) {
 		},
 		{
 			name:   "no default route",
-			node:   func(n *node.Node) { n.Underlays.Default = "" },
+			node:   func(n *agent.Node) { n.Underlays.Default = "" },
 			reason: v1beta1.ReasonUnderlayMissing, blocking: true,
 			message: `no default route, and the LAN names no device for this node. Set spec.defaultVxlanDev or spec.vxlanDevMap.worker1; pods wait until then`,
 		},
@@ -242,11 +242,11 @@ func TestAProblemSaysWhatIsWrongAndTheWayOut(t *testing.T) {
 			if c.node != nil {
 				c.node(&here)
 			}
-			plan, ok := node.NewPlan(lab(c.lan), here, segment.Segment{})
+			plan, ok := agent.NewPlan(lab(c.lan), here, segment.Segment{})
 			if !ok {
 				t.Fatal("nothing planned")
 			}
-			if want := (node.Problem{Reason: c.reason, Message: c.message, Blocking: c.blocking}); plan.Problem != want {
+			if want := (agent.Problem{Reason: c.reason, Message: c.message, Blocking: c.blocking}); plan.Problem != want {
 				t.Errorf("problem\n%+v, want\n%+v", plan.Problem, want)
 			}
 			if built := plan.Segment.VXLAN.UnderlayIndex != 0; built == c.blocking {
@@ -270,7 +270,7 @@ func TestAFinishedChecksumIsTheLANsChoiceAndASpokesBeforeIt(t *testing.T) {
 		"off, but for a spoke": {lan: v1beta1.Off, spokes: map[string]v1beta1.SpokeOptions{"srl": {TxChecksum: v1beta1.On}, "vm": {}}, want: []string{"vm"}},
 		"off for a spoke":      {spokes: map[string]v1beta1.SpokeOptions{"srl": {TxChecksum: v1beta1.Off}, "refused": {TxChecksum: v1beta1.Off}}, want: []string{"srl"}},
 	} {
-		plan, _ := node.NewPlan(lab(func(l *v1beta1.LAN) {
+		plan, _ := agent.NewPlan(lab(func(l *v1beta1.LAN) {
 			l.Spec.Spokes = append(l.Spec.Spokes, "refused")
 			l.Spec.TxChecksum, l.Spec.SpokeOptions = test.lan, test.spokes
 		}), worker1(), segment.Segment{})
@@ -284,7 +284,7 @@ func TestAFinishedChecksumIsTheLANsChoiceAndASpokesBeforeIt(t *testing.T) {
 func TestALANKeepsItsMTUWhileItsUnderlayIsAway(t *testing.T) {
 	here := worker1()
 	delete(here.Underlays.Devices, "eth0")
-	plan, _ := node.NewPlan(lab(nil), here, segment.Segment{MTU: 8922})
+	plan, _ := agent.NewPlan(lab(nil), here, segment.Segment{MTU: 8922})
 	if plan.Segment.MTU != 8922 || plan.Segment.VXLAN.UnderlayIndex != 0 {
 		t.Errorf("MTU %d, underlay %d; want 8922 without an underlay", plan.Segment.MTU, plan.Segment.VXLAN.UnderlayIndex)
 	}
@@ -292,8 +292,8 @@ func TestALANKeepsItsMTUWhileItsUnderlayIsAway(t *testing.T) {
 
 // A slip in spec.mtu, or an underlay that got smaller, must not cut off who is attached.
 func TestALANWhoseMTUBecameTooLargeStaysAsItIs(t *testing.T) {
-	before, _ := node.NewPlan(lab(nil), worker1(), segment.Segment{})
-	after, _ := node.NewPlan(lab(func(l *v1beta1.LAN) { l.Spec.MTU = 9000 }), worker1(), before.Segment)
+	before, _ := agent.NewPlan(lab(nil), worker1(), segment.Segment{})
+	after, _ := agent.NewPlan(lab(func(l *v1beta1.LAN) { l.Spec.MTU = 9000 }), worker1(), before.Segment)
 	if after.Segment.MTU != before.Segment.MTU || after.Segment.VXLAN != before.Segment.VXLAN {
 		t.Errorf("planned %+v, want what is there: %+v", after.Segment, before.Segment)
 	}
@@ -304,7 +304,7 @@ func TestALANWhoseMTUBecameTooLargeStaysAsItIs(t *testing.T) {
 
 // Its VXLAN is made anew in a moment; kubelet would not offer the spokes to pods for longer than that.
 func TestAnEditOfTheVXLANLeavesSpokesOnOffer(t *testing.T) {
-	plan, _ := node.NewPlan(lab(nil), worker1(), segment.Segment{})
+	plan, _ := agent.NewPlan(lab(nil), worker1(), segment.Segment{})
 	for name, c := range map[string]struct {
 		built   func(*segment.VXLAN)
 		healthy bool
@@ -316,7 +316,7 @@ func TestAnEditOfTheVXLANLeavesSpokesOnOffer(t *testing.T) {
 	} {
 		report := lanmgr.Report{Segment: plan.Segment, Built: true}
 		c.built(&report.Segment.VXLAN)
-		for _, spoke := range node.Offers([]node.Plan{plan}, []lanmgr.Report{report}) {
+		for _, spoke := range agent.Offers([]agent.Plan{plan}, []lanmgr.Report{report}) {
 			if spoke.Healthy != c.healthy {
 				t.Errorf("built with %s, spoke %s is healthy: %t", name, spoke.Name, spoke.Healthy)
 			}
@@ -355,14 +355,14 @@ func TestALANThatLeavesUnicastOverIPv6KeepsItsSource(t *testing.T) {
 		d := n.Underlays.Devices["eth0"]
 		d.Addresses, d.Up = c.addresses, c.up
 		n.Underlays.Devices["eth0"] = d
-		if plan, _ := node.NewPlan(lab(nil), n, now); plan.Segment.VXLAN.Local != c.want {
+		if plan, _ := agent.NewPlan(lab(nil), n, now); plan.Segment.VXLAN.Local != c.want {
 			t.Errorf("%s: source = %v, want %v", c.name, plan.Segment.VXLAN.Local, c.want)
 		}
 	}
 }
 
 func TestAPoolIsAsManySpokes(t *testing.T) {
-	plan, _ := node.NewPlan(pooled(nil), worker1(), segment.Segment{})
+	plan, _ := agent.NewPlan(pooled(nil), worker1(), segment.Segment{})
 	want := "db_0 db_1 srl web_0 web_1 web_10 web_2 web_3 web_4 web_5 web_6 web_7 web_8 web_9"
 	if got := strings.Join(plan.Segment.Spokes, " "); got != want {
 		t.Errorf("spokes are %s, want %s", got, want)
@@ -370,17 +370,17 @@ func TestAPoolIsAsManySpokes(t *testing.T) {
 	if plan.Segment.Node != "worker1" || !slices.Equal(plan.Segment.MACByOrdinal, []string{"db"}) {
 		t.Errorf("node %q, by ordinal %v", plan.Segment.Node, plan.Segment.MACByOrdinal)
 	}
-	plan, _ = node.NewPlan(pooled(func(l *v1beta1.LAN) { l.Status.Holds.Spokes = []string{"srl"} }), worker1(), segment.Segment{})
+	plan, _ = agent.NewPlan(pooled(func(l *v1beta1.LAN) { l.Status.Holds.Spokes = []string{"srl"} }), worker1(), segment.Segment{})
 	if got := strings.Join(plan.Segment.Spokes, " "); got != "srl" {
 		t.Errorf("where no pool is held the spokes are %s", got)
 	}
-	if plan, _ := node.NewPlan(lab(nil), worker1(), segment.Segment{}); plan.Segment.Node != "" {
+	if plan, _ := agent.NewPlan(lab(nil), worker1(), segment.Segment{}); plan.Segment.Node != "" {
 		t.Error("a LAN without pools is another wish than before there were any")
 	}
 }
 
 func TestChecksumsOfAPoolAreThoseOfItsPorts(t *testing.T) {
-	plan, _ := node.NewPlan(pooled(func(l *v1beta1.LAN) {
+	plan, _ := agent.NewPlan(pooled(func(l *v1beta1.LAN) {
 		l.Spec.SpokeOptions = map[string]v1beta1.SpokeOptions{"db": {TxChecksum: v1beta1.Off}}
 	}), worker1(), segment.Segment{})
 	if got := plan.Segment.TxChecksumOff; !slices.Equal(got, []string{"db_0", "db_1"}) {
@@ -389,19 +389,19 @@ func TestChecksumsOfAPoolAreThoseOfItsPorts(t *testing.T) {
 }
 
 func TestAPoolIsOfferedWithThePortsThatStand(t *testing.T) {
-	before, _ := node.NewPlan(pooled(nil), worker1(), segment.Segment{})
+	before, _ := agent.NewPlan(pooled(nil), worker1(), segment.Segment{})
 	report := lanmgr.Report{Segment: before.Segment, Built: true}
 	for size, want := range map[int32]int{11: 11, 12: 11, 3: 3} {
-		plan, _ := node.NewPlan(pooled(func(l *v1beta1.LAN) { l.Spec.SpokePools[0].Size = size }), worker1(), segment.Segment{})
-		got := node.Offers([]node.Plan{plan}, []lanmgr.Report{report})
-		if !slices.Equal(got, []node.Spoke{{Name: "db", Ports: 2, Healthy: true}, {Name: "srl", Healthy: true}, {Name: "web", Ports: want, Healthy: true}}) {
+		plan, _ := agent.NewPlan(pooled(func(l *v1beta1.LAN) { l.Spec.SpokePools[0].Size = size }), worker1(), segment.Segment{})
+		got := agent.Offers([]agent.Plan{plan}, []lanmgr.Report{report})
+		if !slices.Equal(got, []agent.Spoke{{Name: "db", Ports: 2, Healthy: true}, {Name: "srl", Healthy: true}, {Name: "web", Ports: want, Healthy: true}}) {
 			t.Errorf("of %d ports wanted and 11 built %v are offered", size, got)
 		}
 	}
 	report.Claims = []segment.Claim{
 		{ID: "k1", Spoke: "srl", Kind: segment.Veth, Since: time.Now()}, {ID: "k2", Spoke: "web_10", Kind: segment.Veth, Since: time.Now()},
 	}
-	seg := node.Status([]node.Plan{before}, []lanmgr.Report{report}, kernel.Underlays{}, nil, "").Segments[0]
+	seg := agent.Status([]agent.Plan{before}, []lanmgr.Report{report}, kernel.Underlays{}, nil, "").Segments[0]
 	if seg.Offered != 14 || seg.Attachments[0].Pool != "" || seg.Attachments[1].Spoke != "web_10" || seg.Attachments[1].Pool != "web" {
 		t.Errorf("reported: %+v", seg)
 	}

@@ -1,4 +1,4 @@
-package node_test
+package agent_test
 
 import (
 	"net/netip"

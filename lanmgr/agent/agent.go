@@ -1,6 +1,6 @@
 // Package node makes one node carry its LANs: LAN objects in; segments for the manager, spokes for kubelet, events and the node's
 // LANNode out.
-package node
+package agent
 
 import (
 	"cmp"

@@ -1,4 +1,4 @@
-package node_test
+package agent_test
 
 import (
 	"context"
@@ -31,8 +31,8 @@ import (
 
 	"github.com/k8slan/k8slan/crd/v1beta1"
 	"github.com/k8slan/k8slan/lanmgr"
+	"github.com/k8slan/k8slan/lanmgr/agent"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
-	"github.com/k8slan/k8slan/lanmgr/node"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
@@ -292,10 +292,10 @@ type world struct {
 	api     client.WithWatch
 	manager *fakeManager
 	kernel  *fakeKernel
-	agent   *node.Agent
+	agent   *agent.Agent
 	filter  *fakeFilter
 	events  *events.FakeRecorder
-	fabric  node.Fabric // nil: none
+	fabric  agent.Fabric // nil: none
 
 	reflectors types.NamespacedName
 
@@ -303,7 +303,7 @@ type world struct {
 	away   error // the API server's answer to everything
 	writes int   // of LANNode status
 	least  int32 // attachments in any of them, once there were some
-	offers [][]node.Spoke
+	offers [][]agent.Spoke
 }
 
 // newWorld has the Node worker1 and the given LANs; start starts the agent.
@@ -369,12 +369,12 @@ func (w *world) setAway(err error) {
 func (w *world) start() (stop func()) {
 	w.t.Helper()
 	done := make(chan struct{})
-	w.agent = node.New(node.Config{
+	w.agent = agent.New(agent.Config{
 		Node: "worker1", Version: "v1.2.3",
 		Informers: &fakeInformers{api: w.api, done: done}, Client: w.api, Live: w.api,
 		Peers:  &fakeInformers{api: w.api, done: done},
 		Kernel: w.kernel, Manager: w.manager, Strangers: w.filter, Events: w.events, Fabric: w.fabric, Reflectors: w.reflectors,
-		Offer: func(offers []node.Spoke) {
+		Offer: func(offers []agent.Spoke) {
 			w.mu.Lock()
 			w.offers = append(w.offers, offers)
 			w.mu.Unlock()
@@ -746,7 +746,7 @@ func TestANodeIsKnownBeforeItHasAnythingOfALAN(t *testing.T) {
 // A daemon that starts while spec.mtu is wrong, or while the underlay is away, finds on record what pods are attached with.
 func TestALANKeepsItsMTUThroughARestart(t *testing.T) {
 	jumbo := func(l *v1beta1.LAN) { l.Spec.DefaultVXLANDev = "jumbo" }
-	plan, _ := node.NewPlan(lab(jumbo), worker1(), segment.Segment{})
+	plan, _ := agent.NewPlan(lab(jumbo), worker1(), segment.Segment{})
 	for name, test := range map[string]struct {
 		lan  func(*v1beta1.LAN)
 		away bool
@@ -878,7 +878,7 @@ func TestTwoLANsThatSeemToHoldOneNetnsAreOneSegment(t *testing.T) {
 
 // The API server takes objects up to 1.5 MiB (etcd's request limit).
 func TestTheLANNodeOfAThousandAttachmentsIsSmall(t *testing.T) {
-	var plans []node.Plan
+	var plans []agent.Plan
 	var reports []lanmgr.Report
 	for n := range 500 {
 		s := segment.Segment{
@@ -886,12 +886,12 @@ func TestTheLANNodeOfAThousandAttachmentsIsSmall(t *testing.T) {
 			Netns: fmt.Sprint("netns-", n), MTU: 1422, Spokes: []string{fmt.Sprint("a", n), fmt.Sprint("b", n)},
 			VXLAN: segment.VXLAN{Name: "vx", VNI: uint32(n), Underlay: "eth0", UnderlayIndex: 2, Group: netip.MustParseAddr("ff02::14")},
 		}
-		plans = append(plans, node.Plan{Segment: s, VTEP: netip.MustParseAddr("fe80::5054:ff:fe12:3456")})
+		plans = append(plans, agent.Plan{Segment: s, VTEP: netip.MustParseAddr("fe80::5054:ff:fe12:3456")})
 		reports = append(reports, lanmgr.Report{Segment: s, Built: true, Claims: []segment.Claim{
 			claim(s.Spokes[0], "a-deployment-of-routers-6d4cf56db6-x2v8j"), claim(s.Spokes[1], "a-deployment-of-routers-6d4cf56db6-k7w2p"),
 		}})
 	}
-	status := node.Status(plans, reports, kernel.Underlays{}, nil, "v1.0.0")
+	status := agent.Status(plans, reports, kernel.Underlays{}, nil, "v1.0.0")
 	size, err := json.Marshal(status)
 	if err != nil {
 		t.Fatal(err)

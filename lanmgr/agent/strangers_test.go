@@ -1,4 +1,4 @@
-package node_test
+package agent_test
 
 import (
 	"errors"
@@ -13,8 +13,8 @@ import (
 	"k8s.io/utils/ptr"
 
 	"github.com/k8slan/k8slan/crd/v1beta1"
+	"github.com/k8slan/k8slan/lanmgr/agent"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
-	"github.com/k8slan/k8slan/lanmgr/node"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 	"github.com/k8slan/k8slan/lanmgr/strangers"
 )
@@ -146,10 +146,10 @@ func TestWhatIsLeavingStaysAsStrictAsItIs(t *testing.T) {
 	here := func(name string, vni uint32) segment.Segment {
 		return segment.Segment{LAN: segment.LAN{Namespace: "default", Name: name}, Netns: name, VXLAN: segment.VXLAN{VNI: vni, Port: 4789}}
 	}
-	strict, open := node.Plan{Segment: here("strict", 1), Strict: true}, node.Plan{Segment: here("open", 2)}
+	strict, open := agent.Plan{Segment: here("strict", 1), Strict: true}, agent.Plan{Segment: here("open", 2)}
 	moved := here("strict", 1)
 	moved.VXLAN.Port = 8472 // not rebuilt yet
-	have := node.Filtered([]node.Plan{strict, open}, map[string]segment.Segment{
+	have := agent.Filtered([]agent.Plan{strict, open}, map[string]segment.Segment{
 		"strict": moved, "open": open.Segment, "old": here("old", 3), "lost": {Netns: "lost"},
 	}, members)
 	if want := "default/strict 1:4789 192.0.2.2; default/old 3:4789 unknown; default/strict 1:8472 unknown"; filtered(have) != want {

@@ -1,4 +1,4 @@
-package node_test
+package agent_test
 
 import (
 	"fmt"
@@ -11,8 +11,8 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/k8slan/k8slan/crd/v1beta1"
+	"github.com/k8slan/k8slan/lanmgr/agent"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
-	"github.com/k8slan/k8slan/lanmgr/node"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
@@ -95,7 +95,7 @@ func TestAPeerIsStrippedOfWhatOthersDoNotNeed(t *testing.T) {
 	full := bearing(peer("worker2", "uid-lab", "192.0.2.2", 64), "192.0.2.2")
 	full.Status.Segments = append(full.Status.Segments, peer("", "uid-idle", "192.0.2.2", 0).Status.Segments...)
 	full.ManagedFields, full.ResourceVersion = []metav1.ManagedFieldsEntry{{Manager: "k8slan"}}, "7"
-	stripped, err := node.PeerOf(full)
+	stripped, err := agent.PeerOf(full)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -113,7 +113,7 @@ func TestAPeerIsStrippedOfWhatOthersDoNotNeed(t *testing.T) {
 }
 
 func TestAUnicastLANUsesTheUnderlaysAddress(t *testing.T) {
-	with := func(change func(*kernel.Underlay)) node.Node {
+	with := func(change func(*kernel.Underlay)) agent.Node {
 		n := worker1()
 		d := n.Underlays.Devices["eth0"]
 		change(&d)
@@ -121,7 +121,7 @@ func TestAUnicastLANUsesTheUnderlaysAddress(t *testing.T) {
 		return n
 	}
 	global, first := netip.MustParseAddr("2001:db8::1"), netip.MustParseAddr("192.0.2.1")
-	bearing := func(addresses ...netip.Addr) node.Node {
+	bearing := func(addresses ...netip.Addr) agent.Node {
 		return with(func(d *kernel.Underlay) { d.Addresses = addresses })
 	}
 	both, onlySix, linkLocal := bearing(global, first), bearing(global), bearing()
@@ -133,7 +133,7 @@ func TestAUnicastLANUsesTheUnderlaysAddress(t *testing.T) {
 	elsewhere.Underlays.Devices["eth1"] = kernel.Underlay{Index: 3, MTU: 9000, Up: true, Carrier: true, Addresses: []netip.Addr{netip.MustParseAddr("198.51.100.1")}}
 	byNode := elsewhere
 	byNode.Addresses = []netip.Addr{netip.MustParseAddr("198.51.100.1")}
-	byRange := func(ranges ...string) node.Node {
+	byRange := func(ranges ...string) agent.Node {
 		n := elsewhere
 		for _, r := range ranges {
 			n.VTEPs = append(n.VTEPs, netip.MustParsePrefix(r))
@@ -146,7 +146,7 @@ func TestAUnicastLANUsesTheUnderlaysAddress(t *testing.T) {
 	named := func(l *v1beta1.LAN) { unicast(l); l.Spec.DefaultVXLANDev = "eth0" }
 	for name, c := range map[string]struct {
 		change func(*v1beta1.LAN)
-		node   node.Node
+		node   agent.Node
 		vtep   string
 		mtu    int
 		reason string
@@ -170,7 +170,7 @@ func TestAUnicastLANUsesTheUnderlaysAddress(t *testing.T) {
 		"a device without one in the range": {named, byRange("198.51.100.0/24"), "", 1422, v1beta1.ReasonUnderlayNoAddress},
 	} {
 		t.Run(name, func(t *testing.T) {
-			p, _ := node.NewPlan(lab(c.change), c.node, segment.Segment{})
+			p, _ := agent.NewPlan(lab(c.change), c.node, segment.Segment{})
 			var vtep string
 			if p.VTEP.IsValid() {
 				vtep = p.VTEP.String()
@@ -185,10 +185,10 @@ func TestAUnicastLANUsesTheUnderlaysAddress(t *testing.T) {
 	}
 
 	// A link that is down has no IPv6 address: that is no reason to take the VXLAN away.
-	before, _ := node.NewPlan(lab(unicast), onlySix, segment.Segment{})
+	before, _ := agent.NewPlan(lab(unicast), onlySix, segment.Segment{})
 	down := with(func(d *kernel.Underlay) { d.IPv4, d.IPv6, d.Up, d.Carrier = netip.Addr{}, netip.Addr{}, false, false })
 	down.VTEPs = []netip.Prefix{netip.MustParsePrefix("2001:db8::/64")} // it is not taken for another device's, either
-	after, _ := node.NewPlan(lab(unicast), down, before.Segment)
+	after, _ := agent.NewPlan(lab(unicast), down, before.Segment)
 	if after.Segment.VXLAN != before.Segment.VXLAN || after.Problem.Reason != v1beta1.ReasonUnderlayDown {
 		t.Errorf("while the link is down: %+v, %+v; before: %+v", after.Segment.VXLAN, after.Problem, before.Segment.VXLAN)
 	}
@@ -229,7 +229,7 @@ func TestAVTEPStaysWhileItsLinkGoesAndComesBack(t *testing.T) {
 			if known.IsValid() && step.vtep == newer {
 				n.Addresses = []netip.Addr{newer}
 			}
-			p, _ := node.NewPlan(lab(unicast), n, now)
+			p, _ := agent.NewPlan(lab(unicast), n, now)
 			if p.VTEP != step.vtep || p.Segment.VXLAN.UnderlayIndex != 2 || p.Problem.Reason != step.reason || p.Problem.Blocking {
 				t.Errorf("%s, %s: VTEP %s, want %s; %+v", name, step.name, p.VTEP, step.vtep, p.Problem)
 			}
@@ -242,7 +242,7 @@ func TestAVTEPStaysWhileItsLinkGoesAndComesBack(t *testing.T) {
 func TestALANThatCannotBeAsItIsWantedStaysAsItIs(t *testing.T) {
 	n := worker1()
 	n.Underlays.Devices["eth0"] = kernel.Underlay{Index: 2, MTU: 1500, Up: true, Carrier: true, IPv6: netip.MustParseAddr("fe80::1")}
-	before, _ := node.NewPlan(lab(nil), n, segment.Segment{})
+	before, _ := agent.NewPlan(lab(nil), n, segment.Segment{})
 	for name, change := range map[string]func(*v1beta1.LAN){
 		"unicast without an address":   unicast,
 		"a group of the other family":  func(l *v1beta1.LAN) { l.Spec.VXLANGroup = "239.1.1.1" },
@@ -250,10 +250,10 @@ func TestALANThatCannotBeAsItIsWantedStaysAsItIs(t *testing.T) {
 		"both unicast and too large":   func(l *v1beta1.LAN) { unicast(l); l.Spec.MTU = 9000 },
 		"unicast, once more as it was": func(l *v1beta1.LAN) { unicast(l); l.Generation++ },
 	} {
-		if p, _ := node.NewPlan(lab(change), n, before.Segment); p.Segment.VXLAN != before.Segment.VXLAN || p.Segment.MTU != 1422 || !p.Problem.Blocking {
+		if p, _ := agent.NewPlan(lab(change), n, before.Segment); p.Segment.VXLAN != before.Segment.VXLAN || p.Segment.MTU != 1422 || !p.Problem.Blocking {
 			t.Errorf("%s: %+v, MTU %d, %+v", name, p.Segment.VXLAN, p.Segment.MTU, p.Problem)
 		}
-		if p, _ := node.NewPlan(lab(change), n, segment.Segment{}); p.Segment.VXLAN.UnderlayIndex != 0 {
+		if p, _ := agent.NewPlan(lab(change), n, segment.Segment{}); p.Segment.VXLAN.UnderlayIndex != 0 {
 			t.Errorf("%s, where nothing stands: %+v", name, p.Segment.VXLAN)
 		}
 	}
@@ -280,11 +280,11 @@ func TestWhatIsNoAddressOfANodeIsNoRemote(t *testing.T) {
 
 func TestTheDefaultDiscoveryIsTheControllers(t *testing.T) {
 	held := func(l *v1beta1.LAN) { l.Status.Holds.Discovery = v1beta1.Unicast }
-	if p, _ := node.NewPlan(lab(held), worker1(), segment.Segment{}); !p.Unicast {
+	if p, _ := agent.NewPlan(lab(held), worker1(), segment.Segment{}); !p.Unicast {
 		t.Error("a LAN that does not say is not unicast, as its status says")
 	}
 	says := func(l *v1beta1.LAN) { held(l); l.Spec.Discovery = v1beta1.Multicast }
-	if p, _ := node.NewPlan(lab(says), worker1(), segment.Segment{}); p.Unicast {
+	if p, _ := agent.NewPlan(lab(says), worker1(), segment.Segment{}); p.Unicast {
 		t.Error("a LAN that says multicast is unicast")
 	}
 }
@@ -296,19 +296,19 @@ func TestAnEVPNLANIsAUnicastOneThatLearnsNothing(t *testing.T) {
 	d := n.Underlays.Devices["eth0"]
 	d.Addresses = []netip.Addr{netip.MustParseAddr("192.0.2.1")}
 	n.Underlays.Devices["eth0"] = d
-	if p, _ := node.NewPlan(lab(evpn), n, segment.Segment{}); !p.Problem.Blocking || !strings.Contains(p.Problem.Message, "BGP") {
+	if p, _ := agent.NewPlan(lab(evpn), n, segment.Segment{}); !p.Problem.Blocking || !strings.Contains(p.Problem.Message, "BGP") {
 		t.Errorf("without BGP: %+v", p.Problem)
 	}
 	n.EVPN = true
-	got, _ := node.NewPlan(lab(evpn), n, segment.Segment{})
-	want, _ := node.NewPlan(lab(unicast), n, segment.Segment{})
+	got, _ := agent.NewPlan(lab(evpn), n, segment.Segment{})
+	want, _ := agent.NewPlan(lab(unicast), n, segment.Segment{})
 	if want.Segment.VXLAN.NoLearning = true; !got.Segment.Equal(want.Segment) || got.VTEP != want.VTEP || got.Problem != want.Problem || !got.EVPN || got.Unicast {
 		t.Errorf("is planned as %+v, want %+v", got, want)
 	}
 	for _, discovery := range []func(*v1beta1.LAN){evpn, unicast} {
 		l := lab(discovery)
 		l.Spec.EVPN = &v1beta1.EVPNOptions{SuppressNeighbors: true}
-		if p, _ := node.NewPlan(l, n, segment.Segment{}); p.Segment.VXLAN.SuppressNeighbors != p.EVPN {
+		if p, _ := agent.NewPlan(l, n, segment.Segment{}); p.Segment.VXLAN.SuppressNeighbors != p.EVPN {
 			t.Errorf("suppression %t in a LAN with evpn %t", p.Segment.VXLAN.SuppressNeighbors, p.EVPN)
 		}
 	}
