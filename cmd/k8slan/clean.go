@@ -16,9 +16,9 @@ import (
 
 	"github.com/k8slan/k8slan/deviceplugin"
 	"github.com/k8slan/k8slan/lanmgr/cdi"
+	"github.com/k8slan/k8slan/lanmgr/firewall"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
 	"github.com/k8slan/k8slan/lanmgr/segment"
-	"github.com/k8slan/k8slan/lanmgr/strangers"
 )
 
 // cleaning is the flags of k8slan clean.
@@ -82,7 +82,7 @@ func (c cleaning) clean(ctx context.Context, out io.Writer) error {
 	}
 	errs = append(errs, removeAll(c.cdi, cdi.Files))
 	if c.nftables {
-		errs = append(errs, strangers.Remove("", strangers.TableName))
+		errs = append(errs, firewall.Remove("", firewall.TableName))
 	}
 	if errors.Join(errs...) == nil {
 		errs = append(errs, os.RemoveAll(c.run))

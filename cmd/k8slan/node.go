@@ -32,11 +32,11 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/agent"
 	"github.com/k8slan/k8slan/lanmgr/cdi"
 	"github.com/k8slan/k8slan/lanmgr/evpn"
+	"github.com/k8slan/k8slan/lanmgr/firewall"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
 	"github.com/k8slan/k8slan/lanmgr/metrics"
 	"github.com/k8slan/k8slan/lanmgr/outcome"
 	"github.com/k8slan/k8slan/lanmgr/podresources"
-	"github.com/k8slan/k8slan/lanmgr/strangers"
 )
 
 // nodeFlags are the flags of k8slan node.
@@ -147,7 +147,7 @@ func (f *nodeFlags) runNode(ctx context.Context) error {
 	lans := lanmgr.New(host, f.cdi, log)
 	plugins := deviceplugin.New(f.pluginsDir, log)
 	collector := podresources.New(f.kubelet, f.self, lans, log)
-	filter := strangers.New("", strangers.TableName, log)
+	filter := firewall.New("", firewall.TableName, log)
 	sources := metrics.Sources{Reports: lans.Reports, Registered: plugins.Registered, Dropped: filter.Dropped}
 	var joined *evpn.Fabric
 	if evpnConfig != nil {

@@ -25,9 +25,9 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/evpn"
 	"github.com/k8slan/k8slan/lanmgr/evpn/bgp"
 	"github.com/k8slan/k8slan/lanmgr/evpn/macvrf"
+	"github.com/k8slan/k8slan/lanmgr/firewall"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
 	"github.com/k8slan/k8slan/lanmgr/segment"
-	"github.com/k8slan/k8slan/lanmgr/strangers"
 )
 
 // Manager makes the node have segments; lanmgr.Manager is one.
@@ -49,7 +49,7 @@ type Kernel interface {
 
 // Strangers keeps VXLAN packets of others than a LAN's nodes from its pods; strangers.Filter is one.
 type Strangers interface {
-	Set(lans []strangers.LAN)
+	Set(lans []firewall.LAN)
 	Err() error
 	Changed() <-chan struct{}
 }

@@ -12,9 +12,9 @@ import (
 
 	"github.com/k8slan/k8slan/crd/v1beta1"
 	"github.com/k8slan/k8slan/lanmgr/evpn/macvrf"
+	"github.com/k8slan/k8slan/lanmgr/firewall"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
 	"github.com/k8slan/k8slan/lanmgr/segment"
-	"github.com/k8slan/k8slan/lanmgr/strangers"
 )
 
 const (
@@ -425,18 +425,18 @@ func strangersProblem(err error) Problem {
 
 // Filtered are the LANs of the node that hear their members alone. What of a LAN is leaving, or not known to be wanted yet, keeps the
 // members that it has. now is what the node has, by netns.
-func Filtered(plans []Plan, now map[string]segment.Segment, members func(types.UID) []netip.Addr) []strangers.LAN {
+func Filtered(plans []Plan, now map[string]segment.Segment, members func(types.UID) []netip.Addr) []firewall.LAN {
 	type number struct {
 		port uint16
 		vni  uint32
 	}
 	taken := map[number]bool{}
-	var lans []strangers.LAN
+	var lans []firewall.LAN
 	for _, p := range plans {
 		vxlan := p.Segment.VXLAN
 		taken[number{vxlan.Port, vxlan.VNI}] = true
 		if p.Strict {
-			lans = append(lans, strangers.LAN{
+			lans = append(lans, firewall.LAN{
 				Name: p.Segment.LAN.String(), Port: vxlan.Port, VNI: vxlan.VNI, Members: members(types.UID(p.Segment.LAN.UID)),
 			})
 		}
@@ -444,7 +444,7 @@ func Filtered(plans []Plan, now map[string]segment.Segment, members func(types.U
 	for _, netns := range slices.Sorted(maps.Keys(now)) {
 		s := now[netns]
 		if vxlan := s.VXLAN; vxlan.VNI != 0 && !taken[number{vxlan.Port, vxlan.VNI}] {
-			lans = append(lans, strangers.LAN{Name: s.LAN.String(), Port: vxlan.Port, VNI: vxlan.VNI})
+			lans = append(lans, firewall.LAN{Name: s.LAN.String(), Port: vxlan.Port, VNI: vxlan.VNI})
 		}
 	}
 	return lans

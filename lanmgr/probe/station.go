@@ -16,11 +16,11 @@ import (
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
+	"github.com/k8slan/k8slan/lanmgr/firewall"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
 	"github.com/k8slan/k8slan/lanmgr/packet"
 	"github.com/k8slan/k8slan/lanmgr/path"
 	"github.com/k8slan/k8slan/lanmgr/segment"
-	"github.com/k8slan/k8slan/lanmgr/strangers"
 )
 
 // station is one end of a probe from node to node: it sends from the LAN's bridge and hears what passes the spoke's port, the VXLAN
@@ -122,7 +122,7 @@ func (s *station) open(ctx context.Context, host *kernel.Node, ns, spoke string)
 		return err
 	}
 	return host.Outside(func() (err error) {
-		if s.hears, err = strangers.Heard(s.facts.UDPPort, s.facts.VNI); err != nil {
+		if s.hears, err = firewall.Heard(s.facts.UDPPort, s.facts.VNI); err != nil {
 			return err
 		}
 		ear, err := packet.Open(want.VXLAN.Underlay, byPort(s.facts.UDPPort)...)

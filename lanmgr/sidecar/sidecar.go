@@ -15,9 +15,9 @@ import (
 	discoveryv1 "k8s.io/api/discovery/v1"
 	"k8s.io/client-go/rest"
 
+	"github.com/k8slan/k8slan/lanmgr/firewall"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
 	"github.com/k8slan/k8slan/lanmgr/segment"
-	"github.com/k8slan/k8slan/lanmgr/strangers"
 )
 
 // Sidecar is a pod's part in a LAN.
@@ -28,7 +28,7 @@ type Sidecar struct {
 	Environment []string                     // that hooks get
 
 	own        *kernel.Own
-	filter     *strangers.Filter
+	filter     *firewall.Filter
 	filterName string
 	poked      chan struct{}
 	hooks      chan struct{}
@@ -57,7 +57,7 @@ func (s *Sidecar) Run(ctx context.Context, config Config, configs <-chan Config)
 	defer s.own.Close()
 	s.poked, s.hooks = make(chan struct{}, 1), make(chan struct{}, 1)
 	s.filterName = "k8slan-" + config.VXLAN.Interface // another LAN of the pod has its own
-	s.filter = strangers.New("", s.filterName, s.Log)
+	s.filter = firewall.New("", s.filterName, s.Log)
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	var tasks sync.WaitGroup
@@ -375,9 +375,9 @@ func (c *Config) mac() net.HardwareAddr {
 
 // guard says whose packets are heard: of those to whom the pod sends, once there are any.
 func (s *Sidecar) guard(c Config, v segment.VXLAN, remotes []netip.Addr) {
-	var lans []strangers.LAN
+	var lans []firewall.LAN
 	if c.StrictPeers {
-		lans = []strangers.LAN{{Name: v.Name, Port: v.Port, VNI: v.VNI, Members: remotes}}
+		lans = []firewall.LAN{{Name: v.Name, Port: v.Port, VNI: v.VNI, Members: remotes}}
 	}
 	s.filter.Set(lans)
 }
@@ -430,7 +430,7 @@ func (s *Sidecar) leave() error {
 	}
 	err := s.own.Remove(name)
 	if s.config.StrictPeers {
-		err = errors.Join(err, strangers.Remove("", s.filterName))
+		err = errors.Join(err, firewall.Remove("", s.filterName))
 	}
 	if err != nil {
 		return fmt.Errorf("remove %s: %w", name, err)

@@ -13,10 +13,10 @@ import (
 
 	"github.com/k8slan/k8slan/cni"
 	"github.com/k8slan/k8slan/lanmgr"
+	"github.com/k8slan/k8slan/lanmgr/firewall"
 	"github.com/k8slan/k8slan/lanmgr/metrics"
 	"github.com/k8slan/k8slan/lanmgr/outcome"
 	"github.com/k8slan/k8slan/lanmgr/segment"
-	"github.com/k8slan/k8slan/lanmgr/strangers"
 	"github.com/k8slan/k8slan/test/frames"
 )
 
@@ -30,7 +30,7 @@ type counted struct {
 func (h host) count(t *testing.T) counted {
 	t.Helper()
 	c := counted{managed: h.manage(t), registry: prometheus.NewRegistry()}
-	m := metrics.New(metrics.Sources{Reports: c.Reports, Registered: func() int { return 0 }, Dropped: strangers.New(h.Path, strangers.TableName, slog.New(slog.DiscardHandler)).Dropped})
+	m := metrics.New(metrics.Sources{Reports: c.Reports, Registered: func() int { return 0 }, Dropped: firewall.New(h.Path, firewall.TableName, slog.New(slog.DiscardHandler)).Dropped})
 	c.Manager.Watch = m.Look // nothing is looked at before the first Set
 	try(t, c.registry.Register(m))
 	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))

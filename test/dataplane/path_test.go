@@ -8,10 +8,10 @@ import (
 
 	"github.com/vishvananda/netlink"
 
+	"github.com/k8slan/k8slan/lanmgr/firewall"
 	"github.com/k8slan/k8slan/lanmgr/path"
 	"github.com/k8slan/k8slan/lanmgr/probe"
 	"github.com/k8slan/k8slan/lanmgr/segment"
-	"github.com/k8slan/k8slan/lanmgr/strangers"
 	"github.com/k8slan/k8slan/test/netns"
 )
 
@@ -91,7 +91,7 @@ func TestAProbeSaysWhatPassesAndWhereTheRestIsLost(t *testing.T) {
 			fault: func(t *testing.T, a, b host, s segment.Segment, _ *station) {
 				for _, h := range []host{a, b} {
 					filter, _ := h.filter(t)
-					filter.Set([]strangers.LAN{strict(s)})
+					filter.Set([]firewall.LAN{strict(s)})
 					until(t, "the filter", func() bool { return drops(filter, s) == 0 })
 				}
 			},

@@ -19,16 +19,16 @@ import (
 	vnetns "github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
+	"github.com/k8slan/k8slan/lanmgr/firewall"
 	"github.com/k8slan/k8slan/lanmgr/segment"
-	"github.com/k8slan/k8slan/lanmgr/strangers"
 	"github.com/k8slan/k8slan/test/frames"
 	"github.com/k8slan/k8slan/test/netns"
 )
 
 // filter starts a daemon's filter of strangers on the node.
-func (h host) filter(t *testing.T) (f *strangers.Filter, stop func()) {
+func (h host) filter(t *testing.T) (f *firewall.Filter, stop func()) {
 	t.Helper()
-	f = strangers.New(h.Path, strangers.TableName, slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelWarn})))
+	f = firewall.New(h.Path, firewall.TableName, slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelWarn})))
 	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
 	ended := make(chan error, 1)
 	go func() { ended <- f.Run(ctx) }()
@@ -41,8 +41,8 @@ func (h host) filter(t *testing.T) (f *strangers.Filter, stop func()) {
 }
 
 // strict is the LAN as its filter knows it.
-func strict(s segment.Segment, members ...netip.Addr) strangers.LAN {
-	return strangers.LAN{Name: s.LAN.String(), Port: s.VXLAN.Port, VNI: s.VXLAN.VNI, Members: append([]netip.Addr{}, members...)}
+func strict(s segment.Segment, members ...netip.Addr) firewall.LAN {
+	return firewall.LAN{Name: s.LAN.String(), Port: s.VXLAN.Port, VNI: s.VXLAN.VNI, Members: append([]netip.Addr{}, members...)}
 }
 
 // nft calls f with a connection to the node's nftables.
@@ -78,7 +78,7 @@ func (h host) elements(t *testing.T, set string) int {
 }
 
 // drops are the packets of strangers that the LAN's filter has dropped; -1 where there is none.
-func drops(f *strangers.Filter, s segment.Segment) int {
+func drops(f *firewall.Filter, s segment.Segment) int {
 	packets, ok := f.Dropped()[s.LAN.String()]
 	if !ok {
 		return -1
@@ -205,7 +205,7 @@ func TestOnlyMembersAreHeard(t *testing.T) {
 			hears(t, one, said(2))
 
 			filter, stop := a.filter(t)
-			filter.Set([]strangers.LAN{strict(onA, f.vteps[1])})
+			filter.Set([]firewall.LAN{strict(onA, f.vteps[1])})
 			until(t, "the filter", func() bool { return drops(filter, onA) == 0 })
 			for i := range uint64(10) {
 				sendFragments(said(i))
@@ -220,13 +220,13 @@ func TestOnlyMembersAreHeard(t *testing.T) {
 			hears(t, three, said(3))
 
 			// It is the address that counts: the LAN's own node is a stranger once others are the members.
-			filter.Set([]strangers.LAN{strict(onA, f.vteps[1].Next(), f.vteps[1].Next().Next().Next())})
+			filter.Set([]firewall.LAN{strict(onA, f.vteps[1].Next(), f.vteps[1].Next().Next().Next())})
 			before := drops(filter, onA)
 			until(t, "the other node to be a stranger", func() bool {
 				try(t, two.Send(frames.Stream(nil, two.MAC, 9, 2)))
 				return drops(filter, onA) > before
 			})
-			filter.Set([]strangers.LAN{strict(onA, f.vteps[1])})
+			filter.Set([]firewall.LAN{strict(onA, f.vteps[1])})
 			set := map[bool]string{true: "members4", false: "members6"}[address.Is4()]
 			until(t, "the one member", func() bool { return a.elements(t, set) == 1 })
 			try(t, two.Send(frames.Stream(nil, two.MAC, 9, 3)))
@@ -238,7 +238,7 @@ func TestOnlyMembersAreHeard(t *testing.T) {
 			stop()
 			send(said(4))
 			filter, stop = a.filter(t)
-			filter.Set([]strangers.LAN{{Name: onA.LAN.String(), Port: onA.VXLAN.Port, VNI: onA.VXLAN.VNI}}) // members are not known yet
+			filter.Set([]firewall.LAN{{Name: onA.LAN.String(), Port: onA.VXLAN.Port, VNI: onA.VXLAN.VNI}}) // members are not known yet
 			until(t, "the packet to be counted", func() bool { return drops(filter, onA) == count+1 })
 			crosses(t, two, one, frames.Stream(nil, two.MAC, 9, 4))
 
@@ -248,11 +248,11 @@ func TestOnlyMembersAreHeard(t *testing.T) {
 			hears(t, one, said(5))
 			stop()
 			filter, stop = a.filter(t)
-			filter.Set([]strangers.LAN{strict(onA, f.vteps[1])})
+			filter.Set([]firewall.LAN{strict(onA, f.vteps[1])})
 			until(t, "the filter", func() bool { return drops(filter, onA) == 0 })
 			stop()
-			try(t, strangers.Remove(a.Path, strangers.TableName))
-			try(t, strangers.Remove(a.Path, strangers.TableName))
+			try(t, firewall.Remove(a.Path, firewall.TableName))
+			try(t, firewall.Remove(a.Path, firewall.TableName))
 			send(said(6))
 			hears(t, one, said(6))
 		})
@@ -270,7 +270,7 @@ func TestAStrictLANWithAGroupHearsItsMembers(t *testing.T) {
 	underlays, err := b.kernel.Underlays(t.Context())
 	try(t, err)
 	filter, _ := a.filter(t)
-	filter.Set([]strangers.LAN{strict(onA, underlays.Devices[netns.UnderlayDevice].Sources...)})
+	filter.Set([]firewall.LAN{strict(onA, underlays.Devices[netns.UnderlayDevice].Sources...)})
 	until(t, "the filter", func() bool { return drops(filter, onA) == 0 })
 	crosses(t, two, one, frames.Stream(nil, two.MAC, 9, 1))
 	crosses(t, one, two, frames.Stream(two.MAC, one.MAC, 9, 1))
@@ -304,7 +304,7 @@ func TestMembersChangeUnderTraffic(t *testing.T) {
 				for i := range 1000 {
 					members = append(members, netip.AddrFrom4([4]byte{10, byte(round), byte(i / 250), byte(i % 250)}))
 				}
-				filter.Set([]strangers.LAN{strict(onA, members...)})
+				filter.Set([]firewall.LAN{strict(onA, members...)})
 				until(t, "the members", func() bool { return a.elements(t, "members4")+a.elements(t, "members6") == len(members) })
 				switch round {
 				case 3: // strict no more, and again
@@ -329,7 +329,7 @@ func TestAChangedFilterIsPutRight(t *testing.T) {
 	a, _, s, _ := unicastHosts(t, families["IPv4"], 315)
 	filter, _ := a.filter(t)
 	members := []netip.Addr{netip.MustParseAddr("192.0.2.2"), netip.MustParseAddr("192.0.2.3"), netip.MustParseAddr("2001:db8::2")}
-	filter.Set([]strangers.LAN{strict(s, members...)})
+	filter.Set([]firewall.LAN{strict(s, members...)})
 	until(t, "the filter", func() bool { return drops(filter, s) == 0 })
 	whole := a.ruleset(t)
 	accept := []expr.Any{&expr.Verdict{Kind: expr.VerdictAccept}}
@@ -425,7 +425,7 @@ func TestOneMemberMoreIsOneElement(t *testing.T) {
 	}
 	filter, _ := a.filter(t)
 	began := time.Now()
-	filter.Set([]strangers.LAN{strict(s, members...)})
+	filter.Set([]firewall.LAN{strict(s, members...)})
 	until(t, "the members", func() bool { return drops(filter, s) == 0 })
 	t.Logf("1,000 members: %v", time.Since(began))
 
@@ -449,10 +449,10 @@ func TestOneMemberMoreIsOneElement(t *testing.T) {
 		}
 	}()
 	began = time.Now()
-	filter.Set([]strangers.LAN{strict(s, append(members, netip.MustParseAddr("10.9.9.9"))...)})
+	filter.Set([]firewall.LAN{strict(s, append(members, netip.MustParseAddr("10.9.9.9"))...)})
 	until(t, "the member", func() bool { return a.elements(t, "members4") == 1001 })
 	t.Logf("one more: %v", time.Since(began))
-	filter.Set([]strangers.LAN{strict(s, members...)})
+	filter.Set([]firewall.LAN{strict(s, members...)})
 	until(t, "the member to be gone", func() bool { return a.elements(t, "members4") == 1000 })
 	c.Close()
 	var kinds []int

@@ -1,5 +1,5 @@
 // Package strangers keeps VXLAN packets of strangers, who are no members of the LAN that they bear the VNI of, from its pods.
-package strangers
+package firewall
 
 import (
 	"context"

@@ -14,9 +14,9 @@ import (
 
 	"github.com/k8slan/k8slan/crd/v1beta1"
 	"github.com/k8slan/k8slan/lanmgr/agent"
+	"github.com/k8slan/k8slan/lanmgr/firewall"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
 	"github.com/k8slan/k8slan/lanmgr/segment"
-	"github.com/k8slan/k8slan/lanmgr/strangers"
 )
 
 // fakeFilter takes what it is told, unless it refuses.
@@ -25,11 +25,11 @@ type fakeFilter struct {
 	changed chan struct{}
 
 	mu   sync.Mutex
-	lans []strangers.LAN
+	lans []firewall.LAN
 	err  error
 }
 
-func (f *fakeFilter) Set(lans []strangers.LAN) {
+func (f *fakeFilter) Set(lans []firewall.LAN) {
 	f.mu.Lock()
 	f.lans = slices.Clone(lans)
 	f.mu.Unlock()
@@ -52,7 +52,7 @@ func (f *fakeFilter) refuse(err error) {
 }
 
 // filtered prints LANs: "default/lab 222:4789 192.0.2.2 fe80::2", "unknown" for members that are not known.
-func filtered(lans []strangers.LAN) string {
+func filtered(lans []firewall.LAN) string {
 	var texts []string
 	for _, l := range lans {
 		text := fmt.Sprintf("%s %d:%d", l.Name, l.VNI, l.Port)
