@@ -33,10 +33,10 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/cdi"
 	"github.com/k8slan/k8slan/lanmgr/evpn"
 	"github.com/k8slan/k8slan/lanmgr/firewall"
+	"github.com/k8slan/k8slan/lanmgr/gc"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
 	"github.com/k8slan/k8slan/lanmgr/metrics"
 	"github.com/k8slan/k8slan/lanmgr/outcome"
-	"github.com/k8slan/k8slan/lanmgr/podresources"
 )
 
 // nodeFlags are the flags of k8slan node.
@@ -52,7 +52,7 @@ type nodeFlags struct {
 	megalos    bool
 	kubelet    string // socket of its pod resources
 	vteps      []net.IPNet
-	self       podresources.Pod
+	self       gc.Pod
 }
 
 func nodeCommand() *cobra.Command {
@@ -89,7 +89,7 @@ node's network namespace. When it ends, the LANs stay; kubelet offers their spok
 	cmd.Flags().StringVar(&f.cniDir, "cni-dir", "", "the container runtime's `directory` of CNI plugins, where to put it as k8slan; empty: nowhere")
 	cmd.Flags().BoolVar(&f.megalos, "megalos", false, "put the CNI plugin there as megalos, too, for networks of that type")
 	cmd.Flags().StringVar(&f.pluginsDir, "device-plugin-dir", deviceplugin.Dir, "kubelet's `directory` of device plugins")
-	cmd.Flags().StringVar(&f.kubelet, "pod-resources-socket", podresources.Socket, "`socket` by which kubelet tells of its pods")
+	cmd.Flags().StringVar(&f.kubelet, "pod-resources-socket", gc.Socket, "`socket` by which kubelet tells of its pods")
 	cmd.Flags().StringVar(&f.self.Name, "pod-name", os.Getenv("POD_NAME"),
 		"`name` of the pod that this is; without it, claims of pods that went without a CNI DEL are not collected (environment: POD_NAME)")
 	cmd.Flags().StringVar(&f.self.Namespace, "pod-namespace", os.Getenv("POD_NAMESPACE"), "`namespace` of that pod (environment: POD_NAMESPACE)")
@@ -146,7 +146,7 @@ func (f *nodeFlags) runNode(ctx context.Context) error {
 	}
 	lans := lanmgr.New(host, f.cdi, log)
 	plugins := deviceplugin.New(f.pluginsDir, log)
-	collector := podresources.New(f.kubelet, f.self, lans, log)
+	collector := gc.New(f.kubelet, f.self, lans, log)
 	filter := firewall.New("", firewall.TableName, log)
 	sources := metrics.Sources{Reports: lans.Reports, Registered: plugins.Registered, Dropped: filter.Dropped}
 	var joined *evpn.Fabric

@@ -10,7 +10,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
-	"github.com/k8slan/k8slan/lanmgr/podresources"
+	"github.com/k8slan/k8slan/lanmgr/gc"
 	"github.com/k8slan/k8slan/test/install"
 )
 
@@ -37,23 +37,23 @@ func (l lab) isListed(name string) {
 	p := l.awaitRunning(name)
 	m := l.machine(p.Spec.NodeName)
 	daemon := m.daemon()
-	list := func() []podresources.Pod {
+	list := func() []gc.Pod {
 		ctx, cancel := context.WithTimeout(l.Context(), patience)
 		defer cancel()
-		pods, err := podresources.List(ctx, m.path("/proc/"+daemon+"/root"+podresources.Socket))
+		pods, err := gc.List(ctx, m.path("/proc/"+daemon+"/root"+gc.Socket))
 		if err != nil {
 			l.Fatal(err)
 		}
 		return pods
 	}
 	environment := strings.Split(m.run("cat", "/proc/"+daemon+"/environ"), "\x00")
-	self := podresources.Pod{Namespace: install.Namespace}
+	self := gc.Pod{Namespace: install.Namespace}
 	for _, e := range environment {
 		if name, ok := strings.CutPrefix(e, "POD_NAME="); ok {
 			self.Name = name
 		}
 	}
-	this := podresources.Pod{Namespace: l.namespace, Name: name}
+	this := gc.Pod{Namespace: l.namespace, Name: name}
 	if pods := list(); !slices.Contains(pods, self) || !slices.Contains(pods, this) {
 		l.Fatalf("kubelet lists %v, want %v and %v", pods, self, this)
 	}

@@ -1,6 +1,6 @@
 // Package podresources ends the claims of pods that are no longer on this node, by kubelet's word, where nobody called
 // the CNI plugin to do so.
-package podresources
+package gc
 
 import (
 	"context"
