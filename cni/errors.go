@@ -8,8 +8,8 @@ import (
 
 	"github.com/containernetworking/cni/pkg/types"
 
+	"github.com/k8slan/k8slan/cni/report"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
-	"github.com/k8slan/k8slan/lanmgr/outcome"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
@@ -31,38 +31,38 @@ const (
 )
 
 // Reason is what an error of the plugin is counted as.
-func Reason(err error) outcome.Reason {
+func Reason(err error) report.Reason {
 	said, ok := errors.AsType[*types.Error](err)
 	if !ok {
-		return outcome.Other
+		return report.Other
 	}
 	switch said.Code {
 	case types.ErrIncompatibleCNIVersion, types.ErrInvalidEnvironmentVariables, types.ErrDecodingFailure, types.ErrInvalidNetworkConfig, CodeNoOrdinal:
-		return outcome.Configuration
+		return report.Configuration
 	case types.ErrInvalidNetNS:
-		return outcome.Netns
+		return report.Netns
 	case types.ErrTryAgainLater:
-		return outcome.Unavailable
+		return report.Unavailable
 	case CodeNoDevice:
-		return outcome.NoDevice
+		return report.NoDevice
 	case CodeWrongDevice:
-		return outcome.WrongDevice
+		return report.WrongDevice
 	case CodeForbidden:
-		return outcome.Forbidden
+		return report.Forbidden
 	case CodeNoSpoke:
-		return outcome.NoSpoke
+		return report.NoSpoke
 	case CodeNameTaken:
-		return outcome.NameTaken
+		return report.NameTaken
 	case CodeSameSandbox:
-		return outcome.SameSandbox
+		return report.SameSandbox
 	case types.ErrIOFailure, CodeAttach:
-		return outcome.Kernel
+		return report.Kernel
 	case CodeIPAM:
-		return outcome.IPAM
+		return report.IPAM
 	case CodeCDI:
-		return outcome.CDI
+		return report.CDI
 	}
-	return outcome.Other
+	return report.Other
 }
 
 // fail is a CNI error with a sentence.

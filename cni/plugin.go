@@ -21,9 +21,9 @@ import (
 	"github.com/containernetworking/cni/pkg/types"
 	current "github.com/containernetworking/cni/pkg/types/100"
 
+	"github.com/k8slan/k8slan/cni/report"
 	"github.com/k8slan/k8slan/lanmgr/cdi"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
-	"github.com/k8slan/k8slan/lanmgr/outcome"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
@@ -56,7 +56,7 @@ type Host struct {
 	Env    []string  // environment that IPAM plugins get, beside what the specification gives them
 	Stdout io.Writer // where results go
 
-	Tell func(outcome.Outcome) // hears what became of each ADD and DEL; nil: nobody does
+	Tell func(report.Outcome) // hears what became of each ADD and DEL; nil: nobody does
 }
 
 // New makes the plugin of a node.
@@ -68,15 +68,15 @@ func (p *Plugin) Funcs(ctx context.Context) skel.CNIFuncs {
 		return func(args *skel.CmdArgs) error { return verb(ctx, args) }
 	}
 	return skel.CNIFuncs{
-		Add: with(p.told(outcome.Add, p.add)), Del: with(p.told(outcome.Del, p.del)),
+		Add: with(p.told(report.Add, p.add)), Del: with(p.told(report.Del, p.del)),
 		Check: with(p.check), GC: with(p.gc), Status: with(p.status),
 	}
 }
 
 // told has a verb told of once it has answered.
-func (p *Plugin) told(name outcome.Verb, verb func(context.Context, *skel.CmdArgs, *outcome.Outcome) error) func(context.Context, *skel.CmdArgs) error {
+func (p *Plugin) told(name report.Verb, verb func(context.Context, *skel.CmdArgs, *report.Outcome) error) func(context.Context, *skel.CmdArgs) error {
 	return func(ctx context.Context, args *skel.CmdArgs) error {
-		o, began := outcome.Outcome{Verb: name}, time.Now()
+		o, began := report.Outcome{Verb: name}, time.Now()
 		err := verb(ctx, args, &o)
 		o.Took = time.Since(began)
 		if err != nil && o.Reason == "" {
@@ -92,7 +92,7 @@ func (p *Plugin) told(name outcome.Verb, verb func(context.Context, *skel.CmdArg
 // undoTime is how long taking back a failed ADD may last, whatever became of ADD's own time.
 const undoTime = 10 * time.Second
 
-func (p *Plugin) add(ctx context.Context, args *skel.CmdArgs, o *outcome.Outcome) error {
+func (p *Plugin) add(ctx context.Context, args *skel.CmdArgs, o *report.Outcome) error {
 	r, err := p.request(args)
 	if err != nil {
 		return err
@@ -172,7 +172,7 @@ func (p *Plugin) record(a attachment, missing uint) (segment.Segment, error) {
 }
 
 // attach makes the attachment; steps takes back what it has done so far, o says how it came about.
-func (p *Plugin) attach(ctx context.Context, r request, steps *undo, o *outcome.Outcome) (*current.Result, error) {
+func (p *Plugin) attach(ctx context.Context, r request, steps *undo, o *report.Outcome) (*current.Result, error) {
 	var err error
 	if r.attachment, err = p.place(r.attachment); err != nil {
 		return nil, err
@@ -219,14 +219,14 @@ func (p *Plugin) attach(ctx context.Context, r request, steps *undo, o *outcome.
 }
 
 // address has the IPAM plugin allocate addresses and gives them to the pod's interface.
-func (p *Plugin) address(ctx context.Context, r request, steps *undo, o *outcome.Outcome) (*current.Result, error) {
+func (p *Plugin) address(ctx context.Context, r request, steps *undo, o *report.Outcome) (*current.Result, error) {
 	*steps = append(*steps, func(ctx context.Context) error {
 		_, err := r.delegate(ctx, "DEL")
 		return err
 	})
 	result, err := r.askIPAM(ctx)
 	if err != nil {
-		o.Reason = outcome.IPAM // whatever the code that the IPAM plugin chose
+		o.Reason = report.IPAM // whatever the code that the IPAM plugin chose
 		return nil, err
 	}
 	if r.dns.IsEmpty() {
@@ -297,7 +297,7 @@ func envName(spoke string) string {
 
 // del takes the attachment away. What is not there is not an error, and that includes everything that a configuration
 // which ADD refuses could have made: kubelet repeats a failed DEL for ever, and the pod would never go.
-func (p *Plugin) del(ctx context.Context, args *skel.CmdArgs, o *outcome.Outcome) error {
+func (p *Plugin) del(ctx context.Context, args *skel.CmdArgs, o *report.Outcome) error {
 	w, _ := decode(args.StdinData)
 	a, err := p.attachment(w, args)
 	if err != nil {
@@ -307,7 +307,7 @@ func (p *Plugin) del(ctx context.Context, args *skel.CmdArgs, o *outcome.Outcome
 	var failed []error
 	if a.ipam != "" {
 		if _, err := a.delegate(ctx, "DEL"); err != nil {
-			o.Reason = outcome.IPAM
+			o.Reason = report.IPAM
 			failed = append(failed, err)
 		}
 	}

@@ -18,8 +18,8 @@ import (
 	cniversion "github.com/containernetworking/cni/pkg/version"
 
 	"github.com/k8slan/k8slan/cni"
+	"github.com/k8slan/k8slan/cni/report"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
-	"github.com/k8slan/k8slan/lanmgr/outcome"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
@@ -38,7 +38,7 @@ type host struct {
 	bin    string // CNI_PATH
 	runDir string
 	stdout io.Writer
-	told   []outcome.Outcome
+	told   []report.Outcome
 }
 
 func newHost(t *testing.T) *host {
@@ -100,7 +100,7 @@ func (h *host) run(c call) (string, *types.Error) {
 	}
 	plugin := cni.New(h.node, cni.Host{
 		Run: h.runDir, CDI: h.cdi, Stdout: stdout,
-		Tell: func(o outcome.Outcome) { h.told = append(h.told, o) },
+		Tell: func(o report.Outcome) { h.told = append(h.told, o) },
 	})
 	e := skel.PluginMainFuncsWithError(plugin.Funcs(h.t.Context()), cniversion.All, "")
 	return out.String(), e
@@ -846,37 +846,37 @@ func TestWhatBecameOfEachAttachmentIsTold(t *testing.T) {
 	for _, c := range []struct {
 		name string
 		do   func(h *host)
-		want outcome.Outcome
+		want report.Outcome
 	}{
-		{"ADD", func(h *host) { h.mustRun(pod1("ADD", add)) }, outcome.Outcome{Verb: outcome.Add, Kind: segment.Veth}},
+		{"ADD", func(h *host) { h.mustRun(pod1("ADD", add)) }, report.Outcome{Verb: report.Add, Kind: segment.Veth}},
 		{"take-over", func(h *host) {
 			h.mustRun(pod1("ADD", add))
 			h.mustRun(pod2("ADD", vm))
-		}, outcome.Outcome{Verb: outcome.Add, Kind: segment.Macvtap, TookOver: true}},
-		{"DEL", func(h *host) { h.mustRun(pod1("DEL", add)) }, outcome.Outcome{Verb: outcome.Del, Kind: segment.Veth}},
+		}, report.Outcome{Verb: report.Add, Kind: segment.Macvtap, TookOver: true}},
+		{"DEL", func(h *host) { h.mustRun(pod1("DEL", add)) }, report.Outcome{Verb: report.Del, Kind: segment.Veth}},
 		{
 			"no device", func(h *host) { h.mustFail(pod1("ADD", config(keys{"deviceID": ""})), cni.CodeNoDevice, "") },
-			outcome.Outcome{Verb: outcome.Add, Kind: segment.Veth, Reason: outcome.NoDevice},
+			report.Outcome{Verb: report.Add, Kind: segment.Veth, Reason: report.NoDevice},
 		},
 		{
 			"no sense", func(h *host) { h.mustFail(pod1("ADD", config(keys{"kind": "x"})), types.ErrInvalidNetworkConfig, "") },
-			outcome.Outcome{Verb: outcome.Add, Reason: outcome.Configuration},
+			report.Outcome{Verb: report.Add, Reason: report.Configuration},
 		},
 		{
 			"no LAN", func(h *host) { h.mustFail(pod1("ADD", config(keys{"ns": "x"})), types.ErrTryAgainLater, "") },
-			outcome.Outcome{Verb: outcome.Add, Kind: segment.Veth, Reason: outcome.Unavailable},
+			report.Outcome{Verb: report.Add, Kind: segment.Veth, Reason: report.Unavailable},
 		},
 		{"the IPAM plugin's own code, which is one of ours", func(h *host) {
 			h.installIPAM(`echo '{"code":102,"msg":"no address left"}'; exit 1`)
 			h.mustFail(pod1("ADD", ipam), 102, "")
-		}, outcome.Outcome{Verb: outcome.Add, Kind: segment.Veth, Reason: outcome.IPAM}},
+		}, report.Outcome{Verb: report.Add, Kind: segment.Veth, Reason: report.IPAM}},
 		{"DEL that the kernel refuses", func(h *host) {
 			h.mustRun(pod1("ADD", add))
 			h.node.busy = errors.New("RTNETLINK: no buffer space")
 			if _, err := h.run(pod1("DEL", add)); err == nil {
 				h.t.Error("DEL succeeded")
 			}
-		}, outcome.Outcome{Verb: outcome.Del, Kind: segment.Veth, Reason: outcome.Kernel}},
+		}, report.Outcome{Verb: report.Del, Kind: segment.Veth, Reason: report.Kernel}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			h := newHost(t)
@@ -900,7 +900,7 @@ func TestWhatBecameOfEachAttachmentIsTold(t *testing.T) {
 // Whatever the plugin says has a reason of its own to be counted under.
 func TestEveryErrorCodeHasAReason(t *testing.T) {
 	for code := cni.CodeNoDevice; code <= cni.CodeCDI; code++ {
-		if code != cni.CodeChanged && cni.Reason(types.NewError(code, "", "")) == outcome.Other { // CHECK is not told of
+		if code != cni.CodeChanged && cni.Reason(types.NewError(code, "", "")) == report.Other { // CHECK is not told of
 			t.Errorf("code %d is counted as nothing in particular", code)
 		}
 	}

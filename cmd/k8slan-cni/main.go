@@ -11,9 +11,9 @@ import (
 	cniversion "github.com/containernetworking/cni/pkg/version"
 
 	"github.com/k8slan/k8slan/cni"
+	"github.com/k8slan/k8slan/cni/report"
 	"github.com/k8slan/k8slan/lanmgr/cdi"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
-	"github.com/k8slan/k8slan/lanmgr/outcome"
 )
 
 // patience is how long one request may take. kubelet gives a sandbox with all its networks four minutes (twice
@@ -33,7 +33,7 @@ func main() {
 		Env:    os.Environ(),
 		Stdout: os.Stdout,
 		// Counting is the least of it: where the daemon is away, it is left out.
-		Tell: func(o outcome.Outcome) { _ = outcome.Send(run, o) },
+		Tell: func(o report.Outcome) { _ = report.Send(run, o) },
 	})
 	skel.PluginMainFuncs(plugin.Funcs(ctx), cniversion.All, "CNI plugin k8slan "+version)
 }

@@ -14,13 +14,13 @@ import (
 	"github.com/prometheus/client_golang/prometheus/testutil/promlint"
 	ctrlmetrics "sigs.k8s.io/controller-runtime/pkg/metrics"
 
+	"github.com/k8slan/k8slan/cni/report"
 	"github.com/k8slan/k8slan/crd/controller"
 	"github.com/k8slan/k8slan/crd/v1beta1"
 	"github.com/k8slan/k8slan/lanmgr"
 	"github.com/k8slan/k8slan/lanmgr/evpn/bgp"
 	"github.com/k8slan/k8slan/lanmgr/evpn/macvrf"
 	"github.com/k8slan/k8slan/lanmgr/metrics"
-	"github.com/k8slan/k8slan/lanmgr/outcome"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
@@ -44,8 +44,8 @@ func nodeMetrics() *metrics.Metrics {
 	m.Registration(nil)
 	m.Registration(errors.New("refused"))
 	m.Collected()
-	for _, verb := range []outcome.Verb{outcome.Add, outcome.Del} {
-		m.Outcome(outcome.Outcome{Verb: verb, Kind: segment.Veth, Reason: outcome.Kernel})
+	for _, verb := range []report.Verb{report.Add, report.Del} {
+		m.Outcome(report.Outcome{Verb: verb, Kind: segment.Veth, Reason: report.Kernel})
 	}
 	return m
 }

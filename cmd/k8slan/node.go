@@ -26,6 +26,7 @@ import (
 	metricsserver "sigs.k8s.io/controller-runtime/pkg/metrics/server"
 
 	"github.com/k8slan/k8slan/cni"
+	"github.com/k8slan/k8slan/cni/report"
 	"github.com/k8slan/k8slan/crd/v1beta1"
 	"github.com/k8slan/k8slan/deviceplugin"
 	"github.com/k8slan/k8slan/lanmgr"
@@ -36,7 +37,6 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/gc"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
 	"github.com/k8slan/k8slan/lanmgr/metrics"
-	"github.com/k8slan/k8slan/lanmgr/outcome"
 )
 
 // nodeFlags are the flags of k8slan node.
@@ -193,7 +193,7 @@ func (f *nodeFlags) runNode(ctx context.Context) error {
 		mgr.Add(manager.RunnableFunc(agent.Run)),
 		mgr.Add(manager.RunnableFunc(collector.Run)),
 		mgr.Add(manager.RunnableFunc(func(ctx context.Context) error {
-			outcome.Listen(ctx, f.run, log, m.Outcome)
+			report.Listen(ctx, f.run, log, m.Outcome)
 			return nil
 		})),
 		mgr.Add(manager.RunnableFunc(func(ctx context.Context) error {

@@ -8,12 +8,12 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
+	"github.com/k8slan/k8slan/cni/report"
 	"github.com/k8slan/k8slan/crd/v1beta1"
 	"github.com/k8slan/k8slan/lanmgr"
 	"github.com/k8slan/k8slan/lanmgr/agent"
 	"github.com/k8slan/k8slan/lanmgr/evpn/bgp"
 	"github.com/k8slan/k8slan/lanmgr/evpn/macvrf"
-	"github.com/k8slan/k8slan/lanmgr/outcome"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
@@ -133,7 +133,7 @@ func New(sources Sources) *Metrics {
 	m.collected = counter("k8slan_claims_collected_total",
 		"Attachments that the daemon ended because kubelet no longer had their pod and nobody had detached it.")
 	// A series that is there from the start shows its first event as a rise.
-	for _, reason := range outcome.Reasons {
+	for _, reason := range report.Reasons {
 		m.attachFailed.WithLabelValues(string(reason))
 		m.detachFailed.WithLabelValues(string(reason))
 	}
@@ -147,9 +147,9 @@ func New(sources Sources) *Metrics {
 }
 
 // Outcome counts what became of an attachment.
-func (m *Metrics) Outcome(o outcome.Outcome) {
+func (m *Metrics) Outcome(o report.Outcome) {
 	durations, failures := m.attached, m.attachFailed
-	if o.Verb == outcome.Del {
+	if o.Verb == report.Del {
 		durations, failures = m.detached, m.detachFailed
 	}
 	kind, result := "unknown", succeeded
@@ -158,8 +158,8 @@ func (m *Metrics) Outcome(o outcome.Outcome) {
 	}
 	if o.Reason != "" {
 		result = failed
-		if !slices.Contains(outcome.Reasons, o.Reason) { // of a plugin of another version
-			o.Reason = outcome.Other
+		if !slices.Contains(report.Reasons, o.Reason) { // of a plugin of another version
+			o.Reason = report.Other
 		}
 		failures.WithLabelValues(string(o.Reason)).Inc()
 	}

@@ -11,13 +11,13 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	dto "github.com/prometheus/client_model/go"
 
+	"github.com/k8slan/k8slan/cni/report"
 	"github.com/k8slan/k8slan/crd/v1beta1"
 	"github.com/k8slan/k8slan/lanmgr"
 	"github.com/k8slan/k8slan/lanmgr/agent"
 	"github.com/k8slan/k8slan/lanmgr/evpn/bgp"
 	"github.com/k8slan/k8slan/lanmgr/evpn/macvrf"
 	"github.com/k8slan/k8slan/lanmgr/metrics"
-	"github.com/k8slan/k8slan/lanmgr/outcome"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
@@ -99,11 +99,11 @@ func TestEverythingThatHappensIsCounted(t *testing.T) {
 		{State: v1beta1.SegmentDegraded},
 		{State: v1beta1.SegmentLeaving},
 	}})
-	m.Outcome(outcome.Outcome{Verb: outcome.Add, Kind: segment.Veth, Took: time.Millisecond, TookOver: true})
-	m.Outcome(outcome.Outcome{Verb: outcome.Add, Kind: segment.Macvtap, Took: time.Millisecond, Reason: outcome.NoDevice})
-	m.Outcome(outcome.Outcome{Verb: outcome.Add, Kind: "pod/default/srl-1", Reason: "pod/default/srl-1"})
-	m.Outcome(outcome.Outcome{Verb: outcome.Del, Kind: segment.Veth})
-	m.Outcome(outcome.Outcome{Verb: outcome.Del, Kind: segment.Veth, Reason: outcome.Kernel})
+	m.Outcome(report.Outcome{Verb: report.Add, Kind: segment.Veth, Took: time.Millisecond, TookOver: true})
+	m.Outcome(report.Outcome{Verb: report.Add, Kind: segment.Macvtap, Took: time.Millisecond, Reason: report.NoDevice})
+	m.Outcome(report.Outcome{Verb: report.Add, Kind: "pod/default/srl-1", Reason: "pod/default/srl-1"})
+	m.Outcome(report.Outcome{Verb: report.Del, Kind: segment.Veth})
+	m.Outcome(report.Outcome{Verb: report.Del, Kind: segment.Veth, Reason: report.Kernel})
 	bridge, question := segment.AddBridge{}, segment.Settle{}
 	m.Look(lanmgr.Look{})
 	m.Look(lanmgr.Look{Done: []segment.Op{bridge, segment.WriteRecord{}}})

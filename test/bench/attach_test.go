@@ -13,8 +13,8 @@ import (
 	"github.com/containernetworking/cni/pkg/types"
 	"github.com/vishvananda/netlink"
 
+	"github.com/k8slan/k8slan/cni/report"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
-	"github.com/k8slan/k8slan/lanmgr/outcome"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 	"github.com/k8slan/k8slan/test/lab"
 	"github.com/k8slan/k8slan/test/netns"
@@ -111,7 +111,7 @@ func listen(t *testing.T, run string) {
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
-		outcome.Listen(ctx, run, slog.New(slog.NewTextHandler(t.Output(), nil)), func(outcome.Outcome) {})
+		report.Listen(ctx, run, slog.New(slog.NewTextHandler(t.Output(), nil)), func(report.Outcome) {})
 	}()
 	t.Cleanup(func() {
 		cancel()

@@ -12,10 +12,10 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/k8slan/k8slan/cni"
+	"github.com/k8slan/k8slan/cni/report"
 	"github.com/k8slan/k8slan/lanmgr"
 	"github.com/k8slan/k8slan/lanmgr/firewall"
 	"github.com/k8slan/k8slan/lanmgr/metrics"
-	"github.com/k8slan/k8slan/lanmgr/outcome"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 	"github.com/k8slan/k8slan/test/frames"
 )
@@ -37,7 +37,7 @@ func (h host) count(t *testing.T) counted {
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
-		outcome.Listen(ctx, h.Run, slog.New(slog.NewTextHandler(t.Output(), nil)), m.Outcome)
+		report.Listen(ctx, h.Run, slog.New(slog.NewTextHandler(t.Output(), nil)), m.Outcome)
 	}()
 	t.Cleanup(func() {
 		cancel()

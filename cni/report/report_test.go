@@ -1,4 +1,4 @@
-package outcome_test
+package report_test
 
 import (
 	"context"
@@ -11,7 +11,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/k8slan/k8slan/lanmgr/outcome"
+	"github.com/k8slan/k8slan/cni/report"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
@@ -29,14 +29,14 @@ func folder(t *testing.T) string {
 }
 
 // listen runs a daemon's ear until the test ends or stop is called.
-func listen(t *testing.T, run string) (told <-chan outcome.Outcome, stop func()) {
+func listen(t *testing.T, run string) (told <-chan report.Outcome, stop func()) {
 	t.Helper()
-	heard := make(chan outcome.Outcome, 1000)
+	heard := make(chan report.Outcome, 1000)
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
-		outcome.Listen(ctx, run, slog.New(slog.NewTextHandler(t.Output(), nil)), func(o outcome.Outcome) { heard <- o })
+		report.Listen(ctx, run, slog.New(slog.NewTextHandler(t.Output(), nil)), func(o report.Outcome) { heard <- o })
 	}()
 	stop = sync.OnceFunc(func() {
 		cancel()
@@ -47,12 +47,12 @@ func listen(t *testing.T, run string) (told <-chan outcome.Outcome, stop func())
 }
 
 // send sends until somebody listens.
-func send(t *testing.T, run string, o outcome.Outcome) {
+func send(t *testing.T, run string, o report.Outcome) {
 	t.Helper()
 	again, deadline := time.NewTicker(time.Millisecond), time.After(patience)
 	defer again.Stop()
 	for {
-		err := outcome.Send(run, o)
+		err := report.Send(run, o)
 		if err == nil {
 			return
 		}
@@ -64,7 +64,7 @@ func send(t *testing.T, run string, o outcome.Outcome) {
 	}
 }
 
-func wantHeard(t *testing.T, told <-chan outcome.Outcome, want outcome.Outcome) {
+func wantHeard(t *testing.T, told <-chan report.Outcome, want report.Outcome) {
 	t.Helper()
 	select {
 	case got := <-told:
@@ -77,8 +77,8 @@ func wantHeard(t *testing.T, told <-chan outcome.Outcome, want outcome.Outcome) 
 }
 
 var (
-	attached = outcome.Outcome{Verb: outcome.Add, Kind: segment.Macvtap, TookOver: true, Took: 12 * time.Millisecond}
-	refused  = outcome.Outcome{Verb: outcome.Del, Reason: outcome.IPAM, Took: time.Second}
+	attached = report.Outcome{Verb: report.Add, Kind: segment.Macvtap, TookOver: true, Took: 12 * time.Millisecond}
+	refused  = report.Outcome{Verb: report.Del, Reason: report.IPAM, Took: time.Second}
 )
 
 func TestTheDaemonHearsWhatThePluginSays(t *testing.T) {
@@ -114,7 +114,7 @@ func TestWhoeverSpeaksAtOnceIsHeardOrKnowsBetter(t *testing.T) {
 	var heard atomic.Int64
 	for range 64 {
 		all.Go(func() {
-			if outcome.Send(run, attached) == nil {
+			if report.Send(run, attached) == nil {
 				heard.Add(1)
 			}
 		})
@@ -133,14 +133,14 @@ func TestWhoeverSpeaksAtOnceIsHeardOrKnowsBetter(t *testing.T) {
 // A plugin must not wait for a daemon that is away, or that does not read.
 func TestNobodyThatListensIsNotWaitedFor(t *testing.T) {
 	run := folder(t)
-	if outcome.Send(run, attached) == nil {
+	if report.Send(run, attached) == nil {
 		t.Error("told, though there is no daemon")
 	}
 	told, stop := listen(t, run)
 	send(t, run, attached)
 	wantHeard(t, told, attached)
 	stop()
-	if outcome.Send(run, attached) == nil {
+	if report.Send(run, attached) == nil {
 		t.Error("told, though the daemon has ended")
 	}
 	if err := os.Remove(filepath.Join(run, "outcomes.sock")); err != nil {
@@ -152,7 +152,7 @@ func TestNobodyThatListensIsNotWaitedFor(t *testing.T) {
 	}
 	defer deaf.Close()
 	for range 2000 { // more than any system lets wait
-		if outcome.Send(run, attached) != nil {
+		if report.Send(run, attached) != nil {
 			return
 		}
 	}

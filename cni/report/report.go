@@ -1,6 +1,6 @@
 // Package outcome carries word of what became of an attachment from the CNI plugin, whose process ends with it, to the daemon,
 // which counts.
-package outcome
+package report
 
 import (
 	"context"
