@@ -10,7 +10,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
-	"github.com/k8slan/k8slan/crd/release"
+	"github.com/k8slan/k8slan/crd/helmhooks"
 )
 
 func uninstallCommand() *cobra.Command {
@@ -34,7 +34,7 @@ func stopCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return f.within(cmd.Context(), r, release.Release.Stop)
+			return f.within(cmd.Context(), r, helmhooks.Release.Stop)
 		},
 	}
 	f.add(cmd, time.Minute)
@@ -53,7 +53,7 @@ func finishCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			if err := f.within(cmd.Context(), r, release.Release.AwaitClean); err != nil {
+			if err := f.within(cmd.Context(), r, helmhooks.Release.AwaitClean); err != nil {
 				return err
 			}
 			if err := r.Objects(cmd.Context()); err != nil || !lans {
@@ -67,7 +67,7 @@ func finishCommand() *cobra.Command {
 	return cmd
 }
 
-func removeCRDs(ctx context.Context, r release.Release) error {
+func removeCRDs(ctx context.Context, r helmhooks.Release) error {
 	for _, name := range []string{"lans.lan.k8slan.io", "lannodes.lan.k8slan.io"} {
 		crd := &apiextensionsv1.CustomResourceDefinition{ObjectMeta: metav1.ObjectMeta{Name: name}}
 		if err := r.Client.Delete(ctx, crd); client.IgnoreNotFound(err) != nil {
@@ -93,7 +93,7 @@ func residueCommand() *cobra.Command {
 			if err := r.Adopt(ctx); err != nil {
 				return err
 			}
-			err = f.within(ctx, r, release.Release.AwaitResidue)
+			err = f.within(ctx, r, helmhooks.Release.AwaitResidue)
 			if ctx.Err() != nil {
 				return nil //nolint:nilerr // the pod moves: another takes over
 			}

@@ -11,8 +11,8 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"github.com/k8slan/k8slan/crd/controller"
+	"github.com/k8slan/k8slan/crd/helmhooks"
 	"github.com/k8slan/k8slan/crd/manifests"
-	"github.com/k8slan/k8slan/crd/release"
 )
 
 // hookFlags are those of what Helm runs, once, in a pod.
@@ -49,17 +49,17 @@ func (f *hookFlags) client() (client.WithWatch, error) {
 }
 
 // release is the installation.
-func (f *hookFlags) release() (release.Release, error) {
+func (f *hookFlags) release() (helmhooks.Release, error) {
 	log, err := f.logger()
 	if err != nil {
-		return release.Release{}, err
+		return helmhooks.Release{}, err
 	}
 	c, err := f.client()
-	return release.Release{Client: c, Namespace: f.namespace, Log: log}, err
+	return helmhooks.Release{Client: c, Namespace: f.namespace, Log: log}, err
 }
 
 // within does a part of a hook's work that may take as long as the flag timeout says.
-func (f *hookFlags) within(ctx context.Context, r release.Release, wait func(release.Release, context.Context) error) error {
+func (f *hookFlags) within(ctx context.Context, r helmhooks.Release, wait func(helmhooks.Release, context.Context) error) error {
 	ctx, cancel := context.WithTimeout(ctx, f.timeout)
 	defer cancel()
 	return wait(r, ctx)
@@ -76,7 +76,7 @@ func upgradeCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			if err := f.within(cmd.Context(), r, release.Release.AwaitPulled); err != nil {
+			if err := f.within(cmd.Context(), r, helmhooks.Release.AwaitPulled); err != nil {
 				return err
 			}
 			return r.ApplyDefinitions(cmd.Context(), manifests.Files)

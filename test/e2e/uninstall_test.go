@@ -22,7 +22,7 @@ import (
 	"k8s.io/apimachinery/pkg/api/meta"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
-	"github.com/k8slan/k8slan/crd/release"
+	"github.com/k8slan/k8slan/crd/helmhooks"
 	"github.com/k8slan/k8slan/crd/v1beta1"
 	"github.com/k8slan/k8slan/test/install"
 )
@@ -69,7 +69,7 @@ func TestUninstallLeavesNothingButTheLANs(t *testing.T) {
 		}
 	}
 	lan := l.awaitLAN("goes", "kept", func(*v1beta1.LAN) bool { return true })
-	if len(lan.Finalizers) > 0 || lan.Status.Reason != release.ReasonUninstalled || condition(lan, v1beta1.ConditionReady).Reason != release.ReasonUninstalled {
+	if len(lan.Finalizers) > 0 || lan.Status.Reason != helmhooks.ReasonUninstalled || condition(lan, v1beta1.ConditionReady).Reason != helmhooks.ReasonUninstalled {
 		t.Errorf("the LAN that is kept has finalizers %q and status %+v", lan.Finalizers, lan.Status)
 	}
 
@@ -89,7 +89,7 @@ func TestUninstallLeavesNothingButTheLANs(t *testing.T) {
 		t.Fatal(err)
 	}
 	l.ready("goes")
-	l.nothingIsLeftOf(ctx, "ClusterRole", &rbacv1.ClusterRoleList{}, client.MatchingFields{"metadata.name": release.Residue})
+	l.nothingIsLeftOf(ctx, "ClusterRole", &rbacv1.ClusterRoleList{}, client.MatchingFields{"metadata.name": helmhooks.Residue})
 	l.delete(&corev1.Pod{}, two.pod)
 	l.awaitPodGone(two.pod)
 	again := l.start(pod("goes-1", worker1, "goes-1"), pod("goes-2", worker2, "goes-2"))
@@ -123,7 +123,7 @@ func (l lab) residueGoes(ctx context.Context, begin time.Time) {
 // awaitResidueRuns returns when that step is at work.
 func (l lab) awaitResidueRuns(ctx context.Context) {
 	l.Helper()
-	which := []client.ListOption{client.InNamespace(install.Namespace), client.MatchingFields{"metadata.name": release.Residue}}
+	which := []client.ListOption{client.InNamespace(install.Namespace), client.MatchingFields{"metadata.name": helmhooks.Residue}}
 	_, err := await(ctx, bed.client, &appsv1.DeploymentList{}, which, func(all []*appsv1.Deployment) bool {
 		return len(all) == 1 && all[0].Status.AvailableReplicas == 1 && len(all[0].OwnerReferences) == 1
 	})
@@ -239,7 +239,7 @@ func (m machine) hasFree(vni int) {
 func (l lab) objectsAreGone() {
 	l.Helper()
 	ours := func(o client.Object) bool {
-		return strings.HasPrefix(o.GetName(), "k8slan") && !strings.HasPrefix(o.GetName(), release.Residue) || o.GetLabels()["app.kubernetes.io/managed-by"] == "k8slan"
+		return strings.HasPrefix(o.GetName(), "k8slan") && !strings.HasPrefix(o.GetName(), helmhooks.Residue) || o.GetLabels()["app.kubernetes.io/managed-by"] == "k8slan"
 	}
 	for _, list := range []client.ObjectList{
 		&v1beta1.LANNodeList{}, &nadv1.NetworkAttachmentDefinitionList{}, &coordinationv1.LeaseList{},

@@ -1,5 +1,5 @@
 // Package release does what Helm cannot when it brings a release of k8slan into a cluster, or takes one out.
-package release
+package helmhooks
 
 import (
 	"context"
