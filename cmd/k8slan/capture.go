@@ -10,8 +10,8 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
+	"github.com/k8slan/k8slan/lanmgr/diag/packet"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
-	"github.com/k8slan/k8slan/lanmgr/packet"
 )
 
 // captureCommand is what kubectl k8slan capture runs in the daemon's pod.

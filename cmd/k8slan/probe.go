@@ -15,7 +15,8 @@ import (
 
 	"github.com/k8slan/k8slan/crd/v1beta1"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
-	"github.com/k8slan/k8slan/lanmgr/probe"
+	"github.com/k8slan/k8slan/lanmgr/diag/lantest"
+	"github.com/k8slan/k8slan/lanmgr/diag/probe/endpoint"
 )
 
 func probeCommand() *cobra.Command {
@@ -35,7 +36,7 @@ func answerCommand() *cobra.Command {
 		Short: "Answer every frame of the other end",
 		Args:  noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			port, err := probe.Open(iface, os.Getenv("NODE_NAME"))
+			port, err := lantest.Open(iface, os.Getenv("NODE_NAME"))
 			if err != nil {
 				return err
 			}
@@ -57,7 +58,7 @@ func askCommand() *cobra.Command {
 		Args:  noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			out := cmd.OutOrStdout()
-			port, err := probe.Open(iface, os.Getenv("NODE_NAME"))
+			port, err := lantest.Open(iface, os.Getenv("NODE_NAME"))
 			if err != nil {
 				return err
 			}
@@ -79,7 +80,7 @@ func askCommand() *cobra.Command {
 }
 
 // ask says what passes to the other end; what doesn't is an error.
-func ask(ctx context.Context, out io.Writer, port *probe.Port, count int) error {
+func ask(ctx context.Context, out io.Writer, port *lantest.Port, count int) error {
 	peer, err := port.Find(ctx)
 	if err != nil {
 		return err
@@ -116,7 +117,7 @@ func stationCommand() *cobra.Command {
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			host := kernel.New(kernel.Paths{Run: run})
 			defer host.Close()
-			return probe.Station(cmd.Context(), host, ns, spoke, cmd.InOrStdin(), cmd.OutOrStdout())
+			return endpoint.Station(cmd.Context(), host, ns, spoke, cmd.InOrStdin(), cmd.OutOrStdout())
 		},
 	}
 	cmd.Flags().StringVar(&ns, "ns", "", "`name` of the LAN's network namespace")

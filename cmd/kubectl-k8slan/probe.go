@@ -16,7 +16,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"github.com/k8slan/k8slan/crd/v1beta1"
-	"github.com/k8slan/k8slan/lanmgr/path"
+	"github.com/k8slan/k8slan/lanmgr/diag/probe"
 )
 
 func probeCommand(f *clusterFlags) *cobra.Command {
@@ -204,7 +204,7 @@ func (c cluster) probe(ctx context.Context, out io.Writer, pair [2]end, system s
 	defer cancel()
 	fmt.Fprintf(out, "LAN %s: %s (spoke %s) on %s, %s (spoke %s) on %s\n",
 		pair[0].lan, pair[0].pod, pair[0].spoke, pair[0].node, pair[1].pod, pair[1].spoke, pair[1].node)
-	var stations [2]path.Station
+	var stations [2]probe.Station
 	for i, e := range pair {
 		d, err := c.daemonOn(ctx, e.node, system)
 		if err != nil {
@@ -214,26 +214,26 @@ func (c cluster) probe(ctx context.Context, out io.Writer, pair [2]end, system s
 		stations[i], hangUp = d.station(ctx, e)
 		defer hangUp()
 	}
-	there, back, err := path.Run(ctx, stations[0], stations[1])
+	there, back, err := probe.Run(ctx, stations[0], stations[1])
 	if err != nil {
 		return false, err
 	}
 	well = true
-	for _, course := range []path.Course{there, back} {
+	for _, course := range []probe.Course{there, back} {
 		ok, sentences := course.Verdict()
 		well = well && ok
 		for _, s := range sentences {
 			fmt.Fprintln(out, " ", s)
 		}
 	}
-	if s := path.Checksums(there, back); s != "" {
+	if s := probe.Checksums(there, back); s != "" {
 		fmt.Fprintln(out, " ", s)
 	}
 	return well, nil
 }
 
 // station starts a probe's station on a node.
-func (d onNode) station(ctx context.Context, e end) (s path.Station, end func()) {
+func (d onNode) station(ctx context.Context, e end) (s probe.Station, end func()) {
 	ctx, cancel := context.WithCancel(ctx)
 	orders, order := io.Pipe()
 	says, say := io.Pipe()
@@ -247,7 +247,7 @@ func (d onNode) station(ctx context.Context, e end) (s path.Station, end func())
 		}
 		_, _ = orders.CloseWithError(io.ErrClosedPipe), say.CloseWithError(err)
 	}()
-	return path.Station{Node: d.node, Orders: order, Says: says}, func() {
+	return probe.Station{Node: d.node, Orders: order, Says: says}, func() {
 		_ = order.Close()
 		cancel()
 		_, _ = io.Copy(io.Discard, says) // what it says at its end, or the client's library complains

@@ -8,21 +8,21 @@ import (
 
 	"github.com/vishvananda/netlink"
 
+	"github.com/k8slan/k8slan/lanmgr/diag/probe"
+	"github.com/k8slan/k8slan/lanmgr/diag/probe/endpoint"
 	"github.com/k8slan/k8slan/lanmgr/firewall"
-	"github.com/k8slan/k8slan/lanmgr/path"
-	"github.com/k8slan/k8slan/lanmgr/probe"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 	"github.com/k8slan/k8slan/test/netns"
 )
 
 // station starts a probe's station of a spoke.
-func (h host) station(t *testing.T, s segment.Segment, spoke string) path.Station {
+func (h host) station(t *testing.T, s segment.Segment, spoke string) probe.Station {
 	t.Helper()
 	orders, order := io.Pipe()
 	says, say := io.Pipe()
 	end := make(chan error, 1)
 	go func() {
-		err := probe.Station(context.WithoutCancel(t.Context()), h.kernel, s.Netns, spoke, orders, say)
+		err := endpoint.Station(context.WithoutCancel(t.Context()), h.kernel, s.Netns, spoke, orders, say)
 		_ = say.CloseWithError(err)
 		end <- err
 	}()
@@ -32,18 +32,18 @@ func (h host) station(t *testing.T, s segment.Segment, spoke string) path.Statio
 			t.Errorf("the station of %s: %v", spoke, err)
 		}
 	})
-	return path.Station{Node: h.Name, Orders: order, Says: says}
+	return probe.Station{Node: h.Name, Orders: order, Says: says}
 }
 
 // probes wants a probe to say these words of the way from one to two and of the way back, and that all is well, or not.
-func probes(t *testing.T, one, two path.Station, well bool, there, back string) {
+func probes(t *testing.T, one, two probe.Station, well bool, there, back string) {
 	t.Helper()
-	forth, home, err := path.Run(t.Context(), one, two)
+	forth, home, err := probe.Run(t.Context(), one, two)
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, c := range []struct {
-		course path.Course
+		course probe.Course
 		want   string
 	}{{forth, there}, {home, back}} {
 		ok, sentences := c.course.Verdict()
@@ -135,19 +135,19 @@ func TestAProbeSaysWhoseChecksumsArriveUnfinished(t *testing.T) {
 	for _, spoke := range s.Spokes {
 		a.claim(t, s, spoke, segment.Veth).AwaitCarrier(t, ifname)
 	}
-	there, back, err := path.Run(t.Context(), a.station(t, s, "plain"), a.station(t, s, "raw"))
+	there, back, err := probe.Run(t.Context(), a.station(t, s, "plain"), a.station(t, s, "raw"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, c := range []path.Course{there, back} {
+	for _, c := range []probe.Course{there, back} {
 		if well, said := c.Verdict(); !well {
 			t.Errorf("not all passes: %q", said)
 		}
 	}
-	if said := path.Checksums(there); said != "" {
+	if said := probe.Checksums(there); said != "" {
 		t.Errorf("to a spoke whose txChecksum is off: %q", said)
 	}
-	if said := path.Checksums(back); !strings.Contains(said, "come to default/plain unfinished") || !strings.Contains(said, "spokeOptions: {plain: {txChecksum: off}}") {
+	if said := probe.Checksums(back); !strings.Contains(said, "come to default/plain unfinished") || !strings.Contains(said, "spokeOptions: {plain: {txChecksum: off}}") {
 		t.Errorf("to a spoke whose txChecksum is on: %q", said)
 	}
 }

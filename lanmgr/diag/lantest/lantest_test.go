@@ -1,4 +1,4 @@
-package probe
+package lantest
 
 import (
 	"context"
@@ -7,7 +7,7 @@ import (
 	"testing"
 	"testing/synctest"
 
-	"github.com/k8slan/k8slan/lanmgr/packet"
+	"github.com/k8slan/k8slan/lanmgr/diag/packet"
 )
 
 // cable is one end of a wire. It loses what is longer than limit, and of every size what loses says.

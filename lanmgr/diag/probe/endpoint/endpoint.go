@@ -1,4 +1,4 @@
-package probe
+package endpoint
 
 import (
 	"context"
@@ -16,17 +16,19 @@ import (
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
+	"github.com/k8slan/k8slan/lanmgr/diag/packet"
+	"github.com/k8slan/k8slan/lanmgr/diag/probe"
 	"github.com/k8slan/k8slan/lanmgr/firewall"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
-	"github.com/k8slan/k8slan/lanmgr/packet"
-	"github.com/k8slan/k8slan/lanmgr/path"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
+
+const header = 14 // of an Ethernet frame, in bytes
 
 // station is one end of a probe from node to node: it sends from the LAN's bridge and hears what passes the spoke's port, the VXLAN
 // and the underlay.
 type station struct {
-	facts  path.Facts
+	facts  probe.Facts
 	bridge *packet.Socket
 	ears   map[string]*packet.Socket // by where they are
 	hears  func(netip.Addr) bool     // whether the node takes the LAN's packets from there
@@ -42,7 +44,7 @@ func Station(ctx context.Context, host *kernel.Node, ns, spoke string, orders io
 	if err := s.open(ctx, host, ns, spoke); err != nil {
 		return err
 	}
-	if err := s.say(path.Message{Facts: &s.facts}); err != nil {
+	if err := s.say(probe.Message{Facts: &s.facts}); err != nil {
 		return err
 	}
 	ctx, cancel := context.WithCancel(ctx)
@@ -87,7 +89,7 @@ func (s *station) open(ctx context.Context, host *kernel.Node, ns, spoke string)
 		return fmt.Errorf("spoke %s is attached to no pod on this node any more", spoke)
 	}
 	claim := state.Claims()[i]
-	s.facts = path.Facts{
+	s.facts = probe.Facts{
 		Spoke: spoke, Offer: spoke, Pod: claim.PodNamespace + "/" + claim.Pod, Interface: claim.Interface, MAC: claim.MAC,
 		MTU: want.MTU, VNI: want.VXLAN.VNI, UDPPort: want.VXLAN.Port,
 	}
@@ -105,17 +107,17 @@ func (s *station) open(ctx context.Context, host *kernel.Node, ns, spoke string)
 			return err
 		}
 		s.facts.Bridge = linkOf(s.bridge.Link)
-		if s.ears[path.AtPort], err = packet.Open(port.Name, bySource()...); err != nil {
+		if s.ears[probe.AtPort], err = packet.Open(port.Name, bySource()...); err != nil {
 			return err
 		}
-		s.facts.Port = linkOf(s.ears[path.AtPort].Link)
+		s.facts.Port = linkOf(s.ears[probe.AtPort].Link)
 		if vxlan.Name == "" {
 			return nil
 		}
-		if s.ears[path.AtVXLAN], err = packet.Open(vxlan.Name, bySource()...); err != nil {
+		if s.ears[probe.AtVXLAN], err = packet.Open(vxlan.Name, bySource()...); err != nil {
 			return err
 		}
-		s.facts.VXLAN = linkOf(s.ears[path.AtVXLAN].Link)
+		s.facts.VXLAN = linkOf(s.ears[probe.AtVXLAN].Link)
 		return nil
 	})
 	if err != nil || want.VXLAN.UnderlayIndex == 0 {
@@ -132,16 +134,16 @@ func (s *station) open(ctx context.Context, host *kernel.Node, ns, spoke string)
 		if len(ear.Link.HardwareAddr) != 6 { // a tunnel, whose packets look different
 			return ear.Close()
 		}
-		s.ears[path.AtUnderlay], s.facts.Underlay = ear, linkOf(ear.Link)
+		s.ears[probe.AtUnderlay], s.facts.Underlay = ear, linkOf(ear.Link)
 		return nil
 	})
 }
 
-func linkOf(l net.Interface) path.Link {
-	return path.Link{Name: l.Name, Up: l.Flags&net.FlagUp != 0, Carrier: l.Flags&net.FlagRunning != 0, MTU: l.MTU}
+func linkOf(l net.Interface) probe.Link {
+	return probe.Link{Name: l.Name, Up: l.Flags&net.FlagUp != 0, Carrier: l.Flags&net.FlagRunning != 0, MTU: l.MTU}
 }
 
-func (s *station) say(m path.Message) error {
+func (s *station) say(m probe.Message) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if err := s.out.Encode(m); err != nil {
@@ -154,7 +156,7 @@ func (s *station) say(m path.Message) error {
 func (s *station) obey(host *kernel.Node, ns string, orders io.Reader) error {
 	lines := json.NewDecoder(orders)
 	for {
-		var o path.Order
+		var o probe.Order
 		err := lines.Decode(&o)
 		if errors.Is(err, io.EOF) {
 			return nil
@@ -167,11 +169,11 @@ func (s *station) obey(host *kernel.Node, ns string, orders io.Reader) error {
 		} else {
 			err = s.bridge.Send(o.Bytes)
 		}
-		sent := path.Sent{ID: o.ID}
+		sent := probe.Sent{ID: o.ID}
 		if err != nil {
 			sent.Error = err.Error()
 		}
-		if err := s.say(path.Message{Sent: &sent}); err != nil {
+		if err := s.say(probe.Message{Sent: &sent}); err != nil {
 			return err
 		}
 	}
@@ -193,27 +195,27 @@ func (s *station) hear(ctx context.Context, where string, ear *packet.Socket) er
 
 // tell tells of a frame, if it is the probe's.
 func (s *station) tell(where string, f packet.Frame) error {
-	id, ok := path.Recognize(f.Bytes)
+	id, ok := probe.Recognize(f.Bytes)
 	if !ok {
 		return nil
 	}
-	heard := path.Heard{ID: id, Where: where, Outgoing: f.Outgoing, Unfinished: f.Unfinished}
-	if where == path.AtUnderlay {
+	heard := probe.Heard{ID: id, Where: where, Outgoing: f.Outgoing, Unfinished: f.Unfinished}
+	if where == probe.AtUnderlay {
 		heard.Length = len(f.Bytes) - header
-		heard.VNI, heard.WrongChecksum = path.Outer(f.Bytes)
+		heard.VNI, heard.WrongChecksum = probe.Outer(f.Bytes)
 		heard.WrongChecksum = heard.WrongChecksum && !f.Unfinished
-		if from := path.OuterSource(f.Bytes); !f.Outgoing && from.IsValid() && !s.hears(from) {
+		if from := probe.OuterSource(f.Bytes); !f.Outgoing && from.IsValid() && !s.hears(from) {
 			heard.Stranger = from
 		}
 	}
-	return s.say(path.Message{Heard: &heard})
+	return s.say(probe.Message{Heard: &heard})
 }
 
 // bySource takes the probe's frames.
 func bySource() []unix.SockFilter {
 	return assemble(
 		bpf.LoadAbsolute{Off: 6, Size: 4},
-		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: binary.BigEndian.Uint32(path.Source), SkipTrue: 1},
+		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: binary.BigEndian.Uint32(probe.Source), SkipTrue: 1},
 		bpf.RetConstant{Val: packet.Largest},
 		bpf.RetConstant{},
 	)

@@ -1,6 +1,6 @@
 // Package probe sends frames through a LAN and tells what comes of them: from pod to pod, where one end asks and the other answers,
 // and from node to node, where stations hear them on their way.
-package probe
+package lantest
 
 import (
 	"bytes"
@@ -14,8 +14,8 @@ import (
 	"sync"
 	"time"
 
-	"github.com/k8slan/k8slan/lanmgr/packet"
-	"github.com/k8slan/k8slan/lanmgr/path"
+	"github.com/k8slan/k8slan/lanmgr/diag/packet"
+	"github.com/k8slan/k8slan/lanmgr/diag/probe"
 )
 
 const (
@@ -99,7 +99,7 @@ func (p *Port) receive(ctx context.Context) (message, int, error) {
 		if f.Outgoing {
 			continue
 		}
-		if id, ok := path.Recognize(f.Bytes); ok {
+		if id, ok := probe.Recognize(f.Bytes); ok {
 			return message{kind: kindOther, number: id}, len(f.Bytes), nil
 		}
 		if m, ok := parse(f.Bytes); ok {
@@ -238,7 +238,7 @@ func (p *Port) answer(ctx context.Context, within time.Duration, number uint32) 
 }
 
 // Kinds sends frames of every kind to the peer, and says which arrive there.
-func (p *Port) Kinds(ctx context.Context, peer Peer) (path.Course, error) {
+func (p *Port) Kinds(ctx context.Context, peer Peer) (probe.Course, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	orders, order := io.Pipe()
 	sent, saySent := io.Pipe()
@@ -249,30 +249,30 @@ func (p *Port) Kinds(ctx context.Context, peer Peer) (path.Course, error) {
 	defer both.Wait()
 	defer func() { _, _, _ = order.Close(), sent.Close(), heard.Close() }()
 	defer cancel()
-	return path.OneWay(ctx, path.Station{Node: p.Owner, Orders: order, Says: sent}, path.Station{Node: peer.Owner, Says: heard})
+	return probe.OneWay(ctx, probe.Station{Node: p.Owner, Orders: order, Says: sent}, probe.Station{Node: peer.Owner, Says: heard})
 }
 
 // facts are what is known of an end without looking at its node.
-func (p *Port) facts(owner string, mac net.HardwareAddr) *path.Facts {
-	return &path.Facts{Pod: "pod on " + owner, MAC: mac, MTU: p.MTU, Port: path.Link{Up: true, Carrier: true}}
+func (p *Port) facts(owner string, mac net.HardwareAddr) *probe.Facts {
+	return &probe.Facts{Pod: "pod on " + owner, MAC: mac, MTU: p.MTU, Port: probe.Link{Up: true, Carrier: true}}
 }
 
 // obey sends what orders say, until they end.
 func (p *Port) obey(orders io.Reader, out io.Writer) error {
 	lines, says := json.NewDecoder(orders), json.NewEncoder(out)
-	if err := says.Encode(path.Message{Facts: p.facts(p.Owner, p.MAC)}); err != nil {
+	if err := says.Encode(probe.Message{Facts: p.facts(p.Owner, p.MAC)}); err != nil {
 		return err
 	}
 	for {
-		var o path.Order
+		var o probe.Order
 		if err := lines.Decode(&o); err != nil {
 			return err
 		}
-		sent := path.Sent{ID: o.ID}
+		sent := probe.Sent{ID: o.ID}
 		if err := p.Wire.Send(o.Bytes); err != nil {
 			sent.Error = err.Error()
 		}
-		if err := says.Encode(path.Message{Sent: &sent}); err != nil {
+		if err := says.Encode(probe.Message{Sent: &sent}); err != nil {
 			return err
 		}
 	}
@@ -281,11 +281,11 @@ func (p *Port) obey(orders io.Reader, out io.Writer) error {
 // report says which frames the other end tells of, until ctx ends.
 func (p *Port) report(ctx context.Context, peer Peer, out io.Writer) error {
 	says := json.NewEncoder(out)
-	err := says.Encode(path.Message{Facts: p.facts(peer.Owner, peer.MAC)})
+	err := says.Encode(probe.Message{Facts: p.facts(peer.Owner, peer.MAC)})
 	for err == nil {
 		var m message
 		if m, _, err = p.receive(ctx); err == nil && m.kind == kindHeard {
-			err = says.Encode(path.Message{Heard: &path.Heard{ID: m.number, Where: path.AtPort, Outgoing: true}})
+			err = says.Encode(probe.Message{Heard: &probe.Heard{ID: m.number, Where: probe.AtPort, Outgoing: true}})
 		}
 	}
 	return err

@@ -1,5 +1,5 @@
 // Package path finds out which frames pass between two spokes of a LAN, and where the others are lost.
-package path
+package probe
 
 import (
 	"bytes"
