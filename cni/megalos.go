@@ -156,9 +156,9 @@ func (p *Plugin) segment(ctx context.Context, a attachment) (segment.Segment, er
 	case !vtep.IsValid():
 		return segment.Segment{}, fail(CodeAttach, "%s: device %q has no address that other nodes could send to; give it one, or name another as master", a, name)
 	}
-	reserve := segment.Reserve6
+	reserve := segment.Overhead6
 	if vtep.Is4() {
-		reserve = segment.Reserve4
+		reserve = segment.Overhead4
 	}
 	if device.MTU-reserve < minMTU {
 		return segment.Segment{}, fail(CodeAttach, "%s: device %q has MTU %d, too little for a VXLAN", a, name, device.MTU)

@@ -56,7 +56,7 @@ type Host struct {
 	Env    []string  // environment that IPAM plugins get, beside what the specification gives them
 	Stdout io.Writer // where results go
 
-	Tell func(report.Outcome) // hears what became of each ADD and DEL; nil: nobody does
+	Report func(report.Outcome) // hears what became of each ADD and DEL; nil: nobody does
 }
 
 // New makes the plugin of a node.
@@ -82,8 +82,8 @@ func (p *Plugin) told(name report.Verb, verb func(context.Context, *skel.CmdArgs
 		if err != nil && o.Reason == "" {
 			o.Reason = Reason(err)
 		}
-		if p.host.Tell != nil {
-			p.host.Tell(o)
+		if p.host.Report != nil {
+			p.host.Report(o)
 		}
 		return err
 	}

@@ -100,7 +100,7 @@ func (h *host) run(c call) (string, *types.Error) {
 	}
 	plugin := cni.New(h.node, cni.Host{
 		Run: h.runDir, CDI: h.cdi, Stdout: stdout,
-		Tell: func(o report.Outcome) { h.told = append(h.told, o) },
+		Report: func(o report.Outcome) { h.told = append(h.told, o) },
 	})
 	e := skel.PluginMainFuncsWithError(plugin.Funcs(h.t.Context()), cniversion.All, "")
 	return out.String(), e

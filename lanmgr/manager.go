@@ -36,12 +36,12 @@ type Report struct {
 	Built     bool            // all of it stands
 	Err       error           // why it does not
 	Claims    []segment.Claim
-	Learnt    int // addresses that the bridge has learnt; -1 where that is not known
+	Learned   int // addresses that the bridge has learnt; -1 where that is not known
 	Remotes   int // to which the VXLAN sends what is flooded, one by one; -1 where it has a group, or none is known
 }
 
-// Look is one look at a segment and what was done about it.
-type Look struct {
+// Observation is one look at a segment and what was done about it.
+type Observation struct {
 	Took   time.Duration
 	Done   []segment.Op
 	Repair bool // it stood, and neither what is wanted nor who is attached has changed since: somebody else changed it
@@ -51,8 +51,8 @@ type Look struct {
 // Manager is the one long-lived writer of LAN state on a node. It works on one segment at a time: the kernel has one
 // lock for all of them (RTNL), so more hands would not be faster, and others are let in between.
 type Manager struct {
-	// Watch is told of every look; nil: nobody is. It is set before Run.
-	Watch func(Look)
+	// OnObserve is told of every look; nil: nobody is. It is set before Run.
+	OnObserve func(Observation)
 
 	kernel  Kernel
 	cdiDir  string
@@ -124,11 +124,11 @@ func (m *Manager) wish(s segment.Segment) {
 
 // canBeTold says whether a segment stands as it was wished, and the next wish differs in nothing but what its VXLAN is told.
 func canBeTold(r Report, want segment.Segment) bool {
-	return r.Built && r.Err == nil && !r.Leaving && segment.OnlyTold(r.Segment, want)
+	return r.Built && r.Err == nil && !r.Leaving && segment.OnlyTablesDiffer(r.Segment, want)
 }
 
-// Poke says that a segment may have changed.
-func (m *Manager) Poke(netns string) {
+// Enqueue says that a segment may have changed.
+func (m *Manager) Enqueue(netns string) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if netns == "" {
@@ -145,7 +145,7 @@ func (m *Manager) Release(ctx context.Context, netns string, claim segment.Claim
 	if err := cdi.Remove(m.cdiDir, claim.Spoke, claim.ID); err != nil {
 		return err
 	}
-	defer m.Poke(netns)
+	defer m.Enqueue(netns)
 	return m.kernel.Release(ctx, netns, claim.Spoke, claim.ID)
 }
 
@@ -164,17 +164,17 @@ func (m *Manager) Reports() []Report {
 	})
 }
 
-// Looked says whether every segment that was wanted or here at the start was looked at once: before, no report says nothing.
-func (m *Manager) Looked() bool {
+// Observed says whether every segment that was wanted or here at the start was looked at once: before, no report says nothing.
+func (m *Manager) Observed() bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return m.listed && len(m.first) == 0
 }
 
-// Gone says whether the node has nothing left of a LAN that it should not have: it was looked for under the name of its netns,
+// Removed says whether the node has nothing left of a LAN that it should not have: it was looked for under the name of its netns,
 // with the segment's lock where there was anything, after the last Set; false where that is not known yet. Without a Set that
 // wants it again it stays gone: an attachment needs the record, which went first.
-func (m *Manager) Gone(lan segment.LAN, netns string) bool {
+func (m *Manager) Removed(lan segment.LAN, netns string) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if !m.listed || m.unseen[netns] || m.at == netns || m.want[netns].LAN == lan {
@@ -321,9 +321,9 @@ func (m *Manager) work(ctx context.Context, name string) {
 	if report.Err == nil {
 		report.Err = m.removeDevices(stale, report.Claims)
 	}
-	if m.Watch != nil {
+	if m.OnObserve != nil {
 		stood := wanted && old.Built && !old.Leaving && old.Segment.Equal(want) && sameClaims(old.Claims, report.Claims)
-		m.Watch(Look{Took: time.Since(began), Done: done, Repair: stood && !built(done), Err: report.Err})
+		m.OnObserve(Observation{Took: time.Since(began), Done: done, Repair: stood && !built(done), Err: report.Err})
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -366,14 +366,14 @@ func (m *Manager) tell(ctx context.Context, name string, want segment.Segment, o
 	if !canBeTold(old, want) {
 		return false
 	}
-	ops := segment.Told(old.Segment, want, len(old.Claims) > 0)
+	ops := segment.DiffTables(old.Segment, want, len(old.Claims) > 0)
 	if err := m.kernel.Apply(ctx, name, ops); err != nil {
 		m.log.Warn("cannot write what a LAN is told, looking at all of it", "netns", name, "err", err)
 		return false
 	}
 	m.logOps(name, ops)
-	if m.Watch != nil {
-		m.Watch(Look{Took: time.Since(began), Done: ops})
+	if m.OnObserve != nil {
+		m.OnObserve(Observation{Took: time.Since(began), Done: ops})
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -419,7 +419,7 @@ func sameClaims(a, b []segment.Claim) bool {
 
 // reconcile does the work for one segment. known is false where it cannot be seen how the segment is.
 func (m *Manager) reconcile(ctx context.Context, name string, want segment.Segment, wanted bool, old Report) (r Report, done []segment.Op, known, gone bool) {
-	r = Report{Segment: want, Leaving: !wanted, Learnt: -1, Remotes: -1}
+	r = Report{Segment: want, Leaving: !wanted, Learned: -1, Remotes: -1}
 	have, done, known, err := m.bring(ctx, name, func(have segment.State) []segment.Op {
 		ops, _ := decide(want, wanted, have)
 		return ops
@@ -450,7 +450,7 @@ func (m *Manager) reconcile(ctx context.Context, name string, want segment.Segme
 	}
 	r.Built = r.Err == nil && built(left)
 	if bridge, ok := have.Link(r.Segment.Bridge); ok {
-		r.Learnt = bridge.Learnt
+		r.Learned = bridge.Learned
 	}
 	if vxlan, ok := have.Link(r.Segment.VXLAN.Name); ok && !vxlan.VXLAN.Group.IsValid() {
 		r.Remotes = len(vxlan.VXLAN.Remotes)
@@ -499,7 +499,7 @@ func (m *Manager) bring(
 
 // built says whether operations are none that a segment cannot do its work without: Settle is a question, asked again at each look.
 func built(left []segment.Op) bool {
-	return !slices.ContainsFunc(left, func(op segment.Op) bool { _, question := op.(segment.Settle); return !question })
+	return !slices.ContainsFunc(left, func(op segment.Op) bool { _, question := op.(segment.VerifyClaim); return !question })
 }
 
 // decide is what to do about a segment, and whether it is leaving. One on demand is wanted while somebody is attached. One that is attached to stays, and stays whole,
@@ -516,7 +516,7 @@ func decide(want segment.Segment, wanted bool, have segment.State) (ops []segmen
 		left.Leaving = !left.OnDemand // which nobody wants before it is found
 		return segment.Diff(left, have), true
 	case claimed:
-		return segment.Doubts(have), true // whose it was is lost; it goes with its last pod
+		return segment.VerifyClaims(have), true // whose it was is lost; it goes with its last pod
 	case foreign:
 		return segment.Teardown(have), true // the new one is built at the next look
 	default:

@@ -26,7 +26,7 @@ type node struct {
 
 	unlocked func(segment.State) segment.State // what a look without the lock sees of a segment
 	after    func(segment.Op)                  // is told of every change
-	watch    func(lanmgr.Look)                 // is told of every look
+	watch    func(lanmgr.Observation)          // is told of every look
 }
 
 func (n *node) List() ([]string, error) {
@@ -113,7 +113,7 @@ func apply(s segment.State, op segment.Op) segment.State {
 		s.Record = &o.Segment
 	case segment.RemoveRecord:
 		s.Record = nil
-	case segment.Settle: // there is no macvtap here
+	case segment.VerifyClaim: // there is no macvtap here
 		for i := range s.Links {
 			if s.Links[i].Name == segment.PlugName(o.Spoke) {
 				s.Links[i].AltNames = nil
@@ -200,7 +200,7 @@ func start(t *testing.T, n *node) (m *lanmgr.Manager, cdiDir string) {
 	t.Helper()
 	cdiDir = t.TempDir()
 	m = lanmgr.New(n, cdiDir, slog.New(slog.DiscardHandler))
-	m.Watch = n.watch
+	m.OnObserve = n.watch
 	ctx, stop := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
 	go func() { ended <- m.Run(ctx) }()
@@ -274,7 +274,7 @@ func TestSegmentsComeAndGo(t *testing.T) {
 func TestNothingIsDoneBeforeTheFirstWish(t *testing.T) {
 	n := &node{states: map[string]segment.State{"default.old": {Exists: true}}}
 	m, _ := start(t, n)
-	m.Poke("default.old")
+	m.Enqueue("default.old")
 	m.Set(nil)
 	await(t, m, "what an earlier run left is gone", func([]lanmgr.Report) bool { names, _ := n.List(); return len(names) == 0 })
 }
@@ -288,7 +288,7 @@ func TestAttachedSegmentStaysUntilItsPodIsGone(t *testing.T) {
 	if err := cdi.Write(cdiDir, cdi.Device{Netns: "default.a", Spoke: "x", ClaimID: c.ID, Env: []string{"A=1"}}); err != nil {
 		t.Fatal(err)
 	}
-	m.Poke("default.a")
+	m.Enqueue("default.a")
 	await(t, m, "attached", func(rs []lanmgr.Report) bool { return len(rs) == 1 && len(rs[0].Claims) == 1 })
 
 	m.Set(nil)
@@ -314,7 +314,7 @@ func TestAttachedSegmentStaysUntilItsPodIsGone(t *testing.T) {
 	await(t, m, "still leaving", func(rs []lanmgr.Report) bool { return rs[0].Leaving && rs[0].Segment.LAN.UID == "1" })
 
 	n.detach("default.a", c.ID)
-	m.Poke("default.a")
+	m.Enqueue("default.a")
 	await(t, m, "the new LAN's", func(rs []lanmgr.Report) bool {
 		return allBuilt(1)(rs) && rs[0].Segment.LAN.UID == "2"
 	})
@@ -328,38 +328,38 @@ func TestALANIsGoneOnlyOnceItWasLookedForAndNothingIsThere(t *testing.T) {
 	old := lan("old", "1", "x")
 	n := &node{states: map[string]segment.State{"default.old": {Exists: true, Record: &old}}, blind: errors.New("no buffer space available")}
 	m, _ := start(t, n)
-	if m.Gone(old.LAN, old.Netns) || m.Looked() {
+	if m.Removed(old.LAN, old.Netns) || m.Observed() {
 		t.Error("gone before anybody looked")
 	}
 	m.Set([]segment.Segment{lan("a", "1", "y")})
 	await(t, m, "what cannot be seen is told of", func(rs []lanmgr.Report) bool {
-		return m.Looked() && len(rs) == 2 && rs[1].Segment.Netns == "default.old" && rs[1].Leaving && rs[1].Err != nil
+		return m.Observed() && len(rs) == 2 && rs[1].Segment.Netns == "default.old" && rs[1].Leaving && rs[1].Err != nil
 	})
-	if m.Gone(old.LAN, old.Netns) {
+	if m.Removed(old.LAN, old.Netns) {
 		t.Error("gone, though it cannot be seen")
 	}
 	n.mu.Lock()
 	n.blind = nil
 	n.mu.Unlock()
-	await(t, m, "gone", func([]lanmgr.Report) bool { return m.Gone(old.LAN, old.Netns) })
+	await(t, m, "gone", func([]lanmgr.Report) bool { return m.Removed(old.LAN, old.Netns) })
 	if names, _ := n.List(); slices.Contains(names, "default.old") {
 		t.Errorf("said to be gone, but the node has %v", names)
 	}
 	a := lan("a", "1", "y")
 	await(t, m, "built", allBuilt(1))
-	if m.Gone(a.LAN, a.Netns) {
+	if m.Removed(a.LAN, a.Netns) {
 		t.Error("a LAN that is wanted is gone")
 	}
-	if never := lan("a", "0", "y"); !m.Gone(never.LAN, never.Netns) {
+	if never := lan("a", "0", "y"); !m.Removed(never.LAN, never.Netns) {
 		t.Error("a LAN that never had the netns, which is another's, is not gone")
 	}
 	n.attach("default.a", "y")
 	m.Set(nil)
-	if m.Gone(a.LAN, a.Netns) {
+	if m.Removed(a.LAN, a.Netns) {
 		t.Error("gone before anybody looked again")
 	}
 	await(t, m, "leaving", func(rs []lanmgr.Report) bool { return len(rs) == 1 && rs[0].Leaving && len(rs[0].Claims) == 1 })
-	if m.Gone(a.LAN, a.Netns) {
+	if m.Removed(a.LAN, a.Netns) {
 		t.Error("gone with a pod attached")
 	}
 }
@@ -377,8 +377,8 @@ func TestFailureIsReportedAndTriedAgain(t *testing.T) {
 
 // What k8slan itself had reason to change is no repair: a wish, and pods that come and go without its doing.
 func TestARepairIsWhatSomebodyElseMadeNecessary(t *testing.T) {
-	looks := make(chan lanmgr.Look, 1000)
-	n := &node{states: map[string]segment.State{}, watch: func(l lanmgr.Look) { looks <- l }}
+	looks := make(chan lanmgr.Observation, 1000)
+	n := &node{states: map[string]segment.State{}, watch: func(l lanmgr.Observation) { looks <- l }}
 	m, _ := start(t, n)
 	repairs := func() (count int) {
 		for {
@@ -400,16 +400,16 @@ func TestARepairIsWhatSomebodyElseMadeNecessary(t *testing.T) {
 	m.Set([]segment.Segment{lan("a", "1", "x", "y")})
 	await(t, m, "edited", func(rs []lanmgr.Report) bool { return allBuilt(1)(rs) && len(rs[0].Segment.Spokes) == 2 })
 	claim := n.attach("default.a", "x")
-	m.Poke("default.a")
+	m.Enqueue("default.a")
 	await(t, m, "attached", func(rs []lanmgr.Report) bool { return allBuilt(1)(rs) && len(rs[0].Claims) == 1 })
 	n.detach("default.a", claim.ID)
-	m.Poke("default.a")
+	m.Enqueue("default.a")
 	await(t, m, "detached", func(rs []lanmgr.Report) bool { return allBuilt(1)(rs) && len(rs[0].Claims) == 0 })
 	if count := repairs(); count != 0 {
 		t.Errorf("%d repairs where nobody else changed anything", count)
 	}
 	n.change("default.a", func(s *segment.State) { *s = apply(*s, segment.DelLink{Name: segment.PortName("y")}) })
-	m.Poke("default.a")
+	m.Enqueue("default.a")
 	deadline := time.After(20 * time.Second)
 	for {
 		select {
@@ -435,9 +435,9 @@ func TestLookingWithoutACauseChangesNothing(t *testing.T) {
 	n.mu.Lock()
 	n.writes = 0
 	n.mu.Unlock()
-	m.Poke("default.a")
+	m.Enqueue("default.a")
 	<-m.Changed()
-	m.Poke("default.a")
+	m.Enqueue("default.a")
 	<-m.Changed()
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -479,7 +479,7 @@ func TestHalfOfAnAttachIsNoDamage(t *testing.T) {
 	}
 	n.mu.Unlock()
 	for range 5 {
-		m.Poke("default.a")
+		m.Enqueue("default.a")
 		<-m.Changed()
 		if rs := m.Reports(); !allBuilt(1)(rs) {
 			t.Fatalf("reports are %+v", rs)
@@ -494,7 +494,7 @@ func TestAttachmentsAreReportedWhileTheKernelCannotBeRead(t *testing.T) {
 	m.Set([]segment.Segment{lan("a", "1", "x")})
 	await(t, m, "built", allBuilt(1))
 	n.attach("default.a", "x")
-	m.Poke("default.a")
+	m.Enqueue("default.a")
 	await(t, m, "attached", func(rs []lanmgr.Report) bool { return len(rs) == 1 && len(rs[0].Claims) == 1 })
 	n.mu.Lock()
 	n.blind = errors.New("no buffer space available")
@@ -522,11 +522,11 @@ func TestASegmentOfNobodyGoesWithItsLastVM(t *testing.T) {
 	if s := rs[0].Segment; s.Netns != "default.old" || s.VXLAN.VNI != 7 || s.VXLAN.Port != 4789 {
 		t.Errorf("what it occupies is reported as %+v", s)
 	}
-	if perhaps := lan("old", "1", "vm"); m.Gone(perhaps.LAN, perhaps.Netns) {
+	if perhaps := lan("old", "1", "vm"); m.Removed(perhaps.LAN, perhaps.Netns) {
 		t.Error("nobody knows whose it is, but it is said not to be this LAN's")
 	}
 	n.change("default.old", func(s *segment.State) { s.Links[0].Promisc = 0 })
-	m.Poke("default.old")
+	m.Enqueue("default.old")
 	await(t, m, "gone", func([]lanmgr.Report) bool { names, _ := n.List(); return len(names) == 0 })
 }
 
@@ -565,7 +565,7 @@ func TestWhatAVXLANIsToldIsWrittenWithoutALook(t *testing.T) {
 	m.Set([]segment.Segment{told(1, 0)})
 	await(t, m, "built", done(told(1, 0)))
 	n.attach("default.a", "x")
-	m.Poke("default.a")
+	m.Enqueue("default.a")
 	await(t, m, "attached", func(rs []lanmgr.Report) bool { return len(rs[0].Claims) == 1 && rs[0].Built })
 
 	before := looks()

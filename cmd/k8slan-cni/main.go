@@ -33,7 +33,7 @@ func main() {
 		Env:    os.Environ(),
 		Stdout: os.Stdout,
 		// Counting is the least of it: where the daemon is away, it is left out.
-		Tell: func(o report.Outcome) { _ = report.Send(run, o) },
+		Report: func(o report.Outcome) { _ = report.Send(run, o) },
 	})
 	skel.PluginMainFuncs(plugin.Funcs(ctx), cniversion.All, "CNI plugin k8slan "+version)
 }

@@ -64,7 +64,7 @@ func openSpoke(ctx context.Context, host *kernel.Node, ns, spoke string) (s *pac
 	if !ok {
 		return nil, fmt.Errorf("spoke %s is not on this node (no link of that name in /run/k8slan/netns/%s)", spoke, ns)
 	}
-	err = host.Inside(ns, func() (err error) {
+	err = host.InLANNetns(ns, func() (err error) {
 		s, err = packet.Open(carrier.Name)
 		return err
 	})

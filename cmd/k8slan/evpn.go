@@ -79,7 +79,7 @@ func (f *evpnFlags) passwordFiles() (files []string) {
 }
 
 // followPasswords has the fabric speak with other passwords when files have them, until ctx ends.
-func (f *evpnFlags) followPasswords(ctx context.Context, nodeName string, joined *evpn.Fabric, log *slog.Logger) {
+func (f *evpnFlags) followPasswords(ctx context.Context, nodeName string, joined *evpn.Instance, log *slog.Logger) {
 	followFiles(ctx, f.passwordFiles(), log, func() error {
 		e, err := f.evpn(nodeName)
 		if err != nil {

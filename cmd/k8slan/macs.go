@@ -19,7 +19,7 @@ func macsCommand() *cobra.Command {
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			host := kernel.New(kernel.Paths{Run: run})
 			defer host.Close()
-			places, err := host.Places(cmd.Context(), ns)
+			places, err := host.MACs(cmd.Context(), ns)
 			if err != nil {
 				return err
 			}

@@ -37,10 +37,10 @@ func nodeMetrics() *metrics.Metrics {
 		Registered: func() int { return 1 },
 		Reports:    func() []lanmgr.Report { return []lanmgr.Report{{Segment: lab}} },
 		Dropped:    func() map[string]uint64 { return map[string]uint64{"default/lab": 1} },
-		Fabric:     joined{},
+		EVPN:       joined{},
 	})
 	m.Show(v1beta1.LANNodeStatus{})
-	m.Look(lanmgr.Look{Done: []segment.Op{segment.AddBridge{}}, Repair: true})
+	m.Observed(lanmgr.Observation{Done: []segment.Op{segment.AddBridge{}}, Repair: true})
 	m.Registration(nil)
 	m.Registration(errors.New("refused"))
 	m.Collected()

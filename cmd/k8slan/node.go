@@ -149,14 +149,14 @@ func (f *nodeFlags) runNode(ctx context.Context) error {
 	collector := gc.New(f.kubelet, f.self, lans, log)
 	filter := firewall.New("", firewall.TableName, log)
 	sources := metrics.Sources{Reports: lans.Reports, Registered: plugins.Registered, Dropped: filter.Dropped}
-	var joined *evpn.Fabric
+	var joined *evpn.Instance
 	if evpnConfig != nil {
-		evpnConfig.Stations, evpnConfig.Log = host, log
+		evpnConfig.Kernel, evpnConfig.Log = host, log
 		joined = evpn.New(*evpnConfig)
-		sources.Fabric = joined
+		sources.EVPN = joined
 	}
 	m := metrics.New(sources)
-	lans.Watch, collector.Collected = m.Look, m.Collected
+	lans.OnObserve, collector.Collected = m.Observed, m.Collected
 	plugins.Watch(m.Registration)
 	if err := register(m); err != nil {
 		return err
@@ -171,17 +171,17 @@ func (f *nodeFlags) runNode(ctx context.Context) error {
 		VTEPs:     prefixes(f.vteps),
 		Kernel:    host,
 		Manager:   lans,
-		Strangers: filter,
-		Offer: func(spokes []agent.Spoke) {
+		Firewall:  filter,
+		Advertise: func(spokes []agent.Spoke) {
 			plugins.Set(offered(spokes))
-			m.Offer(spokes)
+			m.Advertised(spokes)
 		},
 		Show:   m.Show,
 		Events: mgr.GetEventRecorder("k8slan-node"),
 		Log:    log,
 	}
 	if joined != nil {
-		config.Fabric = joined
+		config.EVPN = joined
 		config.Reflectors = types.NamespacedName{Namespace: f.self.Namespace, Name: f.reflectors}
 	}
 	agent := agent.New(config)

@@ -14,9 +14,9 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"github.com/k8slan/k8slan/crd/v1beta1"
-	"github.com/k8slan/k8slan/lanmgr/kernel"
 	"github.com/k8slan/k8slan/lanmgr/diag/lantest"
 	"github.com/k8slan/k8slan/lanmgr/diag/probe/endpoint"
+	"github.com/k8slan/k8slan/lanmgr/kernel"
 )
 
 func probeCommand() *cobra.Command {
@@ -117,7 +117,7 @@ func stationCommand() *cobra.Command {
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			host := kernel.New(kernel.Paths{Run: run})
 			defer host.Close()
-			return endpoint.Station(cmd.Context(), host, ns, spoke, cmd.InOrStdin(), cmd.OutOrStdout())
+			return endpoint.Run(cmd.Context(), host, ns, spoke, cmd.InOrStdin(), cmd.OutOrStdout())
 		},
 	}
 	cmd.Flags().StringVar(&ns, "ns", "", "`name` of the LAN's network namespace")

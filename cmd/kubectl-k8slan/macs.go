@@ -141,7 +141,7 @@ func (d daemons) tables(ctx context.Context, nodes []v1beta1.LANNode, lan *v1bet
 }
 
 // places asks one node.
-func (d daemons) places(ctx context.Context, node, ns string) ([]overview.Place, error) {
+func (d daemons) places(ctx context.Context, node, ns string) ([]overview.MACEntry, error) {
 	pod, err := d.on(node)
 	if err != nil {
 		return nil, err
@@ -156,14 +156,14 @@ func (d daemons) places(ctx context.Context, node, ns string) ([]overview.Place,
 	return readPlaces(node, stdout.Bytes())
 }
 
-func readPlaces(node string, answer []byte) ([]overview.Place, error) {
-	var have []segment.Place
+func readPlaces(node string, answer []byte) ([]overview.MACEntry, error) {
+	var have []segment.MACEntry
 	if err := json.Unmarshal(answer, &have); err != nil {
 		return nil, fmt.Errorf("read what node %s answers: %w", node, err)
 	}
-	var places []overview.Place
+	var places []overview.MACEntry
 	for _, p := range have {
-		place := overview.Place{MAC: p.MAC, Spoke: p.Spoke, Heard: p.Heard}
+		place := overview.MACEntry{MAC: p.MAC, Spoke: p.Spoke, LastSeen: p.LastSeen}
 		if p.VTEP.IsValid() {
 			place.VTEP = p.VTEP.String()
 		}

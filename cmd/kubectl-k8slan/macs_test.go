@@ -16,15 +16,15 @@ import (
 )
 
 func TestWhatANodeAnswersIsRead(t *testing.T) {
-	answer, err := json.Marshal([]segment.Place{
-		{MAC: "02:00:00:00:00:01", Spoke: "srl", Heard: 3 * time.Second},
+	answer, err := json.Marshal([]segment.MACEntry{
+		{MAC: "02:00:00:00:00:01", Spoke: "srl", LastSeen: 3 * time.Second},
 		{MAC: "02:00:00:00:00:02", VTEP: netip.MustParseAddr("2001:db8::2")},
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := []overview.Place{
-		{MAC: "02:00:00:00:00:01", Spoke: "srl", Heard: 3 * time.Second},
+	want := []overview.MACEntry{
+		{MAC: "02:00:00:00:00:01", Spoke: "srl", LastSeen: 3 * time.Second},
 		{MAC: "02:00:00:00:00:02", VTEP: "2001:db8::2"},
 	}
 	if have, err := readPlaces("worker1", answer); err != nil || !slices.Equal(have, want) {

@@ -204,7 +204,7 @@ func (c cluster) probe(ctx context.Context, out io.Writer, pair [2]end, system s
 	defer cancel()
 	fmt.Fprintf(out, "LAN %s: %s (spoke %s) on %s, %s (spoke %s) on %s\n",
 		pair[0].lan, pair[0].pod, pair[0].spoke, pair[0].node, pair[1].pod, pair[1].spoke, pair[1].node)
-	var stations [2]probe.Station
+	var stations [2]probe.Endpoint
 	for i, e := range pair {
 		d, err := c.daemonOn(ctx, e.node, system)
 		if err != nil {
@@ -219,7 +219,7 @@ func (c cluster) probe(ctx context.Context, out io.Writer, pair [2]end, system s
 		return false, err
 	}
 	well = true
-	for _, course := range []probe.Course{there, back} {
+	for _, course := range []probe.Path{there, back} {
 		ok, sentences := course.Verdict()
 		well = well && ok
 		for _, s := range sentences {
@@ -233,7 +233,7 @@ func (c cluster) probe(ctx context.Context, out io.Writer, pair [2]end, system s
 }
 
 // station starts a probe's station on a node.
-func (d onNode) station(ctx context.Context, e end) (s probe.Station, end func()) {
+func (d onNode) station(ctx context.Context, e end) (s probe.Endpoint, end func()) {
 	ctx, cancel := context.WithCancel(ctx)
 	orders, order := io.Pipe()
 	says, say := io.Pipe()
@@ -247,7 +247,7 @@ func (d onNode) station(ctx context.Context, e end) (s probe.Station, end func()
 		}
 		_, _ = orders.CloseWithError(io.ErrClosedPipe), say.CloseWithError(err)
 	}()
-	return probe.Station{Node: d.node, Orders: order, Says: says}, func() {
+	return probe.Endpoint{Node: d.node, Orders: order, Messages: says}, func() {
 		_ = order.Close()
 		cancel()
 		_, _ = io.Copy(io.Discard, says) // what it says at its end, or the client's library complains

@@ -16,15 +16,15 @@ import (
 // Table is where a node has the MACs of a LAN.
 type Table struct {
 	Node   string
-	Places []Place
+	Places []MACEntry
 }
 
-// Place is where a node has a MAC: on a port of its own, or behind a VTEP.
-type Place struct {
-	MAC   string
-	Spoke string        // by whose port it speaks; empty behind a VTEP
-	VTEP  string        // behind which it is; empty on a port
-	Heard time.Duration // on a port, how long ago it spoke last
+// MACEntry is where a node has a MAC: on a port of its own, or behind a VTEP.
+type MACEntry struct {
+	MAC      string
+	Spoke    string        // by whose port it speaks; empty behind a VTEP
+	VTEP     string        // behind which it is; empty on a port
+	LastSeen time.Duration // on a port, how long ago it spoke last
 }
 
 // MACs are the MACs of one LAN.
@@ -110,7 +110,7 @@ func (m MACs) stations() map[string]*station {
 				s.behind[place.VTEP] = append(s.behind[place.VTEP], t.Node)
 				continue
 			}
-			at := spot{node: t.Node, spoke: place.Spoke, vtep: segment.VTEP, heard: duration.HumanDuration(place.Heard) + " ago"}
+			at := spot{node: t.Node, spoke: place.Spoke, vtep: segment.VTEP, heard: duration.HumanDuration(place.LastSeen) + " ago"}
 			for _, a := range segment.Attachments {
 				if a.Spoke == place.Spoke {
 					at.pod = a.Pod

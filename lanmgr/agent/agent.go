@@ -33,10 +33,10 @@ import (
 // Manager makes the node have segments; lanmgr.Manager is one.
 type Manager interface {
 	Set(want []segment.Segment)
-	Poke(netns string)
+	Enqueue(netns string)
 	Reports() []lanmgr.Report
-	Looked() bool
-	Gone(lan segment.LAN, netns string) bool
+	Observed() bool
+	Removed(lan segment.LAN, netns string) bool
 	Changed() <-chan struct{}
 }
 
@@ -47,20 +47,20 @@ type Kernel interface {
 	Watch(ctx context.Context, poke func(netns string)) error
 }
 
-// Strangers keeps VXLAN packets of others than a LAN's nodes from its pods; strangers.Filter is one.
-type Strangers interface {
+// Firewall keeps VXLAN packets of others than a LAN's nodes from its pods; strangers.Filter is one.
+type Firewall interface {
 	Set(lans []firewall.LAN)
 	Err() error
 	Changed() <-chan struct{}
 }
 
-// Fabric is what the node learns and tells of LANs with discovery evpn; fabric.Fabric is one.
-type Fabric interface {
+// EVPN is what the node learns and tells of LANs with discovery evpn; fabric.Fabric is one.
+type EVPN interface {
 	Run(ctx context.Context) error
 	Set(lans map[string]macvrf.LAN)
 	SetReflectors(ctx context.Context, at []netip.AddrPort) error
 	Fill(s *segment.Segment)
-	Trouble(netns string) evpn.Trouble
+	Problems(netns string) evpn.Problems
 	Sessions() []bgp.Session
 	Changed() <-chan struct{}
 }
@@ -78,13 +78,13 @@ type Config struct {
 	Peers cache.Informers
 	VTEPs []netip.Prefix // ranges in which VTEPs are; empty: anywhere
 
-	Kernel    Kernel
-	Manager   Manager
-	Strangers Strangers
-	Fabric    Fabric // what LANs with discovery evpn are joined to; nil: they wait
+	Kernel   Kernel
+	Manager  Manager
+	Firewall Firewall
+	EVPN     EVPN // what LANs with discovery evpn are joined to; nil: they wait
 	// Reflectors is the Service whose pods the fabric is told as reflectors; the zero name: there is none.
 	Reflectors types.NamespacedName
-	Offer      func([]Spoke)               // the whole set for kubelet, never blocks
+	Advertise  func([]Spoke)               // the whole set for kubelet, never blocks
 	Show       func(v1beta1.LANNodeStatus) // is shown what the LANNode is to say; nil: nobody is
 	Events     events.EventRecorder
 	Log        *slog.Logger
@@ -149,9 +149,9 @@ func (a *Agent) Run(ctx context.Context) error {
 	tasks.Go(func() { a.publisher.run(ctx) })
 	tasks.Go(func() { a.watchPeers(ctx) })
 	var learnt <-chan struct{} // never, without a fabric
-	if a.Fabric != nil {
+	if a.EVPN != nil {
 		tasks.Go(func() { a.joinFabric(ctx) })
-		learnt = a.Fabric.Changed()
+		learnt = a.EVPN.Changed()
 	}
 	signal(a.inputs)
 
@@ -163,7 +163,7 @@ func (a *Agent) Run(ctx context.Context) error {
 			return nil
 		case <-a.inputs:
 		case <-retry.timer.C:
-		case <-a.Strangers.Changed():
+		case <-a.Firewall.Changed():
 		case <-a.Manager.Changed():
 			if a.demand() {
 				a.want()
@@ -212,7 +212,7 @@ func (a *Agent) plan(ctx context.Context) error {
 	}
 	a.here = Node{
 		Name: a.Node, Labels: self.Labels, Addresses: internalIPs(&self), Underlays: *underlays, VTEPs: a.VTEPs,
-		EVPN: a.Fabric != nil,
+		EVPN: a.EVPN != nil,
 	}
 	if err := a.setReflectors(ctx); err != nil {
 		return err
@@ -246,12 +246,12 @@ func (a *Agent) want() (changed bool) {
 	if !a.planned {
 		return false
 	}
-	if a.Fabric != nil {
+	if a.EVPN != nil {
 		before := a.sessions
-		a.sessions = sessionsOf(a.Fabric.Sessions())
+		a.sessions = sessionsOf(a.EVPN.Sessions())
 		changed = !slices.Equal(before, a.sessions)
 	}
-	unfiltered := a.Strangers.Err()
+	unfiltered := a.Firewall.Err()
 	segments, asking := make([]segment.Segment, len(a.plans)), make(map[types.UID]bool)
 	for i := range a.plans {
 		p := &a.plans[i]
@@ -266,9 +266,9 @@ func (a *Agent) want() (changed bool) {
 		switch {
 		case p.Unicast:
 			segments[i].Remotes = a.peers.remotes(types.UID(p.Segment.LAN.UID), p.VTEP)
-		case p.EVPN && a.Fabric != nil:
-			a.Fabric.Fill(&segments[i])
-			changed = p.trouble(a.Fabric.Trouble(p.Segment.Netns)) || changed
+		case p.EVPN && a.EVPN != nil:
+			a.EVPN.Fill(&segments[i])
+			changed = p.trouble(a.EVPN.Problems(p.Segment.Netns)) || changed
 		}
 	}
 	a.peers.only(asking)
@@ -290,7 +290,7 @@ func internalIPs(node *corev1.Node) []netip.Addr {
 
 // filter says who is heard in which LAN.
 func (a *Agent) filter() {
-	a.Strangers.Set(Filtered(a.plans, a.now(), a.peers.membersOf))
+	a.Firewall.Set(Filtered(a.plans, a.now(), a.peers.membersOf))
 }
 
 // begin is what has to be before the first plan. The LANNode has to exist: the controller takes a Node without one for a node
@@ -309,7 +309,7 @@ func (a *Agent) begin(ctx context.Context, self *corev1.Node) error {
 
 // now is what the node has, by netns, as far as it is known.
 func (a *Agent) now() map[string]segment.Segment {
-	if a.Manager.Looked() {
+	if a.Manager.Observed() {
 		a.records = nil
 	}
 	now := make(map[string]segment.Segment)
@@ -361,14 +361,14 @@ func (a *Agent) report() {
 	gone := a.gone()
 	reports := a.Manager.Reports()
 	a.filter() // what was leaving may be gone
-	if a.Fabric != nil {
-		a.Fabric.Set(evpnLANs(a.plans, reports))
+	if a.EVPN != nil {
+		a.EVPN.Set(evpnLANs(a.plans, reports))
 	}
-	if offers := Offers(a.plans, reports); a.offered == nil || !slices.Equal(offers, a.offered) {
+	if offers := Advertised(a.plans, reports); a.offered == nil || !slices.Equal(offers, a.offered) {
 		a.offered = offers
-		a.Offer(offers)
+		a.Advertise(offers)
 	}
-	if a.Manager.Looked() { // before, attachments would seem to be gone
+	if a.Manager.Observed() { // before, attachments would seem to be gone
 		status := Status(a.plans, reports, underlays, gone, a.Version)
 		status.Sessions = a.sessions
 		a.publisher.set(status)
@@ -391,7 +391,7 @@ func (a *Agent) gone() []v1beta1.GoneLAN {
 	var gone []v1beta1.GoneLAN
 	for _, lan := range a.lans {
 		key := segment.LAN{Namespace: lan.Namespace, Name: lan.Name, UID: string(lan.UID)}
-		if !lan.DeletionTimestamp.IsZero() && a.Manager.Gone(key, lan.Effective().NS) {
+		if !lan.DeletionTimestamp.IsZero() && a.Manager.Removed(key, lan.Effective().NS) {
 			gone = append(gone, v1beta1.GoneLAN{LAN: key.String(), UID: lan.UID, Generation: lan.Generation})
 		}
 	}
@@ -452,7 +452,7 @@ func (a *Agent) watchKernel(ctx context.Context) {
 			if netns == "" {
 				signal(a.host)
 			} else {
-				a.Manager.Poke(netns)
+				a.Manager.Enqueue(netns)
 			}
 		})
 		if ctx.Err() != nil {

@@ -124,20 +124,20 @@ func (m *fakeManager) change(f func()) {
 	m.work()
 }
 
-func (m *fakeManager) Poke(netns string) {
+func (m *fakeManager) Enqueue(netns string) {
 	m.mu.Lock()
 	m.pokes = append(m.pokes, netns)
 	m.mu.Unlock()
 	m.note()
 }
 
-func (m *fakeManager) Looked() bool {
+func (m *fakeManager) Observed() bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return !m.blind && m.sets > 0 // before the first Set a manager does nothing
 }
 
-func (m *fakeManager) Gone(lan segment.LAN, netns string) bool {
+func (m *fakeManager) Removed(lan segment.LAN, netns string) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return !m.hold && !slices.ContainsFunc(m.reports, func(r lanmgr.Report) bool { return r.Segment.Netns == netns && r.Segment.LAN == lan })
@@ -295,7 +295,7 @@ type world struct {
 	agent   *agent.Agent
 	filter  *fakeFilter
 	events  *events.FakeRecorder
-	fabric  agent.Fabric // nil: none
+	fabric  agent.EVPN // nil: none
 
 	reflectors types.NamespacedName
 
@@ -373,8 +373,8 @@ func (w *world) start() (stop func()) {
 		Node: "worker1", Version: "v1.2.3",
 		Informers: &fakeInformers{api: w.api, done: done}, Client: w.api, Live: w.api,
 		Peers:  &fakeInformers{api: w.api, done: done},
-		Kernel: w.kernel, Manager: w.manager, Strangers: w.filter, Events: w.events, Fabric: w.fabric, Reflectors: w.reflectors,
-		Offer: func(offers []agent.Spoke) {
+		Kernel: w.kernel, Manager: w.manager, Firewall: w.filter, Events: w.events, EVPN: w.fabric, Reflectors: w.reflectors,
+		Advertise: func(offers []agent.Spoke) {
 			w.mu.Lock()
 			w.offers = append(w.offers, offers)
 			w.mu.Unlock()

@@ -22,7 +22,7 @@ func (a *Agent) joinFabric(ctx context.Context) {
 	retry := newRetry()
 	defer retry.stop()
 	for {
-		err := a.Fabric.Run(ctx)
+		err := a.EVPN.Run(ctx)
 		if ctx.Err() != nil {
 			if err != nil {
 				a.Log.Error("cannot leave BGP in order", "err", err)
@@ -107,7 +107,7 @@ func targets(texts []string) (targets []macvrf.Target) {
 }
 
 // trouble makes what the fabric tells the plan's problem, where it has none of its own, and says whether it is another since.
-func (p *Plan) trouble(t evpn.Trouble) bool {
+func (p *Plan) trouble(t evpn.Problems) bool {
 	switch p.Problem.Reason {
 	case "", v1beta1.ReasonBGPDown, v1beta1.ReasonMACTwice, v1beta1.ReasonRoutesWithheld, v1beta1.ReasonRoutesRefused:
 	default:
@@ -118,7 +118,7 @@ func (p *Plan) trouble(t evpn.Trouble) bool {
 	return p.Problem != before
 }
 
-func sessionProblem(t evpn.Trouble) Problem {
+func sessionProblem(t evpn.Problems) Problem {
 	switch {
 	case t.Alone:
 		return Problem{v1beta1.ReasonBGPDown, "no BGP session is up, for there is nobody to speak with: no other node is reached. Have k8slan's chart run reflectors (evpn.reflectors.replicas), or name routers there (evpn.peers)", false}
@@ -133,7 +133,7 @@ func sessionProblem(t evpn.Trouble) Problem {
 		"no BGP session is up, to %s: what is new on other nodes is not reached, what was told before stays", strings.Join(peers, ", ")), false}
 }
 
-func duplicateProblem(t evpn.Trouble) Problem {
+func duplicateProblem(t evpn.Problems) Problem {
 	if len(t.Duplicates) == 0 {
 		return Problem{}
 	}
@@ -141,7 +141,7 @@ func duplicateProblem(t evpn.Trouble) Problem {
 		"%s speaks on this node and on another%s: each node keeps its own. Change one of them", t.Duplicates[0], besides(len(t.Duplicates), "MAC")), false}
 }
 
-func withheldProblem(t evpn.Trouble) Problem {
+func withheldProblem(t evpn.Problems) Problem {
 	if len(t.Withheld) == 0 {
 		return Problem{}
 	}
@@ -154,7 +154,7 @@ func withheldProblem(t evpn.Trouble) Problem {
 		strings.Join(peers, ", ")), false}
 }
 
-func refusalProblem(t evpn.Trouble) Problem {
+func refusalProblem(t evpn.Problems) Problem {
 	if t.Refusals == 0 {
 		return Problem{}
 	}

@@ -22,26 +22,26 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
-// fakeFabric is other routers that tell of every LAN the same.
-type fakeFabric struct {
+// fakeEVPN is other routers that tell of every LAN the same.
+type fakeEVPN struct {
 	*board
 	changed chan struct{}
 
 	mu      sync.Mutex
 	lans    map[string]macvrf.LAN
 	told    segment.Segment
-	trouble evpn.Trouble
+	trouble evpn.Problems
 	peers   []bgp.Session
 	at      []netip.AddrPort
 }
 
-func (f *fakeFabric) Sessions() []bgp.Session {
+func (f *fakeEVPN) Sessions() []bgp.Session {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return f.peers
 }
 
-func (f *fakeFabric) SetReflectors(_ context.Context, at []netip.AddrPort) error {
+func (f *fakeEVPN) SetReflectors(_ context.Context, at []netip.AddrPort) error {
 	defer f.note()
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -50,7 +50,7 @@ func (f *fakeFabric) SetReflectors(_ context.Context, at []netip.AddrPort) error
 }
 
 // speaksWith says whether these are the reflectors that the fabric was told.
-func (f *fakeFabric) speaksWith(want ...string) func() bool {
+func (f *fakeEVPN) speaksWith(want ...string) func() bool {
 	return func() bool {
 		f.mu.Lock()
 		defer f.mu.Unlock()
@@ -62,33 +62,33 @@ func (f *fakeFabric) speaksWith(want ...string) func() bool {
 	}
 }
 
-func (f *fakeFabric) Trouble(string) evpn.Trouble {
+func (f *fakeEVPN) Problems(string) evpn.Problems {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return f.trouble
 }
 
 // tells has the fabric tell something else.
-func (f *fakeFabric) tells(change func()) {
+func (f *fakeEVPN) tells(change func()) {
 	f.mu.Lock()
 	change()
 	f.mu.Unlock()
 	f.changed <- struct{}{}
 }
 
-func (f *fakeFabric) Run(ctx context.Context) error {
+func (f *fakeEVPN) Run(ctx context.Context) error {
 	<-ctx.Done()
 	return nil
 }
 
-func (f *fakeFabric) Set(lans map[string]macvrf.LAN) {
+func (f *fakeEVPN) Set(lans map[string]macvrf.LAN) {
 	defer f.note()
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.lans = lans
 }
 
-func (f *fakeFabric) has(want map[string]macvrf.LAN) func() bool {
+func (f *fakeEVPN) has(want map[string]macvrf.LAN) func() bool {
 	return func() bool {
 		f.mu.Lock()
 		defer f.mu.Unlock()
@@ -96,13 +96,13 @@ func (f *fakeFabric) has(want map[string]macvrf.LAN) func() bool {
 	}
 }
 
-func (f *fakeFabric) Fill(s *segment.Segment) {
+func (f *fakeEVPN) Fill(s *segment.Segment) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	s.Remotes, s.FDB, s.Partial = f.told.Remotes, f.told.FDB, f.told.Partial
 }
 
-func (f *fakeFabric) Changed() <-chan struct{} { return f.changed }
+func (f *fakeEVPN) Changed() <-chan struct{} { return f.changed }
 
 // A LAN with discovery evpn is joined to the fabric, with its pods' MACs; what the fabric tells becomes part of its segment, and of no
 // other.
@@ -115,7 +115,7 @@ func TestAnEVPNLANIsJoinedToTheFabric(t *testing.T) {
 	vtep := netip.MustParseAddr("192.0.2.1")
 	device.Addresses = []netip.Addr{vtep}
 	w.kernel.underlays.Devices["eth0"] = device
-	f := &fakeFabric{board: w.board, changed: make(chan struct{}, 1)}
+	f := &fakeEVPN{board: w.board, changed: make(chan struct{}, 1)}
 	w.fabric = f
 	stop := w.start()
 	defer stop()
@@ -150,19 +150,19 @@ func TestAnEVPNLANIsJoinedToTheFabric(t *testing.T) {
 		f.trouble.Down = []bgp.Session{{Peer: bgp.Peer{Address: remote, AS: 65000}, Why: "no TCP connection"}}
 	})
 	w.awaitStatus("a session that is down", degraded(v1beta1.ReasonBGPDown, "192.0.2.2:179 of AS 65000 (no TCP connection)"))
-	f.tells(func() { f.trouble = evpn.Trouble{Alone: true} })
+	f.tells(func() { f.trouble = evpn.Problems{Alone: true} })
 	w.awaitStatus("nobody to speak with", degraded(v1beta1.ReasonBGPDown, "evpn.reflectors.replicas"))
-	f.tells(func() { f.trouble = evpn.Trouble{Duplicates: []macvrf.MAC{{2, 1}, {2, 2}}} })
+	f.tells(func() { f.trouble = evpn.Problems{Duplicates: []macvrf.MAC{{2, 1}, {2, 2}}} })
 	w.awaitStatus("MACs on two nodes", degraded(v1beta1.ReasonMACTwice, "02:01:00:00:00:00 speaks on this node and on another, and 1 other MAC"))
 	f.tells(func() {
-		f.trouble = evpn.Trouble{Refused: macvrf.Refusal{Route: macvrf.Route{Key: macvrf.Key{Kind: macvrf.Multicast}, VTEP: remote}, Reason: macvrf.OtherVNI}, Refusals: 1}
+		f.trouble = evpn.Problems{Refused: macvrf.Refusal{Route: macvrf.Route{Key: macvrf.Key{Kind: macvrf.Multicast}, VTEP: remote}, Reason: macvrf.OtherVNI}, Refusals: 1}
 	})
 	w.awaitStatus("a route that is refused", degraded(v1beta1.ReasonRoutesRefused, "from VTEP 192.0.2.2 is not used: it bears another VNI"))
 	f.tells(func() { f.trouble.Refusals++ })
 	w.awaitStatus("several such routes", degraded(v1beta1.ReasonRoutesRefused, "bears another VNI than the LAN; nor are others"))
-	f.tells(func() { f.trouble = evpn.Trouble{Withheld: []bgp.Peer{{Address: remote, AS: 65000}}} })
+	f.tells(func() { f.trouble = evpn.Problems{Withheld: []bgp.Peer{{Address: remote, AS: 65000}}} })
 	w.awaitStatus("a peer that is told nothing", degraded(v1beta1.ReasonRoutesWithheld, "192.0.2.2:179 of AS 65000: told nothing of the LAN"))
-	f.tells(func() { f.trouble = evpn.Trouble{} })
+	f.tells(func() { f.trouble = evpn.Problems{} })
 	w.awaitStatus("all well", ready)
 
 	// Of several sessions one that is down is no LAN's problem, and told all the same.
@@ -219,7 +219,7 @@ func TestReflectorsAreThePodsOfTheirService(t *testing.T) {
 		slice("k8slan-system", "reflectors", "one", 1790, "10.244.2.5", "10.244.1.7"),
 		slice("k8slan-system", "others", "two", 1790, "10.244.1.8"),
 		slice("default", "reflectors", "three", 1790, "10.244.1.9"))
-	f := &fakeFabric{board: w.board, changed: make(chan struct{}, 1)}
+	f := &fakeEVPN{board: w.board, changed: make(chan struct{}, 1)}
 	w.fabric, w.reflectors = f, types.NamespacedName{Namespace: "k8slan-system", Name: "reflectors"}
 	stop := w.start()
 	defer stop()
@@ -253,7 +253,7 @@ func TestTwoEVPNLANsWithOneVNIAreNotMixed(t *testing.T) {
 	vtep := netip.MustParseAddr("192.0.2.1")
 	device.Addresses = []netip.Addr{vtep}
 	w.kernel.underlays.Devices["eth0"] = device
-	f := &fakeFabric{board: w.board, changed: make(chan struct{}, 1)}
+	f := &fakeEVPN{board: w.board, changed: make(chan struct{}, 1)}
 	w.fabric = f
 	w.start()
 	w.await(t, "the older LAN to be joined", f.has(map[string]macvrf.LAN{"default.lab": {VNI: 222, VTEP: vtep}}))

@@ -23,9 +23,9 @@ type Spoke struct {
 	Healthy bool // a pod may have it now
 }
 
-// Offers are the spokes to offer to kubelet, sorted. A spoke is offered from when its segment was first worked on, so
+// Advertised are the spokes to offer to kubelet, sorted. A spoke is offered from when its segment was first worked on, so
 // that kubelet isn't told twice, and is healthy while the segment stands as planned.
-func Offers(plans []Plan, reports []lanmgr.Report) []Spoke {
+func Advertised(plans []Plan, reports []lanmgr.Report) []Spoke {
 	byNetns := index(reports)
 	byName := make(map[string]Spoke)
 	for _, p := range plans {

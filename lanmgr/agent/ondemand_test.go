@@ -33,7 +33,7 @@ func (m *fakeManager) finds(s segment.Segment, claims ...segment.Claim) {
 }
 
 // onDemandWorld has an underlay device with the LAN's address.
-func onDemandWorld(t *testing.T, f *fakeFabric) *world {
+func onDemandWorld(t *testing.T, f *fakeEVPN) *world {
 	w := newWorld(t)
 	device := w.kernel.underlays.Devices["eth0"]
 	device.Addresses = []netip.Addr{made().VXLAN.Local}
@@ -49,7 +49,7 @@ func onDemandWorld(t *testing.T, f *fakeFabric) *world {
 
 // What the plugin has made for a VNI is kept, joined to EVPN and reported as long as a pod is on it, and offered to nobody.
 func TestALANThatNoObjectWantsStaysWithItsPods(t *testing.T) {
-	f := &fakeFabric{told: segment.Segment{Remotes: []netip.Addr{netip.MustParseAddr("192.0.2.2")}}}
+	f := &fakeEVPN{told: segment.Segment{Remotes: []netip.Addr{netip.MustParseAddr("192.0.2.2")}}}
 	w := onDemandWorld(t, f)
 	pod := claim(segment.SpokeOnDemand(segment.ClaimID("r1", "net1")), "r1")
 	w.manager.finds(made(), pod)
@@ -75,7 +75,7 @@ func TestALANThatNoObjectWantsStaysWithItsPods(t *testing.T) {
 
 // It is never told to be leaving while somebody is on it, though the manager takes what it finds for that until it hears otherwise.
 func TestALANThatIsFoundIsNotLeaving(t *testing.T) {
-	w := onDemandWorld(t, &fakeFabric{})
+	w := onDemandWorld(t, &fakeEVPN{})
 	w.manager.change(func() { w.manager.hold = true })
 	w.manager.finds(made(), claim(segment.SpokeOnDemand(segment.ClaimID("r1", "net1")), "r1"))
 	lanNode := w.awaitStatus("the LAN", func(s v1beta1.LANNodeStatus) bool { return len(s.Segments) == 1 })
@@ -130,7 +130,7 @@ func TestAVNIOfALANThatIsNotHereIsNotJoined(t *testing.T) {
 	device := w.kernel.underlays.Devices["eth0"]
 	device.Addresses = []netip.Addr{made().VXLAN.Local}
 	w.kernel.underlays.Devices["eth0"] = device
-	f := &fakeFabric{board: w.board, changed: make(chan struct{}, 1)}
+	f := &fakeEVPN{board: w.board, changed: make(chan struct{}, 1)}
 	w.fabric = f
 	w.start()
 	w.manager.finds(made(), claim(segment.SpokeOnDemand(segment.ClaimID("r1", "net1")), "r1"))

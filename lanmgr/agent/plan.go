@@ -252,8 +252,8 @@ type overhead struct {
 }
 
 var (
-	overhead4 = overhead{least: 50, reserve: segment.Reserve4}
-	overhead6 = overhead{least: 70, reserve: segment.Reserve6}
+	overhead4 = overhead{least: 50, reserve: segment.Overhead4}
+	overhead6 = overhead{least: 70, reserve: segment.Overhead6}
 )
 
 func firstProblem(problems ...Problem) Problem {

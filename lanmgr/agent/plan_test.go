@@ -316,7 +316,7 @@ func TestAnEditOfTheVXLANLeavesSpokesOnOffer(t *testing.T) {
 	} {
 		report := lanmgr.Report{Segment: plan.Segment, Built: true}
 		c.built(&report.Segment.VXLAN)
-		for _, spoke := range agent.Offers([]agent.Plan{plan}, []lanmgr.Report{report}) {
+		for _, spoke := range agent.Advertised([]agent.Plan{plan}, []lanmgr.Report{report}) {
 			if spoke.Healthy != c.healthy {
 				t.Errorf("built with %s, spoke %s is healthy: %t", name, spoke.Name, spoke.Healthy)
 			}
@@ -393,7 +393,7 @@ func TestAPoolIsOfferedWithThePortsThatStand(t *testing.T) {
 	report := lanmgr.Report{Segment: before.Segment, Built: true}
 	for size, want := range map[int32]int{11: 11, 12: 11, 3: 3} {
 		plan, _ := agent.NewPlan(pooled(func(l *v1beta1.LAN) { l.Spec.SpokePools[0].Size = size }), worker1(), segment.Segment{})
-		got := agent.Offers([]agent.Plan{plan}, []lanmgr.Report{report})
+		got := agent.Advertised([]agent.Plan{plan}, []lanmgr.Report{report})
 		if !slices.Equal(got, []agent.Spoke{{Name: "db", Ports: 2, Healthy: true}, {Name: "srl", Healthy: true}, {Name: "web", Ports: want, Healthy: true}}) {
 			t.Errorf("of %d ports wanted and 11 built %v are offered", size, got)
 		}

@@ -12,7 +12,7 @@ import (
 
 // setReflectors tells the fabric where the reflectors are. While the API server is away, they are where they were.
 func (a *Agent) setReflectors(ctx context.Context) error {
-	if a.Fabric == nil || a.Reflectors.Name == "" {
+	if a.EVPN == nil || a.Reflectors.Name == "" {
 		return nil
 	}
 	var parts discoveryv1.EndpointSliceList
@@ -20,7 +20,7 @@ func (a *Agent) setReflectors(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("list the EndpointSlices of Service %s: %w", a.Reflectors, err)
 	}
-	if err := a.Fabric.SetReflectors(ctx, evpn.Endpoints(parts.Items)); err != nil {
+	if err := a.EVPN.SetReflectors(ctx, evpn.Endpoints(parts.Items)); err != nil {
 		a.Log.Error("cannot speak with every reflector, trying again when one changes", "service", a.Reflectors, "err", err)
 	}
 	return nil

@@ -11,7 +11,7 @@ import (
 )
 
 // hearAddresses hears in each LAN with somebody attached here who has which address, until ctx ends.
-func (f *Fabric) hearAddresses(ctx context.Context) {
+func (f *Instance) hearAddresses(ctx context.Context) {
 	var watches sync.WaitGroup
 	defer watches.Wait()
 	stops := map[string]context.CancelFunc{}
@@ -43,7 +43,7 @@ func (f *Fabric) hearAddresses(ctx context.Context) {
 	}
 }
 
-func (f *Fabric) withClaims() map[string]bool {
+func (f *Instance) withClaims() map[string]bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	claimed := map[string]bool{}
@@ -58,15 +58,15 @@ func (f *Fabric) withClaims() map[string]bool {
 // addressRest is how long it takes to try again to hear a LAN.
 const addressRest = 10 * time.Second
 
-func (f *Fabric) hearLAN(ctx context.Context, netns string) {
+func (f *Instance) hearLAN(ctx context.Context, netns string) {
 	rest := time.NewTimer(addressRest)
 	defer rest.Stop()
-	tell := kernel.Addresses{
-		Shown: func(mac [6]byte, ip netip.Addr) { f.shown(netns, mac, ip) },
-		Anew:  func() { f.listAnew(netns) },
+	tell := kernel.Bindings{
+		Bound:     func(mac [6]byte, ip netip.Addr) { f.shown(netns, mac, ip) },
+		Recreated: func() { f.listAnew(netns) },
 	}
 	for said := false; ; said = true {
-		err := f.Stations.WatchAddresses(ctx, netns, tell)
+		err := f.Kernel.WatchBindings(ctx, netns, tell)
 		if ctx.Err() != nil {
 			return
 		}
@@ -83,14 +83,14 @@ func (f *Fabric) hearLAN(ctx context.Context, netns string) {
 }
 
 // shown takes in that a station has an address; most are known.
-func (f *Fabric) shown(netns string, mac [6]byte, ip netip.Addr) {
+func (f *Instance) shown(netns string, mac [6]byte, ip netip.Addr) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	vni, ok := f.vnis[netns]
 	if !ok {
 		return
 	}
-	told, full := f.table.Show(time.Now(), vni, mac, ip)
+	told, full := f.table.Bind(time.Now(), vni, mac, ip)
 	if full && !f.full[netns] {
 		f.full[netns] = true
 		f.Log.Warn("a station shows more addresses than are told of one MAC or LAN: others find the rest by flooding", "netns", netns, "mac", macvrf.MAC(mac), "address", ip)

@@ -18,12 +18,12 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
-// Stations tells of who is on the ports of LANs' bridges; kernel.Node does.
-type Stations interface {
-	WatchStations(ctx context.Context, tell kernel.Stations) error
-	Stations(netns string) ([][6]byte, error)
-	// WatchAddresses tells which addresses stations on the LAN's ports show that they have.
-	WatchAddresses(ctx context.Context, netns string, tell kernel.Addresses) error
+// Kernel tells of who is on the ports of LANs' bridges; kernel.Node does.
+type Kernel interface {
+	WatchFDB(ctx context.Context, tell kernel.FDBEvents) error
+	LocalMACs(netns string) ([][6]byte, error)
+	// WatchBindings tells which addresses stations on the LAN's ports show that they have.
+	WatchBindings(ctx context.Context, netns string, tell kernel.Bindings) error
 }
 
 // Config is what a fabric works with.
@@ -33,13 +33,13 @@ type Config struct {
 	Peers    []bgp.Peer // besides the cluster's own reflectors
 	// ReflectorPassword is that of the sessions with those; empty: none.
 	ReflectorPassword string
-	Stations          Stations
+	Kernel            Kernel
 	Leaves            bool // its end is no restart: the others forget its routes at once
 	Log               *slog.Logger
 }
 
-// Fabric is one node's part in EVPN.
-type Fabric struct {
+// Instance is one node's part in EVPN.
+type Instance struct {
 	Config
 	speaker *bgp.Speaker
 	changed chan struct{}
@@ -72,19 +72,19 @@ type leaving struct {
 const farewell = 5 * time.Second
 
 // New returns a fabric that hears and tells nothing until Run.
-func New(c Config) *Fabric {
-	f := &Fabric{
+func New(c Config) *Instance {
+	f := &Instance{
 		Config: c, changed: make(chan struct{}, 1), claimed: make(chan struct{}, 1), peers: c.Peers,
 		table: macvrf.New(c.AS, c.RouterID), vnis: map[string]uint32{}, partial: true, full: map[string]bool{}, crowded: map[string]bool{},
 	}
 	f.timer = time.AfterFunc(farewell, func() { f.after(func(time.Time) {}) })
 	f.timer.Stop()
-	f.speaker = bgp.NewSpeaker(bgp.Config{AS: c.AS, RouterID: c.RouterID, Hear: f.hear, Leaves: c.Leaves, Log: c.Log})
+	f.speaker = bgp.NewSpeaker(bgp.Config{AS: c.AS, RouterID: c.RouterID, OnUpdate: f.hear, Leaves: c.Leaves, Log: c.Log})
 	return f
 }
 
 // Run speaks with the peers and hears the bridges until ctx ends, or one of both fails.
-func (f *Fabric) Run(ctx context.Context) error {
+func (f *Instance) Run(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	var tasks sync.WaitGroup
@@ -95,7 +95,7 @@ func (f *Fabric) Run(ctx context.Context) error {
 	})
 	tasks.Go(func() {
 		defer cancel()
-		errs[1] = f.Stations.WatchStations(ctx, kernel.Stations{Seen: f.seen, Left: f.left, Missed: f.list})
+		errs[1] = f.Kernel.WatchFDB(ctx, kernel.FDBEvents{Learned: f.seen, Removed: f.left, Overflow: f.list})
 	})
 	tasks.Go(func() { f.hearAddresses(ctx) })
 	f.mu.Lock()
@@ -111,7 +111,7 @@ func (f *Fabric) Run(ctx context.Context) error {
 
 // SetReflectors says where the cluster's reflectors are; it replaces what was said before. What one has told that is gone stays until the
 // others have told it or taken it back, or bgp.Kept has gone by.
-func (f *Fabric) SetReflectors(ctx context.Context, at []netip.AddrPort) error {
+func (f *Instance) SetReflectors(ctx context.Context, at []netip.AddrPort) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.reflectors = at
@@ -120,14 +120,14 @@ func (f *Fabric) SetReflectors(ctx context.Context, at []netip.AddrPort) error {
 
 // SetPeers says whom to speak with besides those, and the password of the sessions with them; it replaces what was said before. Where a
 // session stands, another password counts once it has ended.
-func (f *Fabric) SetPeers(ctx context.Context, peers []bgp.Peer, reflectorPassword string) error {
+func (f *Instance) SetPeers(ctx context.Context, peers []bgp.Peer, reflectorPassword string) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.Peers, f.ReflectorPassword = peers, reflectorPassword
 	return f.setPeers(ctx)
 }
 
-func (f *Fabric) setPeers(ctx context.Context) error {
+func (f *Instance) setPeers(ctx context.Context) error {
 	peers := slices.Clone(f.Peers)
 	for _, a := range f.reflectors {
 		peers = append(peers, bgp.Peer{Address: a.Addr(), Port: a.Port(), AS: f.AS, Password: f.ReflectorPassword, IPv6VTEPs: true})
@@ -143,14 +143,14 @@ func (f *Fabric) setPeers(ctx context.Context) error {
 }
 
 // Changed has a value whenever Fill may fill in something else.
-func (f *Fabric) Changed() <-chan struct{} { return f.changed }
+func (f *Instance) Changed() <-chan struct{} { return f.changed }
 
 // Sessions is how it stands with each peer.
-func (f *Fabric) Sessions() []bgp.Session { return f.speaker.Sessions() }
+func (f *Instance) Sessions() []bgp.Session { return f.speaker.Sessions() }
 
 // Set says which LANs the node takes part in, by the names of their network namespaces; it replaces what was said before. Of one that is
 // new, the MACs on its ports are asked for: their events were before.
-func (f *Fabric) Set(lans map[string]macvrf.LAN) {
+func (f *Instance) Set(lans map[string]macvrf.LAN) {
 	f.mu.Lock()
 	same := maps.EqualFunc(lans, f.lans, macvrf.LAN.Equal)
 	f.lans = lans
@@ -164,7 +164,7 @@ func (f *Fabric) Set(lans map[string]macvrf.LAN) {
 		for netns, lan := range lans {
 			list, vnis[netns] = append(list, lan), lan.VNI
 		}
-		told := f.table.Own()
+		told := f.table.Advertised()
 		f.table.Set(now, list)
 		f.leave(now, slices.DeleteFunc(told, func(r macvrf.Route) bool {
 			return slices.ContainsFunc(list, func(l macvrf.LAN) bool { return l.VNI == r.VNI })
@@ -183,7 +183,7 @@ func (f *Fabric) Set(lans map[string]macvrf.LAN) {
 }
 
 // leave has routes told for some time yet.
-func (f *Fabric) leave(now time.Time, routes []macvrf.Route) {
+func (f *Instance) leave(now time.Time, routes []macvrf.Route) {
 	if len(routes) > 0 {
 		f.leaving = append(f.leaving, leaving{routes, now.Add(farewell)})
 		f.timer.Reset(farewell)
@@ -191,16 +191,16 @@ func (f *Fabric) leave(now time.Time, routes []macvrf.Route) {
 }
 
 // own are the routes to tell. What is leaving comes first: a LAN may be back.
-func (f *Fabric) own(now time.Time) (routes []macvrf.Route) {
+func (f *Instance) own(now time.Time) (routes []macvrf.Route) {
 	f.leaving = slices.DeleteFunc(f.leaving, func(l leaving) bool { return !l.until.After(now) })
 	for _, l := range f.leaving {
 		routes = append(routes, l.routes...)
 	}
-	return append(routes, f.table.Own()...)
+	return append(routes, f.table.Advertised()...)
 }
 
 // Fill writes into a segment what others have told of its LAN; what is not known stays as it is.
-func (f *Fabric) Fill(s *segment.Segment) {
+func (f *Instance) Fill(s *segment.Segment) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if remotes, fdb, ok := f.table.View(s.VXLAN.VNI); ok && f.vnis[s.Netns] == s.VXLAN.VNI {
@@ -208,8 +208,8 @@ func (f *Fabric) Fill(s *segment.Segment) {
 	}
 }
 
-// Trouble is what keeps a LAN from being whole.
-type Trouble struct {
+// Problems is what keeps a LAN from being whole.
+type Problems struct {
 	Alone      bool           // there is nobody to speak with
 	Down       []bgp.Session  // all there are, where none is up
 	Duplicates []macvrf.MAC   // are on this node and on another
@@ -218,8 +218,8 @@ type Trouble struct {
 	Refusals   int            // is how many these are
 }
 
-// Trouble is that of a LAN, by the name of its network namespace.
-func (f *Fabric) Trouble(netns string) (t Trouble) {
+// Problemss is that of a LAN, by the name of its network namespace.
+func (f *Instance) Problems(netns string) (t Problems) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	t.Alone = len(f.peers) == 0
@@ -241,7 +241,7 @@ func (f *Fabric) Trouble(netns string) (t Trouble) {
 }
 
 // Count is how much there is of a LAN, by the name of its network namespace; ok is false if the node takes no part in it.
-func (f *Fabric) Count(netns string) (c macvrf.Count, ok bool) {
+func (f *Instance) Count(netns string) (c macvrf.Count, ok bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	vni, ok := f.vnis[netns]
@@ -252,13 +252,13 @@ func (f *Fabric) Count(netns string) (c macvrf.Count, ok bool) {
 }
 
 // hear takes in what other routers tell.
-func (f *Fabric) hear(h bgp.Heard) {
+func (f *Instance) hear(h bgp.Update) {
 	f.after(func(now time.Time) {
 		for _, r := range h.Routes {
-			f.table.Learn(now, r)
+			f.table.Import(now, r)
 		}
-		for _, k := range h.Gone {
-			f.table.Forget(now, k)
+		for _, k := range h.Withdrawn {
+			f.table.Withdraw(now, k)
 		}
 		f.partial = h.Partial
 		if h.Sessions != nil {
@@ -268,7 +268,7 @@ func (f *Fabric) hear(h bgp.Heard) {
 }
 
 // noteSessions logs what is another than before.
-func (f *Fabric) noteSessions(sessions []bgp.Session) {
+func (f *Instance) noteSessions(sessions []bgp.Session) {
 	for _, s := range sessions {
 		if i := slices.IndexFunc(f.sessions, func(o bgp.Session) bool { return o.Peer.Like(s.Peer) && o.Up == s.Up && o.Why == s.Why }); i >= 0 {
 			continue
@@ -282,25 +282,25 @@ func (f *Fabric) noteSessions(sessions []bgp.Session) {
 	f.sessions = sessions
 }
 
-func (f *Fabric) seen(netns string, mac [6]byte) {
+func (f *Instance) seen(netns string, mac [6]byte) {
 	f.after(func(now time.Time) {
-		if vni, ok := f.vnis[netns]; ok && f.table.See(now, vni, mac) && !f.crowded[netns] {
+		if vni, ok := f.vnis[netns]; ok && f.table.LearnLocal(now, vni, mac) && !f.crowded[netns] {
 			f.crowded[netns] = true
 			f.Log.Warn("more MACs speak on this node than others are told of, what is sent to the rest is flooded", "netns", netns, "told", macvrf.MaxMACs)
 		}
 	})
 }
 
-func (f *Fabric) left(netns string, mac [6]byte) {
+func (f *Instance) left(netns string, mac [6]byte) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if vni, ok := f.vnis[netns]; ok && f.table.Lose(time.Now(), vni, mac) {
+	if vni, ok := f.vnis[netns]; ok && f.table.ForgetLocal(time.Now(), vni, mac) {
 		f.follow()
 	}
 }
 
 // list asks for the MACs on every LAN's ports.
-func (f *Fabric) list() {
+func (f *Instance) list() {
 	f.after(func(now time.Time) {
 		for netns, vni := range f.vnis {
 			f.listed(now, netns, vni)
@@ -309,7 +309,7 @@ func (f *Fabric) list() {
 }
 
 // listAnew asks for those on one LAN's.
-func (f *Fabric) listAnew(netns string) {
+func (f *Instance) listAnew(netns string) {
 	f.after(func(now time.Time) {
 		if vni, ok := f.vnis[netns]; ok {
 			f.listed(now, netns, vni)
@@ -317,8 +317,8 @@ func (f *Fabric) listAnew(netns string) {
 	})
 }
 
-func (f *Fabric) listed(now time.Time, netns string, vni uint32) {
-	macs, err := f.Stations.Stations(netns)
+func (f *Instance) listed(now time.Time, netns string, vni uint32) {
+	macs, err := f.Kernel.LocalMACs(netns)
 	if err != nil {
 		f.Log.Error("cannot read which MACs are on a LAN, those that speak from now on are heard", "netns", netns, "err", err)
 		return
@@ -327,11 +327,11 @@ func (f *Fabric) listed(now time.Time, netns string, vni uint32) {
 	for i, mac := range macs {
 		all[i] = mac
 	}
-	f.table.Seen(now, vni, all)
+	f.table.LocalSince(now, vni, all)
 }
 
 // after does what follows from an event: the others are told, and the segments get what they have to have.
-func (f *Fabric) after(event func(now time.Time)) {
+func (f *Instance) after(event func(now time.Time)) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	event(time.Now())
@@ -339,7 +339,7 @@ func (f *Fabric) after(event func(now time.Time)) {
 }
 
 // follow does what follows from a change of the table; f.mu is held.
-func (f *Fabric) follow() {
+func (f *Instance) follow() {
 	failed := ""
 	if err := f.speaker.Set(f.own(time.Now())); err != nil {
 		failed = err.Error()

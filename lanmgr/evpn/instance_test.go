@@ -21,26 +21,26 @@ import (
 type bridges struct {
 	mu    sync.Mutex
 	there map[string][][6]byte
-	tell  kernel.Stations
+	tell  kernel.FDBEvents
 	ready chan struct{}
-	shows chan *kernel.Addresses // of each LAN, when it is heard from then on; nil when it is no more
+	shows chan *kernel.Bindings // of each LAN, when it is heard from then on; nil when it is no more
 }
 
-func (b *bridges) WatchStations(ctx context.Context, tell kernel.Stations) error {
-	tell.Missed()
+func (b *bridges) WatchFDB(ctx context.Context, tell kernel.FDBEvents) error {
+	tell.Overflow()
 	b.tell = tell
 	close(b.ready)
 	<-ctx.Done()
 	return nil
 }
 
-func (b *bridges) Stations(netns string) ([][6]byte, error) {
+func (b *bridges) LocalMACs(netns string) ([][6]byte, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return b.there[netns], nil
 }
 
-func (b *bridges) WatchAddresses(ctx context.Context, netns string, tell kernel.Addresses) error {
+func (b *bridges) WatchBindings(ctx context.Context, netns string, tell kernel.Bindings) error {
 	b.shows <- &tell
 	<-ctx.Done()
 	b.shows <- nil
@@ -49,7 +49,7 @@ func (b *bridges) WatchAddresses(ctx context.Context, netns string, tell kernel.
 
 // member is a node of a fabric with LANs.
 type member struct {
-	*evpn.Fabric
+	*evpn.Instance
 	*bridges
 	vtep netip.Addr
 }
@@ -91,12 +91,12 @@ func fabricOf(t *testing.T, nodes int) []member {
 // newMember runs a node that speaks with the peers; its number is in its addresses.
 func newMember(t *testing.T, number byte, peers ...bgp.Peer) member {
 	t.Helper()
-	m := member{bridges: &bridges{there: map[string][][6]byte{}, ready: make(chan struct{}), shows: make(chan *kernel.Addresses, 10)}, vtep: netip.AddrFrom4([4]byte{192, 0, 2, 2 + number})}
+	m := member{bridges: &bridges{there: map[string][][6]byte{}, ready: make(chan struct{}), shows: make(chan *kernel.Bindings, 10)}, vtep: netip.AddrFrom4([4]byte{192, 0, 2, 2 + number})}
 	source := netip.AddrFrom4([4]byte{127, 0, 0, 2 + number})
 	for i := range peers {
 		peers[i].Source = source
 	}
-	m.Fabric = evpn.New(evpn.Config{AS: 65000, RouterID: source, Stations: m.bridges, Log: slog.New(slog.DiscardHandler), Peers: peers})
+	m.Instance = evpn.New(evpn.Config{AS: 65000, RouterID: source, Kernel: m.bridges, Log: slog.New(slog.DiscardHandler), Peers: peers})
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error)
 	go func() { ended <- m.Run(ctx) }()
@@ -150,7 +150,7 @@ func TestNodesTellEachOtherWhoIsWhere(t *testing.T) {
 	b.await(t, "the pod and who had spoken", func(s segment.Segment) bool {
 		return slices.Equal(s.Remotes, []netip.Addr{a.vtep}) && behind(pod, a.vtep)(s) && behind(late, a.vtep)(s) && len(s.FDB) == 2
 	})
-	if c, ok := b.Count("lab"); !ok || c != (macvrf.Count{Used: 3, Elsewhere: 2}) {
+	if c, ok := b.Count("lab"); !ok || c != (macvrf.Count{Used: 3, Remote: 2}) {
 		t.Errorf("of the LAN there is %+v, %t", c, ok)
 	}
 	if _, ok := b.Count("other"); ok {
@@ -158,15 +158,15 @@ func TestNodesTellEachOtherWhoIsWhere(t *testing.T) {
 	}
 	a.await(t, "nobody: the other node has no pod", func(s segment.Segment) bool { return len(s.Remotes) == 0 && s.Remotes != nil })
 	began := time.Now()
-	a.tell.Seen("lab", vm)
+	a.tell.Learned("lab", vm)
 	b.await(t, "the VM", behind(vm, a.vtep))
 	t.Logf("from its first frame's event to the other node's wish: %v", time.Since(began))
 	b.has(true)
-	b.tell.Seen("lab", vm)
+	b.tell.Learned("lab", vm)
 	a.await(t, "the VM elsewhere", behind(vm, b.vtep))
-	a.tell.Left("lab", vm)
+	a.tell.Removed("lab", vm)
 	b.await(t, "the VM here", func(s segment.Segment) bool { return len(s.FDB) == 2 })
-	a.tell.Left("lab", late)
+	a.tell.Removed("lab", late)
 	b.await(t, "one gone", func(s segment.Segment) bool { return len(s.FDB) == 1 })
 	a.has(false)
 	b.await(t, "all gone", func(s segment.Segment) bool { return len(s.FDB) == 0 && len(s.Remotes) == 0 })
@@ -181,9 +181,9 @@ func TestAddressesAreHeardWhereSomebodyIsAttached(t *testing.T) {
 	a.has(true, pod)
 	tell := <-a.shows
 	for range 2 {
-		tell.Shown(pod, netip.MustParseAddr("10.0.0.1"))
+		tell.Bound(pod, netip.MustParseAddr("10.0.0.1"))
 	}
-	if c, _ := a.Count("lab"); c.Own != 3 {
+	if c, _ := a.Count("lab"); c.Advertised != 3 {
 		t.Errorf("%+v, want a route with the address beside two others", c)
 	}
 	a.has(false)
@@ -205,7 +205,7 @@ func TestALANMadeAnewIsAskedWhoIsThere(t *testing.T) {
 	a.mu.Lock()
 	a.there["lab"] = [][6]byte{vm}
 	a.mu.Unlock()
-	tell.Anew()
+	tell.Recreated()
 	b.await(t, "who is there now, alone", func(s segment.Segment) bool { return behind(vm, a.vtep)(s) && len(s.FDB) == 1 })
 }
 
@@ -237,7 +237,7 @@ func TestALANThatLeavesEVPNIsToldOfForAWhile(t *testing.T) {
 // A reflector that moves is followed, and what it had told stays: it is told again.
 func TestAReflectorThatMovesIsFollowed(t *testing.T) {
 	a := newMember(t, 0)
-	if !a.Trouble("lab").Alone {
+	if !a.Problems("lab").Alone {
 		t.Error("without peers the node is not alone")
 	}
 	first, second := reflector(t, "127.0.0.1"), reflector(t, "127.0.0.9")
@@ -263,7 +263,7 @@ func TestAReflectorThatMovesIsFollowed(t *testing.T) {
 	if lost {
 		t.Error("what the first had told was lost on the way")
 	}
-	if sessions := a.Sessions(); len(sessions) != 1 || sessions[0].Peer.Address != second.Addr() || a.Trouble("lab").Alone {
+	if sessions := a.Sessions(); len(sessions) != 1 || sessions[0].Peer.Address != second.Addr() || a.Problems("lab").Alone {
 		t.Errorf("sessions %+v", sessions)
 	}
 }
@@ -290,33 +290,33 @@ func TestWhatIsWrongIsTold(t *testing.T) {
 	a.await(t, "the other node", func(s segment.Segment) bool { return len(s.Remotes) == 1 })
 	b.await(t, "the other node", func(s segment.Segment) bool { return len(s.Remotes) == 1 })
 	for range 20 {
-		a.tell.Seen("lab", mac)
-		b.tell.Seen("lab", mac)
+		a.tell.Learned("lab", mac)
+		b.tell.Learned("lab", mac)
 	}
 	deadline := time.After(time.Minute)
-	for len(a.Trouble("lab").Duplicates) == 0 && len(b.Trouble("lab").Duplicates) == 0 {
+	for len(a.Problems("lab").Duplicates) == 0 && len(b.Problems("lab").Duplicates) == 0 {
 		select {
 		case <-a.Changed():
-			a.tell.Seen("lab", mac)
+			a.tell.Learned("lab", mac)
 		case <-b.Changed():
-			b.tell.Seen("lab", mac)
+			b.tell.Learned("lab", mac)
 		case <-deadline:
 			t.Fatal("a MAC that speaks on both is not told")
 		}
 	}
 	b.Set(map[string]macvrf.LAN{"lab": {VNI: 222, VTEP: a.vtep, Claimed: true}}) // it has our address
 	a.await(t, "nobody", func(segment.Segment) bool {
-		trouble := a.Trouble("lab")
+		trouble := a.Problems("lab")
 		return trouble.Refusals > 0 && trouble.Refused.Reason == macvrf.OwnVTEP
 	})
-	if trouble := a.Trouble("lab"); len(trouble.Down) > 0 {
+	if trouble := a.Problems("lab"); len(trouble.Down) > 0 {
 		t.Errorf("sessions %v", trouble.Down)
 	}
 }
 
 func TestAWishThatIsTheSameWakesNobody(t *testing.T) {
-	m := member{Fabric: evpn.New(evpn.Config{
-		AS: 65000, RouterID: netip.MustParseAddr("192.0.2.1"), Stations: &bridges{}, Log: slog.New(slog.DiscardHandler),
+	m := member{Instance: evpn.New(evpn.Config{
+		AS: 65000, RouterID: netip.MustParseAddr("192.0.2.1"), Kernel: &bridges{}, Log: slog.New(slog.DiscardHandler),
 	}), vtep: netip.MustParseAddr("192.0.2.1")}
 	woken := func() bool {
 		select {

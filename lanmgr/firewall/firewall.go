@@ -73,9 +73,9 @@ func (f *Filter) Dropped() map[string]uint64 {
 // Remove takes all of it off a node; what is not there is no error. hostNetns and name are as for New.
 func Remove(hostNetns, name string) error { return table{hostNetns, name}.remove() }
 
-// Heard says which addresses a LAN's packets are taken from, in the namespace of the calling thread, as the kernel has it now: any, where
+// Accepts says which addresses a LAN's packets are taken from, in the namespace of the calling thread, as the kernel has it now: any, where
 // the LAN is not strict.
-func Heard(port uint16, vni uint32) (func(netip.Addr) bool, error) {
+func Accepts(port uint16, vni uint32) (func(netip.Addr) bool, error) {
 	s, err := table{name: TableName}.observe(lansSet, members4Set, members6Set)
 	if err != nil && !unknown(err) {
 		return nil, err

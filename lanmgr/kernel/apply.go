@@ -175,7 +175,7 @@ func (c *conn) apply(op segment.Op) error {
 	case segment.AddRemotes:
 		return c.changeRemotes(o.Name, o.Remotes, c.NeighAppend)
 	case segment.DelRemotes:
-		if o.Learnt { // before: while the remotes are there, what was broken off is begun again
+		if o.Learned { // before: while the remotes are there, what was broken off is begun again
 			if err := c.forgetBehind(o.Name, o.Remotes); err != nil {
 				return err
 			}
@@ -201,7 +201,7 @@ func (c *conn) apply(op segment.Op) error {
 		return c.delGroup(segment.LinkGroup)
 	case segment.SetTxChecksum:
 		return c.setTxChecksum(o.Name, o.On)
-	case segment.Settle:
+	case segment.VerifyClaim:
 		return c.settle(o.Spoke, o.ClaimID)
 	}
 	return c.set(op)
@@ -376,7 +376,7 @@ func addVXLAN(host, lan *conn, o segment.AddVXLAN) error {
 // group is left and the new one joined in one step; what the VXLAN has learnt stays (vxlan_changelink in
 // drivers/net/vxlan/vxlan_core.c). Where the kernel does that only as a VXLAN goes down and up, so does this one, and frames are lost meanwhile.
 func (c *conn) setVXLAN(o segment.SetVXLAN) error {
-	if Rejoins() {
+	if RejoinsGroups() {
 		return c.changeVXLAN(o)
 	}
 	return c.with(o.Name, func(l netlink.Link) error {
@@ -390,9 +390,9 @@ func (c *conn) setVXLAN(o segment.SetVXLAN) error {
 	})
 }
 
-// Rejoins says whether a VXLAN that is up leaves and joins groups when its own is changed: since Linux 6.15 ("vxlan: Join / leave MC
+// RejoinsGroups says whether a VXLAN that is up leaves and joins groups when its own is changed: since Linux 6.15 ("vxlan: Join / leave MC
 // group after remote changes"); an older kernel that has it as well is not known by its number.
-var Rejoins = sync.OnceValue(func() bool {
+var RejoinsGroups = sync.OnceValue(func() bool {
 	var u unix.Utsname
 	return unix.Uname(&u) == nil && atLeast(unix.ByteSliceToString(u.Release[:]), 6, 15)
 })

@@ -24,29 +24,29 @@ const (
 	arpBurst = 1000
 )
 
-// Addresses is what stations on a LAN's own ports show of themselves.
-type Addresses struct {
-	// Shown says that a station has shown by ARP or neighbour discovery that it has the address.
-	Shown func(mac [6]byte, ip netip.Addr)
-	// Anew says that the LAN is in another network namespace now, of which nothing was told so far: Node.Stations tells who is there.
-	Anew func()
+// Bindings is what stations on a LAN's own ports show of themselves.
+type Bindings struct {
+	// Bound says that a station has shown by ARP or neighbour discovery that it has the address.
+	Bound func(mac [6]byte, ip netip.Addr)
+	// Recreated says that the LAN is in another network namespace now, of which nothing was told so far: Node.Stations tells who is there.
+	Recreated func()
 }
 
-// WatchAddresses tells of a LAN's addresses as long as it is in hand, and again when another namespace of its name is, until the context ends.
+// WatchBindings tells of a LAN's addresses as long as it is in hand, and again when another namespace of its name is, until the context ends.
 // What is sent to others is heard, and what comes from other nodes is not.
-func (n *Node) WatchAddresses(ctx context.Context, netnsName string, tell Addresses) error {
+func (n *Node) WatchBindings(ctx context.Context, netnsName string, tell Bindings) error {
 	anew := func() {} // at first who is there is known
 	for ctx.Err() == nil {
 		h := n.await(ctx, netnsName)
 		if h == nil {
 			break
 		}
-		err := h.hear(ctx, tell.Shown, anew)
+		err := h.hear(ctx, tell.Bound, anew)
 		n.giveBack(h)
 		if err != nil {
 			return fmt.Errorf("hear ARP on %s: %w", netnsName, err)
 		}
-		anew = tell.Anew
+		anew = tell.Recreated
 	}
 	return nil
 }

@@ -203,7 +203,7 @@ func parseLinkInfo(l *segment.Link, b []byte) error {
 		var parse func(*segment.Link, syscall.NetlinkRouteAttr)
 		switch about := info.Attr.Type &^ unix.NLA_F_NESTED; {
 		case about == nl.IFLA_INFO_DATA && l.Type == "bridge":
-			parse, l.Learnt = parseBridge, -1
+			parse, l.Learned = parseBridge, -1
 		case about == nl.IFLA_INFO_DATA && l.Type == "vxlan":
 			parse = parseVXLAN
 		case about == nl.IFLA_INFO_SLAVE_DATA:
@@ -234,7 +234,7 @@ func parseBridge(l *segment.Link, d syscall.NetlinkRouteAttr) {
 	case nl.IFLA_BR_MCAST_SNOOPING:
 		l.Bridge.MulticastSnooping = d.Value[0] != 0
 	case fdbLearned:
-		l.Learnt = int(nl.NativeEndian().Uint32(d.Value))
+		l.Learned = int(nl.NativeEndian().Uint32(d.Value))
 	}
 }
 

@@ -21,9 +21,9 @@ func do(ns netns.NsHandle, f func() error) error {
 	return elsewhere(func() error { return netns.Set(ns) }, f)
 }
 
-// Inside runs f on a thread that is in a segment's network namespace; sockets that it opens stay there. ErrNoLAN where there
+// InLANNetns runs f on a thread that is in a segment's network namespace; sockets that it opens stay there. ErrNoLAN where there
 // is none.
-func (n *Node) Inside(netnsName string, f func() error) error {
+func (n *Node) InLANNetns(netnsName string, f func() error) error {
 	if err := checkName(netnsName); err != nil {
 		return err
 	}
@@ -38,8 +38,8 @@ func (n *Node) Inside(netnsName string, f func() error) error {
 	return do(ns, f)
 }
 
-// Outside runs f on a thread that is in the node's own network namespace.
-func (n *Node) Outside(f func() error) error {
+// InHostNetns runs f on a thread that is in the node's own network namespace.
+func (n *Node) InHostNetns(f func() error) error {
 	ns, err := n.host()
 	if err != nil {
 		return err

@@ -14,11 +14,11 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
-// Own is the network namespace that the program itself is in: a pod's.
-type Own struct{ conn *conn }
+// PodNetns is the network namespace that the program itself is in: a pod's.
+type PodNetns struct{ conn *conn }
 
-// OpenOwn connects to it. Nothing of Own enters a namespace: that needs CAP_SYS_ADMIN, and who has CAP_NET_ADMIN alone shall be able to use it.
-func OpenOwn() (*Own, error) {
+// OpenPodNetns connects to it. Nothing of Own enters a namespace: that needs CAP_SYS_ADMIN, and who has CAP_NET_ADMIN alone shall be able to use it.
+func OpenPodNetns() (*PodNetns, error) {
 	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
 	if err != nil {
 		return nil, fmt.Errorf("open a netlink socket: %w", err)
@@ -28,14 +28,14 @@ func OpenOwn() (*Own, error) {
 		c.close()
 		return nil, err
 	}
-	return &Own{c}, nil
+	return &PodNetns{c}, nil
 }
 
 // Close ends the connection.
-func (o *Own) Close() { o.conn.close() }
+func (o *PodNetns) Close() { o.conn.close() }
 
 // Observe reads a VXLAN of that name as it is, and what there is under other names from before.
-func (o *Own) Observe(name string) (s segment.AloneState, err error) {
+func (o *PodNetns) Observe(name string) (s segment.PodVXLANState, err error) {
 	links, err := o.conn.links()
 	if err != nil {
 		return s, err
@@ -70,7 +70,7 @@ func (o *Own) Observe(name string) (s segment.AloneState, err error) {
 }
 
 // Apply does operations of segment.DiffAlone one after the other, up to the first that fails.
-func (o *Own) Apply(ctx context.Context, ops []segment.Op) error {
+func (o *PodNetns) Apply(ctx context.Context, ops []segment.Op) error {
 	for _, op := range ops {
 		if err := ctx.Err(); err != nil {
 			return err
@@ -82,7 +82,7 @@ func (o *Own) Apply(ctx context.Context, ops []segment.Op) error {
 	return nil
 }
 
-func (o *Own) apply(op segment.Op) error {
+func (o *PodNetns) apply(op segment.Op) error {
 	switch op := op.(type) {
 	case segment.AddVXLAN:
 		return addVXLAN(o.conn, o.conn, op)
@@ -97,7 +97,7 @@ func (o *Own) apply(op segment.Op) error {
 }
 
 // Remove deletes a VXLAN of that name; one that is not there is no error, and what is no VXLAN stays.
-func (o *Own) Remove(name string) error {
+func (o *PodNetns) Remove(name string) error {
 	l, ok, err := o.conn.link(name)
 	if err != nil || !ok || l.Type() != "vxlan" {
 		return err
@@ -105,8 +105,8 @@ func (o *Own) Remove(name string) error {
 	return o.conn.delLink(name)
 }
 
-// Frames are how many frames an interface has received and sent since it is there.
-func (o *Own) Frames(name string) (received, sent uint64, err error) {
+// FrameCounts are how many frames an interface has received and sent since it is there.
+func (o *PodNetns) FrameCounts(name string) (received, sent uint64, err error) {
 	l, ok, err := o.conn.link(name)
 	if err != nil || !ok || l.Attrs().Statistics == nil {
 		return 0, 0, err
@@ -115,9 +115,9 @@ func (o *Own) Frames(name string) (received, sent uint64, err error) {
 	return s.RxPackets, s.TxPackets, nil
 }
 
-// Source is the address that packets by a default route have, that of IPv4 before that of IPv6 where both would do; the zero Addr if there
+// SourceAddress is the address that packets by a default route have, that of IPv4 before that of IPv6 where both would do; the zero Addr if there
 // is none.
-func (o *Own) Source(ipv4, ipv6 bool) (netip.Addr, error) {
+func (o *PodNetns) SourceAddress(ipv4, ipv6 bool) (netip.Addr, error) {
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
 		if family == netlink.FAMILY_V4 && !ipv4 || family == netlink.FAMILY_V6 && !ipv6 {
 			continue
@@ -141,7 +141,7 @@ func (o *Own) Source(ipv4, ipv6 bool) (netip.Addr, error) {
 }
 
 // firstAddress is the first of a link's that reaches further than the link.
-func (o *Own) firstAddress(index, family int) (netip.Addr, error) {
+func (o *PodNetns) firstAddress(index, family int) (netip.Addr, error) {
 	all, err := retryDump(func() ([]netlink.Addr, error) { return o.conn.AddrList(nil, family) })
 	if err != nil {
 		return netip.Addr{}, fmt.Errorf("list the pod's addresses: %w", err)
@@ -154,8 +154,8 @@ func (o *Own) firstAddress(index, family int) (netip.Addr, error) {
 	return netip.Addr{}, nil
 }
 
-// Carrier is the link that has an address, and its MTU in bytes; none if no link has it.
-func (o *Own) Carrier(address netip.Addr) (name string, mtu int, err error) {
+// LinkByAddress is the link that has an address, and its MTU in bytes; none if no link has it.
+func (o *PodNetns) LinkByAddress(address netip.Addr) (name string, mtu int, err error) {
 	all, err := retryDump(func() ([]netlink.Addr, error) { return o.conn.AddrList(nil, netlink.FAMILY_ALL) })
 	if err != nil {
 		return "", 0, fmt.Errorf("list the pod's addresses: %w", err)
@@ -174,7 +174,7 @@ func (o *Own) Carrier(address netip.Addr) (name string, mtu int, err error) {
 
 // Watch calls poke whenever a link, an address or a remote of the namespace may have changed, until ctx ends, and once at the start, when
 // nothing can be missed any more.
-func (o *Own) Watch(ctx context.Context, poke func()) error {
+func (o *PodNetns) Watch(ctx context.Context, poke func()) error {
 	links, err := subscribe(false, nil, unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR)
 	if err != nil {
 		return fmt.Errorf("watch the pod's links: %w", err)

@@ -16,23 +16,23 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
-// Stations is what the bridges of LANs tell of who is on their own ports.
-type Stations struct {
-	// Seen says that a MAC has shown itself on a port of the LAN's bridge here; Left, that it is on none any more: it has been silent
+// FDBEvents is what the bridges of LANs tell of who is on their own ports.
+type FDBEvents struct {
+	// Learned says that a MAC has shown itself on a port of the LAN's bridge here; Left, that it is on none any more: it has been silent
 	// for long, its port is gone, or it was told to be elsewhere.
-	Seen, Left func(netnsName string, mac [6]byte)
-	// Missed says that some of that was lost: Node.Stations tells how it is.
-	Missed func()
+	Learned, Removed func(netnsName string, mac [6]byte)
+	// Overflow says that some of that was lost: Node.Stations tells how it is.
+	Overflow func()
 }
 
-// WatchStations tells of the MACs on local ports until the context ends. Those of a segment are told from when it was first
+// WatchFDB tells of the MACs on local ports until the context ends. Those of a segment are told from when it was first
 // observed; Node.Stations tells of those before.
-func (n *Node) WatchStations(ctx context.Context, tell Stations) error {
+func (n *Node) WatchFDB(ctx context.Context, tell FDBEvents) error {
 	f, err := n.subscribe(true, ofBridges, unix.RTNLGRP_NEIGH)
 	if err != nil {
 		return fmt.Errorf("watch the MACs on LANs: %w", err)
 	}
-	tell.Missed()
+	tell.Overflow()
 	return receive(ctx, f, func(msg []byte, from int) {
 		name, ok := n.byNumber(from)
 		if !ok || len(msg) < unix.SizeofNlMsghdr {
@@ -46,11 +46,11 @@ func (n *Node) WatchStations(ctx context.Context, tell Stations) error {
 		switch {
 		case !ok || e.self() || e.state&netlink.NUD_PERMANENT != 0:
 		case nl.NativeEndian().Uint16(msg[4:]) == unix.RTM_NEWNEIGH && !e.told() && !n.isVXLAN(name, e.index):
-			tell.Seen(name, e.mac)
+			tell.Learned(name, e.mac)
 		default:
-			tell.Left(name, e.mac)
+			tell.Removed(name, e.mac)
 		}
-	}, tell.Missed)
+	}, tell.Overflow)
 }
 
 // noteVXLAN notes which of a segment's links is its VXLAN: until learning is off on that port, the bridge tells of those behind it as well.
@@ -72,8 +72,8 @@ func (n *Node) isVXLAN(name string, index int) bool {
 	return h != nil && h.vxlan == index
 }
 
-// Stations are the MACs on a LAN's own ports now. A LAN that is not on the node has none.
-func (n *Node) Stations(netnsName string) (macs [][6]byte, err error) {
+// LocalMACs are the MACs on a LAN's own ports now. A LAN that is not on the node has none.
+func (n *Node) LocalMACs(netnsName string) (macs [][6]byte, err error) {
 	h := n.inHand(netnsName)
 	if h == nil {
 		return nil, nil
@@ -107,8 +107,8 @@ func (n *Node) Stations(netnsName string) (macs [][6]byte, err error) {
 	return macs, nil
 }
 
-// Places is where a segment has MACs, sorted: those that have spoken on its ports, and those behind VTEPs, told or learnt.
-func (n *Node) Places(ctx context.Context, netnsName string) ([]segment.Place, error) {
+// MACs is where a segment has MACs, sorted: those that have spoken on its ports, and those behind VTEPs, told or learnt.
+func (n *Node) MACs(ctx context.Context, netnsName string) ([]segment.MACEntry, error) {
 	state, err := n.Observe(ctx, netnsName)
 	if err != nil {
 		return nil, err
@@ -126,7 +126,7 @@ func (n *Node) Places(ctx context.Context, netnsName string) ([]segment.Place, e
 	for _, l := range state.Links {
 		links[l.Index] = l
 	}
-	places := map[[6]byte]segment.Place{}
+	places := map[[6]byte]segment.MACEntry{}
 	for _, m := range msgs {
 		e, ok := parseEntry(m)
 		link := links[e.index]
@@ -135,13 +135,13 @@ func (n *Node) Places(ctx context.Context, netnsName string) ([]segment.Place, e
 		case !ok || e.mac == [6]byte{}:
 		case e.self() && link.Type == "vxlan" && e.dst.IsValid():
 			if places[e.mac].Spoke == "" { // a bridge with the MAC on a port does not ask its VXLAN
-				places[e.mac] = segment.Place{MAC: net.HardwareAddr(e.mac[:]).String(), VTEP: e.dst}
+				places[e.mac] = segment.MACEntry{MAC: net.HardwareAddr(e.mac[:]).String(), VTEP: e.dst}
 			}
 		case !e.self() && isPort && e.state&netlink.NUD_PERMANENT == 0:
-			places[e.mac] = segment.Place{MAC: net.HardwareAddr(e.mac[:]).String(), Spoke: spoke, Heard: e.age}
+			places[e.mac] = segment.MACEntry{MAC: net.HardwareAddr(e.mac[:]).String(), Spoke: spoke, LastSeen: e.age}
 		}
 	}
-	return slices.SortedFunc(maps.Values(places), func(a, b segment.Place) int { return strings.Compare(a.MAC, b.MAC) }), nil
+	return slices.SortedFunc(maps.Values(places), func(a, b segment.MACEntry) int { return strings.Compare(a.MAC, b.MAC) }), nil
 }
 
 // ofBridges is a socket filter that lets the events of bridges' forwarding tables pass, those of VXLANs' own aside.

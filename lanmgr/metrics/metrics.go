@@ -43,11 +43,11 @@ type Sources struct {
 	Reports    func() []lanmgr.Report   // what the node has
 	Registered func() int               // how many spokes on offer kubelet knows
 	Dropped    func() map[string]uint64 // packets of strangers, by the LAN's name
-	Fabric     Fabric                   // nil: the node takes no part in EVPN
+	EVPN       EVPN                     // nil: the node takes no part in EVPN
 }
 
-// Fabric is what a node hears and tells by EVPN; fabric.Fabric is one.
-type Fabric interface {
+// EVPN is what a node hears and tells by EVPN; fabric.Fabric is one.
+type EVPN interface {
 	Sessions() []bgp.Session
 	Count(netns string) (macvrf.Count, bool)
 }
@@ -169,8 +169,8 @@ func (m *Metrics) Outcome(o report.Outcome) {
 	}
 }
 
-// Look counts a look at a segment.
-func (m *Metrics) Look(l lanmgr.Look) {
+// Observedrvation counts a look at a segment.
+func (m *Metrics) Observed(l lanmgr.Observation) {
 	result := unchanged
 	switch {
 	case l.Err != nil:
@@ -182,7 +182,7 @@ func (m *Metrics) Look(l lanmgr.Look) {
 	for _, op := range l.Done {
 		kind := reflect.TypeOf(op).Name()
 		m.operations.WithLabelValues(kind).Inc()
-		if _, question := op.(segment.Settle); l.Repair && !question {
+		if _, question := op.(segment.VerifyClaim); l.Repair && !question {
 			m.repairs.WithLabelValues(kind).Inc()
 		}
 	}
@@ -207,8 +207,8 @@ func (m *Metrics) Show(status v1beta1.LANNodeStatus) {
 	m.status = &status
 }
 
-// Offer keeps how many spokes the node offers to kubelet.
-func (m *Metrics) Offer(spokes []agent.Spoke) {
+// Advertised keeps how many spokes the node offers to kubelet.
+func (m *Metrics) Advertised(spokes []agent.Spoke) {
 	healthy := map[bool]int{}
 	for _, s := range spokes {
 		healthy[s.Healthy] += max(s.Ports, 1)
@@ -247,17 +247,17 @@ func (m *Metrics) Collect(to chan<- prometheus.Metric) {
 			continue
 		}
 		lans[lan] = true
-		if r.Learnt >= 0 {
-			gauge(learntDesc, r.Learnt, lan)
+		if r.Learned >= 0 {
+			gauge(learntDesc, r.Learned, lan)
 		}
 		if r.Remotes >= 0 {
 			gauge(remotesDesc, r.Remotes, lan)
 		}
 		m.collectEVPN(to, lan, r.Segment.Netns)
 	}
-	if m.sources.Fabric != nil {
+	if m.sources.EVPN != nil {
 		up := map[bool]int{}
-		for _, s := range m.sources.Fabric.Sessions() {
+		for _, s := range m.sources.EVPN.Sessions() {
 			up[s.Up]++
 		}
 		gauge(sessionsDesc, up[true], "up")
@@ -290,21 +290,21 @@ func (m *Metrics) Collect(to chan<- prometheus.Metric) {
 
 // collectEVPN tells of a LAN with discovery evpn.
 func (m *Metrics) collectEVPN(to chan<- prometheus.Metric, lan, netns string) {
-	if m.sources.Fabric == nil {
+	if m.sources.EVPN == nil {
 		return
 	}
-	c, ok := m.sources.Fabric.Count(netns)
+	c, ok := m.sources.EVPN.Count(netns)
 	if !ok {
 		return
 	}
 	gauge := func(desc *prometheus.Desc, value int, label string) {
 		to <- prometheus.MustNewConstMetric(desc, prometheus.GaugeValue, float64(value), lan, label)
 	}
-	gauge(routesDesc, c.Own, "told")
+	gauge(routesDesc, c.Advertised, "told")
 	gauge(routesDesc, c.Used, "used")
 	gauge(routesDesc, c.Refused, "refused")
-	gauge(macsDesc, c.Here, "here")
-	gauge(macsDesc, c.Elsewhere, "elsewhere")
-	gauge(macsDesc, c.Twice, "twice")
+	gauge(macsDesc, c.Local, "here")
+	gauge(macsDesc, c.Remote, "elsewhere")
+	gauge(macsDesc, c.Duplicate, "twice")
 	to <- prometheus.MustNewConstMetric(movesDesc, prometheus.CounterValue, float64(c.Moves), lan)
 }

@@ -70,7 +70,7 @@ type fabric struct{}
 func (fabric) Sessions() []bgp.Session { return []bgp.Session{{Up: true}, {Up: true}, {}} }
 
 func (fabric) Count(netns string) (macvrf.Count, bool) {
-	return macvrf.Count{Own: 11, Used: 12, Refused: 13, Here: 14, Elsewhere: 15, Twice: 16, Moves: 17}, netns == "default.lab"
+	return macvrf.Count{Advertised: 11, Used: 12, Refused: 13, Local: 14, Remote: 15, Duplicate: 16, Moves: 17}, netns == "default.lab"
 }
 
 func TestEverythingThatHappensIsCounted(t *testing.T) {
@@ -80,18 +80,18 @@ func TestEverythingThatHappensIsCounted(t *testing.T) {
 		Dropped:    func() map[string]uint64 { return map[string]uint64{"default/lab": 5} },
 		Reports: func() []lanmgr.Report {
 			return []lanmgr.Report{
-				{Segment: segment.Segment{LAN: lab, Netns: "default.lab"}, Learnt: 7, Remotes: 4},
-				{Segment: segment.Segment{LAN: lab, Netns: "before"}, Learnt: 8, Leaving: true}, // is moving
-				{Segment: segment.Segment{LAN: segment.LAN{Namespace: "default", Name: "old"}}, Learnt: -1, Remotes: -1},
-				{Segment: segment.Segment{Netns: "nobodys"}, Learnt: 9},
+				{Segment: segment.Segment{LAN: lab, Netns: "default.lab"}, Learned: 7, Remotes: 4},
+				{Segment: segment.Segment{LAN: lab, Netns: "before"}, Learned: 8, Leaving: true}, // is moving
+				{Segment: segment.Segment{LAN: segment.LAN{Namespace: "default", Name: "old"}}, Learned: -1, Remotes: -1},
+				{Segment: segment.Segment{Netns: "nobodys"}, Learned: 9},
 			}
 		},
-		Fabric: fabric{},
+		EVPN: fabric{},
 	})
 	if before := read(t, m); len(before) != 13 { // registered, learned, remotes, dropped, and nine of EVPN
 		t.Errorf("before anything happened: %v", before)
 	}
-	m.Offer([]agent.Spoke{{Name: "a", Healthy: true}, {Name: "b", Healthy: true}, {Name: "c"}})
+	m.Advertised([]agent.Spoke{{Name: "a", Healthy: true}, {Name: "b", Healthy: true}, {Name: "c"}})
 	m.Show(v1beta1.LANNodeStatus{Segments: []v1beta1.SegmentStatus{
 		{State: v1beta1.SegmentReady, Attachments: []v1beta1.Attachment{{Kind: v1beta1.KindVeth}, {Kind: v1beta1.KindMacvtap}}},
 		{State: v1beta1.SegmentReady, Attachments: []v1beta1.Attachment{{Kind: v1beta1.KindVeth}}},
@@ -104,11 +104,11 @@ func TestEverythingThatHappensIsCounted(t *testing.T) {
 	m.Outcome(report.Outcome{Verb: report.Add, Kind: "pod/default/srl-1", Reason: "pod/default/srl-1"})
 	m.Outcome(report.Outcome{Verb: report.Del, Kind: segment.Veth})
 	m.Outcome(report.Outcome{Verb: report.Del, Kind: segment.Veth, Reason: report.Kernel})
-	bridge, question := segment.AddBridge{}, segment.Settle{}
-	m.Look(lanmgr.Look{})
-	m.Look(lanmgr.Look{Done: []segment.Op{bridge, segment.WriteRecord{}}})
-	m.Look(lanmgr.Look{Done: []segment.Op{bridge, question}, Repair: true})
-	m.Look(lanmgr.Look{Done: []segment.Op{bridge}, Err: errors.New("no buffer space available")})
+	bridge, question := segment.AddBridge{}, segment.VerifyClaim{}
+	m.Observed(lanmgr.Observation{})
+	m.Observed(lanmgr.Observation{Done: []segment.Op{bridge, segment.WriteRecord{}}})
+	m.Observed(lanmgr.Observation{Done: []segment.Op{bridge, question}, Repair: true})
+	m.Observed(lanmgr.Observation{Done: []segment.Op{bridge}, Err: errors.New("no buffer space available")})
 	m.Registration(nil)
 	m.Registration(errors.New("not today"))
 	m.Collected()

@@ -9,9 +9,9 @@ import (
 	"strings"
 )
 
-// Alone is a VXLAN in a pod's own network namespace, in no bridge: its frames are the pod's. By which link its packets leave is left to the
+// PodVXLAN is a VXLAN in a pod's own network namespace, in no bridge: its frames are the pod's. By which link its packets leave is left to the
 // namespace's routes.
-type Alone struct {
+type PodVXLAN struct {
 	VXLAN     VXLAN // without an underlay
 	MTU       int   // bytes
 	MAC       net.HardwareAddr
@@ -22,27 +22,27 @@ type Alone struct {
 	Prepared  bool           // what is done once to each such interface is done. One that is not prepared is told of no remotes
 }
 
-// AloneState is such a VXLAN as the kernel has it.
-type AloneState struct {
+// PodVXLANState is such a VXLAN as the kernel has it.
+type PodVXLANState struct {
 	Link      Link // without an index where there is none
 	Addresses []netip.Prefix
 	Others    []Link // VXLANs of other names that bear the mark
 }
 
-// NotOurs says that a link has the interface's name and is no VXLAN.
-type NotOurs struct{ Name, Type string }
+// ForeignLinkError says that a link has the interface's name and is no VXLAN.
+type ForeignLinkError struct{ Name, Type string }
 
-func (e *NotOurs) Error() string {
+func (e *ForeignLinkError) Error() string {
 	return fmt.Sprintf("there is an interface %s already, a %s; choose another name", e.Name, e.Type)
 }
 
-// DiffAlone says what has to be done so that the namespace has the VXLAN. One that cannot be changed into it is made anew; what is no VXLAN is
+// DiffPodVXLAN says what has to be done so that the namespace has the VXLAN. One that cannot be changed into it is made anew; what is no VXLAN is
 // left alone, and NotOurs.
-func DiffAlone(want Alone, have AloneState) ([]Op, error) {
+func DiffPodVXLAN(want PodVXLAN, have PodVXLANState) ([]Op, error) {
 	d := &diff{want: Segment{VXLAN: want.VXLAN, MTU: want.MTU, Remotes: want.Remotes, FDB: want.FDB, Partial: want.Partial}, alone: true}
 	name, l := want.VXLAN.Name, have.Link
 	if l.Index != 0 && l.Type != "vxlan" {
-		return nil, &NotOurs{name, l.Type}
+		return nil, &ForeignLinkError{name, l.Type}
 	}
 	for _, o := range have.Others {
 		if o.VXLAN.VNI == want.VXLAN.VNI && o.VXLAN.Port == want.VXLAN.Port {
@@ -81,7 +81,7 @@ func DiffAlone(want Alone, have AloneState) ([]Op, error) {
 }
 
 // Prepared says whether what is done once to each such interface is done.
-func (s AloneState) Prepared() bool {
+func (s PodVXLANState) Prepared() bool {
 	_, prepared := parseMark(s.Link.Alias)
 	return prepared
 }
@@ -123,9 +123,9 @@ func parseMark(alias string) (addresses []netip.Prefix, prepared bool) {
 // Ordinal is the number at the end of a pod's name, as those of a StatefulSet have.
 func Ordinal(pod string) (int, bool) { return cutNumber(pod, "-") }
 
-// AloneMAC is the address of a pod's interface where none is requested: the same after its container was started again, and of another
+// PodVXLANMAC is the address of a pod's interface where none is requested: the same after its container was started again, and of another
 // pod of the same name.
-func AloneMAC(namespace, pod, ifname string) net.HardwareAddr {
+func PodVXLANMAC(namespace, pod, ifname string) net.HardwareAddr {
 	return derived(namespace + "/" + pod + " " + ifname)
 }
 

@@ -45,8 +45,8 @@ func Teardown(have State) []Op {
 	return ops
 }
 
-// Doubts are the questions about claims that are open in a segment of which nobody knows any more what it should be.
-func Doubts(have State) []Op {
+// VerifyClaims are the questions about claims that are open in a segment of which nobody knows any more what it should be.
+func VerifyClaims(have State) []Op {
 	d := diff{}
 	for _, l := range have.Links {
 		d.settle(l)
@@ -173,7 +173,7 @@ func (d *diff) remotes(l Link) {
 		d.do(SetVXLAN{want})
 	}
 	if d.want.Remotes != nil && !d.want.Partial && len(del) > 0 {
-		d.do(DelRemotes{Name: want.Name, Remotes: del, Learnt: !want.NoLearning})
+		d.do(DelRemotes{Name: want.Name, Remotes: del, Learned: !want.NoLearning})
 	}
 	d.fdb(l)
 }
@@ -275,16 +275,16 @@ func neighborChanges(want, have []Neighbor) (add, del []Neighbor) {
 	return append(add, want...), append(del, have...)
 }
 
-// OnlyTold says whether two wishes differ in nothing but what the VXLAN is told, of remotes and MACs, if at all.
-func OnlyTold(was, want Segment) bool {
+// OnlyTablesDiffer says whether two wishes differ in nothing but what the VXLAN is told, of remotes and MACs, if at all.
+func OnlyTablesDiffer(was, want Segment) bool {
 	rest := want
 	rest.Remotes, rest.FDB, rest.Neighbors = was.Remotes, was.FDB, was.Neighbors
 	known := was.Remotes != nil && want.Remotes != nil && (was.FDB == nil) == (want.FDB == nil) && (was.Neighbors == nil) == (want.Neighbors == nil)
 	return known && want.VXLAN.UnderlayIndex != 0 && want.VXLAN.Unicast() && rest.Equal(was)
 }
 
-// Told brings what a VXLAN has been told from one wish to the next, of which OnlyTold is so. Without a claim here MACs are not told.
-func Told(was, want Segment, claimed bool) (ops []Op) {
+// DiffTables brings what a VXLAN has been told from one wish to the next, of which OnlyTold is so. Without a claim here MACs are not told.
+func DiffTables(was, want Segment, claimed bool) (ops []Op) {
 	add, del := changes(want.Remotes, was.Remotes)
 	var set []FDBEntry
 	var gone []FDBState
@@ -300,7 +300,7 @@ func Told(was, want Segment, claimed bool) (ops []Op) {
 		ops = append(ops, AddRemotes{want.VXLAN.Name, add})
 	}
 	if len(del) > 0 {
-		ops = append(ops, DelRemotes{Name: want.VXLAN.Name, Remotes: del, Learnt: !want.VXLAN.NoLearning})
+		ops = append(ops, DelRemotes{Name: want.VXLAN.Name, Remotes: del, Learned: !want.VXLAN.NoLearning})
 	}
 	if len(set) > 0 {
 		ops = append(ops, SetFDB{want.VXLAN.Name, set})
@@ -326,7 +326,7 @@ func toldChanges(want, was []FDBEntry) (set []FDBEntry, gone []FDBState) {
 		case order > 0:
 			gone, was = append(gone, FDBState{was[0], true}), was[1:]
 		default:
-			if want[0].VTEP != was[0].VTEP || want[0].Here && !was[0].Here {
+			if want[0].VTEP != was[0].VTEP || want[0].Local && !was[0].Local {
 				set = append(set, want[0])
 			}
 			want, was = want[1:], was[1:]
@@ -357,7 +357,7 @@ func fdbChanges(want []FDBEntry, have []FDBState) (add []FDBEntry, del []FDBStat
 		case order > 0:
 			del, have = append(del, have[0]), have[1:]
 		default:
-			if unmapped(want[0].VTEP) != unmapped(have[0].VTEP) || want[0].Here && !have[0].Bridge {
+			if unmapped(want[0].VTEP) != unmapped(have[0].VTEP) || want[0].Local && !have[0].Bridge {
 				add = append(add, want[0])
 			}
 			want, have = want[1:], have[1:]
@@ -512,7 +512,7 @@ func (d *diff) vethClaim(spoke string) (Link, bool) {
 // (macvlan_open in drivers/net/macvlan.c), but one that a pod has set down does not.
 func (d *diff) settle(plug Link) {
 	if c, ok := plug.claim(); ok && plug.Promisc == 0 {
-		d.do(Settle{Spoke: c.Spoke, ClaimID: c.ID})
+		d.do(VerifyClaim{Spoke: c.Spoke, ClaimID: c.ID})
 	}
 }
 

@@ -50,7 +50,7 @@ type (
 	DelRemotes struct {
 		Name    string
 		Remotes []netip.Addr
-		Learnt  bool
+		Learned bool
 	}
 	// SetFDB tells a VXLAN and its bridge behind which remotes MACs are.
 	SetFDB struct {
@@ -122,8 +122,8 @@ type (
 	AddAltName struct{ Name, AltName string }
 	// DelAltName takes that away.
 	DelAltName struct{ Name, AltName string }
-	// Settle finds out whether the macvtap of a claim still exists, and ends the claim if it doesn't.
-	Settle struct{ Spoke, ClaimID string }
+	// VerifyClaim finds out whether the macvtap of a claim still exists, and ends the claim if it doesn't.
+	VerifyClaim struct{ Spoke, ClaimID string }
 )
 
 func (o CreateNetns) String() string  { return "ip netns add " + o.Netns }
@@ -187,7 +187,7 @@ func (v VXLAN) learning() string {
 func (o AddRemotes) String() string { return flood("append", o.Name, o.Remotes) }
 func (o DelRemotes) String() string {
 	s := flood("del", o.Name, o.Remotes)
-	if o.Learnt {
+	if o.Learned {
 		for _, r := range o.Remotes {
 			s += fmt.Sprintf(" && bridge fdb flush dev %s dst %s", o.Name, r)
 		}
@@ -298,7 +298,7 @@ func (o AddAltName) String() string {
 func (o DelAltName) String() string {
 	return fmt.Sprintf("ip link property del %s altname %s", o.Name, o.AltName)
 }
-func (o Settle) String() string { return fmt.Sprintf("settle %s %s", o.Spoke, o.ClaimID) }
+func (o VerifyClaim) String() string { return fmt.Sprintf("settle %s %s", o.Spoke, o.ClaimID) }
 
 // LinkGroup is the link group of everything that attaches spokes: one message deletes it all, at
 // 0.15 ms a link instead of the 16 ms that a deletion of its own costs.

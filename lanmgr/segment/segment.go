@@ -173,8 +173,8 @@ func NetworkMark(network string) string {
 // Reserve4 and Reserve6 are what a VXLAN over IPv4 and IPv6 adds to a packet of the LAN, in bytes: inner Ethernet with two VLAN tags,
 // VXLAN, UDP and IP.
 const (
-	Reserve4 = 58
-	Reserve6 = 78
+	Overhead4 = 58
+	Overhead6 = 78
 )
 
 // PortName is the bridge's end of a spoke's standing pair. This underscore cannot occur in a spoke's own name.

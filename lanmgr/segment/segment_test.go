@@ -626,15 +626,15 @@ func TestANodeAnswersForStationsItIsToldOf(t *testing.T) {
 			}
 		})
 	}
-	if !segment.OnlyTold(on, others) || segment.OnlyTold(on, unknown) || segment.OnlyTold(on, off) {
+	if !segment.OnlyTablesDiffer(on, others) || segment.OnlyTablesDiffer(on, unknown) || segment.OnlyTablesDiffer(on, off) {
 		t.Error("a change of neighbours is not told from one of what is wanted")
 	}
-	if ops, want := text(segment.Told(on, others, true)), strings.ReplaceAll(add4, ":09", ":08")+"\nip neigh del fd00::9 dev br2"; ops != want {
+	if ops, want := text(segment.DiffTables(on, others, true)), strings.ReplaceAll(add4, ":09", ":08")+"\nip neigh del fd00::9 dev br2"; ops != want {
 		t.Errorf("told:\n%s\nwant:\n%s", ops, want)
 	}
 	nobody := small
 	nobody.Neighbors = []segment.Neighbor{}
-	if ops := text(segment.Told(nobody, small, true)); ops != add4 {
+	if ops := text(segment.DiffTables(nobody, small, true)); ops != add4 {
 		t.Errorf("in a LAN too small for IPv6 told:\n%s\nwant:\n%s", ops, add4)
 	}
 	if on.Equal(others) || on.Equal(unknown) || !on.Recorded().Equal(others.Recorded()) {

@@ -41,7 +41,7 @@ type Link struct {
 	NoLearning  bool        // of a bridge port: what arrives by it teaches the bridge nothing
 	Bridge      BridgeState // of a bridge
 	VXLAN       VXLANState  // of a VXLAN
-	Learnt      int         // of a bridge: how many addresses it has learnt; -1 where the kernel does not count them
+	Learned     int         // of a bridge: how many addresses it has learnt; -1 where the kernel does not count them
 	TxChecksum  TxChecksum  // asked only where the record has the spoke in TxChecksumOff
 }
 
@@ -72,12 +72,12 @@ type VXLANState struct {
 	UnderlayIndex int // as the node's own netns counts
 }
 
-// Place is where a segment has a MAC: on a port of its own bridge, or behind a VTEP.
-type Place struct {
-	MAC   string        // as text
-	Spoke string        // by whose port it speaks; empty behind a VTEP
-	VTEP  netip.Addr    // behind which it is; the zero Addr on a port
-	Heard time.Duration // on a port, how long ago it spoke last
+// MACEntry is where a segment has a MAC: on a port of its own bridge, or behind a VTEP.
+type MACEntry struct {
+	MAC      string        // as text
+	Spoke    string        // by whose port it speaks; empty behind a VTEP
+	VTEP     netip.Addr    // behind which it is; the zero Addr on a port
+	LastSeen time.Duration // on a port, how long ago it spoke last
 }
 
 // Neighbor says which MAC has an address.
@@ -94,9 +94,9 @@ func (s State) MayHaveNeighbors() bool {
 
 // FDBEntry says behind which VTEP a MAC is.
 type FDBEntry struct {
-	MAC  [6]byte
-	VTEP netip.Addr
-	Here bool // of a wish: the MAC was on a port here before, and what the bridge has of that gives way
+	MAC   [6]byte
+	VTEP  netip.Addr
+	Local bool // of a wish: the MAC was on a port here before, and what the bridge has of that gives way
 }
 
 // FDBState is an entry as the kernel has it: one half in the VXLAN's own table, one in the bridge's. A half may be missing: the

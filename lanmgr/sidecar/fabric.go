@@ -20,7 +20,7 @@ import (
 
 // membership is the pod's part in EVPN.
 type membership struct {
-	*evpn.Fabric
+	*evpn.Instance
 	self *station
 }
 
@@ -32,7 +32,7 @@ func (s *Sidecar) startFabric(ctx context.Context, fail context.CancelCauseFunc,
 	}
 	self := &station{changed: make(chan struct{}, 1)}
 	joined := &membership{evpn.New(evpn.Config{
-		AS: c.EVPN.AS, RouterID: c.routerID(), Peers: c.EVPN.peers, ReflectorPassword: c.EVPN.reflectorPassword, Stations: self, Leaves: true, Log: s.Log,
+		AS: c.EVPN.AS, RouterID: c.routerID(), Peers: c.EVPN.peers, ReflectorPassword: c.EVPN.reflectorPassword, Kernel: self, Leaves: true, Log: s.Log,
 	}), self}
 	s.note(func() { s.joined = joined })
 	signal(s.poked)
@@ -74,7 +74,7 @@ func (s *Sidecar) setReflectors(ctx context.Context, reflectors *Service, parts 
 }
 
 // fill adds to what the pod should have what others have told, if anything yet.
-func (m *membership) fill(want *segment.Alone) {
+func (m *membership) fill(want *segment.PodVXLAN) {
 	want.VXLAN.NoLearning = true
 	told := segment.Segment{Netns: want.VXLAN.Name, VXLAN: want.VXLAN}
 	if m != nil {
@@ -86,14 +86,14 @@ func (m *membership) fill(want *segment.Alone) {
 }
 
 // attach tells others that the pod is in the LAN, with the address that its interface has.
-func (s *Sidecar) attach(joined *membership, want segment.Alone, have segment.AloneState) {
+func (s *Sidecar) attach(joined *membership, want segment.PodVXLAN, have segment.PodVXLANState) {
 	v, mac := want.VXLAN, macvrf.MAC(have.Link.MAC)
 	joined.Set(map[string]macvrf.LAN{v.Name: {VNI: v.VNI, VTEP: v.Local, Claimed: true, Attached: []macvrf.MAC{mac}}})
 	var addresses []netip.Addr
 	for _, a := range have.Addresses {
 		addresses = append(addresses, a.Addr())
 	}
-	trouble := troubleOf(joined.Trouble(v.Name))
+	trouble := troubleOf(joined.Problems(v.Name))
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	joined.self.set(mac, addresses)
@@ -104,7 +104,7 @@ func (s *Sidecar) attach(joined *membership, want segment.Alone, have segment.Al
 }
 
 // troubleOf is what of a LAN's routes does not go together; that no session is up, the sessions tell themselves.
-func troubleOf(t evpn.Trouble) string {
+func troubleOf(t evpn.Problems) string {
 	var all []string
 	if len(t.Duplicates) > 0 {
 		all = append(all, fmt.Sprintf("%s is this interface's, and is told from elsewhere: give vxlan.mac, or pods names of their own", t.Duplicates[0]))
@@ -149,17 +149,17 @@ func (st *station) set(mac [6]byte, addresses []netip.Addr) {
 	signal(st.changed)
 }
 
-// WatchStations is for fabric.Stations: nobody comes or goes.
-func (st *station) WatchStations(ctx context.Context, _ kernel.Stations) error {
+// WatchFDB is for fabric.Stations: nobody comes or goes.
+func (st *station) WatchFDB(ctx context.Context, _ kernel.FDBEvents) error {
 	<-ctx.Done()
 	return nil
 }
 
-// Stations is for fabric.Stations.
-func (st *station) Stations(string) ([][6]byte, error) { return nil, nil }
+// LocalMACs is for fabric.Stations.
+func (st *station) LocalMACs(string) ([][6]byte, error) { return nil, nil }
 
-// WatchAddresses is for fabric.Stations: the interface's own addresses.
-func (st *station) WatchAddresses(ctx context.Context, _ string, tell kernel.Addresses) error {
+// WatchBindings is for fabric.Stations: the interface's own addresses.
+func (st *station) WatchBindings(ctx context.Context, _ string, tell kernel.Bindings) error {
 	for {
 		select {
 		case <-ctx.Done():
@@ -170,7 +170,7 @@ func (st *station) WatchAddresses(ctx context.Context, _ string, tell kernel.Add
 		mac, addresses := st.mac, st.addresses
 		st.mu.Unlock()
 		for _, a := range addresses {
-			tell.Shown(mac, a)
+			tell.Bound(mac, a)
 		}
 	}
 }

@@ -28,7 +28,7 @@ func (s *Sidecar) listen(ctx context.Context) error {
 		s.mu.Lock()
 		v, remotes := s.want.VXLAN, s.remotes
 		s.mu.Unlock()
-		received, sent, err := s.own.Frames(v.Name)
+		received, sent, err := s.own.FrameCounts(v.Name)
 		switch {
 		case err != nil || received > 0 || remotes == 0:
 			since = time.Time{}

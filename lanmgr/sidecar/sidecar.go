@@ -27,7 +27,7 @@ type Sidecar struct {
 	API         func() (*rest.Config, error) // the way to the API server; asked only where there are Services
 	Environment []string                     // that hooks get
 
-	own        *kernel.Own
+	own        *kernel.PodNetns
 	filter     *firewall.Filter
 	filterName string
 	poked      chan struct{}
@@ -35,15 +35,15 @@ type Sidecar struct {
 
 	mu      sync.Mutex
 	config  Config
-	all     endpoints     // of the Services; nil: not known yet
-	want    segment.Alone // last
-	joined  *membership   // nil without discovery evpn
-	trouble string        // that it last told
-	stands  bool          // it is as it shall be
-	remotes int           // to how many it sends
-	peers   endpoints     // to whom, of the Services
-	unbuilt error         // why it is not as it shall be
-	unheard error         // why the Services' endpoints are not to be had
+	all     endpoints        // of the Services; nil: not known yet
+	want    segment.PodVXLAN // last
+	joined  *membership      // nil without discovery evpn
+	trouble string           // that it last told
+	stands  bool             // it is as it shall be
+	remotes int              // to how many it sends
+	peers   endpoints        // to whom, of the Services
+	unbuilt error            // why it is not as it shall be
+	unheard error            // why the Services' endpoints are not to be had
 
 	hooked endpoints // what the change hook knows of peers; runHooks alone has it
 }
@@ -51,7 +51,7 @@ type Sidecar struct {
 // Run has the pod's LAN be as configured until ctx ends, and then takes the interface away. Each configuration from configs takes the place of the one
 // before; what it leaves as it was goes on undisturbed. An up hook that fails ends it.
 func (s *Sidecar) Run(ctx context.Context, config Config, configs <-chan Config) (err error) {
-	if s.own, err = kernel.OpenOwn(); err != nil {
+	if s.own, err = kernel.OpenPodNetns(); err != nil {
 		return err
 	}
 	defer s.own.Close()
@@ -248,7 +248,7 @@ func (s *Sidecar) bring(ctx context.Context) error {
 	}
 	more := endpoints{Service{}: config.Peers}
 	peers := all.peers(address, config.IP)
-	want := segment.Alone{
+	want := segment.PodVXLAN{
 		VXLAN: segment.VXLAN{Name: config.VXLAN.Interface, VNI: config.VXLAN.VNI, Port: config.VXLAN.Port, Local: address},
 		MTU:   mtu, MAC: config.mac(), Addresses: config.VXLAN.Addresses,
 		Remotes: sorted(append(peers.union(), more.peers(address, config.IP).union()...)), Partial: all == nil,
@@ -262,7 +262,7 @@ func (s *Sidecar) bring(ctx context.Context) error {
 		}
 	}
 	s.note(func() { s.want = want })
-	var have segment.AloneState
+	var have segment.PodVXLANState
 	for {
 		var anew bool
 		if have, anew, err = s.apply(ctx, config, want); err != nil {
@@ -291,11 +291,11 @@ func (s *Sidecar) bring(ctx context.Context) error {
 }
 
 // apply does what is to be done about what there is, and says whether there is an interface now that is not prepared.
-func (s *Sidecar) apply(ctx context.Context, config Config, want segment.Alone) (have segment.AloneState, anew bool, err error) {
+func (s *Sidecar) apply(ctx context.Context, config Config, want segment.PodVXLAN) (have segment.PodVXLANState, anew bool, err error) {
 	if have, err = s.own.Observe(want.VXLAN.Name); err != nil {
 		return have, false, err
 	}
-	ops, err := segment.DiffAlone(want, have)
+	ops, err := segment.DiffPodVXLAN(want, have)
 	if err != nil {
 		return have, false, err
 	}
@@ -338,13 +338,13 @@ const (
 func (s *Sidecar) place(c Config) (address netip.Addr, mtu int, err error) {
 	if i := slices.IndexFunc(c.IP, c.isOfFamily); i >= 0 {
 		address = c.IP[i]
-	} else if address, err = s.own.Source(c.IPFamily != "ipv6", c.IPFamily != "ipv4"); err != nil {
+	} else if address, err = s.own.SourceAddress(c.IPFamily != "ipv6", c.IPFamily != "ipv4"); err != nil {
 		return address, 0, err
 	}
 	if !address.IsValid() {
 		return address, 0, errors.New("the pod has no default route whose address could be its own: set ip, from status.podIP")
 	}
-	link, mtu, err := s.own.Carrier(address)
+	link, mtu, err := s.own.LinkByAddress(address)
 	switch {
 	case err != nil:
 		return address, 0, err
@@ -353,9 +353,9 @@ func (s *Sidecar) place(c Config) (address netip.Addr, mtu int, err error) {
 	case c.VXLAN.MTU > 0:
 		return address, c.VXLAN.MTU, nil
 	case c.Discovery == EVPNDiscovery && address.Is4():
-		return address, mtu - segment.Reserve4, nil
+		return address, mtu - segment.Overhead4, nil
 	case c.Discovery == EVPNDiscovery:
-		return address, mtu - segment.Reserve6, nil
+		return address, mtu - segment.Overhead6, nil
 	case address.Is4():
 		return address, mtu - overhead4, nil
 	}
@@ -370,7 +370,7 @@ func (c *Config) mac() net.HardwareAddr {
 	if c.Namespace == "" || c.Pod == "" {
 		return nil
 	}
-	return segment.AloneMAC(c.Namespace, c.Pod, c.VXLAN.Interface)
+	return segment.PodVXLANMAC(c.Namespace, c.Pod, c.VXLAN.Interface)
 }
 
 // guard says whose packets are heard: of those to whom the pod sends, once there are any.

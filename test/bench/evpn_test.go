@@ -181,7 +181,7 @@ func (f *fleet) reflector(t *testing.T, at netip.AddrPort) {
 func teller(t *testing.T, to netip.AddrPort) *bgp.Speaker {
 	t.Helper()
 	up := make(chan struct{}, 1)
-	s := bgp.NewSpeaker(bgp.Config{AS: bareAS, RouterID: tellerAddress, Log: slog.New(slog.DiscardHandler), Hear: func(h bgp.Heard) {
+	s := bgp.NewSpeaker(bgp.Config{AS: bareAS, RouterID: tellerAddress, Log: slog.New(slog.DiscardHandler), OnUpdate: func(h bgp.Update) {
 		for _, session := range h.Sessions {
 			if session.Up {
 				up <- struct{}{}

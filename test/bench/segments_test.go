@@ -63,7 +63,7 @@ func (n station) manage(t *testing.T) (m managed, stop func()) {
 	var running sync.WaitGroup
 	for _, part := range []func() error{
 		func() error { return m.Run(ctx) },
-		func() error { return k.Watch(ctx, m.Poke) },
+		func() error { return k.Watch(ctx, m.Enqueue) },
 	} {
 		running.Go(func() {
 			if err := part(); err != nil && !errors.Is(err, context.Canceled) {
@@ -316,7 +316,7 @@ func idle(t *testing.T, b *bench, n station, lans []segment.Segment) {
 		m.until.Store(m.observed.Load() + int64(len(lans)))
 		began := time.Now()
 		for _, s := range lans {
-			m.Poke(s.Netns)
+			m.Enqueue(s.Netns)
 		}
 		<-m.enough
 		return milliseconds(time.Since(began)), nil

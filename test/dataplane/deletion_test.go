@@ -144,7 +144,7 @@ func (r *race) once(t *testing.T, s segment.Segment, sandbox string) error {
 	if err != nil {
 		return err
 	}
-	if err := r.until(s, "the LAN to be gone", func(lanmgr.Report) bool { return r.Gone(s.LAN, s.Netns) }); err != nil {
+	if err := r.until(s, "the LAN to be gone", func(lanmgr.Report) bool { return r.Removed(s.LAN, s.Netns) }); err != nil {
 		return err
 	}
 	if have, err := r.see(t, s); err != nil || have.Exists || have.Record != nil {
@@ -171,7 +171,7 @@ func (r *race) stays(t *testing.T, s segment.Segment, sandbox string) error {
 	if err := r.podHas(1); err != nil {
 		return err
 	}
-	if r.Gone(s.LAN, s.Netns) {
+	if r.Removed(s.LAN, s.Netns) {
 		return errors.New("it is said to be gone while a pod is attached")
 	}
 	return r.call(t, "DEL", s, sandbox)

@@ -58,9 +58,9 @@ func TestAddressesOfStationsAreHeard(t *testing.T) {
 	ctx, stop := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
 	go func() {
-		ended <- a.kernel.WatchAddresses(ctx, onA.Netns, kernel.Addresses{Shown: func(mac [6]byte, ip netip.Addr) {
+		ended <- a.kernel.WatchBindings(ctx, onA.Netns, kernel.Bindings{Bound: func(mac [6]byte, ip netip.Addr) {
 			heard <- shown{net.HardwareAddr(mac[:]).String(), ip.String()}
-		}, Anew: func() {}})
+		}, Recreated: func() {}})
 	}()
 	until := func(what string, send func()) (all []shown) {
 		t.Helper()

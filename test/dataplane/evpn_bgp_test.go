@@ -63,7 +63,7 @@ func startReflector(t *testing.T, at netip.AddrPort) *reflectors {
 // speaker is a node whose LAN is joined to EVPN as the daemon does it: the manager makes what the fabric tells.
 type speaker struct {
 	managed
-	fabric *evpn.Fabric
+	fabric *evpn.Instance
 	s      segment.Segment
 	routes chan<- segment.Routes // are as told here from then on
 	leave  func()
@@ -88,7 +88,7 @@ func (h host) speakTo(t *testing.T, s segment.Segment, n byte, peers ...bgp.Peer
 	sp.s.Remotes, sp.s.FDB, sp.s.Neighbors = nil, nil, nil
 	h.observe(t, s) // its kernel hears a namespace from when it first saw it
 	sp.fabric = evpn.New(evpn.Config{
-		AS: 65000, RouterID: netip.AddrFrom4([4]byte{127, 0, 0, 1 + n}), Stations: h.kernel, Peers: peers, Log: slog.New(slog.DiscardHandler),
+		AS: 65000, RouterID: netip.AddrFrom4([4]byte{127, 0, 0, 1 + n}), Kernel: h.kernel, Peers: peers, Log: slog.New(slog.DiscardHandler),
 	})
 	sp.Set([]segment.Segment{sp.s})
 	ctx, cancel := context.WithCancel(context.Background())

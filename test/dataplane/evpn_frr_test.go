@@ -261,10 +261,10 @@ func TestFRRIsToldNoIPv6VTEP(t *testing.T) {
 		t.Errorf("FRR has\n%s", shown)
 	}
 	awaitAgain(t, "the LAN to say so", func() bool {
-		withheld := first.fabric.Trouble(onA.Netns).Withheld
+		withheld := first.fabric.Problems(onA.Netns).Withheld
 		return len(withheld) == 1 && withheld[0] == router.peer(1)
 	})
-	if withheld := second.fabric.Trouble(onB.Netns).Withheld; len(withheld) > 0 {
+	if withheld := second.fabric.Problems(onB.Netns).Withheld; len(withheld) > 0 {
 		t.Errorf("with our reflector alone, routes are withheld from %v", withheld)
 	}
 }

@@ -69,7 +69,7 @@ func TestAThousandNodesWithTenMACsEach(t *testing.T) {
 	b.speak(t, onB, 2, reflector.at)
 	here, there := a.attach(t, onA, "one", segment.Macvtap), b.attach(t, onB, "two", segment.Macvtap)
 
-	others := bgp.NewSpeaker(bgp.Config{AS: 65000, RouterID: netip.MustParseAddr("127.0.0.9"), Hear: func(bgp.Heard) {}, Log: slog.New(slog.DiscardHandler)})
+	others := bgp.NewSpeaker(bgp.Config{AS: 65000, RouterID: netip.MustParseAddr("127.0.0.9"), OnUpdate: func(bgp.Update) {}, Log: slog.New(slog.DiscardHandler)})
 	try(t, others.SetPeers(t.Context(), []bgp.Peer{{
 		Address: reflector.at.Addr(), Port: reflector.at.Port(), AS: 65000, Source: netip.MustParseAddr("127.0.0.9"),
 	}}))

@@ -97,7 +97,7 @@ func TestFRRIsInAnotherAS(t *testing.T) {
 	}
 	arrives(t, one, two, frames.Stream(two.MAC, one.MAC, 4, 1))
 	for _, sp := range []*speaker{first, second} {
-		if trouble := sp.fabric.Trouble(sp.s.Netns); trouble.Refusals > 0 {
+		if trouble := sp.fabric.Problems(sp.s.Netns); trouble.Refusals > 0 {
 			t.Errorf("refused: %d, %v", trouble.Refusals, trouble.Refused)
 		}
 	}
@@ -145,7 +145,7 @@ func TestFRRIsNotAgreedWith(t *testing.T) {
 	first.awaitUp(t, peer)
 	there.expectAll(t)
 	back.expectAll(t)
-	if trouble := first.fabric.Trouble(onA.Netns); len(trouble.Down) > 0 || trouble.Refusals > 0 {
+	if trouble := first.fabric.Problems(onA.Netns); len(trouble.Down) > 0 || trouble.Refusals > 0 {
 		t.Errorf("the LAN has %+v", trouble)
 	}
 }
@@ -166,12 +166,12 @@ func TestFRRTellsAnotherVNI(t *testing.T) {
 	other.VXLAN.VNI = 439
 	stranger := router.attach(t, other)
 	awaitAgain(t, "the LAN to say so", func() bool {
-		trouble := first.fabric.Trouble(onA.Netns)
+		trouble := first.fabric.Problems(onA.Netns)
 		return trouble.Refusals > 0 && trouble.Refused.Reason == macvrf.OtherVNI && trouble.Refused.Route.VTEP == router.vtep
 	})
 	try(t, stranger.Send(frames.Stream(nil, stranger.MAC, 3, 1)))
-	awaitAgain(t, "the LAN to refuse the MAC, too", func() bool { return first.fabric.Trouble(onA.Netns).Refusals == 2 })
-	t.Logf("the LAN says: %s", first.fabric.Trouble(onA.Netns).Refused)
+	awaitAgain(t, "the LAN to refuse the MAC, too", func() bool { return first.fabric.Problems(onA.Netns).Refusals == 2 })
+	t.Logf("the LAN says: %s", first.fabric.Problems(onA.Netns).Refused)
 	there.expectAll(t)
 	back.expectAll(t)
 	first.knows(t, onB.VXLAN.Local, two.MAC) // and nobody else
@@ -191,14 +191,14 @@ func TestFRRAndANodeClaimOneMAC(t *testing.T) {
 	router.awaitShown(t, fmt.Sprintf("show evpn mac vni 440 mac %s", here.MAC), "Remote VTEP: "+s.VXLAN.Local.String())
 	out, in := startStream(t, 2, 10*rate, here, there), startStream(t, 3, 10*rate, there, here)
 	mac := net.HardwareAddr{2, 0xbb, 0, 0, 7, 1}
-	said := func() bool { return len(node.fabric.Trouble(s.Netns).Duplicates) == 1 }
+	said := func() bool { return len(node.fabric.Problems(s.Netns).Duplicates) == 1 }
 	atFRR := func() string { return router.show(t, "show evpn mac vni 440 mac "+mac.String()) }
 	awaitAgain(t, "the node to take it for a duplicate", func() bool {
 		try(t, vm.Send(frames.Stream(mac, mac, 4, 1)))
 		try(t, there.Send(frames.Stream(mac, mac, 4, 2)))
 		return said() && strings.Contains(atFRR(), "Duplicate")
 	})
-	t.Logf("%s is on two; FRR says\n%s", node.fabric.Trouble(s.Netns).Duplicates, atFRR())
+	t.Logf("%s is on two; FRR says\n%s", node.fabric.Problems(s.Netns).Duplicates, atFRR())
 	out.expectAll(t)
 	in.expectAll(t)
 }

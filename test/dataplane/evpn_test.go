@@ -55,7 +55,7 @@ func evpnHosts(t *testing.T, f family, vni uint32) (*mesh, *evpnNode, *evpnNode)
 	var watches sync.WaitGroup
 	for _, n := range fab.nodes {
 		watches.Go(func() {
-			if err := n.kernel.WatchStations(ctx, fab.follow(n)); err != nil {
+			if err := n.kernel.WatchFDB(ctx, fab.follow(n)); err != nil {
 				t.Error(err)
 			}
 		})
@@ -70,12 +70,12 @@ func told(s segment.Segment) segment.Segment {
 	return s
 }
 
-func (f *mesh) follow(n *evpnNode) kernel.Stations {
-	return kernel.Stations{
-		Seen: func(_ string, mac [6]byte) { f.after(func(now time.Time) { n.table.See(now, n.lan.VNI, mac) }) },
-		Left: func(_ string, mac [6]byte) { f.after(func(now time.Time) { n.table.Lose(now, n.lan.VNI, mac) }) },
-		Missed: func() {
-			macs, err := n.kernel.Stations(n.want.Netns)
+func (f *mesh) follow(n *evpnNode) kernel.FDBEvents {
+	return kernel.FDBEvents{
+		Learned: func(_ string, mac [6]byte) { f.after(func(now time.Time) { n.table.LearnLocal(now, n.lan.VNI, mac) }) },
+		Removed: func(_ string, mac [6]byte) { f.after(func(now time.Time) { n.table.ForgetLocal(now, n.lan.VNI, mac) }) },
+		Overflow: func() {
+			macs, err := n.kernel.LocalMACs(n.want.Netns)
 			if err != nil {
 				f.t.Error(err)
 			}
@@ -84,7 +84,7 @@ func (f *mesh) follow(n *evpnNode) kernel.Stations {
 				for _, mac := range macs {
 					all = append(all, mac)
 				}
-				n.table.Seen(now, n.lan.VNI, all)
+				n.table.LocalSince(now, n.lan.VNI, all)
 			})
 		},
 	}
@@ -100,7 +100,7 @@ func (f *mesh) after(event func(now time.Time)) {
 		quiet = true
 		for _, n := range f.nodes {
 			own := map[macvrf.Key]macvrf.Route{}
-			for _, r := range n.table.Own() {
+			for _, r := range n.table.Advertised() {
 				own[r.Key] = r
 			}
 			if maps.EqualFunc(own, n.told, macvrf.Route.Equal) {
@@ -112,11 +112,11 @@ func (f *mesh) after(event func(now time.Time)) {
 					continue
 				}
 				for _, r := range own {
-					o.table.Learn(now, r)
+					o.table.Import(now, r)
 				}
 				for key := range n.told {
 					if _, ok := own[key]; !ok {
-						o.table.Forget(now, key)
+						o.table.Withdraw(now, key)
 					}
 				}
 			}
@@ -309,8 +309,8 @@ func TestWhoIsBehindAVXLANThatLearnsIsNotHere(t *testing.T) {
 	defer watch.Wait()
 	defer stop()
 	watch.Go(func() {
-		err := a.kernel.WatchStations(ctx, kernel.Stations{
-			Seen: func(_ string, mac [6]byte) { seen <- mac }, Left: func(string, [6]byte) {}, Missed: func() { close(heard) },
+		err := a.kernel.WatchFDB(ctx, kernel.FDBEvents{
+			Learned: func(_ string, mac [6]byte) { seen <- mac }, Removed: func(string, [6]byte) {}, Overflow: func() { close(heard) },
 		})
 		if err != nil {
 			t.Error(err)
@@ -370,15 +370,15 @@ func TestWhatAnEarlierRunToldIsPutRight(t *testing.T) {
 // Another process reads from the kernel where a LAN has which MAC: on which spoke of the node, or behind whom. In a LAN that learns, too.
 func TestWhereMACsAreIsReadFromTheKernel(t *testing.T) {
 	f := families["IPv6"]
-	have := func(h host, s segment.Segment, want ...segment.Place) {
+	have := func(h host, s segment.Segment, want ...segment.MACEntry) {
 		t.Helper()
-		places, err := h.start(t).Places(t.Context(), s.Netns)
+		places, err := h.start(t).MACs(t.Context(), s.Netns)
 		try(t, err)
 		for i := range places {
-			if places[i].Heard > time.Minute {
+			if places[i].LastSeen > time.Minute {
 				t.Errorf("%+v has been silent for a minute", places[i])
 			}
-			places[i].Heard = 0
+			places[i].LastSeen = 0
 		}
 		for _, p := range want {
 			if !slices.Contains(places, p) {
@@ -393,15 +393,15 @@ func TestWhereMACsAreIsReadFromTheKernel(t *testing.T) {
 		fab, a, b := evpnHosts(t, f, 421)
 		pod, vm := fab.join(t, a, "one", segment.Veth), fab.join(t, b, "two", segment.Macvtap)
 		have(a.host, a.want)
-		have(b.host, b.want, segment.Place{MAC: pod.Attachment.MAC.String(), VTEP: f.vteps[0]})
+		have(b.host, b.want, segment.MACEntry{MAC: pod.Attachment.MAC.String(), VTEP: f.vteps[0]})
 		crosses(t, pod, vm, frames.Stream(nil, pod.Attachment.MAC, 9, 1))
 		try(t, vm.Send(frames.Stream(nil, []byte{2, 0xbb, 0, 0, 0, 2}, 9, 2)))
 		fab.await(t, "the VM to be known", func() bool { return a.behind([]byte{2, 0xbb, 0, 0, 0, 2}) == f.vteps[1] })
 		have(a.host, a.want,
-			segment.Place{MAC: pod.Attachment.MAC.String(), Spoke: "one"}, segment.Place{MAC: "02:bb:00:00:00:02", VTEP: f.vteps[1]})
+			segment.MACEntry{MAC: pod.Attachment.MAC.String(), Spoke: "one"}, segment.MACEntry{MAC: "02:bb:00:00:00:02", VTEP: f.vteps[1]})
 		have(b.host, b.want,
-			segment.Place{MAC: pod.Attachment.MAC.String(), VTEP: f.vteps[0]}, segment.Place{MAC: "02:bb:00:00:00:02", Spoke: "two"})
-		if _, err := a.start(t).Places(t.Context(), "never"); err == nil {
+			segment.MACEntry{MAC: pod.Attachment.MAC.String(), VTEP: f.vteps[0]}, segment.MACEntry{MAC: "02:bb:00:00:00:02", Spoke: "two"})
+		if _, err := a.start(t).MACs(t.Context(), "never"); err == nil {
 			t.Error("a LAN that is not on the node has MACs")
 		}
 	})
@@ -411,8 +411,8 @@ func TestWhereMACsAreIsReadFromTheKernel(t *testing.T) {
 		b.build(t, onB)
 		one, two := a.attach(t, onA, "one", segment.Veth), b.attach(t, onB, "two", segment.Veth)
 		crosses(t, one, two, frames.Stream(nil, one.Attachment.MAC, 9, 1))
-		have(a, onA, segment.Place{MAC: one.Attachment.MAC.String(), Spoke: "one"})
-		have(b, onB, segment.Place{MAC: one.Attachment.MAC.String(), VTEP: f.vteps[0]})
+		have(a, onA, segment.MACEntry{MAC: one.Attachment.MAC.String(), Spoke: "one"})
+		have(b, onB, segment.MACEntry{MAC: one.Attachment.MAC.String(), VTEP: f.vteps[0]})
 	})
 }
 
@@ -439,7 +439,7 @@ func TestAMACThatShowsItselfForAMomentIsFollowed(t *testing.T) {
 		t.Errorf("a wish that does not know of the MAC here did %v", ops)
 	}
 	crosses(t, one, vm, frames.Stream(mac[:], one.MAC, 1, 3))
-	onA.FDB[0].Here = true
+	onA.FDB[0].Local = true
 	a.build(t, onA)
 	crosses(t, one, two, frames.Stream(mac[:], one.MAC, 1, 4))
 	if ops := a.build(t, onA); len(ops) > 0 {

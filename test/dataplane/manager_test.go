@@ -35,7 +35,7 @@ func (h host) manage(t *testing.T) managed {
 	var running sync.WaitGroup
 	for what, run := range map[string]func() error{
 		"manager": func() error { return m.Run(ctx) },
-		"watch":   func() error { return k.Watch(ctx, m.Poke) },
+		"watch":   func() error { return k.Watch(ctx, m.Enqueue) },
 	} {
 		running.Go(func() {
 			if err := run(); err != nil && !errors.Is(err, context.Canceled) {

@@ -47,7 +47,7 @@ func (h host) serveDemand(t *testing.T, n byte, reflector netip.AddrPort) *speak
 	source := netip.AddrFrom4([4]byte{127, 0, 0, 1 + n})
 	m := h.manage(t)
 	fab := evpn.New(evpn.Config{
-		AS: 65000, RouterID: source, Stations: m.daemon, Log: slog.New(slog.DiscardHandler),
+		AS: 65000, RouterID: source, Kernel: m.daemon, Log: slog.New(slog.DiscardHandler),
 		Peers: []bgp.Peer{{Address: reflector.Addr(), Port: reflector.Port(), AS: 65000, Source: source, IPv6VTEPs: true}},
 	})
 	m.Set(nil)
@@ -221,14 +221,14 @@ func TestAVNIThatIsMadeAnewIsHeard(t *testing.T) {
 	ctx, stop := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
 	go func() {
-		ended <- daemon.WatchAddresses(ctx, s.Netns, kernel.Addresses{
-			Shown: func(_ [6]byte, ip netip.Addr) {
+		ended <- daemon.WatchBindings(ctx, s.Netns, kernel.Bindings{
+			Bound: func(_ [6]byte, ip netip.Addr) {
 				select {
 				case shown <- ip:
 				default: // the test has heard enough
 				}
 			},
-			Anew: func() { anew <- struct{}{} },
+			Recreated: func() { anew <- struct{}{} },
 		})
 	}()
 	shows := func(wire netns.Wire, address string) {
@@ -268,7 +268,7 @@ func TestAVNIThatIsMadeAnewIsHeard(t *testing.T) {
 		t.Fatal("nobody says that the LAN was made anew")
 	}
 	shows(wire, "10.0.0.2")
-	macs, err := daemon.Stations(s.Netns)
+	macs, err := daemon.LocalMACs(s.Netns)
 	try(t, err)
 	if len(macs) != 1 || macs[0] != [6]byte{2, 0xaa, 0, 0, 0, 1} {
 		t.Errorf("on the LAN are %x", macs)
@@ -326,7 +326,7 @@ func TestAVNIOfALANIsThatLAN(t *testing.T) {
 		spoke := a.attach(t, s, "srl", segment.Veth)
 		wire := pod.joinVNI(t, s, config)
 		crosses(t, wire, spoke, frames.Stream(nil, net.HardwareAddr{2, 0xaa, 0, 0, 0, 1}, 1, 1))
-		m.Poke(s.Netns)
+		m.Enqueue(s.Netns)
 		m.awaitReports(t, "two claims", func(r []lanmgr.Report) bool { return len(r) == 1 && len(r[0].Claims) == 2 && r[0].Built })
 		m.Set(nil)
 		m.awaitReports(t, "leaving", func(r []lanmgr.Report) bool { return len(r) == 1 && r[0].Leaving && r[0].Built })
@@ -369,7 +369,7 @@ func TestAVNIWhosePluginIsKilled(t *testing.T) {
 				if at%2 == 1 { // a daemon starts where the plugin was killed
 					m := h.manage(t)
 					m.Set(nil)
-					m.awaitReports(t, "all to be looked at", func([]lanmgr.Report) bool { return m.Looked() })
+					m.awaitReports(t, "all to be looked at", func([]lanmgr.Report) bool { return m.Observed() })
 					m.stop()
 				}
 				wire := next.joinVNI(t, madeFor(5005), config)

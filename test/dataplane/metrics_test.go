@@ -31,7 +31,7 @@ func (h host) count(t *testing.T) counted {
 	t.Helper()
 	c := counted{managed: h.manage(t), registry: prometheus.NewRegistry()}
 	m := metrics.New(metrics.Sources{Reports: c.Reports, Registered: func() int { return 0 }, Dropped: firewall.New(h.Path, firewall.TableName, slog.New(slog.DiscardHandler)).Dropped})
-	c.Manager.Watch = m.Look // nothing is looked at before the first Set
+	c.Manager.OnObserve = m.Observed // nothing is looked at before the first Set
 	try(t, c.registry.Register(m))
 	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
 	ended := make(chan struct{})
@@ -120,9 +120,9 @@ func TestMetricsTellWhatHappensOnANode(t *testing.T) {
 	if major > 6 || major == 6 && minor >= 7 {
 		h.awaitState(t, s, "the bridge to learn", func(have segment.State) bool {
 			bridge, _ := have.Link(s.Bridge)
-			return bridge.Learnt >= int(before)+5
+			return bridge.Learned >= int(before)+5
 		})
-		c.Poke(s.Netns)
+		c.Enqueue(s.Netns)
 		c.awaits(t, learnt, before+5)
 	} else if before != -1 {
 		t.Errorf("%v addresses on a kernel that does not count them", before)

@@ -16,13 +16,13 @@ import (
 )
 
 // station starts a probe's station of a spoke.
-func (h host) station(t *testing.T, s segment.Segment, spoke string) probe.Station {
+func (h host) station(t *testing.T, s segment.Segment, spoke string) probe.Endpoint {
 	t.Helper()
 	orders, order := io.Pipe()
 	says, say := io.Pipe()
 	end := make(chan error, 1)
 	go func() {
-		err := endpoint.Station(context.WithoutCancel(t.Context()), h.kernel, s.Netns, spoke, orders, say)
+		err := endpoint.Run(context.WithoutCancel(t.Context()), h.kernel, s.Netns, spoke, orders, say)
 		_ = say.CloseWithError(err)
 		end <- err
 	}()
@@ -32,18 +32,18 @@ func (h host) station(t *testing.T, s segment.Segment, spoke string) probe.Stati
 			t.Errorf("the station of %s: %v", spoke, err)
 		}
 	})
-	return probe.Station{Node: h.Name, Orders: order, Says: says}
+	return probe.Endpoint{Node: h.Name, Orders: order, Messages: says}
 }
 
 // probes wants a probe to say these words of the way from one to two and of the way back, and that all is well, or not.
-func probes(t *testing.T, one, two probe.Station, well bool, there, back string) {
+func probes(t *testing.T, one, two probe.Endpoint, well bool, there, back string) {
 	t.Helper()
 	forth, home, err := probe.Run(t.Context(), one, two)
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, c := range []struct {
-		course probe.Course
+		course probe.Path
 		want   string
 	}{{forth, there}, {home, back}} {
 		ok, sentences := c.course.Verdict()
@@ -139,7 +139,7 @@ func TestAProbeSaysWhoseChecksumsArriveUnfinished(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, c := range []probe.Course{there, back} {
+	for _, c := range []probe.Path{there, back} {
 		if well, said := c.Verdict(); !well {
 			t.Errorf("not all passes: %q", said)
 		}

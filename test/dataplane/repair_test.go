@@ -170,7 +170,7 @@ func TestManagerRepairsWhateverSomebodyBreaks(t *testing.T) {
 			}
 			h.do(t, broken)
 			if h.unseen {
-				m.Poke(s.Netns)
+				m.Enqueue(s.Netns)
 			}
 			took = append(took, a.awaitState(t, s, "repair", func(have segment.State) bool { return describe(have) == whole }))
 			for _, s := range streams {

@@ -49,9 +49,9 @@ func evpnWithANode(t *testing.T, s *sidecars) {
 			node := join(t, tm.underlay, "worker1")
 			node.address(t, netip.PrefixFrom(nodeIPv4, 24))
 			node.address(t, netip.PrefixFrom(nodeIPv6, 64))
-			local, overhead := nodeIPv4, segment.Reserve4
+			local, overhead := nodeIPv4, segment.Overhead4
 			if is6 {
-				local, overhead, vtep[a], vtep[b] = nodeIPv6, segment.Reserve6, a.ipv6, b.ipv6
+				local, overhead, vtep[a], vtep[b] = nodeIPv6, segment.Overhead6, a.ipv6, b.ipv6
 			}
 			lan := lan("evpn", vni, "one")
 			lan.MTU = underlayMTU - overhead

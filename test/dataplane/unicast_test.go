@@ -215,7 +215,7 @@ func TestALANChangesItsDiscoveryUnderTraffic(t *testing.T) {
 			}
 		}
 	}
-	if kernel.Rejoins() {
+	if kernel.RejoinsGroups() {
 		there.expectAll(t)
 		back.expectAll(t)
 	} else {

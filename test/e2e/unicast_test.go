@@ -141,7 +141,7 @@ func TestLANChangesItsDiscoveryWhilePodsTalk(t *testing.T) {
 					one, two := one.in(t), two.in(t)
 					flood := startFlood(two, one)
 					loses := losesNothing
-					if !kernel.Rejoins() {
+					if !kernel.RejoinsGroups() {
 						loses = losesLittle
 					}
 					loses(one, two, func() {

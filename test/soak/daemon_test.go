@@ -58,7 +58,7 @@ func runDaemon(dirs string, in io.Reader, out io.Writer) error {
 	var running sync.WaitGroup
 	for _, part := range []func() error{
 		func() error { return manager.Run(ctx) },
-		func() error { return node.Watch(ctx, manager.Poke) },
+		func() error { return node.Watch(ctx, manager.Enqueue) },
 	} {
 		running.Go(func() { cancel(part()) })
 	}

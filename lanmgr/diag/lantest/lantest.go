@@ -238,7 +238,7 @@ func (p *Port) answer(ctx context.Context, within time.Duration, number uint32) 
 }
 
 // Kinds sends frames of every kind to the peer, and says which arrive there.
-func (p *Port) Kinds(ctx context.Context, peer Peer) (probe.Course, error) {
+func (p *Port) Kinds(ctx context.Context, peer Peer) (probe.Path, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	orders, order := io.Pipe()
 	sent, saySent := io.Pipe()
@@ -249,7 +249,7 @@ func (p *Port) Kinds(ctx context.Context, peer Peer) (probe.Course, error) {
 	defer both.Wait()
 	defer func() { _, _, _ = order.Close(), sent.Close(), heard.Close() }()
 	defer cancel()
-	return probe.OneWay(ctx, probe.Station{Node: p.Owner, Orders: order, Says: sent}, probe.Station{Node: peer.Owner, Says: heard})
+	return probe.OneWay(ctx, probe.Endpoint{Node: p.Owner, Orders: order, Messages: sent}, probe.Endpoint{Node: peer.Owner, Messages: heard})
 }
 
 // facts are what is known of an end without looking at its node.
@@ -285,7 +285,7 @@ func (p *Port) report(ctx context.Context, peer Peer, out io.Writer) error {
 	for err == nil {
 		var m message
 		if m, _, err = p.receive(ctx); err == nil && m.kind == kindHeard {
-			err = says.Encode(probe.Message{Heard: &probe.Heard{ID: m.number, Where: probe.AtPort, Outgoing: true}})
+			err = says.Encode(probe.Message{Sighting: &probe.Sighting{ID: m.number, Where: probe.AtPort, Outgoing: true}})
 		}
 	}
 	return err

@@ -28,7 +28,7 @@ var nobody = []byte{0x02, 0x6b, 0x38, 0x71, 0x00, 0x00}
 
 // round is a frame that waits to be sent.
 type round struct {
-	Shot
+	FrameResult
 	frame         func(id uint32) []byte
 	unfinished    bool
 	start, offset uint16
@@ -93,7 +93,7 @@ func mark(id uint32) []byte { return binary.BigEndian.AppendUint32(slices.Clone(
 
 func frame(name string, direction int, to []byte, payload int, tags ...uint16) round {
 	return round{
-		Shot: Shot{Kind: name, Payload: payload, Tags: len(tags) / 2},
+		FrameResult: FrameResult{Kind: name, Payload: payload, Tags: len(tags) / 2},
 		frame: func(id uint32) []byte {
 			content := make([]byte, payload)
 			copy(content, mark(id))
@@ -105,7 +105,7 @@ func frame(name string, direction int, to []byte, payload int, tags ...uint16) r
 // packet4 is a datagram between addresses for documentation (RFC 5737), to the port where everything is thrown away. Its
 // checksum has the pseudo header alone, as it has where the rest is left to hardware.
 func packet4(direction int) round {
-	return round{Shot: Shot{Kind: "IPv4", Payload: 46}, frame: func(id uint32) []byte {
+	return round{FrameResult: FrameResult{Kind: "IPv4", Payload: 46}, frame: func(id uint32) []byte {
 		data := mark(id)
 		ip := []byte{0x45, 0, 0, byte(28 + len(data)), 0, 0, 0, 0, 1, 17, 0, 0, 192, 0, 2, 1, 192, 0, 2, 2}
 		binary.BigEndian.PutUint16(ip[10:], ^sum(ip))
@@ -117,7 +117,7 @@ func packet4(direction int) round {
 
 // packet6 is the same in IPv6 (RFC 3849).
 func packet6(direction int) round {
-	return round{Shot: Shot{Kind: "IPv6", Payload: 64}, frame: func(id uint32) []byte {
+	return round{FrameResult: FrameResult{Kind: "IPv6", Payload: 64}, frame: func(id uint32) []byte {
 		data := mark(id)
 		address := func(host byte) []byte { return []byte{0x20, 0x01, 0x0d, 0xb8, 15: host} }
 		datagram := []byte{0, 9, 0, 9, 0, byte(8 + len(data)), 0, 0}

@@ -61,8 +61,8 @@ const (
 	AtUnderlay = "underlay"
 )
 
-// Heard is a frame that came by.
-type Heard struct {
+// Sighting is a frame that came by.
+type Sighting struct {
 	ID            uint32 `json:"id"`
 	Where         string `json:"where"`
 	Outgoing      bool   `json:"outgoing"`
@@ -71,8 +71,8 @@ type Heard struct {
 	Length        int    `json:"length,omitempty"`        // of the IP packet on the underlay, in bytes
 	WrongChecksum bool   `json:"wrongChecksum,omitempty"` // of UDP, on the underlay
 
-	// Stranger is where the packet comes from, if the node hears the LAN's members alone and that is none.
-	Stranger netip.Addr `json:"stranger,omitzero"`
+	// NonMember is where the packet comes from, if the node hears the LAN's members alone and that is none.
+	NonMember netip.Addr `json:"stranger,omitzero"`
 }
 
 // Sent says that an order was carried out, or why not.
@@ -83,16 +83,16 @@ type Sent struct {
 
 // Message is a line of JSON from a station: its facts first, once it hears.
 type Message struct {
-	Facts *Facts `json:"facts,omitempty"`
-	Heard *Heard `json:"heard,omitempty"`
-	Sent  *Sent  `json:"sent,omitempty"`
+	Facts    *Facts    `json:"facts,omitempty"`
+	Sighting *Sighting `json:"heard,omitempty"`
+	Sent     *Sent     `json:"sent,omitempty"`
 }
 
-// Station is the way to the program that sends and hears on a spoke's node.
-type Station struct {
-	Node   string
-	Orders io.Writer // an Order for each line of JSON
-	Says   io.Reader // Messages
+// Endpoint is the way to the program that sends and hears on a spoke's node.
+type Endpoint struct {
+	Node     string
+	Orders   io.Writer // an Order for each line of JSON
+	Messages io.Reader // Messages
 }
 
 // Hop is how far a frame got.
@@ -109,8 +109,8 @@ const (
 	Arrived         // sent to the pod
 )
 
-// Shot is a frame and what became of it.
-type Shot struct {
+// FrameResult is a frame and what became of it.
+type FrameResult struct {
 	Kind          string
 	Payload       int // bytes behind Ethernet header and tags
 	Tags          int
@@ -121,13 +121,13 @@ type Shot struct {
 	Length        int    // of its packet on the underlay, in bytes
 	WrongChecksum bool   // its packet came to the other node with a UDP checksum that is wrong
 
-	Stranger netip.Addr // its packet came to the other node from there, which takes it for a stranger's
+	NonMember netip.Addr // its packet came to the other node from there, which takes it for a stranger's
 }
 
-// Course is what became of the frames of one direction.
-type Course struct {
+// Path is what became of the frames of one direction.
+type Path struct {
 	From, To Facts
-	Shots    []Shot
+	Frames   []FrameResult
 	// Largest is the longest payload without a tag that passed, in bytes; 0 where none did.
 	Largest int
 }
@@ -153,7 +153,7 @@ type said struct {
 }
 
 // Run sends every kind of frame from one spoke to the other and back. It ends the stations' readers by ctx only where these end with it.
-func Run(ctx context.Context, a, b Station) (there, back Course, err error) {
+func Run(ctx context.Context, a, b Endpoint) (there, back Path, err error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	s := &session{messages: make(chan said), nextID: 1}
@@ -168,21 +168,21 @@ func Run(ctx context.Context, a, b Station) (there, back Course, err error) {
 }
 
 // OneWay is Run without the way back: to needs no Orders.
-func OneWay(ctx context.Context, from, to Station) (Course, error) {
+func OneWay(ctx context.Context, from, to Endpoint) (Path, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	s := &session{messages: make(chan said), nextID: 1}
 	facts, err := s.meet(ctx, from, to)
 	if err != nil {
-		return Course{}, err
+		return Path{}, err
 	}
 	return s.course(ctx, 0, from, facts[0], facts[1])
 }
 
 // meet begins to read what the stations say, until ctx ends, and returns their facts.
-func (s *session) meet(ctx context.Context, stations ...Station) ([]Facts, error) {
+func (s *session) meet(ctx context.Context, stations ...Endpoint) ([]Facts, error) {
 	for i, st := range stations {
-		go s.read(ctx, i, st.Says)
+		go s.read(ctx, i, st.Messages)
 	}
 	facts := make([]Facts, len(stations))
 	for heard := 0; heard < len(facts); {
@@ -233,11 +233,11 @@ func (s *session) next(ctx context.Context, late <-chan time.Time) (said, error)
 }
 
 // course sends the frames of one direction.
-func (s *session) course(ctx context.Context, sender int, st Station, from, to Facts) (Course, error) {
-	c := Course{From: from, To: to}
+func (s *session) course(ctx context.Context, sender int, st Endpoint, from, to Facts) (Path, error) {
+	c := Path{From: from, To: to}
 	mtu := min(from.MTU, to.MTU)
 	var err error
-	if c.Shots, err = s.fire(ctx, sender, st, catalog(sender, from.MTU, to.MAC)); err != nil {
+	if c.Frames, err = s.fire(ctx, sender, st, catalog(sender, from.MTU, to.MAC)); err != nil {
 		return c, err
 	}
 	if c.measure(); c.Largest == 0 || c.Largest >= mtu {
@@ -269,8 +269,8 @@ func (s *session) course(ctx context.Context, sender int, st Station, from, to F
 }
 
 // measure finds the longest payload that passed, of what goes everywhere.
-func (c *Course) measure() {
-	for _, shot := range c.Shots {
+func (c *Path) measure() {
+	for _, shot := range c.Frames {
 		if shot.Reached == Arrived && shot.Tags == 0 && shot.Kind != known {
 			c.Largest = max(c.Largest, shot.Payload)
 		}
@@ -278,10 +278,10 @@ func (c *Course) measure() {
 }
 
 // fire sends frames, those that are lost once more, and says what became of them.
-func (s *session) fire(ctx context.Context, sender int, st Station, rounds []round) ([]Shot, error) {
-	shots := make([]Shot, len(rounds))
+func (s *session) fire(ctx context.Context, sender int, st Endpoint, rounds []round) ([]FrameResult, error) {
+	shots := make([]FrameResult, len(rounds))
 	for i, r := range rounds {
-		shots[i] = r.Shot
+		shots[i] = r.FrameResult
 	}
 	for range tries {
 		if err := s.volley(ctx, sender, st, rounds, shots); err != nil {
@@ -292,7 +292,7 @@ func (s *session) fire(ctx context.Context, sender int, st Station, rounds []rou
 }
 
 // volley sends the frames that have not arrived yet and waits for them.
-func (s *session) volley(ctx context.Context, sender int, st Station, rounds []round, shots []Shot) error {
+func (s *session) volley(ctx context.Context, sender int, st Endpoint, rounds []round, shots []FrameResult) error {
 	number := map[uint32]int{}
 	var orders bytes.Buffer
 	lines := json.NewEncoder(&orders)
@@ -339,12 +339,12 @@ func (s *session) volley(ctx context.Context, sender int, st Station, rounds []r
 			} else {
 				shots[i].Reached = max(shots[i].Reached, Sent0)
 			}
-		case m.Heard != nil:
-			i, ok := number[m.Heard.ID]
+		case m.Sighting != nil:
+			i, ok := number[m.Sighting.ID]
 			if !ok {
 				continue
 			}
-			if shots[i].heard(m.from == sender, *m.Heard) {
+			if shots[i].heard(m.from == sender, *m.Sighting) {
 				missing--
 			}
 		}
@@ -353,7 +353,7 @@ func (s *session) volley(ctx context.Context, sender int, st Station, rounds []r
 }
 
 // heard notes that a frame came by, and says whether it has arrived with that.
-func (s *Shot) heard(bySender bool, h Heard) (arrived bool) {
+func (s *FrameResult) heard(bySender bool, h Sighting) (arrived bool) {
 	hop := s.Reached
 	switch {
 	case bySender && h.Outgoing && h.Where == AtVXLAN:
@@ -361,7 +361,7 @@ func (s *Shot) heard(bySender bool, h Heard) (arrived bool) {
 	case bySender && h.Outgoing && h.Where == AtUnderlay:
 		hop = LeftNode
 	case !bySender && !h.Outgoing && h.Where == AtUnderlay:
-		hop, s.WrongChecksum, s.Stranger = CameToNode, h.WrongChecksum, h.Stranger
+		hop, s.WrongChecksum, s.NonMember = CameToNode, h.WrongChecksum, h.NonMember
 	case !bySender && !h.Outgoing && h.Where == AtVXLAN:
 		hop = CameToVXLAN
 	case !bySender && h.Outgoing && h.Where == AtPort:

@@ -8,10 +8,10 @@ import (
 )
 
 // Verdict says in plain words what passes, and where the rest is lost and why; well where nothing is lost that a LAN carries.
-func (c Course) Verdict() (well bool, sentences []string) {
-	var lost, long, passed []Shot // long are those that are lost though shorter ones pass
+func (c Path) Verdict() (well bool, sentences []string) {
+	var lost, long, passed []FrameResult // long are those that are lost though shorter ones pass
 	depth := 0
-	for _, s := range c.Shots {
+	for _, s := range c.Frames {
 		switch {
 		case s.Reached == Arrived:
 			passed = append(passed, s)
@@ -30,7 +30,7 @@ func (c Course) Verdict() (well bool, sentences []string) {
 	case c.portFault() != "": // a frame that starts behind the port says nothing of it
 		say("%s: nothing passes. %s.", way, c.portFault())
 		return false, sentences
-	case len(lost) == len(c.Shots)-len(long) && len(lost) > 0:
+	case len(lost) == len(c.Frames)-len(long) && len(lost) > 0:
 		say("%s: nothing passes. %s.", way, c.why(furthest(lost)))
 	case len(lost) > len(passed):
 		say("%s: of the kinds of frames only these pass: %s. %s.", way, kinds(passed), c.why(furthest(lost)))
@@ -46,10 +46,10 @@ func (c Course) Verdict() (well bool, sentences []string) {
 }
 
 // Checksums says to whom checksums come unfinished, and for whom that matters; empty where they do to nobody.
-func Checksums(courses ...Course) string {
+func Checksums(courses ...Path) string {
 	var pods, options []string
 	for _, c := range courses {
-		if slices.ContainsFunc(c.Shots, func(s Shot) bool { return s.Reached == Arrived && s.Unfinished }) {
+		if slices.ContainsFunc(c.Frames, func(s FrameResult) bool { return s.Reached == Arrived && s.Unfinished }) {
 			pods, options = append(pods, c.To.Pod), append(options, c.To.Offer+": {txChecksum: off}")
 		}
 	}
@@ -72,7 +72,7 @@ func tags(depth int) string {
 	return fmt.Sprintf("%d VLAN tags", depth)
 }
 
-func kinds(shots []Shot) string {
+func kinds(shots []FrameResult) string {
 	words := make([]string, len(shots))
 	for i, s := range shots {
 		words[i] = s.Kind
@@ -81,7 +81,7 @@ func kinds(shots []Shot) string {
 }
 
 // furthest is the one of lost frames that got on the longest way.
-func furthest(lost []Shot) Shot {
+func furthest(lost []FrameResult) FrameResult {
 	best := lost[0]
 	for _, s := range lost {
 		if s.Reached > best.Reached {
@@ -92,7 +92,7 @@ func furthest(lost []Shot) Shot {
 }
 
 // portFault says why one of the two pods can neither send nor receive; empty where both can.
-func (c Course) portFault() string {
+func (c Path) portFault() string {
 	for _, f := range []Facts{c.From, c.To} {
 		switch {
 		case !f.Port.Up:
@@ -106,7 +106,7 @@ func (c Course) portFault() string {
 }
 
 // why says where a frame was lost, and the likely cause.
-func (c Course) why(s Shot) string {
+func (c Path) why(s FrameResult) string {
 	from, to := c.From, c.To
 	if from.Bridge.Name == "" && s.Reached > NotSent {
 		return "For where it is lost, run kubectl k8slan probe between two pods on a LAN of these nodes"
@@ -142,9 +142,9 @@ func (c Course) why(s Shot) string {
 				to.Node, s.VNI, to.VXLAN.Name, to.VNI)
 		case from.UDPPort != to.UDPPort:
 			return fmt.Sprintf("It came to node %s on UDP port %d, but VXLAN %s there listens on %d", to.Node, from.UDPPort, to.VXLAN.Name, to.UDPPort)
-		case s.Stranger.IsValid():
+		case s.NonMember.IsValid():
 			return fmt.Sprintf("It came to %s of node %s from %s, and is dropped there as a stranger's: the LAN has strictPeers, and no LANNode of another of its nodes has that "+
-				"address. Compare kubectl get lannode %s -o yaml with nft list table inet k8slan on node %[2]s", to.Underlay.Name, to.Node, s.Stranger, from.Node)
+				"address. Compare kubectl get lannode %s -o yaml with nft list table inet k8slan on node %[2]s", to.Underlay.Name, to.Node, s.NonMember, from.Node)
 		case s.WrongChecksum:
 			return fmt.Sprintf("It came to %s of node %s with a wrong UDP checksum, and the kernel there drops it: the transmit checksum offload of %s on node %s, or of a device "+
 				"on the way, is broken. Try ethtool -K %[3]s tx off on node %[4]s", to.Underlay.Name, to.Node, from.Underlay.Name, from.Node)
@@ -159,7 +159,7 @@ func (c Course) why(s Shot) string {
 }
 
 // floodFault says why what the one node floods is not for the other; empty where it is.
-func (c Course) floodFault() string {
+func (c Path) floodFault() string {
 	from, to := c.From, c.To
 	switch {
 	case from.Group.IsValid() && to.Group != from.Group:
@@ -195,12 +195,12 @@ func addresses(all []netip.Addr) string {
 }
 
 // between says what the network between the nodes may do to packets that never come.
-func (c Course) between() string {
+func (c Path) between() string {
 	from, to := c.From, c.To
 	switch {
 	case !from.Group.IsValid():
 		return fmt.Sprintf("the network between them drops UDP port %d, or has no way to %s (firewall, security group, routes)", from.UDPPort, to.VTEP)
-	case slices.ContainsFunc(c.Shots, func(s Shot) bool { return s.Reached == Arrived && s.Kind == known }):
+	case slices.ContainsFunc(c.Frames, func(s FrameResult) bool { return s.Reached == Arrived && s.Kind == known }):
 		return fmt.Sprintf("the network between them carries the LAN's unicast, but not its multicast to %s. Set spec.discovery to unicast, or let the network carry it", from.Group)
 	}
 	return fmt.Sprintf("the network between them drops UDP port %d, or carries no multicast to %s, as in clouds and routed networks. For the latter set spec.discovery to unicast",
@@ -224,7 +224,7 @@ func down(l Link, otherwise string) string {
 const roomForTags = 8
 
 // whyLong says the same of a frame that was too long.
-func (c Course) whyLong(s Shot) string {
+func (c Path) whyLong(s FrameResult) string {
 	from, to := c.From, c.To
 	smaller := from
 	if to.Underlay.MTU < from.Underlay.MTU {

@@ -15,11 +15,11 @@ func side(n string) Facts {
 }
 
 // reached is a course whose frames all got that far.
-func reached(h Hop, change ...func(*Course)) Course {
-	c := Course{From: side("1"), To: side("2")}
+func reached(h Hop, change ...func(*Path)) Path {
+	c := Path{From: side("1"), To: side("2")}
 	for _, r := range catalog(0, c.From.MTU, nobody) {
 		r.Reached, r.VNI = h, 222
-		c.Shots = append(c.Shots, r.Shot)
+		c.Frames = append(c.Frames, r.FrameResult)
 	}
 	c.measure()
 	for _, f := range change {
@@ -29,25 +29,25 @@ func reached(h Hop, change ...func(*Course)) Course {
 }
 
 // unicast has both nodes know each other; a change tells otherwise.
-func unicast(c *Course) {
+func unicast(c *Path) {
 	one, two := netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("192.0.2.2")
 	c.From.Group, c.From.VTEP, c.From.Remotes = netip.Addr{}, one, []netip.Addr{two}
 	c.To.Group, c.To.VTEP, c.To.Remotes = netip.Addr{}, two, []netip.Addr{one}
 }
 
 // betweenPods has nobody listen on the nodes.
-func betweenPods(c *Course) {
+func betweenPods(c *Path) {
 	for _, f := range []*Facts{&c.From, &c.To} {
 		f.Bridge, f.VXLAN, f.Underlay = Link{}, Link{}, Link{}
 	}
 }
 
 // long loses what is longer than so many bytes.
-func long(limit int, h Hop) func(*Course) {
-	return func(c *Course) {
-		for i := range c.Shots {
-			if c.Shots[i].Payload > limit {
-				c.Shots[i].Reached, c.Shots[i].Length = h, 1492
+func long(limit int, h Hop) func(*Path) {
+	return func(c *Path) {
+		for i := range c.Frames {
+			if c.Frames[i].Payload > limit {
+				c.Frames[i].Reached, c.Frames[i].Length = h, 1492
 			}
 		}
 		c.Largest = limit
@@ -57,31 +57,31 @@ func long(limit int, h Hop) func(*Course) {
 func TestVerdictSaysWhatPassesAndWhereTheRestIsLost(t *testing.T) {
 	for _, c := range []struct {
 		name   string
-		course Course
+		course Path
 		well   bool
 		want   string
 	}{
 		{"all well", reached(Arrived), true, "every kind of frame passes, packets of up to 1422 bytes, up to 4 VLAN tags and maybe more."},
-		{"not sent", reached(NotSent, func(c *Course) { c.Shots[0].Error = "no buffer space" }), false, "Node worker1 could not send it: no buffer space"},
+		{"not sent", reached(NotSent, func(c *Path) { c.Frames[0].Error = "no buffer space" }), false, "Node worker1 could not send it: no buffer space"},
 		{"no way out", reached(LeftVXLAN), false, "did not leave by eth1: a firewall on worker1 drops outgoing UDP port 4789, or the node has no route to worker2"},
 		{"between the nodes", reached(LeftNode), false, "never came to eth1 of node worker2: the network between them drops UDP port 4789, or carries no multicast to ff02::14, as in clouds"},
-		{"no multicast", reached(LeftNode, func(c *Course) { c.Shots[3].Reached = Arrived }), false, "only these pass: unicast to the other's address. It left node worker1 by eth1 but never came to eth1 of node worker2: the network between them carries the LAN's unicast, but not its multicast to ff02::14. Set spec.discovery to unicast"},
+		{"no multicast", reached(LeftNode, func(c *Path) { c.Frames[3].Reached = Arrived }), false, "only these pass: unicast to the other's address. It left node worker1 by eth1 but never came to eth1 of node worker2: the network between them carries the LAN's unicast, but not its multicast to ff02::14. Set spec.discovery to unicast"},
 		{"between the nodes, unicast", reached(LeftNode, unicast), false, "the network between them drops UDP port 4789, or has no way to 192.0.2.2 (firewall, security group, routes)"},
-		{"no remote", reached(LeftVXLAN, unicast, func(c *Course) { c.From.Remotes = nil }), false, "Node worker1 does not know node worker2 as a remote: its VXLAN vx222 has no remotes, and the other's address is 192.0.2.2."},
-		{"another remote", reached(LeftNode, unicast, func(c *Course) { c.From.Remotes = []netip.Addr{netip.MustParseAddr("192.0.2.3")} }), false, "its VXLAN vx222 has the remotes 192.0.2.3, and the other's address is 192.0.2.2."},
-		{"one node in unicast", reached(CameToNode, func(c *Course) { c.To.Group = netip.Addr{} }), false, "sends it to group ff02::14, but that of node worker2 has no remotes: the two do not have the same discovery"},
-		{"a stranger", reached(CameToNode, func(c *Course) { c.Shots[0].Stranger = netip.MustParseAddr("192.0.2.9") }), false, "It came to eth1 of node worker2 from 192.0.2.9, and is dropped there as a stranger's: the LAN has strictPeers, and no LANNode of another of its nodes has that address. Compare kubectl get lannode worker1 -o yaml with nft list table inet k8slan on node worker2"},
-		{"wrong checksum", reached(CameToNode, func(c *Course) { c.Shots[0].WrongChecksum = true }), false, "It came to eth1 of node worker2 with a wrong UDP checksum, and the kernel there drops it: the transmit checksum offload of eth1 on node worker1, or of a device on the way, is broken. Try ethtool -K eth1 tx off on node worker1"},
+		{"no remote", reached(LeftVXLAN, unicast, func(c *Path) { c.From.Remotes = nil }), false, "Node worker1 does not know node worker2 as a remote: its VXLAN vx222 has no remotes, and the other's address is 192.0.2.2."},
+		{"another remote", reached(LeftNode, unicast, func(c *Path) { c.From.Remotes = []netip.Addr{netip.MustParseAddr("192.0.2.3")} }), false, "its VXLAN vx222 has the remotes 192.0.2.3, and the other's address is 192.0.2.2."},
+		{"one node in unicast", reached(CameToNode, func(c *Path) { c.To.Group = netip.Addr{} }), false, "sends it to group ff02::14, but that of node worker2 has no remotes: the two do not have the same discovery"},
+		{"a stranger", reached(CameToNode, func(c *Path) { c.Frames[0].NonMember = netip.MustParseAddr("192.0.2.9") }), false, "It came to eth1 of node worker2 from 192.0.2.9, and is dropped there as a stranger's: the LAN has strictPeers, and no LANNode of another of its nodes has that address. Compare kubectl get lannode worker1 -o yaml with nft list table inet k8slan on node worker2"},
+		{"wrong checksum", reached(CameToNode, func(c *Path) { c.Frames[0].WrongChecksum = true }), false, "It came to eth1 of node worker2 with a wrong UDP checksum, and the kernel there drops it: the transmit checksum offload of eth1 on node worker1, or of a device on the way, is broken. Try ethtool -K eth1 tx off on node worker1"},
 		{"firewall", reached(CameToNode), false, "came to eth1 of node worker2, but not to VXLAN vx222 there: a firewall on worker2 drops incoming UDP port 4789"},
-		{"other VNI", reached(CameToNode, func(c *Course) { c.To.VNI = 223 }), false, "with VNI 222, but VXLAN vx222 there has VNI 223"},
-		{"other UDP port", reached(CameToNode, func(c *Course) { c.To.UDPPort = 8472 }), false, "on UDP port 4789, but VXLAN vx222 there listens on 8472"},
+		{"other VNI", reached(CameToNode, func(c *Path) { c.To.VNI = 223 }), false, "with VNI 222, but VXLAN vx222 there has VNI 223"},
+		{"other UDP port", reached(CameToNode, func(c *Path) { c.To.UDPPort = 8472 }), false, "on UDP port 4789, but VXLAN vx222 there listens on 8472"},
 		{"at the port", reached(CameToVXLAN), false, "but not to port k2 of spoke s2"},
-		{"port down", reached(Arrived, func(c *Course) { c.From.Port.Up = false }), false, "Port k1 of spoke s1 on node worker1 is down"},
-		{"pod's interface down", reached(CameToVXLAN, func(c *Course) { c.To.Port.Carrier = false }), false, "Interface net1 in pod default/pod-2 is down"},
+		{"port down", reached(Arrived, func(c *Path) { c.From.Port.Up = false }), false, "Port k1 of spoke s1 on node worker1 is down"},
+		{"pod's interface down", reached(CameToVXLAN, func(c *Path) { c.To.Port.Carrier = false }), false, "Interface net1 in pod default/pod-2 is down"},
 		{"path MTU", reached(Arrived, long(1330, LeftNode)), false, "packets of up to 1330 bytes pass, longer ones do not; the LAN's MTU is 1422. They leave node worker1 by eth1, in packets of 1492 bytes"},
-		{"a node's MTU", reached(Arrived, long(1330, LeftNode), func(c *Course) { c.To.Underlay.MTU = 1400 }), false, "eth1 of node worker2 has MTU 1400; raise it, or set spec.mtu to 1322"},
-		{"LAN's MTU differs", reached(Arrived, long(1330, CameToVXLAN), func(c *Course) { c.To.MTU = 1322 }), false, "The LAN's MTU is 1422 on node worker1 and 1322 on node worker2"},
-		{"one kind", reached(Arrived, func(c *Course) { c.Shots[7].Reached = CameToVXLAN }), false, "some kinds of frames do not pass: the address of LLDP. It came to VXLAN"},
+		{"a node's MTU", reached(Arrived, long(1330, LeftNode), func(c *Path) { c.To.Underlay.MTU = 1400 }), false, "eth1 of node worker2 has MTU 1400; raise it, or set spec.mtu to 1322"},
+		{"LAN's MTU differs", reached(Arrived, long(1330, CameToVXLAN), func(c *Path) { c.To.MTU = 1322 }), false, "The LAN's MTU is 1422 on node worker1 and 1322 on node worker2"},
+		{"one kind", reached(Arrived, func(c *Path) { c.Frames[7].Reached = CameToVXLAN }), false, "some kinds of frames do not pass: the address of LLDP. It came to VXLAN"},
 		{"lost between pods", reached(Sent0, betweenPods), false, "nothing passes. For where it is lost, run kubectl k8slan probe between two pods"},
 		{"path MTU between pods", reached(Arrived, long(1330, Sent0), betweenPods), false, "packets of up to 1330 bytes pass, longer ones do not; the LAN's MTU is 1422. The MTU of an underlay, or of the network between the nodes, is too small for it: raise it, or set spec.mtu to 1322"},
 	} {
@@ -96,17 +96,17 @@ func TestVerdictSaysWhatPassesAndWhereTheRestIsLost(t *testing.T) {
 
 func TestItIsSaidToWhomChecksumsComeUnfinished(t *testing.T) {
 	finished := reached(Arrived)
-	there := reached(Arrived, func(c *Course) { c.Shots[len(c.Shots)-1].Unfinished = true })
-	back := reached(Arrived, func(c *Course) { c.From, c.To, c.Shots = c.To, c.From, there.Shots })
-	ofAPool := reached(Arrived, func(c *Course) { c.To.Spoke, c.To.Offer, c.Shots = "web_3", "web", there.Shots })
+	there := reached(Arrived, func(c *Path) { c.Frames[len(c.Frames)-1].Unfinished = true })
+	back := reached(Arrived, func(c *Path) { c.From, c.To, c.Frames = c.To, c.From, there.Frames })
+	ofAPool := reached(Arrived, func(c *Path) { c.To.Spoke, c.To.Offer, c.Frames = "web_3", "web", there.Frames })
 	for _, c := range []struct {
-		courses []Course
+		courses []Path
 		want    string
 	}{
-		{[]Course{there, finished}, "come to default/pod-2 unfinished, left to hardware. Linux knows that, but a network function that reads frames raw drops them: for one that does set spokeOptions: {s2: {txChecksum: off}}."},
-		{[]Course{there, back}, "come to default/pod-2 and default/pod-1 unfinished"},
-		{[]Course{there, back}, "set spokeOptions: {s2: {txChecksum: off}, s1: {txChecksum: off}}."},
-		{[]Course{ofAPool, ofAPool}, "set spokeOptions: {web: {txChecksum: off}}."},
+		{[]Path{there, finished}, "come to default/pod-2 unfinished, left to hardware. Linux knows that, but a network function that reads frames raw drops them: for one that does set spokeOptions: {s2: {txChecksum: off}}."},
+		{[]Path{there, back}, "come to default/pod-2 and default/pod-1 unfinished"},
+		{[]Path{there, back}, "set spokeOptions: {s2: {txChecksum: off}, s1: {txChecksum: off}}."},
+		{[]Path{ofAPool, ofAPool}, "set spokeOptions: {web: {txChecksum: off}}."},
 	} {
 		if said := Checksums(c.courses...); !strings.Contains(said, c.want) {
 			t.Errorf("%s\nwant %s", said, c.want)

@@ -126,7 +126,7 @@ func speak(t *testing.T, n byte, peers ...bgp.Peer) *speaker {
 	t.Helper()
 	s := &speaker{name: fmt.Sprintf("speaker %d", n), routes: map[macvrf.Key]macvrf.Route{}, changed: make(chan struct{}), lost: map[netip.Addr]string{}, partial: true}
 	s.Speaker = bgp.NewSpeaker(bgp.Config{
-		AS: as, RouterID: netip.AddrFrom4([4]byte{127, 0, 0, n}), Hear: s.hear, Log: slog.New(slog.DiscardHandler),
+		AS: as, RouterID: netip.AddrFrom4([4]byte{127, 0, 0, n}), OnUpdate: s.hear, Log: slog.New(slog.DiscardHandler),
 	})
 	if err := s.SetPeers(t.Context(), peers); err != nil {
 		t.Fatal(err)
@@ -144,13 +144,13 @@ func speak(t *testing.T, n byte, peers ...bgp.Peer) *speaker {
 	return s
 }
 
-func (s *speaker) hear(h bgp.Heard) {
+func (s *speaker) hear(h bgp.Update) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, r := range h.Routes {
 		s.routes[r.Key] = r
 	}
-	for _, k := range h.Gone {
+	for _, k := range h.Withdrawn {
 		delete(s.routes, k)
 		s.gone++
 	}

@@ -203,7 +203,7 @@ func FuzzUpdate(f *testing.F) {
 				if key, ok := keyOf(withdrawal(p)); !ok || key != r.Key {
 					t.Errorf("withdrawn as %v, told as %v", key, r.Key)
 				}
-				table.Learn(began, r)
+				table.Import(began, r)
 			}
 		}
 		remotes, fdb, _ := table.View(222)

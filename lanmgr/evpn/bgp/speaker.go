@@ -85,19 +85,19 @@ type Session struct {
 type Config struct {
 	AS       uint32
 	RouterID netip.Addr // an IPv4 address, nobody else's
-	// Hear is told what others tell, by one goroutine at a time, and is not called any more once Run has returned.
-	Hear func(Heard)
+	// OnUpdate is told what others tell, by one goroutine at a time, and is not called any more once Run has returned.
+	OnUpdate func(Update)
 	// Leaves says that who ends does not come back: the others forget its routes at once.
 	Leaves bool
 	Log    *slog.Logger
 }
 
-// Heard is what has changed.
-type Heard struct {
-	Routes   []macvrf.Route // new ones, and such as take the place of those with their keys
-	Gone     []macvrf.Key
-	Sessions []Session // all of them, by address, if one has changed
-	Partial  bool      // there may be more routes that nobody has told yet: what stands and is not told is not gone
+// Update is what has changed.
+type Update struct {
+	Routes    []macvrf.Route // new ones, and such as take the place of those with their keys
+	Withdrawn []macvrf.Key
+	Sessions  []Session // all of them, by address, if one has changed
+	Partial   bool      // there may be more routes that nobody has told yet: what stands and is not told is not gone
 }
 
 // Speaker tells other routers a node's routes and hears theirs. It connects, and never listens: port 179 of the node may be
@@ -523,11 +523,11 @@ func (s *Speaker) hear(ctx context.Context, sessions func() []Session) {
 	}
 	before := s.whole
 	s.whole = s.whole || s.rib.settled()
-	h := Heard{Partial: !s.whole}
-	h.Routes, h.Gone = s.rib.changes()
-	changed := before != s.whole || len(h.Routes)+len(h.Gone) > 0
+	h := Update{Partial: !s.whole}
+	h.Routes, h.Withdrawn = s.rib.changes()
+	changed := before != s.whole || len(h.Routes)+len(h.Withdrawn) > 0
 	s.mu.Unlock()
 	if h.Sessions = sessions(); changed || h.Sessions != nil {
-		s.Hear(h)
+		s.OnUpdate(h)
 	}
 }

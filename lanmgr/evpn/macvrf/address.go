@@ -30,9 +30,9 @@ type shown struct {
 	ip  netip.Addr
 }
 
-// Show says that a station on a port here has shown by ARP or neighbour discovery that it has an address. told says whether others are told something
+// Bind says that a station on a port here has shown by ARP or neighbour discovery that it has an address. told says whether others are told something
 // else since; full, that the address is one too many.
-func (t *Table) Show(now time.Time, vni uint32, mac MAC, ip netip.Addr) (told, full bool) {
+func (t *Table) Bind(now time.Time, vni uint32, mac MAC, ip netip.Addr) (told, full bool) {
 	l := t.lans[vni]
 	if l == nil || mac[0]&1 != 0 || !isStations(ip) {
 		return false, false

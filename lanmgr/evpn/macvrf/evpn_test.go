@@ -52,19 +52,19 @@ func (m mesh) tell(t *testing.T, now time.Time) {
 		quiet := true
 		for _, from := range m {
 			own := map[macvrf.Key]macvrf.Route{}
-			for _, r := range from.Own() {
+			for _, r := range from.Advertised() {
 				own[r.Key] = r
 			}
 			for key := range from.told {
 				if _, ok := own[key]; !ok {
 					quiet = false
-					m.others(from, func(o *node) { o.Forget(now, key) })
+					m.others(from, func(o *node) { o.Withdraw(now, key) })
 				}
 			}
 			for key, r := range own {
 				if before, ok := from.told[key]; !ok || !before.Equal(r) {
 					quiet = false
-					m.others(from, func(o *node) { o.Learn(now, r) })
+					m.others(from, func(o *node) { o.Import(now, r) })
 				}
 			}
 			from.told = own
@@ -72,7 +72,7 @@ func (m mesh) tell(t *testing.T, now time.Time) {
 		for _, n := range m { // what is behind another is on no port: the bridge has it on the VXLAN
 			_, fdb, _ := n.View(222)
 			for _, e := range fdb {
-				n.Lose(now, 222, e.MAC)
+				n.ForgetLocal(now, 222, e.MAC)
 			}
 		}
 		if quiet {
@@ -93,7 +93,7 @@ func (m mesh) others(but *node, do func(*node)) {
 // state is what a node has of LAN 222, in words.
 func state(n *node) string {
 	var words []string
-	for _, r := range n.Own() {
+	for _, r := range n.Advertised() {
 		if r.Kind == macvrf.Multicast {
 			words = slices.Insert(words, 0, "tells itself")
 		} else {
@@ -136,13 +136,13 @@ func TestAMACMovesThereAndBack(t *testing.T) {
 		{0, [3]string{"tells itself, tells 9 seq 2, floods 2, floods 3", "tells itself, floods 1, floods 3, 9 behind 1", "tells itself, floods 1, floods 2, 9 behind 1"}},
 		{0, [3]string{"tells itself, tells 9 seq 2, floods 2, floods 3", "tells itself, floods 1, floods 3, 9 behind 1", "tells itself, floods 1, floods 2, 9 behind 1"}},
 	} {
-		m[step.speaks].See(began, 222, mac(9))
+		m[step.speaks].LearnLocal(began, 222, mac(9))
 		m.tell(t, began)
 		for n, want := range step.want {
 			expect(t, fmt.Sprintf("step %d", i), m[n], want)
 		}
 	}
-	m[0].Lose(began, 222, mac(9))
+	m[0].ForgetLocal(began, 222, mac(9))
 	m.tell(t, began)
 	expect(t, "silent everywhere", m[0], "tells itself, floods 2, floods 3")
 	expect(t, "silent everywhere", m[2], "tells itself, floods 1, floods 2")
@@ -153,14 +153,14 @@ func TestAMACMovesThereAndBack(t *testing.T) {
 func TestMACsAreBounded(t *testing.T) {
 	n := nodes(1, mac(1))[0]
 	speaks := func(i int) (full bool) {
-		return n.See(began, 222, macvrf.MAC{6, 0, byte(i >> 16), byte(i >> 8), byte(i), 1})
+		return n.LearnLocal(began, 222, macvrf.MAC{6, 0, byte(i >> 16), byte(i >> 8), byte(i), 1})
 	}
 	for i := range macvrf.MaxMACs - 1 { // mac(1) is told, too
 		if speaks(i) {
 			t.Fatalf("full at %d", i)
 		}
 	}
-	told := func() int { return len(n.Own()) - 1 } // but the route of type 3
+	told := func() int { return len(n.Advertised()) - 1 } // but the route of type 3
 	if !speaks(1<<20) || told() != macvrf.MaxMACs {
 		t.Errorf("%d are told, %d may be", told(), macvrf.MaxMACs)
 	}
@@ -168,8 +168,8 @@ func TestMACsAreBounded(t *testing.T) {
 	if told() != macvrf.MaxMACs+1 {
 		t.Error("another pod is attached, and not told of")
 	}
-	n.Lose(began, 222, macvrf.MAC{6, 0, 0, 0, 0, 1})
-	n.Lose(began, 222, macvrf.MAC{6, 0, 0, 0, 1, 1})
+	n.ForgetLocal(began, 222, macvrf.MAC{6, 0, 0, 0, 0, 1})
+	n.ForgetLocal(began, 222, macvrf.MAC{6, 0, 0, 0, 1, 1})
 	if speaks(1<<20+1) || told() != macvrf.MaxMACs {
 		t.Errorf("%d are told once there is room", told())
 	}
@@ -184,37 +184,37 @@ func TestWhatThereIsOfALANIsCounted(t *testing.T) {
 			t.Errorf("%s node %s counts %+v, want %+v", when, n.vtep, have, want)
 		}
 	}
-	a.See(began, 222, mac(1))
-	a.See(began, 222, mac(2))
+	a.LearnLocal(began, 222, mac(1))
+	a.LearnLocal(began, 222, mac(2))
 	m.tell(t, began)
-	count("at first", a, macvrf.Count{Own: 3, Used: 2, Here: 2})
-	count("at first", c, macvrf.Count{Own: 1, Used: 4, Elsewhere: 2})
-	b.See(began, 222, mac(1))
+	count("at first", a, macvrf.Count{Advertised: 3, Used: 2, Local: 2})
+	count("at first", c, macvrf.Count{Advertised: 1, Used: 4, Remote: 2})
+	b.LearnLocal(began, 222, mac(1))
 	m.tell(t, began)
 	for _, n := range m {
-		want := macvrf.Count{Own: 1, Used: 4, Elsewhere: 2, Moves: 1}
+		want := macvrf.Count{Advertised: 1, Used: 4, Remote: 2, Moves: 1}
 		if n != c {
-			want = macvrf.Count{Own: 2, Used: 3, Here: 1, Elsewhere: 1, Moves: 1}
+			want = macvrf.Count{Advertised: 2, Used: 3, Local: 1, Remote: 1, Moves: 1}
 		}
 		count("after a move", n, want)
 	}
-	b.Lose(began, 222, mac(1)) // and speaks again: it did not move
+	b.ForgetLocal(began, 222, mac(1)) // and speaks again: it did not move
 	m.tell(t, began)
-	b.See(began, 222, mac(1))
+	b.LearnLocal(began, 222, mac(1))
 	m.tell(t, began)
-	count("after a silence", c, macvrf.Count{Own: 1, Used: 4, Elsewhere: 2, Moves: 1})
+	count("after a silence", c, macvrf.Count{Advertised: 1, Used: 4, Remote: 2, Moves: 1})
 	c.Set(began, []macvrf.LAN{{VNI: 222, VTEP: vtep(9), Claimed: true}})
-	count("with another address", c, macvrf.Count{Own: 1, Used: 4, Elsewhere: 2, Moves: 1})
+	count("with another address", c, macvrf.Count{Advertised: 1, Used: 4, Remote: 2, Moves: 1})
 	other := macvrf.Route{Key: macvrf.Key{Kind: macvrf.Multicast, RD: macvrf.RD{9}}, VTEP: vtep(7), VNI: 223, Targets: []macvrf.Target{macvrf.NewTarget(1, 222)}}
-	c.Learn(began, other)
-	count("with a route of another VNI", c, macvrf.Count{Own: 1, Used: 4, Refused: 1, Elsewhere: 2, Moves: 1})
+	c.Import(began, other)
+	count("with a route of another VNI", c, macvrf.Count{Advertised: 1, Used: 4, Refused: 1, Remote: 2, Moves: 1})
 	for range 5 {
-		a.See(began, 222, mac(1))
+		a.LearnLocal(began, 222, mac(1))
 		m.tell(t, began)
-		b.See(began, 222, mac(1))
+		b.LearnLocal(began, 222, mac(1))
 		m.tell(t, began)
 	}
-	if have, _ := a.Count(222); have.Twice != 1 || have.Here != 1 || have.Elsewhere != 0 {
+	if have, _ := a.Count(222); have.Duplicate != 1 || have.Local != 1 || have.Remote != 0 {
 		t.Errorf("of a MAC that speaks on two nodes, one of them counts %+v", have)
 	}
 	if _, ok := a.Count(223); ok {
@@ -225,13 +225,13 @@ func TestWhatThereIsOfALANIsCounted(t *testing.T) {
 // The kernel has a MAC on a port here until it says otherwise: an entry that points elsewhere has to take its place.
 func TestAnEntryKnowsWhetherItsMACWasHere(t *testing.T) {
 	m := nodes(1)
-	m[0].See(began, 222, mac(9))
-	m[0].Learn(began, route(macvrf.MACIP, 2, func(r *macvrf.Route) { r.MAC, r.Sequence = mac(9), 1 }))
+	m[0].LearnLocal(began, 222, mac(9))
+	m[0].Import(began, route(macvrf.MACIP, 2, func(r *macvrf.Route) { r.MAC, r.Sequence = mac(9), 1 }))
 	for _, here := range []bool{true, false} {
-		if _, fdb, _ := m[0].View(222); len(fdb) != 1 || fdb[0].Here != here {
+		if _, fdb, _ := m[0].View(222); len(fdb) != 1 || fdb[0].Local != here {
 			t.Errorf("entries %+v, want one with Here %t", fdb, here)
 		}
-		m[0].Lose(began, 222, mac(9))
+		m[0].ForgetLocal(began, 222, mac(9))
 	}
 }
 
@@ -243,8 +243,8 @@ func TestAPodThatNeverSpokeIsTold(t *testing.T) {
 	m[0].Set(began, with(true, mac(7)))
 	m.tell(t, began)
 	expect(t, "attached", m[1], "tells itself, floods 1, 7 behind 1")
-	m[0].See(began, 222, mac(7))
-	m[0].Lose(began, 222, mac(7))
+	m[0].LearnLocal(began, 222, mac(7))
+	m[0].ForgetLocal(began, 222, mac(7))
 	m.tell(t, began)
 	expect(t, "silent for long", m[1], "tells itself, floods 1, 7 behind 1")
 	m[0].Set(began, with(true))
@@ -289,7 +289,7 @@ func TestAMACOnTwoNodesIsLeftAlone(t *testing.T) {
 	for range 20 {
 		for _, n := range m[:2] {
 			now = now.Add(time.Second)
-			n.See(now, 222, mac(9))
+			n.LearnLocal(now, 222, mac(9))
 			m.tell(t, now)
 		}
 	}
@@ -304,12 +304,12 @@ func TestAMACOnTwoNodesIsLeftAlone(t *testing.T) {
 	third := state(m[2])
 	for _, n := range m[:2] {
 		now = now.Add(time.Second)
-		n.See(now, 222, mac(9))
+		n.LearnLocal(now, 222, mac(9))
 		m.tell(t, now)
 	}
 	expect(t, "while they go on", m[2], third)
 
-	m[0].Lose(now, 222, mac(9))
+	m[0].ForgetLocal(now, 222, mac(9))
 	m.tell(t, now)
 	expect(t, "one is gone", m[2], "tells itself, floods 1, floods 2, 9 behind 2")
 	if d := append(m[0].Duplicates(222), m[1].Duplicates(222)...); len(d) > 0 {
@@ -319,7 +319,7 @@ func TestAMACOnTwoNodesIsLeftAlone(t *testing.T) {
 	now = now.Add(time.Hour) // moves that are far apart are moves
 	for i := range 20 {
 		now = now.Add(time.Minute)
-		m[i%2].See(now, 222, mac(8))
+		m[i%2].LearnLocal(now, 222, mac(8))
 		m.tell(t, now)
 		expect(t, "moves by the minute", m[2], fmt.Sprintf("tells itself, floods 1, floods 2, 8 behind %d, 9 behind 2", i%2+1))
 	}
@@ -329,13 +329,13 @@ func TestWhoIsLeftAloneIsTakenUpAfterAQuietTime(t *testing.T) {
 	m := nodes(2)
 	now := began
 	for i := range 20 {
-		m[i%2].See(now, 222, mac(9))
+		m[i%2].LearnLocal(now, 222, mac(9))
 		m.tell(t, now)
 	}
 	now = now.Add(time.Hour)
-	m[0].See(now, 222, mac(9))
+	m[0].LearnLocal(now, 222, mac(9))
 	m.tell(t, now)
-	m[1].See(now, 222, mac(9))
+	m[1].LearnLocal(now, 222, mac(9))
 	m.tell(t, now)
 	_, fdb, _ := m[0].View(222)
 	if len(m[0].Duplicates(222)) > 0 || len(fdb) != 1 || fdb[0].VTEP != vtep(2) {
@@ -379,14 +379,14 @@ func TestRoutesThatCannotBeUsedSayWhy(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			n := nodes(1)[0]
-			n.Learn(began, tt.r)
-			n.Learn(began, route(macvrf.MACIP, 3, func(r *macvrf.Route) { r.MAC = mac(1) }))
+			n.Import(began, tt.r)
+			n.Import(began, route(macvrf.MACIP, 3, func(r *macvrf.Route) { r.MAC = mac(1) }))
 			expect(t, "beside it", n, "tells itself, 1 behind 3")
 			refused, all := n.Refused(222)
 			if all != 1 || refused.Reason != tt.want || !strings.Contains(refused.String(), tt.r.VTEP.String()) {
 				t.Errorf("%d refused, %v", all, refused)
 			}
-			n.Forget(began, tt.r.Key)
+			n.Withdraw(began, tt.r.Key)
 			if refused, all := n.Refused(222); all > 0 {
 				t.Errorf("still refused: %v", refused)
 			}
@@ -400,36 +400,36 @@ func TestARouteThatChanges(t *testing.T) {
 	withIP := func(ip string) macvrf.Route {
 		return route(macvrf.MACIP, 2, func(r *macvrf.Route) { r.IP = netip.MustParseAddr(ip) })
 	}
-	n.Learn(began, withIP("10.0.0.9"))
-	n.Learn(began, withIP("fd00::9"))
-	n.Learn(began, route(macvrf.Multicast, 2, nil))
-	n.Forget(began, withIP("10.0.0.9").Key)
+	n.Import(began, withIP("10.0.0.9"))
+	n.Import(began, withIP("fd00::9"))
+	n.Import(began, route(macvrf.Multicast, 2, nil))
+	n.Withdraw(began, withIP("10.0.0.9").Key)
 	expect(t, "one of two gone", n, "tells itself, floods 2, 9 behind 2")
 	bad := withIP("fd00::9")
 	bad.VNI = 5
-	n.Learn(began, bad)
+	n.Import(began, bad)
 	expect(t, "the other unusable", n, "tells itself, floods 2")
-	n.Learn(began, withIP("fd00::9"))
+	n.Import(began, withIP("fd00::9"))
 	other := withIP("fd00::9")
 	other.Targets = []macvrf.Target{macvrf.NewTarget(65000, 223)}
-	n.Learn(began, other)
+	n.Import(began, other)
 	expect(t, "of another LAN now", n, "tells itself, floods 2")
-	n.Learn(began, route(macvrf.Multicast, 2, func(r *macvrf.Route) { r.VTEP = vtep(4) }))
+	n.Import(began, route(macvrf.Multicast, 2, func(r *macvrf.Route) { r.VTEP = vtep(4) }))
 	expect(t, "another VTEP", n, "tells itself, floods 4")
 }
 
 func TestAMACThatShallNotMoveIsNotTaken(t *testing.T) {
 	n := nodes(1)[0]
-	n.Learn(began, route(macvrf.MACIP, 2, func(r *macvrf.Route) { r.Sticky = true }))
-	n.See(began, 222, mac(9))
+	n.Import(began, route(macvrf.MACIP, 2, func(r *macvrf.Route) { r.Sticky = true }))
+	n.LearnLocal(began, 222, mac(9))
 	expect(t, "seen here", n, "tells itself, 9 behind 2")
 }
 
 func TestTheHighestSequenceIsNotPassed(t *testing.T) {
 	n := nodes(1)[0]
-	n.Learn(began, route(macvrf.MACIP, 2, func(r *macvrf.Route) { r.Sequence = 1<<32 - 1 }))
-	n.See(began, 222, mac(9))
-	if own := n.Own(); own[0].Sequence != 1<<32-1 {
+	n.Import(began, route(macvrf.MACIP, 2, func(r *macvrf.Route) { r.Sequence = 1<<32 - 1 }))
+	n.LearnLocal(began, 222, mac(9))
+	if own := n.Advertised(); own[0].Sequence != 1<<32-1 {
 		t.Errorf("tells %+v", own)
 	}
 }
@@ -441,19 +441,19 @@ func TestRoutesAreSortedByTheirTargets(t *testing.T) {
 		t.Fatal(err)
 	}
 	// Routes that come before the LAN are its own as well.
-	n.Learn(began, route(macvrf.MACIP, 2, func(r *macvrf.Route) { r.Targets = []macvrf.Target{macvrf.NewTarget(4_200_000_001, 222)} }))
-	n.Learn(began, route(macvrf.MACIP, 3, func(r *macvrf.Route) { r.MAC, r.Targets = mac(3), []macvrf.Target{foreign} }))
+	n.Import(began, route(macvrf.MACIP, 2, func(r *macvrf.Route) { r.Targets = []macvrf.Target{macvrf.NewTarget(4_200_000_001, 222)} }))
+	n.Import(began, route(macvrf.MACIP, 3, func(r *macvrf.Route) { r.MAC, r.Targets = mac(3), []macvrf.Target{foreign} }))
 	lan := macvrf.LAN{VNI: 222, VTEP: n.vtep, Claimed: true}
 	n.Set(began, []macvrf.LAN{lan})
 	expect(t, "any AS", n, "tells itself, 9 behind 2")
 	lan.Import, lan.Export = []macvrf.Target{foreign}, []macvrf.Target{foreign}
 	n.Set(began, []macvrf.LAN{lan})
 	expect(t, "a target of its own", n, "tells itself, 3 behind 3")
-	if own := n.Own(); !slices.Equal(own[0].Targets, lan.Export) {
+	if own := n.Advertised(); !slices.Equal(own[0].Targets, lan.Export) {
 		t.Errorf("tells %v", own)
 	}
 	n.Set(began, nil)
-	if _, _, ok := n.View(222); ok || len(n.Own()) > 0 {
+	if _, _, ok := n.View(222); ok || len(n.Advertised()) > 0 {
 		t.Error("the LAN is still there")
 	}
 }
@@ -484,7 +484,7 @@ func TestEachLANHasAnRDOfItsOwn(t *testing.T) {
 		n.Set(began, lans)
 	}
 	seen := map[macvrf.RD]bool{}
-	for _, r := range n.Own() {
+	for _, r := range n.Advertised() {
 		seen[r.RD] = true
 	}
 	if len(seen) != len(lans) {
@@ -501,7 +501,7 @@ func TestALANHasTheRDItAsksFor(t *testing.T) {
 		}
 		n.Set(began, lans)
 		for _, l := range lans {
-			for _, r := range n.Own() {
+			for _, r := range n.Advertised() {
 				if r.VNI == l.VNI {
 					have = append(have, uint16(r.RD[6])<<8|uint16(r.RD[7]))
 				}
@@ -560,7 +560,7 @@ func TestAnAddressIsToldOfWhoShowedItLast(t *testing.T) {
 	has := func(when, want string) {
 		t.Helper()
 		var words []string
-		for _, r := range n.Own() {
+		for _, r := range n.Advertised() {
 			if r.Kind == macvrf.MACIP && r.IP.IsValid() {
 				words = append(words, fmt.Sprintf("%d has %s", r.MAC[5], r.IP))
 			} else if r.Kind == macvrf.MACIP {
@@ -573,7 +573,7 @@ func TestAnAddressIsToldOfWhoShowedItLast(t *testing.T) {
 	}
 	show := func(m macvrf.MAC, ip netip.Addr) bool {
 		t.Helper()
-		told, full := n.Show(now, 222, m, ip)
+		told, full := n.Bind(now, 222, m, ip)
 		if full {
 			t.Errorf("%s is one too many", ip)
 		}
@@ -585,20 +585,20 @@ func TestAnAddressIsToldOfWhoShowedItLast(t *testing.T) {
 	has("a pod shows two", "7, 7 has 10.0.0.1, 7 has fd00::1")
 	show(mac(8), a) // its first frame; the bridge has not told of it yet
 	has("somebody who is not here", "7, 7 has 10.0.0.1, 7 has fd00::1")
-	n.See(now, 222, mac(8))
+	n.LearnLocal(now, 222, mac(8))
 	has("who is here now", "7, 7 has fd00::1, 8, 8 has 10.0.0.1")
-	n.Learn(now, route(macvrf.MACIP, 2, func(r *macvrf.Route) { r.MAC, r.IP = mac(9), b }))
+	n.Import(now, route(macvrf.MACIP, 2, func(r *macvrf.Route) { r.MAC, r.IP = mac(9), b }))
 	has("shown elsewhere", "7, 8, 8 has 10.0.0.1")
 	show(mac(7), b)
 	has("and here again", "7, 7 has fd00::1, 8, 8 has 10.0.0.1")
-	n.Learn(now, route(macvrf.MACIP, 2, func(r *macvrf.Route) { r.MAC, r.Sequence = mac(8), 1 }))
+	n.Import(now, route(macvrf.MACIP, 2, func(r *macvrf.Route) { r.MAC, r.Sequence = mac(8), 1 }))
 	has("the MAC elsewhere, and on its port here still", "7, 7 has fd00::1")
-	n.Lose(now, 222, mac(8))
-	n.See(now, 222, mac(8))
+	n.ForgetLocal(now, 222, mac(8))
+	n.LearnLocal(now, 222, mac(8))
 	has("gone and back", "7, 7 has fd00::1, 8")
 	show(mac(6), a)
 	now = now.Add(time.Minute)
-	n.See(now, 222, mac(6))
+	n.LearnLocal(now, 222, mac(6))
 	has("shown long before", "6, 7, 7 has fd00::1, 8")
 	for _, bad := range []string{"0.0.0.0", "::", "ff02::1", "224.0.0.5", "255.255.255.255", "127.0.0.1", "::1", "::ffff:10.0.0.1"} {
 		if show(mac(7), netip.MustParseAddr(bad)) {
@@ -606,7 +606,7 @@ func TestAnAddressIsToldOfWhoShowedItLast(t *testing.T) {
 		}
 	}
 	n.Set(now, nil)
-	if told, _ := n.Show(now, 222, mac(7), a); told {
+	if told, _ := n.Bind(now, 222, mac(7), a); told {
 		t.Error("told of a LAN that is not here")
 	}
 }
@@ -625,33 +625,33 @@ func TestNeighborsAreStationsOnOthers(t *testing.T) {
 		}
 	}
 	one, other := segment.Neighbor{IP: a, MAC: mac(9)}, segment.Neighbor{IP: b, MAC: mac(9)}
-	n.Learn(began, has(9, a, 2))
+	n.Import(began, has(9, a, 2))
 	if n.Neighbors(222) != nil || n.Neighbors(223) != nil {
 		t.Error("a LAN that does not want them has neighbours")
 	}
 	n.Set(began, []macvrf.LAN{{VNI: 222, VTEP: n.vtep, Claimed: true, Attached: []macvrf.MAC{mac(7)}, Suppress: true}})
 	expect("one", one)
-	n.Learn(began, has(9, b, 2))
-	n.Learn(began, has(9, netip.Addr{}, 2))
-	n.Learn(began, has(9, netip.MustParseAddr("ff02::1"), 2))
-	n.Learn(began, has(9, a, 3))
+	n.Import(began, has(9, b, 2))
+	n.Import(began, has(9, netip.Addr{}, 2))
+	n.Import(began, has(9, netip.MustParseAddr("ff02::1"), 2))
+	n.Import(began, has(9, a, 3))
 	expect("two, one of them told by two", one, other)
-	n.Learn(began, has(8, a, 3))
+	n.Import(began, has(8, a, 3))
 	expect("somebody else has one of them", other)
-	n.Show(began, 222, mac(7), b)
+	n.Bind(began, 222, mac(7), b)
 	expect("and somebody here the other")
-	n.Forget(began, has(8, a, 3).Key)
-	n.Show(began, 222, mac(7), a)
-	n.Learn(began, has(6, a, 3))
-	n.Forget(began, has(6, a, 3).Key)
+	n.Withdraw(began, has(8, a, 3).Key)
+	n.Bind(began, 222, mac(7), a)
+	n.Import(began, has(6, a, 3))
+	n.Withdraw(began, has(6, a, 3).Key)
 	expect("nobody here has the one any more", one)
-	n.See(began, 222, mac(9))
+	n.LearnLocal(began, 222, mac(9))
 	expect("it is here itself")
-	n.Lose(began, 222, mac(9))
+	n.ForgetLocal(began, 222, mac(9))
 	n.Set(began, []macvrf.LAN{{VNI: 222, VTEP: n.vtep, Claimed: true, Suppress: true}})
 	expect("and gone, and so is the pod", one, other)
-	n.Forget(began, has(9, a, 2).Key)
-	n.Forget(began, has(9, a, 3).Key)
+	n.Withdraw(began, has(9, a, 2).Key)
+	n.Withdraw(began, has(9, a, 3).Key)
 	expect("one is told no more", other)
 }
 
@@ -659,10 +659,10 @@ func TestNeighborsAreStationsOnOthers(t *testing.T) {
 func TestAddressesAreBounded(t *testing.T) {
 	n := nodes(1, mac(7))[0]
 	at := func(i int) netip.Addr { return netip.AddrFrom4([4]byte{10, 0, byte(i >> 8), byte(i)}) }
-	count := func() int { return len(n.Own()) - 2 }
+	count := func() int { return len(n.Advertised()) - 2 }
 	changes, refused := 0, 0
 	for i := range 1000 {
-		told, full := n.Show(began, 222, mac(7), at(i))
+		told, full := n.Bind(began, 222, mac(7), at(i))
 		if told {
 			changes++
 		}
@@ -673,26 +673,26 @@ func TestAddressesAreBounded(t *testing.T) {
 	if count() != 16 || changes != 17 || refused != 984 {
 		t.Errorf("%d told, after %d changes; %d too many", count(), changes, refused)
 	}
-	n.Show(began, 222, mac(7), at(1)) // is the newest now
-	n.Show(began.Add(time.Minute), 222, mac(7), at(2000))
+	n.Bind(began, 222, mac(7), at(1)) // is the newest now
+	n.Bind(began.Add(time.Minute), 222, mac(7), at(2000))
 	has := func(ip netip.Addr) bool {
-		return slices.ContainsFunc(n.Own(), func(r macvrf.Route) bool { return r.IP == ip })
+		return slices.ContainsFunc(n.Advertised(), func(r macvrf.Route) bool { return r.IP == ip })
 	}
 	if count() != 16 || !has(at(1)) || has(at(2)) || !has(at(2000)) {
 		t.Errorf("%d told; the newest %t, the oldest %t, the new %t", count(), has(at(1)), has(at(2)), has(at(2000)))
 	}
 	for i := range 1000 { // by others
 		m := macvrf.MAC{2, 1, 0, 0, byte(i >> 8), byte(i)}
-		n.See(began, 222, m)
+		n.LearnLocal(began, 222, m)
 		for j := range 16 {
-			n.Show(began, 222, m, netip.AddrFrom4([4]byte{11, byte(i >> 8), byte(i), byte(j)}))
+			n.Bind(began, 222, m, netip.AddrFrom4([4]byte{11, byte(i >> 8), byte(i), byte(j)}))
 		}
 	}
 	if count() != 8192+1000 {
 		t.Errorf("%d told of all", count()-1000)
 	}
 	for i := range 1000 { // nobody is here
-		n.Show(began, 222, macvrf.MAC{2, 2, 0, 0, byte(i >> 8), byte(i)}, at(i))
+		n.Bind(began, 222, macvrf.MAC{2, 2, 0, 0, byte(i >> 8), byte(i)}, at(i))
 	}
 }
 
@@ -707,14 +707,14 @@ func TestNodesAgreeWhateverHappens(t *testing.T) {
 			n, station := rng.IntN(len(m)), mac(byte(rng.IntN(5)))
 			if rng.IntN(4) == 0 {
 				for _, o := range m {
-					o.Lose(now, 222, station)
+					o.ForgetLocal(now, 222, station)
 				}
 				delete(last, station)
 			} else {
-				m[n].See(now, 222, station)
+				m[n].LearnLocal(now, 222, station)
 				last[station] = n
 				if seed%2 == 1 {
-					m[rng.IntN(len(m))].See(now, 222, station)
+					m[rng.IntN(len(m))].LearnLocal(now, 222, station)
 					last[station] = -1
 				}
 			}
@@ -722,7 +722,7 @@ func TestNodesAgreeWhateverHappens(t *testing.T) {
 		}
 		owners := map[macvrf.MAC]int{}
 		for i, n := range m {
-			for _, r := range n.Own() {
+			for _, r := range n.Advertised() {
 				if _, twice := owners[r.MAC]; twice && r.Kind == macvrf.MACIP {
 					t.Fatalf("seed %d: two nodes tell %s", seed, r.MAC)
 				} else if r.Kind == macvrf.MACIP {
@@ -757,10 +757,10 @@ func TestTheForwardingTableIsThatOfItsRoutes(t *testing.T) {
 	for i := range 3000 {
 		r := route(macvrf.MACIP, byte(2+rng.IntN(5)), func(r *macvrf.Route) { r.RD = macvrf.RD{1}; r.MAC = mac(byte(rng.IntN(200))) })
 		if rng.IntN(3) == 0 {
-			step.Forget(began, r.Key)
+			step.Withdraw(began, r.Key)
 			delete(want, r.MAC)
 		} else {
-			step.Learn(began, r)
+			step.Import(began, r)
 			want[r.MAC] = r.VTEP
 		}
 		if i%7 > 0 {
@@ -795,7 +795,7 @@ func FuzzRoute(f *testing.F) {
 		copy(r.Targets[0][:], target)
 		r.IP, _ = netip.AddrFromSlice(ip)
 		r.VTEP, _ = netip.AddrFromSlice(vtep)
-		n.Learn(began, r)
+		n.Import(began, r)
 		remotes, fdb, _ := n.View(222)
 		for _, e := range fdb {
 			if e.MAC[0]&1 != 0 || e.MAC == [6]byte{} || !e.VTEP.Is4() || e.VTEP == n.vtep || e.VTEP.IsMulticast() || e.VTEP.IsUnspecified() {
@@ -816,7 +816,7 @@ func FuzzRoute(f *testing.F) {
 				t.Errorf("the other LAN has %v %v", remotes, fdb)
 			}
 		}
-		n.Forget(began, r.Key)
+		n.Withdraw(began, r.Key)
 		remotes, fdb, _ = n.View(222)
 		if _, refused := n.Refused(222); len(remotes)+len(fdb)+refused > 0 {
 			t.Errorf("left: %v %v, %d refused", remotes, fdb, refused)

@@ -291,19 +291,19 @@ func (l *lan) refuse(r Route) Reason {
 
 // Count is how much there is of a LAN.
 type Count struct {
-	Own, Used, Refused     int    // routes: the node's, others' that count, and others' that cannot be used
-	Here, Elsewhere, Twice int    // MACs: on this node, on others, and on both
-	Moves                  uint64 // of MACs from one of the nodes to another, since the LAN is here
+	Advertised, Used, Refused int    // routes: the node's, others' that count, and others' that cannot be used
+	Local, Remote, Duplicate  int    // MACs: on this node, on others, and on both
+	Moves                     uint64 // of MACs from one of the nodes to another, since the LAN is here
 }
 
 func (l *lan) count() Count {
-	c := Count{Own: len(l.own()), Used: len(l.flood), Refused: len(l.refused), Twice: len(l.duplicates), Moves: l.moves}
+	c := Count{Advertised: len(l.own()), Used: len(l.flood), Refused: len(l.refused), Duplicate: len(l.duplicates), Moves: l.moves}
 	for mac, s := range l.macs {
 		c.Used += len(s.routes)
 		if _, elsewhere := s.entry(); elsewhere {
-			c.Elsewhere++
+			c.Remote++
 		} else if !l.duplicates[mac] {
-			c.Here++
+			c.Local++
 		}
 	}
 	return c
@@ -356,7 +356,7 @@ func (l *lan) view() (remotes []netip.Addr, fdb []segment.FDBEntry) {
 func (l *lan) appendEntry(fdb []segment.FDBEntry, mac MAC) []segment.FDBEntry {
 	if s := l.macs[mac]; s != nil {
 		if vtep, ok := s.entry(); ok {
-			return append(fdb, segment.FDBEntry{MAC: mac, VTEP: vtep, Here: s.seen})
+			return append(fdb, segment.FDBEntry{MAC: mac, VTEP: vtep, Local: s.seen})
 		}
 	}
 	return fdb

@@ -25,9 +25,9 @@ func TestThousandNodes(t *testing.T) {
 	for i := range 1000 {
 		f := at(i, 0)
 		f.Kind, f.MAC, f.IP = macvrf.Multicast, macvrf.MAC{}, f.VTEP
-		n.Learn(began, f)
+		n.Import(began, f)
 		for m := range 10 {
-			n.Learn(began, at(i, m))
+			n.Import(began, at(i, m))
 		}
 	}
 	remotes, fdb, _ := n.View(222)
@@ -42,9 +42,9 @@ func TestThousandNodes(t *testing.T) {
 	for i := range moves {
 		r := at(i%1000, 0)
 		r.VTEP = vtep(byte(1 + i%200 + 2))
-		n.Learn(began, r)
+		n.Import(began, r)
 		n.View(222)
-		n.Own()
+		n.Advertised()
 	}
 	t.Logf("11,000 routes: %v, %d KiB; one more move: %v", all, (after.HeapAlloc-before.HeapAlloc)>>10, time.Since(began)/moves)
 }
@@ -55,7 +55,7 @@ func TestOfTenThousandRefusedRoutesOneIsNamed(t *testing.T) {
 	bad := func(i int) macvrf.Route {
 		return route(macvrf.MACIP, 2, func(r *macvrf.Route) { r.VNI, r.MAC = 223, macvrf.MAC{2, 0, 0, 0, byte(i >> 8), byte(i)} })
 	}
-	n.Learn(began, bad(1))
+	n.Import(began, bad(1))
 	one, all := n.Refused(222)
 	if all != 1 || one.Reason != macvrf.OtherVNI {
 		t.Fatalf("%d refused, %v", all, one)
@@ -70,7 +70,7 @@ func TestOfTenThousandRefusedRoutesOneIsNamed(t *testing.T) {
 	}
 	ofOne := of()
 	for i := range 10_000 {
-		n.Learn(began, bad(i))
+		n.Import(began, bad(i))
 	}
 	t.Logf("to name one of 10,000 takes %v, of one %v", of(), ofOne)
 	if same, all := n.Refused(222); all != 10_000 || same.Route.Key != one.Route.Key {
@@ -79,7 +79,7 @@ func TestOfTenThousandRefusedRoutesOneIsNamed(t *testing.T) {
 	if made := testing.AllocsPerRun(10, func() { n.Refused(222) }); made > 0 {
 		t.Errorf("to name one %v things are made", made)
 	}
-	n.Forget(began, one.Route.Key)
+	n.Withdraw(began, one.Route.Key)
 	if other, all := n.Refused(222); all != 9_999 || other.Route.Key == one.Route.Key || other.Reason != macvrf.OtherVNI {
 		t.Errorf("of %d %v is named, which is told no more", all, other)
 	}

@@ -147,8 +147,8 @@ func (l *lan) imports(t Target) bool {
 	return ok && number == l.VNI
 }
 
-// Learn takes a route of another. Kinds that do not matter to a LAN are passed over.
-func (t *Table) Learn(now time.Time, r Route) {
+// Import takes a route of another. Kinds that do not matter to a LAN are passed over.
+func (t *Table) Import(now time.Time, r Route) {
 	if r.Kind != MACIP && r.Kind != Multicast {
 		return
 	}
@@ -157,7 +157,7 @@ func (t *Table) Learn(now time.Time, r Route) {
 			return
 		}
 		if !slices.Equal(old.Targets, r.Targets) {
-			t.Forget(now, r.Key)
+			t.Withdraw(now, r.Key)
 		}
 	}
 	t.routes[r.Key] = r
@@ -166,8 +166,8 @@ func (t *Table) Learn(now time.Time, r Route) {
 	}
 }
 
-// Forget is the end of a route of another.
-func (t *Table) Forget(now time.Time, k Key) {
+// Withdraw is the end of a route of another.
+func (t *Table) Withdraw(now time.Time, k Key) {
 	r, ok := t.routes[k]
 	if !ok {
 		return
@@ -178,9 +178,9 @@ func (t *Table) Forget(now time.Time, k Key) {
 	}
 }
 
-// See says that a MAC has shown itself on a port here; Lose that it is on none any more. full is true where others are not told of it, for there are
+// LearnLocal says that a MAC has shown itself on a port here; Lose that it is on none any more. full is true where others are not told of it, for there are
 // too many.
-func (t *Table) See(now time.Time, vni uint32, mac MAC) (full bool) {
+func (t *Table) LearnLocal(now time.Time, vni uint32, mac MAC) (full bool) {
 	l := t.lans[vni]
 	if l == nil || mac[0]&1 != 0 {
 		return false
@@ -190,9 +190,9 @@ func (t *Table) See(now time.Time, vni uint32, mac MAC) (full bool) {
 	return l.Claimed && l.told[mac] == nil && len(l.told) >= MaxMACs
 }
 
-// Lose says that a MAC is on no port here any more: it has been silent for long, or its port is gone. changed is false where nobody knew it to be on
+// ForgetLocal says that a MAC is on no port here any more: it has been silent for long, or its port is gone. changed is false where nobody knew it to be on
 // one: a bridge tells of each entry that is written to it, too.
-func (t *Table) Lose(now time.Time, vni uint32, mac MAC) (changed bool) {
+func (t *Table) ForgetLocal(now time.Time, vni uint32, mac MAC) (changed bool) {
 	l := t.lans[vni]
 	if l == nil || l.macs[mac] == nil || !l.macs[mac].seen {
 		return false
@@ -202,8 +202,8 @@ func (t *Table) Lose(now time.Time, vni uint32, mac MAC) (changed bool) {
 	return true
 }
 
-// Seen says which MACs are on ports here, all of them: those that are not among them are not any more.
-func (t *Table) Seen(now time.Time, vni uint32, macs []MAC) {
+// LocalSince says which MACs are on ports here, all of them: those that are not among them are not any more.
+func (t *Table) LocalSince(now time.Time, vni uint32, macs []MAC) {
 	l := t.lans[vni]
 	if l == nil {
 		return
@@ -211,18 +211,18 @@ func (t *Table) Seen(now time.Time, vni uint32, macs []MAC) {
 	here := make(map[MAC]bool, len(macs))
 	for _, mac := range macs {
 		if here[mac] = true; l.macs[mac] == nil || !l.macs[mac].seen {
-			t.See(now, vni, mac)
+			t.LearnLocal(now, vni, mac)
 		}
 	}
 	for mac, s := range maps.Clone(l.macs) {
 		if s.seen && !here[mac] {
-			t.Lose(now, vni, mac)
+			t.ForgetLocal(now, vni, mac)
 		}
 	}
 }
 
-// Own are the routes that the node tells the others, sorted.
-func (t *Table) Own() []Route {
+// Advertised are the routes that the node tells the others, sorted.
+func (t *Table) Advertised() []Route {
 	var routes []Route
 	for _, l := range t.lans {
 		routes = append(routes, l.own()...)

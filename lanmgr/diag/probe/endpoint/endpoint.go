@@ -37,8 +37,8 @@ type station struct {
 	out *json.Encoder
 }
 
-// Station sends what orders say, and says what comes by, until orders end.
-func Station(ctx context.Context, host *kernel.Node, ns, spoke string, orders io.Reader, out io.Writer) error {
+// Run sends what orders say, and says what comes by, until orders end.
+func Run(ctx context.Context, host *kernel.Node, ns, spoke string, orders io.Reader, out io.Writer) error {
 	s := station{out: json.NewEncoder(out), ears: map[string]*packet.Socket{}}
 	defer s.close()
 	if err := s.open(ctx, host, ns, spoke); err != nil {
@@ -102,7 +102,7 @@ func (s *station) open(ctx context.Context, host *kernel.Node, ns, spoke string)
 		s.facts.VNI, s.facts.UDPPort = vxlan.VXLAN.VNI, vxlan.VXLAN.Port
 		s.facts.Group, s.facts.VTEP, s.facts.Remotes = vxlan.VXLAN.Group, vxlan.VXLAN.Local, vxlan.VXLAN.Remotes
 	}
-	err = host.Inside(ns, func() (err error) {
+	err = host.InLANNetns(ns, func() (err error) {
 		if s.bridge, err = packet.Open(want.Bridge, nothing()...); err != nil {
 			return err
 		}
@@ -123,8 +123,8 @@ func (s *station) open(ctx context.Context, host *kernel.Node, ns, spoke string)
 	if err != nil || want.VXLAN.UnderlayIndex == 0 {
 		return err
 	}
-	return host.Outside(func() (err error) {
-		if s.hears, err = firewall.Heard(s.facts.UDPPort, s.facts.VNI); err != nil {
+	return host.InHostNetns(func() (err error) {
+		if s.hears, err = firewall.Accepts(s.facts.UDPPort, s.facts.VNI); err != nil {
 			return err
 		}
 		ear, err := packet.Open(want.VXLAN.Underlay, byPort(s.facts.UDPPort)...)
@@ -165,7 +165,7 @@ func (s *station) obey(host *kernel.Node, ns string, orders io.Reader) error {
 			return fmt.Errorf("read an order: %w", err)
 		}
 		if o.Unfinished {
-			err = host.Inside(ns, func() error { return s.bridge.SendUnfinished(o.Bytes, o.Start, o.Offset) })
+			err = host.InLANNetns(ns, func() error { return s.bridge.SendUnfinished(o.Bytes, o.Start, o.Offset) })
 		} else {
 			err = s.bridge.Send(o.Bytes)
 		}
@@ -199,16 +199,16 @@ func (s *station) tell(where string, f packet.Frame) error {
 	if !ok {
 		return nil
 	}
-	heard := probe.Heard{ID: id, Where: where, Outgoing: f.Outgoing, Unfinished: f.Unfinished}
+	heard := probe.Sighting{ID: id, Where: where, Outgoing: f.Outgoing, Unfinished: f.Unfinished}
 	if where == probe.AtUnderlay {
 		heard.Length = len(f.Bytes) - header
 		heard.VNI, heard.WrongChecksum = probe.Outer(f.Bytes)
 		heard.WrongChecksum = heard.WrongChecksum && !f.Unfinished
 		if from := probe.OuterSource(f.Bytes); !f.Outgoing && from.IsValid() && !s.hears(from) {
-			heard.Stranger = from
+			heard.NonMember = from
 		}
 	}
-	return s.say(probe.Message{Heard: &heard})
+	return s.say(probe.Message{Sighting: &heard})
 }
 
 // bySource takes the probe's frames.
