@@ -28,7 +28,7 @@ build: ## Build bin/k8slan, bin/k8slan-cni and bin/kubectl-k8slan, static
 
 .PHONY: image
 image: build ## Write the image as an OCI archive, dist/k8slan.tar; needs no Docker
-	go run ./test/image/cmd/image k8slan --version '$(VERSION)' --output dist/k8slan.tar
+	go run ./test/images/cmd/image k8slan --version '$(VERSION)' --output dist/k8slan.tar
 
 .PHONY: manifests
 manifests: ## Write all.yaml, the chart as one file for kubectl apply -f
@@ -62,7 +62,7 @@ test: unit api dataplane e2e ## Run every test: what CI runs, as root
 .PHONY: unit
 unit: ## Run the tests that need neither root nor a cluster
 	go vet ./...
-	$(GOTEST) $$(go list ./... | grep -v -E '/test/(api|dataplane|netns|soak|bench|image/vm|e2e)$$')
+	$(GOTEST) $$(go list ./... | grep -v -E '/test/(api|dataplane|netlab|soak|bench|images/vm|e2e)$$')
 
 .PHONY: api
 api: ## Test objects and controller against a real kube-apiserver
@@ -70,7 +70,7 @@ api: ## Test objects and controller against a real kube-apiserver
 
 .PHONY: dataplane
 dataplane: ## Send real frames through LANs in network namespaces
-	$(GOTEST) -p 1 -timeout 30m ./test/netns ./test/image/vm ./test/dataplane ./test/soak ./test/bench
+	$(GOTEST) -p 1 -timeout 30m ./test/netlab ./test/images/vm ./test/dataplane ./test/soak ./test/bench
 
 .PHONY: e2e
 e2e: ## Test everything on the cluster; FOCUS=<regexp> runs the tests of that name, UNDERLAY=routed6 has LANs in unicast over a router, evpn4 by EVPN

@@ -21,7 +21,7 @@ import (
 
 	"github.com/k8slan/k8slan/crd/controller"
 	"github.com/k8slan/k8slan/crd/manifests"
-	"github.com/k8slan/k8slan/test/apiserver"
+	"github.com/k8slan/k8slan/test/cluster/apiserver"
 )
 
 var (

@@ -10,8 +10,8 @@ import (
 	"path/filepath"
 	"strings"
 
-	"github.com/k8slan/k8slan/test/apiserver"
 	"github.com/k8slan/k8slan/test/cluster"
+	"github.com/k8slan/k8slan/test/cluster/apiserver"
 )
 
 // server is an API server on loopback, and a controller manager that does nothing but collect garbage.

@@ -16,21 +16,20 @@ import (
 	"github.com/k8slan/k8slan/cni/report"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
 	"github.com/k8slan/k8slan/lanmgr/segment"
-	"github.com/k8slan/k8slan/test/lab"
-	"github.com/k8slan/k8slan/test/netns"
+	"github.com/k8slan/k8slan/test/netlab"
 )
 
 // station is a node with k8slan's parts on it.
 type station struct {
-	*netns.Node
+	*netlab.Node
 	kernel *kernel.Node
 	device int // ifindex of the underlay device
 }
 
-func join(t *testing.T, u *netns.Underlay, name string) station {
+func join(t *testing.T, u *netlab.Underlay, name string) station {
 	t.Helper()
 	n := u.Join(t, name)
-	device, err := n.Netlink(t).LinkByName(netns.UnderlayDevice)
+	device, err := n.Netlink(t).LinkByName(netlab.UnderlayDevice)
 	try(t, err)
 	k := kernel.New(kernel.Paths{Run: n.Run, HostNetns: n.Path})
 	t.Cleanup(k.Close)
@@ -46,9 +45,9 @@ func (n station) build(t *testing.T, lans ...segment.Segment) {
 	}
 }
 
-func sandbox(t *testing.T) lab.Sandbox {
+func sandbox(t *testing.T) netlab.Sandbox {
 	t.Helper()
-	s, err := lab.NewSandbox()
+	s, err := netlab.NewSandbox()
 	try(t, err)
 	t.Cleanup(func() {
 		if err := s.Remove(); err != nil {
@@ -60,38 +59,40 @@ func sandbox(t *testing.T) lab.Sandbox {
 
 // addTime measures B1 and B2: how long an ADD takes as a process from start to end, of k8slan and of others.
 func addTime(t *testing.T, b *bench) {
-	n := join(t, netns.NewUnderlay(t, lab.UnderlayMTU), "worker1")
-	lan := lab.LAN(1, n.device, "pod", "vm", "other")
+	n := join(t, netlab.NewUnderlay(t, netlab.UnderlayMTU), "worker1")
+	lan := netlab.LAN(1, n.device, "pod", "vm", "other")
 	n.build(t, lan)
 	listen(t, n.Run)
-	k8slan, err := lab.BuildPlugin(t.Context(), filepath.Join(t.TempDir(), "k8slan-cni"), n.Node)
+	k8slan, err := netlab.BuildPlugin(t.Context(), filepath.Join(t.TempDir(), "k8slan-cni"), n.Node)
 	try(t, err)
-	peers, err := lab.Component(t.Context(), "cni")
+	peers, err := netlab.Component(t.Context(), "cni")
 	try(t, err)
-	peer := func(name string) lab.Plugin {
-		return lab.Plugin{Path: filepath.Join(peers, name), Dirs: peers, Node: n.Namespace}
+	peer := func(name string) netlab.Plugin {
+		return netlab.Plugin{Path: filepath.Join(peers, name), Dirs: peers, Node: n.Namespace}
 	}
-	peerConfig := func(name string) lab.Config { return lab.Config{"cniVersion": "1.1.0", "name": name, "type": name} }
+	peerConfig := func(name string) netlab.Config {
+		return netlab.Config{"cniVersion": "1.1.0", "name": name, "type": name}
+	}
 	// The LAN is in use, so that its VXLAN is up: so it is for all pods but a LAN's first.
-	_, err = k8slan.Call(t.Context(), "ADD", sandbox(t), lab.Network(lan, "other", segment.Veth))
+	_, err = k8slan.Call(t.Context(), "ADD", sandbox(t), netlab.Network(lan, "other", segment.Veth))
 	try(t, err)
 
 	spare := netlink.NewLinkAttrs() // for the plugin that moves one, and at DEL moves it back
 	spare.Name = "spare"
 	try(t, n.Netlink(t).LinkAdd(&netlink.Veth{LinkAttrs: spare, PeerName: "spare-peer"}))
 
-	adds := func(p lab.Plugin, c lab.Config) func() (float64, error) {
+	adds := func(p netlab.Plugin, c netlab.Config) func() (float64, error) {
 		s := sandbox(t)
 		return func() (float64, error) { return attachOnce(t.Context(), p, s, c) }
 	}
-	nowhere := lab.Network(lan, "pod", segment.Veth).With("ns", "nowhere")
+	nowhere := netlab.Network(lan, "pod", segment.Veth).With("ns", "nowhere")
 	parse := sandbox(t)
 	got := race(t, times(200, 2),
 		contender{"parse", func() (float64, error) { return refusedOnce(t.Context(), k8slan, parse, nowhere) }},
-		contender{"pod", adds(k8slan, lab.Network(lan, "pod", segment.Veth))},
-		contender{"vm", adds(k8slan, lab.Network(lan, "vm", segment.Macvtap))},
+		contender{"pod", adds(k8slan, netlab.Network(lan, "pod", segment.Veth))},
+		contender{"vm", adds(k8slan, netlab.Network(lan, "vm", segment.Macvtap))},
 		contender{"bridge", adds(peer("bridge"), peerConfig("bridge").With("bridge", "cni0"))},
-		contender{"macvlan", adds(peer("macvlan"), peerConfig("macvlan").With("master", netns.UnderlayDevice))},
+		contender{"macvlan", adds(peer("macvlan"), peerConfig("macvlan").With("master", netlab.UnderlayDevice))},
 		contender{"host-device", adds(peer("host-device"), peerConfig("host-device").With("device", "spare"))},
 	)
 	ratio := func(id, what, ours, theirs string, target float64) {
@@ -120,7 +121,7 @@ func listen(t *testing.T, run string) {
 }
 
 // attachOnce attaches and detaches, and says how long the ADD took in milliseconds.
-func attachOnce(ctx context.Context, p lab.Plugin, s lab.Sandbox, c lab.Config) (float64, error) {
+func attachOnce(ctx context.Context, p netlab.Plugin, s netlab.Sandbox, c netlab.Config) (float64, error) {
 	took, err := callTime(ctx, p, "ADD", s, c)
 	if err != nil {
 		return 0, err
@@ -130,7 +131,7 @@ func attachOnce(ctx context.Context, p lab.Plugin, s lab.Sandbox, c lab.Config) 
 }
 
 // refusedOnce runs an ADD that ends when its configuration is parsed, because there is no such LAN.
-func refusedOnce(ctx context.Context, p lab.Plugin, s lab.Sandbox, c lab.Config) (float64, error) {
+func refusedOnce(ctx context.Context, p netlab.Plugin, s netlab.Sandbox, c netlab.Config) (float64, error) {
 	took, err := callTime(ctx, p, "ADD", s, c)
 	if words, ok := errors.AsType[*types.Error](err); !ok || words.Code != types.ErrTryAgainLater {
 		return 0, fmt.Errorf("an ADD to no LAN: %w", err)
@@ -139,7 +140,7 @@ func refusedOnce(ctx context.Context, p lab.Plugin, s lab.Sandbox, c lab.Config)
 }
 
 // callTime calls a plugin and says how long its process took, in milliseconds.
-func callTime(ctx context.Context, p lab.Plugin, verb string, s lab.Sandbox, c lab.Config) (float64, error) {
+func callTime(ctx context.Context, p netlab.Plugin, verb string, s netlab.Sandbox, c netlab.Config) (float64, error) {
 	cmd, err := p.Command(ctx, verb, s, c)
 	if err != nil {
 		return 0, err
@@ -153,7 +154,7 @@ func callTime(ctx context.Context, p lab.Plugin, verb string, s lab.Sandbox, c l
 		return err
 	})
 	if err != nil {
-		return milliseconds(took), lab.Said(err, out, nil)
+		return milliseconds(took), netlab.Said(err, out, nil)
 	}
 	return milliseconds(took), nil
 }
@@ -163,7 +164,7 @@ func milliseconds(d time.Duration) float64 { return d.Seconds() * 1000 }
 // attachRate measures B3: how fast pods that start at one time are attached.
 func attachRate(t *testing.T, b *bench) {
 	const pods, workers, perLAN = 64, 8, 8
-	n := join(t, netns.NewUnderlay(t, lab.UnderlayMTU), "worker1")
+	n := join(t, netlab.NewUnderlay(t, netlab.UnderlayMTU), "worker1")
 	var requests []kernel.ClaimRequest
 	var bare []bareAttach
 	for i := range pods / perLAN {
@@ -171,7 +172,7 @@ func attachRate(t *testing.T, b *bench) {
 		for j := range perLAN {
 			spokes = append(spokes, fmt.Sprintf("s%d-%d", i, j))
 		}
-		lan := lab.LAN(uint32(1+i), n.device, spokes...)
+		lan := netlab.LAN(uint32(1+i), n.device, spokes...)
 		n.build(t, lan)
 		for _, spoke := range spokes {
 			pod := sandbox(t)

@@ -23,7 +23,7 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/evpn/bgp"
 	"github.com/k8slan/k8slan/lanmgr/evpn/macvrf"
 	"github.com/k8slan/k8slan/test/frames"
-	"github.com/k8slan/k8slan/test/netns"
+	"github.com/k8slan/k8slan/test/netlab"
 )
 
 const (
@@ -63,7 +63,7 @@ func told(t *testing.T, b *bench) {
 		}
 	})
 	bare, _ := startIn(t, f.nodes[1].Do, log, fmt.Sprintf("%s=%d %s %s", bareSpeaker, index, bareReflectorAt, ns.Path), "/proc/self/exe")
-	e, bareEntries := watchEntries(t, netns.At(filepath.Join(f.nodes[0].Run, "netns", "default.lab"))), watchEntries(t, ns)
+	e, bareEntries := watchEntries(t, netlab.At(filepath.Join(f.nodes[0].Run, "netns", "default.lab"))), watchEntries(t, ns)
 	tellBare := teller(t, bareReflectorAt)
 	try(t, errors.Join(tellBare.Set(peersOf(1, 2)), bareEntries.awaitThat(unix.RTM_NEWNEIGH, macsOfAPeer, ofMAC), tellBare.Set(nil), bareEntries.awaitThat(unix.RTM_DELNEIGH, macsOfAPeer, ofMAC)))
 
@@ -225,9 +225,9 @@ func ofMAC(neighbour []byte) bool {
 const bareSpeaker = "K8SLAN_TEST_BARE_SPEAKER"
 
 // newBareTable makes a bridge with a VXLAN that somebody typed, and returns that.
-func newBareTable(t *testing.T) (ns netns.Namespace, index int) {
+func newBareTable(t *testing.T) (ns netlab.Namespace, index int) {
 	t.Helper()
-	ns = netns.New(t, "bare")
+	ns = netlab.New(t, "bare")
 	ip(t, ns, "link add br0 type bridge")
 	ip(t, ns, "link add vxlan master br0 type vxlan id 2 local %s dstport 4789 nolearning", vtep(0))
 	ip(t, ns, "link set vxlan up")

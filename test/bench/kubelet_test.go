@@ -26,7 +26,7 @@ import (
 
 	"github.com/k8slan/k8slan/crd/v1beta1"
 	"github.com/k8slan/k8slan/deviceplugin"
-	"github.com/k8slan/k8slan/test/lab"
+	"github.com/k8slan/k8slan/test/netlab"
 )
 
 // kubeletCost measures B7: what it costs to offer spokes to a real kubelet. It needs no API server: kubelet runs on its
@@ -215,9 +215,9 @@ type kubelet struct {
 // startKubelet starts kubelet and its container runtime, in folders of their own that they take for the machine's.
 func startKubelet(t *testing.T) *kubelet {
 	t.Helper()
-	kubernetes, err := lab.Component(t.Context(), "kubernetes")
+	kubernetes, err := netlab.Component(t.Context(), "kubernetes")
 	try(t, err)
-	containerd, err := lab.Component(t.Context(), "containerd")
+	containerd, err := netlab.Component(t.Context(), "containerd")
 	try(t, err)
 	dir := t.TempDir()
 	ownFolders(t, dir)

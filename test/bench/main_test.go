@@ -13,7 +13,7 @@ import (
 	"github.com/go-logr/logr"
 	ctrllog "sigs.k8s.io/controller-runtime/pkg/log"
 
-	"github.com/k8slan/k8slan/test/netns"
+	"github.com/k8slan/k8slan/test/netlab"
 )
 
 // long is how much is measured: with it as much as docs/performance.md tells of, else as little as shows that it can be.
@@ -30,12 +30,12 @@ func TestMain(m *testing.M) {
 		os.Exit(speakBare(at))
 	}
 	ctrllog.SetLogger(logr.Discard()) // the client's library wants to be told
-	netns.Main(m)
+	netlab.Main(m)
 }
 
 // TestPerformance measures everything. It fails where something cannot be measured; a target that is missed is told.
 func TestPerformance(t *testing.T) {
-	netns.NeedRoot(t, "a kubelet needs root")
+	netlab.NeedRoot(t, "a kubelet needs root")
 	b := &bench{}
 	for _, m := range []struct {
 		name    string

@@ -35,10 +35,9 @@ import (
 	"github.com/k8slan/k8slan/crd/v1beta1"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
 	"github.com/k8slan/k8slan/lanmgr/segment"
-	"github.com/k8slan/k8slan/test/apiserver"
+	"github.com/k8slan/k8slan/test/cluster/apiserver"
 	"github.com/k8slan/k8slan/test/frames"
-	"github.com/k8slan/k8slan/test/lab"
-	"github.com/k8slan/k8slan/test/netns"
+	"github.com/k8slan/k8slan/test/netlab"
 )
 
 // unicast measures B9 and B10 with the daemon as it is shipped and a real API server: what a LAN with unicast discovery costs where
@@ -96,14 +95,14 @@ func build(t *testing.T) (binary string) {
 func newFleet(t *testing.T) *fleet {
 	t.Helper()
 	f := &fleet{binary: build(t)}
-	u := netns.NewUnderlay(t, lab.UnderlayMTU)
+	u := netlab.NewUnderlay(t, netlab.UnderlayMTU)
 	for i := range f.nodes {
 		f.nodes[i] = join(t, u, fmt.Sprint("worker", i+1))
-		ip(t, f.nodes[i].Namespace, "addr add %s/8 dev %s", vtep(i), netns.UnderlayDevice)
+		ip(t, f.nodes[i].Namespace, "addr add %s/8 dev %s", vtep(i), netlab.UnderlayDevice)
 	}
-	kubernetes, err := lab.Component(t.Context(), "kubernetes")
+	kubernetes, err := netlab.Component(t.Context(), "kubernetes")
 	try(t, err)
-	etcd, err := lab.Component(t.Context(), "etcd")
+	etcd, err := netlab.Component(t.Context(), "etcd")
 	try(t, err)
 	f.server, err = apiserver.Start(t.Context(), apiserver.Config{
 		Kubernetes: kubernetes, Etcd: etcd, Do: f.nodes[0].Do, Address: vtep(0).String(),
@@ -129,7 +128,7 @@ func newFleet(t *testing.T) *fleet {
 	f.lan = &v1beta1.LAN{
 		ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: "lab"},
 		// With a group of their family, a change to and from multicast leaves the VXLAN alone.
-		Spec: v1beta1.LANSpec{VNI: 1, Spokes: []string{"a", "b", "c"}, Discovery: v1beta1.Unicast, VXLANGroup: "239.1.1.1", DefaultVXLANDev: netns.UnderlayDevice},
+		Spec: v1beta1.LANSpec{VNI: 1, Spokes: []string{"a", "b", "c"}, Discovery: v1beta1.Unicast, VXLANGroup: "239.1.1.1", DefaultVXLANDev: netlab.UnderlayDevice},
 	}
 	try(t, f.api.Create(t.Context(), f.lan))
 	f.lan.Status.Holds = &v1beta1.Holding{NS: "default.lab", VNI: 1, Port: v1beta1.DefaultPort, Spokes: f.lan.Spec.Spokes} // the controller's word
@@ -284,7 +283,7 @@ func (f *fleet) join(t *testing.T, peers int) {
 // entries counts the remotes that are added to and deleted from the forwarding tables in a namespace.
 type entries struct{ fd int }
 
-func watchEntries(t *testing.T, ns netns.Namespace) entries {
+func watchEntries(t *testing.T, ns netlab.Namespace) entries {
 	t.Helper()
 	var fd int
 	try(t, ns.Do(func() (err error) {
@@ -342,7 +341,7 @@ type bareVXLAN struct {
 
 func (f *fleet) newBareVXLAN(t *testing.T, remotes int) bareVXLAN {
 	t.Helper()
-	ns := netns.New(t, "bare")
+	ns := netlab.New(t, "bare")
 	ip(t, ns, "link add vxlan type vxlan id 4711 local %s dstport 4789", vtep(0))
 	link, err := ns.Netlink(t).LinkByName("vxlan")
 	try(t, err)
@@ -424,7 +423,7 @@ func pause() {
 
 // fill measures B9: how long it takes from a LAN's change to unicast until a node has all peers as remotes.
 func (f *fleet) fill(t *testing.T, b *bench, peers int) {
-	lans, e, bare := f.watch(t, &v1beta1.LANList{}), watchEntries(t, netns.At(filepath.Join(f.nodes[0].Run, "netns", "default.lab"))), f.newBareVXLAN(t, peers)
+	lans, e, bare := f.watch(t, &v1beta1.LANList{}), watchEntries(t, netlab.At(filepath.Join(f.nodes[0].Run, "netns", "default.lab"))), f.newBareVXLAN(t, peers)
 	var loops samples
 	bystander := &v1beta1.LAN{ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: "bystander"}, Spec: v1beta1.LANSpec{VNI: 2, Spokes: []string{"x"}}}
 	try(t, f.api.Create(t.Context(), bystander)) // it holds nothing, so no node builds it
@@ -469,7 +468,7 @@ func (f *fleet) fill(t *testing.T, b *bench, peers int) {
 
 // oneMore measures B9-one: one more peer, from its write to the API server until the entry stands, and what else is changed.
 func (f *fleet) oneMore(t *testing.T, b *bench, peers int) {
-	nodes, e, bare := f.watch(t, &v1beta1.LANNodeList{}), watchEntries(t, netns.At(filepath.Join(f.nodes[0].Run, "netns", "default.lab"))), f.newBareVXLAN(t, 1)
+	nodes, e, bare := f.watch(t, &v1beta1.LANNodeList{}), watchEntries(t, netlab.At(filepath.Join(f.nodes[0].Run, "netns", "default.lab"))), f.newBareVXLAN(t, 1)
 	var last, other v1beta1.LANNode
 	try(t, f.api.Get(t.Context(), client.ObjectKey{Name: peerName(peers)}, &last))
 	try(t, f.api.Get(t.Context(), client.ObjectKey{Name: peerName(0)}, &other))
@@ -496,7 +495,7 @@ func (f *fleet) oneMore(t *testing.T, b *bench, peers int) {
 	b.atMost("B9-one", fmt.Sprintf("one remote more beside %d, from the peer's write / a bare watch and one bare message", peers), ours.over(theirs).median(), 2,
 		figures("ms", ours, theirs))
 
-	changes := subscribe(t, netns.At(filepath.Join(f.nodes[0].Run, "netns", "default.lab")))
+	changes := subscribe(t, netlab.At(filepath.Join(f.nodes[0].Run, "netns", "default.lab")))
 	try(t, errors.Join(write(&last, peers, 1), e.await(unix.RTM_NEWNEIGH, 1)))
 	pause()
 	b.atMost("B9-writes", "changes to the LAN's links, table and addresses for it", float64(events(changes)), 1, "netlink events in the LAN's namespace")
@@ -581,7 +580,7 @@ func (f *fleet) listeners(t *testing.T, number int, bytes *atomic.Int64) (stop f
 func (f *fleet) atRest(t *testing.T, b *bench, daemon *os.Process, peers int) {
 	f.rests(t, daemon)
 	long := time.Duration(times(120, 2)) * time.Second // a look a minute at all that it has
-	changes, before := subscribe(t, netns.At(filepath.Join(f.nodes[0].Run, "netns", "default.lab"))), work(t, daemon)
+	changes, before := subscribe(t, netlab.At(filepath.Join(f.nodes[0].Run, "netns", "default.lab"))), work(t, daemon)
 	timer := time.NewTimer(long)
 	<-timer.C
 	took := work(t, daemon) - before
@@ -595,7 +594,7 @@ func (f *fleet) firstPacket(t *testing.T, b *bench) {
 	here, there := f.nodes[0], f.nodes[1]
 	sender := f.attach(t, here, "a", sandbox(t))
 	defer sender.Close()
-	e := watchEntries(t, netns.At(filepath.Join(here.Run, "netns", "default.lab")))
+	e := watchEntries(t, netlab.At(filepath.Join(here.Run, "netns", "default.lab")))
 	box := sandbox(t)
 	nodes := f.watch(t, &v1beta1.LANNodeList{})
 	bystander := &v1beta1.LANNode{ObjectMeta: metav1.ObjectMeta{Name: "bystander"}}
@@ -660,7 +659,7 @@ func (f *fleet) firstPacket(t *testing.T, b *bench) {
 }
 
 // request is for a pod on a spoke of the LAN.
-func (f *fleet) request(n station, spoke string, box lab.Sandbox) kernel.ClaimRequest {
+func (f *fleet) request(n station, spoke string, box netlab.Sandbox) kernel.ClaimRequest {
 	return kernel.ClaimRequest{
 		Netns: "default.lab", Spoke: spoke, Kind: segment.Veth, Sandbox: box.ID, Interface: box.Interface, PodNetns: box.Path,
 		PodNamespace: "default", Pod: box.ID, PodUID: box.ID,
@@ -668,7 +667,7 @@ func (f *fleet) request(n station, spoke string, box lab.Sandbox) kernel.ClaimRe
 }
 
 // attach attaches a pod and returns what sends frames from it.
-func (f *fleet) attach(t *testing.T, n station, spoke string, box lab.Sandbox) (s *frames.Sender) {
+func (f *fleet) attach(t *testing.T, n station, spoke string, box netlab.Sandbox) (s *frames.Sender) {
 	t.Helper()
 	_, err := n.kernel.Claim(t.Context(), f.request(n, spoke, box))
 	try(t, err)
@@ -696,7 +695,7 @@ func sendAgain(ctx context.Context, s *frames.Sender, frame []byte) error {
 }
 
 // firstOf returns when a frame from that address has reached the sandbox.
-func firstOf(ctx context.Context, box lab.Sandbox, from []byte) error {
+func firstOf(ctx context.Context, box netlab.Sandbox, from []byte) error {
 	var r *frames.Receiver
 	err := box.Do(func() (err error) {
 		r, err = frames.NewReceiver(box.Interface)
@@ -721,11 +720,11 @@ func firstOf(ctx context.Context, box lab.Sandbox, from []byte) error {
 
 // flooding measures B9-flood: what it costs a node that it sends a frame to each remote, one by one.
 func flooding(t *testing.T, b *bench) {
-	n := join(t, netns.NewUnderlay(t, lab.UnderlayMTU), "worker1")
-	ip(t, n.Namespace, "addr add 192.0.2.1/24 dev %s", netns.UnderlayDevice)
-	ip(t, n.Namespace, "neigh add 192.0.2.254 lladdr 02:00:00:00:00:fe dev %s", netns.UnderlayDevice)
+	n := join(t, netlab.NewUnderlay(t, netlab.UnderlayMTU), "worker1")
+	ip(t, n.Namespace, "addr add 192.0.2.1/24 dev %s", netlab.UnderlayDevice)
+	ip(t, n.Namespace, "neigh add 192.0.2.254 lladdr 02:00:00:00:00:fe dev %s", netlab.UnderlayDevice)
 	ip(t, n.Namespace, "route add 10.0.0.0/8 via 192.0.2.254")
-	s := lab.LAN(1, n.device, "a")
+	s := netlab.LAN(1, n.device, "a")
 	s.VXLAN.Group, s.VXLAN.Local = netip.Addr{}, netip.MustParseAddr("192.0.2.1")
 	box := sandbox(t)
 	links := n.Netlink(t)

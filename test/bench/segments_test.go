@@ -21,8 +21,7 @@ import (
 	"github.com/k8slan/k8slan/lanmgr"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
 	"github.com/k8slan/k8slan/lanmgr/segment"
-	"github.com/k8slan/k8slan/test/lab"
-	"github.com/k8slan/k8slan/test/netns"
+	"github.com/k8slan/k8slan/test/netlab"
 )
 
 // managed is a node with the daemon's manager at work, and a count of what that does.
@@ -111,14 +110,14 @@ func (n station) manyLANs(first, number int) []segment.Segment {
 	lans := make([]segment.Segment, number)
 	for i := range lans {
 		vni := first + i
-		lans[i] = lab.LAN(uint32(vni), n.device, fmt.Sprintf("a%d", vni), fmt.Sprintf("b%d", vni))
+		lans[i] = netlab.LAN(uint32(vni), n.device, fmt.Sprintf("a%d", vni), fmt.Sprintf("b%d", vni))
 	}
 	return lans
 }
 
 // removalStall measures B4: how long the removal of LANs keeps others from the kernel's one lock for all links.
 func removalStall(t *testing.T, b *bench) {
-	n := join(t, netns.NewUnderlay(t, lab.UnderlayMTU), "worker1")
+	n := join(t, netlab.NewUnderlay(t, netlab.UnderlayMTU), "worker1")
 	links := n.Netlink(t)
 	one := contender{"one", func() (float64, error) {
 		a := netlink.NewLinkAttrs()
@@ -212,7 +211,7 @@ func (w *writer) stop(t *testing.T, after time.Duration) {
 // coldAndIdle measures B5, how long it takes to build LANs, and B6, how long to see that there is nothing to do.
 func coldAndIdle(t *testing.T, b *bench) {
 	lans := times(500, 10)
-	n := join(t, netns.NewUnderlay(t, lab.UnderlayMTU), "worker1")
+	n := join(t, netlab.NewUnderlay(t, netlab.UnderlayMTU), "worker1")
 	host, ns, err := open(n.Path)
 	try(t, err)
 	defer ns.Close()
@@ -273,7 +272,7 @@ func (n station) forget(t *testing.T) error {
 // makes one more, with an end of a link, and waits for the other end to go.
 func (n station) unmount(t *testing.T, names []string) error {
 	t.Helper()
-	last, err := lab.NewSandbox()
+	last, err := netlab.NewSandbox()
 	if err != nil {
 		return err
 	}
@@ -388,7 +387,7 @@ func watchAll(t *testing.T, n station) (count func() int) {
 }
 
 // subscribe opens a socket that hears of every change to links, neighbours, addresses and routes in a namespace.
-func subscribe(t *testing.T, ns netns.Namespace) (fd int) {
+func subscribe(t *testing.T, ns netlab.Namespace) (fd int) {
 	t.Helper()
 	try(t, ns.Do(func() (err error) {
 		fd, err = unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_ROUTE)

@@ -9,21 +9,20 @@ import (
 	"testing"
 	"time"
 
-	"github.com/k8slan/k8slan/test/lab"
-	"github.com/k8slan/k8slan/test/netns"
+	"github.com/k8slan/k8slan/test/netlab"
 )
 
 // sidecar measures B12: a LAN by sidecars between two pods on two nodes, against the pods' own network, which it passes over. That is a
 // cluster network that routes without encapsulation.
 func sidecar(t *testing.T, b *bench) {
-	u := netns.NewUnderlay(t, lab.UnderlayMTU)
+	u := netlab.NewUnderlay(t, netlab.UnderlayMTU)
 	nodes := [2]station{join(t, u, "worker1"), join(t, u, "worker2")}
 	var plain, lan [2]pod
 	for i, n := range nodes {
-		plain[i] = pod{netns.New(t, "pod"), podAddress(i)}
+		plain[i] = pod{netlab.New(t, "pod"), podAddress(i)}
 		lan[i] = pod{plain[i].Namespace, netip.AddrFrom4([4]byte{192, 168, 69, byte(1 + i)})}
-		ip(t, n.Namespace, "addr add %s/24 dev %s", vtep(i), netns.UnderlayDevice)
-		ip(t, n.Namespace, "link add pod mtu %d type veth peer name eth0 mtu %d netns %s", lab.UnderlayMTU, lab.UnderlayMTU, plain[i].Path)
+		ip(t, n.Namespace, "addr add %s/24 dev %s", vtep(i), netlab.UnderlayDevice)
+		ip(t, n.Namespace, "link add pod mtu %d type veth peer name eth0 mtu %d netns %s", netlab.UnderlayMTU, netlab.UnderlayMTU, plain[i].Path)
 		ip(t, n.Namespace, "addr add %s/24 dev pod", podAddress(i).Prev())
 		ip(t, n.Namespace, "link set pod up")
 		ip(t, n.Namespace, "route add %s/24 via %s", podAddress(1-i).Prev().Prev(), vtep(1-i))

@@ -17,13 +17,12 @@ import (
 
 	"github.com/k8slan/k8slan/lanmgr/kernel"
 	"github.com/k8slan/k8slan/lanmgr/segment"
-	"github.com/k8slan/k8slan/test/lab"
-	"github.com/k8slan/k8slan/test/netns"
+	"github.com/k8slan/k8slan/test/netlab"
 )
 
 // pod is where traffic comes from and goes to.
 type pod struct {
-	netns.Namespace
+	netlab.Namespace
 	address netip.Addr
 }
 
@@ -32,7 +31,7 @@ type path struct{ from, to pod }
 
 // traffic measures B8: what a LAN carries, against the same network made by hand between the same two nodes.
 func traffic(t *testing.T, b *bench) {
-	u := netns.NewUnderlay(t, lab.UnderlayMTU)
+	u := netlab.NewUnderlay(t, netlab.UnderlayMTU)
 	nodes := [2]station{join(t, u, "worker1"), join(t, u, "worker2")}
 	ways := map[string][2]path{ // within a node and across
 		"k8slan": ways(attached(t, nodes)),
@@ -72,7 +71,7 @@ func attached(t *testing.T, nodes [2]station) (pods [3]pod) {
 	t.Helper()
 	for i := range pods {
 		n := nodes[i/2]
-		s := lab.LAN(1, n.device, "a", "b", "c")
+		s := netlab.LAN(1, n.device, "a", "b", "c")
 		n.build(t, s)
 		box := sandbox(t)
 		pods[i] = pod{box.Namespace, netip.AddrFrom4([4]byte{10, 1, 0, byte(1 + i)})}
@@ -89,24 +88,24 @@ func attached(t *testing.T, nodes [2]station) (pods [3]pod) {
 // byHand are the same on a LAN that somebody typed.
 func byHand(t *testing.T, nodes [2]station) (pods [3]pod) {
 	t.Helper()
-	var lans [2]netns.Namespace
+	var lans [2]netlab.Namespace
 	for i, n := range nodes {
-		lans[i] = netns.New(t, "hand")
+		lans[i] = netlab.New(t, "hand")
 		lans[i].Sysctl(t, "net/ipv6/conf/all/disable_ipv6", "1")
 		if loaded, err := filepath.Glob("/proc/sys/net/bridge/bridge-nf-call-*"); err == nil {
 			for _, setting := range loaded {
 				lans[i].Sysctl(t, strings.TrimPrefix(setting, "/proc/sys/"), "0")
 			}
 		}
-		ip(t, lans[i], "link add lan mtu %d type bridge mcast_snooping 0", lab.MTU)
+		ip(t, lans[i], "link add lan mtu %d type bridge mcast_snooping 0", netlab.MTU)
 		ip(t, lans[i], "link set lan up")
-		ip(t, n.Namespace, "link add vxlan mtu %d netns %s type vxlan id 4711 group ff02::14 dev %s dstport 4789", lab.MTU, lans[i].Path, netns.UnderlayDevice)
+		ip(t, n.Namespace, "link add vxlan mtu %d netns %s type vxlan id 4711 group ff02::14 dev %s dstport 4789", netlab.MTU, lans[i].Path, netlab.UnderlayDevice)
 		ip(t, lans[i], "link set vxlan master lan up")
 	}
 	for i := range pods {
 		box, lan := sandbox(t), lans[i/2]
 		pods[i] = pod{box.Namespace, netip.AddrFrom4([4]byte{10, 2, 0, byte(1 + i)})}
-		ip(t, lan, "link add port%d mtu %d type veth peer name net1 mtu %d netns %s", i, lab.MTU, lab.MTU, box.Path)
+		ip(t, lan, "link add port%d mtu %d type veth peer name net1 mtu %d netns %s", i, netlab.MTU, netlab.MTU, box.Path)
 		ip(t, lan, "link set port%d master lan up", i)
 		ip(t, box.Namespace, "link set net1 up")
 		ip(t, box.Namespace, "addr add %s/24 dev net1", pods[i].address)
@@ -115,7 +114,7 @@ func byHand(t *testing.T, nodes [2]station) (pods [3]pod) {
 }
 
 // ip runs the ip command in a namespace.
-func ip(t *testing.T, ns netns.Namespace, format string, args ...any) {
+func ip(t *testing.T, ns netlab.Namespace, format string, args ...any) {
 	t.Helper()
 	line := fmt.Sprintf(format, args...)
 	var out []byte

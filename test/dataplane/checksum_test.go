@@ -18,7 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/k8slan/k8slan/lanmgr/segment"
-	"github.com/k8slan/k8slan/test/netns"
+	"github.com/k8slan/k8slan/test/netlab"
 )
 
 // A network function that reads frames raw takes a frame as it is: TCP and UDP checksums that are left to hardware are
@@ -272,7 +272,7 @@ func TestARawReaderInAVMOrBesideOneSeesFinishedChecksums(t *testing.T) {
 			a.build(t, a.here(t, s))
 			b.build(t, b.here(t, s))
 			vm := a.claim(t, s, "vm", segment.Macvtap)
-			tap := netns.OpenOffloadTap(t, vm.TapMajor, vm.TapMinor)
+			tap := netlab.OpenOffloadTap(t, vm.TapMajor, vm.TapMinor)
 			a.inside(s).AwaitCarrier(t, vm.HostInterface)
 			for where, h := range map[string]host{"of the same node": a, "of another node": b} {
 				t.Run("pod "+where, func(t *testing.T) {
@@ -307,7 +307,7 @@ func (st *station) knows(t *testing.T, ip string, mac net.HardwareAddr) {
 }
 
 // expectGuest takes what sendUDP sent out of a tap.
-func expectGuest(t *testing.T, tap netns.OffloadTap, unfinished bool) {
+func expectGuest(t *testing.T, tap netlab.OffloadTap, unfinished bool) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
@@ -397,7 +397,7 @@ func TestChecksumsAreSwitchedBackAfterAKill(t *testing.T) {
 
 // A VM's standing pair that is made anew in a take-over is like the old one.
 func TestATakenOverPairFinishesChecksums(t *testing.T) {
-	netns.NeedDevices(t)
+	netlab.NeedDevices(t)
 	a, _ := hosts(t)
 	s := a.here(t, lan("taken", 162, "vm"))
 	s.TxChecksumOff = []string{"vm"}

@@ -25,7 +25,7 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/cdi"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 	"github.com/k8slan/k8slan/test/frames"
-	"github.com/k8slan/k8slan/test/netns"
+	"github.com/k8slan/k8slan/test/netlab"
 )
 
 // pluginBinary builds the plugin as it is shipped, once for all tests, into the test process's own /run.
@@ -41,7 +41,7 @@ var pluginBinary = sync.OnceValues(func() (string, error) {
 
 // sandbox is a pod's sandbox, and how a runtime speaks of it to the plugin.
 type sandbox struct {
-	netns.Namespace
+	netlab.Namespace
 	host   host
 	id     string
 	ifname string
@@ -50,7 +50,7 @@ type sandbox struct {
 
 func (h host) sandbox(t *testing.T) sandbox {
 	t.Helper()
-	pod := netns.NewPod(t)
+	pod := netlab.NewPod(t)
 	return sandbox{Namespace: pod, host: h, id: filepath.Base(filepath.Dir(pod.Path)), ifname: ifname}
 }
 
@@ -144,10 +144,10 @@ func (s sandbox) refused(t *testing.T, verb string, config keys, code uint, sent
 }
 
 // add attaches the sandbox and returns where it speaks and what the plugin printed.
-func (s sandbox) add(t *testing.T, lan segment.Segment, config keys) (netns.Wire, []byte) {
+func (s sandbox) add(t *testing.T, lan segment.Segment, config keys) (netlab.Wire, []byte) {
 	t.Helper()
 	if config["kind"] == segment.Macvtap {
-		netns.NeedDevices(t)
+		netlab.NeedDevices(t)
 	}
 	out := s.must(t, "ADD", config)
 	wire, err := s.speak(t, config)
@@ -159,7 +159,7 @@ func (s sandbox) add(t *testing.T, lan segment.Segment, config keys) (netns.Wire
 }
 
 // speak opens the pod's link or, with the numbers of the CDI file, the VM's tap.
-func (s sandbox) speak(t *testing.T, config keys) (netns.Wire, error) {
+func (s sandbox) speak(t *testing.T, config keys) (netlab.Wire, error) {
 	t.Helper()
 	if config["kind"] != segment.Macvtap {
 		s.AwaitCarrier(t, s.ifname)
@@ -169,7 +169,7 @@ func (s sandbox) speak(t *testing.T, config keys) (netns.Wire, error) {
 	if err != nil {
 		return nil, err
 	}
-	return netns.OpenTap(t, tap.Major, tap.Minor), nil
+	return netlab.OpenTap(t, tap.Major, tap.Minor), nil
 }
 
 // tap is the device node that the runtime would make in the VM's container.
@@ -220,7 +220,7 @@ func (h host) links(t *testing.T, s segment.Segment) string {
 // plugged is one node with a LAN of two spokes.
 func plugged(t *testing.T) (host, segment.Segment) {
 	t.Helper()
-	h := join(t, netns.NewUnderlay(t, underlayMTU), "worker1")
+	h := join(t, netlab.NewUnderlay(t, underlayMTU), "worker1")
 	s := h.here(t, lan("lab", 222, "srl", "vm"))
 	h.build(t, s)
 	return h, s
@@ -265,7 +265,7 @@ func TestPluginAttachesPodsAndVMs(t *testing.T) {
 	}
 	crosses(t, podWire, vmWire, frames.Stream(nil, segment.MAC(s.LAN, "srl"), 1, 1))
 	crosses(t, vmWire, podWire, frames.Stream(nil, segment.MAC(s.LAN, "vm"), 1, 2))
-	if links := h.Links(t); !slices.Equal(links, []string{netns.UnderlayDevice}) {
+	if links := h.Links(t); !slices.Equal(links, []string{netlab.UnderlayDevice}) {
 		t.Errorf("the node's own namespace has %v", links)
 	}
 
@@ -406,7 +406,7 @@ func TestPluginRefusesAPodWithoutANetnsOfItsOwn(t *testing.T) {
 	}
 	pod.Path = h.Path
 	pod.refused(t, "ADD", network(s, "srl", segment.Veth, nil), types.ErrInvalidNetNS, "the node's own network namespace")
-	if links := h.Links(t); !slices.Equal(links, []string{netns.UnderlayDevice}) {
+	if links := h.Links(t); !slices.Equal(links, []string{netlab.UnderlayDevice}) {
 		t.Errorf("the node's own namespace has %v", links)
 	}
 	if after := h.links(t, s); after != before {
@@ -617,9 +617,9 @@ func TestPluginGivesAddressesThatCanBeUsedAtOnce(t *testing.T) {
 }
 
 func TestPluginAttaches64AtOnceWhere1000SpokesAreOnOffer(t *testing.T) {
-	netns.NeedDevices(t)
+	netlab.NeedDevices(t)
 	const attachments, spokes = 64, 500
-	h := join(t, netns.NewUnderlay(t, underlayMTU), "worker1")
+	h := join(t, netlab.NewUnderlay(t, underlayMTU), "worker1")
 	var lans []segment.Segment
 	for i, name := range []string{"one", "two"} {
 		s := lan(name, uint32(100+i))
@@ -652,7 +652,7 @@ func TestPluginAttaches64AtOnceWhere1000SpokesAreOnOffer(t *testing.T) {
 	}
 
 	taps, paths := map[[2]uint32]bool{}, map[string]bool{}
-	wires := make([]netns.Wire, attachments)
+	wires := make([]netlab.Wire, attachments)
 	for i, pod := range pods {
 		wire, err := pod.speak(t, configs[i])
 		if err != nil {
@@ -680,7 +680,7 @@ func TestPluginAttaches64AtOnceWhere1000SpokesAreOnOffer(t *testing.T) {
 		if err := wire.Send(frame); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := netns.Await(wires[next], patience, func(got []byte) bool { return bytes.Equal(got, frame) }); err != nil {
+		if _, err := netlab.Await(wires[next], patience, func(got []byte) bool { return bytes.Equal(got, frame) }); err != nil {
 			t.Fatalf("%s to %s: %v", configs[i]["spoke"], configs[next]["spoke"], err)
 		}
 	}

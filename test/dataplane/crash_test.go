@@ -15,7 +15,7 @@ import (
 
 	"github.com/k8slan/k8slan/lanmgr/kernel"
 	"github.com/k8slan/k8slan/lanmgr/segment"
-	"github.com/k8slan/k8slan/test/netns"
+	"github.com/k8slan/k8slan/test/netlab"
 )
 
 // describe is the segment as somebody sees it who comes new to the node.
@@ -48,7 +48,7 @@ func expectNothing(t *testing.T, h host) {
 	if names, err := h.kernel.List(); err != nil || len(names) != 0 {
 		t.Errorf("segments left: %v, %v", names, err)
 	}
-	if links := h.Links(t); !slices.Equal(links, []string{netns.UnderlayDevice}) {
+	if links := h.Links(t); !slices.Equal(links, []string{netlab.UnderlayDevice}) {
 		t.Errorf("the node's links are %v, want its own", links)
 	}
 }

@@ -21,7 +21,7 @@ import (
 	"github.com/k8slan/k8slan/lanmgr"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
 	"github.com/k8slan/k8slan/lanmgr/segment"
-	"github.com/k8slan/k8slan/test/netns"
+	"github.com/k8slan/k8slan/test/netlab"
 )
 
 // tries is how often a LAN is deleted while a pod attaches; make soak has a thousand of them.
@@ -36,14 +36,14 @@ func TestLANIsDeletedWhileAPodAttaches(t *testing.T) {
 	for _, kind := range []segment.Kind{segment.Veth, segment.Macvtap} {
 		t.Run(string(kind), func(t *testing.T) {
 			if kind == segment.Macvtap {
-				netns.NeedDevices(t)
+				netlab.NeedDevices(t)
 			}
 			a, _ := hosts(t)
 			w := &wishes{managed: a.manage(t), want: map[string]segment.Segment{}}
 			var races [lanes]race
 			var running sync.WaitGroup
 			for i := range races {
-				pod := netns.NewPod(t)
+				pod := netlab.NewPod(t)
 				races[i] = race{
 					wishes: w, kind: kind, pod: pod, links: pod.Netlink(t), rng: rand.New(rand.NewPCG(seed, uint64(i))), head: 50 * time.Millisecond,
 					lan: a.here(t, lan(fmt.Sprintf("raced%d", i), uint32(500+i), fmt.Sprintf("r%d", i), fmt.Sprintf("s%d", i))),
@@ -96,7 +96,7 @@ type race struct {
 	*wishes
 	lan   segment.Segment
 	kind  segment.Kind
-	pod   netns.Namespace
+	pod   netlab.Namespace
 	links *netlink.Handle // the pod's
 	rng   *rand.Rand
 

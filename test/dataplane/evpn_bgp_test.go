@@ -24,7 +24,7 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/evpn/macvrf"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 	"github.com/k8slan/k8slan/test/frames"
-	"github.com/k8slan/k8slan/test/netns"
+	"github.com/k8slan/k8slan/test/netlab"
 )
 
 // reflectorAt has this program be a reflector on that address and port.
@@ -161,7 +161,7 @@ func (h host) tables(t *testing.T, s segment.Segment) <-chan netlink.NeighUpdate
 	return tables(t, h.inside(s))
 }
 
-func tables(t *testing.T, ns netns.Namespace) <-chan netlink.NeighUpdate {
+func tables(t *testing.T, ns netlab.Namespace) <-chan netlink.NeighUpdate {
 	t.Helper()
 	updates, done := make(chan netlink.NeighUpdate, 4096), make(chan struct{})
 	try(t, ns.Do(func() error { return netlink.NeighSubscribe(updates, done) }))
@@ -250,7 +250,7 @@ func TestTwoDaemonsTellEachOtherByBGP(t *testing.T) {
 
 // A VM moves while its first incarnation still runs silently: every node follows its first frame within 5 ms, and nobody else loses one.
 func TestEveryNodeFollowsAVMAtOnce(t *testing.T) {
-	netns.NeedDevices(t)
+	netlab.NeedDevices(t)
 	a, b, onA, onB := unicastHosts(t, families["IPv4"], 423)
 	c := join(t, a.underlay, "worker3")
 	vtep := netip.MustParseAddr("192.0.2.3")

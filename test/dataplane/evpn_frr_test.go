@@ -14,15 +14,15 @@ import (
 
 	"github.com/k8slan/k8slan/lanmgr/segment"
 	"github.com/k8slan/k8slan/test/frames"
-	"github.com/k8slan/k8slan/test/netns"
+	"github.com/k8slan/k8slan/test/netlab"
 )
 
 // arrives sends a frame until it is heard at the other end, whatever else is heard there: what a router tells takes its time.
-func arrives(t *testing.T, from, to netns.Wire, frame []byte) {
+func arrives(t *testing.T, from, to netlab.Wire, frame []byte) {
 	t.Helper()
 	for deadline := time.Now().Add(longPatience); ; {
 		try(t, from.Send(frame))
-		_, err := netns.Await(to, patience/10, func(got []byte) bool { return bytes.Equal(got, frame) })
+		_, err := netlab.Await(to, patience/10, func(got []byte) bool { return bytes.Equal(got, frame) })
 		if err == nil {
 			return
 		}
@@ -34,7 +34,7 @@ func arrives(t *testing.T, from, to netns.Wire, frame []byte) {
 
 // awaitMove waits until a bridge is told that a MAC is behind the VXLAN. The VXLAN's half of the entry tells less: it may stay as it was
 // while the MAC is on a port of the bridge.
-func awaitMove(t *testing.T, ns netns.Namespace, vxlan string, updates <-chan netlink.NeighUpdate, mac net.HardwareAddr) time.Time {
+func awaitMove(t *testing.T, ns netlab.Namespace, vxlan string, updates <-chan netlink.NeighUpdate, mac net.HardwareAddr) time.Time {
 	t.Helper()
 	link, err := ns.Netlink(t).LinkByName(vxlan)
 	try(t, err)

@@ -13,7 +13,7 @@ import (
 
 	"github.com/k8slan/k8slan/lanmgr/segment"
 	"github.com/k8slan/k8slan/test/frames"
-	"github.com/k8slan/k8slan/test/netns"
+	"github.com/k8slan/k8slan/test/netlab"
 )
 
 // solicited is the group of MACs that a solicitation for fd00::<last octets> goes to.
@@ -23,7 +23,7 @@ func solicited(last byte) net.HardwareAddr { return net.HardwareAddr{0x33, 0x33,
 func answers(t *testing.T, asks, hears *station, question []byte, mac net.HardwareAddr, words ...[]byte) {
 	t.Helper()
 	stops(t, asks, hears, question)
-	_, err := netns.Await(asks, patience, func(got []byte) bool {
+	_, err := netlab.Await(asks, patience, func(got []byte) bool {
 		for _, w := range append(words, mac) {
 			if !bytes.Contains(got, w) {
 				return false

@@ -17,7 +17,7 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/kernel"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 	"github.com/k8slan/k8slan/test/frames"
-	"github.com/k8slan/k8slan/test/netns"
+	"github.com/k8slan/k8slan/test/netlab"
 )
 
 // mesh is nodes that tell each other at once what their tables have to tell: EVPN without the sessions.
@@ -418,7 +418,7 @@ func TestWhereMACsAreIsReadFromTheKernel(t *testing.T) {
 
 // A MAC that comes back to a node and leaves at once, before what the VXLAN is told has changed in between, is followed as well.
 func TestAMACThatShowsItselfForAMomentIsFollowed(t *testing.T) {
-	netns.NeedDevices(t)
+	netlab.NeedDevices(t)
 	a, b, onA, onB := unicastHosts(t, families["IPv4"], 414)
 	onA, onB = told(onA), told(onB)
 	onA.Remotes, onB.Remotes = []netip.Addr{onB.VXLAN.Local}, []netip.Addr{onA.VXLAN.Local}

@@ -5,7 +5,7 @@ import (
 
 	"github.com/k8slan/k8slan/lanmgr/segment"
 	"github.com/k8slan/k8slan/test/frames"
-	"github.com/k8slan/k8slan/test/netns"
+	"github.com/k8slan/k8slan/test/netlab"
 )
 
 // Each frame is told by its own bytes, so a receiver wants exactly what was sent, VLAN tags where they were, and not
@@ -110,7 +110,7 @@ func TestPodGetsTheNameMACAndMTUItAskedFor(t *testing.T) {
 		expectLink(t, st.Namespace, ifname, want, lanMTU)
 		h.release(t, st)
 	}
-	pod := netns.NewPod(t)
+	pod := netlab.NewPod(t)
 	asked := request(s, "asked", segment.Veth, pod)
 	asked.Interface, asked.MTU, asked.MAC = "e1-1", 1280, segment.MAC(s.LAN, "someone else")
 	if _, err := a.kernel.Claim(t.Context(), asked); err != nil {
@@ -122,7 +122,7 @@ func TestPodGetsTheNameMACAndMTUItAskedFor(t *testing.T) {
 	}
 }
 
-func expectLink(t *testing.T, ns netns.Namespace, name, mac string, mtu int) {
+func expectLink(t *testing.T, ns netlab.Namespace, name, mac string, mtu int) {
 	t.Helper()
 	l, err := ns.Netlink(t).LinkByName(name)
 	if err != nil {

@@ -15,7 +15,7 @@ import (
 
 	"github.com/k8slan/k8slan/lanmgr/kernel"
 	"github.com/k8slan/k8slan/lanmgr/segment"
-	"github.com/k8slan/k8slan/test/netns"
+	"github.com/k8slan/k8slan/test/netlab"
 )
 
 func TestPodsOnTwoNodesSpeakTCPOverIPv4AndIPv6(t *testing.T) {
@@ -100,7 +100,7 @@ func TestLANOverAnIPv4GroupCarriesTheCatalog(t *testing.T) {
 	s.VXLAN.Group, s.MTU = netip.MustParseAddr("239.77.0.14"), underlayMTU-58
 	for i, h := range []host{a, b} {
 		h.Sysctl(t, "net/ipv6/conf/all/disable_ipv6", "1")
-		device, err := h.Netlink(t).LinkByName(netns.UnderlayDevice)
+		device, err := h.Netlink(t).LinkByName(netlab.UnderlayDevice)
 		try(t, err)
 		addr, err := netlink.ParseAddr(fmt.Sprintf("192.0.2.%d/24", i+1))
 		try(t, err)

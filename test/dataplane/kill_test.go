@@ -24,7 +24,7 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/kernel"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 	"github.com/k8slan/k8slan/test/frames"
-	"github.com/k8slan/k8slan/test/netns"
+	"github.com/k8slan/k8slan/test/netlab"
 )
 
 // doomed is a process that is killed at each of its steps in turn, and the node it runs on.
@@ -47,7 +47,7 @@ type attached struct {
 // Whatever the daemon or the plugin was about to change when it was killed: the daemon that comes next leads the node
 // to where it should be, a pod can attach and speak, and once it has gone nothing is left of it all.
 func TestKilledAtEveryStep(t *testing.T) {
-	netns.NeedDevices(t)
+	netlab.NeedDevices(t)
 	for name, prepare := range map[string]func(*testing.T, host) doomed{
 		"ADD of a pod":                         add(segment.Veth, nil, nil),
 		"ADD of a VM":                          add(segment.Macvtap, nil, nil),
@@ -76,7 +76,7 @@ func TestKilledAtEveryStep(t *testing.T) {
 }
 
 func killAtEveryStep(t *testing.T, prepare func(*testing.T, host) doomed) {
-	h := join(t, netns.NewUnderlay(t, underlayMTU), "worker1")
+	h := join(t, netlab.NewUnderlay(t, underlayMTU), "worker1")
 	for at := 0; ; at++ {
 		h.kernel = h.start(t)
 		d := prepare(t, h)
@@ -212,10 +212,10 @@ func (d doomed) podsComeAndGo(t *testing.T, number int) {
 }
 
 // reaches sends a frame and waits for it at the other end, among whatever a pod that is going may have said.
-func reaches(t *testing.T, from, to netns.Wire, frame []byte) {
+func reaches(t *testing.T, from, to netlab.Wire, frame []byte) {
 	t.Helper()
 	try(t, from.Send(frame))
-	_, err := netns.Await(to, patience, func(got []byte) bool { return bytes.Equal(got, frame) })
+	_, err := netlab.Await(to, patience, func(got []byte) bool { return bytes.Equal(got, frame) })
 	try(t, err)
 }
 
@@ -265,7 +265,7 @@ func (d doomed) reconcilesInSilence(t *testing.T) {
 // netlinkEar hears all that rtnetlink tells of a namespace.
 type netlinkEar struct{ file *os.File }
 
-func (h host) listen(t *testing.T, ns netns.Namespace) *netlinkEar {
+func (h host) listen(t *testing.T, ns netlab.Namespace) *netlinkEar {
 	t.Helper()
 	var fd int
 	try(t, ns.Do(func() (err error) {

@@ -15,7 +15,7 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/kernel"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 	"github.com/k8slan/k8slan/test/frames"
-	"github.com/k8slan/k8slan/test/netns"
+	"github.com/k8slan/k8slan/test/netlab"
 )
 
 func TestMain(m *testing.M) {
@@ -29,7 +29,7 @@ func TestMain(m *testing.M) {
 		fmt.Fprintln(os.Stderr, "FAIL:", err)
 		os.Exit(1)
 	}
-	netns.Main(m)
+	netlab.Main(m)
 }
 
 const (
@@ -48,19 +48,19 @@ const (
 
 // host is a node with k8slan on it.
 type host struct {
-	*netns.Node
+	*netlab.Node
 	kernel   *kernel.Node
-	underlay *netns.Underlay
+	underlay *netlab.Underlay
 }
 
 // hosts makes an underlay and two nodes on it.
 func hosts(t *testing.T) (a, b host) {
 	t.Helper()
-	underlay := netns.NewUnderlay(t, underlayMTU)
+	underlay := netlab.NewUnderlay(t, underlayMTU)
 	return join(t, underlay, "worker1"), join(t, underlay, "worker2")
 }
 
-func join(t *testing.T, underlay *netns.Underlay, name string) host {
+func join(t *testing.T, underlay *netlab.Underlay, name string) host {
 	t.Helper()
 	h := host{Node: underlay.Join(t, name), underlay: underlay}
 	h.kernel = h.start(t)
@@ -85,7 +85,7 @@ func lan(name string, vni uint32, spokes ...string) segment.Segment {
 		MTU:        lanMTU,
 		VXLAN: segment.VXLAN{
 			Name: fmt.Sprintf("vx%d", vni), VNI: vni, Port: 4789, Group: netip.MustParseAddr("ff02::14"),
-			Underlay: netns.UnderlayDevice,
+			Underlay: netlab.UnderlayDevice,
 		},
 		Spokes: spokes,
 	}
@@ -94,7 +94,7 @@ func lan(name string, vni uint32, spokes ...string) segment.Segment {
 // here is a LAN on this node, whose underlay device has its number here.
 func (h host) here(t *testing.T, s segment.Segment) segment.Segment {
 	t.Helper()
-	device, err := h.Netlink(t).LinkByName(netns.UnderlayDevice)
+	device, err := h.Netlink(t).LinkByName(netlab.UnderlayDevice)
 	if err != nil {
 		t.Fatalf("underlay device of %s: %v", h.Name, err)
 	}
@@ -118,14 +118,14 @@ func reconcile(t *testing.T, k *kernel.Node, name string, decide func(segment.St
 }
 
 // inside is a LAN's namespace on the node.
-func (h host) inside(s segment.Segment) netns.Namespace {
-	return netns.At(h.Run + "/netns/" + s.Netns)
+func (h host) inside(s segment.Segment) netlab.Namespace {
+	return netlab.At(h.Run + "/netns/" + s.Netns)
 }
 
 // station is a pod or a VM on a LAN, and where it speaks.
 type station struct {
-	netns.Namespace
-	netns.Wire
+	netlab.Namespace
+	netlab.Wire
 	kernel.Attachment
 	request kernel.ClaimRequest
 }
@@ -144,7 +144,7 @@ func (h host) attach(t *testing.T, s segment.Segment, spoke string, kind segment
 // claim attaches without anybody who speaks: before a VM's QEMU has started.
 func (h host) claim(t *testing.T, s segment.Segment, spoke string, kind segment.Kind) *station {
 	t.Helper()
-	st := &station{Namespace: netns.NewPod(t)}
+	st := &station{Namespace: netlab.NewPod(t)}
 	st.request = request(s, spoke, kind, st.Namespace)
 	var err error
 	if st.Attachment, err = h.kernel.Claim(t.Context(), st.request); err != nil {
@@ -153,7 +153,7 @@ func (h host) claim(t *testing.T, s segment.Segment, spoke string, kind segment.
 	return st
 }
 
-func request(s segment.Segment, spoke string, kind segment.Kind, pod netns.Namespace) kernel.ClaimRequest {
+func request(s segment.Segment, spoke string, kind segment.Kind, pod netlab.Namespace) kernel.ClaimRequest {
 	return kernel.ClaimRequest{
 		Netns: s.Netns, Spoke: spoke, Kind: kind, Sandbox: path.Base(path.Dir(pod.Path)), Interface: ifname, PodNetns: pod.Path,
 		PodNamespace: s.LAN.Namespace, Pod: spoke, PodUID: "uid-of-" + spoke,
@@ -161,10 +161,10 @@ func request(s segment.Segment, spoke string, kind segment.Kind, pod netns.Names
 }
 
 // speak opens the pod's link, or the VM's tap.
-func (st *station) speak(t *testing.T, lan netns.Namespace) {
+func (st *station) speak(t *testing.T, lan netlab.Namespace) {
 	t.Helper()
 	if st.request.Kind == segment.Macvtap {
-		st.Wire = netns.OpenTap(t, st.TapMajor, st.TapMinor)
+		st.Wire = netlab.OpenTap(t, st.TapMajor, st.TapMinor)
 	} else {
 		st.AwaitCarrier(t, ifname)
 		st.Wire = st.Open(t, ifname)
@@ -181,7 +181,7 @@ func (h host) release(t *testing.T, st *station) {
 }
 
 // crosses sends a frame and wants exactly that frame at the other end, and nothing else.
-func crosses(t *testing.T, from, to netns.Wire, frame []byte) {
+func crosses(t *testing.T, from, to netlab.Wire, frame []byte) {
 	t.Helper()
 	if err := from.Send(frame); err != nil {
 		t.Fatal(err)
@@ -196,7 +196,7 @@ func crosses(t *testing.T, from, to netns.Wire, frame []byte) {
 }
 
 // stops sends a frame and wants that the other end hears only what is sent after it.
-func stops(t *testing.T, from, to netns.Wire, frame []byte) {
+func stops(t *testing.T, from, to netlab.Wire, frame []byte) {
 	t.Helper()
 	if err := from.Send(frame); err != nil {
 		t.Fatal(err)
@@ -205,12 +205,12 @@ func stops(t *testing.T, from, to netns.Wire, frame []byte) {
 }
 
 // next takes the next frame, whatever it is.
-func next(w netns.Wire, within time.Duration) ([]byte, error) {
-	return netns.Await(w, within, func([]byte) bool { return true })
+func next(w netlab.Wire, within time.Duration) ([]byte, error) {
+	return netlab.Await(w, within, func([]byte) bool { return true })
 }
 
 // hush listens until the context ends and wants to hear nothing that matters.
-func hush(ctx context.Context, w netns.Wire, matters func(frame []byte) bool) error {
+func hush(ctx context.Context, w netlab.Wire, matters func(frame []byte) bool) error {
 	for {
 		frame, err := w.Receive(ctx)
 		switch {

@@ -13,7 +13,7 @@ import (
 	"github.com/k8slan/k8slan/lanmgr"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
 	"github.com/k8slan/k8slan/lanmgr/segment"
-	"github.com/k8slan/k8slan/test/netns"
+	"github.com/k8slan/k8slan/test/netlab"
 )
 
 // A daemon may be killed after it made the file of a namespace and before it mounted the namespace there, or the other way round.
@@ -39,7 +39,7 @@ func TestAnAttachDoesNotWaitForTheLockForEver(t *testing.T) {
 	try(t, err)
 	try(t, unix.Flock(int(holder.Fd()), unix.LOCK_EX))
 
-	st := station{Namespace: netns.NewPod(t)}
+	st := station{Namespace: netlab.NewPod(t)}
 	st.request = request(s, "spoke", segment.Veth, st.Namespace)
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
@@ -56,7 +56,7 @@ func TestAnAttachDoesNotWaitForTheLockForEver(t *testing.T) {
 func TestAnAttachToNoLANLeavesNothing(t *testing.T) {
 	a, _ := hosts(t)
 	s := lan("none", 122, "spoke")
-	if _, err := a.kernel.Claim(t.Context(), request(s, "spoke", segment.Veth, netns.NewPod(t))); !errors.Is(err, kernel.ErrNoLAN) {
+	if _, err := a.kernel.Claim(t.Context(), request(s, "spoke", segment.Veth, netlab.NewPod(t))); !errors.Is(err, kernel.ErrNoLAN) {
 		t.Errorf("claim: %v", err)
 	}
 	expectNothing(t, a)
@@ -88,7 +88,7 @@ func TestManySpokesRemovedAtOnceLeaveTheOthersAlone(t *testing.T) {
 
 // The sandbox of a pod that is gone stays, and nobody detaches it: the daemon does, when kubelet no longer has the pod.
 func TestAClaimIsEndedThoughItsSandboxStays(t *testing.T) {
-	netns.NeedDevices(t)
+	netlab.NeedDevices(t)
 	h, s := plugged(t)
 	m := h.manage(t)
 	m.runs(t, s)

@@ -25,12 +25,12 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/kernel"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 	"github.com/k8slan/k8slan/test/frames"
-	"github.com/k8slan/k8slan/test/netns"
+	"github.com/k8slan/k8slan/test/netlab"
 )
 
 // megalos is a network as Kathará writes it.
 func megalos(name string, vni uint32) keys {
-	return keys{"cniVersion": "0.3.0", "name": name, "type": "megalos", "suffix": name, "vxlanId": vni, "master": netns.UnderlayDevice}
+	return keys{"cniVersion": "0.3.0", "name": name, "type": "megalos", "suffix": name, "vxlanId": vni, "master": netlab.UnderlayDevice}
 }
 
 // madeFor is what a node has of a VNI, as far as tests name it.
@@ -97,7 +97,7 @@ func (h host) serveDemand(t *testing.T, n byte, reflector netip.AddrPort) *speak
 }
 
 // joinVNI attaches an interface of a pod with a MAC, and speaks there.
-func (s sandbox) joinVNI(t *testing.T, lan segment.Segment, config keys) netns.Wire {
+func (s sandbox) joinVNI(t *testing.T, lan segment.Segment, config keys) netlab.Wire {
 	t.Helper()
 	out := s.must(t, "ADD", config)
 	var result struct {
@@ -206,11 +206,11 @@ func TestKatharaPodsMeetByVNI(t *testing.T) {
 
 // A LAN that goes and comes again between two looks of the daemon is heard, asked who is there, and the old one let go.
 func TestAVNIThatIsMadeAnewIsHeard(t *testing.T) {
-	h := join(t, netns.NewUnderlay(t, underlayMTU), "worker1")
+	h := join(t, netlab.NewUnderlay(t, underlayMTU), "worker1")
 	h.address(t, netip.PrefixFrom(families["IPv4"].vteps[0], 24))
 	red, s, pod, daemon := megalos("red", 5006), madeFor(5006), h.sandbox(t), h.start(t)
 	pod.mac = "02:aa:00:00:00:01"
-	join := func() (wire netns.Wire, namespace string) {
+	join := func() (wire netlab.Wire, namespace string) {
 		t.Helper()
 		wire = pod.joinVNI(t, s, red)
 		var st unix.Stat_t
@@ -231,7 +231,7 @@ func TestAVNIThatIsMadeAnewIsHeard(t *testing.T) {
 			Recreated: func() { anew <- struct{}{} },
 		})
 	}()
-	shows := func(wire netns.Wire, address string) {
+	shows := func(wire netlab.Wire, address string) {
 		t.Helper()
 		again := time.NewTicker(50 * time.Millisecond) // it is heard from some time after the look
 		defer again.Stop()
@@ -287,7 +287,7 @@ func TestAVNIThatIsMadeAnewIsHeard(t *testing.T) {
 
 // Without any daemon the plugin makes the LAN, joins it, and takes it away.
 func TestAVNINeedsNoDaemonOnItsNode(t *testing.T) {
-	h := join(t, netns.NewUnderlay(t, underlayMTU), "worker1")
+	h := join(t, netlab.NewUnderlay(t, underlayMTU), "worker1")
 	h.address(t, netip.PrefixFrom(families["IPv4"].vteps[0], 24))
 	red := megalos("red", 5003)
 	one, two := h.sandbox(t), h.sandbox(t)
@@ -352,7 +352,7 @@ func TestAVNIOfALANIsThatLAN(t *testing.T) {
 func TestAVNIWhosePluginIsKilled(t *testing.T) {
 	for _, verb := range []string{"ADD", "DEL"} {
 		t.Run(verb, func(t *testing.T) {
-			h := join(t, netns.NewUnderlay(t, underlayMTU), "worker1")
+			h := join(t, netlab.NewUnderlay(t, underlayMTU), "worker1")
 			h.address(t, netip.PrefixFrom(families["IPv4"].vteps[0], 24))
 			config := megalos("red", 5005)
 			for at := 0; ; at++ {

@@ -18,7 +18,7 @@ import (
 
 	"github.com/k8slan/k8slan/lanmgr/segment"
 	"github.com/k8slan/k8slan/test/frames"
-	"github.com/k8slan/k8slan/test/netns"
+	"github.com/k8slan/k8slan/test/netlab"
 )
 
 // The pod and the VM of what older versions left, as their runtime knows them.
@@ -38,14 +38,14 @@ type older struct {
 // leave makes a node what that version leaves on one: by ip(8) and the bytes of its files, with nothing of today's.
 func leave(t *testing.T, version string) older {
 	t.Helper()
-	netns.NeedDevices(t)
+	netlab.NeedDevices(t)
 	dir := filepath.Join("testdata", version)
-	h := join(t, netns.NewUnderlay(t, underlayMTU), "worker1")
+	h := join(t, netlab.NewUnderlay(t, underlayMTU), "worker1")
 	try(t, os.CopyFS(h.Run, os.DirFS(filepath.Join(dir, "run"))))
 	try(t, os.CopyFS(h.CDI, os.DirFS(filepath.Join(dir, "cdi"))))
 	o := older{host: h, version: version}
 	o.Segment = o.record(t)
-	lan := netns.New(t, "lan")
+	lan := netlab.New(t, "lan")
 	try(t, os.MkdirAll(h.Run+"/netns", 0o755))
 	try(t, os.WriteFile(h.inside(o.Segment).Path, nil, 0o444))
 	try(t, unix.Mount(lan.Path, h.inside(o.Segment).Path, "", unix.MS_BIND, ""))
@@ -60,7 +60,7 @@ func leave(t *testing.T, version string) older {
 // play does the steps of a file.
 func (o older) play(t *testing.T, file string) {
 	t.Helper()
-	places := map[string]netns.Namespace{
+	places := map[string]netlab.Namespace{
 		"node": o.Namespace, "lan": o.inside(o.Segment), "pod": o.pod.Namespace, "vm": o.vm.Namespace,
 	}
 	paths := strings.NewReplacer("$LAN", places["lan"].Path, "$POD", places["pod"].Path, "$VM", places["vm"].Path)
@@ -129,7 +129,7 @@ func (o older) speakers(t *testing.T) (pod, vm *station) {
 	_, err = fmt.Sscanf(read(t, devices[0]), "%d:%d", &major, &minor)
 	try(t, err)
 	pod = &station{Namespace: o.pod.Namespace, Wire: o.pod.Open(t, o.pod.ifname)}
-	vm = &station{Namespace: o.vm.Namespace, Wire: netns.OpenTap(t, major, minor)}
+	vm = &station{Namespace: o.vm.Namespace, Wire: netlab.OpenTap(t, major, minor)}
 	pod.MAC, vm.MAC = segment.MAC(o.LAN, "srl"), segment.MAC(o.LAN, "vm")
 	o.inside(o.Segment).AwaitCarrier(t, "srl")
 	o.inside(o.Segment).AwaitCarrier(t, "vm")
@@ -187,7 +187,7 @@ func (o older) isAdopted(t *testing.T) {
 	pod, vm := o.speakers(t)
 	before := o.files(t)
 	var ears []*netlinkEar
-	for _, ns := range []netns.Namespace{o.inside(o.Segment), o.pod.Namespace, o.vm.Namespace} {
+	for _, ns := range []netlab.Namespace{o.inside(o.Segment), o.pod.Namespace, o.vm.Namespace} {
 		ear := o.listen(t, ns)
 		ear.awaitSilence(t)
 		ears = append(ears, ear)

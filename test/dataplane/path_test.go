@@ -12,7 +12,7 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/diag/probe/endpoint"
 	"github.com/k8slan/k8slan/lanmgr/firewall"
 	"github.com/k8slan/k8slan/lanmgr/segment"
-	"github.com/k8slan/k8slan/test/netns"
+	"github.com/k8slan/k8slan/test/netlab"
 )
 
 // station starts a probe's station of a spoke.
@@ -106,7 +106,7 @@ func TestAProbeSaysWhatPassesAndWhereTheRestIsLost(t *testing.T) {
 			name: "the underlay has no carrier", there: "but eth1 of node worker2 is down or has no carrier", back: "did not leave by eth1, which has no carrier",
 			fault: func(t *testing.T, a, b host, _ segment.Segment, _ *station) {
 				setLink(t, a.underlay.Netlink(t), b.Port(), func(h *netlink.Handle, l netlink.Link) error { return h.LinkSetDown(l) })
-				b.AwaitNoCarrier(t, netns.UnderlayDevice)
+				b.AwaitNoCarrier(t, netlab.UnderlayDevice)
 			},
 		},
 	} {

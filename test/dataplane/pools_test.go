@@ -12,7 +12,7 @@ import (
 	"github.com/k8slan/k8slan/cni"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 	"github.com/k8slan/k8slan/test/frames"
-	"github.com/k8slan/k8slan/test/netns"
+	"github.com/k8slan/k8slan/test/netlab"
 )
 
 // pool is a LAN with a pool of that size beside a spoke, on this node.
@@ -46,7 +46,7 @@ func (h host) on(t *testing.T, s segment.Segment, port string, kind segment.Kind
 // member is a pod or a VM on a port of a pool.
 type member struct {
 	sandbox
-	netns.Wire
+	netlab.Wire
 	config keys
 	mac    string
 }
@@ -170,7 +170,7 @@ func TestMACsByOrdinalAreThoseOfThePods(t *testing.T) {
 		s := h.pool(t, "ordinal", 142, 2)
 		s.MACByOrdinal = []string{"web"}
 		h.build(t, s)
-		pod := netns.NewPod(t)
+		pod := netlab.NewPod(t)
 		r := request(s, segment.Port("web", i), segment.Veth, pod)
 		if _, err := h.kernel.Claim(t.Context(), r); !errors.Is(err, segment.ErrNoOrdinal) {
 			t.Fatalf("a pod called %q: %v", r.Pod, err)

@@ -14,7 +14,7 @@ import (
 
 	"github.com/k8slan/k8slan/lanmgr/segment"
 	"github.com/k8slan/k8slan/test/frames"
-	"github.com/k8slan/k8slan/test/netns"
+	"github.com/k8slan/k8slan/test/netlab"
 )
 
 // broken is a LAN that a test does harm to, in the hands of the daemon's manager.
@@ -198,7 +198,7 @@ func reach(t *testing.T, one, other *station) {
 	for _, way := range [][2]*station{{other, one}, {one, other}} {
 		frame := frames.Stream(way[1].MAC, way[0].MAC, 1, uint64(time.Now().UnixNano()))
 		try(t, way[0].Send(frame))
-		if _, err := netns.Await(way[1], patience, func(got []byte) bool { return bytes.Equal(got, frame) }); err != nil {
+		if _, err := netlab.Await(way[1], patience, func(got []byte) bool { return bytes.Equal(got, frame) }); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -246,9 +246,9 @@ func TestSegmentThatStandsIsLeftAlone(t *testing.T) {
 func expectStill(t *testing.T, h host, s segment.Segment, f func()) {
 	t.Helper()
 	places := []struct {
-		netns.Namespace
+		netlab.Namespace
 		link string // of those that are up
-	}{{h.inside(s), s.Bridge}, {h.Namespace, netns.UnderlayDevice}}
+	}{{h.inside(s), s.Bridge}, {h.Namespace, netlab.UnderlayDevice}}
 	done := make(chan struct{})
 	defer close(done)
 	var watches []<-chan netlink.LinkUpdate
@@ -277,7 +277,7 @@ func expectStill(t *testing.T, h host, s segment.Segment, f func()) {
 }
 
 // watchLinks hears of every change of a link in a namespace until done is closed.
-func watchLinks(t *testing.T, place netns.Namespace, done <-chan struct{}) <-chan netlink.LinkUpdate {
+func watchLinks(t *testing.T, place netlab.Namespace, done <-chan struct{}) <-chan netlink.LinkUpdate {
 	t.Helper()
 	ns, err := vnetns.GetFromPath(place.Path)
 	try(t, err)

@@ -24,13 +24,13 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/evpn/bgp"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
 	"github.com/k8slan/k8slan/lanmgr/segment"
-	"github.com/k8slan/k8slan/test/debian"
-	"github.com/k8slan/k8slan/test/netns"
+	"github.com/k8slan/k8slan/test/cluster/debian"
+	"github.com/k8slan/k8slan/test/netlab"
 )
 
 // installRouters gets the routers that others run from Debian, where there is a network still and root asks for it.
 func installRouters() error {
-	if os.Geteuid() != 0 || netns.Inside() {
+	if os.Geteuid() != 0 || netlab.Inside() {
 		return nil
 	}
 	return debian.Install(context.Background(), slog.Default(), "frr", "gobgpd")
@@ -123,7 +123,7 @@ type frrConfig struct {
 
 func startFRRWith(t *testing.T, beside host, c frrConfig) *frr {
 	t.Helper()
-	netns.NeedRoot(t, "FRR needs its own user and group")
+	netlab.NeedRoot(t, "FRR needs its own user and group")
 	dir, err := os.MkdirTemp("/run", "frr-") // short: sockets are in it
 	try(t, err)
 	r := &frr{host: join(t, beside.underlay, "frr"), dir: dir, as: c.as, vtep: netip.MustParseAddr("192.0.2.3")}
@@ -251,7 +251,7 @@ func (r *frr) peer(n byte) bgp.Peer {
 func (r *frr) attach(t *testing.T, s segment.Segment) *station {
 	t.Helper()
 	r.Sysctl(t, "net/ipv6/conf/default/disable_ipv6", "1")
-	st := &station{Namespace: netns.NewPod(t)}
+	st := &station{Namespace: netlab.NewPod(t)}
 	pod, err := os.Open(st.Path)
 	try(t, err)
 	defer pod.Close()
@@ -357,7 +357,7 @@ func awaitWithin(t *testing.T, patience time.Duration, what string, so func() bo
 func startGoBGP(t *testing.T) (*program, netip.AddrPort) {
 	t.Helper()
 	if _, err := exec.LookPath("gobgpd"); err != nil {
-		netns.NeedRoot(t, "gobgpd is not there, and installing it needs root")
+		netlab.NeedRoot(t, "gobgpd is not there, and installing it needs root")
 	}
 	at, api := freePort(t), freePort(t)
 	config := filepath.Join(t.TempDir(), "gobgpd.toml")

@@ -16,7 +16,7 @@ import (
 
 	"github.com/k8slan/k8slan/lanmgr/segment"
 	"github.com/k8slan/k8slan/test/frames"
-	"github.com/k8slan/k8slan/test/netns"
+	"github.com/k8slan/k8slan/test/netlab"
 )
 
 // reflectorAddress is where pods reach the reflector, and the first of the addresses that it sees them come from.
@@ -78,7 +78,7 @@ func evpnWithANode(t *testing.T, s *sidecars) {
 			}
 			awaitEntry(t, onA, one.MAC, local)
 			for _, address := range []string{"192.168.69.1", "192.168.69.2", "192.168.69.9"} {
-				for _, from := range []netns.Namespace{a.Namespace, b.Namespace, one.Namespace} {
+				for _, from := range []netlab.Namespace{a.Namespace, b.Namespace, one.Namespace} {
 					ping(t, from, address)
 				}
 			}

@@ -33,9 +33,8 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"github.com/k8slan/k8slan/lanmgr/kernel"
-	"github.com/k8slan/k8slan/test/apiserver"
-	"github.com/k8slan/k8slan/test/lab"
-	"github.com/k8slan/k8slan/test/netns"
+	"github.com/k8slan/k8slan/test/cluster/apiserver"
+	"github.com/k8slan/k8slan/test/netlab"
 )
 
 // sidecars is what pods with sidecars have in common: the program, as it is shipped, and a real API server on the test's loopback device.
@@ -47,16 +46,16 @@ type sidecars struct {
 
 // TestSidecar has pods with sidecars that have NET_ADMIN alone.
 func TestSidecar(t *testing.T) {
-	netns.NeedRoot(t, "only root can leave a process NET_ADMIN alone")
+	netlab.NeedRoot(t, "only root can leave a process NET_ADMIN alone")
 	s := &sidecars{binary: filepath.Join(t.TempDir(), "k8slan")}
 	build := exec.CommandContext(t.Context(), "go", "build", "-trimpath", "-ldflags", "-s -w", "-o", s.binary, "github.com/k8slan/k8slan/cmd/k8slan")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("build k8slan: %v\n%s", err, out)
 	}
-	kubernetes, err := lab.Component(t.Context(), "kubernetes")
+	kubernetes, err := netlab.Component(t.Context(), "kubernetes")
 	try(t, err)
-	etcd, err := lab.Component(t.Context(), "etcd")
+	etcd, err := netlab.Component(t.Context(), "etcd")
 	try(t, err)
 	s.server, err = apiserver.Start(t.Context(), apiserver.Config{Kubernetes: kubernetes, Etcd: etcd})
 	if s.server != nil {
@@ -98,7 +97,7 @@ func TestSidecar(t *testing.T) {
 // team is pods on one network, and a namespace of the API server with a service account that may do what the docs tell to let it.
 type team struct {
 	*sidecars
-	underlay   *netns.Underlay
+	underlay   *netlab.Underlay
 	namespace  string
 	kubeconfig string
 	pods       []*pod
@@ -106,7 +105,7 @@ type team struct {
 
 // pod is one with a container beside the sidecar.
 type pod struct {
-	*netns.Node
+	*netlab.Node
 	team       *team
 	ipv4, ipv6 netip.Addr
 	dir        string // of its configuration and logs
@@ -123,7 +122,7 @@ func (s *sidecars) pods(t *testing.T, count int) *team {
 	t.Helper()
 	namespace := &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{GenerateName: "sidecar-"}}
 	try(t, s.api.Create(t.Context(), namespace))
-	tm := &team{sidecars: s, underlay: netns.NewUnderlay(t, underlayMTU), namespace: namespace.Name}
+	tm := &team{sidecars: s, underlay: netlab.NewUnderlay(t, underlayMTU), namespace: namespace.Name}
 	tm.kubeconfig = tm.account(t, "lan", rbacv1.PolicyRule{
 		APIGroups: []string{"discovery.k8s.io"}, Resources: []string{"endpointslices"}, Verbs: []string{"list", "watch"},
 	})
@@ -180,7 +179,7 @@ func (tm *team) allow(t *testing.T, account string, rules ...rbacv1.PolicyRule) 
 
 // relay is how a pod reaches a server on the test's loopback device, at an address in its own namespace. Without it the server is away.
 type relay struct {
-	from     netns.Namespace
+	from     netlab.Namespace
 	at, to   string
 	dialer   net.Dialer
 	listener net.Listener
@@ -545,7 +544,7 @@ func (p *pod) station(t *testing.T) *station {
 }
 
 // ping wants that what is in a namespace reaches an address.
-func ping(t *testing.T, from netns.Namespace, address string) {
+func ping(t *testing.T, from netlab.Namespace, address string) {
 	t.Helper()
 	var out []byte
 	err := from.Do(func() (err error) {

@@ -15,7 +15,7 @@ import (
 
 	"github.com/k8slan/k8slan/lanmgr/segment"
 	"github.com/k8slan/k8slan/test/frames"
-	"github.com/k8slan/k8slan/test/netns"
+	"github.com/k8slan/k8slan/test/netlab"
 )
 
 // window is how long silence is listened to: longer than what IPv6, bridges and VXLANs say by themselves when they are
@@ -25,12 +25,12 @@ const window = 4500 * time.Millisecond
 func TestLANSaysNothingByItself(t *testing.T) {
 	a, b := hosts(t)
 	idle, waiting := lan("idle", 51, "nobody", "listener"), lan("waiting", 52, "vm", "listener")
-	listeners := map[string]netns.Wire{}
+	listeners := map[string]netlab.Wire{}
 	for _, s := range []segment.Segment{idle, waiting} {
 		b.build(t, b.here(t, s))
 		listeners["pod of LAN "+s.LAN.Name] = b.attach(t, s, "listener", segment.Veth)
 	}
-	cables := map[string]netns.Wire{a.Name: a.underlay.Open(t, a.Port()), b.Name: b.underlay.Open(t, b.Port())}
+	cables := map[string]netlab.Wire{a.Name: a.underlay.Open(t, a.Port()), b.Name: b.underlay.Open(t, b.Port())}
 
 	// From here on everything is listened to: the segments are built on the first node, and a VM is attached whose QEMU
 	// doesn't run yet.
@@ -62,7 +62,7 @@ func TestLANSaysNothingByItself(t *testing.T) {
 	vm.speak(t, a.inside(waiting))
 	first := frames.Stream(nil, vm.MAC, 1, 0)
 	crosses(t, vm, listeners["pod of LAN waiting"], first)
-	if _, err := netns.Await(cables[a.Name], patience, isVXLAN); err != nil {
+	if _, err := netlab.Await(cables[a.Name], patience, isVXLAN); err != nil {
 		t.Errorf("underlay of %s after the guest spoke: %v", a.Name, err)
 	}
 }
@@ -79,7 +79,7 @@ func TestNodesOwnNamespaceShowsNoLinkOfOurs(t *testing.T) {
 	m := a.manage(t)
 	s := a.here(t, lan("hidden", 53, "pod", "vm"))
 	m.runs(t, s)
-	want := []string{netns.UnderlayDevice}
+	want := []string{netlab.UnderlayDevice}
 	if got := a.Links(t); !slices.Equal(got, want) {
 		t.Errorf("with a LAN the node has %v, want %v", got, want)
 	}
@@ -164,7 +164,7 @@ func (h host) hasJoined(t *testing.T) bool {
 	t.Helper()
 	for line := range strings.Lines(h.read(t, "/proc/thread-self/net/igmp6")) {
 		f := strings.Fields(line)
-		if f[1] == netns.UnderlayDevice && f[2] == "ff020000000000000000000000000014" {
+		if f[1] == netlab.UnderlayDevice && f[2] == "ff020000000000000000000000000014" {
 			return true
 		}
 	}

@@ -22,7 +22,7 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/firewall"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 	"github.com/k8slan/k8slan/test/frames"
-	"github.com/k8slan/k8slan/test/netns"
+	"github.com/k8slan/k8slan/test/netlab"
 )
 
 // filter starts a daemon's filter of strangers on the node.
@@ -230,7 +230,7 @@ func TestOnlyMembersAreHeard(t *testing.T) {
 			set := map[bool]string{true: "members4", false: "members6"}[address.Is4()]
 			until(t, "the one member", func() bool { return a.elements(t, set) == 1 })
 			try(t, two.Send(frames.Stream(nil, two.MAC, 9, 3)))
-			_, err := netns.Await(one, patience, func(frame []byte) bool { return slices.Equal(frame, frames.Stream(nil, two.MAC, 9, 3)) })
+			_, err := netlab.Await(one, patience, func(frame []byte) bool { return slices.Equal(frame, frames.Stream(nil, two.MAC, 9, 3)) })
 			try(t, err)
 
 			// The daemon is away, and back: the count goes on.
@@ -270,13 +270,13 @@ func TestAStrictLANWithAGroupHearsItsMembers(t *testing.T) {
 	underlays, err := b.kernel.Underlays(t.Context())
 	try(t, err)
 	filter, _ := a.filter(t)
-	filter.Set([]firewall.LAN{strict(onA, underlays.Devices[netns.UnderlayDevice].Sources...)})
+	filter.Set([]firewall.LAN{strict(onA, underlays.Devices[netlab.UnderlayDevice].Sources...)})
 	until(t, "the filter", func() bool { return drops(filter, onA) == 0 })
 	crosses(t, two, one, frames.Stream(nil, two.MAC, 9, 1))
 	crosses(t, one, two, frames.Stream(two.MAC, one.MAC, 9, 1))
 
 	other := join(t, a.underlay, "stranger")
-	device, err := other.Netlink(t).LinkByName(netns.UnderlayDevice)
+	device, err := other.Netlink(t).LinkByName(netlab.UnderlayDevice)
 	try(t, err)
 	var c *net.UDPConn
 	try(t, other.Do(func() (err error) {

@@ -9,7 +9,7 @@ import (
 
 	"github.com/k8slan/k8slan/lanmgr/segment"
 	"github.com/k8slan/k8slan/test/frames"
-	"github.com/k8slan/k8slan/test/netns"
+	"github.com/k8slan/k8slan/test/netlab"
 )
 
 func TestLANComesBackWithItsUnderlay(t *testing.T) {
@@ -37,7 +37,7 @@ func TestLANComesBackWithItsUnderlay(t *testing.T) {
 	a.PlugIn(t)
 	again := a.here(t, s)
 	ma.runs(t, again)
-	a.AwaitCarrier(t, netns.UnderlayDevice)
+	a.AwaitCarrier(t, netlab.UnderlayDevice)
 	crosses(t, here, far, frames.Stream(nil, here.MAC, 2, 2))
 	crosses(t, far, here, frames.Stream(nil, far.MAC, 2, 3))
 	// All but the number of the new device is as it was.
@@ -48,7 +48,7 @@ func TestLANComesBackWithItsUnderlay(t *testing.T) {
 }
 
 // drain drops what a wire has heard so far.
-func drain(t *testing.T, w netns.Wire) {
+func drain(t *testing.T, w netlab.Wire) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()

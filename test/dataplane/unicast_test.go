@@ -14,7 +14,7 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/kernel"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 	"github.com/k8slan/k8slan/test/frames"
-	"github.com/k8slan/k8slan/test/netns"
+	"github.com/k8slan/k8slan/test/netlab"
 )
 
 // family is what a LAN over underlays of one IP version needs.
@@ -63,7 +63,7 @@ func unicast(s segment.Segment, local netip.Addr, remotes ...netip.Addr) segment
 // address gives the underlay device an address that can be used at once.
 func (h host) address(t *testing.T, p netip.Prefix) {
 	t.Helper()
-	device, err := h.Netlink(t).LinkByName(netns.UnderlayDevice)
+	device, err := h.Netlink(t).LinkByName(netlab.UnderlayDevice)
 	try(t, err)
 	addr, err := netlink.ParseAddr(p.String())
 	try(t, err)
@@ -172,7 +172,7 @@ func TestWhatWasLearntBehindARemoteGoesWithIt(t *testing.T) {
 			a, b, onA, onB, one, two := unicastPods(t, f, 307)
 			crosses(t, two, one, frames.Stream(nil, two.MAC, 9, 1))
 			was, is := f.vteps[1], f.vteps[1].Next()
-			device, err := b.Netlink(t).LinkByName(netns.UnderlayDevice)
+			device, err := b.Netlink(t).LinkByName(netlab.UnderlayDevice)
 			try(t, err)
 			try(t, b.Netlink(t).AddrDel(device, &netlink.Addr{IPNet: &net.IPNet{IP: was.AsSlice(), Mask: net.CIDRMask(f.bits, was.BitLen())}}))
 			b.address(t, netip.PrefixFrom(is, f.bits))

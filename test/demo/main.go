@@ -13,7 +13,7 @@ import (
 	"time"
 
 	"github.com/k8slan/k8slan/test/cluster"
-	"github.com/k8slan/k8slan/test/install"
+	"github.com/k8slan/k8slan/test/cluster/install"
 )
 
 //go:embed lan.yaml

@@ -11,7 +11,7 @@ import (
 	"strings"
 
 	"github.com/k8slan/k8slan/crd/v1beta1"
-	"github.com/k8slan/k8slan/test/install"
+	"github.com/k8slan/k8slan/test/cluster/install"
 )
 
 // show prints what is where, read from the cluster, and what passes between the three.

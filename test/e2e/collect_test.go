@@ -11,7 +11,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"github.com/k8slan/k8slan/lanmgr/gc"
-	"github.com/k8slan/k8slan/test/install"
+	"github.com/k8slan/k8slan/test/cluster/install"
 )
 
 // What the end of a claim without DEL rests on: the daemon can ask kubelet, kubelet lists the daemon's own pod, and it

@@ -14,7 +14,7 @@ import (
 
 	"github.com/k8slan/k8slan/crd/v1beta1"
 	"github.com/k8slan/k8slan/lanmgr/evpn/bgp"
-	"github.com/k8slan/k8slan/test/install"
+	"github.com/k8slan/k8slan/test/cluster/install"
 )
 
 // The networks carry no multicast, and nodes know of each other by the reflectors alone.

@@ -9,12 +9,12 @@ import (
 	corev1 "k8s.io/api/core/v1"
 
 	"github.com/k8slan/k8slan/crd/v1beta1"
-	"github.com/k8slan/k8slan/test/image"
+	"github.com/k8slan/k8slan/test/images"
 )
 
 func TestLibvirtRunsAVMOnItsTapAsUnderKubeVirt(t *testing.T) {
 	l := newLab(t)
-	l.load(image.Libvirt)
+	l.load(images.Libvirt)
 	l.lan("libvirt", 1042, []string{"lv-near", "lv-far", "lv-vm"})
 	begin := time.Now()
 	l.startLibvirt(worker2, 1)

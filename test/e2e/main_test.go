@@ -21,7 +21,7 @@ import (
 
 	"github.com/k8slan/k8slan/crd/controller"
 	"github.com/k8slan/k8slan/test/cluster"
-	"github.com/k8slan/k8slan/test/install"
+	"github.com/k8slan/k8slan/test/cluster/install"
 )
 
 // bed is where the tests run; TestMain sets it before the first of them and nothing changes it.

@@ -20,7 +20,7 @@ import (
 
 	"github.com/k8slan/k8slan/crd/v1beta1"
 	"github.com/k8slan/k8slan/test/cluster"
-	"github.com/k8slan/k8slan/test/netns"
+	"github.com/k8slan/k8slan/test/netlab"
 )
 
 // The nodes.
@@ -91,13 +91,13 @@ func (m machine) run(command ...string) string {
 }
 
 // host is the node's own network namespace.
-func (m machine) host() netns.Namespace {
+func (m machine) host() netlab.Namespace {
 	m.Helper()
 	path, err := m.Netns()
 	if err != nil {
 		m.Fatal(err)
 	}
-	return netns.At(path)
+	return netlab.At(path)
 }
 
 // path is a path of the node's, seen from here.
@@ -108,8 +108,8 @@ func (m machine) path(inNode string) string {
 }
 
 // inside is a LAN's network namespace on the node.
-func (m machine) inside(ns string) netns.Namespace {
-	return netns.At(m.path("/run/k8slan/netns/" + ns))
+func (m machine) inside(ns string) netlab.Namespace {
+	return netlab.At(m.path("/run/k8slan/netns/" + ns))
 }
 
 // files lists a directory of the node; none if it isn't there.

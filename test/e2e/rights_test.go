@@ -18,7 +18,7 @@ import (
 
 	"github.com/k8slan/k8slan/crd/controller"
 	"github.com/k8slan/k8slan/crd/v1beta1"
-	"github.com/k8slan/k8slan/test/install"
+	"github.com/k8slan/k8slan/test/cluster/install"
 )
 
 // account is a client with a token of one of k8slan's service accounts, as a pod of it has one; without a pod the token is

@@ -23,10 +23,10 @@ import (
 	corev1 "k8s.io/api/core/v1"
 
 	"github.com/k8slan/k8slan/lanmgr/segment"
+	"github.com/k8slan/k8slan/test/cluster/install"
 	"github.com/k8slan/k8slan/test/frames"
-	"github.com/k8slan/k8slan/test/image"
-	"github.com/k8slan/k8slan/test/install"
-	"github.com/k8slan/k8slan/test/netns"
+	"github.com/k8slan/k8slan/test/images"
+	"github.com/k8slan/k8slan/test/netlab"
 )
 
 // TestSidecars is on a cluster where k8slan is not installed, with the documentation's own examples and commands.
@@ -120,7 +120,7 @@ func here(manifest string) string {
 	manifest = accounts.ReplaceAllString(manifest, `$0
       topologySpreadConstraints:
       - {maxSkew: 1, topologyKey: kubernetes.io/hostname, whenUnsatisfiable: DoNotSchedule, labelSelector: {matchLabels: {app: $1}}}`)
-	return strings.NewReplacer("image: "+image.Repository+"\n", "image: "+bed.Image()+"\n", "image: alpine\n", "image: "+image.ToolboxName+"\n").Replace(manifest)
+	return strings.NewReplacer("image: "+images.Repository+"\n", "image: "+bed.Image()+"\n", "image: alpine\n", "image: "+images.ToolboxName+"\n").Replace(manifest)
 }
 
 // documented runs the first commands of docs/sidecar.md that have an example in them.
@@ -238,9 +238,9 @@ func (s station) process(container string) string {
 }
 
 // netns is the pod's network namespace.
-func (s station) netns() netns.Namespace {
+func (s station) netns() netlab.Namespace {
 	s.Helper()
-	return netns.At(s.machine(s.node).path("/proc/" + s.process(s.inContainer()) + "/ns/net"))
+	return netlab.At(s.machine(s.node).path("/proc/" + s.process(s.inContainer()) + "/ns/net"))
 }
 
 // ip is the pod's on the cluster's own network.
@@ -261,7 +261,7 @@ func (s station) awaitPeers(peers ...station) {
 	s.machine(s.node).until(fmt.Sprintf("the peers %v of %s", want, s), func() bool { return slices.Equal(s.peers(ns), want) })
 }
 
-func (s station) peers(ns netns.Namespace) []netip.Addr {
+func (s station) peers(ns netlab.Namespace) []netip.Addr {
 	s.Helper()
 	peers := s.remotesIn(ns)
 	slices.SortFunc(peers, netip.Addr.Compare)
@@ -649,7 +649,7 @@ func (l lab) sidecarsHaveNoAPIServer() {
 	l.documented()
 	all := l.members("lan", "kubelan", 3)
 	allReach(all, inOrder)
-	spaces := []netns.Namespace{all[0].netns(), all[1].netns()}
+	spaces := []netlab.Namespace{all[0].netns(), all[1].netns()}
 	ctx, cancel := context.WithTimeout(l.Context(), 4*patience)
 	defer cancel()
 	l.Cleanup(func() { // every other test wants it

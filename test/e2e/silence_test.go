@@ -9,7 +9,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/k8slan/k8slan/test/netns"
+	"github.com/k8slan/k8slan/test/netlab"
 )
 
 // A LAN that nobody is attached to sends nothing into itself and nothing to the other nodes, and the nodes' own network
@@ -53,7 +53,7 @@ func TestUnusedLANIsSilentAndHidden(t *testing.T) {
 	cable := l.machine(worker1).host().Open(t, l.underlay.device)
 	both := l.start(pod("idle-1", worker1, "idle-1"), pod("idle-2", worker2, "idle-2"))
 	both[0].run("frames", "-i", both[0].link, "stream", "send", "--count", "1")
-	if _, err := netns.Await(cable, patience, func(frame []byte) bool { return isVXLAN(frame, port) }); err != nil {
+	if _, err := netlab.Await(cable, patience, func(frame []byte) bool { return isVXLAN(frame, port) }); err != nil {
 		t.Errorf("a pod spoke, and no VXLAN packet left the node: %v", err)
 	}
 	for _, m := range l.machines() {
@@ -70,7 +70,7 @@ func (m machine) added(before []string) []string {
 }
 
 // hush listens until the context ends and says what it heard that matters.
-func hush(ctx context.Context, w netns.Wire, matters func(frame []byte) bool) error {
+func hush(ctx context.Context, w netlab.Wire, matters func(frame []byte) bool) error {
 	for {
 		frame, err := w.Receive(ctx)
 		switch {

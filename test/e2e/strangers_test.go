@@ -15,7 +15,7 @@ import (
 	"github.com/k8slan/k8slan/crd/v1beta1"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 	"github.com/k8slan/k8slan/test/frames"
-	"github.com/k8slan/k8slan/test/netns"
+	"github.com/k8slan/k8slan/test/netlab"
 )
 
 // stranger is somebody on the network between the nodes who is none of them, beside this one. It returns what sends a VXLAN packet from
@@ -34,7 +34,7 @@ func (m machine) stranger(vni uint32) func(frame []byte) {
 	}
 	m.run(add...)
 	var c net.Conn
-	err := netns.At(m.path("/run/netns/" + name)).Do(func() (err error) {
+	err := netlab.At(m.path("/run/netns/" + name)).Do(func() (err error) {
 		c, err = net.Dial("udp", net.JoinHostPort(u.vteps[0], "4789"))
 		return err
 	})

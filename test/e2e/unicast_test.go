@@ -19,7 +19,7 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/kernel"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 	"github.com/k8slan/k8slan/test/frames"
-	"github.com/k8slan/k8slan/test/netns"
+	"github.com/k8slan/k8slan/test/netlab"
 )
 
 // remotes are those that a LAN has on the node.
@@ -29,7 +29,7 @@ func (m machine) remotes(lan string) (remotes []netip.Addr) {
 }
 
 // remotesIn are those of the VXLANs in a network namespace.
-func (l lab) remotesIn(ns netns.Namespace) (remotes []netip.Addr) {
+func (l lab) remotesIn(ns netlab.Namespace) (remotes []netip.Addr) {
 	l.Helper()
 	handle := ns.Netlink(l.T)
 	links, err := handle.LinkList()
@@ -266,7 +266,7 @@ func (l lab) podIsReached(vni int, pause, most time.Duration) {
 		to.must("ADD")
 		begin := time.Now()
 		wire := to.wire(l.T)
-		if _, err := netns.Await(wire, patience, func(frame []byte) bool { return bytes.Contains(frame, []byte(frames.Marker)) }); err != nil {
+		if _, err := netlab.Await(wire, patience, func(frame []byte) bool { return bytes.Contains(frame, []byte(frames.Marker)) }); err != nil {
 			l.Fatal(err)
 		}
 		reached = append(reached, time.Since(begin))
@@ -281,13 +281,13 @@ func (l lab) podIsReached(vni int, pause, most time.Duration) {
 }
 
 // wire is what the sandbox hears and says.
-func (s sandbox) wire(t *testing.T) netns.Wire {
+func (s sandbox) wire(t *testing.T) netlab.Wire {
 	t.Helper()
-	return netns.At(s.path("/run/netns/"+s.name())).Open(t, "net1")
+	return netlab.At(s.path("/run/netns/"+s.name())).Open(t, "net1")
 }
 
 // floods sends a frame that every node should hear, each millisecond.
-func (s sandbox) floods(ctx context.Context, w netns.Wire, id uint32) {
+func (s sandbox) floods(ctx context.Context, w netlab.Wire, id uint32) {
 	tick := time.NewTicker(time.Millisecond)
 	defer tick.Stop()
 	for seq := uint64(0); ; seq++ {

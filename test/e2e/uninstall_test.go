@@ -24,7 +24,7 @@ import (
 
 	"github.com/k8slan/k8slan/crd/helmhooks"
 	"github.com/k8slan/k8slan/crd/v1beta1"
-	"github.com/k8slan/k8slan/test/install"
+	"github.com/k8slan/k8slan/test/cluster/install"
 )
 
 // reinstall puts k8slan back after a test, whatever happened there.

@@ -21,7 +21,7 @@ import (
 
 	definitions "github.com/k8slan/k8slan/crd/manifests"
 	"github.com/k8slan/k8slan/crd/v1beta1"
-	"github.com/k8slan/k8slan/test/install"
+	"github.com/k8slan/k8slan/test/cluster/install"
 )
 
 func TestUpgradeFromThePreviousCommitTouchesNoAttachment(t *testing.T) {

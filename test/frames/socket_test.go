@@ -11,17 +11,17 @@ import (
 	"github.com/vishvananda/netlink"
 
 	"github.com/k8slan/k8slan/test/frames"
-	"github.com/k8slan/k8slan/test/netns"
+	"github.com/k8slan/k8slan/test/netlab"
 )
 
-func TestMain(m *testing.M) { netns.Main(m) }
+func TestMain(m *testing.M) { netlab.Main(m) }
 
 var testSrc = net.HardwareAddr{0x02, 0, 0, 0, 0, 0x0a}
 
 // pair is a veth pair, a and b, in a namespace of its own.
-func pair(t *testing.T) netns.Namespace {
+func pair(t *testing.T) netlab.Namespace {
 	t.Helper()
-	ns := netns.NewPod(t)
+	ns := netlab.NewPod(t)
 	h := ns.Netlink(t)
 	attrs := netlink.NewLinkAttrs()
 	attrs.Name = "a"
@@ -42,7 +42,7 @@ func pair(t *testing.T) netns.Namespace {
 	return ns
 }
 
-func sender(t *testing.T, ns netns.Namespace, link string) *frames.Sender {
+func sender(t *testing.T, ns netlab.Namespace, link string) *frames.Sender {
 	t.Helper()
 	var s *frames.Sender
 	err := ns.Do(func() (err error) {
@@ -56,7 +56,7 @@ func sender(t *testing.T, ns netns.Namespace, link string) *frames.Sender {
 	return s
 }
 
-func receiver(t *testing.T, ns netns.Namespace, link string) *frames.Receiver {
+func receiver(t *testing.T, ns netlab.Namespace, link string) *frames.Receiver {
 	t.Helper()
 	var r *frames.Receiver
 	err := ns.Do(func() (err error) {

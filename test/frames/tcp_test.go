@@ -14,11 +14,11 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/k8slan/k8slan/test/frames"
-	"github.com/k8slan/k8slan/test/netns"
+	"github.com/k8slan/k8slan/test/netlab"
 )
 
 // callLinux lets Linux's own TCP, on a, send to a responder on b, and returns what that heard.
-func callLinux(t *testing.T, ns netns.Namespace, address string) (frames.Heard, error) {
+func callLinux(t *testing.T, ns netlab.Namespace, address string) (frames.Heard, error) {
 	t.Helper()
 	r, s := receiver(t, ns, "b"), sender(t, ns, "b")
 	responder := frames.Responder{MAC: s.Interface.HardwareAddr, MTU: s.Interface.MTU, Addresses: []netip.Addr{netip.MustParseAddr(address)}}
@@ -66,7 +66,7 @@ func callLinux(t *testing.T, ns netns.Namespace, address string) (frames.Heard, 
 }
 
 // callingPair is a pair whose end a has addresses, and finishes checksums or not.
-func callingPair(t *testing.T, finished bool) netns.Namespace {
+func callingPair(t *testing.T, finished bool) netlab.Namespace {
 	t.Helper()
 	ns := pair(t)
 	ns.Sysctl(t, "net/ipv6/conf/a/disable_ipv6", "0")

@@ -17,7 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/k8slan/k8slan/lanmgr/kernel"
-	"github.com/k8slan/k8slan/test/netns"
+	"github.com/k8slan/k8slan/test/netlab"
 )
 
 // inventory is everything on the node that an attachment, a plugin or a daemon could leave behind, one thing a line, in
@@ -63,7 +63,7 @@ func (l *site) take(t *testing.T) inventory {
 		path := filepath.Join(l.node.Run, "netns", lan)
 		things, err = namespaces(path)
 		add("number of a network namespace in that of "+lan, things, err)
-		things, err = sockets(netns.At(path))
+		things, err = sockets(netlab.At(path))
 		add("netlink socket in "+lan, things, err)
 	}
 	slices.Sort(have)
@@ -230,7 +230,7 @@ func namespaces(path string) ([]string, error) {
 }
 
 // sockets lists the netlink sockets in a namespace that processes have open.
-func sockets(ns netns.Namespace) ([]string, error) {
+func sockets(ns netlab.Namespace) ([]string, error) {
 	var found []string
 	err := ns.Do(func() error {
 		table, err := os.ReadFile("/proc/thread-self/net/netlink")

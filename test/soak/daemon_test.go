@@ -23,7 +23,7 @@ import (
 	"github.com/k8slan/k8slan/lanmgr"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
 	"github.com/k8slan/k8slan/lanmgr/segment"
-	"github.com/k8slan/k8slan/test/netns"
+	"github.com/k8slan/k8slan/test/netlab"
 )
 
 // daemonRole makes the test binary the node's daemon: k8slan node without the API server and kubelet, on the
@@ -146,7 +146,7 @@ var numbers = regexp.MustCompile(`\[\d+\]|/\d+/`)
 
 // daemon is the daemon's process as the test has it.
 type daemon struct {
-	node *netns.Node
+	node *netlab.Node
 
 	mu      sync.Mutex
 	cmd     *exec.Cmd

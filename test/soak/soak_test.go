@@ -20,8 +20,7 @@ import (
 
 	"github.com/k8slan/k8slan/lanmgr/segment"
 	"github.com/k8slan/k8slan/test/frames"
-	"github.com/k8slan/k8slan/test/lab"
-	"github.com/k8slan/k8slan/test/netns"
+	"github.com/k8slan/k8slan/test/netlab"
 )
 
 var (
@@ -37,7 +36,7 @@ func TestMain(m *testing.M) {
 		}
 		return
 	}
-	netns.Main(m)
+	netlab.Main(m)
 }
 
 const (
@@ -48,9 +47,9 @@ const (
 
 // site is a node with LANs, the daemon and the plugin.
 type site struct {
-	node   *netns.Node
+	node   *netlab.Node
 	daemon *daemon
-	plugin lab.Plugin
+	plugin netlab.Plugin
 	leases string // directory of the IPAM plugin
 	lans   []segment.Segment
 
@@ -89,15 +88,15 @@ func newSite(t *testing.T) *site {
 	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
 		t.Fatal(err)
 	}
-	node := netns.NewUnderlay(t, lab.UnderlayMTU).Join(t, "worker1")
-	plugin, err := lab.BuildPlugin(t.Context(), filepath.Join(t.TempDir(), "k8slan"), node)
+	node := netlab.NewUnderlay(t, netlab.UnderlayMTU).Join(t, "worker1")
+	plugin, err := netlab.BuildPlugin(t.Context(), filepath.Join(t.TempDir(), "k8slan"), node)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if plugin.Dirs, err = lab.Component(t.Context(), "cni"); err != nil { // for host-local
+	if plugin.Dirs, err = netlab.Component(t.Context(), "cni"); err != nil { // for host-local
 		t.Fatal(err)
 	}
-	device, err := node.Netlink(t).LinkByName(netns.UnderlayDevice)
+	device, err := node.Netlink(t).LinkByName(netlab.UnderlayDevice)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -107,7 +106,7 @@ func newSite(t *testing.T) *site {
 		for j := range workers * perWorker {
 			spokes = append(spokes, spoke(i, j))
 		}
-		s.lans = append(s.lans, lab.LAN(uint32(1+i), device.Attrs().Index, spokes...))
+		s.lans = append(s.lans, netlab.LAN(uint32(1+i), device.Attrs().Index, spokes...))
 	}
 	s.daemon = &daemon{node: node, want: s.lans}
 	if err := s.daemon.start(); err != nil {
@@ -165,19 +164,19 @@ type attempt struct {
 	kind       int
 }
 
-func (a attempt) config() lab.Config {
+func (a attempt) config() netlab.Config {
 	lan, name := a.lans[a.lan], spoke(a.lan, a.spoke)
 	switch a.kind {
 	case macvtap:
-		return lab.Network(lan, name, segment.Macvtap)
+		return netlab.Network(lan, name, segment.Macvtap)
 	case addressedVeth:
 		ipam := map[string]any{
 			"type": "host-local", "dataDir": a.leases,
 			"ranges": []any{[]any{map[string]any{"subnet": fmt.Sprintf("10.%d.0.0/16", a.lan)}}},
 		}
-		return lab.Network(lan, name, segment.Veth).With("name", lan.Netns).With("ipam", ipam)
+		return netlab.Network(lan, name, segment.Veth).With("name", lan.Netns).With("ipam", ipam)
 	default:
-		return lab.Network(lan, name, segment.Veth)
+		return netlab.Network(lan, name, segment.Veth)
 	}
 }
 
@@ -209,7 +208,7 @@ func (a attempt) run(ctx context.Context, daemonToo bool) error {
 
 // attachments is one sandbox with all that follows from it.
 func (a attempt) attachments(ctx context.Context) error {
-	box, err := lab.NewSandbox()
+	box, err := netlab.NewSandbox()
 	if err != nil {
 		return err
 	}
@@ -226,7 +225,7 @@ func (a attempt) attachments(ctx context.Context) error {
 		if err := a.detach(ctx, box); err != nil {
 			return err
 		}
-		if box, err = lab.NewSandbox(); err != nil {
+		if box, err = netlab.NewSandbox(); err != nil {
 			return err
 		}
 	}
@@ -235,7 +234,7 @@ func (a attempt) attachments(ctx context.Context) error {
 	}
 	if a.rng.IntN(8) == 0 {
 		a.tookOver.Add(1)
-		next, err := lab.NewSandbox()
+		next, err := netlab.NewSandbox()
 		if err != nil {
 			return err
 		}
@@ -251,7 +250,7 @@ func (a attempt) attachments(ctx context.Context) error {
 }
 
 // attach adds until it succeeds, each time with another sandbox, and returns the one it succeeded with.
-func (a attempt) attach(ctx context.Context, box lab.Sandbox) (lab.Sandbox, error) {
+func (a attempt) attach(ctx context.Context, box netlab.Sandbox) (netlab.Sandbox, error) {
 	const tries = 5
 	var failed []error
 	for range tries {
@@ -265,7 +264,7 @@ func (a attempt) attach(ctx context.Context, box lab.Sandbox) (lab.Sandbox, erro
 		if err := a.detach(ctx, box); err != nil {
 			return box, err
 		}
-		if box, err = lab.NewSandbox(); err != nil {
+		if box, err = netlab.NewSandbox(); err != nil {
 			return box, err
 		}
 	}
@@ -273,7 +272,7 @@ func (a attempt) attach(ctx context.Context, box lab.Sandbox) (lab.Sandbox, erro
 }
 
 // detach deletes until it succeeds, before or after the sandbox has gone.
-func (a attempt) detach(ctx context.Context, box lab.Sandbox) error {
+func (a attempt) detach(ctx context.Context, box netlab.Sandbox) error {
 	early := a.rng.IntN(4) == 0
 	if early {
 		if err := box.Remove(); err != nil {
@@ -297,7 +296,7 @@ func (a attempt) detach(ctx context.Context, box lab.Sandbox) error {
 
 // killed calls the plugin and kills it at some time within that time, if it has not ended by then. It returns when also
 // an IPAM plugin that it had called has ended.
-func (a attempt) killed(ctx context.Context, verb string, box lab.Sandbox, within time.Duration) error {
+func (a attempt) killed(ctx context.Context, verb string, box netlab.Sandbox, within time.Duration) error {
 	cmd, err := a.plugin.Command(ctx, verb, box, a.config())
 	if err != nil {
 		return err
@@ -342,13 +341,13 @@ func (s *site) expectSameDaemon(t *testing.T, before, after answer) {
 func (s *site) expectFrames(t *testing.T) {
 	t.Helper()
 	for i, lan := range s.lans {
-		var wires []netns.Wire
+		var wires []netlab.Wire
 		for j := range 2 {
-			box, err := lab.NewSandbox()
+			box, err := netlab.NewSandbox()
 			if err != nil {
 				t.Fatal(err)
 			}
-			config := lab.Network(lan, spoke(i, j), segment.Veth)
+			config := netlab.Network(lan, spoke(i, j), segment.Veth)
 			if _, err := s.plugin.Call(t.Context(), "ADD", box, config); err != nil {
 				t.Fatal(err)
 			}
@@ -361,14 +360,14 @@ func (s *site) expectFrames(t *testing.T) {
 				}
 			}()
 			box.AwaitCarrier(t, box.Interface)
-			netns.At(filepath.Join(s.node.Run, "netns", lan.Netns)).AwaitCarrier(t, spoke(i, j))
+			netlab.At(filepath.Join(s.node.Run, "netns", lan.Netns)).AwaitCarrier(t, spoke(i, j))
 			wires = append(wires, box.Open(t, box.Interface))
 		}
 		frame := frames.Stream(nil, segment.MAC(lan.LAN, spoke(i, 0)), 1, 1)
 		if err := wires[0].Send(frame); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := netns.Await(wires[1], 3*time.Second, func(got []byte) bool { return bytes.Equal(got, frame) }); err != nil {
+		if _, err := netlab.Await(wires[1], 3*time.Second, func(got []byte) bool { return bytes.Equal(got, frame) }); err != nil {
 			t.Errorf("LAN %s carries no frames any more: %v", lan.LAN, err)
 		}
 	}
@@ -393,7 +392,7 @@ func (s *site) expectNothing(t *testing.T) {
 			t.Errorf("leaked by removed LANs: mount %s", mount)
 		}
 	}
-	if links := s.node.Links(t); !slices.Equal(links, []string{netns.UnderlayDevice}) {
+	if links := s.node.Links(t); !slices.Equal(links, []string{netlab.UnderlayDevice}) {
 		t.Errorf("leaked by removed LANs: the node's links are %v", links)
 	}
 }

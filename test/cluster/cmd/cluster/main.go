@@ -16,7 +16,7 @@ import (
 
 	"github.com/k8slan/k8slan/test/cluster"
 	"github.com/k8slan/k8slan/test/cluster/internal/nodeinit"
-	"github.com/k8slan/k8slan/test/image"
+	"github.com/k8slan/k8slan/test/images"
 )
 
 func main() {
@@ -71,7 +71,7 @@ func up(o *options) *cobra.Command {
 		Short: "Bring the cluster up (the first time builds Kubernetes: ten minutes)",
 		Args:  cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
-			for _, own := range []func(context.Context, string) (string, error){image.Pause, image.Toolbox} {
+			for _, own := range []func(context.Context, string) (string, error){images.Pause, images.Toolbox} {
 				archive, err := own(c.Context(), o.CacheDir)
 				if err != nil {
 					return err

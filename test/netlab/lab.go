@@ -1,6 +1,6 @@
 // Package lab is what surrounds k8slan on a node without Kubernetes: it words LANs as the controller would, makes
 // sandboxes, and calls CNI plugins for them as a container runtime does, each call a process of its own.
-package lab
+package netlab
 
 import (
 	"bytes"
@@ -19,7 +19,6 @@ import (
 	"github.com/containernetworking/cni/pkg/types"
 
 	"github.com/k8slan/k8slan/lanmgr/segment"
-	"github.com/k8slan/k8slan/test/netns"
 )
 
 // UnderlayMTU is that of the network between nodes, in bytes, and MTU what it leaves to a LAN.
@@ -39,7 +38,7 @@ func LAN(vni uint32, underlay int, spokes ...string) segment.Segment {
 		MTU:        MTU,
 		VXLAN: segment.VXLAN{
 			Name: fmt.Sprint("vx", vni), VNI: vni, Port: 4789, Group: netip.MustParseAddr("ff02::14"),
-			Underlay: netns.UnderlayDevice, UnderlayIndex: underlay,
+			Underlay: UnderlayDevice, UnderlayIndex: underlay,
 		},
 		Spokes: spokes,
 	}
@@ -68,11 +67,11 @@ type Plugin struct {
 	Path string
 	Dirs string // CNI_PATH, where IPAM plugins are
 	Env  []string
-	Node netns.Namespace
+	Node Namespace
 }
 
 // BuildPlugin builds k8slan-cni as it is shipped, to path, and returns it as installed on a node.
-func BuildPlugin(ctx context.Context, path string, node *netns.Node) (Plugin, error) {
+func BuildPlugin(ctx context.Context, path string, node *Node) (Plugin, error) {
 	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-ldflags", "-s -w", "-o", path, "github.com/k8slan/k8slan/cmd/k8slan-cni")
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {
@@ -86,14 +85,14 @@ func BuildPlugin(ctx context.Context, path string, node *netns.Node) (Plugin, er
 
 // Sandbox is a pod's sandbox.
 type Sandbox struct {
-	netns.Namespace
+	Namespace
 	ID        string
 	Interface string // what the plugin's interface is called in it
 }
 
 // NewSandbox makes a sandbox with a network namespace of its own, until Remove.
 func NewSandbox() (Sandbox, error) {
-	ns, err := netns.Make("pod")
+	ns, err := Make("pod")
 	return Sandbox{Namespace: ns, ID: filepath.Base(filepath.Dir(ns.Path)), Interface: "net1"}, err
 }
 

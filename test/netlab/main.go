@@ -3,7 +3,7 @@
 // A package whose tests need it calls [Main] from its TestMain. The test binary then runs again in new network and
 // mount namespaces, and in a new user namespace where it isn't root, so that no test can touch the machine's own
 // links, routes, mounts or /run. Everything the tests make is gone when that process is gone, however it ends.
-package netns
+package netlab
 
 import (
 	"errors"

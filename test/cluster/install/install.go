@@ -14,7 +14,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/k8slan/k8slan/test/cluster"
-	"github.com/k8slan/k8slan/test/image"
+	"github.com/k8slan/k8slan/test/images"
 )
 
 // Namespace and Release are what the README's install command names.
@@ -63,7 +63,7 @@ func (b *Bed) Program(ctx context.Context, name string) error {
 // Images builds the images that test pods run, or finds them built.
 func (b *Bed) Images(ctx context.Context) error {
 	b.Config.Images = nil
-	for _, make := range []func(context.Context, string) (string, error){image.Pause, image.Toolbox, image.VM} {
+	for _, make := range []func(context.Context, string) (string, error){images.Pause, images.Toolbox, images.VM} {
 		archive, err := make(ctx, b.CacheDir)
 		if err != nil {
 			return err
@@ -151,17 +151,17 @@ func (b *Bed) Build(ctx context.Context) error {
 	if _, err := run(ctx, b.root, "go", "build", "-trimpath", "-ldflags", "-s -w -X main.version="+b.Version(), "-o", b.work+"/", "./cmd/..."); err != nil {
 		return err
 	}
-	programs := image.Product{K8slan: filepath.Join(b.work, "k8slan"), CNI: filepath.Join(b.work, "k8slan-cni")}
+	programs := images.Product{K8slan: filepath.Join(b.work, "k8slan"), CNI: filepath.Join(b.work, "k8slan-cni")}
 	sum, err := digest(programs.K8slan, programs.CNI)
 	if err != nil {
 		return err
 	}
-	if programs.Tools, err = image.Busybox(ctx); err != nil {
+	if programs.Tools, err = images.Busybox(ctx); err != nil {
 		return err
 	}
 	b.tag, programs.Version = "test-"+sum, "test-"+sum
 	archive := filepath.Join(b.work, "k8slan.tar")
-	if err := image.K8slan(ctx, archive, programs); err != nil {
+	if err := images.K8slan(ctx, archive, programs); err != nil {
 		return err
 	}
 	return b.Cluster.LoadImage(ctx, archive)

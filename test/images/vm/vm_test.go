@@ -28,10 +28,10 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/k8slan/k8slan/test/cluster"
-	"github.com/k8slan/k8slan/test/debian"
+	"github.com/k8slan/k8slan/test/cluster/debian"
 	"github.com/k8slan/k8slan/test/frames"
-	"github.com/k8slan/k8slan/test/image"
-	"github.com/k8slan/k8slan/test/netns"
+	"github.com/k8slan/k8slan/test/images"
+	"github.com/k8slan/k8slan/test/netlab"
 )
 
 const (
@@ -50,7 +50,7 @@ func TestMain(m *testing.M) {
 			os.Exit(1)
 		}
 	}
-	netns.Main(m)
+	netlab.Main(m)
 }
 
 func buildImage() error {
@@ -58,7 +58,7 @@ func buildImage() error {
 	if err := debian.Install(ctx, slog.Default(), "iputils-ping"); err != nil {
 		return err
 	}
-	archive, err := image.VM(ctx, cluster.CacheDir(os.Getenv))
+	archive, err := images.VM(ctx, cluster.CacheDir(os.Getenv))
 	if err != nil {
 		return err
 	}
@@ -68,13 +68,13 @@ func buildImage() error {
 // pod is a namespace with a macvtap on one end of a veth pair, whose other end,
 // peer, is the test's.
 type pod struct {
-	netns.Namespace
+	netlab.Namespace
 	ifindex int // the macvtap's
 }
 
 func newPod(t *testing.T) pod {
 	t.Helper()
-	p := pod{Namespace: netns.NewPod(t)}
+	p := pod{Namespace: netlab.NewPod(t)}
 	h := p.Netlink(t)
 	attrs := netlink.NewLinkAttrs()
 	attrs.Name, attrs.MTU = "plug", mtu
@@ -140,7 +140,7 @@ type container struct {
 
 func newContainer(t *testing.T, p pod) container {
 	t.Helper()
-	netns.NeedDevices(t)
+	netlab.NeedDevices(t)
 	c := container{pod: p, root: t.TempDir()}
 	unpack(t, os.Getenv(archiveVariable), c.root)
 	sys := filepath.Join(c.root, "sys")
@@ -175,7 +175,7 @@ func (c container) makeTap(t *testing.T) {
 	if err := errors.Join(
 		os.Mkdir(filepath.Dir(path), 0o755),
 		unix.Mknod(path, unix.S_IFCHR|0o600, int(unix.Mkdev(major, minor))),
-		os.Chown(path, image.QEMUUser, image.QEMUUser),
+		os.Chown(path, images.QEMUUser, images.QEMUUser),
 	); err != nil {
 		t.Fatal("make the tap's device: ", err)
 	}
@@ -188,7 +188,7 @@ func (c container) command(args ...string) *exec.Cmd {
 	cmd.Env = []string{"PATH=/bin"}
 	cmd.SysProcAttr = &syscall.SysProcAttr{
 		Chroot:     c.root,
-		Credential: &syscall.Credential{Uid: image.QEMUUser, Gid: image.QEMUUser},
+		Credential: &syscall.Credential{Uid: images.QEMUUser, Gid: images.QEMUUser},
 	}
 	return cmd
 }

@@ -4,7 +4,7 @@
 // An archive is a tar of an OCI image layout with one layer. That is so little
 // that the standard library and OCI's own types do it in one file; a registry
 // library would add a dozen modules for what is not needed here.
-package image
+package images
 
 import (
 	"archive/tar"

@@ -11,7 +11,7 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/k8slan/k8slan/test/image"
+	"github.com/k8slan/k8slan/test/images"
 )
 
 func main() {
@@ -36,21 +36,21 @@ func command() *cobra.Command {
 
 func product() *cobra.Command {
 	var archive string
-	var p image.Product
+	var p images.Product
 	cmd := &cobra.Command{
 		Use:   "k8slan",
 		Short: "Write the product's image from its two static programs",
-		Long: "Write the product's image, " + image.Repository + ":<version>, from its two static programs.\n" +
+		Long: "Write the product's image, " + images.Repository + ":<version>, from its two static programs.\n" +
 			"Import it with: ctr -n k8s.io images import <archive>",
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) (err error) {
-			if p.Tools, err = image.Busybox(cmd.Context()); err != nil {
+			if p.Tools, err = images.Busybox(cmd.Context()); err != nil {
 				return err
 			}
-			if err := image.K8slan(cmd.Context(), archive, p); err != nil {
+			if err := images.K8slan(cmd.Context(), archive, p); err != nil {
 				return err
 			}
-			fmt.Fprintf(cmd.OutOrStdout(), "%s  %s:%s\n", archive, image.Repository, p.Version)
+			fmt.Fprintf(cmd.OutOrStdout(), "%s  %s:%s\n", archive, images.Repository, p.Version)
 			return nil
 		},
 	}
@@ -72,7 +72,7 @@ func test() *cobra.Command {
 		Short: "Write the test cluster's images, those that are not in the cache",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			for _, write := range []func(context.Context, string) (string, error){image.Pause, image.Toolbox, image.VM} {
+			for _, write := range []func(context.Context, string) (string, error){images.Pause, images.Toolbox, images.VM} {
 				archive, err := write(cmd.Context(), cacheDir)
 				if err != nil {
 					return err

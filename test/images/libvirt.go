@@ -1,4 +1,4 @@
-package image
+package images
 
 import (
 	"context"
@@ -7,7 +7,7 @@ import (
 	"log/slog"
 	"path/filepath"
 
-	"github.com/k8slan/k8slan/test/debian"
+	"github.com/k8slan/k8slan/test/cluster/debian"
 )
 
 // LibvirtName is the name of the image that runs a VM through libvirt.

@@ -1,4 +1,4 @@
-package image
+package images
 
 import (
 	"context"
@@ -14,7 +14,7 @@ import (
 	"path/filepath"
 	"strings"
 
-	"github.com/k8slan/k8slan/test/debian"
+	"github.com/k8slan/k8slan/test/cluster/debian"
 )
 
 // The names of the test cluster's images.
@@ -36,7 +36,7 @@ func Pause(ctx context.Context, cacheDir string) (archivePath string, err error)
 			Files:      []File{Copy("/pause", bin["pause"], 0o755)},
 			Entrypoint: []string{"/pause"},
 		}, nil
-	}, "test/image/pause")
+	}, "test/images/pause")
 }
 
 // Toolbox returns the archive of the image that plain test pods run: busybox
@@ -59,7 +59,7 @@ func Toolbox(ctx context.Context, cacheDir string) (archivePath string, err erro
 			),
 			Entrypoint: []string{"/bin/pause"}, // unlike sleep as pid 1, it ends on SIGTERM
 		}, nil
-	}, "test/image/frames", "test/image/pause")
+	}, "test/images/frames", "test/images/pause")
 }
 
 // Busybox are busybox and a link to it for each of its names.

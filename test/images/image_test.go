@@ -1,4 +1,4 @@
-package image
+package images
 
 import (
 	"archive/tar"
@@ -255,7 +255,7 @@ func TestDynamicProgramIsRefusedForTheProduct(t *testing.T) {
 }
 
 func TestProductHasItsProgramsAndRunsTheFirst(t *testing.T) {
-	program, err := build(context.Background(), t.TempDir(), "test/image/pause") // any static one
+	program, err := build(context.Background(), t.TempDir(), "test/images/pause") // any static one
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,4 +1,4 @@
-package image
+package images
 
 import (
 	"context"
@@ -12,7 +12,7 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/k8slan/k8slan/test/debian"
+	"github.com/k8slan/k8slan/test/cluster/debian"
 )
 
 // QEMUUser is the user and group that QEMU runs as under KubeVirt, and that the
@@ -59,7 +59,7 @@ func VM(ctx context.Context, cacheDir string) (archivePath string, err error) {
 }
 
 // machinePrograms are the folders of the programs that machineFiles needs.
-var machinePrograms = []string{"test/image/vm", "test/image/vm/guest", "test/image/frames"}
+var machinePrograms = []string{"test/images/vm", "test/images/vm/guest", "test/images/frames"}
 
 // machineFiles are QEMU, the guest, the program vm that brings them together,
 // and what else the image has from Debian.

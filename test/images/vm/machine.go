@@ -11,7 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/k8slan/k8slan/test/image/vm/remote"
+	"github.com/k8slan/k8slan/test/images/vm/remote"
 )
 
 // Where the image has things, and where QEMU's user mode network leads

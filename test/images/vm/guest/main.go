@@ -17,7 +17,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/k8slan/k8slan/test/image/vm/remote"
+	"github.com/k8slan/k8slan/test/images/vm/remote"
 )
 
 func main() {
