@@ -28,7 +28,7 @@ build: ## Build bin/k8slan, bin/k8slan-cni and bin/kubectl-k8slan, static
 
 .PHONY: image
 image: build ## Write the image as an OCI archive, dist/k8slan.tar; needs no Docker
-	go run ./test/images/cmd/image k8slan --version '$(VERSION)' --output dist/k8slan.tar
+	go run ./build/cmd/image --version '$(VERSION)' --output dist/k8slan.tar
 
 .PHONY: manifests
 manifests: ## Write all.yaml, the chart as one file for kubectl apply -f

@@ -14,7 +14,7 @@ import (
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
-	"github.com/k8slan/k8slan/test/cluster/debian"
+	"github.com/k8slan/k8slan/build/debian"
 	"github.com/k8slan/k8slan/test/cluster/internal/nodeinit"
 	"github.com/k8slan/k8slan/test/cluster/internal/pki"
 	"github.com/k8slan/k8slan/test/cluster/internal/process"

@@ -21,10 +21,10 @@ import (
 
 	"github.com/vishvananda/netlink"
 
+	"github.com/k8slan/k8slan/build/debian"
 	"github.com/k8slan/k8slan/lanmgr/evpn/bgp"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
 	"github.com/k8slan/k8slan/lanmgr/segment"
-	"github.com/k8slan/k8slan/test/cluster/debian"
 	"github.com/k8slan/k8slan/test/netlab"
 )
 

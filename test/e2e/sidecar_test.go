@@ -22,6 +22,7 @@ import (
 	"golang.org/x/sys/unix"
 	corev1 "k8s.io/api/core/v1"
 
+	"github.com/k8slan/k8slan/build/image"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 	"github.com/k8slan/k8slan/test/cluster/install"
 	"github.com/k8slan/k8slan/test/frames"
@@ -120,7 +121,7 @@ func here(manifest string) string {
 	manifest = accounts.ReplaceAllString(manifest, `$0
       topologySpreadConstraints:
       - {maxSkew: 1, topologyKey: kubernetes.io/hostname, whenUnsatisfiable: DoNotSchedule, labelSelector: {matchLabels: {app: $1}}}`)
-	return strings.NewReplacer("image: "+images.Repository+"\n", "image: "+bed.Image()+"\n", "image: alpine\n", "image: "+images.ToolboxName+"\n").Replace(manifest)
+	return strings.NewReplacer("image: "+image.Repository+"\n", "image: "+bed.Image()+"\n", "image: alpine\n", "image: "+images.ToolboxName+"\n").Replace(manifest)
 }
 
 // documented runs the first commands of docs/sidecar.md that have an example in them.

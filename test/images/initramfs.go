@@ -6,19 +6,21 @@ import (
 	"io/fs"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/k8slan/k8slan/build/image"
 )
 
 // initramfs returns files, with the directories above them, as a cpio archive
 // in the "newc" format that Linux unpacks at its start
 // (Documentation/driver-api/early-userspace/buffer-format.rst).
-func initramfs(files []File) ([]byte, error) {
-	files, err := tree(files)
+func initramfs(files []image.File) ([]byte, error) {
+	files, err := image.Tree(files)
 	if err != nil {
 		return nil, err
 	}
 	var out bytes.Buffer
 	for i, f := range files {
-		data, err := f.read()
+		data, err := f.Read()
 		if err != nil {
 			return nil, err
 		}
@@ -29,7 +31,7 @@ func initramfs(files []File) ([]byte, error) {
 		case f.Mode&fs.ModeSymlink != 0:
 			kind, data = unix.S_IFLNK, []byte(f.Link)
 		}
-		cpioEntry(&out, f.Path[1:], i+1, kind|f.unixMode(), data)
+		cpioEntry(&out, f.Path[1:], i+1, kind|f.UnixMode(), data)
 	}
 	cpioEntry(&out, "TRAILER!!!", 0, 0, nil)
 	return out.Bytes(), nil

@@ -7,7 +7,8 @@ import (
 	"log/slog"
 	"path/filepath"
 
-	"github.com/k8slan/k8slan/test/cluster/debian"
+	"github.com/k8slan/k8slan/build/debian"
+	"github.com/k8slan/k8slan/build/image"
 )
 
 // LibvirtName is the name of the image that runs a VM through libvirt.
@@ -43,27 +44,27 @@ remember_owner = 0
 // KubeVirt's virt-launcher does. It builds it unless cacheDir has it, made from
 // the same inputs.
 func Libvirt(ctx context.Context, cacheDir string) (archivePath string, err error) {
-	return withPrograms(ctx, cacheDir, func(bin programs) (Image, error) {
+	return withPrograms(ctx, cacheDir, func(bin programs) (image.Image, error) {
 		if err := debian.Install(ctx, slog.Default(), "qemu-system-x86", "seabios", "libvirt-daemon", "libvirt-clients"); err != nil {
-			return Image{}, err
+			return image.Image{}, err
 		}
 		files, err := machineFiles(ctx, cacheDir, bin, libvirtPrograms...)
 		if err != nil {
-			return Image{}, err
+			return image.Image{}, err
 		}
 		cpus, err := filepath.Glob("/usr/share/libvirt/cpu_map/*.xml")
 		if err != nil || len(cpus) == 0 {
-			return Image{}, fmt.Errorf("libvirt's CPU descriptions are not in /usr/share/libvirt (%v)", err)
+			return image.Image{}, fmt.Errorf("libvirt's CPU descriptions are not in /usr/share/libvirt (%v)", err)
 		}
 		for _, path := range cpus {
-			files = append(files, Copy(path, path, 0o644))
+			files = append(files, image.Copy(path, path, 0o644))
 		}
-		own := func(path string) File {
-			return File{Path: path, Mode: fs.ModeDir | 0o755, UID: QEMUUser, GID: QEMUUser}
+		own := func(path string) image.File {
+			return image.File{Path: path, Mode: fs.ModeDir | 0o755, UID: QEMUUser, GID: QEMUUser}
 		}
-		return Image{
+		return image.Image{
 			Name:       LibvirtName,
-			Files:      append(files, own(varRun), own(privateDir), own(privateDir+"/libvirt"), Text(privateDir+"/libvirt/qemu.conf", qemuConf)),
+			Files:      append(files, own(varRun), own(privateDir), own(privateDir+"/libvirt"), image.Text(privateDir+"/libvirt/qemu.conf", qemuConf)),
 			Entrypoint: []string{"/vm", "launch"},
 			User:       fmt.Sprintf("%d:%d", QEMUUser, QEMUUser),
 			Env: []string{

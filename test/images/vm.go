@@ -12,7 +12,8 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/k8slan/k8slan/test/cluster/debian"
+	"github.com/k8slan/k8slan/build/debian"
+	"github.com/k8slan/k8slan/build/image"
 )
 
 // QEMUUser is the user and group that QEMU runs as under KubeVirt, and that the
@@ -41,15 +42,15 @@ var guestModules = []string{
 // inputs. The guest's kernel is Debian's, as it was when cacheDir first needed
 // it.
 func VM(ctx context.Context, cacheDir string) (archivePath string, err error) {
-	return withPrograms(ctx, cacheDir, func(bin programs) (Image, error) {
+	return withPrograms(ctx, cacheDir, func(bin programs) (image.Image, error) {
 		if err := debian.Install(ctx, slog.Default(), "qemu-system-x86", "seabios"); err != nil {
-			return Image{}, err
+			return image.Image{}, err
 		}
 		files, err := machineFiles(ctx, cacheDir, bin)
 		if err != nil {
-			return Image{}, err
+			return image.Image{}, err
 		}
-		return Image{
+		return image.Image{
 			Name:       VMName,
 			Files:      files,
 			Entrypoint: []string{"/vm", "run"},
@@ -63,14 +64,14 @@ var machinePrograms = []string{"test/images/vm", "test/images/vm/guest", "test/i
 
 // machineFiles are QEMU, the guest, the program vm that brings them together,
 // and what else the image has from Debian.
-func machineFiles(ctx context.Context, cacheDir string, bin programs, more ...string) ([]File, error) {
+func machineFiles(ctx context.Context, cacheDir string, bin programs, more ...string) ([]image.File, error) {
 	const qemu = "/usr/bin/qemu-system-x86_64"
 	files, err := withLibraries(ctx, append([]string{qemu}, more...))
 	if err != nil {
 		return nil, err
 	}
 	for _, path := range qemuFiles {
-		files = append(files, Copy(path, path, 0o644))
+		files = append(files, image.Copy(path, path, 0o644))
 	}
 	kernel, err := guestKernel(ctx, cacheDir)
 	if err != nil {
@@ -81,18 +82,18 @@ func machineFiles(ctx context.Context, cacheDir string, bin programs, more ...st
 		return nil, err
 	}
 	return append(files,
-		Copy("/vm", bin["vm"], 0o755),
-		Copy("/guest/vmlinuz", filepath.Join(kernel, "vmlinuz"), 0o644),
-		File{Path: "/guest/initramfs", Mode: 0o644, Data: initramfs},
-		File{Path: "/run/vm", Mode: fs.ModeDir | 0o755, UID: QEMUUser, GID: QEMUUser},
-		Dir("/tmp", fs.ModeSticky|0o777),
-		Text("/etc/passwd", fmt.Sprintf("root:x:0:0:root:/:\nqemu:x:%d:%d:qemu:/:\n", QEMUUser, QEMUUser)),
-		Text("/etc/group", fmt.Sprintf("root:x:0:\nqemu:x:%d:\n", QEMUUser)),
+		image.Copy("/vm", bin["vm"], 0o755),
+		image.Copy("/guest/vmlinuz", filepath.Join(kernel, "vmlinuz"), 0o644),
+		image.File{Path: "/guest/initramfs", Mode: 0o644, Data: initramfs},
+		image.File{Path: "/run/vm", Mode: fs.ModeDir | 0o755, UID: QEMUUser, GID: QEMUUser},
+		image.Dir("/tmp", fs.ModeSticky|0o777),
+		image.Text("/etc/passwd", fmt.Sprintf("root:x:0:0:root:/:\nqemu:x:%d:%d:qemu:/:\n", QEMUUser, QEMUUser)),
+		image.Text("/etc/group", fmt.Sprintf("root:x:0:\nqemu:x:%d:\n", QEMUUser)),
 	), nil
 }
 
 // withLibraries are programs and the libraries they need, where Debian has them.
-func withLibraries(ctx context.Context, programs []string) ([]File, error) {
+func withLibraries(ctx context.Context, programs []string) ([]image.File, error) {
 	out, err := exec.CommandContext(ctx, "ldd", programs...).Output()
 	if err != nil {
 		return nil, fmt.Errorf("ask ldd for the libraries of %q: %w", programs, err)
@@ -111,26 +112,26 @@ func withLibraries(ctx context.Context, programs []string) ([]File, error) {
 			paths = append(paths, path)
 		}
 	}
-	var files []File
+	var files []image.File
 	for _, path := range paths {
-		files = append(files, Copy(path, path, 0o755))
+		files = append(files, image.Copy(path, path, 0o755))
 	}
 	return files, nil
 }
 
 // guestFiles is the guest's initial file system.
 func guestFiles(ctx context.Context, kernel string, bin programs) ([]byte, error) {
-	files, err := Busybox(ctx)
+	files, err := image.Busybox(ctx)
 	if err != nil {
 		return nil, err
 	}
 	files = append(files,
-		Copy("/init", bin["guest"], 0o755),
-		Copy("/bin/frames", bin["frames"], 0o755),
-		Dir("/tmp", fs.ModeSticky|0o777),
+		image.Copy("/init", bin["guest"], 0o755),
+		image.Copy("/bin/frames", bin["frames"], 0o755),
+		image.Dir("/tmp", fs.ModeSticky|0o777),
 	)
 	for i, name := range guestModules {
-		files = append(files, Copy(fmt.Sprintf("/lib/modules/%02d-%s.ko", i, name), filepath.Join(kernel, name+".ko"), 0o644))
+		files = append(files, image.Copy(fmt.Sprintf("/lib/modules/%02d-%s.ko", i, name), filepath.Join(kernel, name+".ko"), 0o644))
 	}
 	return initramfs(files)
 }

@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"github.com/k8slan/k8slan/build/image"
 	"github.com/k8slan/k8slan/test/cluster"
 	"github.com/k8slan/k8slan/test/images"
 )
@@ -151,17 +152,17 @@ func (b *Bed) Build(ctx context.Context) error {
 	if _, err := run(ctx, b.root, "go", "build", "-trimpath", "-ldflags", "-s -w -X main.version="+b.Version(), "-o", b.work+"/", "./cmd/..."); err != nil {
 		return err
 	}
-	programs := images.Product{K8slan: filepath.Join(b.work, "k8slan"), CNI: filepath.Join(b.work, "k8slan-cni")}
+	programs := image.Product{K8slan: filepath.Join(b.work, "k8slan"), CNI: filepath.Join(b.work, "k8slan-cni")}
 	sum, err := digest(programs.K8slan, programs.CNI)
 	if err != nil {
 		return err
 	}
-	if programs.Tools, err = images.Busybox(ctx); err != nil {
+	if programs.Tools, err = image.Busybox(ctx); err != nil {
 		return err
 	}
 	b.tag, programs.Version = "test-"+sum, "test-"+sum
 	archive := filepath.Join(b.work, "k8slan.tar")
-	if err := images.K8slan(ctx, archive, programs); err != nil {
+	if err := image.K8slan(ctx, archive, programs); err != nil {
 		return err
 	}
 	return b.Cluster.LoadImage(ctx, archive)

@@ -27,8 +27,8 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/k8slan/k8slan/build/debian"
 	"github.com/k8slan/k8slan/test/cluster"
-	"github.com/k8slan/k8slan/test/cluster/debian"
 	"github.com/k8slan/k8slan/test/frames"
 	"github.com/k8slan/k8slan/test/images"
 	"github.com/k8slan/k8slan/test/netlab"

@@ -1,4 +1,4 @@
-package images
+package image
 
 import (
 	"archive/tar"
@@ -200,14 +200,14 @@ func TestSameInputsMakeTheSameArchive(t *testing.T) {
 
 func TestCacheKeepsAnArchiveUntilItsInputsChange(t *testing.T) {
 	img, dir := sample(t), t.TempDir()
-	first, err := img.cached(context.Background(), dir)
+	first, err := img.Cached(context.Background(), dir)
 	if err != nil {
 		t.Fatal(err)
 	}
 	if err := os.WriteFile(first, []byte("kept"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	again, err := img.cached(context.Background(), dir)
+	again, err := img.Cached(context.Background(), dir)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -217,7 +217,7 @@ func TestCacheKeepsAnArchiveUntilItsInputsChange(t *testing.T) {
 	if err := os.WriteFile(img.Files[2].From, []byte("new code"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	changed, err := img.cached(context.Background(), dir)
+	changed, err := img.Cached(context.Background(), dir)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -255,7 +255,7 @@ func TestDynamicProgramIsRefusedForTheProduct(t *testing.T) {
 }
 
 func TestProductHasItsProgramsAndRunsTheFirst(t *testing.T) {
-	program, err := build(context.Background(), t.TempDir(), "test/images/pause") // any static one
+	program, err := Build(context.Background(), t.TempDir(), "test/images/pause") // any static one
 	if err != nil {
 		t.Fatal(err)
 	}

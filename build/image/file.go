@@ -1,4 +1,4 @@
-package images
+package image
 
 import (
 	"cmp"
@@ -43,9 +43,9 @@ func Symlink(path, target string) File {
 	return File{Path: path, Mode: fs.ModeSymlink | 0o777, Link: target}
 }
 
-// tree returns files with the directories above them, parents first, in an
+// Tree returns files with the directories above them, parents first, in an
 // order that depends on the paths alone.
-func tree(files []File) ([]File, error) {
+func Tree(files []File) ([]File, error) {
 	all := map[string]File{}
 	for _, f := range files {
 		if !path.IsAbs(f.Path) || path.Clean(f.Path) != f.Path || f.Path == "/" {
@@ -71,8 +71,8 @@ func tree(files []File) ([]File, error) {
 	}), nil
 }
 
-// read returns what a regular file holds, and nothing for anything else.
-func (f File) read() ([]byte, error) {
+// Read returns what a regular file holds, and nothing for anything else.
+func (f File) Read() ([]byte, error) {
 	if !f.Mode.IsRegular() || f.From == "" {
 		return f.Data, nil
 	}
@@ -84,7 +84,7 @@ func (f File) read() ([]byte, error) {
 }
 
 // unixMode returns f's permissions with the bits above them as in st_mode.
-func (f File) unixMode() int64 {
+func (f File) UnixMode() int64 {
 	mode := int64(f.Mode.Perm())
 	if f.Mode&fs.ModeSticky != 0 {
 		mode |= unix.S_ISVTX

@@ -1,10 +1,9 @@
-// Package image builds the OCI images of the product and of the test cluster,
-// without Docker, as archives that containerd imports.
+// Package image builds OCI images without Docker, as archives that containerd imports: the product's, and with the same
+// code the test cluster's.
 //
-// An archive is a tar of an OCI image layout with one layer. That is so little
-// that the standard library and OCI's own types do it in one file; a registry
-// library would add a dozen modules for what is not needed here.
-package images
+// An archive is a tar of an OCI image layout with one layer. The standard library and OCI's own types do that in one
+// file; a registry library would add a dozen modules.
+package image
 
 import (
 	"archive/tar"
@@ -172,7 +171,7 @@ func (img Image) layer(ctx context.Context) (blob, digest.Digest, error) {
 
 // writeTar writes files, with the directories above them, as a tar.
 func writeTar(ctx context.Context, out io.Writer, files []File) error {
-	files, err := tree(files)
+	files, err := Tree(files)
 	if err != nil {
 		return err
 	}
@@ -181,7 +180,7 @@ func writeTar(ctx context.Context, out io.Writer, files []File) error {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		data, err := f.read()
+		data, err := f.Read()
 		if err != nil {
 			return err
 		}
@@ -199,7 +198,7 @@ func header(f File, size int) *tar.Header {
 	h := &tar.Header{
 		Typeflag: tar.TypeReg,
 		Name:     strings.TrimPrefix(f.Path, "/"),
-		Mode:     f.unixMode(),
+		Mode:     f.UnixMode(),
 		Uid:      f.UID,
 		Gid:      f.GID,
 		Size:     int64(size),

@@ -1,6 +1,4 @@
-// Package debian gets what the test bed needs from Debian's archive: it
-// installs missing packages, and downloads and unpacks others without
-// installing them.
+// Package debian installs packages from Debian's archive, and unpacks others without installing them.
 package debian
 
 import (

@@ -1,4 +1,4 @@
-package images
+package image
 
 import (
 	"bytes"
@@ -16,10 +16,10 @@ import (
 // module is the main module, whose programs go into the images.
 const module = "github.com/k8slan/k8slan"
 
-// build builds a program of the main module, given by its folder, as a static
+// Build builds a program of the main module, given by its folder, as a static
 // binary in dir. The binary depends on nothing but its source and the Go
 // version, so that its content can stand for them in the cache's key.
-func build(ctx context.Context, dir, folder string) (binary string, err error) {
+func Build(ctx context.Context, dir, folder string) (binary string, err error) {
 	root, err := moduleRoot(ctx)
 	if err != nil {
 		return "", err
@@ -47,9 +47,9 @@ func moduleRoot(ctx context.Context) (string, error) {
 	return string(bytes.TrimSpace(out)), nil
 }
 
-// checkStatic reports an error if the program needs a dynamic linker or shared
+// CheckStatic reports an error if the program needs a dynamic linker or shared
 // libraries, which an image with nothing but the program lacks.
-func checkStatic(program string) error {
+func CheckStatic(program string) error {
 	f, err := elf.Open(program)
 	if err != nil {
 		return fmt.Errorf("read program %s: %w", program, err)

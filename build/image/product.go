@@ -1,4 +1,4 @@
-package images
+package image
 
 import (
 	"context"
@@ -20,7 +20,7 @@ type Product struct {
 // K8slan writes the product's image to archive.
 func K8slan(ctx context.Context, archive string, p Product) error {
 	for _, program := range []string{p.K8slan, p.CNI} {
-		if err := checkStatic(program); err != nil {
+		if err := CheckStatic(program); err != nil {
 			return err
 		}
 	}
