@@ -1,17 +1,14 @@
 package kernel
 
 import (
-	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"maps"
 	"net"
 	"net/netip"
 	"slices"
 	"sync"
 	"syscall"
-	"time"
 
 	"github.com/safchain/ethtool"
 	"github.com/vishvananda/netlink"
@@ -255,118 +252,6 @@ func parseVXLAN(l *segment.Link, d syscall.NetlinkRouteAttr) {
 	}
 }
 
-// askRemotes asks each VXLAN that may have them for the remotes to which it sends what is flooded. The kernel tells what else
-// the VXLAN and its bridge have learnt of that port as well (rtnl_fdb_dump in net/core/rtnetlink.c has no finer filter).
-func (c *conn) askRemotes(s *segment.State) error {
-	for i := range s.Links {
-		if !s.MayHaveRemotes(s.Links[i]) {
-			continue
-		}
-		if err := c.askTable(&s.Links[i]); err != nil {
-			return fmt.Errorf("list the remotes of %s: %w", s.Links[i].Name, err)
-		}
-	}
-	return nil
-}
-
-// askTable reads what a VXLAN has been told: remotes, and MACs behind them.
-func (c *conn) askTable(vxlan *segment.Link) error {
-	msgs, err := c.dumpFDB(func(msg *nl.IfInfomsg) { msg.Index = int32(vxlan.Index) })
-	if err != nil {
-		return err
-	}
-	fdb := map[[6]byte]segment.FDBState{}
-	for _, m := range msgs {
-		e, ok := parseEntry(m)
-		if !ok || e.index != vxlan.Index {
-			continue
-		}
-		entry := fdb[e.mac]
-		entry.MAC = e.mac
-		switch {
-		case e.self() && e.mac == [6]byte{} && e.dst.IsValid() && !e.dst.IsMulticast():
-			vxlan.VXLAN.Remotes = append(vxlan.VXLAN.Remotes, e.dst)
-			continue
-		case !e.told():
-			continue
-		case e.self():
-			entry.VTEP = e.dst
-		default:
-			entry.Bridge = true
-		}
-		fdb[e.mac] = entry
-	}
-	slices.SortFunc(vxlan.VXLAN.Remotes, netip.Addr.Compare)
-	vxlan.VXLAN.FDB = slices.SortedFunc(maps.Values(fdb), func(a, b segment.FDBState) int { return bytes.Compare(a.MAC[:], b.MAC[:]) })
-	return nil
-}
-
-// dumpFDB dumps the part of forwarding tables that the request is made to name.
-func (c *conn) dumpFDB(name func(*nl.IfInfomsg), attrs ...*nl.RtAttr) (msgs [][]byte, err error) {
-	for range dumpTries {
-		req := nl.NewNetlinkRequest(unix.RTM_GETNEIGH, unix.NLM_F_DUMP)
-		msg := nl.NewIfInfomsg(unix.AF_BRIDGE)
-		name(msg)
-		req.AddData(msg)
-		for _, a := range attrs {
-			req.AddData(a)
-		}
-		msgs, err = c.execute(req, unix.RTM_NEWNEIGH)
-		if !errors.Is(err, nl.ErrDumpInterrupted) {
-			break
-		}
-	}
-	return msgs, err
-}
-
-// entry is one of a forwarding table: a bridge's, or a VXLAN's own.
-type entry struct {
-	index  int // of the port, or of the VXLAN
-	state  uint16
-	flags  uint8
-	mac    [6]byte
-	dst    netip.Addr    // a VXLAN's
-	master int           // of a bridge's: the bridge
-	age    time.Duration // since a frame, or who told it, brought it last
-}
-
-// self says whether it is a VXLAN's own; told, whether somebody has told it and not a frame.
-func (e entry) self() bool { return e.flags&netlink.NTF_SELF != 0 }
-func (e entry) told() bool { return e.flags&netlink.NTF_EXT_LEARNED != 0 }
-
-// clockTick is the unit in which the kernel tells times to programs (USER_HZ), on all but Alpha.
-const clockTick = time.Second / 100
-
-// parseEntry reads an entry such as k8slan or the kernel makes: one with a port, VNI or device of its own is somebody else's.
-func parseEntry(m []byte) (e entry, ok bool) {
-	const size = 12 // of struct ndmsg (include/uapi/linux/neighbour.h)
-	if len(m) < size {
-		return e, false
-	}
-	e.index, e.state, e.flags = int(nl.NativeEndian().Uint32(m[4:])), nl.NativeEndian().Uint16(m[8:]), m[10]
-	attrs, err := nl.ParseRouteAttr(m[size:])
-	if err != nil {
-		return e, false
-	}
-	for _, a := range attrs {
-		switch a.Attr.Type {
-		case unix.NDA_LLADDR:
-			ok = copy(e.mac[:], a.Value) == len(e.mac)
-		case unix.NDA_DST:
-			e.dst, _ = netip.AddrFromSlice(a.Value)
-		case unix.NDA_MASTER:
-			e.master = int(nl.NativeEndian().Uint32(a.Value))
-		case unix.NDA_CACHEINFO: // the third of struct nda_cacheinfo, ndm_updated (include/uapi/linux/neighbour.h)
-			if len(a.Value) >= 12 {
-				e.age = time.Duration(nl.NativeEndian().Uint32(a.Value[8:])) * clockTick
-			}
-		case unix.NDA_PORT, unix.NDA_VNI, unix.NDA_IFINDEX:
-			return e, false
-		}
-	}
-	return e, ok
-}
-
 func parsePort(l *segment.Link, d syscall.NetlinkRouteAttr) {
 	switch d.Attr.Type {
 	case nl.IFLA_BRPORT_GROUP_FWD_MASK:
@@ -376,22 +261,6 @@ func parsePort(l *segment.Link, d syscall.NetlinkRouteAttr) {
 	case nl.IFLA_BRPORT_LEARNING:
 		l.NoLearning = d.Value[0] == 0
 	}
-}
-
-// setBridge switches off what makes a bridge less than transparent, in one message. What is off already is not named:
-// a kernel that was built without VLAN filtering refuses even to switch it off.
-func (c *conn) setBridge(o segment.SetBridge) error {
-	return c.setLinkInfo(o.Name, "bridge", func(data *nl.RtAttr) {
-		if o.Off.STP {
-			data.AddRtAttr(nl.IFLA_BR_STP_STATE, nl.Uint32Attr(0))
-		}
-		if o.Off.VLANFiltering {
-			data.AddRtAttr(nl.IFLA_BR_VLAN_FILTERING, nl.Uint8Attr(0))
-		}
-		if o.Off.MulticastSnooping {
-			data.AddRtAttr(nl.IFLA_BR_MCAST_SNOOPING, nl.Uint8Attr(0))
-		}
-	})
 }
 
 func (c *conn) setLinkInfo(name, kind string, fill func(data *nl.RtAttr)) error {
@@ -445,4 +314,16 @@ func (c *conn) openSocket() error {
 	}
 	c.sockets = map[int]*nl.SocketHandle{unix.NETLINK_ROUTE: {Socket: s}}
 	return nil
+}
+
+// retryDump repeats a dump that was interrupted by a change.
+func retryDump[T any](dump func() ([]T, error)) ([]T, error) {
+	var items []T
+	var err error
+	for range dumpTries {
+		if items, err = dump(); !errors.Is(err, netlink.ErrDumpInterrupted) {
+			return items, err
+		}
+	}
+	return nil, err
 }

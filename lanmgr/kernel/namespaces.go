@@ -5,10 +5,14 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"os"
+	"path/filepath"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
+
+	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
 // held is a segment's namespace as the daemon has it in hand. With it, a name that somebody took away can be given back, and
@@ -171,4 +175,113 @@ func dup(ns netns.NsHandle) (netns.NsHandle, error) {
 		return netns.None(), fmt.Errorf("open a network namespace again: %w", err)
 	}
 	return netns.NsHandle(fd), nil
+}
+
+// follow lets go of a namespace in hand whose name stands for another one: another process took the segment away and made it anew.
+func (n *Node) follow(name string) error {
+	h := n.inHand(name)
+	if h == nil {
+		return nil
+	}
+	defer n.giveBack(h)
+	if named, err := h.inode.isAt(n.netnsPath(name)); named || err != nil {
+		return err
+	}
+	ns, err := openNetns(n.netnsPath(name))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // somebody took the name alone
+	}
+	if err != nil {
+		return err
+	}
+	n.letGo(name)
+	return ns.Close()
+}
+
+// take takes a segment's namespace in hand where find finds it; nil where it doesn't. The caller gives it back.
+func (n *Node) take(s *segment.State) (*held, error) {
+	h, ns, err := n.find(s)
+	if err != nil || h != nil || !s.Exists {
+		return h, err
+	}
+	if h, err = n.hold(s.Netns, ns); err != nil {
+		return nil, fmt.Errorf("observe %s: %w", s.Netns, err)
+	}
+	return h, nil
+}
+
+// reach connects to a segment's namespace where find finds it, for once; nil where it doesn't.
+func (n *Node) reach(s *segment.State) (*conn, error) {
+	h, ns, err := n.find(s)
+	if err != nil {
+		return nil, err
+	}
+	if h != nil {
+		defer n.giveBack(h)
+		if ns, err = dup(h.conn.ns); err != nil {
+			return nil, err
+		}
+	} else if !s.Exists {
+		return nil, nil
+	}
+	return dial(ns)
+}
+
+// find finds a segment's namespace: in hand, or else by its name, open, if there is one of the two. It notes in the state which.
+func (n *Node) find(s *segment.State) (h *held, ns netns.NsHandle, err error) {
+	if h = n.inHand(s.Netns); h != nil {
+		if s.Exists, err = h.inode.isAt(n.netnsPath(s.Netns)); err != nil {
+			n.giveBack(h)
+			return nil, ns, fmt.Errorf("observe %s: %w", s.Netns, err)
+		}
+		s.Lost = !s.Exists
+		return h, ns, nil
+	}
+	ns, err = openNetns(n.netnsPath(s.Netns))
+	if s.Exists = err == nil; s.Exists {
+		return nil, ns, nil
+	}
+	if !errors.Is(err, fs.ErrNotExist) {
+		return nil, ns, fmt.Errorf("observe %s: %w", s.Netns, err)
+	}
+	info, err := os.Lstat(n.netnsPath(s.Netns))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, ns, fmt.Errorf("observe %s: %w", s.Netns, err)
+	}
+	s.Dead = err == nil && info.Mode().IsRegular()
+	return nil, ns, nil
+}
+
+func (n *Node) createNetns(name string) error {
+	path := n.netnsPath(name)
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return fmt.Errorf("make the folder of network namespaces: %w", err)
+	}
+	return createNetns(path)
+}
+
+// restoreNetns mounts the namespace in hand at its name again, over whatever is there.
+func (n *Node) restoreNetns(name string) error {
+	h := n.inHand(name)
+	if h == nil {
+		return fmt.Errorf("network namespace %s is not in hand", name)
+	}
+	defer n.giveBack(h)
+	path := n.netnsPath(name)
+	if err := unmountNetns(path); err != nil {
+		return err
+	}
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return fmt.Errorf("make the folder of network namespaces: %w", err)
+	}
+	return mountNetns(fmt.Sprintf("/proc/self/fd/%d", int(h.conn.ns)), path)
+}
+
+// removeNetns takes a segment's name and lock away.
+func (n *Node) removeNetns(name string) error {
+	n.letGo(name)
+	if err := unmountNetns(n.netnsPath(name)); err != nil {
+		return err
+	}
+	return removeFile(n.lockPath(name))
 }

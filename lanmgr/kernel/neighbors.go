@@ -3,10 +3,7 @@ package kernel
 import (
 	"errors"
 	"fmt"
-	"io/fs"
 	"net/netip"
-	"os"
-	"path/filepath"
 	"slices"
 
 	"github.com/vishvananda/netlink"
@@ -57,24 +54,6 @@ func (c *conn) changeNeighbors(bridge string, neighbors []segment.Neighbor, chan
 			})
 			if err != nil && !(n.IP.Is6() && errors.Is(err, unix.EAFNOSUPPORT)) {
 				return fmt.Errorf("neighbour %s: %w", n.IP, err)
-			}
-		}
-		return nil
-	})
-}
-
-// setNeighborDiscovery switches a bridge's IPv6 on, without which it takes no neighbour (ndisc_allow_add in net/ipv6/ndisc.c), or off. It gives itself
-// no address, and so has nothing to say: neither duplicate address detection, nor a solicitation of routers, nor a report of groups.
-func (c *conn) setNeighborDiscovery(o segment.SetNeighborDiscovery) error {
-	settings := [][2]string{{"disable_ipv6", "1"}}
-	if o.On {
-		settings = [][2]string{{"addr_gen_mode", "1"}, {"accept_ra", "0"}, {"disable_ipv6", "0"}}
-	}
-	return do(c.ns, func() error {
-		for _, s := range settings {
-			err := os.WriteFile(filepath.Join("/proc/sys/net/ipv6/conf", o.Name, s[0]), []byte(s[1]), 0)
-			if err != nil && !errors.Is(err, fs.ErrNotExist) {
-				return fmt.Errorf("sysctl: %w", err)
 			}
 		}
 		return nil

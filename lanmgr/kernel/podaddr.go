@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
-	"os"
 	"time"
 
 	"github.com/vishvananda/netlink"
@@ -119,25 +118,6 @@ func awaitAddresses(ctx context.Context, index int, pending map[netip.Addr]bool,
 			case u.Flags&unix.IFA_F_TENTATIVE == 0:
 				delete(pending, addr)
 			}
-		}
-	}
-	return nil
-}
-
-// allowIPv6 lets a link of the thread's own namespace have IPv6 addresses: runtimes switch IPv6 off in a pod that has
-// none from its cluster. lo needs it too, for the pod to reach its own address.
-func allowIPv6(link string) error {
-	for _, name := range []string{"lo", link} {
-		path := "/proc/sys/net/ipv6/conf/" + name + "/disable_ipv6"
-		value, err := os.ReadFile(path)
-		if err != nil {
-			return fmt.Errorf("IPv6 of the pod: %w", err)
-		}
-		if value[0] == '0' {
-			continue
-		}
-		if err := os.WriteFile(path, []byte("0"), 0); err != nil {
-			return fmt.Errorf("switch IPv6 on for %s in the pod: %w", name, err)
 		}
 	}
 	return nil

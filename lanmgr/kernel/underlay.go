@@ -2,14 +2,10 @@ package kernel
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"io/fs"
 	"net"
 	"net/netip"
-	"os"
 	"slices"
-	"strings"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -123,29 +119,4 @@ func (c *conn) defaultDevice(names map[int]string) (string, error) {
 		}
 	}
 	return "", nil
-}
-
-// readIPv6Off reads the setting of each device in the thread's own namespace; a kernel without IPv6 has it off.
-func readIPv6Off(devices map[string]Underlay) error {
-	for name, d := range devices {
-		b, err := os.ReadFile("/proc/sys/net/ipv6/conf/" + name + "/disable_ipv6")
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return fmt.Errorf("sysctl: %w", err)
-		}
-		d.IPv6Off = err != nil || strings.TrimSpace(string(b)) == "1"
-		devices[name] = d
-	}
-	return nil
-}
-
-// retryDump repeats a dump that was interrupted by a change.
-func retryDump[T any](dump func() ([]T, error)) ([]T, error) {
-	var items []T
-	var err error
-	for range dumpTries {
-		if items, err = dump(); !errors.Is(err, netlink.ErrDumpInterrupted) {
-			return items, err
-		}
-	}
-	return nil, err
 }

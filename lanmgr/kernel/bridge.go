@@ -1,0 +1,66 @@
+package kernel
+
+import (
+	"errors"
+	"io/fs"
+	"net"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
+
+	"github.com/k8slan/k8slan/lanmgr/segment"
+)
+
+func (c *conn) addBridge(o segment.AddBridge) error {
+	off := false
+	a := netlink.NewLinkAttrs()
+	a.Name, a.MTU = o.Name, o.MTU
+	br := &netlink.Bridge{LinkAttrs: a, MulticastSnooping: &off} // a new one has neither STP nor VLAN filtering
+	if err := c.LinkAdd(br); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	return c.with(o.Name, c.up)
+}
+
+// setBridge switches off what makes a bridge less than transparent, in one message. What is off already is not named:
+// a kernel that was built without VLAN filtering refuses even to switch it off.
+func (c *conn) setBridge(o segment.SetBridge) error {
+	return c.setLinkInfo(o.Name, "bridge", func(data *nl.RtAttr) {
+		if o.Off.STP {
+			data.AddRtAttr(nl.IFLA_BR_STP_STATE, nl.Uint32Attr(0))
+		}
+		if o.Off.VLANFiltering {
+			data.AddRtAttr(nl.IFLA_BR_VLAN_FILTERING, nl.Uint8Attr(0))
+		}
+		if o.Off.MulticastSnooping {
+			data.AddRtAttr(nl.IFLA_BR_MCAST_SNOOPING, nl.Uint8Attr(0))
+		}
+	})
+}
+
+// addPair makes a spoke's standing pair. The bridge's end can be up from the start, its peer cannot
+// (rtnl_configure_link runs before the ends know each other: ENOTCONN).
+func (c *conn) addPair(o segment.AddPair) error {
+	return c.with(o.Bridge, func(bridge netlink.Link) error {
+		a := netlink.NewLinkAttrs()
+		a.Name, a.MTU, a.Group = segment.PortName(o.Spoke), segment.PortMTU(o.MTU), segment.LinkGroup
+		a.MasterIndex, a.Flags = bridge.Attrs().Index, net.FlagUp
+		port := netlink.NewVeth(a)
+		port.PeerName, port.PeerHardwareAddr, port.PeerMTU = segment.PlugName(o.Spoke), o.MAC, uint32(o.MTU)
+		if err := c.LinkAdd(port); err != nil {
+			return err
+		}
+		if err := c.setForwardMask(port); err != nil {
+			return err
+		}
+		return c.with(port.PeerName, func(plug netlink.Link) error { return c.LinkSetUp(plug) })
+	})
+}
+
+func (c *conn) setForwardMask(l netlink.Link) error {
+	return c.LinkSetBRSlaveGroupFwdMask(l, segment.ForwardMask)
+}
+
+func (c *conn) enslave(l netlink.Link, bridge string) error {
+	return c.with(bridge, func(br netlink.Link) error { return c.LinkSetMasterByIndex(l, br.Attrs().Index) })
+}

@@ -1,0 +1,181 @@
+package kernel
+
+import (
+	"crypto/sha256"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"strings"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
+
+	"github.com/k8slan/k8slan/lanmgr/segment"
+)
+
+// A tap's ifindex is chosen from a range far above what the kernel hands out, by LAN and spoke: a spoke has one tap
+// on a node, so two taps have different ones. (A guest's device is made by CDI from major:minor; the kernel's own
+// /dev/tap<ifindex> on the host is not used.)
+const (
+	tapIndexMin   = 1 << 24
+	tapIndexSpan  = 1 << 30
+	tapIndexTries = 16
+)
+
+func tapIndex(lan segment.LAN, spoke string, try uint32) int {
+	sum := sha256.Sum256([]byte(lan.String() + "/" + spoke))
+	return tapIndexMin + int((binary.BigEndian.Uint32(sum[:])+try)%tapIndexSpan)
+}
+
+// tapDevice reads the numbers of a macvtap's character device. They show in a sysfs of the namespace the link lives in,
+// so one is mounted there, for nobody else to see (fsmount, Linux 5.2).
+func tapDevice(ns netns.NsHandle, link string, index int) (major, minor uint32, err error) {
+	err = do(ns, func() error {
+		sysfs, err := mountSysfs()
+		if err != nil {
+			return err
+		}
+		defer unix.Close(sysfs)
+		dev, err := readTapDevice(sysfs, link, index)
+		if err != nil {
+			return err
+		}
+		if _, err := fmt.Sscanf(dev, "%d:%d", &major, &minor); err != nil {
+			return fmt.Errorf("tap of %s: device number %q: %w", link, dev, err)
+		}
+		return nil
+	})
+	return major, minor, err
+}
+
+// mountSysfs returns a sysfs of the thread's network namespace, mounted nowhere.
+func mountSysfs() (int, error) {
+	fsfd, err := unix.Fsopen("sysfs", unix.FSOPEN_CLOEXEC)
+	if err != nil {
+		return -1, fmt.Errorf("open a sysfs: %w", err)
+	}
+	defer unix.Close(fsfd)
+	if err := unix.FsconfigCreate(fsfd); err != nil {
+		return -1, fmt.Errorf("set a sysfs up: %w", err)
+	}
+	fd, err := unix.Fsmount(fsfd, unix.FSMOUNT_CLOEXEC, unix.MOUNT_ATTR_RDONLY|unix.MOUNT_ATTR_NOSUID|unix.MOUNT_ATTR_NODEV|unix.MOUNT_ATTR_NOEXEC)
+	if err != nil {
+		return -1, fmt.Errorf("mount a sysfs: %w", err)
+	}
+	return fd, nil
+}
+
+func readTapDevice(sysfs int, link string, index int) (string, error) {
+	var errs []error
+	for _, format := range []string{"class/net/%s/macvtap/tap%d/dev", "class/net/%s/tap%d/dev"} {
+		path := fmt.Sprintf(format, link, index)
+		fd, err := unix.Openat(sysfs, path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+		if errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, fmt.Errorf("no %s in sysfs", path))
+			continue
+		}
+		if err != nil {
+			return "", fmt.Errorf("open %s in sysfs: %w", path, err)
+		}
+		f := os.NewFile(uintptr(fd), path)
+		defer f.Close()
+		b := make([]byte, 32)
+		n, err := f.Read(b)
+		if err != nil {
+			return "", fmt.Errorf("read %s in sysfs: %w", path, err)
+		}
+		return strings.TrimSpace(string(b[:n])), nil
+	}
+	return "", fmt.Errorf("tap of %s has no device: %w", link, errors.Join(errs...))
+}
+
+// macvtap makes the VM's link on the standing plug. The plug's altname is the claim: there is one of each name.
+func (c *claiming) macvtap() (Attachment, error) {
+	id, plug, plugName := c.ID(), c.plug, segment.PlugName(c.Spoke)
+	if err := c.lan.LinkSetAlias(plug, c.claim().Alias()); err != nil {
+		return Attachment{}, fmt.Errorf("name the owner of %s: %w", plugName, err)
+	}
+	if err := c.lan.LinkAddAltName(plug, id); err != nil {
+		return Attachment{}, fmt.Errorf("claim %s: %w", plugName, err)
+	}
+	c.undo = append(c.undo, func() error { return c.lan.unclaim(plug, id) })
+	if err := c.addMacvtap(plug); err != nil {
+		return Attachment{}, err
+	}
+	c.undo = append(c.undo, func() error { return c.pod.delLink(c.Interface) })
+	err := c.pod.with(c.Interface, func(tap netlink.Link) error {
+		// A passthru macvtap drops all multicast unless it is allmulticast itself.
+		if err := c.pod.LinkSetAllmulticastOn(tap); err != nil {
+			return fmt.Errorf("set %s allmulticast: %w", c.Interface, err)
+		}
+		return do(c.pod.ns, func() error { return noIPv6(c.Interface) })
+	})
+	if err != nil {
+		return Attachment{}, err
+	}
+	att, err := c.podLink()
+	if err != nil {
+		return Attachment{}, err
+	}
+	att.HostInterface = plugName
+	att.TapMajor, att.TapMinor, err = tapDevice(c.pod.ns, c.Interface, att.Index)
+	return att, err
+}
+
+// addMacvtap makes the macvtap directly in the pod, with an ifindex of our choice: the tap's device is named by it.
+func (c *claiming) addMacvtap(plug netlink.Link) error {
+	a := netlink.NewLinkAttrs()
+	a.Name, a.MTU, a.ParentIndex, a.Namespace = c.Interface, c.MTU, plug.Attrs().Index, netlink.NsFd(int(c.pod.ns))
+	for try := range uint32(tapIndexTries) {
+		a.Index = tapIndex(c.want.LAN, c.Spoke, try)
+		err := c.lan.LinkAdd(&netlink.Macvtap{Macvlan: netlink.Macvlan{LinkAttrs: a, Mode: netlink.MACVLAN_MODE_PASSTHRU}})
+		if errors.Is(err, unix.EBUSY) { // the pod has a link of that ifindex
+			continue
+		}
+		if err != nil {
+			return fmt.Errorf("create macvtap %s on %s for the pod: %w", c.Interface, plug.Attrs().Name, err)
+		}
+		return nil
+	}
+	return fmt.Errorf("create macvtap %s: no free ifindex in the pod", c.Interface)
+}
+
+// settle ends a macvtap's claim if the macvtap is gone. Whether it is, only the lower link knows: a second passthru
+// link on it fails with EINVAL while there is a first (macvlan_common_newlink in drivers/net/macvlan.c).
+func (c *conn) settle(spoke, claimID string) error {
+	plug, ok, err := c.link(segment.PlugName(spoke))
+	if err != nil || !ok {
+		return err
+	}
+	free, err := c.free(plug, spoke)
+	if err != nil || !free {
+		return err
+	}
+	return c.unclaim(plug, claimID)
+}
+
+// free says whether a plug has no macvtap on it.
+func (c *conn) free(plug netlink.Link, spoke string) (bool, error) {
+	a := netlink.NewLinkAttrs()
+	a.Name, a.ParentIndex = spoke+"+t", plug.Attrs().Index // no bridge and no VXLAN can be called that
+	probe := &netlink.Macvlan{LinkAttrs: a, Mode: netlink.MACVLAN_MODE_PASSTHRU}
+	err := c.LinkAdd(probe)
+	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EBUSY) {
+		return false, nil
+	}
+	if err != nil && !errors.Is(err, unix.EEXIST) {
+		return false, fmt.Errorf("find out whether a macvtap is on %s: %w", plug.Attrs().Name, err)
+	}
+	return true, c.delLink(a.Name)
+}
+
+// unclaim takes the marks of a claim off a plug; the alias last, for without the altname it means nothing.
+func (c *conn) unclaim(plug netlink.Link, claimID string) error {
+	if err := c.LinkDelAltName(plug, claimID); err != nil && !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.EINVAL) {
+		return fmt.Errorf("end claim %s on %s: %w", claimID, plug.Attrs().Name, err)
+	}
+	return c.LinkSetAlias(plug, "")
+}

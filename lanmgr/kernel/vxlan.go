@@ -1,0 +1,149 @@
+package kernel
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"sync"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+
+	"github.com/k8slan/k8slan/lanmgr/segment"
+)
+
+// VNITaken says that something else on the node uses a VNI on the same UDP port.
+type VNITaken struct {
+	VNI  uint32
+	Port uint16
+	By   string // the link's name, where it is in the node's own netns
+}
+
+func (e *VNITaken) Error() string {
+	by := "something else"
+	if e.By != "" {
+		by = fmt.Sprintf("%q", e.By)
+	}
+	return fmt.Sprintf("VNI %d on UDP port %d is in use by %s on this node; choose another vni or vxlanPort", e.VNI, e.Port, by)
+}
+
+// addVXLAN makes the VXLAN from where its underlay and its UDP socket stay, the node's own netns, directly into the LAN's.
+func addVXLAN(host, lan *conn, o segment.AddVXLAN) error {
+	a := netlink.NewLinkAttrs()
+	a.Name, a.MTU = o.Name, o.MTU
+	if lan != host {
+		a.Namespace = netlink.NsFd(int(lan.ns))
+	}
+	v := &netlink.Vxlan{
+		LinkAttrs: a, VxlanId: int(o.VNI), Port: int(o.Port), Group: o.Group.AsSlice(), SrcAddr: o.Local.AsSlice(),
+		VtepDevIndex: o.UnderlayIndex, Learning: !o.NoLearning, TTL: ttl(o.VXLAN),
+	}
+	err := host.LinkAdd(v)
+	if errors.Is(err, unix.EEXIST) {
+		if _, ours, lookErr := lan.link(o.Name); lookErr != nil || !ours {
+			return errors.Join(vniTaken(host, o.VXLAN), lookErr)
+		}
+		err = nil
+	}
+	if errors.Is(err, unix.EOPNOTSUPP) {
+		return fmt.Errorf("%w: the kernel has no VXLAN; load its module on the node (modprobe vxlan)", err)
+	}
+	if err != nil || o.Bridge == "" {
+		return err
+	}
+	return lan.with(o.Name, func(l netlink.Link) error {
+		if err := lan.enslave(l, o.Bridge); err != nil {
+			return err
+		}
+		if o.NoLearning {
+			if err := lan.LinkSetLearning(l, false); err != nil {
+				return err
+			}
+		}
+		return lan.setForwardMask(l)
+	})
+}
+
+func vniTaken(host *conn, v segment.VXLAN) error {
+	taken := &VNITaken{VNI: v.VNI, Port: v.Port}
+	links, err := host.links()
+	if err != nil {
+		return errors.Join(taken, err)
+	}
+	for _, l := range links {
+		if l.Type == "vxlan" && l.VXLAN.VNI == v.VNI && l.VXLAN.Port == v.Port {
+			taken.By = l.Name
+		}
+	}
+	return taken
+}
+
+// ttl is 0, the kernel's own choice, for groups that stay on the link; others are meant to be routed.
+func ttl(v segment.VXLAN) int {
+	if v.Group.IsLinkLocalMulticast() {
+		return 0
+	}
+	return 64
+}
+
+// setVXLAN changes a VXLAN's group and source, each of which may be none: the unspecified address of the family then. The old
+// group is left and the new one joined in one step; what the VXLAN has learnt stays (vxlan_changelink in
+// drivers/net/vxlan/vxlan_core.c). Where the kernel does that only as a VXLAN goes down and up, so does this one, and frames are lost meanwhile.
+func (c *conn) setVXLAN(o segment.SetVXLAN) error {
+	if RejoinsGroups() {
+		return c.changeVXLAN(o)
+	}
+	return c.with(o.Name, func(l netlink.Link) error {
+		if l.Attrs().RawFlags&unix.IFF_UP == 0 {
+			return c.changeVXLAN(o)
+		}
+		if err := c.LinkSetDown(l); err != nil {
+			return err
+		}
+		return errors.Join(c.changeVXLAN(o), c.LinkSetUp(l))
+	})
+}
+
+// RejoinsGroups says whether a VXLAN that is up leaves and joins groups when its own is changed: since Linux 6.15 ("vxlan: Join / leave MC
+// group after remote changes"); an older kernel that has it as well is not known by its number.
+var RejoinsGroups = sync.OnceValue(func() bool {
+	var u unix.Utsname
+	return unix.Uname(&u) == nil && atLeast(unix.ByteSliceToString(u.Release[:]), 6, 15)
+})
+
+// atLeast compares the release of a kernel, such as 6.1.0-28-amd64.
+func atLeast(release string, major, minor int) bool {
+	var x, y int
+	if _, err := fmt.Sscanf(release, "%d.%d", &x, &y); err != nil {
+		return false
+	}
+	return x > major || x == major && y >= minor
+}
+
+func (c *conn) changeVXLAN(o segment.SetVXLAN) error {
+	none, group, local := netip.IPv6Unspecified(), nl.IFLA_VXLAN_GROUP6, nl.IFLA_VXLAN_LOCAL6
+	if o.Group.Is4() || o.Local.Is4() {
+		none, group, local = netip.IPv4Unspecified(), nl.IFLA_VXLAN_GROUP, nl.IFLA_VXLAN_LOCAL
+	}
+	or := func(a netip.Addr) []byte {
+		if !a.IsValid() {
+			a = none
+		}
+		return a.AsSlice()
+	}
+	return c.setLinkInfo(o.Name, "vxlan", func(data *nl.RtAttr) {
+		data.AddRtAttr(nl.IFLA_VXLAN_ID, nl.Uint32Attr(o.VNI))
+		data.AddRtAttr(group, or(o.Group))
+		data.AddRtAttr(local, or(o.Local))
+		data.AddRtAttr(nl.IFLA_VXLAN_TTL, nl.Uint8Attr(uint8(ttl(o.VXLAN))))
+		data.AddRtAttr(nl.IFLA_VXLAN_LEARNING, boolAttr(!o.NoLearning))
+	})
+}
+
+func boolAttr(on bool) []byte {
+	if on {
+		return nl.Uint8Attr(1)
+	}
+	return nl.Uint8Attr(0)
+}
