@@ -12,7 +12,7 @@ HELM = $$($(CLUSTER) build helm)/helm
 # Largest size of bin/k8slan-cni in bytes: it is started for every attachment.
 CNI_MAX := 5000000
 
-# In CI a skipped test is a failure, and nothing is believed from an earlier run.
+# In CI a skipped test is a failure, and no cached result counts.
 export K8SLAN_NO_SKIP := $(if $(CI),1)
 GOTEST := go run ./test/report $(if $(CI),-count 1)
 
@@ -57,24 +57,34 @@ cluster-down: ## Take it down; nothing stays but caches
 ##@ Test
 
 .PHONY: test
-test: unit api dataplane e2e ## Run every test: what CI runs, as root
+test: unit core ## Show every promise of the README once, as root; with verify, what CI runs
+
+.PHONY: test-all
+test-all: unit api dataplane e2e ## Run every test, as root
+
+.PHONY: core
+core: ## Run the tests that test/*/core.txt list
+	$(GOTEST) -core test/api/core.txt -name 'api, core' -budget 90s -timeout 15m ./test/api
+	$(GOTEST) -core test/dataplane/core.txt -name 'data plane, core' -budget 150s -timeout 15m -p 1 ./test/netlab ./test/dataplane
+	$(GOTEST) -core test/e2e/core.txt -name 'end to end, core' -budget 5m -timeout 30m ./test/e2e
 
 .PHONY: unit
 unit: ## Run the tests that need neither root nor a cluster
 	go vet ./...
-	$(GOTEST) $$(go list ./... | grep -v -E '/test/(api|dataplane|netlab|soak|bench|images/vm|e2e)$$')
+	$(GOTEST) -name unit -budget 1m $$(go list ./... | grep -v -E '/test/(api|dataplane|netlab|soak|bench|images/vm|e2e)$$')
 
 .PHONY: api
 api: ## Test objects and controller against a real kube-apiserver
-	$(GOTEST) -timeout 30m ./test/api
+	$(GOTEST) -name api -budget 2m -timeout 30m ./test/api
 
 .PHONY: dataplane
 dataplane: ## Send real frames through LANs in network namespaces
-	$(GOTEST) -p 1 -timeout 30m ./test/netlab ./test/images/vm ./test/dataplane ./test/soak ./test/bench
+	$(GOTEST) -name 'data plane' -budget 7m -timeout 30m -p 1 \
+		./test/netlab ./test/images/vm ./test/dataplane ./test/soak ./test/bench
 
 .PHONY: e2e
-e2e: ## Test everything on the cluster; FOCUS=<regexp> runs the tests of that name, UNDERLAY=routed6 has LANs in unicast over a router, evpn4 by EVPN
-	$(GOTEST) -timeout 1h -count 1 -run '$(FOCUS)' ./test/e2e $(if $(UNDERLAY),-underlay $(UNDERLAY))
+e2e: ## Test everything on the cluster; FOCUS=<regexp> names tests, UNDERLAY=routed6 has unicast, evpn4 EVPN
+	$(GOTEST) -name 'end to end' -budget 20m -timeout 1h -run '$(FOCUS)' ./test/e2e $(if $(UNDERLAY),-underlay $(UNDERLAY))
 
 .PHONY: bench
 bench: ## Measure the speed against floors and peers, as root: a table, and bench.json; FOCUS=B8
@@ -91,12 +101,13 @@ soak: ## Attach 10,000 times while daemon and plugin are killed, and 1,000 times
 verify: generate lint build ## Check generated code, modules, style, imports and the size of the CNI plugin
 	git diff --exit-code -- crd charts docs/rights.md || { echo 'make generate changed these files: commit them'; exit 1; }
 	go mod tidy -diff
-	! go list -deps ./cmd/k8slan-cni | grep k8s.io/ || { echo 'the CNI plugin must not link these'; exit 1; }
+	! go list -deps ./cmd/k8slan-cni | grep -E 'k8s.io/|fsnotify|mdlayher|golang.org/x/(net/bpf|time)' || { echo 'the CNI plugin must not link these'; exit 1; }
 	test $$(stat -c %s bin/k8slan-cni) -le $(CNI_MAX) || { ls -l bin/k8slan-cni; echo 'is larger than $(CNI_MAX) bytes'; exit 1; }
 	$(HELM) lint --strict --quiet charts/k8slan
 
 .PHONY: lint
-lint: ## Check style and import arrows
+lint: ## Check words, style and import arrows
+	go run ./test/style
 	$(GOLANGCI_LINT) run ./...
 
 .PHONY: format

@@ -4,9 +4,10 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 )
 
-func TestOnlyWhatPassedIsQuiet(t *testing.T) {
+func TestPassedTestsShowNoOutput(t *testing.T) {
 	const events = `{"Action":"build-output","ImportPath":"x","Output":"x.go:1: broken\n"}
 {"Action":"run","Package":"p","Test":"TestGood"}
 {"Action":"output","Package":"p","Test":"TestGood","Output":"    good_test.go:1: chatter\n"}
@@ -29,14 +30,58 @@ FAIL	p	0.1s
 flag provided but not defined: -x
 `
 	var got strings.Builder
-	skipped, err := show(&got, strings.NewReader(events))
+	r, err := show(&got, strings.NewReader(events))
 	if err != nil {
 		t.Fatal(err)
 	}
 	if got.String() != want {
 		t.Errorf("showed:\n%swant:\n%s", got.String(), want)
 	}
-	if !slices.Equal(skipped, []string{"p.TestLazy"}) {
-		t.Errorf("skipped %q, want p.TestLazy alone: a package without tests is no skip", skipped)
+	if !slices.Equal(r.skipped, []string{"p.TestLazy"}) {
+		t.Errorf("skipped %q, want p.TestLazy alone: a package without tests is no skip", r.skipped)
+	}
+	if want := []test{{"TestGood", 1.5}, {"TestLazy", 0}}; !slices.Equal(r.ran, want) {
+		t.Errorf("ran %v, want %v", r.ran, want)
+	}
+}
+
+func TestArgumentsOfReportComeFirst(t *testing.T) {
+	o, rest, err := parse([]string{"-core", "core.txt", "-budget", "2m", "-count", "1", "./x", "-name", "its own"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := (options{core: "core.txt", budget: 2 * time.Minute, name: "tests"}); o != want {
+		t.Errorf("options are %+v, want %+v", o, want)
+	}
+	if want := []string{"-count", "1", "./x", "-name", "its own"}; !slices.Equal(rest, want) {
+		t.Errorf("go test gets %q, want %q", rest, want)
+	}
+}
+
+func TestListedTestMustExist(t *testing.T) {
+	core := names("# what the README promises\nTestGood  pods reach each other\n\nTestGone  removed # long ago\n")
+	if want := []string{"TestGood", "TestGone"}; !slices.Equal(core, want) {
+		t.Fatalf("read %q, want %q", core, want)
+	}
+	if got := absent(core, result{ran: []test{{"TestGood", 1}}}); !slices.Equal(got, []string{"TestGone"}) {
+		t.Errorf("missing are %q, want TestGone alone", got)
+	}
+}
+
+func TestSummaryHasTheTenSlowestAndTheBudget(t *testing.T) {
+	r := result{ran: []test{{"TestQuick", 0.2}}}
+	for i := range 11 {
+		r.ran = append(r.ran, test{"Test" + string(rune('A'+i)), float64(i + 1)})
+	}
+	var got strings.Builder
+	summarize(&got, options{name: "e2e", budget: time.Minute}, r, 30*time.Second)
+	if out := got.String(); strings.Contains(out, "TestA\n") || !strings.Contains(out, "   11.0  TestK\n") ||
+		!strings.HasSuffix(out, "e2e: 12 tests in 30s, 50 % of the budget of 1m0s\n") {
+		t.Errorf("the summary is:\n%s", out)
+	}
+	got.Reset()
+	summarize(&got, options{name: "e2e", budget: time.Minute}, r, 61*time.Second)
+	if !strings.Contains(got.String(), "OVER the budget of 1m0s") {
+		t.Errorf("the summary does not report the exceeded budget:\n%s", got.String())
 	}
 }
