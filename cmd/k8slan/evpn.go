@@ -187,7 +187,7 @@ func (f *reflectorFlags) runReflector(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("ask for the host's name: %w", err)
 	}
-	r := bgp.Reflector{AS: f.as, RouterID: bgp.RouterID(f.routerID, name), Listen: at, From: prefixes(f.from), HoldTime: f.holdTime, Log: log, Listens: reflectorMetrics}
+	r := bgp.Reflector{AS: f.as, RouterID: bgp.RouterID(f.routerID, name), Listen: at, From: prefixes(f.from), HoldTime: f.holdTime, Log: log, OnListen: reflectorMetrics}
 	tasks, ctx := errgroup.WithContext(ctx)
 	if f.passwordFile != "" {
 		if r.Password, err = bgp.ReadPassword(f.passwordFile); err != nil {

@@ -120,7 +120,7 @@ func (p *Plan) trouble(t evpn.Problems) bool {
 
 func sessionProblem(t evpn.Problems) Problem {
 	switch {
-	case t.Alone:
+	case t.NoPeers:
 		return Problem{v1beta1.ReasonBGPDown, "no BGP session is up, for there is nobody to speak with: no other node is reached. Have k8slan's chart run reflectors (evpn.reflectors.replicas), or name routers there (evpn.peers)", false}
 	case len(t.Down) == 0:
 		return Problem{}

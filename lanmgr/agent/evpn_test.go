@@ -150,12 +150,12 @@ func TestAnEVPNLANIsJoinedToTheFabric(t *testing.T) {
 		f.trouble.Down = []bgp.Session{{Peer: bgp.Peer{Address: remote, AS: 65000}, Why: "no TCP connection"}}
 	})
 	w.awaitStatus("a session that is down", degraded(v1beta1.ReasonBGPDown, "192.0.2.2:179 of AS 65000 (no TCP connection)"))
-	f.tells(func() { f.trouble = evpn.Problems{Alone: true} })
+	f.tells(func() { f.trouble = evpn.Problems{NoPeers: true} })
 	w.awaitStatus("nobody to speak with", degraded(v1beta1.ReasonBGPDown, "evpn.reflectors.replicas"))
 	f.tells(func() { f.trouble = evpn.Problems{Duplicates: []macvrf.MAC{{2, 1}, {2, 2}}} })
 	w.awaitStatus("MACs on two nodes", degraded(v1beta1.ReasonMACTwice, "02:01:00:00:00:00 speaks on this node and on another, and 1 other MAC"))
 	f.tells(func() {
-		f.trouble = evpn.Problems{Refused: macvrf.Refusal{Route: macvrf.Route{Key: macvrf.Key{Kind: macvrf.Multicast}, VTEP: remote}, Reason: macvrf.OtherVNI}, Refusals: 1}
+		f.trouble = evpn.Problems{Refused: macvrf.Refusal{Route: macvrf.Route{Key: macvrf.Key{Type: macvrf.Multicast}, VTEP: remote}, Reason: macvrf.OtherVNI}, Refusals: 1}
 	})
 	w.awaitStatus("a route that is refused", degraded(v1beta1.ReasonRoutesRefused, "from VTEP 192.0.2.2 is not used: it bears another VNI"))
 	f.tells(func() { f.trouble.Refusals++ })

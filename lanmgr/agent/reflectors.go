@@ -20,7 +20,7 @@ func (a *Agent) setReflectors(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("list the EndpointSlices of Service %s: %w", a.Reflectors, err)
 	}
-	if err := a.EVPN.SetReflectors(ctx, evpn.Endpoints(parts.Items)); err != nil {
+	if err := a.EVPN.SetReflectors(ctx, evpn.ReflectorEndpoints(parts.Items)); err != nil {
 		a.Log.Error("cannot speak with every reflector, trying again when one changes", "service", a.Reflectors, "err", err)
 	}
 	return nil

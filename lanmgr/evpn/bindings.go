@@ -10,8 +10,8 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/kernel"
 )
 
-// hearAddresses hears in each LAN with somebody attached here who has which address, until ctx ends.
-func (f *Instance) hearAddresses(ctx context.Context) {
+// watchBindings hears in each LAN with somebody attached here who has which address, until ctx ends.
+func (f *Instance) watchBindings(ctx context.Context) {
 	var watches sync.WaitGroup
 	defer watches.Wait()
 	stops := map[string]context.CancelFunc{}
@@ -21,7 +21,7 @@ func (f *Instance) hearAddresses(ctx context.Context) {
 		}
 	}()
 	for {
-		claimed := f.withClaims()
+		claimed := f.claimedLANs()
 		for netns, stop := range stops {
 			if !claimed[netns] {
 				stop()
@@ -32,18 +32,18 @@ func (f *Instance) hearAddresses(ctx context.Context) {
 			if stops[netns] == nil {
 				watch, stop := context.WithCancel(ctx)
 				stops[netns] = stop
-				watches.Go(func() { f.hearLAN(watch, netns) })
+				watches.Go(func() { f.watchLANBindings(watch, netns) })
 			}
 		}
 		select {
 		case <-ctx.Done():
 			return
-		case <-f.claimed:
+		case <-f.claimsChanged:
 		}
 	}
 }
 
-func (f *Instance) withClaims() map[string]bool {
+func (f *Instance) claimedLANs() map[string]bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	claimed := map[string]bool{}
@@ -58,12 +58,12 @@ func (f *Instance) withClaims() map[string]bool {
 // addressRest is how long it takes to try again to hear a LAN.
 const addressRest = 10 * time.Second
 
-func (f *Instance) hearLAN(ctx context.Context, netns string) {
+func (f *Instance) watchLANBindings(ctx context.Context, netns string) {
 	rest := time.NewTimer(addressRest)
 	defer rest.Stop()
 	tell := kernel.Bindings{
-		Bound:     func(mac [6]byte, ip netip.Addr) { f.shown(netns, mac, ip) },
-		Recreated: func() { f.listAnew(netns) },
+		Bound:     func(mac [6]byte, ip netip.Addr) { f.bind(netns, mac, ip) },
+		Recreated: func() { f.relist(netns) },
 	}
 	for said := false; ; said = true {
 		err := f.Kernel.WatchBindings(ctx, netns, tell)
@@ -82,8 +82,8 @@ func (f *Instance) hearLAN(ctx context.Context, netns string) {
 	}
 }
 
-// shown takes in that a station has an address; most are known.
-func (f *Instance) shown(netns string, mac [6]byte, ip netip.Addr) {
+// bind takes in that a station has an address; most are known.
+func (f *Instance) bind(netns string, mac [6]byte, ip netip.Addr) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	vni, ok := f.vnis[netns]
@@ -91,11 +91,11 @@ func (f *Instance) shown(netns string, mac [6]byte, ip netip.Addr) {
 		return
 	}
 	told, full := f.table.Bind(time.Now(), vni, mac, ip)
-	if full && !f.full[netns] {
-		f.full[netns] = true
+	if full && !f.bindingsFull[netns] {
+		f.bindingsFull[netns] = true
 		f.Log.Warn("a station shows more addresses than are told of one MAC or LAN: others find the rest by flooding", "netns", netns, "mac", macvrf.MAC(mac), "address", ip)
 	}
 	if told {
-		f.follow()
+		f.publish()
 	}
 }

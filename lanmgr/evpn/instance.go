@@ -34,52 +34,52 @@ type Config struct {
 	// ReflectorPassword is that of the sessions with those; empty: none.
 	ReflectorPassword string
 	Kernel            Kernel
-	Leaves            bool // its end is no restart: the others forget its routes at once
+	WithdrawOnStop    bool // its end is no restart: the others forget its routes at once
 	Log               *slog.Logger
 }
 
 // Instance is one node's part in EVPN.
 type Instance struct {
 	Config
-	speaker *bgp.Speaker
-	changed chan struct{}
-	claimed chan struct{} // has a value whenever a LAN may have got its first claim here, or lost the last
+	speaker       *bgp.Speaker
+	changed       chan struct{}
+	claimsChanged chan struct{} // has a value whenever a LAN may have got its first claim here, or lost the last
 
-	mu         sync.Mutex
-	reflectors []netip.AddrPort
-	peers      []bgp.Peer // all
-	unset      bool       // the speaker could not take them all
-	table      *macvrf.Table
-	lans       map[string]macvrf.LAN // by netns
-	vnis       map[string]uint32     // by netns
-	partial    bool
-	sessions   []bgp.Session
-	full       map[string]bool // by netns: it was said that stations show more addresses than are told
-	crowded    map[string]bool // by netns: it was said that more MACs speak than are told
-	failed     string          // what the last failure to tell routes said
-	leaving    []leaving
-	timer      *time.Timer // for what is leaving
+	mu           sync.Mutex
+	reflectors   []netip.AddrPort
+	peers        []bgp.Peer // all
+	peersFailed  bool       // the speaker could not take them all
+	table        *macvrf.Table
+	lans         map[string]macvrf.LAN // by netns
+	vnis         map[string]uint32     // by netns
+	partial      bool
+	sessions     []bgp.Session
+	bindingsFull map[string]bool // by netns: it was said that stations show more addresses than are told
+	macsFull     map[string]bool // by netns: it was said that more MACs speak than are told
+	advertiseErr string          // what the last failure to tell routes said
+	lingering    []lingeringRoutes
+	lingerTimer  *time.Timer // for what is leaving
 }
 
-// leaving are routes that are told until then, though they are the node's no more.
-type leaving struct {
+// lingeringRoutes are routes that are told until then, though they are the node's no more.
+type lingeringRoutes struct {
 	routes []macvrf.Route
 	until  time.Time
 }
 
-// farewell is how long a LAN that has left EVPN is told of, where somebody is attached: it has another discovery. Other nodes hear of that a
+// lingerTime is how long a LAN that has left EVPN is told of, where somebody is attached: it has another discovery. Other nodes hear of that a
 // moment sooner or later, and send by routes until then.
-const farewell = 5 * time.Second
+const lingerTime = 5 * time.Second
 
 // New returns a fabric that hears and tells nothing until Run.
 func New(c Config) *Instance {
 	f := &Instance{
-		Config: c, changed: make(chan struct{}, 1), claimed: make(chan struct{}, 1), peers: c.Peers,
-		table: macvrf.New(c.AS, c.RouterID), vnis: map[string]uint32{}, partial: true, full: map[string]bool{}, crowded: map[string]bool{},
+		Config: c, changed: make(chan struct{}, 1), claimsChanged: make(chan struct{}, 1), peers: c.Peers,
+		table: macvrf.New(c.AS, c.RouterID), vnis: map[string]uint32{}, partial: true, bindingsFull: map[string]bool{}, macsFull: map[string]bool{},
 	}
-	f.timer = time.AfterFunc(farewell, func() { f.after(func(time.Time) {}) })
-	f.timer.Stop()
-	f.speaker = bgp.NewSpeaker(bgp.Config{AS: c.AS, RouterID: c.RouterID, OnUpdate: f.hear, Leaves: c.Leaves, Log: c.Log})
+	f.lingerTimer = time.AfterFunc(lingerTime, func() { f.handle(func(time.Time) {}) })
+	f.lingerTimer.Stop()
+	f.speaker = bgp.NewSpeaker(bgp.Config{AS: c.AS, RouterID: c.RouterID, OnUpdate: f.receive, WithdrawOnStop: c.WithdrawOnStop, Log: c.Log})
 	return f
 }
 
@@ -95,9 +95,9 @@ func (f *Instance) Run(ctx context.Context) error {
 	})
 	tasks.Go(func() {
 		defer cancel()
-		errs[1] = f.Kernel.WatchFDB(ctx, kernel.FDBEvents{Learned: f.seen, Removed: f.left, Overflow: f.list})
+		errs[1] = f.Kernel.WatchFDB(ctx, kernel.FDBEvents{Learned: f.learnLocal, Removed: f.forgetLocal, Overflow: f.relistAll})
 	})
-	tasks.Go(func() { f.hearAddresses(ctx) })
+	tasks.Go(func() { f.watchBindings(ctx) })
 	f.mu.Lock()
 	err := f.speaker.SetPeers(ctx, f.peers)
 	f.mu.Unlock()
@@ -105,7 +105,7 @@ func (f *Instance) Run(ctx context.Context) error {
 		cancel()
 	}
 	tasks.Wait()
-	f.timer.Stop()
+	f.lingerTimer.Stop()
 	return errors.Join(err, errs[0], errs[1])
 }
 
@@ -132,13 +132,13 @@ func (f *Instance) setPeers(ctx context.Context) error {
 	for _, a := range f.reflectors {
 		peers = append(peers, bgp.Peer{Address: a.Addr(), Port: a.Port(), AS: f.AS, Password: f.ReflectorPassword, IPv6VTEPs: true})
 	}
-	if slices.Equal(peers, f.peers) && !f.unset {
+	if slices.Equal(peers, f.peers) && !f.peersFailed {
 		return nil
 	}
 	f.peers = peers
-	f.sessions = slices.DeleteFunc(slices.Clone(f.sessions), func(s bgp.Session) bool { return !slices.ContainsFunc(peers, s.Peer.Like) })
+	f.sessions = slices.DeleteFunc(slices.Clone(f.sessions), func(s bgp.Session) bool { return !slices.ContainsFunc(peers, s.Peer.EqualExceptPassword) })
 	err := f.speaker.SetPeers(ctx, peers)
-	f.unset = err != nil
+	f.peersFailed = err != nil
 	return err
 }
 
@@ -158,7 +158,7 @@ func (f *Instance) Set(lans map[string]macvrf.LAN) {
 	if same {
 		return
 	}
-	f.after(func(now time.Time) {
+	f.handle(func(now time.Time) {
 		var list []macvrf.LAN
 		vnis := make(map[string]uint32, len(lans))
 		for netns, lan := range lans {
@@ -166,34 +166,34 @@ func (f *Instance) Set(lans map[string]macvrf.LAN) {
 		}
 		told := f.table.Advertised()
 		f.table.Set(now, list)
-		f.leave(now, slices.DeleteFunc(told, func(r macvrf.Route) bool {
+		f.linger(now, slices.DeleteFunc(told, func(r macvrf.Route) bool {
 			return slices.ContainsFunc(list, func(l macvrf.LAN) bool { return l.VNI == r.VNI })
 		}))
 		for netns, vni := range vnis {
 			if f.vnis[netns] != vni {
-				f.listed(now, netns, vni)
+				f.readLocalMACs(now, netns, vni)
 			}
 		}
 		f.vnis = vnis
 		gone := func(netns string, _ bool) bool { _, here := lans[netns]; return !here }
-		maps.DeleteFunc(f.full, gone)
-		maps.DeleteFunc(f.crowded, gone)
+		maps.DeleteFunc(f.bindingsFull, gone)
+		maps.DeleteFunc(f.macsFull, gone)
 	})
-	signal(f.claimed)
+	signal(f.claimsChanged)
 }
 
-// leave has routes told for some time yet.
-func (f *Instance) leave(now time.Time, routes []macvrf.Route) {
+// linger has routes told for some time yet.
+func (f *Instance) linger(now time.Time, routes []macvrf.Route) {
 	if len(routes) > 0 {
-		f.leaving = append(f.leaving, leaving{routes, now.Add(farewell)})
-		f.timer.Reset(farewell)
+		f.lingering = append(f.lingering, lingeringRoutes{routes, now.Add(lingerTime)})
+		f.lingerTimer.Reset(lingerTime)
 	}
 }
 
-// own are the routes to tell. What is leaving comes first: a LAN may be back.
-func (f *Instance) own(now time.Time) (routes []macvrf.Route) {
-	f.leaving = slices.DeleteFunc(f.leaving, func(l leaving) bool { return !l.until.After(now) })
-	for _, l := range f.leaving {
+// routes are the routes to tell. What is leaving comes first: a LAN may be back.
+func (f *Instance) routes(now time.Time) (routes []macvrf.Route) {
+	f.lingering = slices.DeleteFunc(f.lingering, func(l lingeringRoutes) bool { return !l.until.After(now) })
+	for _, l := range f.lingering {
 		routes = append(routes, l.routes...)
 	}
 	return append(routes, f.table.Advertised()...)
@@ -203,14 +203,14 @@ func (f *Instance) own(now time.Time) (routes []macvrf.Route) {
 func (f *Instance) Fill(s *segment.Segment) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if remotes, fdb, ok := f.table.View(s.VXLAN.VNI); ok && f.vnis[s.Netns] == s.VXLAN.VNI {
+	if remotes, fdb, ok := f.table.Forwarding(s.VXLAN.VNI); ok && f.vnis[s.Netns] == s.VXLAN.VNI {
 		s.Remotes, s.FDB, s.Neighbors, s.Partial = remotes, fdb, f.table.Neighbors(s.VXLAN.VNI), f.partial
 	}
 }
 
 // Problems is what keeps a LAN from being whole.
 type Problems struct {
-	Alone      bool           // there is nobody to speak with
+	NoPeers    bool           // there is nobody to speak with
 	Down       []bgp.Session  // all there are, where none is up
 	Duplicates []macvrf.MAC   // are on this node and on another
 	Withheld   []bgp.Peer     // are there, and told nothing of the LAN: they take no routes with an IPv6 VTEP
@@ -222,7 +222,7 @@ type Problems struct {
 func (f *Instance) Problems(netns string) (t Problems) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	t.Alone = len(f.peers) == 0
+	t.NoPeers = len(f.peers) == 0
 	if !slices.ContainsFunc(f.sessions, func(s bgp.Session) bool { return s.Up }) {
 		t.Down = f.sessions
 	}
@@ -251,9 +251,9 @@ func (f *Instance) Count(netns string) (c macvrf.Count, ok bool) {
 	return f.table.Count(vni)
 }
 
-// hear takes in what other routers tell.
-func (f *Instance) hear(h bgp.Update) {
-	f.after(func(now time.Time) {
+// receive takes in what other routers tell.
+func (f *Instance) receive(h bgp.Update) {
+	f.handle(func(now time.Time) {
 		for _, r := range h.Routes {
 			f.table.Import(now, r)
 		}
@@ -262,15 +262,15 @@ func (f *Instance) hear(h bgp.Update) {
 		}
 		f.partial = h.Partial
 		if h.Sessions != nil {
-			f.noteSessions(h.Sessions)
+			f.setSessions(h.Sessions)
 		}
 	})
 }
 
-// noteSessions logs what is another than before.
-func (f *Instance) noteSessions(sessions []bgp.Session) {
+// setSessions logs what is another than before.
+func (f *Instance) setSessions(sessions []bgp.Session) {
 	for _, s := range sessions {
-		if i := slices.IndexFunc(f.sessions, func(o bgp.Session) bool { return o.Peer.Like(s.Peer) && o.Up == s.Up && o.Why == s.Why }); i >= 0 {
+		if i := slices.IndexFunc(f.sessions, func(o bgp.Session) bool { return o.Peer.EqualExceptPassword(s.Peer) && o.Up == s.Up && o.Why == s.Why }); i >= 0 {
 			continue
 		}
 		if s.Up {
@@ -282,42 +282,42 @@ func (f *Instance) noteSessions(sessions []bgp.Session) {
 	f.sessions = sessions
 }
 
-func (f *Instance) seen(netns string, mac [6]byte) {
-	f.after(func(now time.Time) {
-		if vni, ok := f.vnis[netns]; ok && f.table.LearnLocal(now, vni, mac) && !f.crowded[netns] {
-			f.crowded[netns] = true
+func (f *Instance) learnLocal(netns string, mac [6]byte) {
+	f.handle(func(now time.Time) {
+		if vni, ok := f.vnis[netns]; ok && f.table.LearnLocal(now, vni, mac) && !f.macsFull[netns] {
+			f.macsFull[netns] = true
 			f.Log.Warn("more MACs speak on this node than others are told of, what is sent to the rest is flooded", "netns", netns, "told", macvrf.MaxMACs)
 		}
 	})
 }
 
-func (f *Instance) left(netns string, mac [6]byte) {
+func (f *Instance) forgetLocal(netns string, mac [6]byte) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if vni, ok := f.vnis[netns]; ok && f.table.ForgetLocal(time.Now(), vni, mac) {
-		f.follow()
+		f.publish()
 	}
 }
 
-// list asks for the MACs on every LAN's ports.
-func (f *Instance) list() {
-	f.after(func(now time.Time) {
+// relistAll asks for the MACs on every LAN's ports.
+func (f *Instance) relistAll() {
+	f.handle(func(now time.Time) {
 		for netns, vni := range f.vnis {
-			f.listed(now, netns, vni)
+			f.readLocalMACs(now, netns, vni)
 		}
 	})
 }
 
-// listAnew asks for those on one LAN's.
-func (f *Instance) listAnew(netns string) {
-	f.after(func(now time.Time) {
+// relist asks for those on one LAN's.
+func (f *Instance) relist(netns string) {
+	f.handle(func(now time.Time) {
 		if vni, ok := f.vnis[netns]; ok {
-			f.listed(now, netns, vni)
+			f.readLocalMACs(now, netns, vni)
 		}
 	})
 }
 
-func (f *Instance) listed(now time.Time, netns string, vni uint32) {
+func (f *Instance) readLocalMACs(now time.Time, netns string, vni uint32) {
 	macs, err := f.Kernel.LocalMACs(netns)
 	if err != nil {
 		f.Log.Error("cannot read which MACs are on a LAN, those that speak from now on are heard", "netns", netns, "err", err)
@@ -327,27 +327,27 @@ func (f *Instance) listed(now time.Time, netns string, vni uint32) {
 	for i, mac := range macs {
 		all[i] = mac
 	}
-	f.table.LocalSince(now, vni, all)
+	f.table.SetLocal(now, vni, all)
 }
 
-// after does what follows from an event: the others are told, and the segments get what they have to have.
-func (f *Instance) after(event func(now time.Time)) {
+// handle does what follows from an event: the others are told, and the segments get what they have to have.
+func (f *Instance) handle(event func(now time.Time)) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	event(time.Now())
-	f.follow()
+	f.publish()
 }
 
-// follow does what follows from a change of the table; f.mu is held.
-func (f *Instance) follow() {
+// publish does what follows from a change of the table; f.mu is held.
+func (f *Instance) publish() {
 	failed := ""
-	if err := f.speaker.Set(f.own(time.Now())); err != nil {
+	if err := f.speaker.Set(f.routes(time.Now())); err != nil {
 		failed = err.Error()
 	}
-	if failed != "" && failed != f.failed {
+	if failed != "" && failed != f.advertiseErr {
 		f.Log.Error("cannot tell all routes, trying again at the next event", "err", failed)
 	}
-	f.failed = failed
+	f.advertiseErr = failed
 	signal(f.changed)
 }
 

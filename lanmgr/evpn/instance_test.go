@@ -237,7 +237,7 @@ func TestALANThatLeavesEVPNIsToldOfForAWhile(t *testing.T) {
 // A reflector that moves is followed, and what it had told stays: it is told again.
 func TestAReflectorThatMovesIsFollowed(t *testing.T) {
 	a := newMember(t, 0)
-	if !a.Problems("lab").Alone {
+	if !a.Problems("lab").NoPeers {
 		t.Error("without peers the node is not alone")
 	}
 	first, second := reflector(t, "127.0.0.1"), reflector(t, "127.0.0.9")
@@ -263,7 +263,7 @@ func TestAReflectorThatMovesIsFollowed(t *testing.T) {
 	if lost {
 		t.Error("what the first had told was lost on the way")
 	}
-	if sessions := a.Sessions(); len(sessions) != 1 || sessions[0].Peer.Address != second.Addr() || a.Problems("lab").Alone {
+	if sessions := a.Sessions(); len(sessions) != 1 || sessions[0].Peer.Address != second.Addr() || a.Problems("lab").NoPeers {
 		t.Errorf("sessions %+v", sessions)
 	}
 }

@@ -7,8 +7,8 @@ import (
 	discoveryv1 "k8s.io/api/discovery/v1"
 )
 
-// Endpoints are where the pods of a Service of reflectors answer, whether they do at the moment or not: sorted, each once.
-func Endpoints(parts []discoveryv1.EndpointSlice) []netip.AddrPort {
+// ReflectorEndpoints are where the pods of a Service of reflectors answer, whether they do at the moment or not: sorted, each once.
+func ReflectorEndpoints(parts []discoveryv1.EndpointSlice) []netip.AddrPort {
 	var all []netip.AddrPort
 	for _, part := range parts {
 		for _, port := range part.Ports {

@@ -165,11 +165,11 @@ func Read(s Sources) (Config, error) {
 	if len(errs) == 0 {
 		errs = append(errs, c.check())
 	}
-	return c, oneLine(errs)
+	return c, joinErrors(errs)
 }
 
-// oneLine is all that is wrong, in one line.
-func oneLine(errs []error) error {
+// joinErrors is all that is wrong, in one line.
+func joinErrors(errs []error) error {
 	var texts []string
 	for _, err := range errs {
 		if err != nil {
@@ -233,8 +233,8 @@ var keys = []key{
 		c.Peers, err = addresses(v)
 		return err
 	}},
-	{"ready_only", false, boolKey(func(c *Config) *bool { return &c.ReadyOnly })},
-	{"strict_peers", false, boolKey(func(c *Config) *bool { return &c.StrictPeers })},
+	{"ready_only", false, setBool(func(c *Config) *bool { return &c.ReadyOnly })},
+	{"strict_peers", false, setBool(func(c *Config) *bool { return &c.StrictPeers })},
 	{"discovery", false, func(c *Config, v []string) error {
 		c.Discovery = Discovery(v[0])
 		if c.Discovery != UnicastDiscovery && c.Discovery != EVPNDiscovery {
@@ -340,7 +340,7 @@ func knownKeys() string {
 	return strings.Join(names, ", ")
 }
 
-func boolKey(field func(*Config) *bool) func(*Config, []string) error {
+func setBool(field func(*Config) *bool) func(*Config, []string) error {
 	return func(c *Config, v []string) error {
 		b, err := strconv.ParseBool(v[0])
 		if *field(c) = b; err != nil {

@@ -90,7 +90,7 @@ func TestConfigOfEVPN(t *testing.T) {
 	if text, err := json.Marshal(c); err != nil || strings.Contains(string(text), `"secret`) {
 		t.Errorf("everybody is told %s, %v", text, err)
 	}
-	if asked := c.asked(); !slices.Equal(asked, []Service{reflectors}) {
+	if asked := c.watchedServices(); !slices.Equal(asked, []Service{reflectors}) {
 		t.Errorf("asks for %v", asked)
 	}
 	env["KL_EVPN_PEERS"], env["KL_EVPN_ROUTER_ID"] = "address=192.0.2.7,port=1790 address=2001:db8::9,ipv6-vteps", "10.0.0.9"

@@ -18,25 +18,25 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
-// membership is the pod's part in EVPN.
-type membership struct {
+// evpnMember is the pod's part in EVPN.
+type evpnMember struct {
 	*evpn.Instance
-	self *station
+	pod *podKernel
 }
 
-// startFabric joins the LAN to EVPN, where that is configured. At its end the pod takes back what it has told.
-func (s *Sidecar) startFabric(ctx context.Context, fail context.CancelCauseFunc, c Config) part {
+// startEVPN joins the LAN to EVPN, where that is configured. At its end the pod takes back what it has told.
+func (s *Sidecar) startEVPN(ctx context.Context, fail context.CancelCauseFunc, c Config) task {
 	if c.Discovery != EVPNDiscovery {
-		s.note(func() { s.joined = nil })
-		return start(ctx, func(context.Context) {})
+		s.locked(func() { s.evpn = nil })
+		return startTask(ctx, func(context.Context) {})
 	}
-	self := &station{changed: make(chan struct{}, 1)}
-	joined := &membership{evpn.New(evpn.Config{
-		AS: c.EVPN.AS, RouterID: c.routerID(), Peers: c.EVPN.peers, ReflectorPassword: c.EVPN.reflectorPassword, Kernel: self, Leaves: true, Log: s.Log,
+	self := &podKernel{changed: make(chan struct{}, 1)}
+	joined := &evpnMember{evpn.New(evpn.Config{
+		AS: c.EVPN.AS, RouterID: c.routerID(), Peers: c.EVPN.peers, ReflectorPassword: c.EVPN.reflectorPassword, Kernel: self, WithdrawOnStop: true, Log: s.Log,
 	}), self}
-	s.note(func() { s.joined = joined })
-	signal(s.poked)
-	return start(ctx, func(ctx context.Context) {
+	s.locked(func() { s.evpn = joined })
+	signal(s.changed)
+	return startTask(ctx, func(ctx context.Context) {
 		var follow sync.WaitGroup
 		follow.Go(func() {
 			for {
@@ -44,7 +44,7 @@ func (s *Sidecar) startFabric(ctx context.Context, fail context.CancelCauseFunc,
 				case <-ctx.Done():
 					return
 				case <-joined.Changed():
-					signal(s.poked)
+					signal(s.changed)
 				}
 			}
 		})
@@ -55,26 +55,26 @@ func (s *Sidecar) startFabric(ctx context.Context, fail context.CancelCauseFunc,
 	})
 }
 
-func (s *Sidecar) membership() *membership {
+func (s *Sidecar) evpnMember() *evpnMember {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.joined
+	return s.evpn
 }
 
 // setReflectors tells the fabric where the pods of its reflectors' Service are.
 func (s *Sidecar) setReflectors(ctx context.Context, reflectors *Service, parts []discoveryv1.EndpointSlice) {
-	joined := s.membership()
+	joined := s.evpnMember()
 	if joined == nil || reflectors == nil {
 		return
 	}
 	theirs := slices.DeleteFunc(slices.Clone(parts), func(part discoveryv1.EndpointSlice) bool { return serviceOf(part) != *reflectors })
-	if err := joined.SetReflectors(ctx, evpn.Endpoints(theirs)); err != nil {
+	if err := joined.SetReflectors(ctx, evpn.ReflectorEndpoints(theirs)); err != nil {
 		s.Log.Error("cannot speak with every reflector, trying again when one changes", "service", reflectors, "err", err)
 	}
 }
 
 // fill adds to what the pod should have what others have told, if anything yet.
-func (m *membership) fill(want *segment.PodVXLAN) {
+func (m *evpnMember) fill(want *segment.PodVXLAN) {
 	want.VXLAN.NoLearning = true
 	told := segment.Segment{Netns: want.VXLAN.Name, VXLAN: want.VXLAN}
 	if m != nil {
@@ -85,26 +85,26 @@ func (m *membership) fill(want *segment.PodVXLAN) {
 	want.Remotes = sorted(append(want.Remotes, told.Remotes...))
 }
 
-// attach tells others that the pod is in the LAN, with the address that its interface has.
-func (s *Sidecar) attach(joined *membership, want segment.PodVXLAN, have segment.PodVXLANState) {
+// setEVPN tells others that the pod is in the LAN, with the address that its interface has.
+func (s *Sidecar) setEVPN(joined *evpnMember, want segment.PodVXLAN, have segment.PodVXLANState) {
 	v, mac := want.VXLAN, macvrf.MAC(have.Link.MAC)
 	joined.Set(map[string]macvrf.LAN{v.Name: {VNI: v.VNI, VTEP: v.Local, Claimed: true, Attached: []macvrf.MAC{mac}}})
 	var addresses []netip.Addr
 	for _, a := range have.Addresses {
 		addresses = append(addresses, a.Addr())
 	}
-	trouble := troubleOf(joined.Problems(v.Name))
+	trouble := problemText(joined.Problems(v.Name))
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	joined.self.set(mac, addresses)
-	if trouble != s.trouble && trouble != "" {
+	joined.pod.set(mac, addresses)
+	if trouble != s.evpnProblem && trouble != "" {
 		s.Log.Warn("the LAN is not whole", "why", trouble)
 	}
-	s.trouble = trouble
+	s.evpnProblem = trouble
 }
 
-// troubleOf is what of a LAN's routes does not go together; that no session is up, the sessions tell themselves.
-func troubleOf(t evpn.Problems) string {
+// problemText is what of a LAN's routes does not go together; that no session is up, the sessions tell themselves.
+func problemText(t evpn.Problems) string {
 	var all []string
 	if len(t.Duplicates) > 0 {
 		all = append(all, fmt.Sprintf("%s is this interface's, and is told from elsewhere: give vxlan.mac, or pods names of their own", t.Duplicates[0]))
@@ -118,8 +118,8 @@ func troubleOf(t evpn.Problems) string {
 	return strings.Join(all, "; ")
 }
 
-// unspoken is why nothing is known from other routers; nil where a session is up.
-func unspoken(sessions []bgp.Session) error {
+// sessionsErr is why nothing is known from other routers; nil where a session is up.
+func sessionsErr(sessions []bgp.Session) error {
 	if len(sessions) == 0 {
 		return errors.New("there is nobody to speak BGP with yet")
 	}
@@ -129,8 +129,8 @@ func unspoken(sessions []bgp.Session) error {
 	return fmt.Errorf("no BGP session is up, to %s: %s", sessions[0].Peer, sessions[0].Why)
 }
 
-// station is the pod as its fabric sees it: in no bridge, so that nobody else is there.
-type station struct {
+// podKernel is the pod as its fabric sees it: in no bridge, so that nobody else is there.
+type podKernel struct {
 	changed chan struct{}
 
 	mu        sync.Mutex
@@ -139,7 +139,7 @@ type station struct {
 }
 
 // set says what its interface has.
-func (st *station) set(mac [6]byte, addresses []netip.Addr) {
+func (st *podKernel) set(mac [6]byte, addresses []netip.Addr) {
 	st.mu.Lock()
 	defer st.mu.Unlock()
 	if st.mac == mac && slices.Equal(st.addresses, addresses) {
@@ -150,16 +150,16 @@ func (st *station) set(mac [6]byte, addresses []netip.Addr) {
 }
 
 // WatchFDB is for fabric.Stations: nobody comes or goes.
-func (st *station) WatchFDB(ctx context.Context, _ kernel.FDBEvents) error {
+func (st *podKernel) WatchFDB(ctx context.Context, _ kernel.FDBEvents) error {
 	<-ctx.Done()
 	return nil
 }
 
 // LocalMACs is for fabric.Stations.
-func (st *station) LocalMACs(string) ([][6]byte, error) { return nil, nil }
+func (st *podKernel) LocalMACs(string) ([][6]byte, error) { return nil, nil }
 
 // WatchBindings is for fabric.Stations: the interface's own addresses.
-func (st *station) WatchBindings(ctx context.Context, _ string, tell kernel.Bindings) error {
+func (st *podKernel) WatchBindings(ctx context.Context, _ string, tell kernel.Bindings) error {
 	for {
 		select {
 		case <-ctx.Done():
@@ -175,13 +175,13 @@ func (st *station) WatchBindings(ctx context.Context, _ string, tell kernel.Bind
 	}
 }
 
-// speaks says whether it takes another speaker than before.
-func (c *Config) speaks(old Config) bool {
+// needsNewInstance says whether it takes another speaker than before.
+func (c *Config) needsNewInstance(old Config) bool {
 	return c.Discovery != old.Discovery || c.EVPN.AS != old.EVPN.AS || c.routerID() != old.routerID()
 }
 
-// asked are the Services whose endpoints have to be known.
-func (c *Config) asked() []Service {
+// watchedServices are the Services whose endpoints have to be known.
+func (c *Config) watchedServices() []Service {
 	asked := slices.Clone(c.Services)
 	if r := c.EVPN.Reflectors; c.Discovery == EVPNDiscovery && r != nil && !slices.Contains(asked, *r) {
 		asked = append(asked, *r)

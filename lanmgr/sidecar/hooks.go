@@ -25,7 +25,7 @@ func runHook(ctx context.Context, log *slog.Logger, what string, h Hooks, comman
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
 	err := cmd.Run()
-	said := lastWords(out.String())
+	said := lastOutput(out.String())
 	switch {
 	case ctx.Err() != nil && errors.Is(context.Cause(ctx), context.DeadlineExceeded):
 		err = fmt.Errorf("hook %s: took longer than %s and was killed (hooks.timeout)", what, time.Duration(h.Timeout))
@@ -41,8 +41,8 @@ func runHook(ctx context.Context, log *slog.Logger, what string, h Hooks, comman
 	return err
 }
 
-// lastWords is the end of what a program said, in one line.
-func lastWords(text string) string {
+// lastOutput is the end of what a program said, in one line.
+func lastOutput(text string) string {
 	const most = 500
 	text = strings.Join(strings.Fields(text), " ")
 	if len(text) > most {

@@ -7,14 +7,14 @@ import (
 
 // The kernel tells of no frame that arrives, so the interface's counters are read from time to time until the first one has.
 const (
-	lookEvery = 10 * time.Second
-	// silence is how long peers may be there, and be sent to, before it is said that none is heard.
-	silence = 30 * time.Second
+	pollInterval = 10 * time.Second
+	// silenceTime is how long peers may be there, and be sent to, before it is said that none is heard.
+	silenceTime = 30 * time.Second
 )
 
-// listen says what to look at where nothing arrives though there are peers and frames for them.
-func (s *Sidecar) listen(ctx context.Context) error {
-	tick := time.NewTicker(lookEvery)
+// warnIfNothingArrives says what to look at where nothing arrives though there are peers and frames for them.
+func (s *Sidecar) warnIfNothingArrives(ctx context.Context) error {
+	tick := time.NewTicker(pollInterval)
 	defer tick.Stop()
 	var since time.Time // there are peers, and nothing was heard
 	said := ""          // of that interface
@@ -28,7 +28,7 @@ func (s *Sidecar) listen(ctx context.Context) error {
 		s.mu.Lock()
 		v, remotes := s.want.VXLAN, s.remotes
 		s.mu.Unlock()
-		received, sent, err := s.own.FrameCounts(v.Name)
+		received, sent, err := s.netns.FrameCounts(v.Name)
 		switch {
 		case err != nil || received > 0 || remotes == 0:
 			since = time.Time{}
@@ -38,7 +38,7 @@ func (s *Sidecar) listen(ctx context.Context) error {
 			}
 		case since.IsZero():
 			since = now
-		case now.Sub(since) >= silence && sent > 0 && said != v.Name:
+		case now.Sub(since) >= silenceTime && sent > 0 && said != v.Name:
 			said = v.Name
 			s.Log.Warn("frames are sent, but none has arrived yet: see that no NetworkPolicy, and not the cluster's own network, drops this UDP port between the pods "+
 				"(another vxlan.port may help); that all have the same vxlan.vni and vxlan.port; that none of them is on its node's own network, whose port may be another's",

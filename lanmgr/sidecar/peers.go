@@ -10,8 +10,8 @@ import (
 // endpoints are the addresses of each Service's endpoints, sorted, each once.
 type endpoints map[Service][]netip.Addr
 
-// join puts the parts of each Service together. Unless readyOnly, endpoints count whether they are ready or not.
-func join(services []Service, parts []discoveryv1.EndpointSlice, readyOnly bool) endpoints {
+// endpointsOf puts the parts of each Service together. Unless readyOnly, endpoints count whether they are ready or not.
+func endpointsOf(services []Service, parts []discoveryv1.EndpointSlice, readyOnly bool) endpoints {
 	all := make(endpoints, len(services))
 	for _, s := range services {
 		all[s] = []netip.Addr{}
@@ -86,18 +86,18 @@ func changes(was, is endpoints) (all []change) {
 		return slices.Compare([]string{a.Namespace, a.Name}, []string{b.Namespace, b.Name})
 	})
 	for _, s := range services {
-		if gone := without(was[s], is[s]); len(gone) > 0 {
+		if gone := difference(was[s], is[s]); len(gone) > 0 {
 			all = append(all, change{s, true, gone})
 		}
-		if come := without(is[s], was[s]); len(come) > 0 {
+		if come := difference(is[s], was[s]); len(come) > 0 {
 			all = append(all, change{s, false, come})
 		}
 	}
 	return all
 }
 
-// without are the addresses that only the first list has; both are sorted.
-func without(all, others []netip.Addr) (rest []netip.Addr) {
+// difference are the addresses that only the first list has; both are sorted.
+func difference(all, others []netip.Addr) (rest []netip.Addr) {
 	for _, a := range all {
 		if _, there := slices.BinarySearchFunc(others, a, netip.Addr.Compare); !there {
 			rest = append(rest, a)

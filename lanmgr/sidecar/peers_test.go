@@ -32,12 +32,12 @@ func TestPeersAreTheEndpointsOfAllSlices(t *testing.T) {
 		slice("a", "web", true, "fd00::1", "fd00::2"), slice("a", "web", true, "www.example.com"),
 		slice("b", "db", true, "10.0.0.3", "10.0.0.9"), slice("b", "web", true, "10.0.0.7"), slice("a", "", true, "10.0.0.8"),
 	}
-	all := join([]Service{web, db, none}, parts, false)
+	all := endpointsOf([]Service{web, db, none}, parts, false)
 	want := endpoints{web: addrs("10.0.0.1", "10.0.0.2", "10.0.0.3", "fd00::1", "fd00::2"), db: addrs("10.0.0.3", "10.0.0.9"), none: addrs()}
 	if !reflect.DeepEqual(all, want) {
 		t.Errorf("%v, want %v", all, want)
 	}
-	if ready := join([]Service{web}, parts, true)[web]; !reflect.DeepEqual(ready, addrs("10.0.0.1", "10.0.0.3", "fd00::1", "fd00::2")) {
+	if ready := endpointsOf([]Service{web}, parts, true)[web]; !reflect.DeepEqual(ready, addrs("10.0.0.1", "10.0.0.3", "fd00::1", "fd00::2")) {
 		t.Errorf("ready are %v", ready)
 	}
 	own := addrs("10.0.0.1", "fd00::1")
@@ -59,7 +59,7 @@ func TestChangesAreToldServiceByService(t *testing.T) {
 		t.Errorf("%v, want %v", all, want)
 	}
 	for _, c := range all {
-		was = was.after(c)
+		was = was.apply(c)
 	}
 	if left := changes(was, is); left != nil {
 		t.Errorf("after all of them there are %v", left)

@@ -47,18 +47,18 @@ func (s *Sidecar) Health() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	switch {
-	case s.unbuilt != nil:
-		return s.unbuilt
-	case !s.stands:
+	case s.buildErr != nil:
+		return s.buildErr
+	case !s.built:
 		return errors.New("the interface is not there yet")
 	case s.remotes > 0:
 		return nil
-	case s.unheard != nil && (s.all == nil || s.joined != nil):
-		return s.unheard
-	case s.all == nil:
+	case s.endpointsErr != nil && (s.endpoints == nil || s.evpn != nil):
+		return s.endpointsErr
+	case s.endpoints == nil:
 		return errors.New("the Services' endpoints are not known yet")
-	case s.joined != nil:
-		return unspoken(s.joined.Sessions())
+	case s.evpn != nil:
+		return sessionsErr(s.evpn.Sessions())
 	}
 	return nil
 }

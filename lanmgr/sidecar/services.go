@@ -22,23 +22,23 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 )
 
-// follow tells the EndpointSlices of Services: once when all are known, and then at each change, until ctx ends. It asks for those
+// watchEndpointSlices tells the EndpointSlices of Services: once when all are known, and then at each change, until ctx ends. It asks for those
 // of these Services in their namespaces alone. fail is told why they are not to be had, and nil when they are again.
-func follow(ctx context.Context, api *rest.Config, services []Service, tell func([]discoveryv1.EndpointSlice), fail func(error)) error {
+func watchEndpointSlices(ctx context.Context, api *rest.Config, services []Service, tell func([]discoveryv1.EndpointSlice), fail func(error)) error {
 	for {
-		if err := followOnce(ctx, api, services, tell, fail); !errors.Is(err, errRefused) {
+		if err := watchOnce(ctx, api, services, tell, fail); !errors.Is(err, errForbidden) {
 			return err
 		}
 	}
 }
 
-// errRefused is told by what was refused, and has waited.
-var errRefused = errors.New("refused")
+// errForbidden is told by what was refused, and has waited.
+var errForbidden = errors.New("refused")
 
-// refusedWait is how long to wait after that. Informers would wait longer and longer, up to a minute, when somebody has long given the right.
-const refusedWait = 5 * time.Second
+// forbiddenWait is how long to wait after that. Informers would wait longer and longer, up to a minute, when somebody has long given the right.
+const forbiddenWait = 5 * time.Second
 
-func followOnce(ctx context.Context, api *rest.Config, services []Service, tell func([]discoveryv1.EndpointSlice), fail func(error)) error {
+func watchOnce(ctx context.Context, api *rest.Config, services []Service, tell func([]discoveryv1.EndpointSlice), fail func(error)) error {
 	scheme := runtime.NewScheme()
 	if err := discoveryv1.AddToScheme(scheme); err != nil {
 		return err
@@ -57,7 +57,7 @@ func followOnce(ctx context.Context, api *rest.Config, services []Service, tell 
 	asking, stop := context.WithCancelCause(ctx)
 	defer stop(nil)
 	api = rest.CopyConfig(api)
-	api.Wrap(func(next http.RoundTripper) http.RoundTripper { return ear{next, &known, fail} })
+	api.Wrap(func(next http.RoundTripper) http.RoundTripper { return reportingTransport{next, &known, fail} })
 	c, err := cache.New(api, cache.Options{
 		Scheme: scheme, Mapper: mapper, DefaultTransform: cache.TransformStripManagedFields(),
 		ByObject: map[client.Object]cache.ByObject{&discoveryv1.EndpointSlice{}: {Namespaces: namespaces}},
@@ -67,7 +67,7 @@ func followOnce(ctx context.Context, api *rest.Config, services []Service, tell 
 				fail(explain(err, services))
 			}
 			if apierrors.IsForbidden(err) {
-				time.AfterFunc(refusedWait, func() { stop(errRefused) }) // without effect once all are known
+				time.AfterFunc(forbiddenWait, func() { stop(errForbidden) }) // without effect once all are known
 			}
 		},
 	})
@@ -95,7 +95,7 @@ func followOnce(ctx context.Context, api *rest.Config, services []Service, tell 
 		if ctx.Err() != nil {
 			return nil
 		}
-		return errRefused
+		return errForbidden
 	}
 	known.Store(true)
 	fail(nil)
@@ -114,26 +114,26 @@ func followOnce(ctx context.Context, api *rest.Config, services []Service, tell 
 	}
 }
 
-// ear hears how the API server answers: that it does not, the informers keep to themselves and try again.
-type ear struct {
+// reportingTransport hears how the API server answers: that it does not, the informers keep to themselves and try again.
+type reportingTransport struct {
 	http.RoundTripper
-	known *atomic.Bool
-	fail  func(error)
+	synced *atomic.Bool
+	report func(error)
 }
 
-func (e ear) RoundTrip(r *http.Request) (*http.Response, error) {
+func (e reportingTransport) RoundTrip(r *http.Request) (*http.Response, error) {
 	answer, err := e.RoundTripper.RoundTrip(r)
 	switch {
 	case err != nil && r.Context().Err() == nil:
-		e.fail(fmt.Errorf("watch the EndpointSlices, trying again: the API server at %s does not answer: %w", r.URL.Host, plain(err)))
-	case err == nil && answer.StatusCode < http.StatusMultipleChoices && e.known.Load():
-		e.fail(nil)
+		e.report(fmt.Errorf("watch the EndpointSlices, trying again: the API server at %s does not answer: %w", r.URL.Host, withoutPorts(err)))
+	case err == nil && answer.StatusCode < http.StatusMultipleChoices && e.synced.Load():
+		e.report(nil)
 	}
 	return answer, err
 }
 
-// plain is an error without the ports of a connection, which are others at each attempt.
-func plain(err error) error {
+// withoutPorts is an error without the ports of a connection, which are others at each attempt.
+func withoutPorts(err error) error {
 	if e, ok := errors.AsType[*net.OpError](err); ok {
 		return e.Err
 	}

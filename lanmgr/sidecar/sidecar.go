@@ -27,35 +27,35 @@ type Sidecar struct {
 	API         func() (*rest.Config, error) // the way to the API server; asked only where there are Services
 	Environment []string                     // that hooks get
 
-	own        *kernel.PodNetns
-	filter     *firewall.Filter
-	filterName string
-	poked      chan struct{}
-	hooks      chan struct{}
+	netns        *kernel.PodNetns
+	filter       *firewall.Filter
+	filterName   string
+	changed      chan struct{}
+	peersChanged chan struct{}
 
-	mu      sync.Mutex
-	config  Config
-	all     endpoints        // of the Services; nil: not known yet
-	want    segment.PodVXLAN // last
-	joined  *membership      // nil without discovery evpn
-	trouble string           // that it last told
-	stands  bool             // it is as it shall be
-	remotes int              // to how many it sends
-	peers   endpoints        // to whom, of the Services
-	unbuilt error            // why it is not as it shall be
-	unheard error            // why the Services' endpoints are not to be had
+	mu           sync.Mutex
+	config       Config
+	endpoints    endpoints        // of the Services; nil: not known yet
+	want         segment.PodVXLAN // last
+	evpn         *evpnMember      // nil without discovery evpn
+	evpnProblem  string           // that it last told
+	built        bool             // it is as it shall be
+	remotes      int              // to how many it sends
+	peers        endpoints        // to whom, of the Services
+	buildErr     error            // why it is not as it shall be
+	endpointsErr error            // why the Services' endpoints are not to be had
 
-	hooked endpoints // what the change hook knows of peers; runHooks alone has it
+	hookPeers endpoints // what the change hook knows of peers; runHooks alone has it
 }
 
 // Run has the pod's LAN be as configured until ctx ends, and then takes the interface away. Each configuration from configs takes the place of the one
 // before; what it leaves as it was goes on undisturbed. An up hook that fails ends it.
 func (s *Sidecar) Run(ctx context.Context, config Config, configs <-chan Config) (err error) {
-	if s.own, err = kernel.OpenPodNetns(); err != nil {
+	if s.netns, err = kernel.OpenPodNetns(); err != nil {
 		return err
 	}
-	defer s.own.Close()
-	s.poked, s.hooks = make(chan struct{}, 1), make(chan struct{}, 1)
+	defer s.netns.Close()
+	s.changed, s.peersChanged = make(chan struct{}, 1), make(chan struct{}, 1)
 	s.filterName = "k8slan-" + config.VXLAN.Interface // another LAN of the pod has its own
 	s.filter = firewall.New("", s.filterName, s.Log)
 	ctx, cancel := context.WithCancelCause(ctx)
@@ -68,58 +68,58 @@ func (s *Sidecar) Run(ctx context.Context, config Config, configs <-chan Config)
 			}
 		})
 	}
-	task(func(ctx context.Context) error { return s.own.Watch(ctx, func() { signal(s.poked) }) })
-	s.set(config)
-	task(s.build)
+	task(func(ctx context.Context) error { return s.netns.Watch(ctx, func() { signal(s.changed) }) })
+	s.setConfig(config)
+	task(s.reconcileLoop)
 	task(s.runHooks)
 	task(s.filter.Run)
-	task(s.listen)
-	server, speaker, watch := s.startServer(ctx, cancel, config), s.startFabric(ctx, cancel, config), s.startWatch(ctx, cancel, config)
+	task(s.warnIfNothingArrives)
+	server, speaker, watch := s.startServer(ctx, cancel, config), s.startEVPN(ctx, cancel, config), s.startWatch(ctx, cancel, config)
 	for {
 		select {
 		case <-ctx.Done():
-			server.end()
-			watch.end()
-			speaker.end()
+			server.stop()
+			watch.stop()
+			speaker.stop()
 			tasks.Wait()
 			if cause := context.Cause(ctx); !errors.Is(cause, context.Canceled) {
 				err = cause
 			}
-			return errors.Join(err, s.leave())
+			return errors.Join(err, s.removeInterface())
 		case next := <-configs:
 			old := config
 			config = next
-			s.set(config)
+			s.setConfig(config)
 			if config.HTTPAddress != old.HTTPAddress {
-				server.end()
+				server.stop()
 				server = s.startServer(ctx, cancel, config)
 			}
-			anew := config.speaks(old)
+			anew := config.needsNewInstance(old)
 			if anew {
-				speaker.end()
-				speaker = s.startFabric(ctx, cancel, config)
-			} else if joined := s.membership(); joined != nil {
+				speaker.stop()
+				speaker = s.startEVPN(ctx, cancel, config)
+			} else if joined := s.evpnMember(); joined != nil {
 				if err := joined.SetPeers(ctx, config.EVPN.peers, config.EVPN.reflectorPassword); err != nil {
 					s.Log.Error("cannot speak with every router", "err", err)
 				}
 			}
-			if anew || !slices.Equal(config.asked(), old.asked()) || config.ReadyOnly != old.ReadyOnly {
-				watch.end()
+			if anew || !slices.Equal(config.watchedServices(), old.watchedServices()) || config.ReadyOnly != old.ReadyOnly {
+				watch.stop()
 				watch = s.startWatch(ctx, cancel, config)
 			}
 		}
 	}
 }
 
-// part is what runs for as long as a part of the configuration stays.
-type part struct {
+// task is what runs for as long as a part of the configuration stays.
+type task struct {
 	cancel context.CancelFunc
 	ended  chan struct{}
 }
 
-func start(ctx context.Context, run func(context.Context)) part {
+func startTask(ctx context.Context, run func(context.Context)) task {
 	ctx, cancel := context.WithCancel(ctx)
-	p := part{cancel, make(chan struct{})}
+	p := task{cancel, make(chan struct{})}
 	go func() {
 		defer close(p.ended)
 		run(ctx)
@@ -127,34 +127,34 @@ func start(ctx context.Context, run func(context.Context)) part {
 	return p
 }
 
-func (p part) end() {
+func (p task) stop() {
 	p.cancel()
 	<-p.ended
 }
 
-func (s *Sidecar) startServer(ctx context.Context, fail context.CancelCauseFunc, c Config) part {
-	return start(ctx, func(ctx context.Context) {
+func (s *Sidecar) startServer(ctx context.Context, fail context.CancelCauseFunc, c Config) task {
+	return startTask(ctx, func(ctx context.Context) {
 		if err := s.serve(ctx, c.HTTPAddress); err != nil {
 			fail(err)
 		}
 	})
 }
 
-func (s *Sidecar) startWatch(ctx context.Context, fail context.CancelCauseFunc, c Config) part {
-	return start(ctx, func(ctx context.Context) {
+func (s *Sidecar) startWatch(ctx context.Context, fail context.CancelCauseFunc, c Config) task {
+	return startTask(ctx, func(ctx context.Context) {
 		if len(c.Services) == 0 {
-			s.know(endpoints{})
+			s.setEndpoints(endpoints{})
 		}
-		asked := c.asked()
+		asked := c.watchedServices()
 		if len(asked) == 0 {
 			return
 		}
 		api, err := s.API()
 		if err == nil {
-			err = follow(ctx, api, asked, func(parts []discoveryv1.EndpointSlice) {
-				s.know(join(c.Services, parts, c.ReadyOnly))
+			err = watchEndpointSlices(ctx, api, asked, func(parts []discoveryv1.EndpointSlice) {
+				s.setEndpoints(endpointsOf(c.Services, parts, c.ReadyOnly))
 				s.setReflectors(ctx, c.EVPN.Reflectors, parts)
-			}, s.cannotKnow)
+			}, s.setEndpointsErr)
 		}
 		if err != nil {
 			fail(err)
@@ -162,37 +162,37 @@ func (s *Sidecar) startWatch(ctx context.Context, fail context.CancelCauseFunc, 
 	})
 }
 
-// set notes another configuration.
-func (s *Sidecar) set(c Config) {
+// setConfig notes another configuration.
+func (s *Sidecar) setConfig(c Config) {
 	s.Level.Set(c.LogLevel.Slog())
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.config = c
-	if len(c.Services) > 0 && len(s.all) == 0 { // there were none to know
-		s.all = nil
+	if len(c.Services) > 0 && len(s.endpoints) == 0 { // there were none to know
+		s.endpoints = nil
 	}
-	signal(s.poked)
+	signal(s.changed)
 }
 
-// know takes in the endpoints of all Services.
-func (s *Sidecar) know(all endpoints) {
+// setEndpoints takes in the endpoints of all Services.
+func (s *Sidecar) setEndpoints(all endpoints) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.all = all
-	signal(s.poked)
+	s.endpoints = all
+	signal(s.changed)
 }
 
-// cannotKnow takes in why they are not to be had, nil where they are again.
-func (s *Sidecar) cannotKnow(err error) {
+// setEndpointsErr takes in why they are not to be had, nil where they are again.
+func (s *Sidecar) setEndpointsErr(err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	switch {
-	case err == nil && s.unheard != nil:
+	case err == nil && s.endpointsErr != nil:
 		s.Log.Info("the API server tells of endpoints again")
-	case err != nil && (s.unheard == nil || s.unheard.Error() != err.Error()):
+	case err != nil && (s.endpointsErr == nil || s.endpointsErr.Error() != err.Error()):
 		s.Log.Error("peers stay as they are", "err", err)
 	}
-	s.unheard = err
+	s.endpointsErr = err
 }
 
 const (
@@ -200,8 +200,8 @@ const (
 	lastDelay  = 15 * time.Second
 )
 
-// build brings the interface in order whenever something may have changed.
-func (s *Sidecar) build(ctx context.Context) error {
+// reconcileLoop brings the interface in order whenever something may have changed.
+func (s *Sidecar) reconcileLoop(ctx context.Context) error {
 	retry := time.NewTimer(0)
 	defer retry.Stop()
 	delay := firstDelay
@@ -209,10 +209,10 @@ func (s *Sidecar) build(ctx context.Context) error {
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-s.poked:
+		case <-s.changed:
 		case <-retry.C:
 		}
-		err := s.bring(ctx)
+		err := s.reconcile(ctx)
 		var hook *hookError
 		switch {
 		case ctx.Err() != nil:
@@ -226,10 +226,10 @@ func (s *Sidecar) build(ctx context.Context) error {
 			delay = firstDelay
 		}
 		s.mu.Lock()
-		if err != nil && (s.unbuilt == nil || s.unbuilt.Error() != err.Error()) {
+		if err != nil && (s.buildErr == nil || s.buildErr.Error() != err.Error()) {
 			s.Log.Error("the interface is not as it should be, trying again", "err", err)
 		}
-		s.unbuilt, s.stands = err, err == nil
+		s.buildErr, s.built = err, err == nil
 		s.mu.Unlock()
 	}
 }
@@ -237,12 +237,12 @@ func (s *Sidecar) build(ctx context.Context) error {
 // hookError is an up hook that failed.
 type hookError struct{ error }
 
-// bring brings the interface in order once.
-func (s *Sidecar) bring(ctx context.Context) error {
+// reconcile brings the interface in order once.
+func (s *Sidecar) reconcile(ctx context.Context) error {
 	s.mu.Lock()
-	config, all, joined, was := s.config, s.all, s.joined, s.want.VXLAN.Name
+	config, all, joined, was := s.config, s.endpoints, s.evpn, s.want.VXLAN.Name
 	s.mu.Unlock()
-	address, mtu, err := s.place(config)
+	address, mtu, err := s.addressAndMTU(config)
 	if err != nil {
 		return err
 	}
@@ -257,11 +257,11 @@ func (s *Sidecar) bring(ctx context.Context) error {
 		joined.fill(&want)
 	}
 	if was != "" && was != want.VXLAN.Name {
-		if err := s.own.Remove(was); err != nil {
+		if err := s.netns.Remove(was); err != nil {
 			return fmt.Errorf("remove %s: %w", was, err)
 		}
 	}
-	s.note(func() { s.want = want })
+	s.locked(func() { s.want = want })
 	var have segment.PodVXLANState
 	for {
 		var anew bool
@@ -279,12 +279,12 @@ func (s *Sidecar) bring(ctx context.Context) error {
 		want.Prepared = true
 	}
 	if joined != nil && have.Link.Index != 0 {
-		s.attach(joined, want, have)
+		s.setEVPN(joined, want, have)
 	}
-	s.note(func() {
+	s.locked(func() {
 		if all != nil {
 			s.peers = peers
-			signal(s.hooks)
+			signal(s.peersChanged)
 		}
 	})
 	return nil
@@ -292,7 +292,7 @@ func (s *Sidecar) bring(ctx context.Context) error {
 
 // apply does what is to be done about what there is, and says whether there is an interface now that is not prepared.
 func (s *Sidecar) apply(ctx context.Context, config Config, want segment.PodVXLAN) (have segment.PodVXLANState, anew bool, err error) {
-	if have, err = s.own.Observe(want.VXLAN.Name); err != nil {
+	if have, err = s.netns.Observe(want.VXLAN.Name); err != nil {
 		return have, false, err
 	}
 	ops, err := segment.DiffPodVXLAN(want, have)
@@ -303,7 +303,7 @@ func (s *Sidecar) apply(ctx context.Context, config Config, want segment.PodVXLA
 	if want.Partial {
 		remotes = sorted(append(slices.Clone(have.Link.VXLAN.Remotes), remotes...))
 	}
-	s.guard(config, want.VXLAN, remotes)
+	s.setFilter(config, want.VXLAN, remotes)
 	anew = !want.Prepared && !have.Prepared()
 	for _, op := range ops {
 		if _, ok := op.(segment.AddVXLAN); ok && !want.Prepared {
@@ -311,17 +311,17 @@ func (s *Sidecar) apply(ctx context.Context, config Config, want segment.PodVXLA
 		}
 		s.Log.Debug("done", "op", op.String())
 	}
-	if err := s.own.Apply(ctx, ops); err != nil {
+	if err := s.netns.Apply(ctx, ops); err != nil {
 		return have, false, err
 	}
 	if len(ops) > 0 {
 		s.Log.Info("interface changed", "interface", want.VXLAN.Name, "ops", len(ops), "peers", len(want.Remotes))
 	}
-	s.note(func() { s.remotes = len(remotes) })
+	s.locked(func() { s.remotes = len(remotes) })
 	return have, anew, nil
 }
 
-func (s *Sidecar) note(what func()) {
+func (s *Sidecar) locked(what func()) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	what()
@@ -334,17 +334,17 @@ const (
 	overhead6 = 70
 )
 
-// place is the pod's address that packets of the LAN bear, and the LAN's MTU.
-func (s *Sidecar) place(c Config) (address netip.Addr, mtu int, err error) {
+// addressAndMTU is the pod's address that packets of the LAN bear, and the LAN's MTU.
+func (s *Sidecar) addressAndMTU(c Config) (address netip.Addr, mtu int, err error) {
 	if i := slices.IndexFunc(c.IP, c.isOfFamily); i >= 0 {
 		address = c.IP[i]
-	} else if address, err = s.own.SourceAddress(c.IPFamily != "ipv6", c.IPFamily != "ipv4"); err != nil {
+	} else if address, err = s.netns.SourceAddress(c.IPFamily != "ipv6", c.IPFamily != "ipv4"); err != nil {
 		return address, 0, err
 	}
 	if !address.IsValid() {
 		return address, 0, errors.New("the pod has no default route whose address could be its own: set ip, from status.podIP")
 	}
-	link, mtu, err := s.own.LinkByAddress(address)
+	link, mtu, err := s.netns.LinkByAddress(address)
 	switch {
 	case err != nil:
 		return address, 0, err
@@ -373,8 +373,8 @@ func (c *Config) mac() net.HardwareAddr {
 	return segment.PodVXLANMAC(c.Namespace, c.Pod, c.VXLAN.Interface)
 }
 
-// guard says whose packets are heard: of those to whom the pod sends, once there are any.
-func (s *Sidecar) guard(c Config, v segment.VXLAN, remotes []netip.Addr) {
+// setFilter says whose packets are heard: of those to whom the pod sends, once there are any.
+func (s *Sidecar) setFilter(c Config, v segment.VXLAN, remotes []netip.Addr) {
 	var lans []firewall.LAN
 	if c.StrictPeers {
 		lans = []firewall.LAN{{Name: v.Name, Port: v.Port, VNI: v.VNI, Members: remotes}}
@@ -388,47 +388,47 @@ func (s *Sidecar) runHooks(ctx context.Context) error {
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-s.hooks:
+		case <-s.peersChanged:
 		}
 		for ctx.Err() == nil {
 			s.mu.Lock()
 			config, is := s.config, s.peers
 			s.mu.Unlock()
-			all := changes(s.hooked, is)
+			all := changes(s.hookPeers, is)
 			if len(config.Hooks.Change) == 0 || len(all) == 0 {
-				s.hooked = is
+				s.hookPeers = is
 				break
 			}
 			next := all[0]
 			if err := runHook(ctx, s.Log, "change", config.Hooks, config.Hooks.Change, s.Environment, changeVariables(config.VXLAN.Interface, next)...); err != nil && ctx.Err() == nil {
 				s.Log.Error("the LAN goes on without it", "err", err)
 			}
-			s.hooked = s.hooked.after(next)
+			s.hookPeers = s.hookPeers.apply(next)
 		}
 	}
 }
 
-// after are the endpoints after a change.
-func (e endpoints) after(c change) endpoints {
+// apply are the endpoints after a change.
+func (e endpoints) apply(c change) endpoints {
 	next := maps.Clone(e)
 	if next == nil {
 		next = endpoints{}
 	}
 	if c.deleted {
-		next[c.service] = without(next[c.service], c.ips)
+		next[c.service] = difference(next[c.service], c.ips)
 	} else {
 		next[c.service] = sorted(append(slices.Clone(next[c.service]), c.ips...))
 	}
 	return next
 }
 
-// leave takes away what the pod has of the LAN.
-func (s *Sidecar) leave() error {
+// removeInterface takes away what the pod has of the LAN.
+func (s *Sidecar) removeInterface() error {
 	name := s.want.VXLAN.Name
 	if name == "" {
 		return nil
 	}
-	err := s.own.Remove(name)
+	err := s.netns.Remove(name)
 	if s.config.StrictPeers {
 		err = errors.Join(err, firewall.Remove("", s.filterName))
 	}

@@ -205,10 +205,10 @@ func teller(t *testing.T, to netip.AddrPort) *bgp.Speaker {
 func peersOf(peers int, vni uint32) (routes []macvrf.Route) {
 	for i := range peers {
 		r := macvrf.Route{VNI: vni, VTEP: vtep(2 + i), Targets: []macvrf.Target{macvrf.NewTarget(bareAS, vni)}}
-		r.Key = macvrf.Key{Kind: macvrf.Multicast, RD: macvrf.RD{1: 1, 2: 10, 3: 200, 4: byte(i >> 8), 5: byte(i), 7: 1}, IP: r.VTEP}
+		r.Key = macvrf.Key{Type: macvrf.Multicast, RD: macvrf.RD{1: 1, 2: 10, 3: 200, 4: byte(i >> 8), 5: byte(i), 7: 1}, IP: r.VTEP}
 		routes = append(routes, r)
 		for m := range byte(macsOfAPeer) {
-			r.Key = macvrf.Key{Kind: macvrf.MACIP, RD: r.RD, MAC: macvrf.MAC{2, 1, m, byte(i >> 8), byte(i), 1}}
+			r.Key = macvrf.Key{Type: macvrf.MACIP, RD: r.RD, MAC: macvrf.MAC{2, 1, m, byte(i >> 8), byte(i), 1}}
 			routes = append(routes, r)
 		}
 	}

@@ -83,10 +83,10 @@ func TestAThousandNodesWithTenMACsEach(t *testing.T) {
 	var routes []macvrf.Route
 	for i := range 1000 {
 		r := macvrf.Route{VNI: 432, VTEP: netip.AddrFrom4([4]byte{10, 1, byte(i >> 8), byte(i)}), Targets: []macvrf.Target{macvrf.NewTarget(65000, 432)}}
-		r.Key = macvrf.Key{Kind: macvrf.Multicast, RD: macvrf.RD{1: 1, 4: byte(i >> 8), 5: byte(i), 7: 1}, IP: r.VTEP}
+		r.Key = macvrf.Key{Type: macvrf.Multicast, RD: macvrf.RD{1: 1, 4: byte(i >> 8), 5: byte(i), 7: 1}, IP: r.VTEP}
 		routes = append(routes, r)
 		for m := range byte(10) {
-			r.Key = macvrf.Key{Kind: macvrf.MACIP, RD: r.RD, MAC: macvrf.MAC{2, 1, m, byte(i >> 8), byte(i), 1}}
+			r.Key = macvrf.Key{Type: macvrf.MACIP, RD: r.RD, MAC: macvrf.MAC{2, 1, m, byte(i >> 8), byte(i), 1}}
 			routes = append(routes, r)
 		}
 	}

@@ -84,7 +84,7 @@ func (f *mesh) follow(n *evpnNode) kernel.FDBEvents {
 				for _, mac := range macs {
 					all = append(all, mac)
 				}
-				n.table.LocalSince(now, n.lan.VNI, all)
+				n.table.SetLocal(now, n.lan.VNI, all)
 			})
 		},
 	}
@@ -125,7 +125,7 @@ func (f *mesh) after(event func(now time.Time)) {
 	}
 	for _, n := range f.nodes {
 		want := n.want
-		if remotes, fdb, ok := n.table.View(n.lan.VNI); ok {
+		if remotes, fdb, ok := n.table.Forwarding(n.lan.VNI); ok {
 			want.Remotes, want.FDB = remotes, fdb
 		}
 		if want.Equal(n.want) {

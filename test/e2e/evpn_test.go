@@ -166,7 +166,7 @@ func (l lab) daemonsAreStoppedWhilePodsTalk() {
 		begin = time.Now()
 		l.awaitDaemon(worker2, "restarted", l.machine(worker2).signalDaemon("TERM"))
 		l.logTime("until the daemon was back that was stopped", begin)
-		<-time.After(bgp.NodeRestart + 2*aMoment) // by then what it has not told again is gone
+		<-time.After(bgp.RestartTime + 2*aMoment) // by then what it has not told again is gone
 		reached()
 	})
 }
@@ -188,7 +188,7 @@ func (l lab) deadNodeIsForgotten() {
 		alive.awaitRemotes("edead")
 		took := time.Since(begin)
 		l.Logf("a node was no remote %s after its death", took.Round(time.Millisecond))
-		if most := bgp.HoldTime + bgp.NodeRestart + 2*aMoment; took > most {
+		if most := bgp.HoldTime + bgp.RestartTime + 2*aMoment; took > most {
 			l.Errorf("a dead node was a remote for %s, want %s at most", took, most)
 		}
 		dead.powerOn(ctx)
@@ -214,7 +214,7 @@ func (l lab) spreadReflectors() {
 	for _, node := range []string{worker1, worker2} {
 		l.awaitSessions(node, v1beta1.SessionUp)
 	}
-	<-time.After(bgp.Settling)
+	<-time.After(bgp.SyncTime)
 }
 
 func (l lab) reflectorsAreLostWhilePodsTalk() {
@@ -238,7 +238,7 @@ func (l lab) reflectorsAreLostWhilePodsTalk() {
 		first()
 		second()
 		l.logTime("until both reflectors were back", begin)
-		<-time.After(bgp.Settling + 2*aMoment) // by then what nobody has told again is gone
+		<-time.After(bgp.SyncTime + 2*aMoment) // by then what nobody has told again is gone
 		reached()
 
 		for i := range pods {

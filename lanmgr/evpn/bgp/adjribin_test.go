@@ -15,17 +15,17 @@ import (
 var (
 	began      = time.Unix(1_800_000_000, 0)
 	one, two   = netip.MustParseAddr("192.0.2.101"), netip.MustParseAddr("192.0.2.102")
-	stationAt  = macvrf.Key{Kind: macvrf.MACIP, RD: macvrf.RD{1: 1, 7: 1}, MAC: macvrf.MAC{2}}
-	anotherOne = macvrf.Key{Kind: macvrf.MACIP, RD: macvrf.RD{1: 1, 7: 1}, MAC: macvrf.MAC{2, 1}}
+	stationAt  = macvrf.Key{Type: macvrf.MACIP, RD: macvrf.RD{1: 1, 7: 1}, MAC: macvrf.MAC{2}}
+	anotherOne = macvrf.Key{Type: macvrf.MACIP, RD: macvrf.RD{1: 1, 7: 1}, MAC: macvrf.MAC{2, 1}}
 )
 
 func after(d time.Duration) time.Time { return began.Add(d) }
 
 func withNumber(k macvrf.Key, n uint32) macvrf.Route { return macvrf.Route{Key: k, Sequence: n} }
 
-func keysOf(r *rib) (keys []macvrf.Key) {
+func keysOf(r *adjRIBsIn) (keys []macvrf.Key) {
 	r.changes()
-	for k := range r.counts {
+	for k := range r.best {
 		keys = append(keys, k)
 	}
 	slices.SortFunc(keys, func(a, b macvrf.Key) int { return slices.Compare(a.MAC[:], b.MAC[:]) })
@@ -33,48 +33,48 @@ func keysOf(r *rib) (keys []macvrf.Key) {
 }
 
 func TestWhatALostPeerToldStaysUntilAllIsToldAgain(t *testing.T) {
-	r := newRIB()
-	r.up(one, began)
-	if r.settled() {
+	r := newAdjRIBsIn()
+	r.sessionUp(one, began)
+	if r.allSynced() {
 		t.Error("settled before anything was told")
 	}
-	r.learn(one, withNumber(stationAt, 0))
-	r.learn(one, withNumber(anotherOne, 0))
-	if next := r.clean(began); !next.Equal(after(Settling)) {
+	r.add(one, withNumber(stationAt, 0))
+	r.add(one, withNumber(anotherOne, 0))
+	if next := r.expire(began); !next.Equal(after(SyncTime)) {
 		t.Errorf("next is %v", next)
 	}
-	r.clean(after(Settling))
-	if !r.settled() {
+	r.expire(after(SyncTime))
+	if !r.allSynced() {
 		t.Error("is not settled")
 	}
-	r.down(one, after(time.Minute))
-	r.clean(after(time.Hour))
+	r.sessionDown(one, after(time.Minute))
+	r.expire(after(time.Hour))
 	if got := keysOf(r); len(got) != 2 {
 		t.Errorf("nobody was there to tell better, and %v is left", got)
 	}
-	r.up(one, after(time.Hour))
-	r.learn(one, withNumber(stationAt, 0))
-	r.clean(after(time.Hour + Settling - time.Second))
+	r.sessionUp(one, after(time.Hour))
+	r.add(one, withNumber(stationAt, 0))
+	r.expire(after(time.Hour + SyncTime - time.Second))
 	if got := keysOf(r); len(got) != 2 {
 		t.Errorf("%v is left before all was told again", got)
 	}
-	r.clean(after(time.Hour + Settling))
+	r.expire(after(time.Hour + SyncTime))
 	if got := keysOf(r); !slices.Equal(got, []macvrf.Key{stationAt}) {
 		t.Errorf("%v is left, one was not told again", got)
 	}
 }
 
 func TestWhatALostPeerToldGoesWhereOthersTellNothingOfIt(t *testing.T) {
-	r := newRIB()
-	r.up(one, began)
-	r.learn(one, withNumber(stationAt, 0))
-	r.down(one, began)
-	r.up(two, after(Kept)) // it is new and has not told everything yet
-	r.clean(after(Kept + Settling/2))
+	r := newAdjRIBsIn()
+	r.sessionUp(one, began)
+	r.add(one, withNumber(stationAt, 0))
+	r.sessionDown(one, began)
+	r.sessionUp(two, after(StaleTime)) // it is new and has not told everything yet
+	r.expire(after(StaleTime + SyncTime/2))
 	if got := keysOf(r); len(got) != 1 {
 		t.Errorf("%v is left while the other still tells", got)
 	}
-	r.clean(after(Kept + Settling))
+	r.expire(after(StaleTime + SyncTime))
 	if got := keysOf(r); len(got) > 0 || len(r.peers) != 1 {
 		t.Errorf("%v is left of %d peers", got, len(r.peers))
 	}
@@ -85,47 +85,47 @@ func TestWhatALostPeerToldGoesWhereAnotherTakesItBack(t *testing.T) {
 	kept, gone := []macvrf.Key{stationAt, anotherOne}, []macvrf.Key{anotherOne}
 	for _, c := range []struct {
 		what    string
-		happens func(*rib)
+		happens func(*adjRIBsIn)
 		want    []macvrf.Key
 	}{
-		{"one that is settled", func(r *rib) { r.forget(two, stationAt, after(time.Minute)) }, gone},
-		{"nobody, for the lost one was cut off alone", func(*rib) {}, kept},
-		{"one that has restarted, and may not have heard of it yet", func(r *rib) {
-			r.down(two, after(time.Minute))
-			r.up(two, after(time.Minute))
-			r.learn(two, withNumber(stationAt, 0))
-			r.forget(two, stationAt, after(time.Minute+Settling-time.Second))
+		{"one that is settled", func(r *adjRIBsIn) { r.withdraw(two, stationAt, after(time.Minute)) }, gone},
+		{"nobody, for the lost one was cut off alone", func(*adjRIBsIn) {}, kept},
+		{"one that has restarted, and may not have heard of it yet", func(r *adjRIBsIn) {
+			r.sessionDown(two, after(time.Minute))
+			r.sessionUp(two, after(time.Minute))
+			r.add(two, withNumber(stationAt, 0))
+			r.withdraw(two, stationAt, after(time.Minute+SyncTime-time.Second))
 		}, kept},
-		{"the same one a moment later, when it is settled", func(r *rib) {
-			r.down(two, after(time.Minute))
-			r.up(two, after(time.Minute))
-			r.learn(two, withNumber(stationAt, 0))
-			r.learn(two, withNumber(anotherOne, 0))
-			r.forget(two, stationAt, after(time.Minute+Settling))
+		{"the same one a moment later, when it is settled", func(r *adjRIBsIn) {
+			r.sessionDown(two, after(time.Minute))
+			r.sessionUp(two, after(time.Minute))
+			r.add(two, withNumber(stationAt, 0))
+			r.add(two, withNumber(anotherOne, 0))
+			r.withdraw(two, stationAt, after(time.Minute+SyncTime))
 		}, gone},
-		{"one that is settled, and the lost one is back and has told it again", func(r *rib) {
-			r.up(one, after(time.Minute))
-			r.learn(one, withNumber(stationAt, 0))
-			r.forget(two, stationAt, after(time.Minute))
+		{"one that is settled, and the lost one is back and has told it again", func(r *adjRIBsIn) {
+			r.sessionUp(one, after(time.Minute))
+			r.add(one, withNumber(stationAt, 0))
+			r.withdraw(two, stationAt, after(time.Minute))
 		}, kept},
-		{"one that is settled, and the lost one is back and tells it afterwards", func(r *rib) {
-			r.up(one, after(time.Minute))
-			r.forget(two, stationAt, after(time.Minute))
-			r.learn(one, withNumber(stationAt, 0))
+		{"one that is settled, and the lost one is back and tells it afterwards", func(r *adjRIBsIn) {
+			r.sessionUp(one, after(time.Minute))
+			r.withdraw(two, stationAt, after(time.Minute))
+			r.add(one, withNumber(stationAt, 0))
 		}, kept},
-		{"one that is settled, and the lost one is back and has not told it yet", func(r *rib) {
-			r.up(one, after(time.Minute))
-			r.forget(two, stationAt, after(time.Minute))
+		{"one that is settled, and the lost one is back and has not told it yet", func(r *adjRIBsIn) {
+			r.sessionUp(one, after(time.Minute))
+			r.withdraw(two, stationAt, after(time.Minute))
 		}, gone},
 	} {
-		r := newRIB()
+		r := newAdjRIBsIn()
 		for _, p := range []netip.Addr{one, two} {
-			r.up(p, began)
-			r.learn(p, withNumber(stationAt, 0))
-			r.learn(p, withNumber(anotherOne, 0))
+			r.sessionUp(p, began)
+			r.add(p, withNumber(stationAt, 0))
+			r.add(p, withNumber(anotherOne, 0))
 		}
-		r.clean(after(Settling))
-		r.down(one, after(Settling))
+		r.expire(after(SyncTime))
+		r.sessionDown(one, after(SyncTime))
 		c.happens(r)
 		if got := keysOf(r); !slices.Equal(got, c.want) {
 			t.Errorf("%s: %v is left, want %v", c.what, got, c.want)
@@ -134,27 +134,27 @@ func TestWhatALostPeerToldGoesWhereAnotherTakesItBack(t *testing.T) {
 }
 
 func TestOfSeveralPeersTheOneThatIsThereCounts(t *testing.T) {
-	r := newRIB()
-	r.up(one, began)
-	r.up(two, began)
-	r.learn(one, withNumber(stationAt, 3))
-	r.learn(two, withNumber(stationAt, 2)) // later, but not as new
+	r := newAdjRIBsIn()
+	r.sessionUp(one, began)
+	r.sessionUp(two, began)
+	r.add(one, withNumber(stationAt, 3))
+	r.add(two, withNumber(stationAt, 2)) // later, but not as new
 	if routes, _ := r.changes(); len(routes) != 1 || routes[0].Sequence != 3 {
 		t.Errorf("%v counts", routes)
 	}
-	r.down(one, began)
+	r.sessionDown(one, began)
 	if routes, _ := r.changes(); len(routes) != 1 || routes[0].Sequence != 2 {
 		t.Errorf("%v counts, though the peer is lost that told the other", routes)
 	}
-	r.learn(two, withNumber(stationAt, 2))
+	r.add(two, withNumber(stationAt, 2))
 	if routes, gone := r.changes(); len(routes)+len(gone) > 0 {
 		t.Errorf("%v %v, and nothing has changed", routes, gone)
 	}
-	r.forget(two, stationAt, began)
+	r.withdraw(two, stationAt, began)
 	if routes, gone := r.changes(); len(routes) != 1 || len(gone) > 0 {
 		t.Errorf("%v and %v", routes, gone)
 	}
-	r.forget(one, stationAt, began)
+	r.withdraw(one, stationAt, began)
 	if _, gone := r.changes(); !slices.Equal(gone, []macvrf.Key{stationAt}) {
 		t.Errorf("%v has gone", gone)
 	}
@@ -163,9 +163,9 @@ func TestOfSeveralPeersTheOneThatIsThereCounts(t *testing.T) {
 // Whatever comes over a session becomes routes, or nothing; and what of them becomes entries is what a VXLAN can have.
 func FuzzUpdate(f *testing.F) {
 	for _, r := range []macvrf.Route{
-		{Key: macvrf.Key{Kind: macvrf.MACIP, RD: macvrf.RD{1: 1, 7: 1}, MAC: macvrf.MAC{2, 0, 0, 0, 0, 9}}, VTEP: one, VNI: 222, Targets: []macvrf.Target{macvrf.NewTarget(65000, 222)}, Sequence: 7},
-		{Key: macvrf.Key{Kind: macvrf.MACIP, RD: macvrf.RD{1: 1, 7: 1}, MAC: macvrf.MAC{2}, IP: netip.MustParseAddr("fd00::1")}, VTEP: netip.MustParseAddr("2001:db8::1"), VNI: 222},
-		{Key: macvrf.Key{Kind: macvrf.Multicast, RD: macvrf.RD{1: 1, 7: 1}, IP: two}, VTEP: two, VNI: 222, Targets: []macvrf.Target{macvrf.NewTarget(65000, 222)}},
+		{Key: macvrf.Key{Type: macvrf.MACIP, RD: macvrf.RD{1: 1, 7: 1}, MAC: macvrf.MAC{2, 0, 0, 0, 0, 9}}, VTEP: one, VNI: 222, Targets: []macvrf.Target{macvrf.NewTarget(65000, 222)}, Sequence: 7},
+		{Key: macvrf.Key{Type: macvrf.MACIP, RD: macvrf.RD{1: 1, 7: 1}, MAC: macvrf.MAC{2}, IP: netip.MustParseAddr("fd00::1")}, VTEP: netip.MustParseAddr("2001:db8::1"), VNI: 222},
+		{Key: macvrf.Key{Type: macvrf.Multicast, RD: macvrf.RD{1: 1, 7: 1}, IP: two}, VTEP: two, VNI: 222, Targets: []macvrf.Target{macvrf.NewTarget(65000, 222)}},
 	} {
 		p, err := pathOf(r)
 		if err != nil {
@@ -206,7 +206,7 @@ func FuzzUpdate(f *testing.F) {
 				table.Import(began, r)
 			}
 		}
-		remotes, fdb, _ := table.View(222)
+		remotes, fdb, _ := table.Forwarding(222)
 		for _, e := range fdb {
 			remotes = append(slices.Clone(remotes), e.VTEP)
 			if e.MAC[0]&1 != 0 {

@@ -227,7 +227,7 @@ func (s *speaker) withdrawn() int {
 // route is one of the node of that number.
 func route(n byte, change func(*macvrf.Route)) macvrf.Route {
 	r := macvrf.Route{
-		Key:  macvrf.Key{Kind: macvrf.MACIP, RD: macvrf.RD{1: 1, 2: 127, 5: n, 7: 222}, MAC: macvrf.MAC{2, 0, 0, 0, 0, n}},
+		Key:  macvrf.Key{Type: macvrf.MACIP, RD: macvrf.RD{1: 1, 2: 127, 5: n, 7: 222}, MAC: macvrf.MAC{2, 0, 0, 0, 0, n}},
 		VTEP: netip.AddrFrom4([4]byte{192, 0, 2, n}), VNI: 222, Targets: []macvrf.Target{macvrf.NewTarget(as, 222)},
 	}
 	if change != nil {
@@ -237,7 +237,7 @@ func route(n byte, change func(*macvrf.Route)) macvrf.Route {
 }
 
 func flood(n byte) macvrf.Route {
-	return route(n, func(r *macvrf.Route) { r.Kind, r.MAC, r.IP = macvrf.Multicast, macvrf.MAC{}, r.VTEP })
+	return route(n, func(r *macvrf.Route) { r.Type, r.MAC, r.IP = macvrf.Multicast, macvrf.MAC{}, r.VTEP })
 }
 
 // What one node tells arrives at the others as it was told, and goes when it is taken back; nobody hears its own.
@@ -299,7 +299,7 @@ func TestAReflectorCountsWhatItReflects(t *testing.T) {
 	port := freePort(t)
 	counts := make(chan func(context.Context) (bgp.Count, error), 1)
 	r := reflector(port, "")
-	r.Listens = func(count func(context.Context) (bgp.Count, error)) error {
+	r.OnListen = func(count func(context.Context) (bgp.Count, error)) error {
 		counts <- count
 		return nil
 	}
@@ -411,7 +411,7 @@ func TestADaemonThatRestartsKeepsItsRoutes(t *testing.T) {
 	began := time.Now()
 	a.stop()
 	b.awaitRoutes(t)
-	if took := time.Since(began); took < bgp.NodeRestart-time.Second {
+	if took := time.Since(began); took < bgp.RestartTime-time.Second {
 		t.Errorf("the routes of a node that has gone went after %v already", took)
 	}
 }
@@ -555,7 +555,7 @@ func TestRoutesWithIPv6VTEPsAreKeptFromPeersThatCannotTakeThem(t *testing.T) {
 	a, b := speak(t, 2, peerAt(port, 2)), speak(t, 3, peerAt(port, 3))
 	six := route(2, func(r *macvrf.Route) {
 		r.VTEP = netip.MustParseAddr("2001:db8::2")
-		r.Kind, r.MAC, r.IP = macvrf.Multicast, macvrf.MAC{}, r.VTEP
+		r.Type, r.MAC, r.IP = macvrf.Multicast, macvrf.MAC{}, r.VTEP
 	})
 	a.set(t, six, flood(2))
 	b.awaitRoutes(t, flood(2))

@@ -21,9 +21,9 @@ type Reflector struct {
 	Password string         // of TCP MD5 (RFC 2385); empty: none
 	// Passwords are later ones, for where there is one: sessions that stand go on.
 	Passwords <-chan string
-	// Listens is told, as soon as nodes can connect, how to ask how much there is to do; nil: nobody is. An error of it ends Run.
-	Listens func(count func(context.Context) (Count, error)) error
-	Log     *slog.Logger
+	// OnListen is told, as soon as nodes can connect, how to ask how much there is to do; nil: nobody is. An error of it ends Run.
+	OnListen func(count func(context.Context) (Count, error)) error
+	Log      *slog.Logger
 }
 
 // Count is how much a reflector has to do.
@@ -32,8 +32,8 @@ type Count struct {
 	Routes   int // that it was told, those kept of nodes that are away included
 }
 
-// group is the peer group of whoever connects.
-const group = "nodes"
+// peerGroup is the peer group of whoever connects.
+const peerGroup = "nodes"
 
 // Run reflects until ctx ends. Sessions and port end with the process, without a word, so that nodes keep what it has told: gobgp's own end
 // drops one node after the other, and withdraws what those have told from the nodes that are still there (deleteNeighbor in
@@ -43,8 +43,8 @@ func (r Reflector) Run(ctx context.Context) error {
 	served := make(chan struct{})
 	go func() { defer close(served); srv.Serve() }()
 	err := r.start(ctx, srv)
-	if err == nil && r.Listens != nil {
-		err = r.Listens(func(ctx context.Context) (Count, error) { return count(ctx, srv) })
+	if err == nil && r.OnListen != nil {
+		err = r.OnListen(func(ctx context.Context) (Count, error) { return count(ctx, srv) })
 	}
 	if err != nil {
 		srv.Stop()
@@ -89,11 +89,11 @@ func (r Reflector) start(ctx context.Context, srv *server.BgpServer) error {
 // clients is what whoever connects has to be.
 func (r Reflector) clients() *api.PeerGroup {
 	return &api.PeerGroup{
-		Conf:            &api.PeerGroupConf{PeerGroupName: group, PeerAsn: r.AS, AuthPassword: r.Password},
+		Conf:            &api.PeerGroupConf{PeerGroupName: peerGroup, PeerAsn: r.AS, AuthPassword: r.Password},
 		Timers:          timers(r.HoldTime),
 		Transport:       &api.Transport{PassiveMode: true},
 		RouteReflector:  &api.RouteReflector{RouteReflectorClient: true, RouteReflectorClusterId: r.RouterID.String()},
-		GracefulRestart: gracefulRestart(Kept),
+		GracefulRestart: gracefulRestart(StaleTime),
 		AfiSafis:        families(),
 	}
 }
@@ -105,7 +105,7 @@ func (r Reflector) accept(ctx context.Context, srv *server.BgpServer) error {
 		from = []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0"), netip.MustParsePrefix("::/0")}
 	}
 	for _, prefix := range from {
-		if err := srv.AddDynamicNeighbor(ctx, &api.AddDynamicNeighborRequest{DynamicNeighbor: &api.DynamicNeighbor{Prefix: prefix.String(), PeerGroup: group}}); err != nil {
+		if err := srv.AddDynamicNeighbor(ctx, &api.AddDynamicNeighborRequest{DynamicNeighbor: &api.DynamicNeighbor{Prefix: prefix.String(), PeerGroup: peerGroup}}); err != nil {
 			return fmt.Errorf("accept nodes from %s: %w", prefix, err)
 		}
 	}

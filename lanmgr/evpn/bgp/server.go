@@ -11,19 +11,21 @@ import (
 
 // newServer returns a server that says no more than what is wrong: what it calls information is a line for every step of a session.
 func newServer(log *slog.Logger) *server.BgpServer {
-	return server.NewBgpServer(server.LoggerOption(slog.New(warnings{log.Handler()}), nil))
+	return server.NewBgpServer(server.LoggerOption(slog.New(warningHandler{log.Handler()}), nil))
 }
 
-type warnings struct{ slog.Handler }
+type warningHandler struct{ slog.Handler }
 
-func (w warnings) Enabled(ctx context.Context, level slog.Level) bool {
+func (w warningHandler) Enabled(ctx context.Context, level slog.Level) bool {
 	return level >= slog.LevelWarn && w.Handler.Enabled(ctx, level)
 }
 
-func (w warnings) WithAttrs(attrs []slog.Attr) slog.Handler {
-	return warnings{w.Handler.WithAttrs(attrs)}
+func (w warningHandler) WithAttrs(attrs []slog.Attr) slog.Handler {
+	return warningHandler{w.Handler.WithAttrs(attrs)}
 }
-func (w warnings) WithGroup(name string) slog.Handler { return warnings{w.Handler.WithGroup(name)} }
+func (w warningHandler) WithGroup(name string) slog.Handler {
+	return warningHandler{w.Handler.WithGroup(name)}
+}
 
 func timers(hold time.Duration) *api.Timers {
 	if hold == 0 {

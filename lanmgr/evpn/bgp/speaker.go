@@ -47,8 +47,8 @@ func (p Peer) String() string { return fmt.Sprintf("%s of AS %d", p.At(), p.AS) 
 // LogValue is String: a log in JSON would else tell the password.
 func (p Peer) LogValue() slog.Value { return slog.StringValue(p.String()) }
 
-// Like says whether two differ in their passwords at most.
-func (p Peer) Like(o Peer) bool {
+// EqualExceptPassword says whether two differ in their passwords at most.
+func (p Peer) EqualExceptPassword(o Peer) bool {
 	p.Password = o.Password
 	return p == o
 }
@@ -57,17 +57,17 @@ func (p Peer) Like(o Peer) bool {
 const (
 	// HoldTime is how long a peer may be silent; it is asked to speak three times as often.
 	HoldTime = 9 * time.Second
-	// NodeRestart is how long others keep the routes of a node whose session is lost: a daemon that restarts is back by then.
-	NodeRestart = 20 * time.Second
-	// Kept is how long a node keeps what a peer told that is lost, if it has others and none of them takes it back.
-	Kept = 2 * time.Minute
-	// Settling is for how long after a session has come up what was told before may be told again. A reflector that has restarted
+	// RestartTime is how long others keep the routes of a node whose session is lost: a daemon that restarts is back by then.
+	RestartTime = 20 * time.Second
+	// StaleTime is how long a node keeps what a peer told that is lost, if it has others and none of them takes it back.
+	StaleTime = 2 * time.Minute
+	// SyncTime is for how long after a session has come up what was told before may be told again. A reflector that has restarted
 	// has not heard all nodes sooner: of its end they know after HoldTime at the latest, and try to connect every connectRetry.
-	Settling = HoldTime + 2*connectRetry
+	SyncTime = HoldTime + 2*connectRetry
 	// connectRetry is how long after a failed attempt to connect there is another.
 	connectRetry = 3 * time.Second
-	// lookEvery is how often it is asked why a session is down: gobgp tells of no attempt that failed.
-	lookEvery = 2 * connectRetry
+	// pollInterval is how often it is asked why a session is down: gobgp tells of no attempt that failed.
+	pollInterval = 2 * connectRetry
 )
 
 // Session is how it stands with a peer.
@@ -77,8 +77,8 @@ type Session struct {
 	Since time.Time // that it is up or down
 	Why   string    // it is down, as far as that is known
 
-	sent, received uint64 // OPEN messages at the last look
-	outdated       bool   // the peer has another password since
+	sent, received  uint64 // OPEN messages at the last look
+	passwordChanged bool   // the peer has another password since
 }
 
 // Config is what a speaker works with.
@@ -87,9 +87,9 @@ type Config struct {
 	RouterID netip.Addr // an IPv4 address, nobody else's
 	// OnUpdate is told what others tell, by one goroutine at a time, and is not called any more once Run has returned.
 	OnUpdate func(Update)
-	// Leaves says that who ends does not come back: the others forget its routes at once.
-	Leaves bool
-	Log    *slog.Logger
+	// WithdrawOnStop says that who ends does not come back: the others forget its routes at once.
+	WithdrawOnStop bool
+	Log            *slog.Logger
 }
 
 // Update is what has changed.
@@ -104,25 +104,25 @@ type Update struct {
 // somebody else's.
 type Speaker struct {
 	Config
-	hearing sync.Mutex // Hear is being called
+	publishing sync.Mutex // Hear is being called
 
-	mu       sync.Mutex
-	server   *server.BgpServer // nil while Run does not run
-	peers    map[netip.Addr]Peer
-	sessions map[netip.Addr]Session
-	told     map[macvrf.Key]macvrf.Route
-	own      map[macvrf.Key]macvrf.Route
-	rib      *rib
-	whole    bool        // the rib has settled once
-	timer    *time.Timer // for the rib
-	looks    *time.Timer // at sessions that are down
+	mu         sync.Mutex
+	server     *server.BgpServer // nil while Run does not run
+	peers      map[netip.Addr]Peer
+	sessions   map[netip.Addr]Session
+	adjRIBOut  map[macvrf.Key]macvrf.Route
+	want       map[macvrf.Key]macvrf.Route
+	adjRIBsIn  *adjRIBsIn
+	synced     bool        // the rib has settled once
+	staleTimer *time.Timer // for the rib
+	pollTimer  *time.Timer // at sessions that are down
 }
 
 // NewSpeaker returns a speaker that does nothing until Run.
 func NewSpeaker(c Config) *Speaker {
 	return &Speaker{
 		Config: c, peers: map[netip.Addr]Peer{}, sessions: map[netip.Addr]Session{},
-		told: map[macvrf.Key]macvrf.Route{}, own: map[macvrf.Key]macvrf.Route{}, rib: newRIB(),
+		adjRIBOut: map[macvrf.Key]macvrf.Route{}, want: map[macvrf.Key]macvrf.Route{}, adjRIBsIn: newAdjRIBsIn(),
 	}
 }
 
@@ -140,20 +140,20 @@ func (s *Speaker) Run(ctx context.Context) error {
 		return err
 	}
 	<-ctx.Done()
-	s.hearing.Lock() // who still hears of something now ends before
+	s.publishing.Lock() // who still hears of something now ends before
 	s.mu.Lock()
 	for address, session := range s.sessions {
 		if session.Up {
-			s.rib.down(address, time.Now())
+			s.adjRIBsIn.sessionDown(address, time.Now())
 		}
 	}
 	s.server = nil
-	s.timer.Stop()
-	s.looks.Stop()
+	s.staleTimer.Stop()
+	s.pollTimer.Stop()
 	s.mu.Unlock()
-	s.hearing.Unlock()
+	s.publishing.Unlock()
 	// The watch has ended with ctx, before the server withdraws what it has heard.
-	err := srv.StopBgp(context.WithoutCancel(ctx), &api.StopBgpRequest{AllowGracefulRestart: !s.Leaves})
+	err := srv.StopBgp(context.WithoutCancel(ctx), &api.StopBgpRequest{AllowGracefulRestart: !s.WithdrawOnStop})
 	<-served
 	return err
 }
@@ -163,17 +163,17 @@ func (s *Speaker) start(ctx context.Context, srv *server.BgpServer) error {
 	if err != nil {
 		return fmt.Errorf("start BGP with AS %d and router ID %s: %w", s.AS, s.RouterID, err)
 	}
-	if err := takeNothingIn(ctx, srv); err != nil {
+	if err := rejectReceivedRoutes(ctx, srv); err != nil {
 		return err
 	}
-	if err := keepIPv6VTEPs(ctx, srv); err != nil {
+	if err := filterIPv6VTEPs(ctx, srv); err != nil {
 		return err
 	}
 	err = srv.WatchEvent(ctx, server.WatchEventMessageCallbacks{
-		OnPathUpdate: func(paths []*apiutil.Path, _ time.Time) { s.hearPaths(ctx, paths) },
+		OnPathUpdate: func(paths []*apiutil.Path, _ time.Time) { s.receivePaths(ctx, paths) },
 		OnPeerUpdate: func(e *apiutil.WatchEventMessage_PeerEvent, at time.Time) {
 			if e.Type == apiutil.PEER_EVENT_STATE {
-				s.hearPeer(ctx, e.Peer, at)
+				s.receiveState(ctx, e.Peer, at)
 			}
 		},
 	}, server.WatchUpdate(false, "", ""), server.WatchPeer())
@@ -182,38 +182,38 @@ func (s *Speaker) start(ctx context.Context, srv *server.BgpServer) error {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.server, s.told = srv, map[macvrf.Key]macvrf.Route{}
-	s.timer = time.AfterFunc(time.Hour, func() { s.hear(ctx, func() []Session { return nil }) })
-	s.looks = time.AfterFunc(lookEvery, func() { s.look(ctx) })
+	s.server, s.adjRIBOut = srv, map[macvrf.Key]macvrf.Route{}
+	s.staleTimer = time.AfterFunc(time.Hour, func() { s.publish(ctx, func() []Session { return nil }) })
+	s.pollTimer = time.AfterFunc(pollInterval, func() { s.pollSessions(ctx) })
 	for _, p := range s.peers {
 		if err := s.addPeer(ctx, p); err != nil {
 			return err
 		}
 	}
-	return s.tell()
+	return s.advertise()
 }
 
 // Set says which routes to tell; it replaces what was said before. What is the same is not told again.
 func (s *Speaker) Set(own []macvrf.Route) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.own = make(map[macvrf.Key]macvrf.Route, len(own))
+	s.want = make(map[macvrf.Key]macvrf.Route, len(own))
 	for _, r := range own {
-		s.own[r.Key] = r
+		s.want[r.Key] = r
 	}
-	return s.tell()
+	return s.advertise()
 }
 
-// tell brings what is told in line with what is to be; s.mu is held. What is new comes before what is gone.
-func (s *Speaker) tell() error {
+// advertise brings what is told in line with what is to be; s.mu is held. What is new comes before what is gone.
+func (s *Speaker) advertise() error {
 	if s.server == nil {
 		return nil
 	}
 	var add, lower, del []*apiutil.Path
 	var keys []macvrf.Key
 	var errs []error
-	for key, r := range s.own {
-		old, told := s.told[key]
+	for key, r := range s.want {
+		old, told := s.adjRIBOut[key]
 		if told && old.Equal(r) {
 			continue
 		}
@@ -225,16 +225,16 @@ func (s *Speaker) tell() error {
 		if told && r.Sequence < old.Sequence { // gobgp refuses that (fixupApiPath in pkg/server/server.go)
 			lower = append(lower, withdrawal(p))
 		}
-		add, keys, s.told[key] = append(add, p), append(keys, key), r
+		add, keys, s.adjRIBOut[key] = append(add, p), append(keys, key), r
 	}
-	for key, r := range s.told {
-		if _, ok := s.own[key]; ok {
+	for key, r := range s.adjRIBOut {
+		if _, ok := s.want[key]; ok {
 			continue
 		}
 		if p, err := pathOf(r); err == nil { // it was told
 			del = append(del, withdrawal(p))
 		}
-		delete(s.told, key)
+		delete(s.adjRIBOut, key)
 	}
 	if len(lower) > 0 {
 		errs = append(errs, s.server.DeletePath(apiutil.DeletePathRequest{Paths: lower}))
@@ -243,7 +243,7 @@ func (s *Speaker) tell() error {
 		results, err := s.server.AddPath(apiutil.AddPathRequest{Paths: add})
 		for i, result := range results {
 			if result.Error != nil {
-				delete(s.told, keys[i])
+				delete(s.adjRIBOut, keys[i])
 				errs = append(errs, fmt.Errorf("tell the route %s: %w", add[i].Nlri, result.Error))
 			}
 		}
@@ -274,8 +274,8 @@ func (s *Speaker) SetPeers(ctx context.Context, peers []Peer) error {
 	var errs []error
 	for address, p := range old {
 		next, session := want[address], s.sessions[address]
-		if next == p || session.Up && next.Like(p) {
-			session.outdated = session.outdated || next != p
+		if next == p || session.Up && next.EqualExceptPassword(p) {
+			session.passwordChanged = session.passwordChanged || next != p
 			s.sessions[address] = session
 			continue
 		}
@@ -292,16 +292,16 @@ func (s *Speaker) SetPeers(ctx context.Context, peers []Peer) error {
 			delete(want, address) // so that the next call tries again
 		}
 	}
-	s.timer.Reset(0)
+	s.staleTimer.Reset(0)
 	return errors.Join(errs...)
 }
 
 func (s *Speaker) removePeer(ctx context.Context, p Peer) error {
 	delete(s.sessions, p.Address)
-	s.rib.down(p.Address, time.Now())
+	s.adjRIBsIn.sessionDown(p.Address, time.Now())
 	err := s.server.DeletePeer(ctx, &api.DeletePeerRequest{Address: p.Address.String()})
 	if err == nil && p.IPv6VTEPs {
-		err = s.server.DeleteDefinedSet(ctx, &api.DeleteDefinedSetRequest{DefinedSet: ipv6VTEPsOf(p)})
+		err = s.server.DeleteDefinedSet(ctx, &api.DeleteDefinedSetRequest{DefinedSet: ipv6VTEPsEntry(p)})
 	}
 	if err != nil {
 		return fmt.Errorf("remove the peer %s: %w", p, err)
@@ -311,9 +311,9 @@ func (s *Speaker) removePeer(ctx context.Context, p Peer) error {
 
 func (s *Speaker) addPeer(ctx context.Context, p Peer) error {
 	s.sessions[p.Address] = Session{Peer: p, Since: time.Now(), Why: "is being connected"}
-	s.looks.Reset(lookEvery)
+	s.pollTimer.Reset(pollInterval)
 	if p.IPv6VTEPs {
-		if err := s.server.AddDefinedSet(ctx, &api.AddDefinedSetRequest{DefinedSet: ipv6VTEPsOf(p)}); err != nil {
+		if err := s.server.AddDefinedSet(ctx, &api.AddDefinedSetRequest{DefinedSet: ipv6VTEPsEntry(p)}); err != nil {
 			return fmt.Errorf("allow the peer %s routes with an IPv6 VTEP: %w", p, err)
 		}
 	}
@@ -321,7 +321,7 @@ func (s *Speaker) addPeer(ctx context.Context, p Peer) error {
 		Conf:            &api.PeerConf{NeighborAddress: p.Address.String(), PeerAsn: p.AS, AuthPassword: p.Password},
 		Timers:          timers(p.HoldTime),
 		Transport:       &api.Transport{RemotePort: uint32(p.Port)},
-		GracefulRestart: gracefulRestart(NodeRestart),
+		GracefulRestart: gracefulRestart(RestartTime),
 		AfiSafis:        families(),
 	}
 	if p.Source.IsValid() {
@@ -339,9 +339,9 @@ func (s *Speaker) addPeer(ctx context.Context, p Peer) error {
 	return nil
 }
 
-// takeNothingIn has gobgp's own table hold our routes alone: from others' it would make sequence numbers of its own (fixupApiPath in
+// rejectReceivedRoutes has gobgp's own table hold our routes alone: from others' it would make sequence numbers of its own (fixupApiPath in
 // pkg/server/server.go). What peers tell is heard before that is decided.
-func takeNothingIn(ctx context.Context, srv *server.BgpServer) error {
+func rejectReceivedRoutes(ctx context.Context, srv *server.BgpServer) error {
 	policy := &api.Policy{Name: "ours", Statements: []*api.Statement{{
 		Name:       "ours",
 		Conditions: &api.Conditions{RouteType: api.Conditions_ROUTE_TYPE_LOCAL},
@@ -363,9 +363,9 @@ func takeNothingIn(ctx context.Context, srv *server.BgpServer) error {
 // ipv6VTEPs is the set of peers that take routes with an IPv6 VTEP.
 const ipv6VTEPs = "ipv6-vteps"
 
-// keepIPv6VTEPs keeps routes with an IPv6 VTEP from every peer that is not in the set: as long as that is empty, from all of them
+// filterIPv6VTEPs keeps routes with an IPv6 VTEP from every peer that is not in the set: as long as that is empty, from all of them
 // (NeighborCondition.Evaluate in gobgp's internal/pkg/table).
-func keepIPv6VTEPs(ctx context.Context, srv *server.BgpServer) error {
+func filterIPv6VTEPs(ctx context.Context, srv *server.BgpServer) error {
 	policy := &api.Policy{Name: ipv6VTEPs, Statements: []*api.Statement{{
 		Name: ipv6VTEPs,
 		Conditions: &api.Conditions{
@@ -390,16 +390,16 @@ func keepIPv6VTEPs(ctx context.Context, srv *server.BgpServer) error {
 	return nil
 }
 
-// ipv6VTEPsOf is what of the set is one peer's. The set changes only so: one that takes its place is not the policy's.
-func ipv6VTEPsOf(p Peer) *api.DefinedSet {
+// ipv6VTEPsEntry is what of the set is one peer's. The set changes only so: one that takes its place is not the policy's.
+func ipv6VTEPsEntry(p Peer) *api.DefinedSet {
 	return &api.DefinedSet{
 		DefinedType: api.DefinedType_DEFINED_TYPE_NEIGHBOR, Name: ipv6VTEPs,
 		List: []string{netip.PrefixFrom(p.Address, p.Address.BitLen()).String()},
 	}
 }
 
-// hearPaths notes what a peer tells.
-func (s *Speaker) hearPaths(ctx context.Context, paths []*apiutil.Path) {
+// receivePaths notes what a peer tells.
+func (s *Speaker) receivePaths(ctx context.Context, paths []*apiutil.Path) {
 	s.mu.Lock()
 	for _, p := range paths {
 		if _, known := s.sessions[p.PeerAddress]; !known || p.Family != bgp.RF_EVPN {
@@ -410,17 +410,17 @@ func (s *Speaker) hearPaths(ctx context.Context, paths []*apiutil.Path) {
 			continue
 		}
 		if p.Withdrawal {
-			s.rib.forget(p.PeerAddress, key, time.Now())
+			s.adjRIBsIn.withdraw(p.PeerAddress, key, time.Now())
 		} else if r, ok := routeOf(p); ok {
-			s.rib.learn(p.PeerAddress, r)
+			s.adjRIBsIn.add(p.PeerAddress, r)
 		}
 	}
 	s.mu.Unlock()
-	s.hear(ctx, func() []Session { return nil })
+	s.publish(ctx, func() []Session { return nil })
 }
 
-// hearPeer notes how it stands with a peer.
-func (s *Speaker) hearPeer(ctx context.Context, p apiutil.Peer, at time.Time) {
+// receiveState notes how it stands with a peer.
+func (s *Speaker) receiveState(ctx context.Context, p apiutil.Peer, at time.Time) {
 	s.mu.Lock()
 	session, ok := s.sessions[p.State.NeighborAddress]
 	up := p.State.SessionState == bgp.BGP_FSM_ESTABLISHED
@@ -430,24 +430,24 @@ func (s *Speaker) hearPeer(ctx context.Context, p apiutil.Peer, at time.Time) {
 	}
 	session.Up, session.Since, session.Why = up, at, ""
 	if up {
-		s.rib.up(session.Peer.Address, at)
+		s.adjRIBsIn.sessionUp(session.Peer.Address, at)
 	} else {
-		s.rib.down(session.Peer.Address, at)
+		s.adjRIBsIn.sessionDown(session.Peer.Address, at)
 		session.Why = p.State.DisconnectMessage
-		s.looks.Reset(lookEvery)
+		s.pollTimer.Reset(pollInterval)
 	}
 	s.sessions[session.Peer.Address] = session
-	if session.outdated && !up && s.server != nil {
-		if err := s.renew(ctx, session.Peer); err != nil {
+	if session.passwordChanged && !up && s.server != nil {
+		if err := s.recreatePeer(ctx, session.Peer); err != nil {
 			s.Log.Error("cannot connect with the new password, restart the daemon", "peer", session.Peer, "err", err)
 		}
 	}
 	s.mu.Unlock()
-	s.hear(ctx, s.Sessions)
+	s.publish(ctx, s.Sessions)
 }
 
-// renew has the next session be as the peer is now; s.mu is held.
-func (s *Speaker) renew(ctx context.Context, old Peer) error {
+// recreatePeer has the next session be as the peer is now; s.mu is held.
+func (s *Speaker) recreatePeer(ctx context.Context, old Peer) error {
 	if err := s.removePeer(ctx, old); err != nil {
 		return err
 	}
@@ -461,8 +461,8 @@ func (s *Speaker) Sessions() []Session {
 	return slices.SortedFunc(maps.Values(s.sessions), func(a, b Session) int { return a.Peer.Address.Compare(b.Peer.Address) })
 }
 
-// look finds out why sessions are down, and passes it on if that is another reason than before.
-func (s *Speaker) look(ctx context.Context) {
+// pollSessions finds out why sessions are down, and passes it on if that is another reason than before.
+func (s *Speaker) pollSessions(ctx context.Context) {
 	s.mu.Lock()
 	if s.server == nil {
 		s.mu.Unlock()
@@ -488,11 +488,11 @@ func (s *Speaker) look(ctx context.Context) {
 		s.Log.Error("cannot look at the BGP sessions", "err", err)
 	}
 	if down || err != nil {
-		s.looks.Reset(lookEvery)
+		s.pollTimer.Reset(pollInterval)
 	}
 	s.mu.Unlock()
 	if changed {
-		s.hear(ctx, s.Sessions)
+		s.publish(ctx, s.Sessions)
 	}
 }
 
@@ -509,23 +509,23 @@ func whyDown(as uint32, p Peer, sent, received uint64) string {
 	return fmt.Sprintf("the two do not agree; it is to be of AS %d, and to expect AS %d", p.AS, as)
 }
 
-// hear passes on what has changed, unless Run is ending.
-func (s *Speaker) hear(ctx context.Context, sessions func() []Session) {
-	s.hearing.Lock()
-	defer s.hearing.Unlock()
+// publish passes on what has changed, unless Run is ending.
+func (s *Speaker) publish(ctx context.Context, sessions func() []Session) {
+	s.publishing.Lock()
+	defer s.publishing.Unlock()
 	if ctx.Err() != nil {
 		return
 	}
 	s.mu.Lock()
-	next := s.rib.clean(time.Now())
+	next := s.adjRIBsIn.expire(time.Now())
 	if !next.IsZero() {
-		s.timer.Reset(time.Until(next))
+		s.staleTimer.Reset(time.Until(next))
 	}
-	before := s.whole
-	s.whole = s.whole || s.rib.settled()
-	h := Update{Partial: !s.whole}
-	h.Routes, h.Withdrawn = s.rib.changes()
-	changed := before != s.whole || len(h.Routes)+len(h.Withdrawn) > 0
+	before := s.synced
+	s.synced = s.synced || s.adjRIBsIn.allSynced()
+	h := Update{Partial: !s.synced}
+	h.Routes, h.Withdrawn = s.adjRIBsIn.changes()
+	changed := before != s.synced || len(h.Routes)+len(h.Withdrawn) > 0
 	s.mu.Unlock()
 	if h.Sessions = sessions(); changed || h.Sessions != nil {
 		s.OnUpdate(h)

@@ -23,7 +23,7 @@ func pathOf(r macvrf.Route) (*apiutil.Path, error) {
 	}
 	var nlri *bgp.EVPNNLRI
 	var err error
-	switch r.Kind {
+	switch r.Type {
 	case macvrf.Multicast:
 		nlri, err = bgp.NewEVPNMulticastEthernetTagRoute(rd, r.Tag, r.IP)
 		attrs = append(attrs, bgp.NewPathAttributePmsiTunnel(bgp.PMSI_TUNNEL_TYPE_INGRESS_REPL, false, r.VNI, &bgp.IngressReplTunnelID{Value: r.VTEP}))
@@ -32,7 +32,7 @@ func pathOf(r macvrf.Route) (*apiutil.Path, error) {
 		// Also where it is 0, or gobgp would add one (fixupApiPath in pkg/server/server.go).
 		communities = append(communities, bgp.NewMacMobilityExtended(r.Sequence, r.Sticky))
 	default:
-		err = fmt.Errorf("no route of type %d is told", r.Kind)
+		err = fmt.Errorf("no route of type %d is told", r.Type)
 	}
 	if err != nil {
 		return nil, err
@@ -62,14 +62,14 @@ func routeOf(p *apiutil.Path) (r macvrf.Route, ok bool) {
 	for _, attr := range p.Attrs {
 		switch a := attr.(type) {
 		case *bgp.PathAttributeMpReachNLRI:
-			if r.Kind == macvrf.MACIP {
+			if r.Type == macvrf.MACIP {
 				r.VTEP = a.Nexthop
 			}
 		case *bgp.PathAttributePmsiTunnel:
-			if r.Kind == macvrf.Multicast {
+			if r.Type == macvrf.Multicast {
 				r.VNI = a.Label
 				id, isReplication := a.TunnelID.(*bgp.IngressReplTunnelID)
-				if r.Other = r.Other || !isReplication; isReplication {
+				if r.Unsupported = r.Unsupported || !isReplication; isReplication {
 					r.VTEP = id.Value
 				}
 			}
@@ -99,7 +99,7 @@ func readCommunities(r *macvrf.Route, communities []bgp.ExtendedCommunityInterfa
 			}
 		}
 	}
-	r.Other = r.Other || named && !vxlan
+	r.Unsupported = r.Unsupported || named && !vxlan
 }
 
 // keyOf reads what tells a route from others; a withdrawal has little more.
@@ -114,13 +114,13 @@ func keyOf(p *apiutil.Path) (k macvrf.Key, ok bool) {
 		if d.MacAddressLength != 8*uint8(len(k.MAC)) || len(d.MacAddress) != len(k.MAC) {
 			return k, false
 		}
-		k = macvrf.Key{Kind: macvrf.MACIP, Tag: d.ETag, MAC: macvrf.MAC(d.MacAddress)}
+		k = macvrf.Key{Type: macvrf.MACIP, Tag: d.ETag, MAC: macvrf.MAC(d.MacAddress)}
 		if d.IPAddressLength > 0 {
 			k.IP = d.IPAddress
 		}
 		rd = d.RD
 	case *bgp.EVPNMulticastEthernetTagRoute:
-		k, rd = macvrf.Key{Kind: macvrf.Multicast, Tag: d.ETag, IP: d.IPAddress}, d.RD
+		k, rd = macvrf.Key{Type: macvrf.Multicast, Tag: d.ETag, IP: d.IPAddress}, d.RD
 	}
 	if rd == nil {
 		return k, false

@@ -11,20 +11,20 @@ import (
 // Of the addresses that stations show, so many are told: of one MAC, and of all on a LAN here. Who shows more loses the one that it has not
 // shown for the longest, but once in so long a time at most, so that nobody has the others told of something else all the time.
 const (
-	maxAddresses    = 16
-	maxLANAddresses = 8192
-	turnover        = time.Minute
+	maxBindingsPerMAC = 16
+	maxBindingsPerLAN = 8192
+	replaceInterval   = time.Minute
 )
 
 // A station's first frame may show its address before the bridge has told that the station is here: the last addresses of whom the bridge
 // knows nothing are kept for so long.
 const (
-	maxEarly = 64
-	earlyFor = 10 * time.Second
+	maxPending  = 64
+	pendingTime = 10 * time.Second
 )
 
-// shown is an address that somebody has shown who was not known to be here.
-type shown struct {
+// binding is an address that somebody has shown who was not known to be here.
+type binding struct {
 	at  time.Time
 	mac MAC
 	ip  netip.Addr
@@ -34,72 +34,72 @@ type shown struct {
 // else since; full, that the address is one too many.
 func (t *Table) Bind(now time.Time, vni uint32, mac MAC, ip netip.Addr) (told, full bool) {
 	l := t.lans[vni]
-	if l == nil || mac[0]&1 != 0 || !isStations(ip) {
+	if l == nil || mac[0]&1 != 0 || !isHostAddress(ip) {
 		return false, false
 	}
 	s := l.macs[mac]
-	if s == nil || !s.here() {
-		l.early = append(l.early[max(0, len(l.early)-maxEarly+1):], shown{now, mac, ip})
+	if s == nil || !s.local() {
+		l.pending = append(l.pending[max(0, len(l.pending)-maxPending+1):], binding{now, mac, ip})
 		return false, false
 	}
-	return l.show(now, mac, ip)
+	return l.bind(now, mac, ip)
 }
 
-// isStations says whether an address can be that of one station.
-func isStations(ip netip.Addr) bool {
+// isHostAddress says whether an address can be that of one station.
+func isHostAddress(ip netip.Addr) bool {
 	return ip.IsValid() && !ip.Is4In6() && ip.Zone() == "" && !ip.IsUnspecified() && !ip.IsMulticast() && !ip.IsLoopback() &&
 		ip != netip.AddrFrom4([4]byte{255, 255, 255, 255})
 }
 
-// show gives an address to a MAC that is here: whoever showed it last has it.
-func (l *lan) show(now time.Time, mac MAC, ip netip.Addr) (told, full bool) {
+// bind gives an address to a MAC that is here: whoever showed it last has it.
+func (l *lan) bind(now time.Time, mac MAC, ip netip.Addr) (told, full bool) {
 	s := l.macs[mac]
-	owner, owned := l.owners[ip]
+	owner, owned := l.bindings[ip]
 	switch {
 	case owned && owner == mac:
 		s.addresses = append(slices.DeleteFunc(s.addresses, func(a netip.Addr) bool { return a == ip }), ip) // is the newest
 		return false, false
-	case len(s.addresses) >= maxAddresses:
-		if full = true; now.Sub(s.replaced) < turnover {
+	case len(s.addresses) >= maxBindingsPerMAC:
+		if full = true; now.Sub(s.replacedAt) < replaceInterval {
 			return false, full
 		}
-		s.replaced = now
-		l.hide(s.addresses[0])
-	case len(l.owners) >= maxLANAddresses && !owned:
+		s.replacedAt = now
+		l.unbind(s.addresses[0])
+	case len(l.bindings) >= maxBindingsPerLAN && !owned:
 		return false, true
 	}
-	l.hide(ip)
+	l.unbind(ip)
 	l.neighbors = nil
-	l.owners[ip], s.addresses = mac, append(s.addresses, ip)
+	l.bindings[ip], s.addresses = mac, append(s.addresses, ip)
 	return true, full
 }
 
-// hide takes an address from the MAC here that has it, if one has.
-func (l *lan) hide(ip netip.Addr) {
-	if mac, ok := l.owners[ip]; ok {
+// unbind takes an address from the MAC here that has it, if one has.
+func (l *lan) unbind(ip netip.Addr) {
+	if mac, ok := l.bindings[ip]; ok {
 		l.neighbors = nil
-		delete(l.owners, ip)
+		delete(l.bindings, ip)
 		s := l.macs[mac]
 		s.addresses = slices.DeleteFunc(s.addresses, func(a netip.Addr) bool { return a == ip })
 	}
 }
 
-// settleAddresses has a MAC that is here have what it showed before that was known; one that is not loses all.
-func (l *lan) settleAddresses(now time.Time, mac MAC) {
+// updateBindings has a MAC that is here have what it showed before that was known; one that is not loses all.
+func (l *lan) updateBindings(now time.Time, mac MAC) {
 	s := l.macs[mac]
-	if !s.here() {
+	if !s.local() {
 		for _, ip := range s.addresses {
-			delete(l.owners, ip)
+			delete(l.bindings, ip)
 		}
-		s.addresses, s.replaced = nil, time.Time{}
+		s.addresses, s.replacedAt = nil, time.Time{}
 		return
 	}
-	for _, e := range l.early {
-		if e.mac == mac && now.Sub(e.at) < earlyFor {
-			l.show(now, mac, e.ip)
+	for _, e := range l.pending {
+		if e.mac == mac && now.Sub(e.at) < pendingTime {
+			l.bind(now, mac, e.ip)
 		}
 	}
-	l.early = slices.DeleteFunc(l.early, func(e shown) bool { return e.mac == mac })
+	l.pending = slices.DeleteFunc(l.pending, func(e binding) bool { return e.mac == mac })
 }
 
 // Neighbors are the stations on other nodes that the node is to answer for, sorted by address; nil where it is not to, or takes no part in the LAN. An
@@ -110,18 +110,18 @@ func (t *Table) Neighbors(vni uint32) []segment.Neighbor {
 		return nil
 	}
 	if l.neighbors == nil {
-		l.neighbors = l.elsewhere()
+		l.neighbors = l.remoteNeighbors()
 	}
 	return l.neighbors
 }
 
-func (l *lan) elsewhere() []segment.Neighbor {
+func (l *lan) remoteNeighbors() []segment.Neighbor {
 	has, several := map[netip.Addr]MAC{}, map[netip.Addr]bool{}
-	for ip := range l.owners {
+	for ip := range l.bindings {
 		several[ip] = true
 	}
 	for mac, s := range l.macs {
-		_, behind := s.entry()
+		_, behind := s.remoteVTEP()
 		for _, o := range s.routes {
 			ip := o.key.IP
 			if other, ok := has[ip]; ok && other != mac || !behind {
@@ -132,7 +132,7 @@ func (l *lan) elsewhere() []segment.Neighbor {
 	}
 	neighbors := []segment.Neighbor{}
 	for ip, mac := range has {
-		if isStations(ip) && !several[ip] {
+		if isHostAddress(ip) && !several[ip] {
 			neighbors = append(neighbors, segment.Neighbor{IP: ip, MAC: mac})
 		}
 	}

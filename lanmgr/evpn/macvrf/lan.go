@@ -31,50 +31,50 @@ func (l LAN) Equal(o LAN) bool {
 // lan is what is known of a LAN.
 type lan struct {
 	LAN
-	rd         RD
-	export     []Target
-	flood      map[Key]netip.Addr // VTEPs, by the routes that tell them
-	macs       map[MAC]*station
-	told       map[MAC]*station // of those, whom routes of ours tell
-	refused    map[Key]Reason
-	named      Key // of those, the one that is named for all
-	duplicates map[MAC]bool
-	moves      uint64
-	owners     map[netip.Addr]MAC // of addresses that stations here have shown
-	early      []shown
-	neighbors  []segment.Neighbor // sorted; nil: to be made anew. Nobody changes it
+	rd            RD
+	export        []Target
+	flood         map[Key]netip.Addr // VTEPs, by the routes that tell them
+	macs          map[MAC]*macEntry
+	advertised    map[MAC]*macEntry // of those, whom routes of ours tell
+	refused       map[Key]Reason
+	sampleRefused Key // of those, the one that is named for all
+	duplicates    map[MAC]bool
+	moves         uint64
+	bindings      map[netip.Addr]MAC // of addresses that stations here have shown
+	pending       []binding
+	neighbors     []segment.Neighbor // sorted; nil: to be made anew. Nobody changes it
 
 	remotes []netip.Addr       // sorted; nil: to be made anew. Nobody changes it
 	fdb     []segment.FDBEntry // sorted, but for those of changed. Nobody changes it
 	changed map[MAC]bool       // whose entry may be another since
 }
 
-// station is what is known of who has a MAC.
-type station struct {
-	routes   []offer     // of others
-	seen     bool        // on a port here, as the bridge says
-	attached bool        // the MAC of a pod here
-	told     bool        // by a route of ours
-	sequence uint32      // of that route
-	taken    []time.Time // when it was taken from another lately
-	frozen   bool        // two have it: each node leaves it where it is
-	at       netip.Addr  // the VTEP of who was last known to have it
+// macEntry is what is known of who has a MAC.
+type macEntry struct {
+	routes     []macRoute  // of others
+	learned    bool        // on a port here, as the bridge says
+	attached   bool        // the MAC of a pod here
+	advertised bool        // by a route of ours
+	sequence   uint32      // of that route
+	moves      []time.Time // when it was taken from another lately
+	frozen     bool        // two have it: each node leaves it where it is
+	lastVTEP   netip.Addr  // the VTEP of who was last known to have it
 
-	addresses []netip.Addr // that it has shown here, the newest last
-	replaced  time.Time    // when one of them last gave way to another
+	addresses  []netip.Addr // that it has shown here, the newest last
+	replacedAt time.Time    // when one of them last gave way to another
 }
 
-// offer is one route that tells where a MAC is.
-type offer struct {
+// macRoute is one route that tells where a MAC is.
+type macRoute struct {
 	key      Key
 	vtep     netip.Addr
 	sequence uint32
 	sticky   bool
 }
 
-// before says which of two offers counts: the higher sequence, then the lower VTEP (RFC 7432, 15). One that shall not move
+// preferredTo says which of two offers counts: the higher sequence, then the lower VTEP (RFC 7432, 15). One that shall not move
 // counts more than any that may (15.2).
-func (o offer) before(other offer) bool {
+func (o macRoute) preferredTo(other macRoute) bool {
 	switch {
 	case o.sticky != other.sticky:
 		return o.sticky
@@ -84,17 +84,17 @@ func (o offer) before(other offer) bool {
 	return o.vtep.Less(other.vtep)
 }
 
-// best is the offer of another that counts.
-func (s *station) best() (best offer, ok bool) {
+// bestRoute is the offer of another that counts.
+func (s *macEntry) bestRoute() (best macRoute, ok bool) {
 	for _, o := range s.routes {
-		if !ok || o.before(best) {
+		if !ok || o.preferredTo(best) {
 			best, ok = o, true
 		}
 	}
 	return best, ok
 }
 
-func (s *station) here() bool { return s.seen || s.attached }
+func (s *macEntry) local() bool { return s.learned || s.attached }
 
 // A MAC that is taken back and forth so often within that time is on two nodes (RFC 7432, 15.1). It is left alone until so
 // much time has passed without a move.
@@ -103,17 +103,17 @@ const (
 	duplicateSpan  = 180 * time.Second
 )
 
-// take notes that the MAC was taken from another.
-func (s *station) take(now time.Time) {
-	s.taken = slices.DeleteFunc(s.taken, func(t time.Time) bool { return now.Sub(t) > duplicateSpan })
-	s.taken = append(s.taken, now)
-	s.frozen = len(s.taken) >= duplicateMoves
+// recordMove notes that the MAC was taken from another.
+func (s *macEntry) recordMove(now time.Time) {
+	s.moves = slices.DeleteFunc(s.moves, func(t time.Time) bool { return now.Sub(t) > duplicateSpan })
+	s.moves = append(s.moves, now)
+	s.frozen = len(s.moves) >= duplicateMoves
 }
 
-// thaw ends the time in which the MAC is left alone.
-func (s *station) thaw(now time.Time) {
-	if s.frozen && now.Sub(s.taken[len(s.taken)-1]) > duplicateSpan {
-		s.frozen, s.taken = false, nil
+// unfreeze ends the time in which the MAC is left alone.
+func (s *macEntry) unfreeze(now time.Time) {
+	if s.frozen && now.Sub(s.moves[len(s.moves)-1]) > duplicateSpan {
+		s.frozen, s.moves = false, nil
 	}
 }
 
@@ -121,39 +121,39 @@ func (s *station) thaw(now time.Time) {
 // takes some 10 KB of every daemon and reflector, and a pod may speak from as many as it likes.
 const MaxMACs = 8192
 
-// settle decides who has a MAC. spoke: it has just shown itself on a port here, or its pod has been attached.
-func (l *lan) settle(now time.Time, mac MAC, spoke bool) {
+// decide decides who has a MAC. spoke: it has just shown itself on a port here, or its pod has been attached.
+func (l *lan) decide(now time.Time, mac MAC, spoke bool) {
 	s := l.macs[mac]
-	s.thaw(now)
-	best, other := s.best()
-	mine := offer{vtep: l.VTEP, sequence: s.sequence}
+	s.unfreeze(now)
+	best, other := s.bestRoute()
+	mine := macRoute{vtep: l.VTEP, sequence: s.sequence}
 	switch {
-	case !l.Claimed || !s.here():
-		s.told, s.sequence, s.frozen = false, 0, false
+	case !l.Claimed || !s.local():
+		s.advertised, s.sequence, s.frozen = false, 0, false
 	case !other:
-		s.told = s.told || s.attached || len(l.told) < MaxMACs
+		s.advertised = s.advertised || s.attached || len(l.advertised) < MaxMACs
 	case s.frozen:
-	case s.told && mine.before(best):
+	case s.advertised && mine.preferredTo(best):
 	case spoke && !best.sticky:
-		s.told, s.sequence = true, max(best.sequence, best.sequence+1) // the highest stays
-		s.take(now)
+		s.advertised, s.sequence = true, max(best.sequence, best.sequence+1) // the highest stays
+		s.recordMove(now)
 	default:
-		s.told, s.sequence = false, 0
+		s.advertised, s.sequence = false, 0
 	}
-	l.settleAddresses(now, mac)
+	l.updateBindings(now, mac)
 	l.neighbors = nil
-	if s.told {
-		l.told[mac] = s
+	if s.advertised {
+		l.advertised[mac] = s
 	} else {
-		delete(l.told, mac)
+		delete(l.advertised, mac)
 	}
-	if !s.here() && !other {
+	if !s.local() && !other {
 		delete(l.macs, mac)
-	} else if at := l.at(s); at != s.at {
-		if s.at.IsValid() {
+	} else if at := l.vtepOf(s); at != s.lastVTEP {
+		if s.lastVTEP.IsValid() {
 			l.moves++
 		}
-		s.at = at
+		s.lastVTEP = at
 	}
 	if l.changed[mac] = true; s.frozen && other {
 		l.duplicates[mac] = true
@@ -162,81 +162,81 @@ func (l *lan) settle(now time.Time, mac MAC, spoke bool) {
 	}
 }
 
-// at is the VTEP of who has a MAC, of those that somebody has.
-func (l *lan) at(s *station) netip.Addr {
-	if vtep, ok := s.entry(); ok {
+// vtepOf is the VTEP of who has a MAC, of those that somebody has.
+func (l *lan) vtepOf(s *macEntry) netip.Addr {
+	if vtep, ok := s.remoteVTEP(); ok {
 		return vtep
 	}
 	return l.VTEP
 }
 
-// entry is the VTEP behind which a MAC is; none where it is here.
-func (s *station) entry() (vtep netip.Addr, ok bool) {
-	if s.told || s.frozen {
+// remoteVTEP is the VTEP behind which a MAC is; none where it is here.
+func (s *macEntry) remoteVTEP() (vtep netip.Addr, ok bool) {
+	if s.advertised || s.frozen {
 		return vtep, false
 	}
-	best, ok := s.best()
+	best, ok := s.bestRoute()
 	return best.vtep, ok
 }
 
-// station finds or makes what is known of a MAC.
-func (l *lan) station(mac MAC) *station {
+// entryy finds or makes what is known of a MAC.
+func (l *lan) entry(mac MAC) *macEntry {
 	s := l.macs[mac]
 	if s == nil {
-		s = &station{}
+		s = &macEntry{}
 		l.macs[mac] = s
 	}
 	return s
 }
 
-// learn takes a route of another in the place of what its key told before.
-func (l *lan) learn(now time.Time, r Route) {
-	if refusal := l.refuse(r); refusal != "" {
-		l.forget(now, r.Key)
+// importRoute takes a route of another in the place of what its key told before.
+func (l *lan) importRoute(now time.Time, r Route) {
+	if refusal := l.refusalReason(r); refusal != "" {
+		l.withdrawRoute(now, r.Key)
 		if len(l.refused) == 0 {
-			l.named = r.Key
+			l.sampleRefused = r.Key
 		}
 		l.refused[r.Key] = refusal
 		return
 	}
 	delete(l.refused, r.Key)
-	if r.Kind == Multicast {
+	if r.Type == Multicast {
 		if l.flood[r.Key] != r.VTEP {
 			l.flood[r.Key], l.remotes = r.VTEP, nil
 		}
 		return
 	}
-	s, o := l.station(r.MAC), offer{r.Key, r.VTEP, r.Sequence, r.Sticky}
-	if i := s.index(r.Key); i >= 0 {
+	s, o := l.entry(r.MAC), macRoute{r.Key, r.VTEP, r.Sequence, r.Sticky}
+	if i := s.routeIndex(r.Key); i >= 0 {
 		s.routes[i] = o
 	} else {
 		s.routes = append(s.routes, o)
-		if owner, here := l.owners[r.IP]; here && owner != r.MAC { // another has shown it, elsewhere
-			l.hide(r.IP)
+		if owner, here := l.bindings[r.IP]; here && owner != r.MAC { // another has shown it, elsewhere
+			l.unbind(r.IP)
 		}
 	}
-	l.settle(now, r.MAC, false)
+	l.decide(now, r.MAC, false)
 }
 
-// forget is the end of a route of another.
-func (l *lan) forget(now time.Time, k Key) {
+// withdrawRoute is the end of a route of another.
+func (l *lan) withdrawRoute(now time.Time, k Key) {
 	delete(l.refused, k)
 	if _, ok := l.flood[k]; ok {
 		delete(l.flood, k)
 		l.remotes = nil
 	}
 	s := l.macs[k.MAC]
-	if s == nil || k.Kind != MACIP {
+	if s == nil || k.Type != MACIP {
 		return
 	}
-	if i := s.index(k); i >= 0 {
+	if i := s.routeIndex(k); i >= 0 {
 		s.routes = slices.Delete(s.routes, i, i+1)
-		l.settle(now, k.MAC, false)
+		l.decide(now, k.MAC, false)
 	}
 }
 
-func (s *station) index(k Key) int {
-	return slices.IndexFunc(s.routes, func(o offer) bool { return o.key == k })
+func (s *macEntry) routeIndex(k Key) int {
+	return slices.IndexFunc(s.routes, func(o macRoute) bool { return o.key == k })
 }
 
 // Refusal is a route of a LAN that cannot be used.
@@ -251,40 +251,40 @@ type Reason string
 // The reasons.
 const (
 	OwnVTEP       Reason = "its VTEP is this node's own"
-	NoVTEP        Reason = "its VTEP is no address that packets could be sent to"
+	InvalidVTEP   Reason = "its VTEP is no address that packets could be sent to"
 	OtherFamily   Reason = "its VTEP is of the other IP version"
 	OtherVNI      Reason = "it bears another VNI than the LAN"
 	Encapsulation Reason = "it is not for VXLAN with a copy to each VTEP"
 	VLANAware     Reason = "it has an Ethernet tag: it is of a VLAN-aware bundle"
-	NoStation     Reason = "its MAC is none that a station could have"
+	InvalidMAC    Reason = "its MAC is none that a station could have"
 )
 
 func (r Refusal) String() string {
-	what := fmt.Sprintf("the route of type %d from VTEP %s", r.Route.Kind, r.Route.VTEP)
-	if r.Route.Kind == MACIP {
+	what := fmt.Sprintf("the route of type %d from VTEP %s", r.Route.Type, r.Route.VTEP)
+	if r.Route.Type == MACIP {
 		what += " for " + r.Route.MAC.String()
 	}
 	return fmt.Sprintf("%s is not used: %s", what, r.Reason)
 }
 
-// refuse says why a route cannot be used; empty if it can.
-func (l *lan) refuse(r Route) Reason {
+// refusalReason says why a route cannot be used; empty if it can.
+func (l *lan) refusalReason(r Route) Reason {
 	v := r.VTEP
 	switch {
 	case !v.IsValid() || v.IsUnspecified() || v.IsMulticast() || v.IsLoopback() || v.IsLinkLocalUnicast() || v.Zone() != "":
-		return NoVTEP
+		return InvalidVTEP
 	case v == l.VTEP:
 		return OwnVTEP
 	case v.BitLen() != l.VTEP.BitLen() || v.Is4In6():
 		return OtherFamily
-	case r.Other:
+	case r.Unsupported:
 		return Encapsulation
 	case r.VNI != l.VNI:
 		return OtherVNI
 	case r.Tag != 0:
 		return VLANAware
-	case r.Kind == MACIP && (r.MAC == MAC{} || r.MAC[0]&1 != 0):
-		return NoStation
+	case r.Type == MACIP && (r.MAC == MAC{} || r.MAC[0]&1 != 0):
+		return InvalidMAC
 	}
 	return ""
 }
@@ -297,10 +297,10 @@ type Count struct {
 }
 
 func (l *lan) count() Count {
-	c := Count{Advertised: len(l.own()), Used: len(l.flood), Refused: len(l.refused), Duplicate: len(l.duplicates), Moves: l.moves}
+	c := Count{Advertised: len(l.routes()), Used: len(l.flood), Refused: len(l.refused), Duplicate: len(l.duplicates), Moves: l.moves}
 	for mac, s := range l.macs {
 		c.Used += len(s.routes)
-		if _, elsewhere := s.entry(); elsewhere {
+		if _, elsewhere := s.remoteVTEP(); elsewhere {
 			c.Remote++
 		} else if !l.duplicates[mac] {
 			c.Local++
@@ -309,15 +309,15 @@ func (l *lan) count() Count {
 	return c
 }
 
-// own are the node's routes in the LAN.
-func (l *lan) own() []Route {
+// routes are the node's routes in the LAN.
+func (l *lan) routes() []Route {
 	if !l.Claimed || !l.VTEP.IsValid() {
 		return nil
 	}
-	route := Route{Key: Key{Kind: Multicast, RD: l.rd, IP: l.VTEP}, VTEP: l.VTEP, VNI: l.VNI, Targets: l.export}
+	route := Route{Key: Key{Type: Multicast, RD: l.rd, IP: l.VTEP}, VTEP: l.VTEP, VNI: l.VNI, Targets: l.export}
 	routes := []Route{route}
-	route.Key = Key{Kind: MACIP, RD: l.rd}
-	for mac, s := range l.told {
+	route.Key = Key{Type: MACIP, RD: l.rd}
+	for mac, s := range l.advertised {
 		route.MAC, route.Sequence, route.IP = mac, s.sequence, netip.Addr{}
 		routes = append(routes, route)
 		for _, route.IP = range s.addresses {
@@ -327,8 +327,8 @@ func (l *lan) own() []Route {
 	return routes
 }
 
-// view is what the LAN's segment has to have. Of what stays the same nothing is looked at again but the list it is in.
-func (l *lan) view() (remotes []netip.Addr, fdb []segment.FDBEntry) {
+// forwarding is what the LAN's segment has to have. Of what stays the same nothing is looked at again but the list it is in.
+func (l *lan) forwarding() (remotes []netip.Addr, fdb []segment.FDBEntry) {
 	if l.remotes == nil {
 		remotes := slices.Collect(maps.Values(l.flood))
 		slices.SortFunc(remotes, netip.Addr.Compare)
@@ -355,8 +355,8 @@ func (l *lan) view() (remotes []netip.Addr, fdb []segment.FDBEntry) {
 
 func (l *lan) appendEntry(fdb []segment.FDBEntry, mac MAC) []segment.FDBEntry {
 	if s := l.macs[mac]; s != nil {
-		if vtep, ok := s.entry(); ok {
-			return append(fdb, segment.FDBEntry{MAC: mac, VTEP: vtep, Local: s.seen})
+		if vtep, ok := s.remoteVTEP(); ok {
+			return append(fdb, segment.FDBEntry{MAC: mac, VTEP: vtep, Local: s.learned})
 		}
 	}
 	return fdb

@@ -70,7 +70,7 @@ func (m mesh) tell(t *testing.T, now time.Time) {
 			from.told = own
 		}
 		for _, n := range m { // what is behind another is on no port: the bridge has it on the VXLAN
-			_, fdb, _ := n.View(222)
+			_, fdb, _ := n.Forwarding(222)
 			for _, e := range fdb {
 				n.ForgetLocal(now, 222, e.MAC)
 			}
@@ -94,13 +94,13 @@ func (m mesh) others(but *node, do func(*node)) {
 func state(n *node) string {
 	var words []string
 	for _, r := range n.Advertised() {
-		if r.Kind == macvrf.Multicast {
+		if r.Type == macvrf.Multicast {
 			words = slices.Insert(words, 0, "tells itself")
 		} else {
 			words = append(words, fmt.Sprintf("tells %d seq %d", r.MAC[5], r.Sequence))
 		}
 	}
-	remotes, fdb, _ := n.View(222)
+	remotes, fdb, _ := n.Forwarding(222)
 	for _, r := range remotes {
 		words = append(words, fmt.Sprintf("floods %d", r.As4()[3]))
 	}
@@ -123,7 +123,7 @@ func expect(t *testing.T, when string, n *node, want string) {
 func TestAMACMovesThereAndBack(t *testing.T) {
 	m := nodes(3)
 	m.tell(t, began)
-	if remotes, fdb, ok := nodes(1)[0].View(222); remotes == nil || fdb == nil || !ok {
+	if remotes, fdb, ok := nodes(1)[0].Forwarding(222); remotes == nil || fdb == nil || !ok {
 		t.Error("that there is nothing is taken for not known")
 	}
 	expect(t, "nobody has spoken", m[0], "tells itself, floods 2, floods 3")
@@ -205,7 +205,7 @@ func TestWhatThereIsOfALANIsCounted(t *testing.T) {
 	count("after a silence", c, macvrf.Count{Advertised: 1, Used: 4, Remote: 2, Moves: 1})
 	c.Set(began, []macvrf.LAN{{VNI: 222, VTEP: vtep(9), Claimed: true}})
 	count("with another address", c, macvrf.Count{Advertised: 1, Used: 4, Remote: 2, Moves: 1})
-	other := macvrf.Route{Key: macvrf.Key{Kind: macvrf.Multicast, RD: macvrf.RD{9}}, VTEP: vtep(7), VNI: 223, Targets: []macvrf.Target{macvrf.NewTarget(1, 222)}}
+	other := macvrf.Route{Key: macvrf.Key{Type: macvrf.Multicast, RD: macvrf.RD{9}}, VTEP: vtep(7), VNI: 223, Targets: []macvrf.Target{macvrf.NewTarget(1, 222)}}
 	c.Import(began, other)
 	count("with a route of another VNI", c, macvrf.Count{Advertised: 1, Used: 4, Refused: 1, Remote: 2, Moves: 1})
 	for range 5 {
@@ -228,7 +228,7 @@ func TestAnEntryKnowsWhetherItsMACWasHere(t *testing.T) {
 	m[0].LearnLocal(began, 222, mac(9))
 	m[0].Import(began, route(macvrf.MACIP, 2, func(r *macvrf.Route) { r.MAC, r.Sequence = mac(9), 1 }))
 	for _, here := range []bool{true, false} {
-		if _, fdb, _ := m[0].View(222); len(fdb) != 1 || fdb[0].Local != here {
+		if _, fdb, _ := m[0].Forwarding(222); len(fdb) != 1 || fdb[0].Local != here {
 			t.Errorf("entries %+v, want one with Here %t", fdb, here)
 		}
 		m[0].ForgetLocal(began, 222, mac(9))
@@ -276,7 +276,7 @@ func TestATieGoesToTheLowerVTEP(t *testing.T) {
 	m.tell(t, began)
 	expect(t, "all tell it", m[0], "tells itself, tells 7 seq 0, floods 2, floods 3")
 	for _, n := range m[1:] {
-		_, fdb, _ := n.View(222)
+		_, fdb, _ := n.Forwarding(222)
 		if len(fdb) != 1 || fdb[0].VTEP != vtep(1) {
 			t.Errorf("node %s has %v", n.vtep, fdb)
 		}
@@ -297,7 +297,7 @@ func TestAMACOnTwoNodesIsLeftAlone(t *testing.T) {
 		if d := n.Duplicates(222); !slices.Equal(d, []macvrf.MAC{mac(9)}) {
 			t.Errorf("node %s has duplicates %v", n.vtep, d)
 		}
-		if _, fdb, _ := n.View(222); len(fdb) > 0 {
+		if _, fdb, _ := n.Forwarding(222); len(fdb) > 0 {
 			t.Errorf("node %s sends what is for its own station to %v", n.vtep, fdb)
 		}
 	}
@@ -337,16 +337,16 @@ func TestWhoIsLeftAloneIsTakenUpAfterAQuietTime(t *testing.T) {
 	m.tell(t, now)
 	m[1].LearnLocal(now, 222, mac(9))
 	m.tell(t, now)
-	_, fdb, _ := m[0].View(222)
+	_, fdb, _ := m[0].Forwarding(222)
 	if len(m[0].Duplicates(222)) > 0 || len(fdb) != 1 || fdb[0].VTEP != vtep(2) {
 		t.Errorf("node 1: %s", state(m[0]))
 	}
 }
 
 // route is one that others tell of LAN 222.
-func route(kind macvrf.Kind, from byte, change func(*macvrf.Route)) macvrf.Route {
+func route(kind macvrf.RouteType, from byte, change func(*macvrf.Route)) macvrf.Route {
 	r := macvrf.Route{
-		Key: macvrf.Key{Kind: kind, RD: macvrf.RD{1: 1, 5: from, 7: 1}}, VTEP: vtep(from), VNI: 222,
+		Key: macvrf.Key{Type: kind, RD: macvrf.RD{1: 1, 5: from, 7: 1}}, VTEP: vtep(from), VNI: 222,
 		Targets: []macvrf.Target{macvrf.NewTarget(65000, 222)},
 	}
 	if r.IP = r.VTEP; kind == macvrf.MACIP {
@@ -366,16 +366,16 @@ func TestRoutesThatCannotBeUsedSayWhy(t *testing.T) {
 	}{
 		{"own VTEP", route(macvrf.MACIP, 1, nil), macvrf.OwnVTEP},
 		{"own VTEP, flooded", route(macvrf.Multicast, 1, nil), macvrf.OwnVTEP},
-		{"no VTEP", route(macvrf.MACIP, 2, func(r *macvrf.Route) { r.VTEP = netip.Addr{} }), macvrf.NoVTEP},
-		{"a group as VTEP", route(macvrf.Multicast, 2, func(r *macvrf.Route) { r.VTEP = netip.MustParseAddr("239.1.1.1") }), macvrf.NoVTEP},
-		{"link-local", route(macvrf.Multicast, 2, func(r *macvrf.Route) { r.VTEP = netip.MustParseAddr("fe80::1") }), macvrf.NoVTEP},
+		{"no VTEP", route(macvrf.MACIP, 2, func(r *macvrf.Route) { r.VTEP = netip.Addr{} }), macvrf.InvalidVTEP},
+		{"a group as VTEP", route(macvrf.Multicast, 2, func(r *macvrf.Route) { r.VTEP = netip.MustParseAddr("239.1.1.1") }), macvrf.InvalidVTEP},
+		{"link-local", route(macvrf.Multicast, 2, func(r *macvrf.Route) { r.VTEP = netip.MustParseAddr("fe80::1") }), macvrf.InvalidVTEP},
 		{"IPv6", route(macvrf.MACIP, 2, func(r *macvrf.Route) { r.VTEP = netip.MustParseAddr("2001:db8::1") }), macvrf.OtherFamily},
 		{"IPv4 in IPv6", route(macvrf.MACIP, 2, func(r *macvrf.Route) { r.VTEP = netip.MustParseAddr("::ffff:192.0.2.2") }), macvrf.OtherFamily},
 		{"another VNI", route(macvrf.MACIP, 2, func(r *macvrf.Route) { r.VNI = 223 }), macvrf.OtherVNI},
-		{"MPLS", route(macvrf.MACIP, 2, func(r *macvrf.Route) { r.Other = true }), macvrf.Encapsulation},
+		{"MPLS", route(macvrf.MACIP, 2, func(r *macvrf.Route) { r.Unsupported = true }), macvrf.Encapsulation},
 		{"VLAN-aware", route(macvrf.Multicast, 2, func(r *macvrf.Route) { r.Tag = 5 }), macvrf.VLANAware},
-		{"a group's MAC", route(macvrf.MACIP, 2, func(r *macvrf.Route) { r.MAC = macvrf.MAC{1, 0, 0x5e, 0, 0, 1} }), macvrf.NoStation},
-		{"no MAC", route(macvrf.MACIP, 2, func(r *macvrf.Route) { r.MAC = macvrf.MAC{} }), macvrf.NoStation},
+		{"a group's MAC", route(macvrf.MACIP, 2, func(r *macvrf.Route) { r.MAC = macvrf.MAC{1, 0, 0x5e, 0, 0, 1} }), macvrf.InvalidMAC},
+		{"no MAC", route(macvrf.MACIP, 2, func(r *macvrf.Route) { r.MAC = macvrf.MAC{} }), macvrf.InvalidMAC},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			n := nodes(1)[0]
@@ -453,7 +453,7 @@ func TestRoutesAreSortedByTheirTargets(t *testing.T) {
 		t.Errorf("tells %v", own)
 	}
 	n.Set(began, nil)
-	if _, _, ok := n.View(222); ok || len(n.Advertised()) > 0 {
+	if _, _, ok := n.Forwarding(222); ok || len(n.Advertised()) > 0 {
 		t.Error("the LAN is still there")
 	}
 }
@@ -561,9 +561,9 @@ func TestAnAddressIsToldOfWhoShowedItLast(t *testing.T) {
 		t.Helper()
 		var words []string
 		for _, r := range n.Advertised() {
-			if r.Kind == macvrf.MACIP && r.IP.IsValid() {
+			if r.Type == macvrf.MACIP && r.IP.IsValid() {
 				words = append(words, fmt.Sprintf("%d has %s", r.MAC[5], r.IP))
-			} else if r.Kind == macvrf.MACIP {
+			} else if r.Type == macvrf.MACIP {
 				words = append(words, fmt.Sprintf("%d", r.MAC[5]))
 			}
 		}
@@ -723,9 +723,9 @@ func TestNodesAgreeWhateverHappens(t *testing.T) {
 		owners := map[macvrf.MAC]int{}
 		for i, n := range m {
 			for _, r := range n.Advertised() {
-				if _, twice := owners[r.MAC]; twice && r.Kind == macvrf.MACIP {
+				if _, twice := owners[r.MAC]; twice && r.Type == macvrf.MACIP {
 					t.Fatalf("seed %d: two nodes tell %s", seed, r.MAC)
-				} else if r.Kind == macvrf.MACIP {
+				} else if r.Type == macvrf.MACIP {
 					owners[r.MAC] = i
 				}
 			}
@@ -738,7 +738,7 @@ func TestNodesAgreeWhateverHappens(t *testing.T) {
 				t.Fatalf("seed %d: node %d tells %s, which spoke last on %d", seed, at+1, station, last[station]+1)
 			}
 			for i, n := range m {
-				_, fdb, _ := n.View(222)
+				_, fdb, _ := n.Forwarding(222)
 				e := slices.IndexFunc(fdb, func(e segment.FDBEntry) bool { return e.MAC == station })
 				if (e >= 0) != (i != at) || e >= 0 && fdb[e].VTEP != m[at].vtep {
 					t.Fatalf("seed %d: node %d has %v, %s is on %d", seed, i+1, fdb, station, at+1)
@@ -766,7 +766,7 @@ func TestTheForwardingTableIsThatOfItsRoutes(t *testing.T) {
 		if i%7 > 0 {
 			continue
 		}
-		_, fdb, _ := step.View(222)
+		_, fdb, _ := step.Forwarding(222)
 		var list []segment.FDBEntry
 		for m, v := range want {
 			list = append(list, segment.FDBEntry{MAC: m, VTEP: v})
@@ -781,22 +781,22 @@ func TestTheForwardingTableIsThatOfItsRoutes(t *testing.T) {
 // Whatever a route says, nothing but what a station could have becomes an entry, and another LAN is not touched.
 func FuzzRoute(f *testing.F) {
 	add := func(r macvrf.Route) {
-		f.Add(byte(r.Kind), r.RD[:], r.Tag, r.MAC[:], r.IP.AsSlice(), r.VTEP.AsSlice(), r.VNI, r.Targets[0][:], r.Other, r.Sequence, r.Sticky)
+		f.Add(byte(r.Type), r.RD[:], r.Tag, r.MAC[:], r.IP.AsSlice(), r.VTEP.AsSlice(), r.VNI, r.Targets[0][:], r.Unsupported, r.Sequence, r.Sticky)
 	}
 	add(route(macvrf.MACIP, 2, nil))
 	add(route(macvrf.Multicast, 2, nil))
 	f.Fuzz(func(t *testing.T, kind byte, rd []byte, tag uint32, mac, ip, vtep []byte, vni uint32, target []byte, other bool, sequence uint32, sticky bool) {
 		n := newNode(1)
 		n.Set(began, []macvrf.LAN{{VNI: 222, VTEP: n.vtep, Claimed: true}, {VNI: 223, VTEP: n.vtep, Claimed: true, Import: []macvrf.Target{{9, 9}}}})
-		r := macvrf.Route{VNI: vni, Targets: make([]macvrf.Target, 1), Other: other, Sequence: sequence, Sticky: sticky}
-		r.Kind, r.Tag = macvrf.Kind(kind), tag
+		r := macvrf.Route{VNI: vni, Targets: make([]macvrf.Target, 1), Unsupported: other, Sequence: sequence, Sticky: sticky}
+		r.Type, r.Tag = macvrf.RouteType(kind), tag
 		copy(r.RD[:], rd)
 		copy(r.MAC[:], mac)
 		copy(r.Targets[0][:], target)
 		r.IP, _ = netip.AddrFromSlice(ip)
 		r.VTEP, _ = netip.AddrFromSlice(vtep)
 		n.Import(began, r)
-		remotes, fdb, _ := n.View(222)
+		remotes, fdb, _ := n.Forwarding(222)
 		for _, e := range fdb {
 			if e.MAC[0]&1 != 0 || e.MAC == [6]byte{} || !e.VTEP.Is4() || e.VTEP == n.vtep || e.VTEP.IsMulticast() || e.VTEP.IsUnspecified() {
 				t.Errorf("entry %v", e)
@@ -812,12 +812,12 @@ func FuzzRoute(f *testing.F) {
 			t.Errorf("one route became %d things", got)
 		}
 		if r.Targets[0] != (macvrf.Target{9, 9}) {
-			if remotes, fdb, _ := n.View(223); len(remotes)+len(fdb) > 0 {
+			if remotes, fdb, _ := n.Forwarding(223); len(remotes)+len(fdb) > 0 {
 				t.Errorf("the other LAN has %v %v", remotes, fdb)
 			}
 		}
 		n.Withdraw(began, r.Key)
-		remotes, fdb, _ = n.View(222)
+		remotes, fdb, _ = n.Forwarding(222)
 		if _, refused := n.Refused(222); len(remotes)+len(fdb)+refused > 0 {
 			t.Errorf("left: %v %v, %d refused", remotes, fdb, refused)
 		}

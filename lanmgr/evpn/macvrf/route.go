@@ -76,18 +76,18 @@ func (t Target) number() (uint32, bool) {
 	return binary.BigEndian.Uint32(t[4:]), t[0] == 0 && t[1] == routeTarget
 }
 
-// Kind is an EVPN route type.
-type Kind uint8
+// RouteType is an EVPN route type.
+type RouteType uint8
 
 // The kinds of route that matter to a LAN.
 const (
-	MACIP     Kind = 2 // where a MAC is
-	Multicast Kind = 3 // who wants what is flooded
+	MACIP     RouteType = 2 // where a MAC is
+	Multicast RouteType = 3 // who wants what is flooded
 )
 
 // Key tells a route from others: a later one with the same key takes its place (RFC 7432, 7.2 and 7.3).
 type Key struct {
-	Kind Kind
+	Type RouteType
 	RD   RD
 	Tag  uint32     // Ethernet tag
 	MAC  MAC        // of a MACIP
@@ -95,23 +95,23 @@ type Key struct {
 }
 
 func (k Key) compare(o Key) int {
-	return cmp.Or(cmp.Compare(k.Kind, o.Kind), bytes.Compare(k.RD[:], o.RD[:]), cmp.Compare(k.Tag, o.Tag),
+	return cmp.Or(cmp.Compare(k.Type, o.Type), bytes.Compare(k.RD[:], o.RD[:]), cmp.Compare(k.Tag, o.Tag),
 		bytes.Compare(k.MAC[:], o.MAC[:]), k.IP.Compare(o.IP))
 }
 
 // Route is one route of EVPN.
 type Route struct {
 	Key
-	VTEP     netip.Addr // where to send to: the next hop, of a Multicast the end of the tunnel
-	VNI      uint32     // the first label, not shifted
-	Targets  []Target
-	Other    bool   // is for another encapsulation than VXLAN, or another way of flooding than one copy to each
-	Sequence uint32 // of MAC mobility; absent is 0
-	Sticky   bool   // the MAC shall not move
+	VTEP        netip.Addr // where to send to: the next hop, of a Multicast the end of the tunnel
+	VNI         uint32     // the first label, not shifted
+	Targets     []Target
+	Unsupported bool   // is for another encapsulation than VXLAN, or another way of flooding than one copy to each
+	Sequence    uint32 // of MAC mobility; absent is 0
+	Sticky      bool   // the MAC shall not move
 }
 
 // Equal says whether two routes tell the same.
 func (r Route) Equal(o Route) bool {
 	return r.Key == o.Key && r.VTEP == o.VTEP && r.VNI == o.VNI && slices.Equal(r.Targets, o.Targets) &&
-		r.Other == o.Other && r.Sequence == o.Sequence && r.Sticky == o.Sticky
+		r.Unsupported == o.Unsupported && r.Sequence == o.Sequence && r.Sticky == o.Sticky
 }

@@ -24,13 +24,13 @@ func TestThousandNodes(t *testing.T) {
 	}
 	for i := range 1000 {
 		f := at(i, 0)
-		f.Kind, f.MAC, f.IP = macvrf.Multicast, macvrf.MAC{}, f.VTEP
+		f.Type, f.MAC, f.IP = macvrf.Multicast, macvrf.MAC{}, f.VTEP
 		n.Import(began, f)
 		for m := range 10 {
 			n.Import(began, at(i, m))
 		}
 	}
-	remotes, fdb, _ := n.View(222)
+	remotes, fdb, _ := n.Forwarding(222)
 	if len(remotes) != 1000 || len(fdb) != 10_000 {
 		t.Fatalf("%d remotes, %d MACs", len(remotes), len(fdb))
 	}
@@ -43,7 +43,7 @@ func TestThousandNodes(t *testing.T) {
 		r := at(i%1000, 0)
 		r.VTEP = vtep(byte(1 + i%200 + 2))
 		n.Import(began, r)
-		n.View(222)
+		n.Forwarding(222)
 		n.Advertised()
 	}
 	t.Logf("11,000 routes: %v, %d KiB; one more move: %v", all, (after.HeapAlloc-before.HeapAlloc)>>10, time.Since(began)/moves)

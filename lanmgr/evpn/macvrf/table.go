@@ -34,16 +34,16 @@ func (t *Table) Set(now time.Time, lans []LAN) {
 			delete(t.lans, vni)
 		}
 	}
-	numbers := t.numbers(lans)
+	numbers := t.rdNumbers(lans)
 	for _, l := range lans {
-		t.set(now, l)
+		t.setLAN(now, l)
 		t.lans[l.VNI].rd = routerRD(t.router, numbers[l.VNI])
 	}
 }
 
-// numbers gives each LAN a number for its RD that no other has here: what it asks for, else the one that it has, else its VNI if that fits, or
+// rdNumbers gives each LAN a number for its RD that no other has here: what it asks for, else the one that it has, else its VNI if that fits, or
 // the next that is free.
-func (t *Table) numbers(lans []LAN) map[uint32]uint16 {
+func (t *Table) rdNumbers(lans []LAN) map[uint32]uint16 {
 	type wish struct {
 		rank   int // who comes first
 		vni    uint32
@@ -53,12 +53,12 @@ func (t *Table) numbers(lans []LAN) map[uint32]uint16 {
 	for _, l := range lans {
 		w, here := wish{3, l.VNI, uint16(l.VNI)}, t.lans[l.VNI]
 		switch {
-		case l.RD != 0 && here != nil && here.number() == l.RD:
+		case l.RD != 0 && here != nil && here.rdNumber() == l.RD:
 			w.rank, w.number = 0, l.RD
 		case l.RD != 0:
 			w.rank, w.number = 1, l.RD
 		case here != nil && here.RD == 0:
-			w.rank, w.number = 2, here.number()
+			w.rank, w.number = 2, here.rdNumber()
 		}
 		wishes = append(wishes, w)
 	}
@@ -73,14 +73,14 @@ func (t *Table) numbers(lans []LAN) map[uint32]uint16 {
 	return numbers
 }
 
-func (t *Table) set(now time.Time, want LAN) {
+func (t *Table) setLAN(now time.Time, want LAN) {
 	l := t.lans[want.VNI]
 	if l != nil && l.LAN.Equal(want) {
 		return
 	}
 	anew := l == nil || l.VTEP != want.VTEP || !slices.Equal(l.Import, want.Import) || !slices.Equal(l.Export, want.Export)
 	if l == nil {
-		l = &lan{fdb: []segment.FDBEntry{}, macs: map[MAC]*station{}, told: map[MAC]*station{}, duplicates: map[MAC]bool{}, changed: map[MAC]bool{}, owners: map[netip.Addr]MAC{}}
+		l = &lan{fdb: []segment.FDBEntry{}, macs: map[MAC]*macEntry{}, advertised: map[MAC]*macEntry{}, duplicates: map[MAC]bool{}, changed: map[MAC]bool{}, bindings: map[netip.Addr]MAC{}}
 		t.lans[want.VNI] = l
 	}
 	claimed, otherwise := want.Claimed && !l.Claimed, want.Claimed != l.Claimed
@@ -90,42 +90,42 @@ func (t *Table) set(now time.Time, want LAN) {
 		l.export = []Target{NewTarget(t.as, want.VNI)}
 	}
 	if anew {
-		t.refill(now, l)
+		t.reimport(now, l)
 	}
 	attached := make(map[MAC]bool, len(want.Attached))
 	for _, mac := range want.Attached {
 		attached[mac] = true
-		l.station(mac)
+		l.entry(mac)
 	}
 	for mac, s := range l.macs { // of which settle deletes none but mac
 		comes := attached[mac] && (!s.attached || claimed)
 		if otherwise || s.attached != attached[mac] {
 			s.attached = attached[mac]
-			l.settle(now, mac, comes)
+			l.decide(now, mac, comes)
 		}
 	}
 }
 
-// refill reads a LAN's routes again: other ones are its own now, or can be used. What is here stays.
-func (t *Table) refill(now time.Time, l *lan) {
+// reimport reads a LAN's routes again: other ones are its own now, or can be used. What is here stays.
+func (t *Table) reimport(now time.Time, l *lan) {
 	l.flood, l.refused, l.remotes = map[Key]netip.Addr{}, map[Key]Reason{}, nil
 	moves := l.moves
 	for mac, s := range maps.Clone(l.macs) {
 		s.routes = nil
-		l.settle(now, mac, false)
+		l.decide(now, mac, false)
 	}
 	for _, r := range t.routes {
-		if slices.Contains(t.lansOf(r), l) {
-			l.learn(now, r)
+		if slices.Contains(t.importers(r), l) {
+			l.importRoute(now, r)
 		}
 	}
 	l.moves = moves // nobody went anywhere
 }
 
-func (l *lan) number() uint16 { return uint16(l.rd[6])<<8 | uint16(l.rd[7]) }
+func (l *lan) rdNumber() uint16 { return uint16(l.rd[6])<<8 | uint16(l.rd[7]) }
 
-// lansOf are the LANs that a route is of, by its targets.
-func (t *Table) lansOf(r Route) (lans []*lan) {
+// importers are the LANs that a route is of, by its targets.
+func (t *Table) importers(r Route) (lans []*lan) {
 	for _, l := range t.lans {
 		if slices.ContainsFunc(r.Targets, l.imports) {
 			lans = append(lans, l)
@@ -149,7 +149,7 @@ func (l *lan) imports(t Target) bool {
 
 // Import takes a route of another. Kinds that do not matter to a LAN are passed over.
 func (t *Table) Import(now time.Time, r Route) {
-	if r.Kind != MACIP && r.Kind != Multicast {
+	if r.Type != MACIP && r.Type != Multicast {
 		return
 	}
 	if old, ok := t.routes[r.Key]; ok {
@@ -161,8 +161,8 @@ func (t *Table) Import(now time.Time, r Route) {
 		}
 	}
 	t.routes[r.Key] = r
-	for _, l := range t.lansOf(r) {
-		l.learn(now, r)
+	for _, l := range t.importers(r) {
+		l.importRoute(now, r)
 	}
 }
 
@@ -173,8 +173,8 @@ func (t *Table) Withdraw(now time.Time, k Key) {
 		return
 	}
 	delete(t.routes, k)
-	for _, l := range t.lansOf(r) {
-		l.forget(now, k)
+	for _, l := range t.importers(r) {
+		l.withdrawRoute(now, k)
 	}
 }
 
@@ -185,37 +185,37 @@ func (t *Table) LearnLocal(now time.Time, vni uint32, mac MAC) (full bool) {
 	if l == nil || mac[0]&1 != 0 {
 		return false
 	}
-	l.station(mac).seen = true
-	l.settle(now, mac, true)
-	return l.Claimed && l.told[mac] == nil && len(l.told) >= MaxMACs
+	l.entry(mac).learned = true
+	l.decide(now, mac, true)
+	return l.Claimed && l.advertised[mac] == nil && len(l.advertised) >= MaxMACs
 }
 
 // ForgetLocal says that a MAC is on no port here any more: it has been silent for long, or its port is gone. changed is false where nobody knew it to be on
 // one: a bridge tells of each entry that is written to it, too.
 func (t *Table) ForgetLocal(now time.Time, vni uint32, mac MAC) (changed bool) {
 	l := t.lans[vni]
-	if l == nil || l.macs[mac] == nil || !l.macs[mac].seen {
+	if l == nil || l.macs[mac] == nil || !l.macs[mac].learned {
 		return false
 	}
-	l.macs[mac].seen = false
-	l.settle(now, mac, false)
+	l.macs[mac].learned = false
+	l.decide(now, mac, false)
 	return true
 }
 
-// LocalSince says which MACs are on ports here, all of them: those that are not among them are not any more.
-func (t *Table) LocalSince(now time.Time, vni uint32, macs []MAC) {
+// SetLocal says which MACs are on ports here, all of them: those that are not among them are not any more.
+func (t *Table) SetLocal(now time.Time, vni uint32, macs []MAC) {
 	l := t.lans[vni]
 	if l == nil {
 		return
 	}
 	here := make(map[MAC]bool, len(macs))
 	for _, mac := range macs {
-		if here[mac] = true; l.macs[mac] == nil || !l.macs[mac].seen {
+		if here[mac] = true; l.macs[mac] == nil || !l.macs[mac].learned {
 			t.LearnLocal(now, vni, mac)
 		}
 	}
 	for mac, s := range maps.Clone(l.macs) {
-		if s.seen && !here[mac] {
+		if s.learned && !here[mac] {
 			t.ForgetLocal(now, vni, mac)
 		}
 	}
@@ -225,20 +225,20 @@ func (t *Table) LocalSince(now time.Time, vni uint32, macs []MAC) {
 func (t *Table) Advertised() []Route {
 	var routes []Route
 	for _, l := range t.lans {
-		routes = append(routes, l.own()...)
+		routes = append(routes, l.routes()...)
 	}
 	slices.SortFunc(routes, func(a, b Route) int { return a.compare(b.Key) })
 	return routes
 }
 
-// View is what the LAN's segment has to have: who gets what is flooded, sorted, each once, and behind which VTEPs MACs are, sorted; neither
+// Forwarding is what the LAN's segment has to have: who gets what is flooded, sorted, each once, and behind which VTEPs MACs are, sorted; neither
 // is nil. ok is false if the node takes no part in such a LAN. Nobody changes the lists.
-func (t *Table) View(vni uint32) (remotes []netip.Addr, fdb []segment.FDBEntry, ok bool) {
+func (t *Table) Forwarding(vni uint32) (remotes []netip.Addr, fdb []segment.FDBEntry, ok bool) {
 	l := t.lans[vni]
 	if l == nil {
 		return nil, nil, false
 	}
-	remotes, fdb = l.view()
+	remotes, fdb = l.forwarding()
 	return remotes, fdb, true
 }
 
@@ -265,10 +265,10 @@ func (t *Table) Refused(vni uint32) (one Refusal, all int) {
 	if l == nil || len(l.refused) == 0 {
 		return one, 0
 	}
-	if _, still := l.refused[l.named]; !still {
-		for l.named = range l.refused {
+	if _, still := l.refused[l.sampleRefused]; !still {
+		for l.sampleRefused = range l.refused {
 			break
 		}
 	}
-	return Refusal{t.routes[l.named], l.refused[l.named]}, len(l.refused)
+	return Refusal{t.routes[l.sampleRefused], l.refused[l.sampleRefused]}, len(l.refused)
 }
