@@ -39,7 +39,7 @@ func nodeMetrics() *metrics.Metrics {
 		Dropped:    func() map[string]uint64 { return map[string]uint64{"default/lab": 1} },
 		EVPN:       joined{},
 	})
-	m.Show(v1beta1.LANNodeStatus{})
+	m.Published(v1beta1.LANNodeStatus{})
 	m.Observed(lanmgr.Observation{Done: []segment.Op{segment.AddBridge{}}, Repair: true})
 	m.Registration(nil)
 	m.Registration(errors.New("refused"))

@@ -166,7 +166,7 @@ func (f *nodeFlags) runNode(ctx context.Context) error {
 		Version:   version,
 		Informers: mgr.GetCache(),
 		Client:    mgr.GetClient(),
-		Live:      mgr.GetAPIReader(),
+		APIReader: mgr.GetAPIReader(),
 		Peers:     peers,
 		VTEPs:     prefixes(f.vteps),
 		Kernel:    host,
@@ -176,9 +176,9 @@ func (f *nodeFlags) runNode(ctx context.Context) error {
 			plugins.Set(offered(spokes))
 			m.Advertised(spokes)
 		},
-		Show:   m.Show,
-		Events: mgr.GetEventRecorder("k8slan-node"),
-		Log:    log,
+		OnPublish: m.Published,
+		Events:    mgr.GetEventRecorder("k8slan-node"),
+		Log:       log,
 	}
 	if joined != nil {
 		config.EVPN = joined
@@ -254,7 +254,7 @@ func (f *nodeFlags) peers(mgr ctrl.Manager) (cache.Cache, error) {
 		HTTPClient: mgr.GetHTTPClient(),
 		Scheme:     mgr.GetScheme(),
 		Mapper:     mgr.GetRESTMapper(),
-		ByObject:   map[client.Object]cache.ByObject{&v1beta1.LANNode{}: {Transform: agent.PeerOf}},
+		ByObject:   map[client.Object]cache.ByObject{&v1beta1.LANNode{}: {Transform: agent.StripPeer}},
 	})
 	if err != nil {
 		return nil, fmt.Errorf("set up the daemon: %w", err)

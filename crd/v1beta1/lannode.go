@@ -46,17 +46,17 @@ const (
 
 // Reasons of a segment that is not Ready.
 const (
-	ReasonUnderlayMissing   = "UnderlayMissing"   // the node has no such device, or no default route
-	ReasonUnderlayNoAddress = "UnderlayNoAddress" // the device has no address of the group's family
-	ReasonUnderlayDown      = "UnderlayDown"      // the device is down or has no carrier
-	ReasonMTUTooLarge       = "MTUTooLarge"       // spec.mtu does not fit the underlay
-	ReasonVNITaken          = "VNITaken"          // something else on the node uses the VNI on that port
-	ReasonBuildFailed       = "BuildFailed"       // the kernel refused; the message has its words
-	ReasonBGPDown           = "BGPDown"           // discovery evpn: no session is up
-	ReasonMACTwice          = "MACTwice"          // discovery evpn: a MAC is on this node and on another
-	ReasonRoutesWithheld    = "RoutesWithheld"    // discovery evpn: a peer takes no routes with an IPv6 VTEP
-	ReasonRoutesRefused     = "RoutesRefused"     // discovery evpn: another router tells what cannot be used
-	ReasonStrangersHeard    = "StrangersHeard"    // the kernel does not filter what is no member's; the message has its words
+	ReasonUnderlayMissing    = "UnderlayMissing"    // the node has no such device, or no default route
+	ReasonUnderlayNoAddress  = "UnderlayNoAddress"  // the device has no address of the group's family
+	ReasonUnderlayDown       = "UnderlayDown"       // the device is down or has no carrier
+	ReasonMTUTooLarge        = "MTUTooLarge"        // spec.mtu does not fit the underlay
+	ReasonVNITaken           = "VNITaken"           // something else on the node uses the VNI on that port
+	ReasonBuildFailed        = "BuildFailed"        // the kernel refused; the message has its words
+	ReasonBGPDown            = "BGPDown"            // discovery evpn: no session is up
+	ReasonMACTwice           = "MACTwice"           // discovery evpn: a MAC is on this node and on another
+	ReasonRoutesWithheld     = "RoutesWithheld"     // discovery evpn: a peer takes no routes with an IPv6 VTEP
+	ReasonRoutesRefused      = "RoutesRefused"      // discovery evpn: another router tells what cannot be used
+	ReasonNonMembersAccepted = "NonMembersAccepted" // the kernel does not filter what is no member's; the message has its words
 )
 
 // SegmentStatus is one LAN on this node.

@@ -73,7 +73,7 @@ type Config struct {
 	// Informers and Client are those of one cache: every LAN, and of Nodes and LANNodes the node's own. Live reads past it.
 	Informers cache.Informers
 	Client    client.Client
-	Live      client.Reader
+	APIReader client.Reader
 	// Peers is a cache of every LANNode, as PeerOf leaves them. It is asked once a LAN's discovery is unicast, or its peers are strict.
 	Peers cache.Informers
 	VTEPs []netip.Prefix // ranges in which VTEPs are; empty: anywhere
@@ -85,7 +85,7 @@ type Config struct {
 	// Reflectors is the Service whose pods the fabric is told as reflectors; the zero name: there is none.
 	Reflectors types.NamespacedName
 	Advertise  func([]Spoke)               // the whole set for kubelet, never blocks
-	Show       func(v1beta1.LANNodeStatus) // is shown what the LANNode is to say; nil: nobody is
+	OnPublish  func(v1beta1.LANNodeStatus) // is shown what the LANNode is to say; nil: nobody is
 	Events     events.EventRecorder
 	Log        *slog.Logger
 }
@@ -93,36 +93,36 @@ type Config struct {
 // Agent is what makes one node carry its LANs.
 type Agent struct {
 	Config
-	publisher *publisher
-	peers     *peers
-	inputs    chan struct{} // one slot: LANs, the Node or its underlays changed
-	host      chan struct{} // one slot: the node's links, addresses or routes may have changed
-	ready     atomic.Bool
+	publisher     *publisher
+	peers         *peers
+	inputsChanged chan struct{} // one slot: LANs, the Node or its underlays changed
+	hostChanged   chan struct{} // one slot: the node's links, addresses or routes may have changed
+	ready         atomic.Bool
 
 	mu        sync.Mutex
 	underlays *kernel.Underlays // nil: not known yet
 
 	// Of the main loop alone.
-	plans    []Plan // of LAN objects, and then those on demand
-	objects  int    // how many are of LAN objects
-	here     Node
-	planned  bool
-	records  []segment.Segment // of an earlier run; nil once the manager has looked at all that it left
-	lans     map[types.UID]*v1beta1.LAN
-	sessions []v1beta1.BGPSession
-	offered  []Spoke
-	told     map[types.UID]Problem // what the last event on a LAN said
+	plans       []Plan // of LAN objects, and then those on demand
+	objectCount int    // how many are of LAN objects
+	thisNode    Node
+	planned     bool
+	records     []segment.Segment // of an earlier run; nil once the manager has looked at all that it left
+	lans        map[types.UID]*v1beta1.LAN
+	sessions    []v1beta1.BGPSession
+	advertised  []Spoke
+	eventSent   map[types.UID]Problem // what the last event on a LAN said
 }
 
 // New returns an agent that does nothing until Run.
 func New(c Config) *Agent {
 	return &Agent{
-		Config:    c,
-		publisher: newPublisher(c.Node, c.Client, c.Live, c.Log),
-		peers:     newPeers(c.Node),
-		inputs:    make(chan struct{}, 1),
-		host:      make(chan struct{}, 1),
-		told:      make(map[types.UID]Problem),
+		Config:        c,
+		publisher:     newPublisher(c.Node, c.Client, c.APIReader, c.Log),
+		peers:         newPeers(c.Node),
+		inputsChanged: make(chan struct{}, 1),
+		hostChanged:   make(chan struct{}, 1),
+		eventSent:     make(map[types.UID]Problem),
 	}
 }
 
@@ -150,10 +150,10 @@ func (a *Agent) Run(ctx context.Context) error {
 	tasks.Go(func() { a.watchPeers(ctx) })
 	var learnt <-chan struct{} // never, without a fabric
 	if a.EVPN != nil {
-		tasks.Go(func() { a.joinFabric(ctx) })
+		tasks.Go(func() { a.runEVPN(ctx) })
 		learnt = a.EVPN.Changed()
 	}
-	signal(a.inputs)
+	signal(a.inputsChanged)
 
 	retry := newRetry()
 	defer retry.stop()
@@ -161,17 +161,17 @@ func (a *Agent) Run(ctx context.Context) error {
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-a.inputs:
+		case <-a.inputsChanged:
 		case <-retry.timer.C:
 		case <-a.Firewall.Changed():
 		case <-a.Manager.Changed():
-			if a.demand() {
-				a.want()
+			if a.planOnDemand() {
+				a.setWant()
 			}
 			a.report()
 			continue
 		case <-learnt:
-			if a.want() {
+			if a.setWant() {
 				a.report()
 			}
 			continue
@@ -206,43 +206,43 @@ func (a *Agent) plan(ctx context.Context) error {
 		a.lans[lans.Items[i].UID] = &lans.Items[i]
 	}
 	if !a.planned {
-		if err := a.begin(ctx, &self); err != nil {
+		if err := a.prepare(ctx, &self); err != nil {
 			return err
 		}
 	}
-	a.here = Node{
+	a.thisNode = Node{
 		Name: a.Node, Labels: self.Labels, Addresses: internalIPs(&self), Underlays: *underlays, VTEPs: a.VTEPs,
 		EVPN: a.EVPN != nil,
 	}
 	if err := a.setReflectors(ctx); err != nil {
 		return err
 	}
-	a.plans, a.planned = planAll(lans.Items, a.here, a.now()), true
-	a.objects = len(a.plans)
+	a.plans, a.planned = planAll(lans.Items, a.thisNode, a.have()), true
+	a.objectCount = len(a.plans)
 	oneLANPerVNI(a.plans)
-	a.demand()
-	a.want()
+	a.planOnDemand()
+	a.setWant()
 	a.publisher.setOwner(&self)
 	return nil
 }
 
-// demand plans the LANs that no object wants, as the manager has found them, and says whether they are others than before.
-func (a *Agent) demand() (changed bool) {
+// planOnDemand plans the LANs that no object wants, as the manager has found them, and says whether they are others than before.
+func (a *Agent) planOnDemand() (changed bool) {
 	if !a.planned {
 		return false
 	}
-	now := onDemand(a.plans[:a.objects], a.lans, a.Manager.Reports(), a.here)
-	if slices.EqualFunc(now, a.plans[a.objects:], func(x, y Plan) bool { return x.Segment.Equal(y.Segment) }) {
+	now := plansOnDemand(a.plans[:a.objectCount], a.lans, a.Manager.Reports(), a.thisNode)
+	if slices.EqualFunc(now, a.plans[a.objectCount:], func(x, y Plan) bool { return x.Segment.Equal(y.Segment) }) {
 		return false
 	}
-	a.plans = append(a.plans[:a.objects:a.objects], now...)
+	a.plans = append(a.plans[:a.objectCount:a.objectCount], now...)
 	oneLANPerVNI(a.plans)
 	return true
 }
 
-// want has the manager make what is planned, with what is known of other nodes, and says whether there is news of the fabric to report:
+// setWant has the manager make what is planned, with what is known of other nodes, and says whether there is news of the fabric to report:
 // a LAN's problem, or a session.
-func (a *Agent) want() (changed bool) {
+func (a *Agent) setWant() (changed bool) {
 	if !a.planned {
 		return false
 	}
@@ -256,23 +256,23 @@ func (a *Agent) want() (changed bool) {
 	for i := range a.plans {
 		p := &a.plans[i]
 		if p.Unicast || p.Strict {
-			a.peers.want()
+			a.peers.need()
 			asking[types.UID(p.Segment.LAN.UID)] = true
 		}
 		if p.Strict && p.Problem.Reason == "" && unfiltered != nil {
-			p.Problem = strangersProblem(unfiltered)
+			p.Problem = firewallProblem(unfiltered)
 		}
 		segments[i] = p.Segment
 		switch {
 		case p.Unicast:
-			segments[i].Remotes = a.peers.remotes(types.UID(p.Segment.LAN.UID), p.VTEP)
+			segments[i].Remotes = a.peers.remotesFor(types.UID(p.Segment.LAN.UID), p.VTEP)
 		case p.EVPN && a.EVPN != nil:
 			a.EVPN.Fill(&segments[i])
-			changed = p.trouble(a.EVPN.Problems(p.Segment.Netns)) || changed
+			changed = p.setEVPNProblem(a.EVPN.Problems(p.Segment.Netns)) || changed
 		}
 	}
-	a.peers.only(asking)
-	a.filter()
+	a.peers.keepOnly(asking)
+	a.setFirewall()
 	a.Manager.Set(segments)
 	return changed
 }
@@ -288,27 +288,27 @@ func internalIPs(node *corev1.Node) []netip.Addr {
 	return ips
 }
 
-// filter says who is heard in which LAN.
-func (a *Agent) filter() {
-	a.Firewall.Set(Filtered(a.plans, a.now(), a.peers.membersOf))
+// setFirewall says who is heard in which LAN.
+func (a *Agent) setFirewall() {
+	a.Firewall.Set(StrictLANs(a.plans, a.have(), a.peers.membersFor))
 }
 
-// begin is what has to be before the first plan. The LANNode has to exist: the controller takes a Node without one for a node
+// prepare is what has to be before the first plan. The LANNode has to exist: the controller takes a Node without one for a node
 // that has nothing of any LAN. And what an earlier run had has to be known.
-func (a *Agent) begin(ctx context.Context, self *corev1.Node) error {
+func (a *Agent) prepare(ctx context.Context, self *corev1.Node) error {
 	records, err := a.Kernel.Records()
 	if err != nil {
 		return err
 	}
-	if err := a.publisher.introduce(ctx, self); err != nil {
+	if err := a.publisher.ensureExists(ctx, self); err != nil {
 		return err
 	}
 	a.records = records
 	return nil
 }
 
-// now is what the node has, by netns, as far as it is known.
-func (a *Agent) now() map[string]segment.Segment {
+// have is what the node has, by netns, as far as it is known.
+func (a *Agent) have() map[string]segment.Segment {
 	if a.Manager.Observed() {
 		a.records = nil
 	}
@@ -358,36 +358,36 @@ func (a *Agent) report() {
 	a.mu.Lock()
 	underlays := *a.underlays
 	a.mu.Unlock()
-	gone := a.gone()
+	gone := a.removedLANs()
 	reports := a.Manager.Reports()
-	a.filter() // what was leaving may be gone
+	a.setFirewall() // what was leaving may be gone
 	if a.EVPN != nil {
 		a.EVPN.Set(evpnLANs(a.plans, reports))
 	}
-	if offers := Advertised(a.plans, reports); a.offered == nil || !slices.Equal(offers, a.offered) {
-		a.offered = offers
+	if offers := Advertised(a.plans, reports); a.advertised == nil || !slices.Equal(offers, a.advertised) {
+		a.advertised = offers
 		a.Advertise(offers)
 	}
 	if a.Manager.Observed() { // before, attachments would seem to be gone
 		status := Status(a.plans, reports, underlays, gone, a.Version)
 		status.Sessions = a.sessions
 		a.publisher.set(status)
-		if a.Show != nil {
-			a.Show(status)
+		if a.OnPublish != nil {
+			a.OnPublish(status)
 		}
 	}
-	a.tell(reports)
+	a.sendEvents(reports)
 
-	byNetns := index(reports)
+	byNetns := reportsByNetns(reports)
 	a.ready.Store(!slices.ContainsFunc(a.plans, func(p Plan) bool {
 		_, worked := byNetns[p.Segment.Netns]
 		return !worked
 	}))
 }
 
-// gone are the LANs that are being deleted and of which the node has nothing left. Their spokes are no longer offered then: the
+// removedLANs are the LANs that are being deleted and of which the node has nothing left. Their spokes are no longer offered then: the
 // plan without them came before.
-func (a *Agent) gone() []v1beta1.GoneLAN {
+func (a *Agent) removedLANs() []v1beta1.GoneLAN {
 	var gone []v1beta1.GoneLAN
 	for _, lan := range a.lans {
 		key := segment.LAN{Namespace: lan.Namespace, Name: lan.Name, UID: string(lan.UID)}
@@ -399,23 +399,23 @@ func (a *Agent) gone() []v1beta1.GoneLAN {
 	return gone
 }
 
-// tell writes an event on each LAN whose segment got a problem or lost it.
-func (a *Agent) tell(reports []lanmgr.Report) {
-	byNetns := index(reports)
-	told := make(map[types.UID]Problem, len(a.told))
-	for _, p := range a.plans[:a.objects] {
+// sendEvents writes an event on each LAN whose segment got a problem or lost it.
+func (a *Agent) sendEvents(reports []lanmgr.Report) {
+	byNetns := reportsByNetns(reports)
+	told := make(map[types.UID]Problem, len(a.eventSent))
+	for _, p := range a.plans[:a.objectCount] {
 		uid := types.UID(p.Segment.LAN.UID)
-		before := a.told[uid]
+		before := a.eventSent[uid]
 		now, well := p.Problem, false
 		if r, ok := byNetns[p.Segment.Netns]; ok && !r.Leaving && r.Segment.LAN == p.Segment.LAN {
 			now = problemOf(p, r)
-			well = stands(p, r) && now.Reason == ""
+			well = healthy(p, r) && now.Reason == ""
 		}
 		switch {
 		case now.Reason != "" && now != before:
-			a.event(uid, corev1.EventTypeWarning, now.Reason, now.Message)
+			a.sendEvent(uid, corev1.EventTypeWarning, now.Reason, now.Message)
 		case before.Reason != "" && well:
-			a.event(uid, corev1.EventTypeNormal, "Ready", "all is well again, spokes are offered")
+			a.sendEvent(uid, corev1.EventTypeNormal, "Ready", "all is well again, spokes are offered")
 		case before.Reason != "" && now.Reason == "":
 			now = before // being built: not well yet
 		}
@@ -423,13 +423,13 @@ func (a *Agent) tell(reports []lanmgr.Report) {
 			told[uid] = now
 		}
 	}
-	a.told = told
+	a.eventSent = told
 }
 
 // maxNote is the API's limit for an event's note (NoteLengthLimit in pkg/apis/core/validation/events.go).
 const maxNote = 1024
 
-func (a *Agent) event(uid types.UID, kind, reason, message string) {
+func (a *Agent) sendEvent(uid types.UID, kind, reason, message string) {
 	lan := a.lans[uid]
 	note := a.Node + ": " + message
 	if len(note) > maxNote {
@@ -450,7 +450,7 @@ func (a *Agent) watchKernel(ctx context.Context) {
 	for {
 		err := a.Kernel.Watch(ctx, func(netns string) {
 			if netns == "" {
-				signal(a.host)
+				signal(a.hostChanged)
 			} else {
 				a.Manager.Enqueue(netns)
 			}
@@ -467,19 +467,19 @@ func (a *Agent) watchKernel(ctx context.Context) {
 	}
 }
 
-// hostRest is the least time between two looks at the node's underlays: on a busy node its links change all the time.
-const hostRest = 50 * time.Millisecond
+// underlaysInterval is the least time between two looks at the node's underlays: on a busy node its links change all the time.
+const underlaysInterval = 50 * time.Millisecond
 
 // readUnderlays reads the node's underlays when they may have changed, and has the LANs planned anew when they have.
 func (a *Agent) readUnderlays(ctx context.Context) {
 	retry := newRetry()
 	defer retry.stop()
-	signal(a.host)
+	signal(a.hostChanged)
 	for {
 		select {
 		case <-ctx.Done():
 			return
-		case <-a.host:
+		case <-a.hostChanged:
 		case <-retry.timer.C:
 		}
 		began := time.Now()
@@ -494,9 +494,9 @@ func (a *Agent) readUnderlays(ctx context.Context) {
 		a.underlays = &underlays
 		a.mu.Unlock()
 		if changed {
-			signal(a.inputs)
+			signal(a.inputsChanged)
 		}
-		rest := time.NewTimer(max(hostRest, 4*time.Since(began)))
+		rest := time.NewTimer(max(underlaysInterval, 4*time.Since(began)))
 		select {
 		case <-ctx.Done():
 			rest.Stop()

@@ -42,7 +42,7 @@ type board struct {
 	changed chan struct{}
 }
 
-func (b *board) note() {
+func (b *board) changedNow() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	close(b.changed)
@@ -72,15 +72,15 @@ type fakeManager struct {
 	*board
 	changed chan struct{}
 
-	mu      sync.Mutex
-	sets    int
-	want    []segment.Segment
-	claims  map[string][]segment.Claim // by netns
-	refuse  map[string]error           // by netns
-	hold    bool                       // reports stay as they are
-	blind   bool                       // nothing was looked at yet
-	pokes   []string
-	reports []lanmgr.Report
+	mu         sync.Mutex
+	sets       int
+	want       []segment.Segment
+	claims     map[string][]segment.Claim // by netns
+	refuse     map[string]error           // by netns
+	hold       bool                       // reports stay as they are
+	unobserved bool                       // nothing was looked at yet
+	enqueued   []string
+	reports    []lanmgr.Report
 }
 
 func (m *fakeManager) Set(want []segment.Segment) {
@@ -113,7 +113,7 @@ func (m *fakeManager) work() {
 	case m.changed <- struct{}{}:
 	default:
 	}
-	m.note()
+	m.changedNow()
 }
 
 // change changes the manager's world and has it worked on.
@@ -126,15 +126,15 @@ func (m *fakeManager) change(f func()) {
 
 func (m *fakeManager) Enqueue(netns string) {
 	m.mu.Lock()
-	m.pokes = append(m.pokes, netns)
+	m.enqueued = append(m.enqueued, netns)
 	m.mu.Unlock()
-	m.note()
+	m.changedNow()
 }
 
 func (m *fakeManager) Observed() bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return !m.blind && m.sets > 0 // before the first Set a manager does nothing
+	return !m.unobserved && m.sets > 0 // before the first Set a manager does nothing
 }
 
 func (m *fakeManager) Removed(lan segment.LAN, netns string) bool {
@@ -159,7 +159,7 @@ func (m *fakeManager) wanted() (sets int, want []segment.Segment) {
 
 // fakeKernel has the underlays of worker1.
 type fakeKernel struct {
-	pokes chan string
+	events chan string
 
 	mu        sync.Mutex
 	underlays kernel.Underlays
@@ -190,7 +190,7 @@ func (k *fakeKernel) Watch(ctx context.Context, poke func(string)) error {
 		select {
 		case <-ctx.Done():
 			return nil
-		case netns := <-k.pokes:
+		case netns := <-k.events:
 			poke(netns)
 		}
 	}
@@ -200,7 +200,7 @@ func (k *fakeKernel) change(f func()) {
 	k.mu.Lock()
 	f()
 	k.mu.Unlock()
-	k.pokes <- ""
+	k.events <- ""
 }
 
 // fakeInformers watch the fake API.
@@ -269,17 +269,17 @@ func (f *fakeInformer) AddEventHandler(handler toolscache.ResourceEventHandler) 
 			}
 		}
 	}()
-	return heard{}, nil
+	return synced{}, nil
 }
 
-// heard is a handler that was told of all there was: nothing, since these informers tell of changes alone.
-type heard struct{}
+// synced is a handler that was told of all there was: nothing, since these informers tell of changes alone.
+type synced struct{}
 
-func (heard) HasSynced() bool                          { return true }
-func (heard) HasSyncedChecker() toolscache.DoneChecker { return heard{} }
-func (heard) Name() string                             { return "nothing" }
+func (synced) HasSynced() bool                          { return true }
+func (synced) HasSyncedChecker() toolscache.DoneChecker { return synced{} }
+func (synced) Name() string                             { return "nothing" }
 
-func (heard) Done() <-chan struct{} {
+func (synced) Done() <-chan struct{} {
 	done := make(chan struct{})
 	close(done)
 	return done
@@ -288,22 +288,22 @@ func (heard) Done() <-chan struct{} {
 // world is an agent with all that is around it.
 type world struct {
 	*board
-	t       *testing.T
-	api     client.WithWatch
-	manager *fakeManager
-	kernel  *fakeKernel
-	agent   *agent.Agent
-	filter  *fakeFilter
-	events  *events.FakeRecorder
-	fabric  agent.EVPN // nil: none
+	t        *testing.T
+	api      client.WithWatch
+	manager  *fakeManager
+	kernel   *fakeKernel
+	agent    *agent.Agent
+	firewall *fakeFirewall
+	events   *events.FakeRecorder
+	evpn     agent.EVPN // nil: none
 
 	reflectors types.NamespacedName
 
-	mu     sync.Mutex
-	away   error // the API server's answer to everything
-	writes int   // of LANNode status
-	least  int32 // attachments in any of them, once there were some
-	offers [][]agent.Spoke
+	mu             sync.Mutex
+	away           error // the API server's answer to everything
+	writes         int   // of LANNode status
+	leastAttached  int32 // attachments in any of them, once there were some
+	advertisements [][]agent.Spoke
 }
 
 // newWorld has the Node worker1 and the given LANs; start starts the agent.
@@ -316,12 +316,12 @@ func newWorld(t *testing.T, lans ...client.Object) *world {
 	b := &board{changed: make(chan struct{})}
 	here := worker1()
 	w := &world{
-		board:   b,
-		t:       t,
-		manager: &fakeManager{board: b, changed: make(chan struct{}, 1), claims: map[string][]segment.Claim{}, refuse: map[string]error{}},
-		kernel:  &fakeKernel{pokes: make(chan string), underlays: here.Underlays},
-		filter:  &fakeFilter{board: b, changed: make(chan struct{}, 1)},
-		events:  events.NewFakeRecorder(1000),
+		board:    b,
+		t:        t,
+		manager:  &fakeManager{board: b, changed: make(chan struct{}, 1), claims: map[string][]segment.Claim{}, refuse: map[string]error{}},
+		kernel:   &fakeKernel{events: make(chan string), underlays: here.Underlays},
+		firewall: &fakeFirewall{board: b, changed: make(chan struct{}, 1)},
+		events:   events.NewFakeRecorder(1000),
 	}
 	self := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: here.Name, Labels: here.Labels, UID: "uid-worker1"}}
 	w.api = interceptor.NewClient(
@@ -338,8 +338,8 @@ func newWorld(t *testing.T, lans ...client.Object) *world {
 				if lanNode, ours := obj.(*v1beta1.LANNode); ours {
 					w.mu.Lock()
 					w.writes++
-					if w.least = min(w.least, lanNode.Status.Attached); w.writes == 1 {
-						w.least = lanNode.Status.Attached
+					if w.leastAttached = min(w.leastAttached, lanNode.Status.Attached); w.writes == 1 {
+						w.leastAttached = lanNode.Status.Attached
 					}
 					w.mu.Unlock()
 				}
@@ -350,7 +350,7 @@ func newWorld(t *testing.T, lans ...client.Object) *world {
 }
 
 func (w *world) unlessAway(call func() error) error {
-	defer w.note()
+	defer w.changedNow()
 	w.mu.Lock()
 	away := w.away
 	w.mu.Unlock()
@@ -371,14 +371,14 @@ func (w *world) start() (stop func()) {
 	done := make(chan struct{})
 	w.agent = agent.New(agent.Config{
 		Node: "worker1", Version: "v1.2.3",
-		Informers: &fakeInformers{api: w.api, done: done}, Client: w.api, Live: w.api,
+		Informers: &fakeInformers{api: w.api, done: done}, Client: w.api, APIReader: w.api,
 		Peers:  &fakeInformers{api: w.api, done: done},
-		Kernel: w.kernel, Manager: w.manager, Firewall: w.filter, Events: w.events, EVPN: w.fabric, Reflectors: w.reflectors,
+		Kernel: w.kernel, Manager: w.manager, Firewall: w.firewall, Events: w.events, EVPN: w.evpn, Reflectors: w.reflectors,
 		Advertise: func(offers []agent.Spoke) {
 			w.mu.Lock()
-			w.offers = append(w.offers, offers)
+			w.advertisements = append(w.advertisements, offers)
 			w.mu.Unlock()
-			w.note()
+			w.changedNow()
 		},
 		Log: slog.New(slog.DiscardHandler),
 	})
@@ -396,15 +396,15 @@ func (w *world) start() (stop func()) {
 	return stop
 }
 
-// offered prints the last offer, "srl vm(unhealthy)".
-func (w *world) offered() string {
+// advertised prints the last offer, "srl vm(unhealthy)".
+func (w *world) advertised() string {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if len(w.offers) == 0 {
+	if len(w.advertisements) == 0 {
 		return "none yet"
 	}
 	var words []string
-	for _, s := range w.offers[len(w.offers)-1] {
+	for _, s := range w.advertisements[len(w.advertisements)-1] {
 		word := s.Name
 		if !s.Healthy {
 			word += "(unhealthy)"
@@ -414,9 +414,9 @@ func (w *world) offered() string {
 	return strings.Join(words, " ")
 }
 
-func (w *world) awaitOffer(want string) {
+func (w *world) awaitAdvertised(want string) {
 	w.t.Helper()
-	w.await(w.t, "offer "+want, func() bool { return w.offered() == want })
+	w.await(w.t, "offer "+want, func() bool { return w.advertised() == want })
 }
 
 // awaitStatus waits until the LANNode is as wanted.
@@ -484,7 +484,7 @@ func ready(s v1beta1.LANNodeStatus) bool {
 func TestAnAdmittedLANIsBuiltOfferedAndReported(t *testing.T) {
 	w := newWorld(t, lab(nil))
 	w.start()
-	w.awaitOffer("srl vm")
+	w.awaitAdvertised("srl vm")
 	lanNode := w.awaitStatus("Ready", ready)
 
 	want := v1beta1.SegmentStatus{
@@ -511,7 +511,7 @@ func TestAnAdmittedLANIsBuiltOfferedAndReported(t *testing.T) {
 func TestANodeWithoutLANsReportsItself(t *testing.T) {
 	w := newWorld(t)
 	w.start()
-	w.awaitOffer("")
+	w.awaitAdvertised("")
 	w.awaitStatus("a version", func(s v1beta1.LANNodeStatus) bool { return s.Version == "v1.2.3" && len(s.Segments) == 0 })
 }
 
@@ -519,18 +519,18 @@ func TestNothingIsDecidedBeforeTheNodesLinksAreKnown(t *testing.T) {
 	w := newWorld(t, lab(nil))
 	w.kernel.err = errors.New("netlink is busy")
 	w.start()
-	w.kernel.pokes <- "" // the watch runs, and the first look has failed or will
-	if sets, _ := w.manager.wanted(); sets != 0 || w.offered() != "none yet" || w.agent.Ready() == nil {
-		t.Errorf("%d sets, offer %q, Ready %v; want nothing yet", sets, w.offered(), w.agent.Ready())
+	w.kernel.events <- "" // the watch runs, and the first look has failed or will
+	if sets, _ := w.manager.wanted(); sets != 0 || w.advertised() != "none yet" || w.agent.Ready() == nil {
+		t.Errorf("%d sets, offer %q, Ready %v; want nothing yet", sets, w.advertised(), w.agent.Ready())
 	}
 	w.kernel.change(func() { w.kernel.err = nil })
-	w.awaitOffer("srl vm")
+	w.awaitAdvertised("srl vm")
 }
 
 func TestAnUnderlayThatIsMissingHoldsPodsBackAndIsToldOnce(t *testing.T) {
 	w := newWorld(t, lab(func(l *v1beta1.LAN) { l.Spec.VXLANDevMap = map[string]v1beta1.Device{"worker1": "eth7"} }))
 	w.start()
-	w.awaitOffer("srl(unhealthy) vm(unhealthy)")
+	w.awaitAdvertised("srl(unhealthy) vm(unhealthy)")
 	const sentence = `no device "eth7" (spec.vxlanDevMap.worker1). Create it, or change spec.vxlanDevMap.worker1; pods wait until then`
 	w.awaitStatus("UnderlayMissing", func(s v1beta1.LANNodeStatus) bool {
 		return len(s.Segments) == 1 && s.Segments[0].State == v1beta1.SegmentNotReady && s.Segments[0].Offered == 0 &&
@@ -541,7 +541,7 @@ func TestAnUnderlayThatIsMissingHoldsPodsBackAndIsToldOnce(t *testing.T) {
 	}
 
 	w.kernel.change(func() { w.kernel.underlays.Devices["eth7"] = device(7, 1500) })
-	w.awaitOffer("srl vm")
+	w.awaitAdvertised("srl vm")
 	w.awaitStatus("Ready", ready)
 	if got := <-w.events.Events; got != "Normal Ready worker1: all is well again, spokes are offered" {
 		t.Errorf("event %q", got)
@@ -554,7 +554,7 @@ func TestAnUnderlayThatIsMissingHoldsPodsBackAndIsToldOnce(t *testing.T) {
 func TestAnUnderlayWithoutCarrierDegradesTheLANButOffersIt(t *testing.T) {
 	w := newWorld(t, lab(nil))
 	w.start()
-	w.awaitOffer("srl vm")
+	w.awaitAdvertised("srl vm")
 	w.kernel.change(func() {
 		d := device(2, 1500)
 		d.Carrier = false
@@ -564,14 +564,14 @@ func TestAnUnderlayWithoutCarrierDegradesTheLANButOffersIt(t *testing.T) {
 		return len(s.Segments) == 1 && s.Segments[0].State == v1beta1.SegmentDegraded &&
 			s.Segments[0].Reason == v1beta1.ReasonUnderlayDown && s.Segments[0].Offered == 2
 	})
-	w.awaitOffer("srl vm")
+	w.awaitAdvertised("srl vm")
 }
 
 // An underlay that comes back is not the VXLAN yet.
 func TestSpokesAreHealthyOnlyOnceTheVXLANStands(t *testing.T) {
 	w := newWorld(t, lab(func(l *v1beta1.LAN) { l.Spec.DefaultVXLANDev = "eth7" }))
 	w.start()
-	w.awaitOffer("srl(unhealthy) vm(unhealthy)")
+	w.awaitAdvertised("srl(unhealthy) vm(unhealthy)")
 	w.manager.change(func() { w.manager.hold = true })
 	w.kernel.change(func() { w.kernel.underlays.Devices["eth7"] = device(7, 1500) })
 	w.await(t, "a segment with its VXLAN", func() bool {
@@ -581,11 +581,11 @@ func TestSpokesAreHealthyOnlyOnceTheVXLANStands(t *testing.T) {
 	w.awaitStatus("being built", func(s v1beta1.LANNodeStatus) bool {
 		return len(s.Segments) == 1 && s.Segments[0].Message == "is being built" && s.Segments[0].Reason == ""
 	})
-	if got := w.offered(); got != "srl(unhealthy) vm(unhealthy)" {
+	if got := w.advertised(); got != "srl(unhealthy) vm(unhealthy)" {
 		t.Errorf("offer = %q before the VXLAN stands", got)
 	}
 	w.manager.change(func() { w.manager.hold = false })
-	w.awaitOffer("srl vm")
+	w.awaitAdvertised("srl vm")
 }
 
 func TestWhatTheKernelRefusesIsReported(t *testing.T) {
@@ -605,7 +605,7 @@ func TestWhatTheKernelRefusesIsReported(t *testing.T) {
 		w := newWorld(t, lab(nil))
 		w.manager.refuse["default.lab"] = c.err
 		stop := w.start()
-		w.awaitOffer("srl(unhealthy) vm(unhealthy)")
+		w.awaitAdvertised("srl(unhealthy) vm(unhealthy)")
 		w.awaitStatus(c.reason, func(s v1beta1.LANNodeStatus) bool {
 			return len(s.Segments) == 1 && s.Segments[0].Reason == c.reason && s.Segments[0].Message == c.message
 		})
@@ -619,17 +619,17 @@ func TestWhatTheKernelRefusesIsReported(t *testing.T) {
 func TestSpokesComeAndGoWithTheSpec(t *testing.T) {
 	w := newWorld(t, lab(nil))
 	w.start()
-	w.awaitOffer("srl vm")
+	w.awaitAdvertised("srl vm")
 	w.update(func(l *v1beta1.LAN) { l.Spec.Spokes = []string{"srl", "ceos"} })
-	w.awaitOffer("srl") // ceos is not held yet
+	w.awaitAdvertised("srl") // ceos is not held yet
 	w.update(func(l *v1beta1.LAN) { l.Status.Holds.Spokes = []string{"srl", "ceos"} })
-	w.awaitOffer("ceos srl")
+	w.awaitAdvertised("ceos srl")
 }
 
 func TestNodeLabelsDecideWhereALANIs(t *testing.T) {
 	w := newWorld(t, lab(func(l *v1beta1.LAN) { l.Spec.NodeSelector = map[string]v1beta1.LabelValue{"rack": "b"} }))
 	w.start()
-	w.awaitOffer("")
+	w.awaitAdvertised("")
 	self := &corev1.Node{}
 	if err := w.api.Get(context.Background(), client.ObjectKey{Name: "worker1"}, self); err != nil {
 		t.Fatal(err)
@@ -638,7 +638,7 @@ func TestNodeLabelsDecideWhereALANIs(t *testing.T) {
 	if err := w.api.Update(context.Background(), self); err != nil {
 		t.Fatal(err)
 	}
-	w.awaitOffer("srl vm")
+	w.awaitAdvertised("srl vm")
 }
 
 func TestADeletedLANLeavesWithItsLastPod(t *testing.T) {
@@ -650,7 +650,7 @@ func TestADeletedLANLeavesWithItsLastPod(t *testing.T) {
 	if err := w.api.Delete(context.Background(), lan); err != nil {
 		t.Fatal(err)
 	}
-	w.awaitOffer("")
+	w.awaitAdvertised("")
 	w.awaitStatus("Leaving", func(s v1beta1.LANNodeStatus) bool {
 		return len(s.Segments) == 1 && s.Segments[0].State == v1beta1.SegmentLeaving && s.Segments[0].UID == "uid-lab" &&
 			s.Segments[0].Message == "stays until its pods are gone: default/srl-1 (spoke srl)" && len(s.Segments[0].Attachments) == 1
@@ -688,7 +688,7 @@ func TestADeletedLANIsAcknowledgedOnceNothingOfItIsLeft(t *testing.T) {
 	w.awaitStatus("the other leaving", func(s v1beta1.LANNodeStatus) bool {
 		return len(s.Segments) == 1 && s.Segments[0].State == v1beta1.SegmentLeaving && s.Attached == 1 && gone("never")(s)
 	})
-	if got := w.offered(); got != "" {
+	if got := w.advertised(); got != "" {
 		t.Errorf("offer = %q, of a LAN that is being deleted", got)
 	}
 	w.manager.change(func() { w.manager.claims, w.manager.reports = nil, nil })
@@ -712,20 +712,20 @@ func TestNothingIsPublishedBeforeEverySegmentWasLookedAt(t *testing.T) {
 	w.awaitStatus("attached", func(s v1beta1.LANNodeStatus) bool { return s.Attached == 1 })
 	stop()
 
-	w.manager.change(func() { w.manager.want, w.manager.reports, w.manager.blind, w.manager.hold = nil, nil, true, true })
+	w.manager.change(func() { w.manager.want, w.manager.reports, w.manager.unobserved, w.manager.hold = nil, nil, true, true })
 	sets, _ := w.manager.wanted()
 	writes := w.written()
 	w.start()
 	w.await(t, "the first wish", func() bool { now, _ := w.manager.wanted(); return now > sets })
 	<-time.After(400 * time.Millisecond) // changes are gathered for half as long
-	w.manager.change(func() { w.manager.blind, w.manager.hold = false, false })
-	w.awaitOffer("srl vm")
+	w.manager.change(func() { w.manager.unobserved, w.manager.hold = false, false })
+	w.awaitAdvertised("srl vm")
 	w.update(func(l *v1beta1.LAN) { l.Spec.Spokes = []string{"srl", "vm", "more"} })
 	w.awaitStatus("written again", func(s v1beta1.LANNodeStatus) bool { return len(s.Segments) == 1 && s.Segments[0].Generation == 4 })
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if w.least != 1 || w.writes != writes+1 {
-		t.Errorf("in %d writes, at one moment %d were attached", w.writes-writes, w.least)
+	if w.leastAttached != 1 || w.writes != writes+1 {
+		t.Errorf("in %d writes, at one moment %d were attached", w.writes-writes, w.leastAttached)
 	}
 }
 
@@ -734,12 +734,12 @@ func TestANodeIsKnownBeforeItHasAnythingOfALAN(t *testing.T) {
 	w := newWorld(t, lab(nil))
 	w.setAway(apierrors.NewServiceUnavailable("away"))
 	w.start()
-	w.kernel.pokes <- "default.lab" // the agent is at work
+	w.kernel.events <- "default.lab" // the agent is at work
 	if sets, _ := w.manager.wanted(); sets != 0 {
 		t.Errorf("%d sets, though the LANNode could not be made", sets)
 	}
 	w.setAway(nil)
-	w.awaitOffer("srl vm")
+	w.awaitAdvertised("srl vm")
 	w.awaitStatus("Ready", ready)
 }
 
@@ -761,7 +761,7 @@ func TestALANKeepsItsMTUThroughARestart(t *testing.T) {
 				delete(w.kernel.underlays.Devices, "jumbo")
 			}
 			w.start()
-			w.awaitOffer("srl(unhealthy) vm(unhealthy)")
+			w.awaitAdvertised("srl(unhealthy) vm(unhealthy)")
 			_, want := w.manager.wanted()
 			if have := want[0]; have.MTU != 8922 || (have.VXLAN == plan.Segment.VXLAN) == test.away {
 				t.Errorf("wanted %+v, on record is %+v", have, plan.Segment)
@@ -779,11 +779,11 @@ func TestALANMadeAnewWaitsForItsPredecessor(t *testing.T) {
 	w.awaitStatus("the old one leaving", func(s v1beta1.LANNodeStatus) bool {
 		return len(s.Segments) == 1 && s.Segments[0].UID == "uid-old" && s.Segments[0].State == v1beta1.SegmentLeaving
 	})
-	if got := w.offered(); got != "" {
+	if got := w.advertised(); got != "" {
 		t.Errorf("offer = %q while the old LAN is there", got)
 	}
 	w.manager.change(func() { w.manager.hold = false })
-	w.awaitOffer("srl vm")
+	w.awaitAdvertised("srl vm")
 }
 
 func TestABurstOfAttachmentsIsOneWrite(t *testing.T) {
@@ -809,8 +809,8 @@ func TestABurstOfAttachmentsIsOneWrite(t *testing.T) {
 		t.Errorf("%d attachments took %d writes", pods, writes)
 	}
 	w.manager.change(func() {}) // nothing new
-	w.kernel.pokes <- "default.lab"
-	w.await(t, "the poke", func() bool { w.manager.mu.Lock(); defer w.manager.mu.Unlock(); return len(w.manager.pokes) > 0 })
+	w.kernel.events <- "default.lab"
+	w.await(t, "the poke", func() bool { w.manager.mu.Lock(); defer w.manager.mu.Unlock(); return len(w.manager.enqueued) > 0 })
 	if writes := w.written() - before; writes > 4 {
 		t.Errorf("%d writes with nothing new", writes)
 	}
@@ -819,7 +819,7 @@ func TestABurstOfAttachmentsIsOneWrite(t *testing.T) {
 func TestAnAPIServerThatIsAwayChangesNothing(t *testing.T) {
 	w := newWorld(t, lab(nil))
 	w.start()
-	w.awaitOffer("srl vm")
+	w.awaitAdvertised("srl vm")
 	w.awaitStatus("Ready", ready)
 	w.setAway(apierrors.NewServiceUnavailable("away"))
 	sets, _ := w.manager.wanted()
@@ -828,8 +828,8 @@ func TestAnAPIServerThatIsAwayChangesNothing(t *testing.T) {
 	w.manager.change(func() { w.manager.claims["default.lab"] = []segment.Claim{claim("srl", "srl-1")} })
 	w.kernel.change(func() { w.kernel.underlays.Devices["eth9"] = device(9, 1500) }) // has the LANs planned again
 	w.await(t, "a failed write", func() bool { return w.written() > writes+1 })
-	if now, _ := w.manager.wanted(); now != sets || w.offered() != "srl vm" {
-		t.Errorf("%d sets more, offer %q", now-sets, w.offered())
+	if now, _ := w.manager.wanted(); now != sets || w.advertised() != "srl vm" {
+		t.Errorf("%d sets more, offer %q", now-sets, w.advertised())
 	}
 	w.setAway(nil)
 	w.awaitStatus("attached", func(s v1beta1.LANNodeStatus) bool { return s.Attached == 1 })
@@ -870,7 +870,7 @@ func TestTwoLANsThatSeemToHoldOneNetnsAreOneSegment(t *testing.T) {
 	})
 	w := newWorld(t, lab(nil), later)
 	w.start()
-	w.awaitOffer("srl vm")
+	w.awaitAdvertised("srl vm")
 	if _, want := w.manager.wanted(); len(want) != 1 || want[0].LAN.Name != "lab" {
 		t.Errorf("want %+v", want)
 	}

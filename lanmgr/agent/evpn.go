@@ -17,8 +17,8 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
-// joinFabric joins the LANs to EVPN until ctx ends.
-func (a *Agent) joinFabric(ctx context.Context) {
+// runEVPN joins the LANs to EVPN until ctx ends.
+func (a *Agent) runEVPN(ctx context.Context) {
 	retry := newRetry()
 	defer retry.stop()
 	for {
@@ -61,7 +61,7 @@ func oneLANPerVNI(plans []Plan) {
 
 // evpnLANs are the LANs with discovery evpn that the node has, by netns. One that is planned no more stays for who is still attached.
 func evpnLANs(plans []Plan, reports []lanmgr.Report) map[string]macvrf.LAN {
-	byNetns := index(reports)
+	byNetns := reportsByNetns(reports)
 	lans, planned, taken := make(map[string]macvrf.LAN), make(map[string]bool), make(map[uint32]bool)
 	for _, p := range plans {
 		r, built := byNetns[p.Segment.Netns]
@@ -106,15 +106,15 @@ func targets(texts []string) (targets []macvrf.Target) {
 	return targets
 }
 
-// trouble makes what the fabric tells the plan's problem, where it has none of its own, and says whether it is another since.
-func (p *Plan) trouble(t evpn.Problems) bool {
+// setEVPNProblem makes what the fabric tells the plan's problem, where it has none of its own, and says whether it is another since.
+func (p *Plan) setEVPNProblem(t evpn.Problems) bool {
 	switch p.Problem.Reason {
 	case "", v1beta1.ReasonBGPDown, v1beta1.ReasonMACTwice, v1beta1.ReasonRoutesWithheld, v1beta1.ReasonRoutesRefused:
 	default:
 		return false
 	}
 	before := p.Problem
-	p.Problem = firstProblem(sessionProblem(t), duplicateProblem(t), withheldProblem(t), refusalProblem(t))
+	p.Problem = firstProblem(sessionProblem(t), duplicateProblem(t), withheldProblem(t), refusedProblem(t))
 	return p.Problem != before
 }
 
@@ -138,7 +138,7 @@ func duplicateProblem(t evpn.Problems) Problem {
 		return Problem{}
 	}
 	return Problem{v1beta1.ReasonMACTwice, fmt.Sprintf(
-		"%s speaks on this node and on another%s: each node keeps its own. Change one of them", t.Duplicates[0], besides(len(t.Duplicates), "MAC")), false}
+		"%s speaks on this node and on another%s: each node keeps its own. Change one of them", t.Duplicates[0], andOthers(len(t.Duplicates), "MAC")), false}
 }
 
 func withheldProblem(t evpn.Problems) Problem {
@@ -154,7 +154,7 @@ func withheldProblem(t evpn.Problems) Problem {
 		strings.Join(peers, ", ")), false}
 }
 
-func refusalProblem(t evpn.Problems) Problem {
+func refusedProblem(t evpn.Problems) Problem {
 	if t.Refusals == 0 {
 		return Problem{}
 	}
@@ -181,8 +181,8 @@ func sessionsOf(sessions []bgp.Session) []v1beta1.BGPSession {
 	return list
 }
 
-// besides counts what a message does not name: all but the first.
-func besides(n int, what string) string {
+// andOthers counts what a message does not name: all but the first.
+func andOthers(n int, what string) string {
 	switch n {
 	case 1:
 		return ""

@@ -27,12 +27,12 @@ type fakeEVPN struct {
 	*board
 	changed chan struct{}
 
-	mu      sync.Mutex
-	lans    map[string]macvrf.LAN
-	told    segment.Segment
-	trouble evpn.Problems
-	peers   []bgp.Session
-	at      []netip.AddrPort
+	mu         sync.Mutex
+	lans       map[string]macvrf.LAN
+	fill       segment.Segment
+	problems   evpn.Problems
+	peers      []bgp.Session
+	reflectors []netip.AddrPort
 }
 
 func (f *fakeEVPN) Sessions() []bgp.Session {
@@ -42,20 +42,20 @@ func (f *fakeEVPN) Sessions() []bgp.Session {
 }
 
 func (f *fakeEVPN) SetReflectors(_ context.Context, at []netip.AddrPort) error {
-	defer f.note()
+	defer f.changedNow()
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.at = at
+	f.reflectors = at
 	return nil
 }
 
-// speaksWith says whether these are the reflectors that the fabric was told.
-func (f *fakeEVPN) speaksWith(want ...string) func() bool {
+// hasReflectors says whether these are the reflectors that the fabric was told.
+func (f *fakeEVPN) hasReflectors(want ...string) func() bool {
 	return func() bool {
 		f.mu.Lock()
 		defer f.mu.Unlock()
 		have := []string{}
-		for _, a := range f.at {
+		for _, a := range f.reflectors {
 			have = append(have, a.String())
 		}
 		return slices.Equal(have, want)
@@ -65,11 +65,11 @@ func (f *fakeEVPN) speaksWith(want ...string) func() bool {
 func (f *fakeEVPN) Problems(string) evpn.Problems {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return f.trouble
+	return f.problems
 }
 
-// tells has the fabric tell something else.
-func (f *fakeEVPN) tells(change func()) {
+// change has the fabric tell something else.
+func (f *fakeEVPN) change(change func()) {
 	f.mu.Lock()
 	change()
 	f.mu.Unlock()
@@ -82,7 +82,7 @@ func (f *fakeEVPN) Run(ctx context.Context) error {
 }
 
 func (f *fakeEVPN) Set(lans map[string]macvrf.LAN) {
-	defer f.note()
+	defer f.changedNow()
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.lans = lans
@@ -99,7 +99,7 @@ func (f *fakeEVPN) has(want map[string]macvrf.LAN) func() bool {
 func (f *fakeEVPN) Fill(s *segment.Segment) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	s.Remotes, s.FDB, s.Partial = f.told.Remotes, f.told.FDB, f.told.Partial
+	s.Remotes, s.FDB, s.Partial = f.fill.Remotes, f.fill.FDB, f.fill.Partial
 }
 
 func (f *fakeEVPN) Changed() <-chan struct{} { return f.changed }
@@ -116,7 +116,7 @@ func TestAnEVPNLANIsJoinedToTheFabric(t *testing.T) {
 	device.Addresses = []netip.Addr{vtep}
 	w.kernel.underlays.Devices["eth0"] = device
 	f := &fakeEVPN{board: w.board, changed: make(chan struct{}, 1)}
-	w.fabric = f
+	w.evpn = f
 	stop := w.start()
 	defer stop()
 	lan := macvrf.LAN{
@@ -132,8 +132,8 @@ func TestAnEVPNLANIsJoinedToTheFabric(t *testing.T) {
 	w.await(t, "the pod to be told, and not the VM", f.has(map[string]macvrf.LAN{"default.lab": lan}))
 
 	remote := netip.MustParseAddr("192.0.2.2")
-	f.tells(func() {
-		f.told = segment.Segment{Remotes: []netip.Addr{remote}, FDB: []segment.FDBEntry{{MAC: [6]byte{2}, VTEP: remote}}, Partial: true}
+	f.change(func() {
+		f.fill = segment.Segment{Remotes: []netip.Addr{remote}, FDB: []segment.FDBEntry{{MAC: [6]byte{2}, VTEP: remote}}, Partial: true}
 	})
 	w.await(t, "what the fabric tells to be wanted", func() bool {
 		_, want := w.manager.wanted()
@@ -146,23 +146,23 @@ func TestAnEVPNLANIsJoinedToTheFabric(t *testing.T) {
 				strings.Contains(s.Segments[0].Message, word) && s.Segments[0].Offered == 2
 		}
 	}
-	f.tells(func() {
-		f.trouble.Down = []bgp.Session{{Peer: bgp.Peer{Address: remote, AS: 65000}, Why: "no TCP connection"}}
+	f.change(func() {
+		f.problems.Down = []bgp.Session{{Peer: bgp.Peer{Address: remote, AS: 65000}, Why: "no TCP connection"}}
 	})
 	w.awaitStatus("a session that is down", degraded(v1beta1.ReasonBGPDown, "192.0.2.2:179 of AS 65000 (no TCP connection)"))
-	f.tells(func() { f.trouble = evpn.Problems{NoPeers: true} })
+	f.change(func() { f.problems = evpn.Problems{NoPeers: true} })
 	w.awaitStatus("nobody to speak with", degraded(v1beta1.ReasonBGPDown, "evpn.reflectors.replicas"))
-	f.tells(func() { f.trouble = evpn.Problems{Duplicates: []macvrf.MAC{{2, 1}, {2, 2}}} })
+	f.change(func() { f.problems = evpn.Problems{Duplicates: []macvrf.MAC{{2, 1}, {2, 2}}} })
 	w.awaitStatus("MACs on two nodes", degraded(v1beta1.ReasonMACTwice, "02:01:00:00:00:00 speaks on this node and on another, and 1 other MAC"))
-	f.tells(func() {
-		f.trouble = evpn.Problems{Refused: macvrf.Refusal{Route: macvrf.Route{Key: macvrf.Key{Type: macvrf.Multicast}, VTEP: remote}, Reason: macvrf.OtherVNI}, Refusals: 1}
+	f.change(func() {
+		f.problems = evpn.Problems{Refused: macvrf.Refusal{Route: macvrf.Route{Key: macvrf.Key{Type: macvrf.Multicast}, VTEP: remote}, Reason: macvrf.OtherVNI}, Refusals: 1}
 	})
 	w.awaitStatus("a route that is refused", degraded(v1beta1.ReasonRoutesRefused, "from VTEP 192.0.2.2 is not used: it bears another VNI"))
-	f.tells(func() { f.trouble.Refusals++ })
+	f.change(func() { f.problems.Refusals++ })
 	w.awaitStatus("several such routes", degraded(v1beta1.ReasonRoutesRefused, "bears another VNI than the LAN; nor are others"))
-	f.tells(func() { f.trouble = evpn.Problems{Withheld: []bgp.Peer{{Address: remote, AS: 65000}}} })
+	f.change(func() { f.problems = evpn.Problems{Withheld: []bgp.Peer{{Address: remote, AS: 65000}}} })
 	w.awaitStatus("a peer that is told nothing", degraded(v1beta1.ReasonRoutesWithheld, "192.0.2.2:179 of AS 65000: told nothing of the LAN"))
-	f.tells(func() { f.trouble = evpn.Problems{} })
+	f.change(func() { f.problems = evpn.Problems{} })
 	w.awaitStatus("all well", ready)
 
 	// Of several sessions one that is down is no LAN's problem, and told all the same.
@@ -170,7 +170,7 @@ func TestAnEVPNLANIsJoinedToTheFabric(t *testing.T) {
 	session := func(at string, up bool, why string) bgp.Session {
 		return bgp.Session{Peer: bgp.Peer{Address: netip.MustParseAddr(at), AS: 65000, Password: "secret"}, Up: up, Since: since, Why: why}
 	}
-	f.tells(func() {
+	f.change(func() {
 		f.peers = []bgp.Session{session("192.0.2.8", true, ""), session("2001:db8::9", false, "no TCP connection")}
 	})
 	w.awaitStatus("which sessions there are", func(s v1beta1.LANNodeStatus) bool {
@@ -220,10 +220,10 @@ func TestReflectorsAreThePodsOfTheirService(t *testing.T) {
 		slice("k8slan-system", "others", "two", 1790, "10.244.1.8"),
 		slice("default", "reflectors", "three", 1790, "10.244.1.9"))
 	f := &fakeEVPN{board: w.board, changed: make(chan struct{}, 1)}
-	w.fabric, w.reflectors = f, types.NamespacedName{Namespace: "k8slan-system", Name: "reflectors"}
+	w.evpn, w.reflectors = f, types.NamespacedName{Namespace: "k8slan-system", Name: "reflectors"}
 	stop := w.start()
 	defer stop()
-	w.await(t, "two reflectors", f.speaksWith("10.244.1.7:1790", "10.244.2.5:1790"))
+	w.await(t, "two reflectors", f.hasReflectors("10.244.1.7:1790", "10.244.2.5:1790"))
 
 	moved := &discoveryv1.EndpointSlice{}
 	if err := w.api.Get(t.Context(), types.NamespacedName{Namespace: "k8slan-system", Name: "one"}, moved); err != nil {
@@ -233,11 +233,11 @@ func TestReflectorsAreThePodsOfTheirService(t *testing.T) {
 	if err := w.api.Update(t.Context(), moved); err != nil {
 		t.Fatal(err)
 	}
-	w.await(t, "the one that has moved", f.speaksWith("10.244.2.5:1790", "10.244.2.9:1790"))
+	w.await(t, "the one that has moved", f.hasReflectors("10.244.2.5:1790", "10.244.2.9:1790"))
 	if err := w.api.Delete(t.Context(), moved); err != nil {
 		t.Fatal(err)
 	}
-	w.await(t, "none", f.speaksWith())
+	w.await(t, "none", f.hasReflectors())
 }
 
 // EVPN tells no ports, so of two LANs with one VNI the older alone is joined.
@@ -254,7 +254,7 @@ func TestTwoEVPNLANsWithOneVNIAreNotMixed(t *testing.T) {
 	device.Addresses = []netip.Addr{vtep}
 	w.kernel.underlays.Devices["eth0"] = device
 	f := &fakeEVPN{board: w.board, changed: make(chan struct{}, 1)}
-	w.fabric = f
+	w.evpn = f
 	w.start()
 	w.await(t, "the older LAN to be joined", f.has(map[string]macvrf.LAN{"default.lab": {VNI: 222, VTEP: vtep}}))
 	w.awaitStatus("the other to say why it is not", func(s v1beta1.LANNodeStatus) bool {

@@ -19,8 +19,8 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
-// fakeFilter takes what it is told, unless it refuses.
-type fakeFilter struct {
+// fakeFirewall takes what it is told, unless it refuses.
+type fakeFirewall struct {
 	*board
 	changed chan struct{}
 
@@ -29,22 +29,22 @@ type fakeFilter struct {
 	err  error
 }
 
-func (f *fakeFilter) Set(lans []firewall.LAN) {
+func (f *fakeFirewall) Set(lans []firewall.LAN) {
 	f.mu.Lock()
 	f.lans = slices.Clone(lans)
 	f.mu.Unlock()
-	f.note()
+	f.changedNow()
 }
 
-func (f *fakeFilter) Err() error {
+func (f *fakeFirewall) Err() error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return f.err
 }
 
-func (f *fakeFilter) Changed() <-chan struct{} { return f.changed }
+func (f *fakeFirewall) Changed() <-chan struct{} { return f.changed }
 
-func (f *fakeFilter) refuse(err error) {
+func (f *fakeFirewall) refuse(err error) {
 	f.mu.Lock()
 	f.err = err
 	f.mu.Unlock()
@@ -71,14 +71,14 @@ func filtered(lans []firewall.LAN) string {
 func (w *world) awaitFiltered(want string) {
 	w.t.Helper()
 	w.await(w.t, "filter "+want, func() bool {
-		w.filter.mu.Lock()
-		defer w.filter.mu.Unlock()
-		return filtered(w.filter.lans) == want
+		w.firewall.mu.Lock()
+		defer w.firewall.mu.Unlock()
+		return filtered(w.firewall.lans) == want
 	})
 }
 
-// bearing is a peer whose underlay device has those addresses.
-func bearing(n *v1beta1.LANNode, addresses ...string) *v1beta1.LANNode {
+// withUnderlay is a peer whose underlay device has those addresses.
+func withUnderlay(n *v1beta1.LANNode, addresses ...string) *v1beta1.LANNode {
 	n.Status.Segments[0].Underlay = "eth0"
 	n.Status.Underlays = []v1beta1.NodeUnderlay{{Name: "eth0", Addresses: addresses}, {Name: "eth1", Addresses: []string{"198.51.100.1"}}}
 	return n
@@ -88,12 +88,12 @@ func TestMembersAreTheOtherNodesOfTheLAN(t *testing.T) {
 	w := newWorld(t, lab(unicast))
 	stop := w.start()
 	w.awaitFiltered("default/lab 222:4789")
-	w.peer(bearing(peer("worker2", "uid-lab", "192.0.2.2", 0), "192.0.2.2", "fe80::2")) // nobody there
+	w.peer(withUnderlay(peer("worker2", "uid-lab", "192.0.2.2", 0), "192.0.2.2", "fe80::2")) // nobody there
 	w.awaitFiltered("default/lab 222:4789 192.0.2.2 fe80::2")
 	w.peer(peer("worker3", "uid-lab", "192.0.2.3", 1)) // of a version that tells no addresses
 	w.awaitFiltered("default/lab 222:4789 192.0.2.2 192.0.2.3 fe80::2")
-	w.peer(bearing(peer("worker4", "uid-other", "192.0.2.4", 1), "192.0.2.4")) // another LAN
-	w.peer(bearing(peer("worker2", "uid-lab", "192.0.2.22", 1), "192.0.2.22")) // is back with another address
+	w.peer(withUnderlay(peer("worker4", "uid-other", "192.0.2.4", 1), "192.0.2.4")) // another LAN
+	w.peer(withUnderlay(peer("worker2", "uid-lab", "192.0.2.22", 1), "192.0.2.22")) // is back with another address
 	w.awaitFiltered("default/lab 222:4789 192.0.2.3 192.0.2.22")
 	w.awaitRemotes("192.0.2.3 192.0.2.22")
 	if err := w.api.Delete(t.Context(), peer("worker3", "uid-lab", "", 1)); err != nil {
@@ -115,14 +115,14 @@ func TestALANWhoseStrangersAreHeardSaysSo(t *testing.T) {
 	w := newWorld(t, lab(unicast))
 	stop := w.start()
 	degraded := func(s v1beta1.LANNodeStatus) bool {
-		return len(s.Segments) == 1 && s.Segments[0].State == v1beta1.SegmentDegraded && s.Segments[0].Reason == v1beta1.ReasonStrangersHeard &&
+		return len(s.Segments) == 1 && s.Segments[0].State == v1beta1.SegmentDegraded && s.Segments[0].Reason == v1beta1.ReasonNonMembersAccepted &&
 			strings.Contains(s.Segments[0].Message, "no nftables here: whoever") && s.Segments[0].Offered > 0
 	}
 	ready := func(s v1beta1.LANNodeStatus) bool {
 		return len(s.Segments) == 1 && s.Segments[0].State == v1beta1.SegmentReady
 	}
 	w.awaitStatus("ready", ready)
-	w.filter.refuse(errors.New("no nftables here"))
+	w.firewall.refuse(errors.New("no nftables here"))
 	w.awaitStatus("degraded, and still offered", degraded)
 	w.update(func(l *v1beta1.LAN) { l.Spec.StrictPeers = ptr.To(false) })
 	w.awaitStatus("ready, for it hears all", ready)
@@ -149,7 +149,7 @@ func TestWhatIsLeavingStaysAsStrictAsItIs(t *testing.T) {
 	strict, open := agent.Plan{Segment: here("strict", 1), Strict: true}, agent.Plan{Segment: here("open", 2)}
 	moved := here("strict", 1)
 	moved.VXLAN.Port = 8472 // not rebuilt yet
-	have := agent.Filtered([]agent.Plan{strict, open}, map[string]segment.Segment{
+	have := agent.StrictLANs([]agent.Plan{strict, open}, map[string]segment.Segment{
 		"strict": moved, "open": open.Segment, "old": here("old", 3), "lost": {Netns: "lost"},
 	}, members)
 	if want := "default/strict 1:4789 192.0.2.2; default/old 3:4789 unknown; default/strict 1:8472 unknown"; filtered(have) != want {

@@ -31,18 +31,18 @@ func (a *Agent) watchObjects(ctx context.Context) error {
 	watches := []watch{
 		{&v1beta1.LAN{}, onChange(func(before, after any) {
 			if lanChanged(before, after) {
-				signal(a.inputs)
+				signal(a.inputsChanged)
 			}
 		})},
 		{&corev1.Node{}, onChange(func(before, after any) {
 			if nodeChanged(before, after) {
-				signal(a.inputs)
+				signal(a.inputsChanged)
 			}
 		})},
-		{&v1beta1.LANNode{}, onChange(func(before, after any) { a.publisher.seen(before, after) })},
+		{&v1beta1.LANNode{}, onChange(func(before, after any) { a.publisher.observe(before, after) })},
 	}
 	if a.Reflectors.Name != "" {
-		watches = append(watches, watch{&discoveryv1.EndpointSlice{}, onChange(func(any, any) { signal(a.inputs) })})
+		watches = append(watches, watch{&discoveryv1.EndpointSlice{}, onChange(func(any, any) { signal(a.inputsChanged) })})
 	}
 	for _, watch := range watches {
 		for {

@@ -26,7 +26,7 @@ type Spoke struct {
 // Advertised are the spokes to offer to kubelet, sorted. A spoke is offered from when its segment was first worked on, so
 // that kubelet isn't told twice, and is healthy while the segment stands as planned.
 func Advertised(plans []Plan, reports []lanmgr.Report) []Spoke {
-	byNetns := index(reports)
+	byNetns := reportsByNetns(reports)
 	byName := make(map[string]Spoke)
 	for _, p := range plans {
 		r, ok := byNetns[p.Segment.Netns]
@@ -34,7 +34,7 @@ func Advertised(plans []Plan, reports []lanmgr.Report) []Spoke {
 			continue
 		}
 		for _, spoke := range held(p.Segment.Spokes, r.Segment.Spokes) {
-			offer := Spoke{Name: spoke, Healthy: stands(p, r)}
+			offer := Spoke{Name: spoke, Healthy: healthy(p, r)}
 			if pool, _, ok := segment.PoolOf(spoke); ok {
 				offer.Name, offer.Ports = pool, byName[pool].Ports+1
 			}
@@ -44,14 +44,14 @@ func Advertised(plans []Plan, reports []lanmgr.Report) []Spoke {
 	return slices.SortedFunc(maps.Values(byName), func(a, b Spoke) int { return cmp.Compare(a.Name, b.Name) })
 }
 
-// stands says whether the segment is built in all that its spokes need. A plan with other spokes than the report, or
+// healthy says whether the segment is built in all that its spokes need. A plan with other spokes than the report, or
 // with another VXLAN than the one that stands, changes nothing for those that stay: what becomes of it is in the next
 // report. But where the underlay was away, what was built has no VXLAN.
-func stands(p Plan, r lanmgr.Report) bool {
+func healthy(p Plan, r lanmgr.Report) bool {
 	return r.Built && !p.Problem.Blocking && (r.Segment.VXLAN.UnderlayIndex != 0 || p.Segment.VXLAN.UnderlayIndex == 0)
 }
 
-func index(reports []lanmgr.Report) map[string]lanmgr.Report {
+func reportsByNetns(reports []lanmgr.Report) map[string]lanmgr.Report {
 	byNetns := make(map[string]lanmgr.Report, len(reports))
 	for _, r := range reports {
 		byNetns[r.Segment.Netns] = r
@@ -63,7 +63,7 @@ func index(reports []lanmgr.Report) map[string]lanmgr.Report {
 func Status(plans []Plan, reports []lanmgr.Report, underlays kernel.Underlays, gone []v1beta1.GoneLAN, version string) v1beta1.LANNodeStatus {
 	segments := make(map[string]v1beta1.SegmentStatus)
 	for _, p := range plans {
-		segments[p.Segment.Netns] = planned(p)
+		segments[p.Segment.Netns] = plannedStatus(p)
 	}
 	byNetns := make(map[string]Plan, len(plans))
 	for _, p := range plans {
@@ -73,9 +73,9 @@ func Status(plans []Plan, reports []lanmgr.Report, underlays kernel.Underlays, g
 		p, wanted := byNetns[r.Segment.Netns]
 		found := r.Leaving && r.Segment.OnDemand // the manager has not heard yet that it is wanted
 		if !wanted || r.Leaving && !found || r.Segment.LAN != p.Segment.LAN {
-			segments[r.Segment.Netns] = leaving(r)
+			segments[r.Segment.Netns] = leavingStatus(r)
 		} else {
-			segments[r.Segment.Netns] = reported(p, r)
+			segments[r.Segment.Netns] = reportedStatus(p, r)
 		}
 	}
 	status := v1beta1.LANNodeStatus{Version: version, Gone: gone, LANs: int32(len(segments))}
@@ -87,12 +87,12 @@ func Status(plans []Plan, reports []lanmgr.Report, underlays kernel.Underlays, g
 			status.Ready++
 		}
 	}
-	status.Underlays = used(underlays, status.Segments)
+	status.Underlays = usedUnderlays(underlays, status.Segments)
 	return status
 }
 
-// used are the underlays of segments, sorted by name.
-func used(underlays kernel.Underlays, segments []v1beta1.SegmentStatus) []v1beta1.NodeUnderlay {
+// usedUnderlays are the underlays of segments, sorted by name.
+func usedUnderlays(underlays kernel.Underlays, segments []v1beta1.SegmentStatus) []v1beta1.NodeUnderlay {
 	var list []v1beta1.NodeUnderlay
 	for _, name := range slices.Sorted(maps.Keys(underlays.Devices)) {
 		device := underlays.Devices[name]
@@ -108,7 +108,7 @@ func used(underlays kernel.Underlays, segments []v1beta1.SegmentStatus) []v1beta
 	return list
 }
 
-func ofSegment(s segment.Segment) v1beta1.SegmentStatus {
+func segmentStatus(s segment.Segment) v1beta1.SegmentStatus {
 	lan := s.LAN.String()
 	if s.LAN.Name == "" {
 		lan = "unknown" // its record is lost
@@ -128,9 +128,9 @@ func ofSegment(s segment.Segment) v1beta1.SegmentStatus {
 	return status
 }
 
-// planned is a segment that was not worked on yet.
-func planned(p Plan) v1beta1.SegmentStatus {
-	s := ofSegment(p.Segment)
+// plannedStatus is a segment that was not worked on yet.
+func plannedStatus(p Plan) v1beta1.SegmentStatus {
+	s := segmentStatus(p.Segment)
 	s.State, s.Message = v1beta1.SegmentNotReady, "is being built"
 	if p.VTEP.IsValid() && p.Segment.VXLAN.UnderlayIndex != 0 { // nobody hears there without a VXLAN
 		s.VTEP = p.VTEP.String()
@@ -141,9 +141,9 @@ func planned(p Plan) v1beta1.SegmentStatus {
 	return s
 }
 
-// reported is a segment that is wanted and was worked on.
-func reported(p Plan, r lanmgr.Report) v1beta1.SegmentStatus {
-	s := planned(p)
+// reportedStatus is a segment that is wanted and was worked on.
+func reportedStatus(p Plan, r lanmgr.Report) v1beta1.SegmentStatus {
+	s := plannedStatus(p)
 	s.Attachments = attachments(r.Claims)
 	if r.Built {
 		s.Generation = r.Segment.Generation
@@ -153,7 +153,7 @@ func reported(p Plan, r lanmgr.Report) v1beta1.SegmentStatus {
 	case problem.Blocking:
 		s.Reason, s.Message = problem.Reason, problem.Message
 		return s
-	case !stands(p, r):
+	case !healthy(p, r):
 		return s
 	case problem.Reason != "":
 		s.State, s.Reason, s.Message = v1beta1.SegmentDegraded, problem.Reason, problem.Message
@@ -176,9 +176,9 @@ func problemOf(p Plan, r lanmgr.Report) Problem {
 	return Problem{v1beta1.ReasonBuildFailed, r.Err.Error() + ". It is tried again; pods wait until it stands", true}
 }
 
-// leaving is a segment that is not wanted any more, or whose name another LAN wants.
-func leaving(r lanmgr.Report) v1beta1.SegmentStatus {
-	s := ofSegment(r.Segment)
+// leavingStatus is a segment that is not wanted any more, or whose name another LAN wants.
+func leavingStatus(r lanmgr.Report) v1beta1.SegmentStatus {
+	s := segmentStatus(r.Segment)
 	s.State, s.Attachments = v1beta1.SegmentLeaving, attachments(r.Claims)
 	switch {
 	case r.Err != nil:

@@ -13,10 +13,10 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
-// onDemand are the LANs that no object wants, sorted by netns: the CNI plugin made them for pods that are attached. They stay as it made them, but for
+// plansOnDemand are the LANs that no object wants, sorted by netns: the CNI plugin made them for pods that are attached. They stay as it made them, but for
 // the underlay, as long as one is. A name that a LAN object has is that LAN's, and so is a VNI: who has it without the plugin having known, since the object is
 // not on this node, is not joined to others.
-func onDemand(objects []Plan, lans map[types.UID]*v1beta1.LAN, reports []lanmgr.Report, node Node) []Plan {
+func plansOnDemand(objects []Plan, lans map[types.UID]*v1beta1.LAN, reports []lanmgr.Report, node Node) []Plan {
 	holders := make(map[uint32]string)
 	for _, lan := range lans {
 		if lan.Status.Holds != nil {
@@ -27,7 +27,7 @@ func onDemand(objects []Plan, lans map[types.UID]*v1beta1.LAN, reports []lanmgr.
 	for _, r := range reports {
 		taken := slices.ContainsFunc(objects, func(p Plan) bool { return p.Segment.Netns == r.Segment.Netns })
 		if r.Segment.OnDemand && len(r.Claims) > 0 && !taken {
-			p := planOnDemand(r.Segment.Recorded(), node)
+			p := planOneOnDemand(r.Segment.Recorded(), node)
 			if holder, held := holders[p.Segment.VXLAN.VNI]; held {
 				p.EVPN = false
 				p.Problem = Problem{v1beta1.ReasonVNITaken, fmt.Sprintf(
@@ -39,10 +39,10 @@ func onDemand(objects []Plan, lans map[types.UID]*v1beta1.LAN, reports []lanmgr.
 	return plans
 }
 
-func planOnDemand(s segment.Segment, node Node) Plan {
+func planOneOnDemand(s segment.Segment, node Node) Plan {
 	device, found := node.Underlays.Devices[s.VXLAN.Underlay]
 	s.VXLAN.UnderlayIndex = device.Index // 0 where there is none
-	s.VXLAN.Local = sourceOnDemand(device, s.VXLAN.Local)
+	s.VXLAN.Local = vtepOnDemand(device, s.VXLAN.Local)
 	p := Plan{Segment: s, VTEP: s.VXLAN.Local, EVPN: true}
 	switch {
 	case !found:
@@ -51,13 +51,13 @@ func planOnDemand(s segment.Segment, node Node) Plan {
 	case !node.EVPN:
 		p.Problem = Problem{v1beta1.ReasonBGPDown, "the daemon was started without BGP: frames reach no other node. Have k8slan's chart start it it (evpn.enabled)", false}
 	default:
-		p.Problem = firstProblem(vtepWish{}.problem(s.VXLAN.Underlay, device, p.VTEP, v1beta1.EVPN), linkProblem(s.VXLAN.Underlay, device))
+		p.Problem = firstProblem(vtepSelector{}.problem(s.VXLAN.Underlay, device, p.VTEP, v1beta1.EVPN), linkProblem(s.VXLAN.Underlay, device))
 	}
 	return p
 }
 
-// sourceOnDemand is the address that the LAN has had or, where the device has lost it, another of that family.
-func sourceOnDemand(device kernel.Underlay, had netip.Addr) netip.Addr {
+// vtepOnDemand is the address that the LAN has had or, where the device has lost it, another of that family.
+func vtepOnDemand(device kernel.Underlay, had netip.Addr) netip.Addr {
 	if slices.Contains(device.Addresses, had) {
 		return had
 	}

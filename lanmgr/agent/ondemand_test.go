@@ -13,8 +13,8 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
-// made is a segment as the CNI plugin makes it for a VNI.
-func made() segment.Segment {
+// segmentOnDemand is a segment as the CNI plugin makes it for a VNI.
+func segmentOnDemand() segment.Segment {
 	return segment.Segment{
 		LAN: segment.LAN{Name: "megalos:5001"}, Netns: "megalos-5001", Bridge: "br5001", MTU: 1442,
 		VXLAN: segment.VXLAN{
@@ -24,8 +24,8 @@ func made() segment.Segment {
 	}
 }
 
-// finds has the manager find what the plugin has made.
-func (m *fakeManager) finds(s segment.Segment, claims ...segment.Claim) {
+// find has the manager find what the plugin has made.
+func (m *fakeManager) find(s segment.Segment, claims ...segment.Claim) {
 	m.change(func() {
 		m.claims[s.Netns] = claims
 		m.reports = append(m.reports, lanmgr.Report{Segment: s, Leaving: true, Claims: claims})
@@ -36,40 +36,40 @@ func (m *fakeManager) finds(s segment.Segment, claims ...segment.Claim) {
 func onDemandWorld(t *testing.T, f *fakeEVPN) *world {
 	w := newWorld(t)
 	device := w.kernel.underlays.Devices["eth0"]
-	device.Addresses = []netip.Addr{made().VXLAN.Local}
+	device.Addresses = []netip.Addr{segmentOnDemand().VXLAN.Local}
 	w.kernel.underlays.Devices["eth0"] = device
 	if f != nil {
 		f.board, f.changed = w.board, make(chan struct{}, 1)
-		w.fabric = f
+		w.evpn = f
 	}
 	w.start()
-	w.awaitOffer("")
+	w.awaitAdvertised("")
 	return w
 }
 
 // What the plugin has made for a VNI is kept, joined to EVPN and reported as long as a pod is on it, and offered to nobody.
 func TestALANThatNoObjectWantsStaysWithItsPods(t *testing.T) {
-	f := &fakeEVPN{told: segment.Segment{Remotes: []netip.Addr{netip.MustParseAddr("192.0.2.2")}}}
+	f := &fakeEVPN{fill: segment.Segment{Remotes: []netip.Addr{netip.MustParseAddr("192.0.2.2")}}}
 	w := onDemandWorld(t, f)
 	pod := claim(segment.SpokeOnDemand(segment.ClaimID("r1", "net1")), "r1")
-	w.manager.finds(made(), pod)
+	w.manager.find(segmentOnDemand(), pod)
 	lanNode := w.awaitStatus("the LAN to be Ready", ready)
 	s := lanNode.Status.Segments[0]
 	if s.LAN != "megalos:5001" || s.VNI != 5001 || s.VTEP != "192.0.2.1" || s.Offered != 0 || len(s.Attachments) != 1 || s.Attachments[0].Pod != "default/r1" {
 		t.Errorf("LANNode says %+v", s)
 	}
 	w.await(t, "the LAN to be in the fabric", f.has(map[string]macvrf.LAN{"megalos-5001": {
-		VNI: 5001, VTEP: made().VXLAN.Local, Claimed: true, Attached: []macvrf.MAC{macvrf.MAC(pod.MAC)},
+		VNI: 5001, VTEP: segmentOnDemand().VXLAN.Local, Claimed: true, Attached: []macvrf.MAC{macvrf.MAC(pod.MAC)},
 	}}))
 	w.await(t, "what is told to be wanted", func() bool {
 		_, want := w.manager.wanted()
-		return len(want) == 1 && len(want[0].Remotes) == 1 && want[0].Recorded().Equal(made())
+		return len(want) == 1 && len(want[0].Remotes) == 1 && want[0].Recorded().Equal(segmentOnDemand())
 	})
 	w.manager.change(func() { w.manager.claims = map[string][]segment.Claim{} })
 	w.awaitStatus("nothing to be left", func(s v1beta1.LANNodeStatus) bool { return len(s.Segments) == 0 })
 	w.await(t, "nothing to be told", f.has(map[string]macvrf.LAN{}))
-	if w.offered() != "" {
-		t.Errorf("offered %s", w.offered())
+	if w.advertised() != "" {
+		t.Errorf("offered %s", w.advertised())
 	}
 }
 
@@ -77,7 +77,7 @@ func TestALANThatNoObjectWantsStaysWithItsPods(t *testing.T) {
 func TestALANThatIsFoundIsNotLeaving(t *testing.T) {
 	w := onDemandWorld(t, &fakeEVPN{})
 	w.manager.change(func() { w.manager.hold = true })
-	w.manager.finds(made(), claim(segment.SpokeOnDemand(segment.ClaimID("r1", "net1")), "r1"))
+	w.manager.find(segmentOnDemand(), claim(segment.SpokeOnDemand(segment.ClaimID("r1", "net1")), "r1"))
 	lanNode := w.awaitStatus("the LAN", func(s v1beta1.LANNodeStatus) bool { return len(s.Segments) == 1 })
 	if s := lanNode.Status.Segments[0]; s.State != v1beta1.SegmentNotReady || len(s.Attachments) != 1 || !s.OnDemand() {
 		t.Errorf("LANNode says %+v", s)
@@ -88,7 +88,7 @@ func TestALANThatIsFoundIsNotLeaving(t *testing.T) {
 
 func TestALANThatNoObjectWantsSaysWhatItLacks(t *testing.T) {
 	w := onDemandWorld(t, nil)
-	w.manager.finds(made(), claim(segment.SpokeOnDemand(segment.ClaimID("r1", "net1")), "r1"))
+	w.manager.find(segmentOnDemand(), claim(segment.SpokeOnDemand(segment.ClaimID("r1", "net1")), "r1"))
 	reason := func(want string) {
 		t.Helper()
 		w.awaitStatus(want, func(s v1beta1.LANNodeStatus) bool {
@@ -105,7 +105,7 @@ func TestALANObjectsNameIsItsOwn(t *testing.T) {
 	w := newWorld(t, lab(nil))
 	w.start()
 	w.awaitStatus("the object's LAN", ready)
-	w.manager.finds(made(), claim(segment.SpokeOnDemand(segment.ClaimID("r1", "net1")), "r1"))
+	w.manager.find(segmentOnDemand(), claim(segment.SpokeOnDemand(segment.ClaimID("r1", "net1")), "r1"))
 	wanted := func(names ...string) func() bool {
 		return func() bool {
 			_, want := w.manager.wanted()
@@ -128,12 +128,12 @@ func TestAVNIOfALANThatIsNotHereIsNotJoined(t *testing.T) {
 		l.Status.Holds.VNI = 5001
 	}))
 	device := w.kernel.underlays.Devices["eth0"]
-	device.Addresses = []netip.Addr{made().VXLAN.Local}
+	device.Addresses = []netip.Addr{segmentOnDemand().VXLAN.Local}
 	w.kernel.underlays.Devices["eth0"] = device
 	f := &fakeEVPN{board: w.board, changed: make(chan struct{}, 1)}
-	w.fabric = f
+	w.evpn = f
 	w.start()
-	w.manager.finds(made(), claim(segment.SpokeOnDemand(segment.ClaimID("r1", "net1")), "r1"))
+	w.manager.find(segmentOnDemand(), claim(segment.SpokeOnDemand(segment.ClaimID("r1", "net1")), "r1"))
 	w.awaitStatus("the VNI to be taken", func(s v1beta1.LANNodeStatus) bool {
 		return len(s.Segments) == 1 && s.Segments[0].Reason == v1beta1.ReasonVNITaken && strings.Contains(s.Segments[0].Message, "LAN default/lab")
 	})

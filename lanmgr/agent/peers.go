@@ -20,26 +20,26 @@ import (
 // does, nodes know nothing of each other.
 type peers struct {
 	self   string
-	wanted chan struct{} // closed when they are
-	want   func()        // closes it
+	needed chan struct{} // closed when they are
+	need   func()        // closes it
 
-	mu      sync.Mutex
-	known   bool
-	nodes   map[string]map[types.UID]peer // by the node's name and the LAN
-	lists   map[types.UID]list            // of LANs that have not changed since
-	members map[types.UID][]netip.Addr    // likewise
+	mu        sync.Mutex
+	known     bool
+	nodes     map[string]map[types.UID]peer // by the node's name and the LAN
+	remotesOf map[types.UID]remoteList      // of LANs that have not changed since
+	membersOf map[types.UID][]netip.Addr    // likewise
 }
 
 // peer is a LAN on another node.
 type peer struct {
-	vtep  netip.Addr   // where it hears; the zero Addr where no pod there is attached, or it cannot be reached
-	bears []netip.Addr // what its packets may come from, sorted
+	vtep    netip.Addr   // where it hears; the zero Addr where no pod there is attached, or it cannot be reached
+	sources []netip.Addr // what its packets may come from, sorted
 }
 
-func (p peer) equal(o peer) bool { return p.vtep == o.vtep && slices.Equal(p.bears, o.bears) }
+func (p peer) equal(o peer) bool { return p.vtep == o.vtep && slices.Equal(p.sources, o.sources) }
 
-// list is what a node with that VTEP has as remotes; nobody changes it.
-type list struct {
+// remoteList is what a node with that VTEP has as remotes; nobody changes it.
+type remoteList struct {
 	vtep    netip.Addr
 	remotes []netip.Addr
 }
@@ -47,22 +47,22 @@ type list struct {
 func newPeers(self string) *peers {
 	wanted := make(chan struct{})
 	return &peers{
-		self: self, wanted: wanted, want: sync.OnceFunc(func() { close(wanted) }),
-		nodes:   map[string]map[types.UID]peer{},
-		lists:   map[types.UID]list{},
-		members: map[types.UID][]netip.Addr{},
+		self: self, needed: wanted, need: sync.OnceFunc(func() { close(wanted) }),
+		nodes:     map[string]map[types.UID]peer{},
+		remotesOf: map[types.UID]remoteList{},
+		membersOf: map[types.UID][]netip.Addr{},
 	}
 }
 
-// remotes are the VTEPs of the other nodes that have a pod on the LAN and an address of that family: sorted, each once; nil
+// remotesFor are the VTEPs of the other nodes that have a pod on the LAN and an address of that family: sorted, each once; nil
 // where that is not known yet.
-func (p *peers) remotes(lan types.UID, vtep netip.Addr) []netip.Addr {
+func (p *peers) remotesFor(lan types.UID, vtep netip.Addr) []netip.Addr {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if !p.known {
 		return nil
 	}
-	if l, ok := p.lists[lan]; ok && l.vtep == vtep {
+	if l, ok := p.remotesOf[lan]; ok && l.vtep == vtep {
 		return l.remotes
 	}
 	remotes := []netip.Addr{}
@@ -73,33 +73,33 @@ func (p *peers) remotes(lan types.UID, vtep netip.Addr) []netip.Addr {
 	}
 	slices.SortFunc(remotes, netip.Addr.Compare)
 	remotes = slices.Compact(remotes)
-	p.lists[lan] = list{vtep, remotes}
+	p.remotesOf[lan] = remoteList{vtep, remotes}
 	return remotes
 }
 
-// membersOf are the addresses that packets of the LAN may come from: those of every other node that has it, with a pod or without, for
+// membersFor are the addresses that packets of the LAN may come from: those of every other node that has it, with a pod or without, for
 // a pod that attaches there is to be heard at once. Sorted, each once; nil where that is not known yet. Nobody changes the list.
-func (p *peers) membersOf(lan types.UID) []netip.Addr {
+func (p *peers) membersFor(lan types.UID) []netip.Addr {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if !p.known {
 		return nil
 	}
-	if m, ok := p.members[lan]; ok {
+	if m, ok := p.membersOf[lan]; ok {
 		return m
 	}
 	members := []netip.Addr{}
 	for _, lans := range p.nodes {
-		members = append(members, lans[lan].bears...)
+		members = append(members, lans[lan].sources...)
 	}
 	slices.SortFunc(members, netip.Addr.Compare)
 	members = slices.Compact(members)
-	p.members[lan] = members
+	p.membersOf[lan] = members
 	return members
 }
 
-// seen takes note of a LANNode and says whether that changed what somebody has asked for.
-func (p *peers) seen(before, after any) bool {
+// observe takes note of a LANNode and says whether that changed what somebody has asked for.
+func (p *peers) observe(before, after any) bool {
 	was, _ := before.(*v1beta1.LANNode)
 	is, _ := after.(*v1beta1.LANNode)
 	p.mu.Lock()
@@ -110,7 +110,7 @@ func (p *peers) seen(before, after any) bool {
 		}
 		return p.replace(was.Name, nil)
 	}
-	lans := lansOf(is)
+	lans := lansOn(is)
 	if is.Name == p.self || maps.EqualFunc(p.nodes[is.Name], lans, peer.equal) {
 		return false
 	}
@@ -119,35 +119,35 @@ func (p *peers) seen(before, after any) bool {
 
 // replace notes what a node has now, nil if it is gone, and says whether that changed what somebody has asked for; p.mu is held.
 func (p *peers) replace(node string, lans map[types.UID]peer) bool {
-	asked := len(p.lists) + len(p.members)
+	asked := len(p.remotesOf) + len(p.membersOf)
 	before := p.nodes[node]
 	for _, some := range []map[types.UID]peer{before, lans} {
 		for lan := range some {
 			if before[lan].vtep != lans[lan].vtep {
-				delete(p.lists, lan)
+				delete(p.remotesOf, lan)
 			}
-			if !slices.Equal(before[lan].bears, lans[lan].bears) {
-				delete(p.members, lan)
+			if !slices.Equal(before[lan].sources, lans[lan].sources) {
+				delete(p.membersOf, lan)
 			}
 		}
 	}
 	if p.nodes[node] = lans; lans == nil {
 		delete(p.nodes, node)
 	}
-	return len(p.lists)+len(p.members) < asked
+	return len(p.remotesOf)+len(p.membersOf) < asked
 }
 
-// only forgets what was asked for of other LANs than these.
-func (p *peers) only(lans map[types.UID]bool) {
+// keepOnly forgets what was asked for of other LANs than these.
+func (p *peers) keepOnly(lans map[types.UID]bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	maps.DeleteFunc(p.lists, func(lan types.UID, _ list) bool { return !lans[lan] })
-	maps.DeleteFunc(p.members, func(lan types.UID, _ []netip.Addr) bool { return !lans[lan] })
+	maps.DeleteFunc(p.remotesOf, func(lan types.UID, _ remoteList) bool { return !lans[lan] })
+	maps.DeleteFunc(p.membersOf, func(lan types.UID, _ []netip.Addr) bool { return !lans[lan] })
 }
 
-// lansOf are the LANs that a node has. Its VTEP is among the addresses of an underlay, but for one that has lost its link and with
+// lansOn are the LANs that a node has. Its VTEP is among the addresses of an underlay, but for one that has lost its link and with
 // that its IPv6 addresses, or a version that does not tell them.
-func lansOf(n *v1beta1.LANNode) map[types.UID]peer {
+func lansOn(n *v1beta1.LANNode) map[types.UID]peer {
 	type way struct{ underlay, vtep string }
 	ways := map[way]peer{} // LANs share them
 	lans := make(map[types.UID]peer)
@@ -157,14 +157,14 @@ func lansOf(n *v1beta1.LANNode) map[types.UID]peer {
 		}
 		p, ok := ways[way{s.Underlay, s.VTEP}]
 		if !ok {
-			p = peerBy(n.Status.Underlays, s)
+			p = peerOf(n.Status.Underlays, s)
 			ways[way{s.Underlay, s.VTEP}] = p
 		}
 		if len(s.Attachments) == 0 || !p.vtep.IsGlobalUnicast() {
 			p.vtep = netip.Addr{}
 		}
 		if other, ok := lans[s.UID]; ok { // leaving one netns, it is in another
-			p.bears = slices.Compact(slices.SortedFunc(slices.Values(slices.Concat(p.bears, other.bears)), netip.Addr.Compare))
+			p.sources = slices.Compact(slices.SortedFunc(slices.Values(slices.Concat(p.sources, other.sources)), netip.Addr.Compare))
 			p.vtep = cmp.Or(p.vtep, other.vtep)
 		}
 		lans[s.UID] = p
@@ -172,7 +172,7 @@ func lansOf(n *v1beta1.LANNode) map[types.UID]peer {
 	return lans
 }
 
-func peerBy(underlays []v1beta1.NodeUnderlay, s v1beta1.SegmentStatus) (p peer) {
+func peerOf(underlays []v1beta1.NodeUnderlay, s v1beta1.SegmentStatus) (p peer) {
 	texts := []string{s.VTEP}
 	for _, u := range underlays {
 		if u.Name == s.Underlay {
@@ -184,17 +184,17 @@ func peerBy(underlays []v1beta1.NodeUnderlay, s v1beta1.SegmentStatus) (p peer) 
 		if err != nil || a.Zone() != "" || !a.Unmap().IsGlobalUnicast() && !a.IsLinkLocalUnicast() {
 			continue // no address of a node
 		}
-		if p.bears = append(p.bears, a.Unmap()); i == 0 {
+		if p.sources = append(p.sources, a.Unmap()); i == 0 {
 			p.vtep = a.Unmap()
 		}
 	}
-	slices.SortFunc(p.bears, netip.Addr.Compare)
-	p.bears = slices.Compact(p.bears)
+	slices.SortFunc(p.sources, netip.Addr.Compare)
+	p.sources = slices.Compact(p.sources)
 	return p
 }
 
-// PeerOf strips a LANNode of what other nodes do not need of it, before a cache keeps it.
-func PeerOf(obj any) (any, error) {
+// StripPeer strips a LANNode of what other nodes do not need of it, before a cache keeps it.
+func StripPeer(obj any) (any, error) {
 	n, ok := obj.(*v1beta1.LANNode)
 	if !ok {
 		return obj, nil
@@ -205,7 +205,7 @@ func PeerOf(obj any) (any, error) {
 	peer.Status.Segments = make([]v1beta1.SegmentStatus, len(n.Status.Segments))
 	for i, s := range n.Status.Segments {
 		peer.Status.Segments[i] = v1beta1.SegmentStatus{
-			UID: types.UID(one(string(s.UID))), Underlay: one(s.Underlay), VTEP: one(s.VTEP),
+			UID: types.UID(intern(string(s.UID))), Underlay: intern(s.Underlay), VTEP: intern(s.VTEP),
 		}
 		if len(s.Attachments) > 0 {
 			peer.Status.Segments[i].Attachments = make([]v1beta1.Attachment, 1)
@@ -214,8 +214,8 @@ func PeerOf(obj any) (any, error) {
 	return peer, nil
 }
 
-// one is the one copy of a text that many nodes tell.
-func one(text string) string { return unique.Make(text).Value() }
+// intern is the one copy of a text that many nodes tell.
+func intern(text string) string { return unique.Make(text).Value() }
 
 // watchPeers watches the other nodes' LANNodes from when a LAN wants them until ctx ends. While the API server is away, what was
 // last read of them holds.
@@ -223,7 +223,7 @@ func (a *Agent) watchPeers(ctx context.Context) {
 	select {
 	case <-ctx.Done():
 		return
-	case <-a.peers.wanted:
+	case <-a.peers.needed:
 	}
 	retry := newRetry()
 	defer retry.stop()
@@ -251,8 +251,8 @@ func (a *Agent) readPeers(ctx context.Context) error {
 		return fmt.Errorf("watch LANNodes: %w", err)
 	}
 	reg, err := informer.AddEventHandler(onChange(func(before, after any) {
-		if a.peers.seen(before, after) {
-			signal(a.inputs)
+		if a.peers.observe(before, after) {
+			signal(a.inputsChanged)
 		}
 	}))
 	if err != nil {
@@ -266,6 +266,6 @@ func (a *Agent) readPeers(ctx context.Context) error {
 	a.peers.mu.Lock()
 	a.peers.known = true
 	a.peers.mu.Unlock()
-	signal(a.inputs)
+	signal(a.inputsChanged)
 	return nil
 }

@@ -92,10 +92,10 @@ func TestRemotesAreTheOtherNodesWithAPodOnTheLAN(t *testing.T) {
 }
 
 func TestAPeerIsStrippedOfWhatOthersDoNotNeed(t *testing.T) {
-	full := bearing(peer("worker2", "uid-lab", "192.0.2.2", 64), "192.0.2.2")
+	full := withUnderlay(peer("worker2", "uid-lab", "192.0.2.2", 64), "192.0.2.2")
 	full.Status.Segments = append(full.Status.Segments, peer("", "uid-idle", "192.0.2.2", 0).Status.Segments...)
 	full.ManagedFields, full.ResourceVersion = []metav1.ManagedFieldsEntry{{Manager: "k8slan"}}, "7"
-	stripped, err := agent.PeerOf(full)
+	stripped, err := agent.StripPeer(full)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -69,7 +69,7 @@ func NewPlan(lan *v1beta1.LAN, node Node, now segment.Segment) (p Plan, ok bool)
 		Bridge:            spec.Bridge,
 		Spokes:            ports(&spec, held(spec.Names(), holds.Spokes)),
 		TxChecksumOff:     ports(&spec, held(spec.TxChecksumOff(), holds.Spokes)),
-		MACByOrdinal:      held(byOrdinal(spec.SpokePools), holds.Spokes),
+		MACByOrdinal:      held(poolsByOrdinal(spec.SpokePools), holds.Spokes),
 		AllowedNamespaces: slices.Sorted(slices.Values(spec.AllowedNamespaces)),
 		VXLAN:             segment.VXLAN{Name: spec.VXLAN, VNI: uint32(holds.VNI), Port: uint16(holds.Port)},
 	}
@@ -86,7 +86,7 @@ func NewPlan(lan *v1beta1.LAN, node Node, now segment.Segment) (p Plan, ok bool)
 	p.Segment.VXLAN.SuppressNeighbors = p.EVPN && spec.EVPN != nil && spec.EVPN.SuppressNeighbors
 	group, err := netip.ParseAddr(spec.VXLANGroup)
 	if err != nil || !group.IsMulticast() {
-		p.Segment.MTU = firstOf(int(spec.MTU), now.MTU, fallbackMTU-overhead6.reserve)
+		p.Segment.MTU = firstPositive(int(spec.MTU), now.MTU, fallbackMTU-overhead6.doubleTagged)
 		p.Problem = Problem{v1beta1.ReasonBuildFailed, fmt.Sprintf("spec.vxlanGrp: %q is not a multicast address; pods wait until it is", spec.VXLANGroup), true}
 		return p, true
 	}
@@ -95,7 +95,7 @@ func NewPlan(lan *v1beta1.LAN, node Node, now segment.Segment) (p Plan, ok bool)
 	if oneByOne && lan.Spec.VXLANGroup == "" {
 		family = netip.Addr{} // the default group names none
 	}
-	wish := wishVTEP(node, oneByOne, family)
+	wish := selectVTEP(node, oneByOne, family)
 	choice := chooseUnderlay(&spec, node, wish, now.VXLAN)
 	p.Segment.VXLAN.Underlay = choice.name
 	device, found := node.Underlays.Devices[choice.name]
@@ -117,13 +117,13 @@ func NewPlan(lan *v1beta1.LAN, node Node, now segment.Segment) (p Plan, ok bool)
 	if p.Segment.VXLAN.Group.Is4() || p.VTEP.Is4() {
 		overhead = overhead4
 	}
-	p.Segment.MTU = firstOf(int(spec.MTU), device.MTU-overhead.reserve)
+	p.Segment.MTU = firstPositive(int(spec.MTU), device.MTU-overhead.doubleTagged)
 	switch {
 	case !found:
 		p.Problem = choice.missing(node.Name, wish)
 	default:
 		p.Problem = firstProblem(
-			speakerProblem(p.EVPN && !node.EVPN),
+			noBGPProblem(p.EVPN && !node.EVPN),
 			targetProblem(p.Segment.Routes),
 			noAddress,
 			mtuProblem(choice.name, device, int(spec.MTU), overhead),
@@ -137,7 +137,7 @@ func NewPlan(lan *v1beta1.LAN, node Node, now segment.Segment) (p Plan, ok bool)
 	case device.Index != 0 && now.VXLAN.UnderlayIndex == device.Index && now.VXLAN.Name == there.Name && now.VXLAN.VNI == there.VNI && now.VXLAN.Port == there.Port:
 		p.Segment.VXLAN, p.Segment.MTU = now.VXLAN, now.MTU
 	default:
-		p.Segment.MTU = firstOf(int(spec.MTU), now.MTU, fallbackMTU-overhead.reserve)
+		p.Segment.MTU = firstPositive(int(spec.MTU), now.MTU, fallbackMTU-overhead.doubleTagged)
 	}
 	return p, true
 }
@@ -186,8 +186,8 @@ func texts(targets []v1beta1.RouteTarget) (list []string) {
 	return list
 }
 
-// byOrdinal are the pools whose pods have MACs by their ordinals.
-func byOrdinal(pools []v1beta1.SpokePool) []string {
+// poolsByOrdinal are the pools whose pods have MACs by their ordinals.
+func poolsByOrdinal(pools []v1beta1.SpokePool) []string {
 	var names []string
 	for _, pool := range pools {
 		if pool.MACBy == v1beta1.MACByOrdinal {
@@ -197,8 +197,8 @@ func byOrdinal(pools []v1beta1.SpokePool) []string {
 	return names
 }
 
-// firstOf is the first number above zero.
-func firstOf(numbers ...int) int {
+// firstPositive is the first number above zero.
+func firstPositive(numbers ...int) int {
 	for _, n := range numbers {
 		if n > 0 {
 			return n
@@ -212,7 +212,7 @@ type underlayChoice struct{ name, field string }
 
 // chooseUnderlay takes the node's own device if the LAN has one for it, else the LAN's default, else one with a VTEP as it is wished for,
 // else the device of the default route.
-func chooseUnderlay(spec *v1beta1.LANSpec, node Node, wish vtepWish, now segment.VXLAN) underlayChoice {
+func chooseUnderlay(spec *v1beta1.LANSpec, node Node, wish vtepSelector, now segment.VXLAN) underlayChoice {
 	for _, key := range []string{node.Name, node.Labels[hostnameLabel]} {
 		if device, ok := spec.VXLANDevMap[key]; ok && key != "" {
 			return underlayChoice{string(device), "spec.vxlanDevMap." + key}
@@ -221,7 +221,7 @@ func chooseUnderlay(spec *v1beta1.LANSpec, node Node, wish vtepWish, now segment
 	if spec.DefaultVXLANDev != "" {
 		return underlayChoice{string(spec.DefaultVXLANDev), "spec.defaultVxlanDev"}
 	}
-	best, name := len(wish.first), ""
+	best, name := len(wish.prefer), ""
 	for _, device := range slices.Sorted(maps.Keys(node.Underlays.Devices)) {
 		if rank := wish.rank(wish.choose(node.Underlays.Devices[device], now)); rank < best {
 			best, name = rank, device
@@ -233,7 +233,7 @@ func chooseUnderlay(spec *v1beta1.LANSpec, node Node, wish vtepWish, now segment
 	return underlayChoice{name: name}
 }
 
-func (c underlayChoice) missing(node string, wish vtepWish) Problem {
+func (c underlayChoice) missing(node string, wish vtepSelector) Problem {
 	switch {
 	case c.field == "" && wish.strict:
 		return Problem{v1beta1.ReasonUnderlayMissing, fmt.Sprintf(
@@ -247,13 +247,13 @@ func (c underlayChoice) missing(node string, wish vtepWish) Problem {
 
 // overhead is what a VXLAN adds to a packet of the LAN, in bytes.
 type overhead struct {
-	least   int // inner Ethernet, VXLAN, UDP and IP
-	reserve int // the same with two VLAN tags in the inner Ethernet header
+	untagged     int // inner Ethernet, VXLAN, UDP and IP
+	doubleTagged int // the same with two VLAN tags in the inner Ethernet header
 }
 
 var (
-	overhead4 = overhead{least: 50, reserve: segment.Overhead4}
-	overhead6 = overhead{least: 70, reserve: segment.Overhead6}
+	overhead4 = overhead{untagged: 50, doubleTagged: segment.Overhead4}
+	overhead6 = overhead{untagged: 70, doubleTagged: segment.Overhead6}
 )
 
 func firstProblem(problems ...Problem) Problem {
@@ -284,23 +284,23 @@ func addressProblem(name string, device kernel.Underlay, group netip.Addr) Probl
 	return Problem{}
 }
 
-// vtepWish is which of a device's addresses other nodes are to send to.
-type vtepWish struct {
+// vtepSelector is which of a device's addresses other nodes are to send to.
+type vtepSelector struct {
 	family netip.Addr     // the group's, whose IP version it has to be; the zero Addr: either
-	first  []netip.Prefix // the earlier the better
+	prefer []netip.Prefix // the earlier the better
 	strict bool           // no others will do
 }
 
-// wishVTEP goes by the ranges that the cluster's VTEPs are in or, in unicast, by the node's InternalIPs. Ranges decide the IP version by
+// selectVTEP goes by the ranges that the cluster's VTEPs are in or, in unicast, by the node's InternalIPs. Ranges decide the IP version by
 // themselves.
-func wishVTEP(node Node, unicast bool, family netip.Addr) vtepWish {
+func selectVTEP(node Node, unicast bool, family netip.Addr) vtepSelector {
 	if len(node.VTEPs) > 0 {
-		return vtepWish{first: node.VTEPs, strict: true}
+		return vtepSelector{prefer: node.VTEPs, strict: true}
 	}
-	wish := vtepWish{family: family}
+	wish := vtepSelector{family: family}
 	for _, a := range node.Addresses {
 		if unicast && wish.fits(a) {
-			wish.first = append(wish.first, netip.PrefixFrom(a, a.BitLen()))
+			wish.prefer = append(wish.prefer, netip.PrefixFrom(a, a.BitLen()))
 		}
 	}
 	return wish
@@ -327,19 +327,21 @@ func keptSource(device kernel.Underlay, now segment.VXLAN) netip.Addr {
 	return netip.Addr{}
 }
 
-func (w vtepWish) fits(a netip.Addr) bool { return !w.family.IsValid() || w.family.Is4() == a.Is4() }
+func (w vtepSelector) fits(a netip.Addr) bool {
+	return !w.family.IsValid() || w.family.Is4() == a.Is4()
+}
 
 // rank is the place of the range that the address is in; their number if it is in none.
-func (w vtepWish) rank(a netip.Addr) int {
-	if i := slices.IndexFunc(w.first, func(p netip.Prefix) bool { return p.Contains(a) }); i >= 0 {
+func (w vtepSelector) rank(a netip.Addr) int {
+	if i := slices.IndexFunc(w.prefer, func(p netip.Prefix) bool { return p.Contains(a) }); i >= 0 {
 		return i
 	}
-	return len(w.first)
+	return len(w.prefer)
 }
 
 // choose is the best address: of the first range that has one, else, unless that is all that will do, any; IPv4 before IPv6, and
 // then the one that the node had before the first: the kernel lists a new IPv6 address before the others.
-func (w vtepWish) choose(device kernel.Underlay, now segment.VXLAN) (best netip.Addr) {
+func (w vtepSelector) choose(device kernel.Underlay, now segment.VXLAN) (best netip.Addr) {
 	better := func(a, b netip.Addr) bool {
 		switch {
 		case !b.IsValid() || w.rank(a) != w.rank(b):
@@ -350,7 +352,7 @@ func (w vtepWish) choose(device kernel.Underlay, now segment.VXLAN) (best netip.
 		return a == now.Local
 	}
 	for _, a := range candidates(device, now) {
-		if w.fits(a) && !(w.strict && w.rank(a) == len(w.first)) && better(a, best) {
+		if w.fits(a) && !(w.strict && w.rank(a) == len(w.prefer)) && better(a, best) {
 			best = a
 		}
 	}
@@ -358,15 +360,15 @@ func (w vtepWish) choose(device kernel.Underlay, now segment.VXLAN) (best netip.
 }
 
 // String lists the ranges.
-func (w vtepWish) String() string {
+func (w vtepSelector) String() string {
 	var ranges []string
-	for _, p := range w.first {
+	for _, p := range w.prefer {
 		ranges = append(ranges, p.String())
 	}
 	return strings.Join(ranges, ", ")
 }
 
-func (w vtepWish) problem(name string, device kernel.Underlay, vtep netip.Addr, discovery v1beta1.Discovery) Problem {
+func (w vtepSelector) problem(name string, device kernel.Underlay, vtep netip.Addr, discovery v1beta1.Discovery) Problem {
 	kind, wayOut := "no IPv4 or IPv6 address", ""
 	switch {
 	case vtep.IsValid() && device.Up && device.Carrier && !slices.Contains(device.Addresses, vtep) && !slices.Contains(device.Sources, vtep):
@@ -387,8 +389,8 @@ func (w vtepWish) problem(name string, device kernel.Underlay, vtep netip.Addr, 
 		name, kind, discovery, wayOut), true}
 }
 
-// speakerProblem is that of a LAN that needs BGP on a node that does not speak it.
-func speakerProblem(mute bool) Problem {
+// noBGPProblem is that of a LAN that needs BGP on a node that does not speak it.
+func noBGPProblem(mute bool) Problem {
 	if !mute {
 		return Problem{}
 	}
@@ -406,26 +408,26 @@ func targetProblem(r segment.Routes) Problem {
 }
 
 func mtuProblem(name string, device kernel.Underlay, mtu int, o overhead) Problem {
-	if mtu == 0 && device.MTU-o.reserve < minMTU {
+	if mtu == 0 && device.MTU-o.doubleTagged < minMTU {
 		return Problem{v1beta1.ReasonMTUTooLarge, fmt.Sprintf(
-			"device %q has MTU %d, too little for a VXLAN. Raise it to %d at least; pods wait until then", name, device.MTU, minMTU+o.reserve), true}
+			"device %q has MTU %d, too little for a VXLAN. Raise it to %d at least; pods wait until then", name, device.MTU, minMTU+o.doubleTagged), true}
 	}
-	if mtu+o.least > device.MTU {
+	if mtu+o.untagged > device.MTU {
 		return Problem{v1beta1.ReasonMTUTooLarge, fmt.Sprintf(
 			"spec.mtu %d and %d bytes of VXLAN do not fit device %q with MTU %d. Lower spec.mtu to %d (%d if frames bear two VLAN tags), or raise the device's MTU; pods wait until then",
-			mtu, o.least, name, device.MTU, device.MTU-o.least, device.MTU-o.reserve), true}
+			mtu, o.untagged, name, device.MTU, device.MTU-o.untagged, device.MTU-o.doubleTagged), true}
 	}
 	return Problem{}
 }
 
-func strangersProblem(err error) Problem {
-	return Problem{v1beta1.ReasonStrangersHeard, err.Error() +
+func firewallProblem(err error) Problem {
+	return Problem{v1beta1.ReasonNonMembersAccepted, err.Error() +
 		": whoever sends VXLAN packets to the node is heard in the LAN. Have the node load the kernel module nf_tables, or say spec.strictPeers: false to do without", false}
 }
 
-// Filtered are the LANs of the node that hear their members alone. What of a LAN is leaving, or not known to be wanted yet, keeps the
+// StrictLANs are the LANs of the node that hear their members alone. What of a LAN is leaving, or not known to be wanted yet, keeps the
 // members that it has. now is what the node has, by netns.
-func Filtered(plans []Plan, now map[string]segment.Segment, members func(types.UID) []netip.Addr) []firewall.LAN {
+func StrictLANs(plans []Plan, now map[string]segment.Segment, members func(types.UID) []netip.Addr) []firewall.LAN {
 	type number struct {
 		port uint16
 		vni  uint32

@@ -18,17 +18,17 @@ import (
 	"github.com/k8slan/k8slan/crd/v1beta1"
 )
 
-// gather is the least time between two writes, so that a burst of attachments is few of them. The first change after a quiet time is
+// writeInterval is the least time between two writes, so that a burst of attachments is few of them. The first change after a quiet time is
 // written at once: other nodes wait for it.
-const gather = 200 * time.Millisecond
+const writeInterval = 200 * time.Millisecond
 
 // publisher writes the node's LANNode: always the newest status, one write at a time, and only when something changed.
 type publisher struct {
-	name   string
-	client client.Client
-	live   client.Reader
-	log    *slog.Logger
-	wake   chan struct{} // one slot
+	name      string
+	client    client.Client
+	apiReader client.Reader
+	log       *slog.Logger
+	wake      chan struct{} // one slot
 
 	mu    sync.Mutex
 	owner *metav1.OwnerReference
@@ -37,7 +37,7 @@ type publisher struct {
 }
 
 func newPublisher(name string, c client.Client, live client.Reader, log *slog.Logger) *publisher {
-	return &publisher{name: name, client: c, live: live, log: log, wake: make(chan struct{}, 1)}
+	return &publisher{name: name, client: c, apiReader: live, log: log, wake: make(chan struct{}, 1)}
 }
 
 // setOwner says which Node the LANNode goes with.
@@ -61,8 +61,8 @@ func (p *publisher) set(status v1beta1.LANNodeStatus) {
 	signal(p.wake)
 }
 
-// seen takes note of what others did to the LANNode, and of the echo of our own writes.
-func (p *publisher) seen(before, after any) {
+// observe takes note of what others did to the LANNode, and of the echo of our own writes.
+func (p *publisher) observe(before, after any) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.have == nil {
@@ -96,7 +96,7 @@ func (p *publisher) run(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case <-p.wake:
-			if !p.rest(ctx, gather-time.Since(last)) {
+			if !p.rest(ctx, writeInterval-time.Since(last)) {
 				return
 			}
 		case <-retry.timer.C:
@@ -147,7 +147,7 @@ func (p *publisher) writeOnce(ctx context.Context) error {
 	have := known
 	if have == nil {
 		var err error
-		if have, err = p.find(ctx, *owner); err != nil {
+		if have, err = p.getOrCreate(ctx, *owner); err != nil {
 			return err
 		}
 	}
@@ -172,20 +172,20 @@ func (p *publisher) writeOnce(ctx context.Context) error {
 	return nil
 }
 
-// introduce makes sure that the node has a LANNode.
-func (p *publisher) introduce(ctx context.Context, node *corev1.Node) error {
+// ensureExists makes sure that the node has a LANNode.
+func (p *publisher) ensureExists(ctx context.Context, node *corev1.Node) error {
 	p.setOwner(node)
 	p.mu.Lock()
 	owner := *p.owner
 	p.mu.Unlock()
-	_, err := p.find(ctx, owner)
+	_, err := p.getOrCreate(ctx, owner)
 	return err
 }
 
-// find gets the LANNode or makes it.
-func (p *publisher) find(ctx context.Context, owner metav1.OwnerReference) (*v1beta1.LANNode, error) {
+// getOrCreate gets the LANNode or makes it.
+func (p *publisher) getOrCreate(ctx context.Context, owner metav1.OwnerReference) (*v1beta1.LANNode, error) {
 	lanNode := &v1beta1.LANNode{}
-	err := p.live.Get(ctx, client.ObjectKey{Name: p.name}, lanNode)
+	err := p.apiReader.Get(ctx, client.ObjectKey{Name: p.name}, lanNode)
 	if !apierrors.IsNotFound(err) {
 		if err != nil {
 			return nil, fmt.Errorf("get LANNode %s: %w", p.name, err)

@@ -59,9 +59,9 @@ func memberKey(lan string, a netip.Addr) (set, key string) {
 	return members6Set, lan + string(a.AsSlice())
 }
 
-// wanted are the elements of those LANs. Of a LAN whose members are not known yet, what stands stays; one of which nothing stands
+// desired are the elements of those LANs. Of a LAN whose members are not known yet, what stands stays; one of which nothing stands
 // goes on hearing all.
-func wanted(lans []LAN, have elements) elements {
+func desired(lans []LAN, have elements) elements {
 	want := newElements()
 	add := func(key, name string) {
 		want[lansSet][key] = name
@@ -109,17 +109,17 @@ const stepSize = 256
 func steps(want, have elements) []step {
 	var all []step
 	for _, set := range []string{members4Set, members6Set, portsSet} {
-		all = append(all, chunks(set, nil, missing(want[set], have[set]))...)
+		all = append(all, chunks(set, nil, difference(want[set], have[set]))...)
 	}
-	all = append(all, chunks(lansSet, missing(have[lansSet], want[lansSet]), missing(want[lansSet], have[lansSet]))...)
+	all = append(all, chunks(lansSet, difference(have[lansSet], want[lansSet]), difference(want[lansSet], have[lansSet]))...)
 	for _, set := range []string{members4Set, members6Set, portsSet} {
-		all = append(all, chunks(set, missing(have[set], want[set]), nil)...)
+		all = append(all, chunks(set, difference(have[set], want[set]), nil)...)
 	}
 	return all
 }
 
-// missing are the elements of one set that another has not, or under another name; sorted.
-func missing(of, in map[string]string) []element {
+// difference are the elements of one set that another has not, or under another name; sorted.
+func difference(of, in map[string]string) []element {
 	var list []element
 	for key, name := range of {
 		if other, ok := in[key]; !ok || other != name {
@@ -151,8 +151,8 @@ func chunks(set string, del, add []element) []step {
 	return list
 }
 
-// in is the step as nft(8) would take it, in a table.
-func (s step) in(table string) string {
+// nft is the step as nft(8) would take it, in a table.
+func (s step) nft(table string) string {
 	var lines []string
 	for verb, list := range map[string][]element{"delete": s.del, "add": s.add} {
 		if len(list) == 0 {

@@ -21,13 +21,13 @@ func members(texts ...string) []netip.Addr {
 // with is what the kernel has after it was brought to those LANs.
 func with(lans ...LAN) elements {
 	have := newElements()
-	for _, s := range steps(wanted(lans, have), have) {
-		have.take(s)
+	for _, s := range steps(desired(lans, have), have) {
+		have.apply(s)
 	}
 	return have
 }
 
-func (e elements) take(s step) {
+func (e elements) apply(s step) {
 	for _, del := range s.del {
 		delete(e[s.set], del.key)
 	}
@@ -81,8 +81,8 @@ func TestTheDifferenceIsWhatChanges(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			var lines []string
-			for _, s := range steps(wanted(c.want, c.have), c.have) {
-				lines = append(lines, s.in(TableName))
+			for _, s := range steps(desired(c.want, c.have), c.have) {
+				lines = append(lines, s.nft(TableName))
 			}
 			want := strings.ReplaceAll(strings.TrimSpace(c.text), "\t", "")
 			if have := strings.Join(lines, "\n"); have != want {
@@ -121,12 +121,12 @@ func TestNoMemberIsAStrangerOnTheWay(t *testing.T) {
 	have := with(before...)
 	for range 20 {
 		after := random()
-		want := wanted(after, have)
+		want := desired(after, have)
 		for _, s := range steps(want, have) {
 			if len(s.add) > stepSize || len(s.del) > stepSize {
 				t.Fatalf("a step of %d and %d", len(s.add), len(s.del))
 			}
-			have.take(s)
+			have.apply(s)
 			for _, l := range before {
 				i := slices.IndexFunc(after, func(a LAN) bool { return a.VNI == l.VNI })
 				for _, m := range l.Members {

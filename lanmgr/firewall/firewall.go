@@ -18,7 +18,7 @@ import (
 type Filter struct {
 	table   table
 	log     *slog.Logger
-	poked   chan struct{}
+	wake    chan struct{}
 	changed chan struct{}
 
 	mu   sync.Mutex
@@ -30,7 +30,7 @@ type Filter struct {
 // New returns a filter that does nothing until its first Set and Run. hostNetns is the path of the node's own network namespace;
 // empty: that of the calling thread, and of all others. name is that of the table, which nobody else has.
 func New(hostNetns, name string, log *slog.Logger) *Filter {
-	return &Filter{table: table{hostNetns, name}, log: log, poked: make(chan struct{}, 1), changed: make(chan struct{}, 1)}
+	return &Filter{table: table{hostNetns, name}, log: log, wake: make(chan struct{}, 1), changed: make(chan struct{}, 1)}
 }
 
 // Set says which LANs hear their members alone; it replaces what was said before.
@@ -41,7 +41,7 @@ func (f *Filter) Set(lans []LAN) {
 		return
 	}
 	f.lans, f.set = slices.Clone(lans), true
-	signal(f.poked)
+	signal(f.wake)
 }
 
 // Err is why strangers are heard, nil where they are not.
@@ -67,7 +67,7 @@ func (f *Filter) Dropped() map[string]uint64 {
 	if err != nil {
 		f.log.Warn("cannot read how many packets of strangers were dropped", "err", err)
 	}
-	return s.counts
+	return s.dropped
 }
 
 // Remove takes all of it off a node; what is not there is no error. hostNetns and name are as for New.
@@ -77,14 +77,14 @@ func Remove(hostNetns, name string) error { return table{hostNetns, name}.remove
 // the LAN is not strict.
 func Accepts(port uint16, vni uint32) (func(netip.Addr) bool, error) {
 	s, err := table{name: TableName}.observe(lansSet, members4Set, members6Set)
-	if err != nil && !unknown(err) {
+	if err != nil && !unsupported(err) {
 		return nil, err
 	}
 	lan := lanKey(port, vni)
-	_, strict := s.has[lansSet][lan]
+	_, strict := s.elements[lansSet][lan]
 	return func(from netip.Addr) bool {
 		set, key := memberKey(lan, from)
-		_, member := s.has[set][key]
+		_, member := s.elements[set][key]
 		return member || !strict
 	}, nil
 }
@@ -92,10 +92,10 @@ func Accepts(port uint16, vni uint32) (func(netip.Addr) bool, error) {
 const (
 	firstDelay = 50 * time.Millisecond
 	lastDelay  = 15 * time.Second
-	// burst is how long the table rests after a look, or four times as long as the look took if that is longer, but then no longer
+	// minPause is how long the table rests after a look, or four times as long as the look took if that is longer, but then no longer
 	// than longest, or as the look took: strangers are to be dropped again soon after somebody has flushed the node's ruleset.
-	burst   = 10 * time.Millisecond
-	longest = 400 * time.Millisecond
+	minPause = 10 * time.Millisecond
+	maxPause = 400 * time.Millisecond
 )
 
 // Run works until ctx ends. What fails is tried again for as long as it takes.
@@ -110,7 +110,7 @@ func (f *Filter) Run(ctx context.Context) error {
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-f.poked:
+		case <-f.wake:
 		case <-retry.C:
 		}
 		f.mu.Lock()
@@ -124,7 +124,7 @@ func (f *Filter) Run(ctx context.Context) error {
 			watch.Go(func() { f.watch(ctx) })
 		}
 		began := time.Now()
-		err := f.bring(lans)
+		err := f.reconcile(lans)
 		if err == nil {
 			delay = firstDelay
 		} else {
@@ -141,7 +141,7 @@ func (f *Filter) Run(ctx context.Context) error {
 			signal(f.changed)
 		}
 		took := time.Since(began)
-		rest := time.NewTimer(max(burst, took, min(4*took, longest)))
+		rest := time.NewTimer(max(minPause, took, min(4*took, maxPause)))
 		select {
 		case <-ctx.Done():
 		case <-rest.C:
@@ -150,16 +150,16 @@ func (f *Filter) Run(ctx context.Context) error {
 	}
 }
 
-// bring makes the table what is wanted. Where no LAN is, there is none.
-func (f *Filter) bring(lans []LAN) error {
+// reconcile makes the table what is wanted. Where no LAN is, there is none.
+func (f *Filter) reconcile(lans []LAN) error {
 	have, err := f.table.observe(slices.Collect(maps.Keys(setKeys))...)
 	if err != nil {
-		if unknown(err) && !slices.ContainsFunc(lans, LAN.known) {
+		if unsupported(err) && !slices.ContainsFunc(lans, LAN.known) {
 			return nil
 		}
 		return err
 	}
-	want := wanted(lans, have.has)
+	want := desired(lans, have.elements)
 	if len(want[lansSet]) == 0 {
 		if !have.exists {
 			return nil
@@ -167,19 +167,19 @@ func (f *Filter) bring(lans []LAN) error {
 		f.log.Info("no LAN is strict, the filter of strangers goes", "table", "inet "+f.table.name)
 		return f.table.remove()
 	}
-	if !have.sound {
-		if err := f.table.make(have.exists); err != nil {
+	if !have.intact {
+		if err := f.table.create(have.exists); err != nil {
 			return err
 		}
 		f.log.Info("filter of strangers made", "table", "inet "+f.table.name, "anew", have.exists)
-		have.has = newElements()
+		have.elements = newElements()
 	}
-	all := steps(want, have.has)
+	all := steps(want, have.elements)
 	for _, s := range all {
-		if err := f.table.take(s); err != nil {
+		if err := f.table.apply(s); err != nil {
 			return err
 		}
-		f.log.Debug("done", "op", s.in(f.table.name))
+		f.log.Debug("done", "op", s.nft(f.table.name))
 	}
 	if len(all) > 0 {
 		f.log.Info("filter of strangers changed", "lans", len(want[lansSet]), "members", len(want[members4Set])+len(want[members6Set]), "steps", len(all))
@@ -198,7 +198,7 @@ func (f *Filter) watch(ctx context.Context) {
 			return
 		case <-retry.C:
 		}
-		err := f.hear(ctx, func() { delay, last = firstDelay, "" })
+		err := f.watchOnce(ctx, func() { delay, last = firstDelay, "" })
 		if ctx.Err() != nil {
 			return
 		}
@@ -211,25 +211,25 @@ func (f *Filter) watch(ctx context.Context) {
 	}
 }
 
-// hear pokes for each change of the table, and once when none can be missed any more, which it also tells.
-func (f *Filter) hear(ctx context.Context, hears func()) error {
-	c, err := f.table.listen()
+// watchOnce pokes for each change of the table, and once when none can be missed any more, which it also tells.
+func (f *Filter) watchOnce(ctx context.Context, hears func()) error {
+	c, err := f.table.subscribe()
 	if err != nil {
 		return err
 	}
 	defer c.Close()
 	defer context.AfterFunc(ctx, func() { c.Close() })()
 	hears()
-	signal(f.poked)
+	signal(f.wake)
 	for {
 		events, err := c.Receive()
 		switch {
 		case errors.Is(err, unix.ENOBUFS): // some were lost
-			signal(f.poked)
+			signal(f.wake)
 		case err != nil:
 			return err
-		case slices.ContainsFunc(events, f.table.concerns):
-			signal(f.poked)
+		case slices.ContainsFunc(events, f.table.isOwnEvent):
+			signal(f.wake)
 		}
 	}
 }

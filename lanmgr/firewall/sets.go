@@ -15,7 +15,7 @@ import (
 type field struct {
 	bytes    uint32   // in the key
 	datatype uint32   // enum datatypes (include/datatype.h in nftables)
-	words    []uint32 // of the field's own user data: see payload_expr_build_udata (src/payload.c)
+	userData []uint32 // of the field's own user data: see payload_expr_build_udata (src/payload.c)
 }
 
 // Numbers are from include/proto.h and include/expression.h in nftables.
@@ -58,7 +58,7 @@ func (t table) addSet(name string) (netlink.Message, error) {
 		{Type: unix.NFTA_SET_KEY_TYPE, Data: binaryutil.BigEndian.PutUint32(datatype)},
 		{Type: unix.NFTA_SET_KEY_LEN, Data: binaryutil.BigEndian.PutUint32(keyLen(name))},
 		{Type: unix.NFTA_SET_ID, Data: binaryutil.BigEndian.PutUint32(1)},
-		{Type: unix.NFTA_SET_USERDATA, Data: userdata.Append(nil, userdata.NFTNL_UDATA_SET_KEY_TYPEOF, typeOf(setKeys[name]))},
+		{Type: unix.NFTA_SET_USERDATA, Data: userdata.Append(nil, userdata.NFTNL_UDATA_SET_KEY_TYPEOF, keyUserData(setKeys[name]))},
 	}
 	if name == lansSet { // each element counts what it meets
 		counter, err := netlink.MarshalAttributes([]netlink.Attribute{
@@ -83,8 +83,8 @@ func (t table) addSet(name string) (netlink.Message, error) {
 	}, nil
 }
 
-// typeOf is the expression of a key as nft(8) keeps it: a concatenation or a single field (expr_build_udata in src/mnl.c).
-func typeOf(fields []field) []byte {
+// keyUserData is the expression of a key as nft(8) keeps it: a concatenation or a single field (expr_build_udata in src/mnl.c).
+func keyUserData(fields []field) []byte {
 	const concat, payload = 13, 7 // enum expr_types
 	of := func(kind uint32, data []byte) []byte {
 		return userdata.Append(userdata.AppendUint32(nil, 0, kind), 1, data)
@@ -92,7 +92,7 @@ func typeOf(fields []field) []byte {
 	var parts []byte
 	for i, f := range fields {
 		var words []byte
-		for n, word := range f.words {
+		for n, word := range f.userData {
 			words = userdata.AppendUint32(words, userdata.Type(n), word)
 		}
 		part := of(payload, words)
@@ -111,7 +111,7 @@ func (t table) addSets() error {
 		return err
 	}
 	defer c.Close()
-	if err := c.SetDeadline(time.Now().Add(patience)); err != nil {
+	if err := c.SetDeadline(time.Now().Add(answerTimeout)); err != nil {
 		return err
 	}
 	mark := func(kind netlink.HeaderType) netlink.Message {

@@ -19,8 +19,8 @@ const TableName = "k8slan"
 
 const chainName = "input"
 
-// patience is how long the kernel may take for an answer: it owes one for each message, and sends but one where it knows no nftables.
-const patience = 10 * time.Second
+// answerTimeout is how long the kernel may take for an answer: it owes one for each message, and sends but one where it knows no nftables.
+const answerTimeout = 10 * time.Second
 
 // table is k8slan's table in the netfilter of a node's own namespace, or of a pod's, where the sockets of VXLANs are.
 type table struct {
@@ -46,10 +46,10 @@ func (t table) dial() (*netlink.Conn, error) {
 	return c, nil
 }
 
-// do calls f with the library's connection.
-func (t table) do(f func(*nftables.Conn) error) error {
+// withConn calls f with the library's connection.
+func (t table) withConn(f func(*nftables.Conn) error) error {
 	options := []nftables.ConnOption{nftables.WithSockOptions(func(c *netlink.Conn) error {
-		return c.SetDeadline(time.Now().Add(patience))
+		return c.SetDeadline(time.Now().Add(answerTimeout))
 	})}
 	if t.netns != "" {
 		ns, err := os.Open(t.netns)
@@ -83,8 +83,8 @@ const (
 
 // rule is one of the chain's. It is known again by its words: whoever changes it changes them.
 type rule struct {
-	words string
-	exprs []expr.Any
+	comment string
+	exprs   []expr.Any
 }
 
 // rules of the chain. Up to the first fragment of a UDP packet, which bears the port (RFC 8200, section 4.5), all of a packet is there:
@@ -132,18 +132,18 @@ func unequal(value byte) expr.Any {
 // ruleComment is NFTNL_UDATA_RULE_COMMENT (include/libnftnl/udata.h in libnftnl): nft(8) shows it.
 const ruleComment userdata.Type = 0
 
-// state is the table as it is.
-type state struct {
-	exists bool
-	sound  bool // it has the chain, rules and sets that it should have, and no others
-	has    elements
-	counts map[string]uint64 // packets that were dropped, by the LAN's name
+// tableState is the table as it is.
+type tableState struct {
+	exists   bool
+	intact   bool // it has the chain, rules and sets that it should have, and no others
+	elements elements
+	dropped  map[string]uint64 // packets that were dropped, by the LAN's name
 }
 
 // observe reads the table, and what is in some of its sets.
-func (t table) observe(sets ...string) (state, error) {
-	s := state{has: newElements(), counts: map[string]uint64{}}
-	err := t.do(func(c *nftables.Conn) error {
+func (t table) observe(sets ...string) (tableState, error) {
+	s := tableState{elements: newElements(), dropped: map[string]uint64{}}
+	err := t.withConn(func(c *nftables.Conn) error {
 		have, err := c.ListTableOfFamily(t.name, nftables.TableFamilyINet)
 		if errors.Is(err, os.ErrNotExist) {
 			return nil
@@ -152,8 +152,8 @@ func (t table) observe(sets ...string) (state, error) {
 			return err
 		}
 		s.exists = true
-		s.sound, err = t.sound(c, have)
-		if err != nil || !s.sound {
+		s.intact, err = t.isIntact(c, have)
+		if err != nil || !s.intact {
 			return err
 		}
 		for _, name := range sets {
@@ -162,22 +162,22 @@ func (t table) observe(sets ...string) (state, error) {
 				return err
 			}
 			for _, e := range list {
-				s.has[name][string(e.Key)] = e.Comment
+				s.elements[name][string(e.Key)] = e.Comment
 				if e.Counter != nil {
-					s.counts[e.Comment] += e.Counter.Packets
+					s.dropped[e.Comment] += e.Counter.Packets
 				}
 			}
 		}
 		return nil
 	})
 	if err != nil {
-		return state{}, fmt.Errorf("read nftables' table inet %s: %w", t.name, err)
+		return tableState{}, fmt.Errorf("read nftables' table inet %s: %w", t.name, err)
 	}
 	return s, nil
 }
 
-// sound says whether the table is what make makes, whatever its sets have.
-func (t table) sound(c *nftables.Conn, have *nftables.Table) (bool, error) {
+// isIntact says whether the table is what make makes, whatever its sets have.
+func (t table) isIntact(c *nftables.Conn, have *nftables.Table) (bool, error) {
 	if have.Flags != 0 { // dormant
 		return false, nil
 	}
@@ -204,7 +204,7 @@ func (t table) sound(c *nftables.Conn, have *nftables.Table) (bool, error) {
 	}
 	return len(sets) == len(setKeys) && slices.EqualFunc(standing, rules(), func(is *nftables.Rule, should rule) bool {
 		words, _ := userdata.GetString(is.UserData, ruleComment)
-		return words == should.words
+		return words == should.comment
 	}), nil
 }
 
@@ -222,9 +222,9 @@ func isBase(c *nftables.Chain) bool {
 		c.Priority != nil && *c.Priority == *b.Priority && c.Policy != nil && *c.Policy == *b.Policy
 }
 
-// make makes the table anew, with empty sets: it lets everything pass.
-func (t table) make(exists bool) error {
-	err := t.do(func(c *nftables.Conn) error {
+// create makes the table anew, with empty sets: it lets everything pass.
+func (t table) create(exists bool) error {
+	err := t.withConn(func(c *nftables.Conn) error {
 		if exists {
 			c.DelTable(t.inet())
 		}
@@ -237,7 +237,7 @@ func (t table) make(exists bool) error {
 		}
 		chain := c.AddChain(t.base())
 		for _, r := range rules() {
-			c.AddRule(&nftables.Rule{Table: t.inet(), Chain: chain, Exprs: r.exprs, UserData: userdata.AppendString(nil, ruleComment, r.words)})
+			c.AddRule(&nftables.Rule{Table: t.inet(), Chain: chain, Exprs: r.exprs, UserData: userdata.AppendString(nil, ruleComment, r.comment)})
 		}
 		return c.Flush()
 	})
@@ -249,32 +249,32 @@ func (t table) make(exists bool) error {
 
 // remove deletes the table; one that is not there is no error, nor is a kernel that knows none.
 func (t table) remove() error {
-	err := t.do(func(c *nftables.Conn) error {
+	err := t.withConn(func(c *nftables.Conn) error {
 		c.DelTable(t.inet())
 		return c.Flush()
 	})
-	if err == nil || errors.Is(err, os.ErrNotExist) || unknown(err) {
+	if err == nil || errors.Is(err, os.ErrNotExist) || unsupported(err) {
 		return nil
 	}
 	return fmt.Errorf("delete nftables' table inet %s: %w", t.name, err)
 }
 
-// unknown says whether the kernel has no netfilter (EPROTONOSUPPORT), no nftables (EINVAL to a question, EOPNOTSUPP to a change; both
+// unsupported says whether the kernel has no netfilter (EPROTONOSUPPORT), no nftables (EINVAL to a question, EOPNOTSUPP to a change; both
 // in net/netfilter/nfnetlink.c), or none for inet (EAFNOSUPPORT).
-func unknown(err error) bool {
+func unsupported(err error) bool {
 	return errors.Is(err, unix.EPROTONOSUPPORT) || errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EAFNOSUPPORT)
 }
 
-// take takes a step.
-func (t table) take(s step) error {
-	err := t.do(func(c *nftables.Conn) error {
+// apply takes a step.
+func (t table) apply(s step) error {
+	err := t.withConn(func(c *nftables.Conn) error {
 		if len(s.del) > 0 {
-			if err := c.SetDeleteElements(t.set(s.set), named(s.del)); err != nil {
+			if err := c.SetDeleteElements(t.set(s.set), setElements(s.del)); err != nil {
 				return err
 			}
 		}
 		if len(s.add) > 0 {
-			if err := c.SetAddElements(t.set(s.set), named(s.add)); err != nil {
+			if err := c.SetAddElements(t.set(s.set), setElements(s.add)); err != nil {
 				return err
 			}
 		}
@@ -286,7 +286,7 @@ func (t table) take(s step) error {
 	return nil
 }
 
-func named(list []element) []nftables.SetElement {
+func setElements(list []element) []nftables.SetElement {
 	elements := make([]nftables.SetElement, len(list))
 	for i, e := range list {
 		elements[i] = nftables.SetElement{Key: []byte(e.key), Comment: e.name}
@@ -294,8 +294,8 @@ func named(list []element) []nftables.SetElement {
 	return elements
 }
 
-// listen opens a connection that hears of every change to the namespace's nftables.
-func (t table) listen() (*netlink.Conn, error) {
+// subscribe opens a connection that hears of every change to the namespace's nftables.
+func (t table) subscribe() (*netlink.Conn, error) {
 	c, err := t.dial()
 	if err != nil {
 		return nil, err
@@ -307,10 +307,10 @@ func (t table) listen() (*netlink.Conn, error) {
 	return c, nil
 }
 
-// concerns says whether an event is of the table. Of each kind of object, the table's name is the first attribute: in
+// isOwnEvent says whether an event is of the table. Of each kind of object, the table's name is the first attribute: in
 // include/uapi/linux/netfilter/nf_tables.h all of NFTA_TABLE_NAME, NFTA_CHAIN_TABLE, NFTA_RULE_TABLE, NFTA_SET_TABLE and
 // NFTA_SET_ELEM_LIST_TABLE are 1.
-func (t table) concerns(m netlink.Message) bool {
+func (t table) isOwnEvent(m netlink.Message) bool {
 	const genmsg = 4 // struct nfgenmsg
 	if len(m.Data) < genmsg || m.Data[0] != unix.NFPROTO_INET {
 		return false

@@ -26,11 +26,11 @@ type Metrics struct {
 	attachFailed       *prometheus.CounterVec
 	detachFailed       *prometheus.CounterVec
 	takeovers          prometheus.Counter
-	looks              *prometheus.HistogramVec
+	observations       *prometheus.HistogramVec
 	operations         *prometheus.CounterVec
 	repairs            *prometheus.CounterVec
 	registrations      prometheus.Counter
-	refused            prometheus.Counter
+	registrationFailed prometheus.Counter
 	collected          prometheus.Counter
 
 	mu      sync.Mutex
@@ -61,11 +61,11 @@ var (
 		"Spokes, and ports of pools, on offer that kubelet knows.", nil, nil)
 	attachmentsDesc = prometheus.NewDesc("k8slan_attachments",
 		"Pods and VMs that are attached on this node, read from the kernel.", []string{"kind"}, nil)
-	learntDesc = prometheus.NewDesc("k8slan_fdb_learned_entries",
+	learnedDesc = prometheus.NewDesc("k8slan_fdb_learned_entries",
 		"Ethernet addresses that a LAN's bridge on this node has learned, at most a minute ago. Needs Linux 6.7.", []string{"lan"}, nil)
 	remotesDesc = prometheus.NewDesc("k8slan_remotes",
 		"Nodes to which this one sends what a LAN floods, one by one. Not of LANs with multicast discovery.", []string{"lan"}, nil)
-	droppedDesc = prometheus.NewDesc("k8slan_stranger_packets_dropped_total",
+	droppedDesc = prometheus.NewDesc("k8slan_nonmember_packets_dropped_total",
 		"VXLAN packets with the VNI of a LAN that came from none of its nodes, and were dropped. Only of LANs with strict peers.", []string{"lan"}, nil)
 	sessionsDesc = prometheus.NewDesc("k8slan_bgp_sessions",
 		"BGP sessions of this node by state.", []string{"state"}, nil)
@@ -80,8 +80,8 @@ var (
 // Buckets in seconds: an attachment takes some milliseconds, with addresses a second or two, and at most a minute; a look at a
 // segment with nothing to do takes less than one.
 var (
-	attachBuckets = []float64{.005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60}
-	lookBuckets   = []float64{.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 10}
+	attachBuckets    = []float64{.005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60}
+	reconcileBuckets = []float64{.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 10}
 )
 
 // What a call of the plugin and a look at a segment came to.
@@ -120,15 +120,15 @@ func New(sources Sources) *Metrics {
 		"Attachments that the CNI plugin failed to end. The runtime tries each again.", "reason")
 	m.takeovers = counter("k8slan_takeovers_total",
 		"Attachments to a spoke that the sandbox of an earlier pod still had.")
-	m.looks = durations("k8slan_reconcile_duration_seconds",
-		"How long it took to look at a LAN on this node and to bring it in order.", lookBuckets, "result")
+	m.observations = durations("k8slan_reconcile_duration_seconds",
+		"How long it took to look at a LAN on this node and to bring it in order.", reconcileBuckets, "result")
 	m.operations = counters("k8slan_operations_total",
 		"Changes that the daemon made to this node's kernel and records, by kind.", "operation")
 	m.repairs = counters("k8slan_repairs_total",
 		"Those of the changes that restored a LAN which stood, because something else than k8slan had changed it.", "operation")
 	m.registrations = counter("k8slan_kubelet_registrations_total",
 		"Spokes that were registered with kubelet, each again whenever kubelet starts.")
-	m.refused = counter("k8slan_kubelet_registration_failures_total",
+	m.registrationFailed = counter("k8slan_kubelet_registration_failures_total",
 		"Registrations of spokes that kubelet refused or did not answer.")
 	m.collected = counter("k8slan_claims_collected_total",
 		"Attachments that the daemon ended because kubelet no longer had their pod and nobody had detached it.")
@@ -178,7 +178,7 @@ func (m *Metrics) Observed(l lanmgr.Observation) {
 	case len(l.Done) > 0:
 		result = changed
 	}
-	m.looks.WithLabelValues(result).Observe(l.Took.Seconds())
+	m.observations.WithLabelValues(result).Observe(l.Took.Seconds())
 	for _, op := range l.Done {
 		kind := reflect.TypeOf(op).Name()
 		m.operations.WithLabelValues(kind).Inc()
@@ -191,7 +191,7 @@ func (m *Metrics) Observed(l lanmgr.Observation) {
 // Registration counts a registration with kubelet.
 func (m *Metrics) Registration(err error) {
 	if err != nil {
-		m.refused.Inc()
+		m.registrationFailed.Inc()
 		return
 	}
 	m.registrations.Inc()
@@ -200,8 +200,8 @@ func (m *Metrics) Registration(err error) {
 // Collected counts a claim that was ended because its pod had gone.
 func (m *Metrics) Collected() { m.collected.Inc() }
 
-// Show keeps what the node reports of its LANs.
-func (m *Metrics) Show(status v1beta1.LANNodeStatus) {
+// Published keeps what the node reports of its LANs.
+func (m *Metrics) Published(status v1beta1.LANNodeStatus) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.status = &status
@@ -221,7 +221,7 @@ func (m *Metrics) Advertised(spokes []agent.Spoke) {
 // Describe implements prometheus.Collector.
 func (m *Metrics) Describe(to chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
-		segmentsDesc, spokesDesc, registeredDesc, attachmentsDesc, learntDesc, remotesDesc, droppedDesc,
+		segmentsDesc, spokesDesc, registeredDesc, attachmentsDesc, learnedDesc, remotesDesc, droppedDesc,
 		sessionsDesc, routesDesc, macsDesc, movesDesc,
 	} {
 		to <- d
@@ -248,7 +248,7 @@ func (m *Metrics) Collect(to chan<- prometheus.Metric) {
 		}
 		lans[lan] = true
 		if r.Learned >= 0 {
-			gauge(learntDesc, r.Learned, lan)
+			gauge(learnedDesc, r.Learned, lan)
 		}
 		if r.Remotes >= 0 {
 			gauge(remotesDesc, r.Remotes, lan)
@@ -300,7 +300,7 @@ func (m *Metrics) collectEVPN(to chan<- prometheus.Metric, lan, netns string) {
 	gauge := func(desc *prometheus.Desc, value int, label string) {
 		to <- prometheus.MustNewConstMetric(desc, prometheus.GaugeValue, float64(value), lan, label)
 	}
-	gauge(routesDesc, c.Advertised, "told")
+	gauge(routesDesc, c.Advertised, "advertised")
 	gauge(routesDesc, c.Used, "used")
 	gauge(routesDesc, c.Refused, "refused")
 	gauge(macsDesc, c.Local, "here")

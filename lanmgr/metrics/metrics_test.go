@@ -92,7 +92,7 @@ func TestEverythingThatHappensIsCounted(t *testing.T) {
 		t.Errorf("before anything happened: %v", before)
 	}
 	m.Advertised([]agent.Spoke{{Name: "a", Healthy: true}, {Name: "b", Healthy: true}, {Name: "c"}})
-	m.Show(v1beta1.LANNodeStatus{Segments: []v1beta1.SegmentStatus{
+	m.Published(v1beta1.LANNodeStatus{Segments: []v1beta1.SegmentStatus{
 		{State: v1beta1.SegmentReady, Attachments: []v1beta1.Attachment{{Kind: v1beta1.KindVeth}, {Kind: v1beta1.KindMacvtap}}},
 		{State: v1beta1.SegmentReady, Attachments: []v1beta1.Attachment{{Kind: v1beta1.KindVeth}}},
 		{State: v1beta1.SegmentNotReady},
@@ -126,10 +126,10 @@ func TestEverythingThatHappensIsCounted(t *testing.T) {
 		`k8slan_attachments{kind="macvtap"}`:                             1,
 		`k8slan_fdb_learned_entries{lan="default/lab"}`:                  7,
 		`k8slan_remotes{lan="default/lab"}`:                              4,
-		`k8slan_stranger_packets_dropped_total{lan="default/lab"}`:       5,
+		`k8slan_nonmember_packets_dropped_total{lan="default/lab"}`:      5,
 		`k8slan_bgp_sessions{state="up"}`:                                2,
 		`k8slan_bgp_sessions{state="down"}`:                              1,
-		`k8slan_evpn_routes{lan="default/lab",use="told"}`:               11,
+		`k8slan_evpn_routes{lan="default/lab",use="advertised"}`:         11,
 		`k8slan_evpn_routes{lan="default/lab",use="used"}`:               12,
 		`k8slan_evpn_routes{lan="default/lab",use="refused"}`:            13,
 		`k8slan_evpn_macs{lan="default/lab",place="here"}`:               14,
@@ -150,7 +150,7 @@ func TestEverythingThatHappensIsCounted(t *testing.T) {
 		`k8slan_reconcile_duration_seconds{result="failed"}`:             1,
 		`k8slan_operations_total{operation="AddBridge"}`:                 3,
 		`k8slan_operations_total{operation="WriteRecord"}`:               1,
-		`k8slan_operations_total{operation="Settle"}`:                    1,
+		`k8slan_operations_total{operation="VerifyClaim"}`:               1,
 		`k8slan_repairs_total{operation="AddBridge"}`:                    1,
 		`k8slan_kubelet_registrations_total`:                             1,
 		`k8slan_kubelet_registration_failures_total`:                     1,

@@ -22,8 +22,8 @@ var (
 		"EVPN routes that nodes have told this reflector, those included that it keeps for nodes that are away.", nil, nil)
 )
 
-// askedTime is how long a reflector may take to answer.
-const askedTime = 5 * time.Second
+// answerTimeout is how long a reflector may take to answer.
+const answerTimeout = 5 * time.Second
 
 // Describe implements prometheus.Collector.
 func (r Reflector) Describe(to chan<- *prometheus.Desc) {
@@ -33,7 +33,7 @@ func (r Reflector) Describe(to chan<- *prometheus.Desc) {
 
 // Collect implements prometheus.Collector.
 func (r Reflector) Collect(to chan<- prometheus.Metric) {
-	ctx, cancel := context.WithTimeout(context.Background(), askedTime)
+	ctx, cancel := context.WithTimeout(context.Background(), answerTimeout)
 	defer cancel()
 	c, err := r.Count(ctx)
 	if err != nil {

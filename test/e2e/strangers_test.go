@@ -74,7 +74,7 @@ func TestAStrangerReachesNoPod(t *testing.T) {
 				}
 			}
 			dropped := func() float64 {
-				return l.scrape(daemon).value(fmt.Sprintf(`k8slan_stranger_packets_dropped_total{lan="%s/%s"}`, l.namespace, lan))
+				return l.scrape(daemon).value(fmt.Sprintf(`k8slan_nonmember_packets_dropped_total{lan="%s/%s"}`, l.namespace, lan))
 			}
 			before := dropped()
 
