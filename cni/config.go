@@ -26,8 +26,8 @@ const (
 	defaultTap = 107   // owner and group of the tap: qemu's in KubeVirt's images
 )
 
-// wire is the network configuration as it is written, by the names of its keys.
-type wire struct {
+// netConf is the network configuration as it is written, by the names of its keys.
+type netConf struct {
 	CNIVersion string `json:"cniVersion"`
 	Name       string `json:"name"`
 	Type       string `json:"type"`
@@ -100,11 +100,11 @@ func (a attachment) String() string {
 	return fmt.Sprintf("spoke %q of LAN %s", a.spoke, a.lan)
 }
 
-// offer is what the attachment's resource, NADs and variables are named after: the spoke or the pool.
-func (a attachment) offer() string { return cmp.Or(a.pool, a.spoke) }
+// spokeOrPool is what the attachment's resource, NADs and variables are named after: the spoke or the pool.
+func (a attachment) spokeOrPool() string { return cmp.Or(a.pool, a.spoke) }
 
-// takes says whether a spoke is the attachment's or, of a pool, one of its ports.
-func (a attachment) takes(spoke string) bool {
+// matches says whether a spoke is the attachment's or, of a pool, one of its ports.
+func (a attachment) matches(spoke string) bool {
 	if a.pool == "" {
 		return spoke == a.spoke
 	}
@@ -112,9 +112,9 @@ func (a attachment) takes(spoke string) bool {
 	return ok && pool == a.pool
 }
 
-// isIn says whether a LAN as the node has it has the attachment's spoke or any port of its pool.
-func (a attachment) isIn(record segment.Segment) bool {
-	return slices.ContainsFunc(record.Spokes, a.takes)
+// existsIn says whether a LAN as the node has it has the attachment's spoke or any port of its pool.
+func (a attachment) existsIn(record segment.Segment) bool {
+	return slices.ContainsFunc(record.Spokes, a.matches)
 }
 
 // request is an attachment with how it is to be made.
@@ -136,8 +136,8 @@ type request struct {
 type pod struct{ namespace, name, uid string }
 
 // decode reads the configuration. After an error about one key, what could be read of the others is there.
-func decode(config []byte) (wire, error) {
-	var w wire
+func decode(config []byte) (netConf, error) {
+	var w netConf
 	err := json.Unmarshal(config, &w)
 	if err == nil {
 		return w, nil
@@ -149,7 +149,7 @@ func decode(config []byte) (wire, error) {
 }
 
 // attachment validates what names the attachment: all that DEL, GC and STATUS need.
-func (p *Plugin) attachment(w wire, args *skel.CmdArgs) (attachment, error) {
+func (p *Plugin) attachment(w netConf, args *skel.CmdArgs) (attachment, error) {
 	a := attachment{
 		version: w.CNIVersion, network: w.Name,
 		netns: w.NS, spoke: w.Spoke, pool: w.Pool, kind: segment.Kind(w.Kind), config: args.StdinData,
@@ -164,7 +164,7 @@ func (p *Plugin) attachment(w wire, args *skel.CmdArgs) (attachment, error) {
 		return a, fail(types.ErrIncompatibleCNIVersion, "cniVersion %q is none of %s", a.version, strings.Join(version.All.SupportedVersions(), ", "))
 	}
 	if w.Type == megalos {
-		return a.onDemand(w, p.host.Run)
+		return a.onDemandAttachment(w, p.host.Run)
 	}
 	if a.kind != segment.Veth && a.kind != segment.Macvtap {
 		return a, invalid("kind", w.Kind, `is neither "veth" nor "macvtap"`)
@@ -180,7 +180,7 @@ func (p *Plugin) attachment(w wire, args *skel.CmdArgs) (attachment, error) {
 		return a, invalid("pool", w.Pool, "is not the name of a pool: 1 to %d of a-z, 0-9, - and .", maxPool)
 	case a.pool == "" && !isName(a.spoke, maxSpoke):
 		return a, invalid("spoke", w.Spoke, "is not the name of a spoke: 1 to %d of a-z, 0-9, - and .", maxSpoke)
-	case a.pool != "" && a.takes(w.DeviceID):
+	case a.pool != "" && a.matches(w.DeviceID):
 		a.spoke = w.DeviceID
 	}
 	namespace, name, _ := strings.Cut(w.LAN, "/")
@@ -194,7 +194,7 @@ func (p *Plugin) attachment(w wire, args *skel.CmdArgs) (attachment, error) {
 }
 
 // ipamType validates the IPAM section as far as it is ours to judge.
-func (a attachment) ipamType(w wire) (string, error) {
+func (a attachment) ipamType(w netConf) (string, error) {
 	if len(w.IPAM) == 0 {
 		return "", nil
 	}
@@ -252,7 +252,7 @@ func (p *Plugin) request(args *skel.CmdArgs) (request, error) {
 
 // mac is the address that is asked for most directly: of this pod by the runtime, of this pod by the user's cni-args,
 // of every pod of the network. Nil where none is.
-func (w wire) mac(fromEnv string) (net.HardwareAddr, error) {
+func (w netConf) mac(fromEnv string) (net.HardwareAddr, error) {
 	for _, asked := range []struct {
 		key, value string
 		code       uint
@@ -280,7 +280,7 @@ func parseMAC(key, value string, code uint) (net.HardwareAddr, error) {
 }
 
 // mtu is the MTU that is asked for, of this pod before that of every pod; 0 where none is.
-func (w wire) mtu() (int, error) {
+func (w netConf) mtu() (int, error) {
 	key, mtu := "args.cni.mtu", w.Args.CNI.MTU
 	if mtu == nil {
 		key, mtu = "mtu", w.MTU

@@ -59,8 +59,8 @@ func (a attachment) findIPAM() (string, error) {
 	return "", fail(CodeIPAM, "%s: no IPAM plugin %q in %s of this node: install it there, or change ipam.type", a, a.ipam, a.pathList)
 }
 
-// askIPAM has the IPAM plugin allocate the addresses of the attachment.
-func (a attachment) askIPAM(ctx context.Context) (*current.Result, error) {
+// allocate has the IPAM plugin allocate the addresses of the attachment.
+func (a attachment) allocate(ctx context.Context) (*current.Result, error) {
 	answer, err := a.delegate(ctx, "ADD")
 	if err != nil {
 		return nil, err
@@ -107,9 +107,9 @@ func (a attachment) parseResult(data []byte) (*current.Result, error) {
 	return current.NewResultFromResult(result)
 }
 
-// addressing is what an IPAM result means for the pod's interface. A route without a gateway goes by the first
+// addressingOf is what an IPAM result means for the pod's interface. A route without a gateway goes by the first
 // gateway of its family, as in the reference plugins.
-func addressing(result *current.Result) (kernel.Addressing, error) {
+func addressingOf(result *current.Result) (kernel.Addressing, error) {
 	var want kernel.Addressing
 	gateways := map[bool]netip.Addr{} // by "is IPv4"
 	for _, ip := range result.IPs {

@@ -26,13 +26,13 @@ const (
 	vxlanPort = 4789 // UDP, IANA's: EVPN tells no other
 )
 
-// closed is the file, beside the LANs' folders, that says that no more pods attach to networks of type megalos.
-const closed = "megalos-closed"
+// disabledFile is the file, beside the LANs' folders, that says that no more pods attach to networks of type megalos.
+const disabledFile = "megalos-closed"
 
-// OfferVNIs says, in the folder of what lives as long as the node is up, whether pods may attach to networks of type megalos. Who is attached
+// EnableMegalos says, in the folder of what lives as long as the node is up, whether pods may attach to networks of type megalos. Who is attached
 // stays, and can be detached.
-func OfferVNIs(run string, offered bool) error {
-	path := filepath.Join(run, closed)
+func EnableMegalos(run string, offered bool) error {
+	path := filepath.Join(run, disabledFile)
 	if offered {
 		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return fmt.Errorf("offer networks of type megalos: %w", err)
@@ -45,9 +45,9 @@ func OfferVNIs(run string, offered bool) error {
 	return nil
 }
 
-// offersVNIs is an error with that code where the node does not.
-func (p *Plugin) offersVNIs(a attachment, code uint) error {
-	if _, err := os.Stat(filepath.Join(p.host.Run, closed)); err != nil {
+// checkMegalosEnabled is an error with that code where the node does not.
+func (p *Plugin) checkMegalosEnabled(a attachment, code uint) error {
+	if _, err := os.Stat(filepath.Join(p.host.Run, disabledFile)); err != nil {
 		return nil //nolint:nilerr // most often there is no such file
 	}
 	return fail(code, "%s: this node takes no more pods on networks of type megalos; set node.megalos in k8slan's chart", a)
@@ -56,8 +56,8 @@ func (p *Plugin) offersVNIs(a attachment, code uint) error {
 // netnsOnDemand is the name of the network namespace of the LAN that is made for a VNI.
 func netnsOnDemand(vni uint32) string { return fmt.Sprintf("megalos-%d", vni) }
 
-// onDemand validates what names the attachment in a network of type megalos.
-func (a attachment) onDemand(w wire, run string) (attachment, error) {
+// onDemandAttachment validates what names the attachment in a network of type megalos.
+func (a attachment) onDemandAttachment(w netConf, run string) (attachment, error) {
 	switch {
 	case w.VXLANID == nil:
 		return a, invalid("vxlanId", "", "")
@@ -68,37 +68,37 @@ func (a attachment) onDemand(w wire, run string) (attachment, error) {
 	}
 	a.vni, a.master, a.kind, a.pool = *w.VXLANID, w.Master, segment.Veth, ""
 	a.spoke = segment.SpokeOnDemand(a.claimID)
-	a = a.at(run, netnsOnDemand(a.vni), segment.LAN{Name: fmt.Sprintf("megalos:%d", a.vni)})
+	a = a.withLAN(run, netnsOnDemand(a.vni), segment.LAN{Name: fmt.Sprintf("megalos:%d", a.vni)})
 	var err error
 	a.ipam, err = a.ipamType(w)
 	return a, err
 }
 
-// at is the attachment in that LAN.
-func (a attachment) at(run, netns string, lan segment.LAN) attachment {
+// withLAN is the attachment in that LAN.
+func (a attachment) withLAN(run, netns string, lan segment.LAN) attachment {
 	a.netns, a.netnsPath, a.lan = netns, filepath.Join(run, "netns", netns), lan
 	return a
 }
 
-// mark is that of the network, where a LAN may have several: of type megalos.
-func (a attachment) mark() string {
+// networkMark is that of the network, where a LAN may have several: of type megalos.
+func (a attachment) networkMark() string {
 	if a.vni == 0 {
 		return ""
 	}
 	return segment.NetworkMark(a.network)
 }
 
-// isOn says whether a claim is of the attachment's network. The two networks of a spoke differ in kind, and each is collected with the attachments
+// isClaimedBy says whether a claim is of the attachment's network. The two networks of a spoke differ in kind, and each is collected with the attachments
 // of its own.
-func (a attachment) isOn(c segment.Claim) bool {
+func (a attachment) isClaimedBy(c segment.Claim) bool {
 	if a.vni != 0 {
-		return segment.IsOnDemand(c.Spoke) && c.Network == a.mark()
+		return segment.IsOnDemand(c.Spoke) && c.Network == a.networkMark()
 	}
-	return a.takes(c.Spoke) && c.Kind == a.kind
+	return a.matches(c.Spoke) && c.Kind == a.kind
 }
 
-// places are the attachment in each LAN of the node that it may be in: of a VNI, that which is made for it, and those of objects that have it.
-func (p *Plugin) places(a attachment) ([]attachment, error) {
+// candidates are the attachment in each LAN of the node that it may be in: of a VNI, that which is made for it, and those of objects that have it.
+func (p *Plugin) candidates(a attachment) ([]attachment, error) {
 	places := []attachment{a}
 	if a.vni == 0 {
 		return places, nil
@@ -109,15 +109,15 @@ func (p *Plugin) places(a attachment) ([]attachment, error) {
 	}
 	for _, r := range records {
 		if r.VXLAN.VNI == a.vni && !r.OnDemand && r.Netns != a.netns {
-			places = append(places, a.at(p.host.Run, r.Netns, r.LAN))
+			places = append(places, a.withLAN(p.host.Run, r.Netns, r.LAN))
 		}
 	}
 	return places, nil
 }
 
-// place is the attachment in the LAN that a pod is to join: an object's before one that is made for the VNI.
-func (p *Plugin) place(a attachment) (attachment, error) {
-	places, err := p.places(a)
+// locate is the attachment in the LAN that a pod is to join: an object's before one that is made for the VNI.
+func (p *Plugin) locate(a attachment) (attachment, error) {
+	places, err := p.candidates(a)
 	return places[len(places)-1], err
 }
 
@@ -139,15 +139,15 @@ func (r request) admitOnDemand(record segment.Segment) error {
 	return nil
 }
 
-// segment is the LAN that is made for a VNI: joined by EVPN, and open to every namespace.
-func (p *Plugin) segment(ctx context.Context, a attachment) (segment.Segment, error) {
+// onDemandSegment is the LAN that is made for a VNI: joined by EVPN, and open to every namespace.
+func (p *Plugin) onDemandSegment(ctx context.Context, a attachment) (segment.Segment, error) {
 	underlays, err := p.node.Underlays(ctx)
 	if err != nil {
 		return segment.Segment{}, fail(CodeAttach, "%s: the node's network devices: %v", a, err)
 	}
 	name := cmp.Or(a.master, underlays.Default)
 	device, found := underlays.Devices[name]
-	vtep := source(device)
+	vtep := vtepOf(device)
 	switch {
 	case name == "":
 		return segment.Segment{}, fail(CodeAttach, "%s: the node has no default route; name its underlay device as master", a)
@@ -173,8 +173,8 @@ func (p *Plugin) segment(ctx context.Context, a attachment) (segment.Segment, er
 	}, nil
 }
 
-// source is the address that other nodes send to: as with Megalos the first IPv4 address or, where there is none, the first of IPv6.
-func source(device kernel.Underlay) netip.Addr {
+// vtepOf is the address that other nodes send to: as with Megalos the first IPv4 address or, where there is none, the first of IPv6.
+func vtepOf(device kernel.Underlay) netip.Addr {
 	if i := slices.IndexFunc(device.Addresses, netip.Addr.Is4); i >= 0 {
 		return device.Addresses[i]
 	}
@@ -186,10 +186,10 @@ func source(device kernel.Underlay) netip.Addr {
 
 // statusOnDemand says whether the LAN could be made here.
 func (p *Plugin) statusOnDemand(ctx context.Context, a attachment) error {
-	if err := p.offersVNIs(a, types.ErrPluginNotAvailable); err != nil {
+	if err := p.checkMegalosEnabled(a, types.ErrPluginNotAvailable); err != nil {
 		return err
 	}
-	if _, err := p.segment(ctx, a); err != nil {
+	if _, err := p.onDemandSegment(ctx, a); err != nil {
 		return fail(types.ErrPluginNotAvailable, "%v", err)
 	}
 	if a.ipam == "" {

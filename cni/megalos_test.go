@@ -170,7 +170,7 @@ func TestAVNIThatIsNotOfferedAnyMore(t *testing.T) {
 	before := h.String()
 	h.mustRun(pod1("ADD", megalos(nil)))
 	for _, offered := range []bool{false, true} {
-		if err := cni.OfferVNIs(h.runDir, offered); err != nil {
+		if err := cni.EnableMegalos(h.runDir, offered); err != nil {
 			t.Fatal(err)
 		}
 		if offered {

@@ -68,13 +68,13 @@ func (p *Plugin) Funcs(ctx context.Context) skel.CNIFuncs {
 		return func(args *skel.CmdArgs) error { return verb(ctx, args) }
 	}
 	return skel.CNIFuncs{
-		Add: with(p.told(report.Add, p.add)), Del: with(p.told(report.Del, p.del)),
+		Add: with(p.reported(report.Add, p.add)), Del: with(p.reported(report.Del, p.del)),
 		Check: with(p.check), GC: with(p.gc), Status: with(p.status),
 	}
 }
 
-// told has a verb told of once it has answered.
-func (p *Plugin) told(name report.Verb, verb func(context.Context, *skel.CmdArgs, *report.Outcome) error) func(context.Context, *skel.CmdArgs) error {
+// reported has a verb told of once it has answered.
+func (p *Plugin) reported(name report.Verb, verb func(context.Context, *skel.CmdArgs, *report.Outcome) error) func(context.Context, *skel.CmdArgs) error {
 	return func(ctx context.Context, args *skel.CmdArgs) error {
 		o, began := report.Outcome{Verb: name}, time.Now()
 		err := verb(ctx, args, &o)
@@ -89,8 +89,8 @@ func (p *Plugin) told(name report.Verb, verb func(context.Context, *skel.CmdArgs
 	}
 }
 
-// undoTime is how long taking back a failed ADD may last, whatever became of ADD's own time.
-const undoTime = 10 * time.Second
+// undoTimeout is how long taking back a failed ADD may last, whatever became of ADD's own time.
+const undoTimeout = 10 * time.Second
 
 func (p *Plugin) add(ctx context.Context, args *skel.CmdArgs, o *report.Outcome) error {
 	r, err := p.request(args)
@@ -109,7 +109,7 @@ func (p *Plugin) add(ctx context.Context, args *skel.CmdArgs, o *report.Outcome)
 	if err == nil {
 		return nil
 	}
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTime)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
 	defer cancel()
 	return steps.run(ctx, err)
 }
@@ -127,7 +127,7 @@ func (r request) admit(record segment.Segment) error {
 	if r.vni != 0 {
 		return r.admitOnDemand(record)
 	}
-	switch err := r.isOf(record); {
+	switch err := r.checkLAN(record); {
 	case err != nil:
 		return err
 	case !record.Allows(r.pod.namespace) && r.pod.namespace == "":
@@ -136,23 +136,23 @@ func (r request) admit(record segment.Segment) error {
 	case !record.Allows(r.pod.namespace):
 		return fail(CodeForbidden, "LAN %s is not open to namespace %s; its owner can add %s to spec.allowedNamespaces",
 			r.lan, r.pod.namespace, r.pod.namespace)
-	case !r.isIn(record):
+	case !r.existsIn(record):
 		return r.noSpoke(CodeNoSpoke)
 	case r.deviceID == "":
 		return fail(CodeNoDevice, "%s: kubelet allocated no macvtap.k8slan.io/k8slan-veth-%s to this pod. "+
 			"Either none of its containers has it in resources.limits: add it there; or it was bound to a node that didn't offer it: see kubectl get lan -n %s %s",
-			r, r.offer(), r.lan.Namespace, r.lan.Name)
-	case !r.takes(r.deviceID):
+			r, r.spokeOrPool(), r.lan.Namespace, r.lan.Name)
+	case !r.matches(r.deviceID):
 		return fail(CodeWrongDevice, "%s: kubelet allocated the device of spoke %q to this pod; "+
-			"the annotation k8s.v1.cni.cncf.io/resourceName of this network must be macvtap.k8slan.io/k8slan-veth-%s", r, r.deviceID, r.offer())
+			"the annotation k8s.v1.cni.cncf.io/resourceName of this network must be macvtap.k8slan.io/k8slan-veth-%s", r, r.deviceID, r.spokeOrPool())
 	case r.mtu > record.MTU:
 		return fail(types.ErrInvalidNetworkConfig, "%s: mtu %d is more than the LAN carries: %d", r, r.mtu, record.MTU)
 	}
 	return nil
 }
 
-// isOf says whether a record is that of the attachment's LAN.
-func (a attachment) isOf(record segment.Segment) error {
+// checkLAN says whether a record is that of the attachment's LAN.
+func (a attachment) checkLAN(record segment.Segment) error {
 	if record.LAN.Namespace != a.lan.Namespace || record.LAN.Name != a.lan.Name {
 		return fail(types.ErrInvalidNetworkConfig, "ns: %q is the network namespace of LAN %s, not of %s as lan says", a.netns, record.LAN, a.lan)
 	}
@@ -168,23 +168,23 @@ func (p *Plugin) record(a attachment, missing uint) (segment.Segment, error) {
 	if err != nil {
 		return record, fail(types.ErrIOFailure, "%s: the node's record of it: %v", a, err)
 	}
-	return record, a.isOf(record)
+	return record, a.checkLAN(record)
 }
 
 // attach makes the attachment; steps takes back what it has done so far, o says how it came about.
 func (p *Plugin) attach(ctx context.Context, r request, steps *undo, o *report.Outcome) (*current.Result, error) {
 	var err error
-	if r.attachment, err = p.place(r.attachment); err != nil {
+	if r.attachment, err = p.locate(r.attachment); err != nil {
 		return nil, err
 	}
 	if r.vni != 0 {
-		if err := p.offersVNIs(r.attachment, CodeForbidden); err != nil {
+		if err := p.checkMegalosEnabled(r.attachment, CodeForbidden); err != nil {
 			return nil, err
 		}
 	}
 	claim := r.claim()
 	if r.vni != 0 && r.netns == netnsOnDemand(r.vni) {
-		claim.Make = func(ctx context.Context) (segment.Segment, error) { return p.segment(ctx, r.attachment) }
+		claim.Make = func(ctx context.Context) (segment.Segment, error) { return p.onDemandSegment(ctx, r.attachment) }
 	}
 	made, err := p.node.Claim(ctx, claim)
 	if err != nil {
@@ -194,7 +194,7 @@ func (p *Plugin) attach(ctx context.Context, r request, steps *undo, o *report.O
 	o.TookOver = made.TookOver
 	result := &current.Result{CNIVersion: current.ImplementedSpecVersion, DNS: r.dns}
 	if r.ipam != "" {
-		if result, err = p.address(ctx, r, steps, o); err != nil {
+		if result, err = p.assignAddresses(ctx, r, steps, o); err != nil {
 			return nil, err
 		}
 	}
@@ -218,13 +218,13 @@ func (p *Plugin) attach(ctx context.Context, r request, steps *undo, o *report.O
 	return result, nil
 }
 
-// address has the IPAM plugin allocate addresses and gives them to the pod's interface.
-func (p *Plugin) address(ctx context.Context, r request, steps *undo, o *report.Outcome) (*current.Result, error) {
+// assignAddresses has the IPAM plugin allocate addresses and gives them to the pod's interface.
+func (p *Plugin) assignAddresses(ctx context.Context, r request, steps *undo, o *report.Outcome) (*current.Result, error) {
 	*steps = append(*steps, func(ctx context.Context) error {
 		_, err := r.delegate(ctx, "DEL")
 		return err
 	})
-	result, err := r.askIPAM(ctx)
+	result, err := r.allocate(ctx)
 	if err != nil {
 		o.Reason = report.IPAM // whatever the code that the IPAM plugin chose
 		return nil, err
@@ -233,7 +233,7 @@ func (p *Plugin) address(ctx context.Context, r request, steps *undo, o *report.
 		r.dns = result.DNS
 	}
 	result.DNS = r.dns
-	want, err := addressing(result)
+	want, err := addressingOf(result)
 	if err != nil {
 		return nil, fail(CodeIPAM, "%s: IPAM plugin %s: %v", r, r.ipam, err)
 	}
@@ -261,13 +261,13 @@ func (r request) claim() kernel.ClaimRequest {
 		Sandbox: r.sandbox, Interface: r.ifname, PodNetns: r.podNetns,
 		PodNamespace: r.pod.namespace, Pod: r.pod.name, PodUID: r.pod.uid,
 		MAC: r.mac, MTU: r.mtu, Promiscuous: r.promisc,
-		Network: r.mark(), Admit: r.admit,
+		Network: r.networkMark(), Admit: r.admit,
 	}
 }
 
 // device is what the spoke's CDI name means for this attachment: some environment variables and, for a macvtap, its tap.
 func (r request) device(made kernel.Attachment) cdi.Device {
-	prefix := "K8SLAN_" + envName(r.offer()) + "_"
+	prefix := "K8SLAN_" + envName(r.spokeOrPool()) + "_"
 	d := cdi.Device{
 		Netns: r.netns, Spoke: r.spoke, ClaimID: r.claimID,
 		Env: []string{
@@ -311,25 +311,25 @@ func (p *Plugin) del(ctx context.Context, args *skel.CmdArgs, o *report.Outcome)
 			failed = append(failed, err)
 		}
 	}
-	places, err := p.places(a)
+	places, err := p.candidates(a)
 	if err != nil {
 		failed = append(failed, err)
 	}
 	for _, a := range places {
-		if err := p.releaseOwn(ctx, a); err != nil {
+		if err := p.releaseClaim(ctx, a); err != nil {
 			failed = append(failed, err)
 		}
 	}
-	return join(failed)
+	return joinErrors(failed)
 }
 
-// releaseOwn takes the attachment's claim away. Where the runtime doesn't say which port of a pool it is on, the kernel
+// releaseClaim takes the attachment's claim away. Where the runtime doesn't say which port of a pool it is on, the kernel
 // knows; a claim that is gone from there is the daemon's to clean up after.
-func (p *Plugin) releaseOwn(ctx context.Context, a attachment) error {
+func (p *Plugin) releaseClaim(ctx context.Context, a attachment) error {
 	if a.spoke != "" {
 		return p.release(ctx, a, a.spoke, a.claimID)
 	}
-	claims, err := p.claims(ctx, a)
+	claims, err := p.claimsOf(ctx, a)
 	if err != nil {
 		return err
 	}
@@ -341,8 +341,8 @@ func (p *Plugin) releaseOwn(ctx context.Context, a attachment) error {
 	return nil
 }
 
-// claims are those of the attachment's LAN; none where it is not on this node.
-func (p *Plugin) claims(ctx context.Context, a attachment) ([]segment.Claim, error) {
+// claimsOf are those of the attachment's LAN; none where it is not on this node.
+func (p *Plugin) claimsOf(ctx context.Context, a attachment) ([]segment.Claim, error) {
 	claims, err := p.node.Claims(ctx, a.netns)
 	if err != nil && !errors.Is(err, kernel.ErrNoLAN) && !errors.Is(err, fs.ErrNotExist) {
 		return nil, a.explain(err)
@@ -362,8 +362,8 @@ func (p *Plugin) release(ctx context.Context, a attachment, spoke, claimID strin
 	return nil
 }
 
-// join makes one CNI error of several, with the code of the first.
-func join(failed []error) error {
+// joinErrors makes one CNI error of several, with the code of the first.
+func joinErrors(failed []error) error {
 	if len(failed) < 2 {
 		return errors.Join(failed...)
 	}
@@ -379,11 +379,11 @@ func (p *Plugin) check(ctx context.Context, args *skel.CmdArgs) error {
 	if err != nil {
 		return err
 	}
-	r, addresses, err := r.expect()
+	r, addresses, err := r.fromPrevResult()
 	if err != nil {
 		return err
 	}
-	if r.attachment, err = p.place(r.attachment); err != nil {
+	if r.attachment, err = p.locate(r.attachment); err != nil {
 		return err
 	}
 	if _, err := p.record(r.attachment, types.ErrTryAgainLater); err != nil {
@@ -400,8 +400,8 @@ func (p *Plugin) check(ctx context.Context, args *skel.CmdArgs) error {
 	return p.checkAddresses(ctx, r, addresses)
 }
 
-// expect is the request with what ADD's result says came of it, and the addresses that ADD gave.
-func (r request) expect() (request, []netip.Prefix, error) {
+// fromPrevResult is the request with what ADD's result says came of it, and the addresses that ADD gave.
+func (r request) fromPrevResult() (request, []netip.Prefix, error) {
 	if len(r.prevResult) == 0 || string(r.prevResult) == "null" {
 		return r, nil, fail(types.ErrInvalidNetworkConfig, `network configuration has no "prevResult" for CHECK to compare with`)
 	}
@@ -423,7 +423,7 @@ func (r request) expect() (request, []netip.Prefix, error) {
 	if mtu := prev.Interfaces[at].Mtu; mtu != 0 {
 		r.mtu = mtu
 	}
-	want, err := addressing(&current.Result{IPs: prev.IPs})
+	want, err := addressingOf(&current.Result{IPs: prev.IPs})
 	if err != nil {
 		return r, nil, fail(types.ErrInvalidNetworkConfig, "prevResult: %v", err)
 	}
@@ -462,12 +462,12 @@ func (p *Plugin) gc(ctx context.Context, args *skel.CmdArgs) error {
 			failed = append(failed, err)
 		}
 	}
-	places, err := p.places(a)
+	places, err := p.candidates(a)
 	if err != nil {
 		failed = append(failed, err)
 	}
 	for _, a := range places {
-		claims, err := p.claims(ctx, a)
+		claims, err := p.claimsOf(ctx, a)
 		if err != nil {
 			failed = append(failed, err)
 		}
@@ -477,7 +477,7 @@ func (p *Plugin) gc(ctx context.Context, args *skel.CmdArgs) error {
 			}
 		}
 	}
-	return join(failed)
+	return joinErrors(failed)
 }
 
 // stale are the claims of the attachment's network that are none of the valid ones.
@@ -487,7 +487,7 @@ func stale(claims []segment.Claim, a attachment, valid []types.GCAttachment) []s
 	for _, v := range valid {
 		keep[segment.ClaimID(v.ContainerID, v.IfName)] = true
 	}
-	return slices.DeleteFunc(claims, func(c segment.Claim) bool { return !a.isOn(c) || keep[c.ID] })
+	return slices.DeleteFunc(claims, func(c segment.Claim) bool { return !a.isClaimedBy(c) || keep[c.ID] })
 }
 
 func (p *Plugin) status(ctx context.Context, args *skel.CmdArgs) error {
@@ -506,7 +506,7 @@ func (p *Plugin) status(ctx context.Context, args *skel.CmdArgs) error {
 	switch {
 	case err != nil:
 		return err
-	case !a.isIn(record):
+	case !a.existsIn(record):
 		return a.noSpoke(types.ErrPluginNotAvailable)
 	case record.VXLAN.UnderlayIndex == 0:
 		return fail(types.ErrLimitedConnectivity, "LAN %s: this node has no underlay device %q, so that its pods here reach no other node; kubectl describe lan -n %s %s",

@@ -13,7 +13,7 @@ import (
 type dirWatch struct {
 	dir     string
 	watched string
-	notify  *fsnotify.Watcher
+	watcher *fsnotify.Watcher
 }
 
 func newDirWatch(dir string) (*dirWatch, error) {
@@ -21,16 +21,16 @@ func newDirWatch(dir string) (*dirWatch, error) {
 	if err != nil {
 		return nil, err
 	}
-	w := &dirWatch{dir: dir, notify: notify}
-	if err := w.approach(); err != nil {
+	w := &dirWatch{dir: dir, watcher: notify}
+	if err := w.watchNearest(); err != nil {
 		return nil, errors.Join(err, notify.Close())
 	}
 	return w, nil
 }
 
-func (w *dirWatch) events() <-chan fsnotify.Event { return w.notify.Events }
-func (w *dirWatch) errors() <-chan error          { return w.notify.Errors }
-func (w *dirWatch) close()                        { _ = w.notify.Close() }
+func (w *dirWatch) events() <-chan fsnotify.Event { return w.watcher.Events }
+func (w *dirWatch) errors() <-chan error          { return w.watcher.Errors }
+func (w *dirWatch) close()                        { _ = w.watcher.Close() }
 
 // follow moves the watch when event made it possible or necessary, and reports whether it did.
 func (w *dirWatch) follow(event fsnotify.Event) (bool, error) {
@@ -40,19 +40,19 @@ func (w *dirWatch) follow(event fsnotify.Event) (bool, error) {
 	}
 	if gone {
 		// A renamed directory would be watched on under its old name.
-		if err := w.notify.Remove(w.watched); err != nil && !errors.Is(err, fsnotify.ErrNonExistentWatch) {
+		if err := w.watcher.Remove(w.watched); err != nil && !errors.Is(err, fsnotify.ErrNonExistentWatch) {
 			return false, err
 		}
 		w.watched = ""
 	}
 	before := w.watched
-	err := w.approach()
+	err := w.watchNearest()
 	return w.watched != before, err
 }
 
-// approach watches dir or its nearest ancestor. What appears between looking and watching is not missed: it
+// watchNearest watches dir or its nearest ancestor. What appears between looking and watching is not missed: it
 // looks again after each step.
-func (w *dirWatch) approach() error {
+func (w *dirWatch) watchNearest() error {
 	for {
 		nearest, err := nearestDir(w.dir)
 		if err != nil {
@@ -61,7 +61,7 @@ func (w *dirWatch) approach() error {
 		if nearest == w.watched {
 			return nil
 		}
-		err = w.notify.Add(nearest)
+		err = w.watcher.Add(nearest)
 		if errors.Is(err, fs.ErrNotExist) {
 			continue
 		}
@@ -69,7 +69,7 @@ func (w *dirWatch) approach() error {
 			return err
 		}
 		if w.watched != "" {
-			if err := w.notify.Remove(w.watched); err != nil && !errors.Is(err, fsnotify.ErrNonExistentWatch) {
+			if err := w.watcher.Remove(w.watched); err != nil && !errors.Is(err, fsnotify.ErrNonExistentWatch) {
 				return err
 			}
 		}

@@ -25,7 +25,7 @@ const (
 	maxDelay   = 10 * time.Second
 )
 
-var errHungUp = errors.New("kubelet ended its connection to the device plugin")
+var errStreamEnded = errors.New("kubelet ended its connection to the device plugin")
 
 // socketOf is the file name of a spoke's socket.
 func socketOf(spoke string) string { return "k8slan-" + spoke + ".sock" }
@@ -46,27 +46,27 @@ type plugin struct {
 	name       string
 	socket     string // path of the plugin's own socket
 	kubelet    *registrar
-	offer      *offer
+	advertised *advertisement
 	log        *slog.Logger
 	cancel     context.CancelFunc
-	pokes      chan struct{} // one slot: something happened in the plugin directory, look again
+	dirChanged chan struct{} // one slot: something happened in the plugin directory, look again
 	registered atomic.Bool
 }
 
 func newPlugin(dir string, offered Spoke, kubelet *registrar, log *slog.Logger) *plugin {
 	return &plugin{
-		name:    offered.Name,
-		socket:  filepath.Join(dir, socketOf(offered.Name)),
-		kubelet: kubelet,
-		offer:   newOffer(offered),
-		log:     log,
-		pokes:   make(chan struct{}, 1),
+		name:       offered.Name,
+		socket:     filepath.Join(dir, socketOf(offered.Name)),
+		kubelet:    kubelet,
+		advertised: newAdvertisement(offered),
+		log:        log,
+		dirChanged: make(chan struct{}, 1),
 	}
 }
 
-func (s *plugin) poke() {
+func (s *plugin) notify() {
 	select {
-	case s.pokes <- struct{}{}:
+	case s.dirChanged <- struct{}{}:
 	default:
 	}
 }
@@ -97,7 +97,7 @@ func (s *plugin) run(ctx context.Context) {
 
 // level: a kubelet that hangs up is most likely restarting, and dispatch says so once for all spokes.
 func level(err error) slog.Level {
-	if errors.Is(err, errHungUp) {
+	if errors.Is(err, errStreamEnded) {
 		return slog.LevelDebug
 	}
 	return slog.LevelWarn
@@ -109,14 +109,14 @@ func (s *plugin) runOnce(ctx context.Context, kubelet socketID) error {
 	// A kubelet that starts removes all sockets here before it makes its own (server.Start in
 	// pkg/kubelet/cm/devicemanager/plugin/v1beta1/server.go). One that is made while the dead one's socket is still there could be removed
 	// between its registration and kubelet's call, for which kubelet would wait 10 s.
-	if err := s.kubelet.listens(); err != nil {
+	if err := s.kubelet.dial(); err != nil {
 		return err
 	}
-	server, err := serve(s.socket, s.offer)
+	server, err := serve(s.socket, s.advertised)
 	if err != nil {
 		return err
 	}
-	defer server.end()
+	defer server.stop()
 	err = s.kubelet.register(ctx, &pluginapi.RegisterRequest{
 		Version:      pluginapi.Version,
 		Endpoint:     filepath.Base(s.socket),
@@ -132,11 +132,11 @@ func (s *plugin) runOnce(ctx context.Context, kubelet socketID) error {
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-server.hungUp:
-			return errHungUp
-		case <-server.served:
+		case <-server.streamEnded:
+			return errStreamEnded
+		case <-server.stopped:
 			return fmt.Errorf("device plugin socket %s stopped accepting connections", s.socket)
-		case <-s.pokes:
+		case <-s.dirChanged:
 			if again, err := s.outdated(server, kubelet); again || err != nil {
 				return err
 			}
@@ -171,7 +171,7 @@ func (s *plugin) awaitKubelet(ctx context.Context) (socketID, error) {
 		select {
 		case <-ctx.Done():
 			return socketID{}, ctx.Err()
-		case <-s.pokes:
+		case <-s.dirChanged:
 		}
 	}
 }
@@ -186,7 +186,7 @@ func (s *plugin) backOff(ctx context.Context, failed socketID, delay time.Durati
 			return
 		case <-timer.C:
 			return
-		case <-s.pokes:
+		case <-s.dirChanged:
 			if kubelet, err := statSocket(s.kubelet.socket); err == nil && !kubelet.same(failed) {
 				return
 			}

@@ -45,9 +45,9 @@ type Plugins struct {
 	kubelet *registrar
 	changed chan struct{} // one slot: the offer changed, or a plugin has ended
 
-	mu      sync.Mutex
-	offered map[string]Spoke   // by name
-	running map[string]*plugin // those that have not ended, offered or not
+	mu         sync.Mutex
+	advertised map[string]Spoke   // by name
+	running    map[string]*plugin // those that have not ended, offered or not
 }
 
 // New makes the device plugins of the node whose kubelet has its plugin directory at dir, an absolute path.
@@ -63,23 +63,23 @@ func New(dir string, log *slog.Logger) *Plugins {
 	}
 }
 
-// Watch has told hear how each registration with kubelet ended, nil for well. It is called before Run.
-func (p *Plugins) Watch(told func(error)) { p.kubelet.told = told }
+// OnRegistration has told hear how each registration with kubelet ended, nil for well. It is called before Run.
+func (p *Plugins) OnRegistration(told func(error)) { p.kubelet.onRegistration = told }
 
 // Registered is how many spokes, and ports of pools, on offer kubelet knows.
 func (p *Plugins) Registered() int {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	registered := 0
-	for name, offer := range p.offered {
-		if p.known(name) {
+	for name, offer := range p.advertised {
+		if p.isRegistered(name) {
 			registered += max(offer.Ports, 1)
 		}
 	}
 	return registered
 }
 
-func (p *Plugins) known(name string) bool {
+func (p *Plugins) isRegistered(name string) bool {
 	s := p.running[name]
 	return s != nil && s.registered.Load()
 }
@@ -91,7 +91,7 @@ func (p *Plugins) Set(offered []Spoke) {
 		set[s.Name] = s
 	}
 	p.mu.Lock()
-	p.offered = set
+	p.advertised = set
 	p.mu.Unlock()
 	p.signal()
 }
@@ -101,13 +101,13 @@ func (p *Plugins) Ready() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	unknown := 0
-	for name := range p.offered {
-		if !p.known(name) {
+	for name := range p.advertised {
+		if !p.isRegistered(name) {
 			unknown++
 		}
 	}
 	if unknown > 0 {
-		return fmt.Errorf("%d of %d spokes are not registered with kubelet yet", unknown, len(p.offered))
+		return fmt.Errorf("%d of %d spokes are not registered with kubelet yet", unknown, len(p.advertised))
 	}
 	return nil
 }
@@ -120,7 +120,7 @@ func (p *Plugins) Run(ctx context.Context) error {
 		return fmt.Errorf("watch kubelet's plugin directory %s: %w", p.dir, err)
 	}
 	defer watch.close()
-	if err := p.removeAbandoned(); err != nil {
+	if err := p.removeStaleSockets(); err != nil {
 		return fmt.Errorf("remove sockets of an earlier run from %s: %w", p.dir, err)
 	}
 
@@ -142,7 +142,7 @@ func (p *Plugins) Run(ctx context.Context) error {
 			if !errors.Is(err, fsnotify.ErrEventOverflow) {
 				return fmt.Errorf("watch kubelet's plugin directory %s: %w", p.dir, err)
 			}
-			p.pokeAll() // events were lost: everybody looks for himself
+			p.notifyAll() // events were lost: everybody looks for himself
 		}
 	}
 }
@@ -153,13 +153,13 @@ func (p *Plugins) reconcile(ctx context.Context, plugins *sync.WaitGroup) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for name, s := range p.running {
-		if _, ok := p.offered[name]; !ok {
+		if _, ok := p.advertised[name]; !ok {
 			s.cancel()
 		}
 	}
-	for name, offer := range p.offered {
+	for name, offer := range p.advertised {
 		if s := p.running[name]; s != nil {
-			s.offer.set(offer)
+			s.advertised.set(offer)
 			continue
 		}
 		pluginCtx, cancel := context.WithCancel(ctx)
@@ -167,13 +167,13 @@ func (p *Plugins) reconcile(ctx context.Context, plugins *sync.WaitGroup) {
 		s.cancel = cancel
 		p.running[name] = s
 		plugins.Go(func() {
-			defer p.ended(s)
+			defer p.forget(s)
 			s.run(pluginCtx)
 		})
 	}
 }
 
-func (p *Plugins) ended(s *plugin) {
+func (p *Plugins) forget(s *plugin) {
 	s.cancel()
 	p.mu.Lock()
 	delete(p.running, s.name)
@@ -198,27 +198,27 @@ func (p *Plugins) dispatch(watch *dirWatch, event fsnotify.Event) error {
 	switch {
 	case followed, name == kubeletSocket && event.Has(fsnotify.Create):
 		p.log.Info("kubelet's plugin directory or socket is new, registering what is offered")
-		p.pokeAll()
+		p.notifyAll()
 	case event.Has(fsnotify.Remove), event.Has(fsnotify.Rename):
 		p.mu.Lock()
 		defer p.mu.Unlock()
 		if spoke, ok := spokeOf(name); ok && p.running[spoke] != nil {
-			p.running[spoke].poke()
+			p.running[spoke].notify()
 		}
 	}
 	return nil
 }
 
-func (p *Plugins) pokeAll() {
+func (p *Plugins) notifyAll() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for _, s := range p.running {
-		s.poke()
+		s.notify()
 	}
 }
 
-// removeAbandoned removes the sockets that an earlier run left behind because it was killed.
-func (p *Plugins) removeAbandoned() error {
+// removeStaleSockets removes the sockets that an earlier run left behind because it was killed.
+func (p *Plugins) removeStaleSockets() error {
 	entries, err := os.ReadDir(p.dir)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil

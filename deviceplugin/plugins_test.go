@@ -38,7 +38,7 @@ func run(t testing.TB, dir string, offer ...deviceplugin.Spoke) (*deviceplugin.P
 func runWatched(t testing.TB, dir string, told func(error), offer ...deviceplugin.Spoke) (*deviceplugin.Plugins, func()) {
 	t.Helper()
 	plugins := deviceplugin.New(dir, slog.New(slog.NewTextHandler(&testLog{t: t}, nil)))
-	plugins.Watch(told)
+	plugins.OnRegistration(told)
 	plugins.Set(offer)
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error)

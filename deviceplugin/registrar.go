@@ -22,16 +22,16 @@ const (
 
 // registrar registers plugins with kubelet. Registrations at one time share a connection; none is kept at rest.
 type registrar struct {
-	told   func(error) // hears how each registration ended; nil: nobody does
-	socket string      // path of kubelet's registration socket
-	slots  chan struct{}
+	onRegistration func(error) // hears how each registration ended; nil: nobody does
+	socket         string      // path of kubelet's registration socket
+	slots          chan struct{}
 
-	mu   sync.Mutex
-	link *link // nil when nobody registers
+	mu     sync.Mutex
+	shared *sharedConn // nil when nobody registers
 }
 
-// link is a connection to kubelet and how many registrations use it.
-type link struct {
+// sharedConn is a connection to kubelet and how many registrations use it.
+type sharedConn struct {
 	conn  *grpc.ClientConn
 	users int
 }
@@ -57,8 +57,8 @@ func (r *registrar) register(ctx context.Context, request *pluginapi.RegisterReq
 	defer cancel()
 	_, err = pluginapi.NewRegistrationClient(l.conn).Register(ctx, request)
 	r.disconnect(l, err != nil)
-	if r.told != nil {
-		r.told(err)
+	if r.onRegistration != nil {
+		r.onRegistration(err)
 	}
 	if err != nil {
 		return fmt.Errorf("register %s with kubelet at %s: %w", request.GetResourceName(), r.socket, err)
@@ -66,8 +66,8 @@ func (r *registrar) register(ctx context.Context, request *pluginapi.RegisterReq
 	return nil
 }
 
-// listens is nil if a kubelet takes connections.
-func (r *registrar) listens() error {
+// dial is nil if a kubelet takes connections.
+func (r *registrar) dial() error {
 	conn, err := net.Dial("unix", r.socket)
 	if err != nil {
 		return fmt.Errorf("connect to kubelet: %w", err)
@@ -75,27 +75,27 @@ func (r *registrar) listens() error {
 	return conn.Close()
 }
 
-func (r *registrar) connect() (*link, error) {
+func (r *registrar) connect() (*sharedConn, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.link == nil {
+	if r.shared == nil {
 		conn, err := grpc.NewClient("unix:"+r.socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
 		if err != nil {
 			return nil, err
 		}
-		r.link = &link{conn: conn}
+		r.shared = &sharedConn{conn: conn}
 	}
-	r.link.users++
-	return r.link, nil
+	r.shared.users++
+	return r.shared, nil
 }
 
 // disconnect closes the connection with its last user. A failed one is not given to new users.
-func (r *registrar) disconnect(l *link, failed bool) {
+func (r *registrar) disconnect(l *sharedConn, failed bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	l.users--
-	if r.link == l && (failed || l.users == 0) {
-		r.link = nil
+	if r.shared == l && (failed || l.users == 0) {
+		r.shared = nil
 	}
 	if l.users == 0 {
 		_ = l.conn.Close() // it only fails when closed before

@@ -21,19 +21,21 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/cdi"
 )
 
-// endTimeout is how long an ended server waits for kubelet to close its connections.
-const endTimeout = 5 * time.Second
+// stopTimeout is how long an ended server waits for kubelet to close its connections.
+const stopTimeout = 5 * time.Second
 
-// offer is what is offered at the moment.
-type offer struct {
+// advertisement is what is offered at the moment.
+type advertisement struct {
 	mu      sync.Mutex
 	spoke   Spoke
 	changed chan struct{} // closed when the spoke changes
 }
 
-func newOffer(s Spoke) *offer { return &offer{spoke: s, changed: make(chan struct{})} }
+func newAdvertisement(s Spoke) *advertisement {
+	return &advertisement{spoke: s, changed: make(chan struct{})}
+}
 
-func (o *offer) set(s Spoke) {
+func (o *advertisement) set(s Spoke) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	if o.spoke == s {
@@ -44,7 +46,7 @@ func (o *offer) set(s Spoke) {
 	o.changed = make(chan struct{})
 }
 
-func (o *offer) get() (s Spoke, changed <-chan struct{}) {
+func (o *advertisement) get() (s Spoke, changed <-chan struct{}) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	return o.spoke, o.changed
@@ -53,17 +55,17 @@ func (o *offer) get() (s Spoke, changed <-chan struct{}) {
 // server is one gRPC server of an offer on one socket, from serve to end.
 type server struct {
 	pluginapi.UnimplementedDevicePluginServer
-	offer    *offer
-	grpc     *grpc.Server
-	listener *listener
-	socket   socketID
-	ending   chan struct{} // closed: streams end
-	served   chan struct{} // closed when no connection is accepted any more
-	hungUp   chan struct{} // one slot: the other side ended a ListAndWatch
+	advertised  *advertisement
+	grpc        *grpc.Server
+	listener    *listener
+	socket      socketID
+	stopping    chan struct{} // closed: streams end
+	stopped     chan struct{} // closed when no connection is accepted any more
+	streamEnded chan struct{} // one slot: the other side ended a ListAndWatch
 }
 
 // serve listens on path, in place of any socket an earlier server left there, and serves the offer.
-func serve(path string, o *offer) (*server, error) {
+func serve(path string, o *advertisement) (*server, error) {
 	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("remove old device plugin socket: %w", err)
 	}
@@ -76,12 +78,12 @@ func serve(path string, o *offer) (*server, error) {
 		return nil, errors.Join(fmt.Errorf("device plugin socket vanished while it was made: %w", err), l.Close())
 	}
 	s := &server{
-		offer:    o,
-		listener: &listener{Listener: l},
-		socket:   socket,
-		ending:   make(chan struct{}),
-		served:   make(chan struct{}),
-		hungUp:   make(chan struct{}, 1),
+		advertised:  o,
+		listener:    &listener{Listener: l},
+		socket:      socket,
+		stopping:    make(chan struct{}),
+		stopped:     make(chan struct{}),
+		streamEnded: make(chan struct{}, 1),
 		grpc: grpc.NewServer(
 			// A spoke's whole traffic is a few small messages: buffers of the default 32 KiB would be most of its memory.
 			grpc.ReadBufferSize(0),
@@ -92,26 +94,26 @@ func serve(path string, o *offer) (*server, error) {
 	}
 	pluginapi.RegisterDevicePluginServer(s.grpc, s)
 	go func() {
-		defer close(s.served)
+		defer close(s.stopped)
 		_ = s.grpc.Serve(s.listener) // it ends with an error when end closes the listener
 	}()
 	return s, nil
 }
 
-// end ends the streams, waits until kubelet has closed its connections, and stops the server. Only then may the
+// stop ends the streams, waits until kubelet has closed its connections, and stops the server. Only then may the
 // resource be registered again: kubelet looks a client up by resource name when a stream of it ends, so a new
 // client registered before that would be dropped (runClient in pkg/kubelet/cm/devicemanager/plugin/v1beta1/server.go, 1.36).
 // Kubelet closes the connection as the last step but one of forgetting the client.
-func (s *server) end() {
+func (s *server) stop() {
 	_ = s.listener.Close() // removes the socket, too; an error means that it is closed already
-	<-s.served
-	close(s.ending)
+	<-s.stopped
+	close(s.stopping)
 	closed := make(chan struct{})
 	go func() {
 		defer close(closed)
 		s.listener.open.Wait()
 	}()
-	timeout := time.NewTimer(endTimeout)
+	timeout := time.NewTimer(stopTimeout)
 	defer timeout.Stop()
 	select {
 	case <-closed:
@@ -129,7 +131,7 @@ func (s *server) GetDevicePluginOptions(context.Context, *pluginapi.Empty) (*plu
 // GetPreferredAllocation takes the ports of the lowest numbers: a pool that is made smaller then loses those first that
 // nobody has.
 func (s *server) GetPreferredAllocation(_ context.Context, request *pluginapi.PreferredAllocationRequest) (*pluginapi.PreferredAllocationResponse, error) {
-	offered, _ := s.offer.get()
+	offered, _ := s.advertised.get()
 	response := &pluginapi.PreferredAllocationResponse{}
 	for _, container := range request.GetContainerRequests() {
 		take := slices.Clone(container.GetMustIncludeDeviceIDs())
@@ -149,20 +151,20 @@ func (s *server) GetPreferredAllocation(_ context.Context, request *pluginapi.Pr
 func (s *server) ListAndWatch(_ *pluginapi.Empty, stream grpc.ServerStreamingServer[pluginapi.ListAndWatchResponse]) error {
 	var sent Spoke
 	for {
-		offered, changed := s.offer.get()
+		offered, changed := s.advertised.get()
 		if offered != sent {
-			if err := stream.Send(&pluginapi.ListAndWatchResponse{Devices: list(offered)}); err != nil {
+			if err := stream.Send(&pluginapi.ListAndWatchResponse{Devices: listDevices(offered)}); err != nil {
 				return err
 			}
 			sent = offered
 		}
 		select {
 		case <-changed:
-		case <-s.ending:
+		case <-s.stopping:
 			return nil
 		case <-stream.Context().Done():
 			select {
-			case s.hungUp <- struct{}{}:
+			case s.streamEnded <- struct{}{}:
 			default:
 			}
 			return nil
@@ -170,7 +172,7 @@ func (s *server) ListAndWatch(_ *pluginapi.Empty, stream grpc.ServerStreamingSer
 	}
 }
 
-func list(offered Spoke) []*pluginapi.Device {
+func listDevices(offered Spoke) []*pluginapi.Device {
 	health := pluginapi.Unhealthy
 	if offered.Healthy {
 		health = pluginapi.Healthy
@@ -186,7 +188,7 @@ func list(offered Spoke) []*pluginapi.Device {
 // nothing but a variable, is written when the pod is attached. It builds nothing and waits for nothing, because
 // kubelet calls it with its allocation lock held.
 func (s *server) Allocate(_ context.Context, request *pluginapi.AllocateRequest) (*pluginapi.AllocateResponse, error) {
-	offered, _ := s.offer.get()
+	offered, _ := s.advertised.get()
 	devices := offered.devices()
 	response := &pluginapi.AllocateResponse{}
 	for _, container := range request.GetContainerRequests() {

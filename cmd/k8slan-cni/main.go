@@ -16,15 +16,15 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/kernel"
 )
 
-// patience is how long one request may take. kubelet gives a sandbox with all its networks four minutes (twice
+// timeout is how long one request may take. kubelet gives a sandbox with all its networks four minutes (twice
 // --runtime-request-timeout) and then tries again.
-const patience = 60 * time.Second
+const timeout = 60 * time.Second
 
 // version is that of k8slan, set at build time.
 var version = "development"
 
 func main() {
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	ctx, cancel := context.WithTimeout(context.Background(), timeout)
 	defer cancel()
 	run := cmp.Or(os.Getenv("K8SLAN_RUN_DIR"), kernel.DefaultRun)
 	plugin := cni.New(kernel.New(kernel.Paths{Run: run}), cni.Host{

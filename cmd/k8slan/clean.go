@@ -21,8 +21,8 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
-// cleaning is the flags of k8slan clean.
-type cleaning struct {
+// cleanFlags is the flags of k8slan clean.
+type cleanFlags struct {
 	host       bool
 	run        string
 	cdi        string
@@ -32,7 +32,7 @@ type cleaning struct {
 }
 
 func cleanCommand() *cobra.Command {
-	var c cleaning
+	var c cleanFlags
 	cmd := &cobra.Command{
 		Use:   "clean",
 		Short: "Take all of k8slan off one node, and its pods off their LANs",
@@ -45,7 +45,7 @@ The daemon must not run on the node: it would build its LANs again. To repeat it
 		Args: noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if c.host {
-				return inHost(withoutHost(os.Args))
+				return execInHost(withoutHost(os.Args))
 			}
 			return c.clean(cmd.Context(), cmd.OutOrStdout())
 		},
@@ -60,10 +60,10 @@ The daemon must not run on the node: it would build its LANs again. To repeat it
 }
 
 // clean goes on where something fails, so that as little as possible stays, and says on out what it did.
-func (c cleaning) clean(ctx context.Context, out io.Writer) error {
+func (c cleanFlags) clean(ctx context.Context, out io.Writer) error {
 	errs := []error{
 		// Who would attach goes first.
-		removeOurs(c.cniDir),
+		removeMegalos(c.cniDir),
 		removeAll(c.cniDir, pluginName, "."+pluginName+"-new-*", "."+megalosName+"-new-*"),
 		removeAll(c.pluginsDir, deviceplugin.Sockets),
 	}
@@ -72,7 +72,7 @@ func (c cleaning) clean(ctx context.Context, out io.Writer) error {
 	lans, err := host.List()
 	errs = append(errs, err)
 	for _, lan := range lans {
-		done, err := takeDown(ctx, host, lan)
+		done, err := tearDown(ctx, host, lan)
 		if err != nil {
 			errs = append(errs, fmt.Errorf("take LAN %s off the node: %w", lan, err))
 			continue
@@ -94,11 +94,11 @@ func (c cleaning) clean(ctx context.Context, out io.Writer) error {
 	return err
 }
 
-// lockPatience is longer than a CNI plugin keeps the lock of a LAN, which ends after a minute.
-const lockPatience = 90 * time.Second
+// lockTimeout is longer than a CNI plugin keeps the lock of a LAN, which ends after a minute.
+const lockTimeout = 90 * time.Second
 
-func takeDown(ctx context.Context, host *kernel.Node, lan string) ([]segment.Op, error) {
-	ctx, cancel := context.WithTimeout(ctx, lockPatience)
+func tearDown(ctx context.Context, host *kernel.Node, lan string) ([]segment.Op, error) {
+	ctx, cancel := context.WithTimeout(ctx, lockTimeout)
 	defer cancel()
 	return host.Reconcile(ctx, lan, segment.Teardown)
 }
@@ -118,8 +118,8 @@ func removeAll(dir string, patterns ...string) error {
 	return errors.Join(errs...)
 }
 
-// inHost starts this program again, in its place, with the node's own mounts and network: those of process 1.
-func inHost(args []string) error {
+// execInHost starts this program again, in its place, with the node's own mounts and network: those of process 1.
+func execInHost(args []string) error {
 	program, err := os.Open("/proc/self/exe")
 	if err != nil {
 		return fmt.Errorf("open this program: %w", err)

@@ -56,7 +56,7 @@ func (f *controllerFlags) runController(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	stop := shutdown
+	stop := shutdownTimeout
 	mgr, err := ctrl.NewManager(config, ctrl.Options{
 		Scheme:                        controller.NewScheme(),
 		Cache:                         cache.Options{DefaultTransform: cache.TransformStripManagedFields()},

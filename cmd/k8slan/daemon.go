@@ -77,8 +77,8 @@ func (f *daemonFlags) handler(level slog.Leveler) (slog.Handler, error) {
 	return nil, usageError{fmt.Errorf("--log-format is json or text, not %q", f.logFormat)}
 }
 
-// shutdown is less than the time kubelet gives the pod to end: 10 s in the chart.
-const shutdown = 8 * time.Second
+// shutdownTimeout is less than the time kubelet gives the pod to end: 10 s in the chart.
+const shutdownTimeout = 8 * time.Second
 
 // start runs the manager until ctx ends. Then it waits for what is ours to end, but not for ever for the informers:
 // while the API server is away they notice late.

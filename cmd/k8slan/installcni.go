@@ -25,7 +25,7 @@ const megalosName = "megalos"
 func installPlugin(source, dir string, withMegalos bool) (installed bool, err error) {
 	megalos := filepath.Join(dir, megalosName)
 	if !withMegalos {
-		if err := removeOurs(dir); err != nil {
+		if err := removeMegalos(dir); err != nil {
 			return false, err
 		}
 		return installCNI(source, filepath.Join(dir, pluginName))
@@ -40,8 +40,8 @@ func installPlugin(source, dir string, withMegalos bool) (installed bool, err er
 	return installed, nil
 }
 
-// hasOurs says whether the program of the second name is the same as the plugin beside it.
-func hasOurs(dir string) (bool, error) {
+// ownsMegalos says whether the program of the second name is the same as the plugin beside it.
+func ownsMegalos(dir string) (bool, error) {
 	program, err := os.ReadFile(filepath.Join(dir, pluginName))
 	if errors.Is(err, fs.ErrNotExist) {
 		return false, nil
@@ -52,10 +52,10 @@ func hasOurs(dir string) (bool, error) {
 	return isInstalled(program, filepath.Join(dir, megalosName))
 }
 
-// detaching says whether a program of the second name that is ours has to stay for pods that were attached by it: a runtime that finds no plugin
+// megalosInUse says whether a program of the second name that is ours has to stay for pods that were attached by it: a runtime that finds no plugin
 // to detach a pod never gets rid of it.
-func detaching(ctx context.Context, host *kernel.Node, dir string) (bool, error) {
-	ours, err := hasOurs(dir)
+func megalosInUse(ctx context.Context, host *kernel.Node, dir string) (bool, error) {
+	ours, err := ownsMegalos(dir)
 	if err != nil || !ours {
 		return false, err
 	}
@@ -75,10 +75,10 @@ func detaching(ctx context.Context, host *kernel.Node, dir string) (bool, error)
 	return false, nil
 }
 
-// removeOurs removes the program of the second name if it is ours.
-func removeOurs(dir string) error {
+// removeMegalos removes the program of the second name if it is ours.
+func removeMegalos(dir string) error {
 	megalos := filepath.Join(dir, megalosName)
-	if ours, err := hasOurs(dir); err != nil || !ours {
+	if ours, err := ownsMegalos(dir); err != nil || !ours {
 		return err
 	}
 	if err := os.Remove(megalos); err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -140,7 +140,7 @@ func replace(target string, program []byte) (err error) {
 	if err != nil {
 		return err
 	}
-	if err := fill(file, program); err != nil {
+	if err := writeAndClose(file, program); err != nil {
 		return errors.Join(err, os.Remove(file.Name()))
 	}
 	if err := os.Rename(file.Name(), target); err != nil {
@@ -149,8 +149,8 @@ func replace(target string, program []byte) (err error) {
 	return syncDir(dir)
 }
 
-// fill writes the program to disk and closes the file.
-func fill(file *os.File, program []byte) error {
+// writeAndClose writes the program to disk and closes the file.
+func writeAndClose(file *os.File, program []byte) error {
 	_, err := file.Write(program)
 	return errors.Join(err, file.Chmod(0o755), file.Sync(), file.Close())
 }

@@ -120,10 +120,10 @@ func (f *nodeFlags) runNode(ctx context.Context) error {
 	defer host.Close()
 	// Before spokes are offered; not by an init container, because kubelet refuses them until the daemon is back.
 	if f.cniDir != "" {
-		if err := cni.OfferVNIs(f.run, f.megalos); err != nil {
+		if err := cni.EnableMegalos(f.run, f.megalos); err != nil {
 			return err
 		}
-		stays, err := detaching(ctx, host, f.cniDir)
+		stays, err := megalosInUse(ctx, host, f.cniDir)
 		if err != nil {
 			return err
 		}
@@ -157,7 +157,7 @@ func (f *nodeFlags) runNode(ctx context.Context) error {
 	}
 	m := metrics.New(sources)
 	lans.OnObserve, collector.Collected = m.Observed, m.Collected
-	plugins.Watch(m.Registration)
+	plugins.OnRegistration(m.Registration)
 	if err := register(m); err != nil {
 		return err
 	}
@@ -173,7 +173,7 @@ func (f *nodeFlags) runNode(ctx context.Context) error {
 		Manager:   lans,
 		Firewall:  filter,
 		Advertise: func(spokes []agent.Spoke) {
-			plugins.Set(offered(spokes))
+			plugins.Set(toDevicePlugin(spokes))
 			m.Advertised(spokes)
 		},
 		OnPublish: m.Published,
@@ -225,10 +225,10 @@ func (f *nodeFlags) manager() (ctrl.Manager, error) {
 		return nil, fmt.Errorf("register the API's kinds: %w", err)
 	}
 	own := cache.ByObject{Field: fields.OneTermEqualSelector("metadata.name", f.node)}
-	stop := shutdown
+	stop := shutdownTimeout
 	mgr, err := ctrl.NewManager(config, ctrl.Options{
 		Scheme:         scheme,
-		MapperProvider: func(*rest.Config, *http.Client) (meta.RESTMapper, error) { return nodeKinds(), nil },
+		MapperProvider: func(*rest.Config, *http.Client) (meta.RESTMapper, error) { return restMapper(), nil },
 		Cache: cache.Options{
 			DefaultTransform: cache.TransformStripManagedFields(),
 			ByObject: map[client.Object]cache.ByObject{
@@ -262,9 +262,9 @@ func (f *nodeFlags) peers(mgr ctrl.Manager) (cache.Cache, error) {
 	return peers, nil
 }
 
-// nodeKinds are the kinds that the daemon deals with. It need not ask the API server for them, and so comes up
+// restMapper are the kinds that the daemon deals with. It need not ask the API server for them, and so comes up
 // while that is away, as it may be after a power loss.
-func nodeKinds() meta.RESTMapper {
+func restMapper() meta.RESTMapper {
 	mapper := meta.NewDefaultRESTMapper([]schema.GroupVersion{corev1.SchemeGroupVersion, discoveryv1.SchemeGroupVersion, v1beta1.GroupVersion})
 	mapper.Add(corev1.SchemeGroupVersion.WithKind("Node"), meta.RESTScopeRoot)
 	mapper.Add(v1beta1.GroupVersion.WithKind("LANNode"), meta.RESTScopeRoot)
@@ -275,7 +275,7 @@ func nodeKinds() meta.RESTMapper {
 	return mapper
 }
 
-func offered(spokes []agent.Spoke) []deviceplugin.Spoke {
+func toDevicePlugin(spokes []agent.Spoke) []deviceplugin.Spoke {
 	offers := make([]deviceplugin.Spoke, len(spokes))
 	for i, s := range spokes {
 		offers[i] = deviceplugin.Spoke(s)

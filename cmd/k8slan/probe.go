@@ -25,7 +25,7 @@ func probeCommand() *cobra.Command {
 		Short: "Send frames through a LAN and count what comes back: what helm test runs",
 		Args:  noArguments,
 	}
-	cmd.AddCommand(answerCommand(), askCommand(), stationCommand())
+	cmd.AddCommand(answerCommand(), askCommand(), endpointCommand())
 	return cmd
 }
 
@@ -85,7 +85,7 @@ func ask(ctx context.Context, out io.Writer, port *lantest.Port, count int) erro
 	if err != nil {
 		return err
 	}
-	course, err := port.Kinds(ctx, peer)
+	course, err := port.ProbeKinds(ctx, peer)
 	if err != nil {
 		return fmt.Errorf("send every kind of frame to node %s: %w", peer.Owner, err)
 	}
@@ -106,8 +106,8 @@ func ask(ctx context.Context, out io.Writer, port *lantest.Port, count int) erro
 	return err
 }
 
-// stationCommand is what kubectl k8slan probe runs in the daemon's pod.
-func stationCommand() *cobra.Command {
+// endpointCommand is what kubectl k8slan probe runs in the daemon's pod.
+func endpointCommand() *cobra.Command {
 	var ns, spoke, run string
 	cmd := &cobra.Command{
 		Use:    "station",

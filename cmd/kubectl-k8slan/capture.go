@@ -17,8 +17,8 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
-// spokePlace is where a spoke is.
-type spokePlace struct{ lan, ns, node, spoke, pod string }
+// location is where a spoke is.
+type location struct{ lan, ns, node, spoke, pod string }
 
 func captureCommand(f *clusterFlags) *cobra.Command {
 	var file, node, system string
@@ -54,7 +54,7 @@ root on the nodes.`,
 			if err != nil {
 				return err
 			}
-			to, err := create(file, cmd.OutOrStdout())
+			to, err := openOutput(file, cmd.OutOrStdout())
 			if err != nil {
 				return err
 			}
@@ -77,40 +77,40 @@ func addSystem(cmd *cobra.Command, system *string) {
 	cmd.Flags().StringVar(system, "system-namespace", "k8slan-system", "`namespace` that k8slan is installed in")
 }
 
-// create opens the file to write to.
-func create(file string, stdout io.Writer) (io.WriteCloser, error) {
+// openOutput opens the file to write to.
+func openOutput(file string, stdout io.Writer) (io.WriteCloser, error) {
 	if file != "-" {
 		return os.Create(file)
 	}
 	if f, ok := stdout.(*os.File); ok && term.IsTerminal(int(f.Fd())) {
 		return nil, errors.New("a capture is nothing to read on a terminal: give -w file, or pipe it: | tcpdump -nr -")
 	}
-	return open{stdout}, nil
+	return unclosable{stdout}, nil
 }
 
-// open is a writer that somebody else closes.
-type open struct{ io.Writer }
+// unclosable is a writer that somebody else closes.
+type unclosable struct{ io.Writer }
 
-func (open) Close() error { return nil }
+func (unclosable) Close() error { return nil }
 
 // find finds where a spoke is attached, or, with a node, where it is offered there.
-func (c cluster) find(ctx context.Context, spoke, node string) (spokePlace, error) {
+func (c cluster) find(ctx context.Context, spoke, node string) (location, error) {
 	var nodes v1beta1.LANNodeList
 	if err := c.client.List(ctx, &nodes); err != nil {
-		return spokePlace{}, fmt.Errorf("list lannodes, to find the spoke's node: %w", err)
+		return location{}, fmt.Errorf("list lannodes, to find the spoke's node: %w", err)
 	}
 	var lans v1beta1.LANList
 	if err := c.client.List(ctx, &lans); err != nil {
-		return spokePlace{}, fmt.Errorf("list LANs, to find the spoke's: %w", err)
+		return location{}, fmt.Errorf("list LANs, to find the spoke's: %w", err)
 	}
 	return locate(nodes.Items, lans.Items, spoke, node)
 }
 
-func locate(nodes []v1beta1.LANNode, lans []v1beta1.LAN, spoke, node string) (spokePlace, error) {
-	places := attachedAt(nodes, spoke, node)
+func locate(nodes []v1beta1.LANNode, lans []v1beta1.LAN, spoke, node string) (location, error) {
+	places := attachedLocations(nodes, spoke, node)
 	switch len(places) {
 	case 0:
-		return freeAt(lans, spoke, node)
+		return freeLocation(lans, spoke, node)
 	case 1:
 		return places[0], nil
 	}
@@ -118,11 +118,11 @@ func locate(nodes []v1beta1.LANNode, lans []v1beta1.LAN, spoke, node string) (sp
 	for _, p := range places {
 		words = append(words, fmt.Sprintf("%s on %s (%s)", p.pod, p.node, p.spoke))
 	}
-	return spokePlace{}, fmt.Errorf("spoke %s is attached more than once: %s; say which with --node, or give the port of a pool", spoke, strings.Join(words, ", "))
+	return location{}, fmt.Errorf("spoke %s is attached more than once: %s; say which with --node, or give the port of a pool", spoke, strings.Join(words, ", "))
 }
 
-// freeAt is the place of a spoke that nobody is attached to.
-func freeAt(lans []v1beta1.LAN, spoke, node string) (spokePlace, error) {
+// freeLocation is the place of a spoke that nobody is attached to.
+func freeLocation(lans []v1beta1.LAN, spoke, node string) (location, error) {
 	name := spoke
 	pool, number, isPort := segment.PoolOf(spoke)
 	if isPort {
@@ -136,26 +136,26 @@ func freeAt(lans []v1beta1.LAN, spoke, node string) (spokePlace, error) {
 		p, isPool := l.Spec.Pool(name)
 		switch {
 		case isPort && number >= int(p.Size):
-			return spokePlace{}, fmt.Errorf("pool %s of LAN %s has %d ports on each node, %s to %s, and nobody is attached to %s",
+			return location{}, fmt.Errorf("pool %s of LAN %s has %d ports on each node, %s to %s, and nobody is attached to %s",
 				pool, lan, p.Size, segment.Port(pool, 0), segment.Port(pool, int(p.Size)-1), spoke)
 		case isPool && !isPort:
-			return spokePlace{}, fmt.Errorf("nobody is attached to pool %s of LAN %s there; to capture at a free port, give its name, such as %s, and --node",
+			return location{}, fmt.Errorf("nobody is attached to pool %s of LAN %s there; to capture at a free port, give its name, such as %s, and --node",
 				spoke, lan, segment.Port(spoke, 0))
 		case node == "":
-			return spokePlace{}, fmt.Errorf("spoke %s of LAN %s is attached nowhere now; give --node to capture at its port on a node", spoke, lan)
+			return location{}, fmt.Errorf("spoke %s of LAN %s is attached nowhere now; give --node to capture at its port on a node", spoke, lan)
 		}
-		return spokePlace{lan: lan, ns: l.Status.Holds.NS, node: node, spoke: spoke}, nil
+		return location{lan: lan, ns: l.Status.Holds.NS, node: node, spoke: spoke}, nil
 	}
-	return spokePlace{}, fmt.Errorf("no LAN has a spoke %s; kubectl k8slan status -A lists them", spoke)
+	return location{}, fmt.Errorf("no LAN has a spoke %s; kubectl k8slan status -A lists them", spoke)
 }
 
-// attachedAt are the places where a spoke, or a port of the pool of that name, is attached: on one node, or any.
-func attachedAt(nodes []v1beta1.LANNode, spoke, node string) (places []spokePlace) {
+// attachedLocations are the places where a spoke, or a port of the pool of that name, is attached: on one node, or any.
+func attachedLocations(nodes []v1beta1.LANNode, spoke, node string) (places []location) {
 	for _, n := range nodes {
 		for _, s := range n.Status.Segments {
 			for _, a := range s.Attachments {
 				if (a.Spoke == spoke || a.Pool == spoke) && (node == "" || node == n.Name) {
-					places = append(places, spokePlace{lan: s.LAN, ns: s.NS, node: n.Name, spoke: a.Spoke, pod: a.Pod})
+					places = append(places, location{lan: s.LAN, ns: s.NS, node: n.Name, spoke: a.Spoke, pod: a.Pod})
 				}
 			}
 		}

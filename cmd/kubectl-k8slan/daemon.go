@@ -15,8 +15,8 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 )
 
-// hangUp is how long a program in a pod may take to end after its standard input has.
-const hangUp = 5 * time.Second
+// endTimeout is how long a program in a pod may take to end after its standard input has.
+const endTimeout = 5 * time.Second
 
 // daemons are the daemon's pods that run.
 type daemons struct {
@@ -31,7 +31,7 @@ func (c cluster) daemons(ctx context.Context, system string) (daemons, error) {
 	err := c.client.List(ctx, &pods, client.InNamespace(system),
 		client.MatchingLabels{"app.kubernetes.io/name": "k8slan", "app.kubernetes.io/component": "node"})
 	if err != nil {
-		return all, all.tell(fmt.Errorf("list the daemon's pods in namespace %s: %w", system, err))
+		return all, all.explainForbidden(fmt.Errorf("list the daemon's pods in namespace %s: %w", system, err))
 	}
 	for _, p := range pods.Items {
 		if p.Status.Phase == corev1.PodRunning && p.DeletionTimestamp.IsZero() {
@@ -41,32 +41,32 @@ func (c cluster) daemons(ctx context.Context, system string) (daemons, error) {
 	return all, nil
 }
 
-// onNode is the daemon's pod on a node, where programs can look at LANs.
-type onNode struct {
+// daemonPod is the daemon's pod on a node, where programs can look at LANs.
+type daemonPod struct {
 	daemons
 	node, pod string
 }
 
-func (d daemons) on(node string) (onNode, error) {
+func (d daemons) on(node string) (daemonPod, error) {
 	pod, ok := d.pods[node]
 	if !ok {
-		return onNode{}, fmt.Errorf("k8slan has no pod that runs on node %s in namespace %s; give --system-namespace if it is installed elsewhere, or see kubectl get pods -n %[2]s -o wide",
+		return daemonPod{}, fmt.Errorf("k8slan has no pod that runs on node %s in namespace %s; give --system-namespace if it is installed elsewhere, or see kubectl get pods -n %[2]s -o wide",
 			node, d.system)
 	}
-	return onNode{daemons: d, node: node, pod: pod}, nil
+	return daemonPod{daemons: d, node: node, pod: pod}, nil
 }
 
 // daemonOn finds the pod.
-func (c cluster) daemonOn(ctx context.Context, node, system string) (onNode, error) {
+func (c cluster) daemonOn(ctx context.Context, node, system string) (daemonPod, error) {
 	all, err := c.daemons(ctx, system)
 	if err != nil {
-		return onNode{}, err
+		return daemonPod{}, err
 	}
 	return all.on(node)
 }
 
-// tell adds to an error for want of rights what is needed.
-func (d daemons) tell(err error) error {
+// explainForbidden adds to an error for want of rights what is needed.
+func (d daemons) explainForbidden(err error) error {
 	if !apierrors.IsForbidden(err) {
 		return err
 	}
@@ -76,7 +76,7 @@ func (d daemons) tell(err error) error {
 
 // run runs a program of k8slan's image until it ends or, some seconds after its standard input has ended with ctx, is given up.
 // It ends by itself where this program is killed, because its standard input ends then, too.
-func (d onNode) run(ctx context.Context, stdin io.Reader, stdout, stderr io.Writer, args ...string) error {
+func (d daemonPod) run(ctx context.Context, stdin io.Reader, stdout, stderr io.Writer, args ...string) error {
 	core, err := kubernetes.NewForConfig(d.config)
 	if err != nil {
 		return fmt.Errorf("make a client: %w", err)
@@ -110,9 +110,9 @@ func (d onNode) run(ctx context.Context, stdin io.Reader, stdout, stderr io.Writ
 	defer context.AfterFunc(ctx, func() { inputEnd.Close() })()
 	late, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	defer cancel()
-	defer context.AfterFunc(ctx, func() { time.AfterFunc(hangUp, cancel) })()
+	defer context.AfterFunc(ctx, func() { time.AfterFunc(endTimeout, cancel) })()
 	if err := executor.StreamWithContext(late, remotecommand.StreamOptions{Stdin: input, Stdout: stdout, Stderr: stderr}); err != nil {
-		return d.tell(fmt.Errorf("run k8slan %s in pod %s/%s on node %s: %w", args[0], d.system, d.pod, d.node, err))
+		return d.explainForbidden(fmt.Errorf("run k8slan %s in pod %s/%s on node %s: %w", args[0], d.system, d.pod, d.node, err))
 	}
 	return nil
 }

@@ -23,8 +23,8 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
-// askedAtOnce is how many nodes are asked at the same time.
-const askedAtOnce = 16
+// maxQueries is how many nodes are asked at the same time.
+const maxQueries = 16
 
 func macsCommand(f *clusterFlags) *cobra.Command {
 	var system string
@@ -117,14 +117,14 @@ func (d daemons) tables(ctx context.Context, nodes []v1beta1.LANNode, lan *v1bet
 	var tables []overview.Table
 	var errs []error
 	var tasks errgroup.Group
-	tasks.SetLimit(askedAtOnce)
+	tasks.SetLimit(maxQueries)
 	for _, n := range nodes {
 		for _, s := range n.Status.Segments {
 			if !overview.IsOf(lan, s) || len(s.Attachments) == 0 {
 				continue
 			}
 			tasks.Go(func() error {
-				places, err := d.places(ctx, n.Name, s.NS)
+				places, err := d.macTable(ctx, n.Name, s.NS)
 				mu.Lock()
 				defer mu.Unlock()
 				if err != nil {
@@ -140,8 +140,8 @@ func (d daemons) tables(ctx context.Context, nodes []v1beta1.LANNode, lan *v1bet
 	return tables, errors.Join(errs...)
 }
 
-// places asks one node.
-func (d daemons) places(ctx context.Context, node, ns string) ([]overview.MACEntry, error) {
+// macTable asks one node.
+func (d daemons) macTable(ctx context.Context, node, ns string) ([]overview.MACEntry, error) {
 	pod, err := d.on(node)
 	if err != nil {
 		return nil, err
@@ -153,10 +153,10 @@ func (d daemons) places(ctx context.Context, node, ns string) ([]overview.MACEnt
 		}
 		return nil, err
 	}
-	return readPlaces(node, stdout.Bytes())
+	return readMACTable(node, stdout.Bytes())
 }
 
-func readPlaces(node string, answer []byte) ([]overview.MACEntry, error) {
+func readMACTable(node string, answer []byte) ([]overview.MACEntry, error) {
 	var have []segment.MACEntry
 	if err := json.Unmarshal(answer, &have); err != nil {
 		return nil, fmt.Errorf("read what node %s answers: %w", node, err)

@@ -27,10 +27,10 @@ func TestWhatANodeAnswersIsRead(t *testing.T) {
 		{MAC: "02:00:00:00:00:01", Spoke: "srl", LastSeen: 3 * time.Second},
 		{MAC: "02:00:00:00:00:02", VTEP: "2001:db8::2"},
 	}
-	if have, err := readPlaces("worker1", answer); err != nil || !slices.Equal(have, want) {
+	if have, err := readMACTable("worker1", answer); err != nil || !slices.Equal(have, want) {
 		t.Errorf("read %+v, %v; want %+v", have, err, want)
 	}
-	if _, err := readPlaces("worker1", []byte("unknown command")); err == nil || !strings.Contains(err.Error(), "worker1") {
+	if _, err := readMACTable("worker1", []byte("unknown command")); err == nil || !strings.Contains(err.Error(), "worker1") {
 		t.Errorf("of what is no answer the error is %v", err)
 	}
 }

@@ -80,7 +80,7 @@ Exit code: 0 when everything passes, 1 when something is lost, 2 when that could
 
 // end is one end of a probe.
 type end struct {
-	spokePlace
+	location
 	spoke string
 }
 
@@ -93,21 +93,21 @@ func (c cluster) pairs(ctx context.Context, args []string, lan string) ([][2]end
 	all := ends(nodes.Items)
 	if len(args) == 1 {
 		name := qualified(c.namespace, args[0])
-		pairs, err := star(all, name)
+		pairs, err := pairsAcrossNodes(all, name)
 		if err != nil {
-			err = cmp.Or(c.absent(ctx, name), err)
+			err = cmp.Or(c.checkExists(ctx, name), err)
 		}
 		return pairs, err
 	}
 	if lan != "" {
 		lan = qualified(c.namespace, lan)
 	}
-	pair, err := between(all, c.namespace, args[0], args[1], lan)
+	pair, err := findPair(all, c.namespace, args[0], args[1], lan)
 	return [][2]end{pair}, err
 }
 
-// absent says that there is no LAN of that name, or that it cannot be found out; nil where there is one.
-func (c cluster) absent(ctx context.Context, lan string) error {
+// checkExists says that there is no LAN of that name, or that it cannot be found out; nil where there is one.
+func (c cluster) checkExists(ctx context.Context, lan string) error {
 	namespace, name, _ := strings.Cut(lan, "/")
 	err := c.client.Get(ctx, client.ObjectKey{Namespace: namespace, Name: name}, &v1beta1.LAN{})
 	switch {
@@ -135,7 +135,7 @@ func ends(nodes []v1beta1.LANNode) (all []end) {
 	for _, n := range nodes {
 		for _, s := range n.Status.Segments {
 			for _, a := range s.Attachments {
-				all = append(all, end{spokePlace{lan: s.LAN, ns: s.NS, node: n.Name, pod: a.Pod}, a.Spoke})
+				all = append(all, end{location{lan: s.LAN, ns: s.NS, node: n.Name, pod: a.Pod}, a.Spoke})
 			}
 		}
 	}
@@ -143,8 +143,8 @@ func ends(nodes []v1beta1.LANNode) (all []end) {
 	return all
 }
 
-// star are pairs of the LAN's first end with one on each other node; where there is no other node, with the next on the same.
-func star(all []end, lan string) ([][2]end, error) {
+// pairsAcrossNodes are pairs of the LAN's first end with one on each other node; where there is no other node, with the next on the same.
+func pairsAcrossNodes(all []end, lan string) ([][2]end, error) {
 	all = slices.DeleteFunc(slices.Clone(all), func(e end) bool { return e.lan != lan })
 	switch len(all) {
 	case 0:
@@ -165,17 +165,17 @@ func star(all []end, lan string) ([][2]end, error) {
 	return pairs, nil
 }
 
-// is says whether the end is called so: by its pod's name, or by its spoke's, which only ports of a pool on several nodes share.
-func (e end) is(namespace, name string) bool {
+// isNamed says whether the end is called so: by its pod's name, or by its spoke's, which only ports of a pool on several nodes share.
+func (e end) isNamed(namespace, name string) bool {
 	return e.pod == qualified(namespace, name) || e.spoke == name
 }
 
-// between are the ends of two pods or spokes on the one LAN that they are both on.
-func between(all []end, namespace, one, two, lan string) (pair [2]end, err error) {
+// findPair are the ends of two pods or spokes on the one LAN that they are both on.
+func findPair(all []end, namespace, one, two, lan string) (pair [2]end, err error) {
 	var found [][2]end
 	for _, a := range all {
 		for _, b := range all {
-			if a.is(namespace, one) && b.is(namespace, two) && a != b && a.lan == b.lan && (lan == "" || a.lan == lan) {
+			if a.isNamed(namespace, one) && b.isNamed(namespace, two) && a != b && a.lan == b.lan && (lan == "" || a.lan == lan) {
 				found = append(found, [2]end{a, b})
 			}
 		}
@@ -191,7 +191,7 @@ func between(all []end, namespace, one, two, lan string) (pair [2]end, err error
 		return pair, fmt.Errorf("%s and %s meet more than once: %s; say which by pods or spokes or with --lan, or probe the LAN", one, two, strings.Join(words, ", "))
 	}
 	for _, name := range []string{one, two} {
-		if !slices.ContainsFunc(all, func(e end) bool { return e.is(namespace, name) }) {
+		if !slices.ContainsFunc(all, func(e end) bool { return e.isNamed(namespace, name) }) {
 			return pair, fmt.Errorf("%s is no pod in namespace %s that is attached to a LAN, and no spoke that is; see kubectl k8slan status", name, namespace)
 		}
 	}
@@ -211,7 +211,7 @@ func (c cluster) probe(ctx context.Context, out io.Writer, pair [2]end, system s
 			return false, err
 		}
 		var hangUp func()
-		stations[i], hangUp = d.station(ctx, e)
+		stations[i], hangUp = d.startEndpoint(ctx, e)
 		defer hangUp()
 	}
 	there, back, err := probe.Run(ctx, stations[0], stations[1])
@@ -232,8 +232,8 @@ func (c cluster) probe(ctx context.Context, out io.Writer, pair [2]end, system s
 	return well, nil
 }
 
-// station starts a probe's station on a node.
-func (d onNode) station(ctx context.Context, e end) (s probe.Endpoint, end func()) {
+// startEndpoint starts a probe's station on a node.
+func (d daemonPod) startEndpoint(ctx context.Context, e end) (s probe.Endpoint, end func()) {
 	ctx, cancel := context.WithCancel(ctx)
 	orders, order := io.Pipe()
 	says, say := io.Pipe()

@@ -6,7 +6,7 @@ import (
 )
 
 func at(lan, node, pod, spoke string) end {
-	return end{spokePlace{lan: lan, ns: lan, node: node, pod: pod}, spoke}
+	return end{location{lan: lan, ns: lan, node: node, pod: pod}, spoke}
 }
 
 func TestALANIsProbedFromOneNodeToEachOther(t *testing.T) {
@@ -17,7 +17,7 @@ func TestALANIsProbedFromOneNodeToEachOther(t *testing.T) {
 		at("default/near", "n1", "default/a", "p"), at("default/near", "n1", "default/b", "q"),
 	}
 	for lan, want := range map[string]string{"default/lab": "a-c a-e", "default/near": "p-q", "default/single": "only pod default/a is attached to LAN default/single", "default/none": "no pod is attached to LAN default/none"} {
-		pairs, err := star(all, lan)
+		pairs, err := pairsAcrossNodes(all, lan)
 		var got []string
 		for _, p := range pairs {
 			got = append(got, p[0].spoke+"-"+p[1].spoke)
@@ -48,7 +48,7 @@ func TestTwoPodsAreProbedOnTheLANThatTheyShare(t *testing.T) {
 		{"a", "other/b", "", "other/b is no pod in namespace default"},
 		{"a", "nobody", "", "nobody is no pod in namespace default that is attached to a LAN, and no spoke that is"},
 	} {
-		pair, err := between(all, "default", c.one, c.two, c.lan)
+		pair, err := findPair(all, "default", c.one, c.two, c.lan)
 		said := pair[0].spoke + " " + pair[1].spoke
 		if err != nil {
 			said = err.Error()

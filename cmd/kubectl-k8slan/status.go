@@ -18,8 +18,8 @@ import (
 	"github.com/k8slan/k8slan/crd/v1beta1"
 )
 
-// few is up to how many LANs are shown in full where none is named; of more, those that are Ready have one line.
-const few = 5
+// fullLimit is up to how many LANs are shown in full where none is named; of more, those that are Ready have one line.
+const fullLimit = 5
 
 func statusCommand(f *clusterFlags) *cobra.Command {
 	var everywhere bool
@@ -31,7 +31,7 @@ func statusCommand(f *clusterFlags) *cobra.Command {
 Without names it shows all LANs of the namespace, and those without a LAN object that pods of the namespace made by naming a VNI, called
 megalos:<vni>; of more than %d, those that are Ready have one line.
 
-Exit code: 0 when every LAN shown is Ready, 1 when one is not or is not there, 2 when that could not be found out.`, few),
+Exit code: 0 when every LAN shown is Ready, 1 when one is not or is not there, 2 when that could not be found out.`, fullLimit),
 		Example: `  kubectl k8slan status -A
   kubectl k8slan status lab`,
 		RunE: func(cmd *cobra.Command, names []string) error {
@@ -58,7 +58,7 @@ func (c cluster) status(ctx context.Context, out io.Writer, names []string) erro
 	lans, missing := named(facts.LANs, names)
 	facts.LANs = lans
 	s := screenOf(out)
-	s.Brief = len(names) == 0 && len(lans) > few
+	s.Brief = len(names) == 0 && len(lans) > fullLimit
 	fmt.Fprint(out, s.Draw(facts))
 	where := "in namespace " + c.namespace
 	if c.namespace == "" {

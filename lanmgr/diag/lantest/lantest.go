@@ -21,20 +21,20 @@ import (
 const (
 	etherType = 0x88b5 // IEEE 802, for local experiments
 	header    = 14
-	shortest  = 60 // of an Ethernet frame, without its checksum
+	minFrame  = 60 // of an Ethernet frame, without its checksum
 
-	kindHello  = 1 // to everyone: who is there?
-	kindAsk    = 2
-	kindAnswer = 3
-	kindHeard  = 4 // a frame of that number arrived, of the kinds that package path sends
-	kindOther  = 0 // is that frame itself
+	kindHello     = 1 // to everyone: who is there?
+	kindAsk       = 2
+	kindAnswer    = 3
+	kindArrived   = 4 // a frame of that number arrived, of the kinds that package path sends
+	kindTestFrame = 0 // is that frame itself
 
-	// helloEvery is the pause between two questions who is there, while nobody answers.
-	helloEvery = 200 * time.Millisecond
-	// patience is how long an answer may take before its frame counts as lost.
-	patience = time.Second
-	// enough is how many frames are lost before no more are sent.
-	enough = 10
+	// helloInterval is the pause between two questions who is there, while nobody answers.
+	helloInterval = 200 * time.Millisecond
+	// answerTimeout is how long an answer may take before its frame counts as lost.
+	answerTimeout = time.Second
+	// maxLost is how many frames are lost before no more are sent.
+	maxLost = 10
 )
 
 var magic = []byte("k8slan probe")
@@ -83,7 +83,7 @@ func (p *Port) send(to net.HardwareAddr, m message, size int) error {
 	frame = append(frame, magic...)
 	frame = append(frame, m.kind)
 	frame = binary.BigEndian.AppendUint32(frame, m.number)
-	owner := p.Owner[:min(len(p.Owner), shortest-len(frame)-1)]
+	owner := p.Owner[:min(len(p.Owner), minFrame-len(frame)-1)]
 	frame = append(append(frame, byte(len(owner))), owner...)
 	frame = append(frame, make([]byte, max(0, size-len(frame)))...)
 	return p.Wire.Send(frame)
@@ -100,7 +100,7 @@ func (p *Port) receive(ctx context.Context) (message, int, error) {
 			continue
 		}
 		if id, ok := probe.Recognize(f.Bytes); ok {
-			return message{kind: kindOther, number: id}, len(f.Bytes), nil
+			return message{kind: kindTestFrame, number: id}, len(f.Bytes), nil
 		}
 		if m, ok := parse(f.Bytes); ok {
 			return m, len(f.Bytes), nil
@@ -109,7 +109,7 @@ func (p *Port) receive(ctx context.Context) (message, int, error) {
 }
 
 func parse(frame []byte) (message, bool) {
-	if len(frame) < shortest || binary.BigEndian.Uint16(frame[12:]) != etherType || !bytes.HasPrefix(frame[header:], magic) {
+	if len(frame) < minFrame || binary.BigEndian.Uint16(frame[12:]) != etherType || !bytes.HasPrefix(frame[header:], magic) {
 		return message{}, false
 	}
 	m := message{from: net.HardwareAddr(bytes.Clone(frame[6:12]))}
@@ -131,8 +131,8 @@ func (p *Port) Answer(ctx context.Context) error {
 		m, size, err := p.receive(ctx)
 		switch {
 		case err != nil:
-		case m.kind == kindOther && asker != nil:
-			err = p.send(asker, message{kind: kindHeard, number: m.number}, shortest)
+		case m.kind == kindTestFrame && asker != nil:
+			err = p.send(asker, message{kind: kindArrived, number: m.number}, minFrame)
 		case m.kind == kindHello, m.kind == kindAsk:
 			asker = m.from
 			err = p.send(m.from, message{kind: kindAnswer, number: m.number}, size)
@@ -160,15 +160,15 @@ type Result struct {
 
 // Count sends count frames, one after the other, and counts the answers. Of a peer that loses many it sends fewer.
 func (p *Port) Count(ctx context.Context, peer Peer, count int) (Result, error) {
-	r := Result{Short: shortest, Long: p.MTU + header}
+	r := Result{Short: minFrame, Long: p.MTU + header}
 	var total time.Duration
-	for r.Sent < count && r.Lost < enough {
+	for r.Sent < count && r.Lost < maxLost {
 		size := r.Short
 		if r.Sent%2 == 1 {
 			size = r.Long
 		}
 		begin := time.Now()
-		answered, err := p.exchange(ctx, peer.MAC, uint32(r.Sent+1), size)
+		answered, err := p.ask(ctx, peer.MAC, uint32(r.Sent+1), size)
 		if err == nil {
 			err = ctx.Err()
 		}
@@ -193,10 +193,10 @@ func (p *Port) Count(ctx context.Context, peer Peer, count int) (Result, error) 
 func (p *Port) Find(ctx context.Context) (Peer, error) {
 	everyone := net.HardwareAddr{0xff, 0xff, 0xff, 0xff, 0xff, 0xff}
 	for ctx.Err() == nil {
-		if err := p.send(everyone, message{kind: kindHello}, shortest); err != nil {
+		if err := p.send(everyone, message{kind: kindHello}, minFrame); err != nil {
 			return Peer{}, err
 		}
-		m, err := p.answer(ctx, helloEvery, 0)
+		m, err := p.awaitAnswer(ctx, helloInterval, 0)
 		if err == nil || !errors.Is(err, context.DeadlineExceeded) {
 			return Peer{m.owner, m.from}, err
 		}
@@ -205,11 +205,11 @@ func (p *Port) Find(ctx context.Context) (Peer, error) {
 		"see kubectl get lans,lannodes, whether the underlay carries multicast, and kubectl k8slan probe between two pods on a LAN of these nodes")
 }
 
-func (p *Port) exchange(ctx context.Context, to net.HardwareAddr, number uint32, size int) (answered bool, err error) {
+func (p *Port) ask(ctx context.Context, to net.HardwareAddr, number uint32, size int) (answered bool, err error) {
 	if err := p.send(to, message{kind: kindAsk, number: number}, size); err != nil {
 		return false, err
 	}
-	m, err := p.answer(ctx, patience, number)
+	m, err := p.awaitAnswer(ctx, answerTimeout, number)
 	if errors.Is(err, context.DeadlineExceeded) {
 		return false, nil
 	}
@@ -222,8 +222,8 @@ type answered struct {
 	size int
 }
 
-// answer waits so long for the answer of that number, or returns context.DeadlineExceeded.
-func (p *Port) answer(ctx context.Context, within time.Duration, number uint32) (answered, error) {
+// awaitAnswer waits so long for the answer of that number, or returns context.DeadlineExceeded.
+func (p *Port) awaitAnswer(ctx context.Context, within time.Duration, number uint32) (answered, error) {
 	ctx, cancel := context.WithTimeout(ctx, within)
 	defer cancel()
 	for {
@@ -237,15 +237,15 @@ func (p *Port) answer(ctx context.Context, within time.Duration, number uint32) 
 	}
 }
 
-// Kinds sends frames of every kind to the peer, and says which arrive there.
-func (p *Port) Kinds(ctx context.Context, peer Peer) (probe.Path, error) {
+// ProbeKinds sends frames of every kind to the peer, and says which arrive there.
+func (p *Port) ProbeKinds(ctx context.Context, peer Peer) (probe.Path, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	orders, order := io.Pipe()
 	sent, saySent := io.Pipe()
 	heard, sayHeard := io.Pipe()
 	var both sync.WaitGroup
-	both.Go(func() { saySent.CloseWithError(p.obey(orders, saySent)) })
-	both.Go(func() { sayHeard.CloseWithError(p.report(ctx, peer, sayHeard)) })
+	both.Go(func() { saySent.CloseWithError(p.sendFrames(orders, saySent)) })
+	both.Go(func() { sayHeard.CloseWithError(p.writeArrivals(ctx, peer, sayHeard)) })
 	defer both.Wait()
 	defer func() { _, _, _ = order.Close(), sent.Close(), heard.Close() }()
 	defer cancel()
@@ -257,8 +257,8 @@ func (p *Port) facts(owner string, mac net.HardwareAddr) *probe.Facts {
 	return &probe.Facts{Pod: "pod on " + owner, MAC: mac, MTU: p.MTU, Port: probe.Link{Up: true, Carrier: true}}
 }
 
-// obey sends what orders say, until they end.
-func (p *Port) obey(orders io.Reader, out io.Writer) error {
+// sendFrames sends what orders say, until they end.
+func (p *Port) sendFrames(orders io.Reader, out io.Writer) error {
 	lines, says := json.NewDecoder(orders), json.NewEncoder(out)
 	if err := says.Encode(probe.Message{Facts: p.facts(p.Owner, p.MAC)}); err != nil {
 		return err
@@ -278,13 +278,13 @@ func (p *Port) obey(orders io.Reader, out io.Writer) error {
 	}
 }
 
-// report says which frames the other end tells of, until ctx ends.
-func (p *Port) report(ctx context.Context, peer Peer, out io.Writer) error {
+// writeArrivals says which frames the other end tells of, until ctx ends.
+func (p *Port) writeArrivals(ctx context.Context, peer Peer, out io.Writer) error {
 	says := json.NewEncoder(out)
 	err := says.Encode(probe.Message{Facts: p.facts(peer.Owner, peer.MAC)})
 	for err == nil {
 		var m message
-		if m, _, err = p.receive(ctx); err == nil && m.kind == kindHeard {
+		if m, _, err = p.receive(ctx); err == nil && m.kind == kindArrived {
 			err = says.Encode(probe.Message{Sighting: &probe.Sighting{ID: m.number, Where: probe.AtPort, Outgoing: true}})
 		}
 	}

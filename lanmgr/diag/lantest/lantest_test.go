@@ -78,7 +78,7 @@ func lostAndTruncated(t *testing.T) {
 				return
 			}
 			if m.number%4 != 1 {
-				_ = two.send(m.from, message{kind: kindAnswer, number: m.number}, shortest)
+				_ = two.send(m.from, message{kind: kindAnswer, number: m.number}, minFrame)
 			}
 		}
 	}()
@@ -94,7 +94,7 @@ func lostAndTruncated(t *testing.T) {
 
 func TestSilenceIsToldWithTheWayOut(t *testing.T) {
 	one, _, _ := wire(t)
-	ctx, cancel := context.WithTimeout(t.Context(), helloEvery/2)
+	ctx, cancel := context.WithTimeout(t.Context(), helloInterval/2)
 	defer cancel()
 	if _, err := one.Find(ctx); err == nil || !strings.Contains(err.Error(), "kubectl get lans") {
 		t.Errorf("%v", err)
@@ -123,7 +123,7 @@ func TestEveryKindOfFrameIsToldOf(t *testing.T) {
 				t.Fatal(err)
 			}
 			end.limit, end.loses = c.limit, c.loses
-			course, err := one.Kinds(ctx, peer)
+			course, err := one.ProbeKinds(ctx, peer)
 			if err != nil {
 				t.Fatal(err)
 			}

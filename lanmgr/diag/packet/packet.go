@@ -120,8 +120,8 @@ func (s *Socket) SendUnfinished(frame []byte, start, offset uint16) error {
 	return nil
 }
 
-// ErrNothing says that no frame waits.
-var ErrNothing = errors.New("no frame waits")
+// ErrNoFrame says that no frame waits.
+var ErrNoFrame = errors.New("no frame waits")
 
 // Receive returns the next frame, or ctx's error when that ends. Its bytes are the caller's.
 func (s *Socket) Receive(ctx context.Context) (Frame, error) {
@@ -150,7 +150,7 @@ func (s *Socket) receive(wait bool) (Frame, error) {
 		return !wait || !errors.Is(receiveErr, unix.EAGAIN)
 	})
 	if errors.Is(receiveErr, unix.EAGAIN) {
-		return Frame{}, ErrNothing
+		return Frame{}, ErrNoFrame
 	}
 	if err := errors.Join(err, receiveErr); err != nil {
 		return Frame{}, fmt.Errorf("receive on %s: %w", s.Link.Name, err)
@@ -159,11 +159,11 @@ func (s *Socket) receive(wait bool) (Frame, error) {
 	if address, ok := from.(*unix.SockaddrLinklayer); ok {
 		f.Outgoing = address.Pkttype == unix.PACKET_OUTGOING
 	}
-	return f, f.take(control[:controls])
+	return f, f.readControl(control[:controls])
 }
 
-// take takes what the kernel says beside a frame: it keeps the outermost VLAN tag there, which is put back.
-func (f *Frame) take(control []byte) error {
+// readControl takes what the kernel says beside a frame: it keeps the outermost VLAN tag there, which is put back.
+func (f *Frame) readControl(control []byte) error {
 	messages, err := unix.ParseSocketControlMessage(control)
 	if err != nil {
 		return fmt.Errorf("read what the kernel says about a frame: %w", err)

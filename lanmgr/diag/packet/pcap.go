@@ -53,7 +53,7 @@ func Capture(ctx context.Context, s *Socket, w io.Writer, count int) (written in
 	}
 	for count == 0 || written < count {
 		f, err := s.Next()
-		if errors.Is(err, ErrNothing) {
+		if errors.Is(err, ErrNoFrame) {
 			if err := p.Flush(); err != nil {
 				return written, fmt.Errorf("write: %w", err)
 			}

@@ -14,8 +14,8 @@ const (
 	ipv4      = 0x0800
 	ipv6      = 0x86dd
 	udp       = 17
-	shortest  = 60 // of an Ethernet frame, without its checksum
-	deepest   = 4  // VLAN tags
+	minFrame  = 60 // of an Ethernet frame, without its checksum
+	maxTags   = 4  // VLAN tags
 )
 
 // Source begins the address that a probe's frames come from; the next two bytes tell the direction.
@@ -23,50 +23,50 @@ var Source = []byte{0x02, 0x6b, 0x38, 0x70}
 
 var magic = []byte("k8slan path ")
 
-// nobody is a unicast address that no interface has.
-var nobody = []byte{0x02, 0x6b, 0x38, 0x71, 0x00, 0x00}
+// unusedMAC is a unicast address that no interface has.
+var unusedMAC = []byte{0x02, 0x6b, 0x38, 0x71, 0x00, 0x00}
 
-// round is a frame that waits to be sent.
-type round struct {
+// testFrame is a frame that waits to be sent.
+type testFrame struct {
 	FrameResult
-	frame         func(id uint32) []byte
+	bytes         func(id uint32) []byte
 	unfinished    bool
 	start, offset uint16
 }
 
-func (r round) order(id uint32) Order {
-	return Order{ID: id, Bytes: r.frame(id), Unfinished: r.unfinished, Start: r.start, Offset: r.offset}
+func (r testFrame) order(id uint32) Order {
+	return Order{ID: id, Bytes: r.bytes(id), Unfinished: r.unfinished, Start: r.start, Offset: r.offset}
 }
 
-// known is the kind that passes on a way that bridge and VXLAN have learnt, maybe where nothing else does.
-const known = "unicast to the other's address"
+// knownUnicast is the kind that passes on a way that bridge and VXLAN have learnt, maybe where nothing else does.
+const knownUnicast = "unicast to the other's address"
 
 // catalog is one frame of every kind. What kind it is says its destination, its tags or its size: none is a message to anybody, so
 // that no pod does anything on it.
-func catalog(direction, mtu int, peer []byte) []round {
+func catalog(direction, mtu int, peer []byte) []testFrame {
 	everyone := []byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff}
-	kind := func(name string, to []byte, tags ...uint16) round {
-		return frame(name, direction, to, shortest-14, tags...)
+	kind := func(name string, to []byte, tags ...uint16) testFrame {
+		return newFrame(name, direction, to, minFrame-14, tags...)
 	}
-	rounds := []round{
+	rounds := []testFrame{
 		kind("broadcast", everyone),
 		kind("multicast", []byte{0x03, 0x6b, 0x38, 0x70, 0, 1}),
-		kind("unicast to an unknown address", nobody),
-		kind(known, peer),
+		kind("unicast to an unknown address", unusedMAC),
+		kind(knownUnicast, peer),
 		kind("the address of STP", []byte{0x01, 0x80, 0xc2, 0, 0, 0x00}),
 		kind("the address of LACP", []byte{0x01, 0x80, 0xc2, 0, 0, 0x02}),
 		kind("the address of 802.1X", []byte{0x01, 0x80, 0xc2, 0, 0, 0x03}),
 		kind("the address of LLDP", []byte{0x01, 0x80, 0xc2, 0, 0, 0x0e}),
 		kind("the address of IS-IS", []byte{0x01, 0x80, 0xc2, 0, 0, 0x14}),
 		kind("the address of OSPF", []byte{0x01, 0x00, 0x5e, 0, 0, 0x05}),
-		kind("a priority tag", nobody, tagged, 5<<13),
-		kind("1 VLAN tag", nobody, tagged, 100),
-		kind("2 VLAN tags", nobody, tagged, 200, tagged, 100),
-		kind("2 VLAN tags (QinQ)", nobody, provider, 200, tagged, 100),
-		kind("3 VLAN tags", nobody, tagged, 300, tagged, 200, tagged, 100),
-		kind("4 VLAN tags", nobody, tagged, 400, tagged, 300, tagged, 200, tagged, 100),
-		frame("the full MTU", direction, nobody, mtu),
-		frame("the full MTU and a VLAN tag", direction, nobody, mtu, tagged, 100),
+		kind("a priority tag", unusedMAC, tagged, 5<<13),
+		kind("1 VLAN tag", unusedMAC, tagged, 100),
+		kind("2 VLAN tags", unusedMAC, tagged, 200, tagged, 100),
+		kind("2 VLAN tags (QinQ)", unusedMAC, provider, 200, tagged, 100),
+		kind("3 VLAN tags", unusedMAC, tagged, 300, tagged, 200, tagged, 100),
+		kind("4 VLAN tags", unusedMAC, tagged, 400, tagged, 300, tagged, 200, tagged, 100),
+		newFrame("the full MTU", direction, unusedMAC, mtu),
+		newFrame("the full MTU and a VLAN tag", direction, unusedMAC, mtu, tagged, 100),
 		packet4(direction), packet6(direction),
 	}
 	unfinished := packet4(direction)
@@ -74,9 +74,9 @@ func catalog(direction, mtu int, peer []byte) []round {
 	return append(rounds, unfinished)
 }
 
-// sized is a frame of so many bytes of payload.
-func sized(direction, payload int) round {
-	return frame("size", direction, nobody, payload)
+// frameOfSize is a frame of so many bytes of payload.
+func frameOfSize(direction, payload int) testFrame {
+	return newFrame("size", direction, unusedMAC, payload)
 }
 
 // header is a frame's up to its EtherType; tags are pairs of protocol and content, the outermost first.
@@ -91,10 +91,10 @@ func header(direction int, to []byte, kind uint16, tags ...uint16) []byte {
 // mark is what a frame is recognized by.
 func mark(id uint32) []byte { return binary.BigEndian.AppendUint32(slices.Clone(magic), id) }
 
-func frame(name string, direction int, to []byte, payload int, tags ...uint16) round {
-	return round{
+func newFrame(name string, direction int, to []byte, payload int, tags ...uint16) testFrame {
+	return testFrame{
 		FrameResult: FrameResult{Kind: name, Payload: payload, Tags: len(tags) / 2},
-		frame: func(id uint32) []byte {
+		bytes: func(id uint32) []byte {
 			content := make([]byte, payload)
 			copy(content, mark(id))
 			return append(header(direction, to, etherType, tags...), content...)
@@ -104,26 +104,26 @@ func frame(name string, direction int, to []byte, payload int, tags ...uint16) r
 
 // packet4 is a datagram between addresses for documentation (RFC 5737), to the port where everything is thrown away. Its
 // checksum has the pseudo header alone, as it has where the rest is left to hardware.
-func packet4(direction int) round {
-	return round{FrameResult: FrameResult{Kind: "IPv4", Payload: 46}, frame: func(id uint32) []byte {
+func packet4(direction int) testFrame {
+	return testFrame{FrameResult: FrameResult{Kind: "IPv4", Payload: 46}, bytes: func(id uint32) []byte {
 		data := mark(id)
 		ip := []byte{0x45, 0, 0, byte(28 + len(data)), 0, 0, 0, 0, 1, 17, 0, 0, 192, 0, 2, 1, 192, 0, 2, 2}
 		binary.BigEndian.PutUint16(ip[10:], ^sum(ip))
 		datagram := []byte{0, 9, 0, 9, 0, byte(8 + len(data)), 0, 0}
 		binary.BigEndian.PutUint16(datagram[6:], sum(ip[12:], []byte{0, 17, 0, byte(8 + len(data))}))
-		return pad(slices.Concat(header(direction, nobody, ipv4), ip, datagram, data))
+		return pad(slices.Concat(header(direction, unusedMAC, ipv4), ip, datagram, data))
 	}}
 }
 
 // packet6 is the same in IPv6 (RFC 3849).
-func packet6(direction int) round {
-	return round{FrameResult: FrameResult{Kind: "IPv6", Payload: 64}, frame: func(id uint32) []byte {
+func packet6(direction int) testFrame {
+	return testFrame{FrameResult: FrameResult{Kind: "IPv6", Payload: 64}, bytes: func(id uint32) []byte {
 		data := mark(id)
 		address := func(host byte) []byte { return []byte{0x20, 0x01, 0x0d, 0xb8, 15: host} }
 		datagram := []byte{0, 9, 0, 9, 0, byte(8 + len(data)), 0, 0}
 		check := ^sum(address(1), address(2), []byte{0, 17, 0, byte(8 + len(data))}, datagram, data)
 		binary.BigEndian.PutUint16(datagram[6:], check)
-		return pad(slices.Concat(header(direction, nobody, ipv6),
+		return pad(slices.Concat(header(direction, unusedMAC, ipv6),
 			[]byte{0x60, 0, 0, 0, 0, byte(8 + len(data)), 17, 1}, address(1), address(2), datagram, data))
 	}}
 }
@@ -145,7 +145,7 @@ func sum(parts ...[]byte) uint16 {
 	return uint16(s)
 }
 
-func pad(frame []byte) []byte { return append(frame, make([]byte, max(0, shortest-len(frame)))...) }
+func pad(frame []byte) []byte { return append(frame, make([]byte, max(0, minFrame-len(frame)))...) }
 
 // Recognize is the number of a probe's frame, also of one inside a packet of the underlay.
 func Recognize(frame []byte) (id uint32, ok bool) {

@@ -22,12 +22,12 @@ type Link struct {
 
 // Facts are what the node of a spoke has of it.
 type Facts struct {
-	Node      string `json:"node,omitempty"`
-	Spoke     string `json:"spoke"`
-	Offer     string `json:"offer"`     // its name under spec.spokeOptions: the spoke's, or that of the pool whose port it is
-	Pod       string `json:"pod"`       // namespace/name
-	Interface string `json:"interface"` // in the pod
-	MAC       []byte `json:"mac"`       // of that interface
+	Node        string `json:"node,omitempty"`
+	Spoke       string `json:"spoke"`
+	SpokeOrPool string `json:"offer"`     // its name under spec.spokeOptions: the spoke's, or that of the pool whose port it is
+	Pod         string `json:"pod"`       // namespace/name
+	Interface   string `json:"interface"` // in the pod
+	MAC         []byte `json:"mac"`       // of that interface
 
 	Port     Link `json:"port"`     // carries the spoke's frames
 	Bridge   Link `json:"bridge"`   // without a name where only the ends are heard, in the pods
@@ -100,13 +100,13 @@ type Hop int
 
 // The hops of a frame from one node to another. On one node there are the first and the last.
 const (
-	NotSent     Hop = iota
-	Sent0           // from the bridge of its node
-	LeftVXLAN       // taken by the VXLAN there
-	LeftNode        // out of the underlay device
-	CameToNode      // into the other node's
-	CameToVXLAN     // out of that node's VXLAN
-	Arrived         // sent to the pod
+	NotSent        Hop = iota
+	SentFromBridge     // from the bridge of its node
+	LeftVXLAN          // taken by the VXLAN there
+	LeftNode           // out of the underlay device
+	ReachedNode        // into the other node's
+	ReachedVXLAN       // out of that node's VXLAN
+	Arrived            // sent to the pod
 )
 
 // FrameResult is a frame and what became of it.
@@ -133,20 +133,20 @@ type Path struct {
 }
 
 const (
-	// patience is how long a frame may take.
-	patience = time.Second
-	// tries is how often a frame is sent before it counts as lost.
-	tries = 2
+	// replyTimeout is how long a frame may take.
+	replyTimeout = time.Second
+	// attempts is how often a frame is sent before it counts as lost.
+	attempts = 2
 )
 
 // session is a probe that runs.
 type session struct {
-	messages chan said
+	messages chan incoming
 	nextID   uint32
 }
 
-// said is a message of a station, or its end.
-type said struct {
+// incoming is a message of a station, or its end.
+type incoming struct {
 	from int
 	Message
 	err error
@@ -156,13 +156,13 @@ type said struct {
 func Run(ctx context.Context, a, b Endpoint) (there, back Path, err error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	s := &session{messages: make(chan said), nextID: 1}
-	facts, err := s.meet(ctx, a, b)
+	s := &session{messages: make(chan incoming), nextID: 1}
+	facts, err := s.readFacts(ctx, a, b)
 	if err != nil {
 		return there, back, err
 	}
-	if there, err = s.course(ctx, 0, a, facts[0], facts[1]); err == nil {
-		back, err = s.course(ctx, 1, b, facts[1], facts[0])
+	if there, err = s.testPath(ctx, 0, a, facts[0], facts[1]); err == nil {
+		back, err = s.testPath(ctx, 1, b, facts[1], facts[0])
 	}
 	return there, back, err
 }
@@ -171,16 +171,16 @@ func Run(ctx context.Context, a, b Endpoint) (there, back Path, err error) {
 func OneWay(ctx context.Context, from, to Endpoint) (Path, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	s := &session{messages: make(chan said), nextID: 1}
-	facts, err := s.meet(ctx, from, to)
+	s := &session{messages: make(chan incoming), nextID: 1}
+	facts, err := s.readFacts(ctx, from, to)
 	if err != nil {
 		return Path{}, err
 	}
-	return s.course(ctx, 0, from, facts[0], facts[1])
+	return s.testPath(ctx, 0, from, facts[0], facts[1])
 }
 
-// meet begins to read what the stations say, until ctx ends, and returns their facts.
-func (s *session) meet(ctx context.Context, stations ...Endpoint) ([]Facts, error) {
+// readFacts begins to read what the stations say, until ctx ends, and returns their facts.
+func (s *session) readFacts(ctx context.Context, stations ...Endpoint) ([]Facts, error) {
 	for i, st := range stations {
 		go s.read(ctx, i, st.Messages)
 	}
@@ -202,7 +202,7 @@ func (s *session) meet(ctx context.Context, stations ...Endpoint) ([]Facts, erro
 func (s *session) read(ctx context.Context, from int, r io.Reader) {
 	lines := json.NewDecoder(r)
 	for {
-		m := said{from: from}
+		m := incoming{from: from}
 		m.err = lines.Decode(&m.Message)
 		select {
 		case s.messages <- m:
@@ -215,10 +215,10 @@ func (s *session) read(ctx context.Context, from int, r io.Reader) {
 	}
 }
 
-// errLate says that nothing more came in time.
-var errLate = errors.New("nothing came in time")
+// errTimeout says that nothing more came in time.
+var errTimeout = errors.New("nothing came in time")
 
-func (s *session) next(ctx context.Context, late <-chan time.Time) (said, error) {
+func (s *session) next(ctx context.Context, late <-chan time.Time) (incoming, error) {
 	select {
 	case m := <-s.messages:
 		if m.err != nil {
@@ -226,21 +226,21 @@ func (s *session) next(ctx context.Context, late <-chan time.Time) (said, error)
 		}
 		return m, nil
 	case <-late:
-		return said{}, errLate
+		return incoming{}, errTimeout
 	case <-ctx.Done():
-		return said{}, ctx.Err()
+		return incoming{}, ctx.Err()
 	}
 }
 
-// course sends the frames of one direction.
-func (s *session) course(ctx context.Context, sender int, st Endpoint, from, to Facts) (Path, error) {
+// testPath sends the frames of one direction.
+func (s *session) testPath(ctx context.Context, sender int, st Endpoint, from, to Facts) (Path, error) {
 	c := Path{From: from, To: to}
 	mtu := min(from.MTU, to.MTU)
 	var err error
-	if c.Frames, err = s.fire(ctx, sender, st, catalog(sender, from.MTU, to.MAC)); err != nil {
+	if c.Frames, err = s.send(ctx, sender, st, catalog(sender, from.MTU, to.MAC)); err != nil {
 		return c, err
 	}
-	if c.measure(); c.Largest == 0 || c.Largest >= mtu {
+	if c.setLargest(); c.Largest == 0 || c.Largest >= mtu {
 		return c, nil
 	}
 	// Where is the limit? In steps first, then byte by byte.
@@ -248,11 +248,11 @@ func (s *session) course(ctx context.Context, sender int, st Endpoint, from, to 
 	low, high := c.Largest, from.MTU
 	for high-low > 1 {
 		step := max(1, (high-low)/steps)
-		var sizes []round
+		var sizes []testFrame
 		for size := low + step; size < high; size += step {
-			sizes = append(sizes, sized(sender, size))
+			sizes = append(sizes, frameOfSize(sender, size))
 		}
-		shots, err := s.fire(ctx, sender, st, sizes)
+		shots, err := s.send(ctx, sender, st, sizes)
 		if err != nil {
 			return c, err
 		}
@@ -268,31 +268,31 @@ func (s *session) course(ctx context.Context, sender int, st Endpoint, from, to 
 	return c, nil
 }
 
-// measure finds the longest payload that passed, of what goes everywhere.
-func (c *Path) measure() {
+// setLargest finds the longest payload that passed, of what goes everywhere.
+func (c *Path) setLargest() {
 	for _, shot := range c.Frames {
-		if shot.Reached == Arrived && shot.Tags == 0 && shot.Kind != known {
+		if shot.Reached == Arrived && shot.Tags == 0 && shot.Kind != knownUnicast {
 			c.Largest = max(c.Largest, shot.Payload)
 		}
 	}
 }
 
-// fire sends frames, those that are lost once more, and says what became of them.
-func (s *session) fire(ctx context.Context, sender int, st Endpoint, rounds []round) ([]FrameResult, error) {
+// send sends frames, those that are lost once more, and says what became of them.
+func (s *session) send(ctx context.Context, sender int, st Endpoint, rounds []testFrame) ([]FrameResult, error) {
 	shots := make([]FrameResult, len(rounds))
 	for i, r := range rounds {
 		shots[i] = r.FrameResult
 	}
-	for range tries {
-		if err := s.volley(ctx, sender, st, rounds, shots); err != nil {
+	for range attempts {
+		if err := s.sendOnce(ctx, sender, st, rounds, shots); err != nil {
 			return nil, err
 		}
 	}
 	return shots, nil
 }
 
-// volley sends the frames that have not arrived yet and waits for them.
-func (s *session) volley(ctx context.Context, sender int, st Endpoint, rounds []round, shots []FrameResult) error {
+// sendOnce sends the frames that have not arrived yet and waits for them.
+func (s *session) sendOnce(ctx context.Context, sender int, st Endpoint, rounds []testFrame, shots []FrameResult) error {
 	number := map[uint32]int{}
 	var orders bytes.Buffer
 	lines := json.NewEncoder(&orders)
@@ -309,7 +309,7 @@ func (s *session) volley(ctx context.Context, sender int, st Endpoint, rounds []
 	go func() { // the station speaks meanwhile
 		if _, err := st.Orders.Write(orders.Bytes()); err != nil {
 			select {
-			case s.messages <- said{from: sender, err: err}:
+			case s.messages <- incoming{from: sender, err: err}:
 			case <-ctx.Done():
 			}
 		}
@@ -318,7 +318,7 @@ func (s *session) volley(ctx context.Context, sender int, st Endpoint, rounds []
 	var late <-chan time.Time
 	for missing > 0 {
 		m, err := s.next(ctx, late)
-		if errors.Is(err, errLate) {
+		if errors.Is(err, errTimeout) {
 			return nil
 		}
 		if err != nil {
@@ -331,20 +331,20 @@ func (s *session) volley(ctx context.Context, sender int, st Endpoint, rounds []
 				continue
 			}
 			if unsent--; unsent == 0 {
-				late = time.After(patience)
+				late = time.After(replyTimeout)
 			}
 			shots[i].Error = m.Sent.Error
 			if m.Sent.Error != "" {
 				missing--
 			} else {
-				shots[i].Reached = max(shots[i].Reached, Sent0)
+				shots[i].Reached = max(shots[i].Reached, SentFromBridge)
 			}
 		case m.Sighting != nil:
 			i, ok := number[m.Sighting.ID]
 			if !ok {
 				continue
 			}
-			if shots[i].heard(m.from == sender, *m.Sighting) {
+			if shots[i].record(m.from == sender, *m.Sighting) {
 				missing--
 			}
 		}
@@ -352,8 +352,8 @@ func (s *session) volley(ctx context.Context, sender int, st Endpoint, rounds []
 	return nil
 }
 
-// heard notes that a frame came by, and says whether it has arrived with that.
-func (s *FrameResult) heard(bySender bool, h Sighting) (arrived bool) {
+// record notes that a frame came by, and says whether it has arrived with that.
+func (s *FrameResult) record(bySender bool, h Sighting) (arrived bool) {
 	hop := s.Reached
 	switch {
 	case bySender && h.Outgoing && h.Where == AtVXLAN:
@@ -361,9 +361,9 @@ func (s *FrameResult) heard(bySender bool, h Sighting) (arrived bool) {
 	case bySender && h.Outgoing && h.Where == AtUnderlay:
 		hop = LeftNode
 	case !bySender && !h.Outgoing && h.Where == AtUnderlay:
-		hop, s.WrongChecksum, s.NonMember = CameToNode, h.WrongChecksum, h.NonMember
+		hop, s.WrongChecksum, s.NonMember = ReachedNode, h.WrongChecksum, h.NonMember
 	case !bySender && !h.Outgoing && h.Where == AtVXLAN:
-		hop = CameToVXLAN
+		hop = ReachedVXLAN
 	case !bySender && h.Outgoing && h.Where == AtPort:
 		hop, s.Unfinished = Arrived, h.Unfinished
 	}

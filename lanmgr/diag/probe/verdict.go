@@ -15,10 +15,10 @@ func (c Path) Verdict() (well bool, sentences []string) {
 		switch {
 		case s.Reached == Arrived:
 			passed = append(passed, s)
-			if s.Payload < shortest {
+			if s.Payload < minFrame {
 				depth = max(depth, s.Tags)
 			}
-		case s.Payload > 2*shortest && c.Largest > 0:
+		case s.Payload > 2*minFrame && c.Largest > 0:
 			long = append(long, s)
 		default:
 			lost = append(lost, s)
@@ -50,7 +50,7 @@ func Checksums(courses ...Path) string {
 	var pods, options []string
 	for _, c := range courses {
 		if slices.ContainsFunc(c.Frames, func(s FrameResult) bool { return s.Reached == Arrived && s.Unfinished }) {
-			pods, options = append(pods, c.To.Pod), append(options, c.To.Offer+": {txChecksum: off}")
+			pods, options = append(pods, c.To.Pod), append(options, c.To.SpokeOrPool+": {txChecksum: off}")
 		}
 	}
 	if len(pods) == 0 {
@@ -66,7 +66,7 @@ func tags(depth int) string {
 		return "no VLAN tag"
 	case 1:
 		return "one VLAN tag"
-	case deepest:
+	case maxTags:
 		return fmt.Sprintf("%d VLAN tags and maybe more", depth)
 	}
 	return fmt.Sprintf("%d VLAN tags", depth)
@@ -111,7 +111,7 @@ func (c Path) why(s FrameResult) string {
 	if from.Bridge.Name == "" && s.Reached > NotSent {
 		return "For where it is lost, run kubectl k8slan probe between two pods on a LAN of these nodes"
 	}
-	if s.Reached >= LeftVXLAN && s.Reached <= CameToNode {
+	if s.Reached >= LeftVXLAN && s.Reached <= ReachedNode {
 		if fault := c.floodFault(); fault != "" {
 			return fault
 		}
@@ -119,7 +119,7 @@ func (c Path) why(s FrameResult) string {
 	switch s.Reached {
 	case NotSent:
 		return fmt.Sprintf("Node %s could not send it: %s", from.Node, s.Error)
-	case Sent0:
+	case SentFromBridge:
 		if from.Node == to.Node {
 			return fmt.Sprintf("Lost between bridge %s and port %s on node %s: see bridge -d link show in the LAN's namespace", from.Bridge.Name, to.Port.Name, from.Node)
 		}
@@ -134,8 +134,8 @@ func (c Path) why(s FrameResult) string {
 		if !to.Underlay.Carrier {
 			return fmt.Sprintf("It left node %s, but %s of node %s is down or has no carrier", from.Node, to.Underlay.Name, to.Node)
 		}
-		return fmt.Sprintf("It left node %s by %s but never came to %s of node %s: %s", from.Node, from.Underlay.Name, to.Underlay.Name, to.Node, c.between())
-	case CameToNode:
+		return fmt.Sprintf("It left node %s by %s but never came to %s of node %s: %s", from.Node, from.Underlay.Name, to.Underlay.Name, to.Node, c.networkFault())
+	case ReachedNode:
 		switch {
 		case s.VNI != 0 && s.VNI != to.VNI:
 			return fmt.Sprintf("It came to node %s with VNI %d, but VXLAN %s there has VNI %d, and drops it: the two nodes do not have the same LAN",
@@ -151,7 +151,7 @@ func (c Path) why(s FrameResult) string {
 		}
 		return fmt.Sprintf("It came to %s of node %s, but not to VXLAN %s there%s", to.Underlay.Name, to.Node, to.VXLAN.Name,
 			down(to.VXLAN, fmt.Sprintf(": a firewall on %s drops incoming UDP port %d (nft list ruleset)", to.Node, to.UDPPort)))
-	case CameToVXLAN:
+	case ReachedVXLAN:
 		return fmt.Sprintf("It came to VXLAN %s of node %s, but not to port %s of spoke %s: see bridge -d link show in the LAN's namespace there",
 			to.VXLAN.Name, to.Node, to.Port.Name, to.Spoke)
 	}
@@ -164,16 +164,16 @@ func (c Path) floodFault() string {
 	switch {
 	case from.Group.IsValid() && to.Group != from.Group:
 		return fmt.Sprintf("VXLAN %s of node %s sends it to group %s, but that of node %s has %s: the two do not have the same discovery and group. See the daemon's log on both",
-			from.VXLAN.Name, from.Node, from.Group, to.Node, flood(to))
+			from.VXLAN.Name, from.Node, from.Group, to.Node, floodsTo(to))
 	case !from.Group.IsValid() && to.VTEP.IsValid() && !slices.Contains(from.Remotes, to.VTEP):
 		return fmt.Sprintf("Node %s does not know node %s as a remote: its VXLAN %s has %s, and the other's address is %s. It learns of that from LANNode %[2]s: "+
-			"see kubectl get lannode %[2]s -o yaml, and the daemon's log on both", from.Node, to.Node, from.VXLAN.Name, flood(from), to.VTEP)
+			"see kubectl get lannode %[2]s -o yaml, and the daemon's log on both", from.Node, to.Node, from.VXLAN.Name, floodsTo(from), to.VTEP)
 	}
 	return ""
 }
 
-// flood says where a VXLAN sends what is for everyone.
-func flood(f Facts) string {
+// floodsTo says where a VXLAN sends what is for everyone.
+func floodsTo(f Facts) string {
 	const few = 4
 	switch {
 	case f.Group.IsValid():
@@ -194,13 +194,13 @@ func addresses(all []netip.Addr) string {
 	return strings.Join(words, ", ")
 }
 
-// between says what the network between the nodes may do to packets that never come.
-func (c Path) between() string {
+// networkFault says what the network between the nodes may do to packets that never come.
+func (c Path) networkFault() string {
 	from, to := c.From, c.To
 	switch {
 	case !from.Group.IsValid():
 		return fmt.Sprintf("the network between them drops UDP port %d, or has no way to %s (firewall, security group, routes)", from.UDPPort, to.VTEP)
-	case slices.ContainsFunc(c.Frames, func(s FrameResult) bool { return s.Reached == Arrived && s.Kind == known }):
+	case slices.ContainsFunc(c.Frames, func(s FrameResult) bool { return s.Reached == Arrived && s.Kind == knownUnicast }):
 		return fmt.Sprintf("the network between them carries the LAN's unicast, but not its multicast to %s. Set spec.discovery to unicast, or let the network carry it", from.Group)
 	}
 	return fmt.Sprintf("the network between them drops UDP port %d, or carries no multicast to %s, as in clouds and routed networks. For the latter set spec.discovery to unicast",

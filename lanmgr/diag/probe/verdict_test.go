@@ -9,7 +9,7 @@ import (
 
 func side(n string) Facts {
 	return Facts{
-		Node: "worker" + n, Spoke: "s" + n, Offer: "s" + n, Pod: "default/pod-" + n, Interface: "net1", MTU: 1422, VNI: 222, UDPPort: 4789, Group: netip.MustParseAddr("ff02::14"),
+		Node: "worker" + n, Spoke: "s" + n, SpokeOrPool: "s" + n, Pod: "default/pod-" + n, Interface: "net1", MTU: 1422, VNI: 222, UDPPort: 4789, Group: netip.MustParseAddr("ff02::14"),
 		Port: Link{"k" + n, true, true, 1422}, Bridge: Link{"br222", true, true, 1422}, VXLAN: Link{"vx222", true, true, 1422}, Underlay: Link{"eth1", true, true, 1500},
 	}
 }
@@ -17,11 +17,11 @@ func side(n string) Facts {
 // reached is a course whose frames all got that far.
 func reached(h Hop, change ...func(*Path)) Path {
 	c := Path{From: side("1"), To: side("2")}
-	for _, r := range catalog(0, c.From.MTU, nobody) {
+	for _, r := range catalog(0, c.From.MTU, unusedMAC) {
 		r.Reached, r.VNI = h, 222
 		c.Frames = append(c.Frames, r.FrameResult)
 	}
-	c.measure()
+	c.setLargest()
 	for _, f := range change {
 		f(&c)
 	}
@@ -69,21 +69,21 @@ func TestVerdictSaysWhatPassesAndWhereTheRestIsLost(t *testing.T) {
 		{"between the nodes, unicast", reached(LeftNode, unicast), false, "the network between them drops UDP port 4789, or has no way to 192.0.2.2 (firewall, security group, routes)"},
 		{"no remote", reached(LeftVXLAN, unicast, func(c *Path) { c.From.Remotes = nil }), false, "Node worker1 does not know node worker2 as a remote: its VXLAN vx222 has no remotes, and the other's address is 192.0.2.2."},
 		{"another remote", reached(LeftNode, unicast, func(c *Path) { c.From.Remotes = []netip.Addr{netip.MustParseAddr("192.0.2.3")} }), false, "its VXLAN vx222 has the remotes 192.0.2.3, and the other's address is 192.0.2.2."},
-		{"one node in unicast", reached(CameToNode, func(c *Path) { c.To.Group = netip.Addr{} }), false, "sends it to group ff02::14, but that of node worker2 has no remotes: the two do not have the same discovery"},
-		{"a stranger", reached(CameToNode, func(c *Path) { c.Frames[0].NonMember = netip.MustParseAddr("192.0.2.9") }), false, "It came to eth1 of node worker2 from 192.0.2.9, and is dropped there as a stranger's: the LAN has strictPeers, and no LANNode of another of its nodes has that address. Compare kubectl get lannode worker1 -o yaml with nft list table inet k8slan on node worker2"},
-		{"wrong checksum", reached(CameToNode, func(c *Path) { c.Frames[0].WrongChecksum = true }), false, "It came to eth1 of node worker2 with a wrong UDP checksum, and the kernel there drops it: the transmit checksum offload of eth1 on node worker1, or of a device on the way, is broken. Try ethtool -K eth1 tx off on node worker1"},
-		{"firewall", reached(CameToNode), false, "came to eth1 of node worker2, but not to VXLAN vx222 there: a firewall on worker2 drops incoming UDP port 4789"},
-		{"other VNI", reached(CameToNode, func(c *Path) { c.To.VNI = 223 }), false, "with VNI 222, but VXLAN vx222 there has VNI 223"},
-		{"other UDP port", reached(CameToNode, func(c *Path) { c.To.UDPPort = 8472 }), false, "on UDP port 4789, but VXLAN vx222 there listens on 8472"},
-		{"at the port", reached(CameToVXLAN), false, "but not to port k2 of spoke s2"},
+		{"one node in unicast", reached(ReachedNode, func(c *Path) { c.To.Group = netip.Addr{} }), false, "sends it to group ff02::14, but that of node worker2 has no remotes: the two do not have the same discovery"},
+		{"a stranger", reached(ReachedNode, func(c *Path) { c.Frames[0].NonMember = netip.MustParseAddr("192.0.2.9") }), false, "It came to eth1 of node worker2 from 192.0.2.9, and is dropped there as a stranger's: the LAN has strictPeers, and no LANNode of another of its nodes has that address. Compare kubectl get lannode worker1 -o yaml with nft list table inet k8slan on node worker2"},
+		{"wrong checksum", reached(ReachedNode, func(c *Path) { c.Frames[0].WrongChecksum = true }), false, "It came to eth1 of node worker2 with a wrong UDP checksum, and the kernel there drops it: the transmit checksum offload of eth1 on node worker1, or of a device on the way, is broken. Try ethtool -K eth1 tx off on node worker1"},
+		{"firewall", reached(ReachedNode), false, "came to eth1 of node worker2, but not to VXLAN vx222 there: a firewall on worker2 drops incoming UDP port 4789"},
+		{"other VNI", reached(ReachedNode, func(c *Path) { c.To.VNI = 223 }), false, "with VNI 222, but VXLAN vx222 there has VNI 223"},
+		{"other UDP port", reached(ReachedNode, func(c *Path) { c.To.UDPPort = 8472 }), false, "on UDP port 4789, but VXLAN vx222 there listens on 8472"},
+		{"at the port", reached(ReachedVXLAN), false, "but not to port k2 of spoke s2"},
 		{"port down", reached(Arrived, func(c *Path) { c.From.Port.Up = false }), false, "Port k1 of spoke s1 on node worker1 is down"},
-		{"pod's interface down", reached(CameToVXLAN, func(c *Path) { c.To.Port.Carrier = false }), false, "Interface net1 in pod default/pod-2 is down"},
+		{"pod's interface down", reached(ReachedVXLAN, func(c *Path) { c.To.Port.Carrier = false }), false, "Interface net1 in pod default/pod-2 is down"},
 		{"path MTU", reached(Arrived, long(1330, LeftNode)), false, "packets of up to 1330 bytes pass, longer ones do not; the LAN's MTU is 1422. They leave node worker1 by eth1, in packets of 1492 bytes"},
 		{"a node's MTU", reached(Arrived, long(1330, LeftNode), func(c *Path) { c.To.Underlay.MTU = 1400 }), false, "eth1 of node worker2 has MTU 1400; raise it, or set spec.mtu to 1322"},
-		{"LAN's MTU differs", reached(Arrived, long(1330, CameToVXLAN), func(c *Path) { c.To.MTU = 1322 }), false, "The LAN's MTU is 1422 on node worker1 and 1322 on node worker2"},
-		{"one kind", reached(Arrived, func(c *Path) { c.Frames[7].Reached = CameToVXLAN }), false, "some kinds of frames do not pass: the address of LLDP. It came to VXLAN"},
-		{"lost between pods", reached(Sent0, betweenPods), false, "nothing passes. For where it is lost, run kubectl k8slan probe between two pods"},
-		{"path MTU between pods", reached(Arrived, long(1330, Sent0), betweenPods), false, "packets of up to 1330 bytes pass, longer ones do not; the LAN's MTU is 1422. The MTU of an underlay, or of the network between the nodes, is too small for it: raise it, or set spec.mtu to 1322"},
+		{"LAN's MTU differs", reached(Arrived, long(1330, ReachedVXLAN), func(c *Path) { c.To.MTU = 1322 }), false, "The LAN's MTU is 1422 on node worker1 and 1322 on node worker2"},
+		{"one kind", reached(Arrived, func(c *Path) { c.Frames[7].Reached = ReachedVXLAN }), false, "some kinds of frames do not pass: the address of LLDP. It came to VXLAN"},
+		{"lost between pods", reached(SentFromBridge, betweenPods), false, "nothing passes. For where it is lost, run kubectl k8slan probe between two pods"},
+		{"path MTU between pods", reached(Arrived, long(1330, SentFromBridge), betweenPods), false, "packets of up to 1330 bytes pass, longer ones do not; the LAN's MTU is 1422. The MTU of an underlay, or of the network between the nodes, is too small for it: raise it, or set spec.mtu to 1322"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			well, sentences := c.course.Verdict()
@@ -98,7 +98,7 @@ func TestItIsSaidToWhomChecksumsComeUnfinished(t *testing.T) {
 	finished := reached(Arrived)
 	there := reached(Arrived, func(c *Path) { c.Frames[len(c.Frames)-1].Unfinished = true })
 	back := reached(Arrived, func(c *Path) { c.From, c.To, c.Frames = c.To, c.From, there.Frames })
-	ofAPool := reached(Arrived, func(c *Path) { c.To.Spoke, c.To.Offer, c.Frames = "web_3", "web", there.Frames })
+	ofAPool := reached(Arrived, func(c *Path) { c.To.Spoke, c.To.SpokeOrPool, c.Frames = "web_3", "web", there.Frames })
 	for _, c := range []struct {
 		courses []Path
 		want    string
@@ -118,24 +118,24 @@ func TestItIsSaidToWhomChecksumsComeUnfinished(t *testing.T) {
 }
 
 func TestEveryFrameOfTheCatalogIsRecognized(t *testing.T) {
-	for i, r := range catalog(1, 1422, nobody) {
+	for i, r := range catalog(1, 1422, unusedMAC) {
 		f := r.order(uint32(i) + 7).Bytes
-		if id, ok := Recognize(f); !ok || id != uint32(i)+7 || len(f) < shortest || string(f[6:10]) != string(Source) {
+		if id, ok := Recognize(f); !ok || id != uint32(i)+7 || len(f) < minFrame || string(f[6:10]) != string(Source) {
 			t.Errorf("%s: %d %t %x", r.Kind, id, ok, f)
 		}
 	}
 }
 
 func TestVNIAndChecksumOfAPacketAreRead(t *testing.T) {
-	frame := catalog(0, 1422, nobody)[0].order(1).Bytes
+	frame := catalog(0, 1422, unusedMAC)[0].order(1).Bytes
 	for name, around := range map[string]func(datagram []byte) (pseudo, packet []byte){
 		"IPv4": func(datagram []byte) (pseudo, packet []byte) {
 			ip := []byte{0x45, 0, 0, byte(20 + len(datagram)), 0, 0, 0, 0, 64, udp, 0, 0, 192, 0, 2, 1, 192, 0, 2, 2}
-			return ip[12:], append(header(0, nobody, ipv4), ip...)
+			return ip[12:], append(header(0, unusedMAC, ipv4), ip...)
 		},
 		"IPv6": func(datagram []byte) (pseudo, packet []byte) {
 			ip := []byte{0x60, 0, 0, 0, 0, byte(len(datagram)), udp, 64, 0x20, 1, 0xd, 0xb8, 23: 1, 24: 0x20, 1, 0xd, 0xb8, 39: 2}
-			return ip[8:], append(header(0, nobody, ipv6), ip...)
+			return ip[8:], append(header(0, unusedMAC, ipv6), ip...)
 		},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -25,13 +25,13 @@ import (
 
 const header = 14 // of an Ethernet frame, in bytes
 
-// station is one end of a probe from node to node: it sends from the LAN's bridge and hears what passes the spoke's port, the VXLAN
+// endpoint is one end of a probe from node to node: it sends from the LAN's bridge and hears what passes the spoke's port, the VXLAN
 // and the underlay.
-type station struct {
-	facts  probe.Facts
-	bridge *packet.Socket
-	ears   map[string]*packet.Socket // by where they are
-	hears  func(netip.Addr) bool     // whether the node takes the LAN's packets from there
+type endpoint struct {
+	facts    probe.Facts
+	bridge   *packet.Socket
+	captures map[string]*packet.Socket // by where they are
+	accepts  func(netip.Addr) bool     // whether the node takes the LAN's packets from there
 
 	mu  sync.Mutex // keeps messages apart
 	out *json.Encoder
@@ -39,22 +39,22 @@ type station struct {
 
 // Run sends what orders say, and says what comes by, until orders end.
 func Run(ctx context.Context, host *kernel.Node, ns, spoke string, orders io.Reader, out io.Writer) error {
-	s := station{out: json.NewEncoder(out), ears: map[string]*packet.Socket{}}
+	s := endpoint{out: json.NewEncoder(out), captures: map[string]*packet.Socket{}}
 	defer s.close()
 	if err := s.open(ctx, host, ns, spoke); err != nil {
 		return err
 	}
-	if err := s.say(probe.Message{Facts: &s.facts}); err != nil {
+	if err := s.write(probe.Message{Facts: &s.facts}); err != nil {
 		return err
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	g, ctx := errgroup.WithContext(ctx)
-	for where, ear := range s.ears {
-		g.Go(func() error { return s.hear(ctx, where, ear) })
+	for where, ear := range s.captures {
+		g.Go(func() error { return s.capture(ctx, where, ear) })
 	}
 	ended := make(chan error, 1)
-	go func() { ended <- s.obey(host, ns, orders) }() // ends with its orders: a read cannot be broken off
+	go func() { ended <- s.sendFrames(host, ns, orders) }() // ends with its orders: a read cannot be broken off
 	select {
 	case err := <-ended:
 		cancel()
@@ -64,8 +64,8 @@ func Run(ctx context.Context, host *kernel.Node, ns, spoke string, orders io.Rea
 	}
 }
 
-func (s *station) close() {
-	for _, ear := range s.ears {
+func (s *endpoint) close() {
+	for _, ear := range s.captures {
 		ear.Close()
 	}
 	if s.bridge != nil {
@@ -74,7 +74,7 @@ func (s *station) close() {
 }
 
 // open finds out what is there, and opens it.
-func (s *station) open(ctx context.Context, host *kernel.Node, ns, spoke string) error {
+func (s *endpoint) open(ctx context.Context, host *kernel.Node, ns, spoke string) error {
 	state, err := host.Observe(ctx, ns)
 	if err != nil {
 		return err
@@ -90,11 +90,11 @@ func (s *station) open(ctx context.Context, host *kernel.Node, ns, spoke string)
 	}
 	claim := state.Claims()[i]
 	s.facts = probe.Facts{
-		Spoke: spoke, Offer: spoke, Pod: claim.PodNamespace + "/" + claim.Pod, Interface: claim.Interface, MAC: claim.MAC,
+		Spoke: spoke, SpokeOrPool: spoke, Pod: claim.PodNamespace + "/" + claim.Pod, Interface: claim.Interface, MAC: claim.MAC,
 		MTU: want.MTU, VNI: want.VXLAN.VNI, UDPPort: want.VXLAN.Port,
 	}
 	if pool, _, ok := segment.PoolOf(spoke); ok {
-		s.facts.Offer = pool
+		s.facts.SpokeOrPool = pool
 	}
 	// What the kernel has counts before what is wanted.
 	vxlan, ok := state.Link(want.VXLAN.Name)
@@ -103,38 +103,38 @@ func (s *station) open(ctx context.Context, host *kernel.Node, ns, spoke string)
 		s.facts.Group, s.facts.VTEP, s.facts.Remotes = vxlan.VXLAN.Group, vxlan.VXLAN.Local, vxlan.VXLAN.Remotes
 	}
 	err = host.InLANNetns(ns, func() (err error) {
-		if s.bridge, err = packet.Open(want.Bridge, nothing()...); err != nil {
+		if s.bridge, err = packet.Open(want.Bridge, matchNone()...); err != nil {
 			return err
 		}
 		s.facts.Bridge = linkOf(s.bridge.Link)
-		if s.ears[probe.AtPort], err = packet.Open(port.Name, bySource()...); err != nil {
+		if s.captures[probe.AtPort], err = packet.Open(port.Name, matchSource()...); err != nil {
 			return err
 		}
-		s.facts.Port = linkOf(s.ears[probe.AtPort].Link)
+		s.facts.Port = linkOf(s.captures[probe.AtPort].Link)
 		if vxlan.Name == "" {
 			return nil
 		}
-		if s.ears[probe.AtVXLAN], err = packet.Open(vxlan.Name, bySource()...); err != nil {
+		if s.captures[probe.AtVXLAN], err = packet.Open(vxlan.Name, matchSource()...); err != nil {
 			return err
 		}
-		s.facts.VXLAN = linkOf(s.ears[probe.AtVXLAN].Link)
+		s.facts.VXLAN = linkOf(s.captures[probe.AtVXLAN].Link)
 		return nil
 	})
 	if err != nil || want.VXLAN.UnderlayIndex == 0 {
 		return err
 	}
 	return host.InHostNetns(func() (err error) {
-		if s.hears, err = firewall.Accepts(s.facts.UDPPort, s.facts.VNI); err != nil {
+		if s.accepts, err = firewall.Accepts(s.facts.UDPPort, s.facts.VNI); err != nil {
 			return err
 		}
-		ear, err := packet.Open(want.VXLAN.Underlay, byPort(s.facts.UDPPort)...)
+		ear, err := packet.Open(want.VXLAN.Underlay, matchUDPPort(s.facts.UDPPort)...)
 		if err != nil {
 			return err
 		}
 		if len(ear.Link.HardwareAddr) != 6 { // a tunnel, whose packets look different
 			return ear.Close()
 		}
-		s.ears[probe.AtUnderlay], s.facts.Underlay = ear, linkOf(ear.Link)
+		s.captures[probe.AtUnderlay], s.facts.Underlay = ear, linkOf(ear.Link)
 		return nil
 	})
 }
@@ -143,7 +143,7 @@ func linkOf(l net.Interface) probe.Link {
 	return probe.Link{Name: l.Name, Up: l.Flags&net.FlagUp != 0, Carrier: l.Flags&net.FlagRunning != 0, MTU: l.MTU}
 }
 
-func (s *station) say(m probe.Message) error {
+func (s *endpoint) write(m probe.Message) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if err := s.out.Encode(m); err != nil {
@@ -152,8 +152,8 @@ func (s *station) say(m probe.Message) error {
 	return nil
 }
 
-// obey carries out orders until they end.
-func (s *station) obey(host *kernel.Node, ns string, orders io.Reader) error {
+// sendFrames carries out orders until they end.
+func (s *endpoint) sendFrames(host *kernel.Node, ns string, orders io.Reader) error {
 	lines := json.NewDecoder(orders)
 	for {
 		var o probe.Order
@@ -173,18 +173,18 @@ func (s *station) obey(host *kernel.Node, ns string, orders io.Reader) error {
 		if err != nil {
 			sent.Error = err.Error()
 		}
-		if err := s.say(probe.Message{Sent: &sent}); err != nil {
+		if err := s.write(probe.Message{Sent: &sent}); err != nil {
 			return err
 		}
 	}
 }
 
-// hear tells of the probe's frames that pass a link. One that goes down falls silent.
-func (s *station) hear(ctx context.Context, where string, ear *packet.Socket) error {
+// capture tells of the probe's frames that pass a link. One that goes down falls silent.
+func (s *endpoint) capture(ctx context.Context, where string, ear *packet.Socket) error {
 	for ctx.Err() == nil {
 		f, err := ear.Receive(ctx)
 		if err == nil {
-			err = s.tell(where, f)
+			err = s.report(where, f)
 		}
 		if err != nil && ctx.Err() == nil && !errors.Is(err, unix.ENETDOWN) {
 			return err
@@ -193,8 +193,8 @@ func (s *station) hear(ctx context.Context, where string, ear *packet.Socket) er
 	return nil
 }
 
-// tell tells of a frame, if it is the probe's.
-func (s *station) tell(where string, f packet.Frame) error {
+// report tells of a frame, if it is the probe's.
+func (s *endpoint) report(where string, f packet.Frame) error {
 	id, ok := probe.Recognize(f.Bytes)
 	if !ok {
 		return nil
@@ -204,15 +204,15 @@ func (s *station) tell(where string, f packet.Frame) error {
 		heard.Length = len(f.Bytes) - header
 		heard.VNI, heard.WrongChecksum = probe.Outer(f.Bytes)
 		heard.WrongChecksum = heard.WrongChecksum && !f.Unfinished
-		if from := probe.OuterSource(f.Bytes); !f.Outgoing && from.IsValid() && !s.hears(from) {
+		if from := probe.OuterSource(f.Bytes); !f.Outgoing && from.IsValid() && !s.accepts(from) {
 			heard.NonMember = from
 		}
 	}
-	return s.say(probe.Message{Sighting: &heard})
+	return s.write(probe.Message{Sighting: &heard})
 }
 
-// bySource takes the probe's frames.
-func bySource() []unix.SockFilter {
+// matchSource takes the probe's frames.
+func matchSource() []unix.SockFilter {
 	return assemble(
 		bpf.LoadAbsolute{Off: 6, Size: 4},
 		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: binary.BigEndian.Uint32(probe.Source), SkipTrue: 1},
@@ -221,11 +221,11 @@ func bySource() []unix.SockFilter {
 	)
 }
 
-// nothing is for a socket that sends alone.
-func nothing() []unix.SockFilter { return assemble(bpf.RetConstant{}) }
+// matchNone is for a socket that sends alone.
+func matchNone() []unix.SockFilter { return assemble(bpf.RetConstant{}) }
 
-// byPort takes UDP packets to a port, and of those in parts the first, of IPv4 and IPv6.
-func byPort(port uint16) []unix.SockFilter {
+// matchUDPPort takes UDP packets to a port, and of those in parts the first, of IPv4 and IPv6.
+func matchUDPPort(port uint16) []unix.SockFilter {
 	const udp = unix.IPPROTO_UDP
 	return assemble(
 		bpf.LoadAbsolute{Off: 12, Size: 2},
