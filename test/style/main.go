@@ -4,6 +4,8 @@ package main
 
 import (
 	"bytes"
+	"errors"
+	"flag"
 	"fmt"
 	"os"
 	"os/exec"
@@ -34,6 +36,8 @@ func main() {
 }
 
 func run() error {
+	all := flag.Bool("all", false, "also list the words outside product code")
+	flag.Parse()
 	out, err := exec.Command("git", "ls-files", "-z").Output()
 	if err != nil {
 		return fmt.Errorf("list the repository's files: %w", err)
@@ -54,14 +58,18 @@ func run() error {
 	}
 	fmt.Printf("style: %d words that are no terms of the field in product code (fewer than %d), %d elsewhere; %d wide lines\n",
 		len(found.product), most, len(found.elsewhere), len(found.wide))
+	var errs []error
 	if len(found.product) >= most {
-		return fmt.Errorf("too many words that are no terms of the field; docs/glossary.md has better ones:\n%s",
-			strings.Join(found.product, "\n"))
+		errs = append(errs, fmt.Errorf("too many words that are no terms of the field; docs/glossary.md has better ones:\n%s",
+			strings.Join(found.product, "\n")))
 	}
 	if len(found.wide) > 0 {
-		return fmt.Errorf("lines wider than %d columns:\n%s", widest, strings.Join(found.wide, "\n"))
+		errs = append(errs, fmt.Errorf("lines wider than %d columns:\n%s", widest, strings.Join(found.wide, "\n")))
 	}
-	return nil
+	if *all {
+		fmt.Println(strings.Join(found.elsewhere, "\n"))
+	}
+	return errors.Join(errs...)
 }
 
 // findings are places, each as file:line and the line.
