@@ -8,16 +8,15 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"runtime"
 	"time"
 
 	"github.com/spf13/cobra"
-	"golang.org/x/sys/unix"
 
 	"github.com/k8slan/k8slan/deviceplugin"
 	"github.com/k8slan/k8slan/lanmgr/cdi"
 	"github.com/k8slan/k8slan/lanmgr/firewall"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
+	"github.com/k8slan/k8slan/lanmgr/netns"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
@@ -120,36 +119,7 @@ func removeAll(dir string, patterns ...string) error {
 
 // execInHost starts this program again, in its place, with the node's own mounts and network: those of process 1.
 func execInHost(args []string) error {
-	program, err := os.Open("/proc/self/exe")
-	if err != nil {
-		return fmt.Errorf("open this program: %w", err)
-	}
-	defer program.Close()
-	// The thread that enters is the one that becomes the new program; exec ends the others.
-	runtime.LockOSThread()
-	// A thread that shares its root and working directory with others may not change mount namespaces (setns(2)).
-	if err := unix.Unshare(unix.CLONE_FS); err != nil {
-		return fmt.Errorf("part with the other threads: %w", err)
-	}
-	for _, ns := range []string{"net", "mnt"} {
-		if err := enter("/proc/1/ns/" + ns); err != nil {
-			return fmt.Errorf("enter the node (needs hostPID and privileged): %w", err)
-		}
-	}
-	err = unix.Exec(fmt.Sprintf("/proc/self/fd/%d", program.Fd()), args, os.Environ())
-	return fmt.Errorf("start again on the node: %w", err)
-}
-
-func enter(path string) error {
-	ns, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	defer ns.Close()
-	if err := unix.Setns(int(ns.Fd()), 0); err != nil {
-		return fmt.Errorf("setns %s: %w", path, err)
-	}
-	return nil
+	return fmt.Errorf("start again on the node (needs hostPID and privileged): %w", netns.Exec(1, args))
 }
 
 // withoutHost is the command line for the second start.

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 	"golang.org/x/time/rate"
 
+	"github.com/k8slan/k8slan/lanmgr/netns"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
@@ -54,7 +55,7 @@ func (n *Node) WatchBindings(ctx context.Context, netnsName string, tell Binding
 // hear tells of addresses in the namespace until the context ends, or it is in hand no more.
 func (h *held) hear(ctx context.Context, shown func(mac [6]byte, ip netip.Addr), begun func()) error {
 	var f *os.File
-	if err := do(h.conn.ns, func() (err error) { f, err = openARP(); return err }); err != nil {
+	if err := netns.Do(h.conn.ns, func() (err error) { f, err = openARP(); return err }); err != nil {
 		return err
 	}
 	defer f.Close()

@@ -6,6 +6,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/k8slan/k8slan/lanmgr/netns"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
@@ -48,7 +49,7 @@ func (n *Node) CheckClaim(_ context.Context, r ClaimRequest) error {
 }
 
 func checkPodLink(r ClaimRequest) error {
-	ns, err := openNetns(r.PodNetns)
+	ns, err := netns.Open(r.PodNetns)
 	if err != nil {
 		return fmt.Errorf("open the pod's network namespace: %w", err)
 	}

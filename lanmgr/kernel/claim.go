@@ -11,6 +11,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/k8slan/k8slan/lanmgr/netns"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
@@ -154,7 +155,7 @@ func (c *claiming) undoAll() error {
 }
 
 func (c *claiming) run(ctx context.Context) (Attachment, error) {
-	ns, err := openNetns(c.PodNetns)
+	ns, err := netns.Open(c.PodNetns)
 	if err != nil {
 		return Attachment{}, fmt.Errorf("open the pod's network namespace: %w", err)
 	}

@@ -13,8 +13,9 @@ import (
 	"github.com/safchain/ethtool"
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
-	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
+
+	"github.com/k8slan/k8slan/lanmgr/netns"
 
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
@@ -22,7 +23,7 @@ import (
 // conn is a netlink connection into one network namespace. One that is in hand is used by many goroutines.
 type conn struct {
 	*netlink.Handle // nil where nothing but execute is needed
-	ns              netns.NsHandle
+	ns              netns.Handle
 	sockets         map[int]*nl.SocketHandle // for the requests that the library has no call for
 
 	mu      sync.Mutex
@@ -30,7 +31,7 @@ type conn struct {
 }
 
 // dial connects to a namespace and owns the handle from then on, also when it fails.
-func dial(ns netns.NsHandle) (*conn, error) {
+func dial(ns netns.Handle) (*conn, error) {
 	h, err := netlink.NewHandleAt(ns, unix.NETLINK_ROUTE)
 	if err != nil {
 		ns.Close()
@@ -298,7 +299,7 @@ func (c *conn) delGroup(group uint32) error {
 // execute sends a request that the library has no call for.
 func (c *conn) execute(req *nl.NetlinkRequest, answer uint16) ([][]byte, error) {
 	if c.sockets == nil {
-		if err := do(c.ns, c.openSocket); err != nil {
+		if err := netns.Do(c.ns, c.openSocket); err != nil {
 			return nil, err
 		}
 	}

@@ -10,8 +10,9 @@ import (
 	"strings"
 
 	"github.com/vishvananda/netlink"
-	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
+
+	"github.com/k8slan/k8slan/lanmgr/netns"
 
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
@@ -32,8 +33,8 @@ func tapIndex(lan segment.LAN, spoke string, try uint32) int {
 
 // tapDevice reads the numbers of a macvtap's character device. They show in a sysfs of the namespace the link lives in,
 // so one is mounted there, for nobody else to see (fsmount, Linux 5.2).
-func tapDevice(ns netns.NsHandle, link string, index int) (major, minor uint32, err error) {
-	err = do(ns, func() error {
+func tapDevice(ns netns.Handle, link string, index int) (major, minor uint32, err error) {
+	err = netns.Do(ns, func() error {
 		sysfs, err := mountSysfs()
 		if err != nil {
 			return err
@@ -111,7 +112,7 @@ func (c *claiming) macvtap() (Attachment, error) {
 		if err := c.pod.LinkSetAllmulticastOn(tap); err != nil {
 			return fmt.Errorf("set %s allmulticast: %w", c.Interface, err)
 		}
-		return do(c.pod.ns, func() error { return noIPv6(c.Interface) })
+		return netns.Do(c.pod.ns, func() error { return noIPv6(c.Interface) })
 	})
 	if err != nil {
 		return Attachment{}, err

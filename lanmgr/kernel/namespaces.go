@@ -9,8 +9,9 @@ import (
 	"path/filepath"
 
 	"github.com/vishvananda/netlink"
-	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
+
+	"github.com/k8slan/k8slan/lanmgr/netns"
 
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
@@ -19,7 +20,7 @@ import (
 // a look needs no thread to enter the namespace.
 type held struct {
 	conn     *conn
-	inode    inode
+	inode    netns.Inode
 	settings *settingFiles
 	id       int // of the namespace, as the host's netns counts: what link events bear
 	vxlan    int // ifindex of its VXLAN at the last look, 0 if there was none; Node.mu guards it
@@ -58,7 +59,7 @@ func (n *Node) await(ctx context.Context, name string) *held {
 }
 
 // hold takes a namespace in hand, which it owns from then on, also when it fails; the caller gives it back.
-func (n *Node) hold(name string, ns netns.NsHandle) (*held, error) {
+func (n *Node) hold(name string, ns netns.Handle) (*held, error) {
 	h := &held{conn: &conn{ns: ns}, users: 2}
 	h.inHand, h.end = context.WithCancel(context.Background())
 	err := n.look(h)
@@ -79,13 +80,13 @@ func (n *Node) hold(name string, ns netns.NsHandle) (*held, error) {
 
 // look finds out what the daemon needs to know of a namespace once, and opens what it looks with.
 func (n *Node) look(h *held) (err error) {
-	if h.inode, err = inodeOf(h.conn.ns); err != nil {
+	if h.inode, err = netns.InodeOf(h.conn.ns); err != nil {
 		return err
 	}
 	if h.id, err = n.number(h.conn.ns); err != nil {
 		return err
 	}
-	return do(h.conn.ns, func() (err error) {
+	return netns.Do(h.conn.ns, func() (err error) {
 		if h.conn.Handle, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
 			return fmt.Errorf("open a netlink socket: %w", err)
 		}
@@ -138,7 +139,7 @@ func (n *Node) leave(h *held) {
 }
 
 // number is the id of a namespace as the host's netns counts; it is given one if it has none.
-func (n *Node) number(ns netns.NsHandle) (int, error) {
+func (n *Node) number(ns netns.Handle) (int, error) {
 	c, err := n.dialHost()
 	if err != nil {
 		return 0, err
@@ -168,15 +169,6 @@ func (n *Node) dialHost() (*conn, error) {
 	return dial(ns)
 }
 
-// dup opens a namespace once more.
-func dup(ns netns.NsHandle) (netns.NsHandle, error) {
-	fd, err := unix.FcntlInt(uintptr(ns), unix.F_DUPFD_CLOEXEC, 0)
-	if err != nil {
-		return netns.None(), fmt.Errorf("open a network namespace again: %w", err)
-	}
-	return netns.NsHandle(fd), nil
-}
-
 // follow lets go of a namespace in hand whose name stands for another one: another process took the segment away and made it anew.
 func (n *Node) follow(name string) error {
 	h := n.inHand(name)
@@ -184,10 +176,10 @@ func (n *Node) follow(name string) error {
 		return nil
 	}
 	defer n.giveBack(h)
-	if named, err := h.inode.isAt(n.netnsPath(name)); named || err != nil {
+	if named, err := h.inode.IsAt(n.netnsPath(name)); named || err != nil {
 		return err
 	}
-	ns, err := openNetns(n.netnsPath(name))
+	ns, err := netns.Open(n.netnsPath(name))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil // somebody took the name alone
 	}
@@ -218,7 +210,7 @@ func (n *Node) reach(s *segment.State) (*conn, error) {
 	}
 	if h != nil {
 		defer n.giveBack(h)
-		if ns, err = dup(h.conn.ns); err != nil {
+		if ns, err = netns.Dup(h.conn.ns); err != nil {
 			return nil, err
 		}
 	} else if !s.Exists {
@@ -228,16 +220,16 @@ func (n *Node) reach(s *segment.State) (*conn, error) {
 }
 
 // find finds a segment's namespace: in hand, or else by its name, open, if there is one of the two. It notes in the state which.
-func (n *Node) find(s *segment.State) (h *held, ns netns.NsHandle, err error) {
+func (n *Node) find(s *segment.State) (h *held, ns netns.Handle, err error) {
 	if h = n.inHand(s.Netns); h != nil {
-		if s.Exists, err = h.inode.isAt(n.netnsPath(s.Netns)); err != nil {
+		if s.Exists, err = h.inode.IsAt(n.netnsPath(s.Netns)); err != nil {
 			n.giveBack(h)
 			return nil, ns, fmt.Errorf("observe %s: %w", s.Netns, err)
 		}
 		s.Lost = !s.Exists
 		return h, ns, nil
 	}
-	ns, err = openNetns(n.netnsPath(s.Netns))
+	ns, err = netns.Open(n.netnsPath(s.Netns))
 	if s.Exists = err == nil; s.Exists {
 		return nil, ns, nil
 	}
@@ -252,12 +244,13 @@ func (n *Node) find(s *segment.State) (h *held, ns netns.NsHandle, err error) {
 	return nil, ns, nil
 }
 
+// createNetns makes a segment's namespace. It is silent before it has its name, so that no process can find it otherwise.
 func (n *Node) createNetns(name string) error {
 	path := n.netnsPath(name)
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return fmt.Errorf("make the folder of network namespaces: %w", err)
 	}
-	return createNetns(path)
+	return netns.Create(path, silence)
 }
 
 // restoreNetns mounts the namespace in hand at its name again, over whatever is there.
@@ -268,19 +261,19 @@ func (n *Node) restoreNetns(name string) error {
 	}
 	defer n.giveBack(h)
 	path := n.netnsPath(name)
-	if err := unmountNetns(path); err != nil {
+	if err := netns.Unmount(path); err != nil {
 		return err
 	}
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return fmt.Errorf("make the folder of network namespaces: %w", err)
 	}
-	return mountNetns(fmt.Sprintf("/proc/self/fd/%d", int(h.conn.ns)), path)
+	return netns.Mount(h.conn.ns, path)
 }
 
 // removeNetns takes a segment's name and lock away.
 func (n *Node) removeNetns(name string) error {
 	n.letGo(name)
-	if err := unmountNetns(n.netnsPath(name)); err != nil {
+	if err := netns.Unmount(n.netnsPath(name)); err != nil {
 		return err
 	}
 	return removeFile(n.lockPath(name))

@@ -10,7 +10,7 @@ import (
 	"strings"
 	"sync"
 
-	"github.com/vishvananda/netns"
+	"github.com/k8slan/k8slan/lanmgr/netns"
 )
 
 // DefaultRun is where k8slan keeps what lives as long as the node is up.
@@ -53,11 +53,11 @@ func (n *Node) Close() {
 func (n *Node) netnsPath(name string) string { return filepath.Join(n.paths.Run, "netns", name) }
 
 // host opens the node's own network namespace.
-func (n *Node) host() (netns.NsHandle, error) {
+func (n *Node) host() (netns.Handle, error) {
 	if n.paths.HostNetns != "" {
-		return openNetns(n.paths.HostNetns)
+		return netns.Open(n.paths.HostNetns)
 	}
-	return netns.Get()
+	return netns.Current()
 }
 
 // checkName refuses what is not the plain name of a file.
@@ -90,7 +90,7 @@ func (n *Node) InLANNetns(netnsName string, f func() error) error {
 	if err := checkName(netnsName); err != nil {
 		return err
 	}
-	ns, err := openNetns(n.netnsPath(netnsName))
+	ns, err := netns.Open(n.netnsPath(netnsName))
 	if errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("%w (no %s)", ErrNoLAN, n.netnsPath(netnsName))
 	}
@@ -98,7 +98,7 @@ func (n *Node) InLANNetns(netnsName string, f func() error) error {
 		return err
 	}
 	defer ns.Close()
-	return do(ns, f)
+	return netns.Do(ns, f)
 }
 
 // InHostNetns runs f on a thread that is in the node's own network namespace.
@@ -108,7 +108,7 @@ func (n *Node) InHostNetns(f func() error) error {
 		return err
 	}
 	defer ns.Close()
-	return do(ns, f)
+	return netns.Do(ns, f)
 }
 
 // removeFile removes a file; absent is success.

@@ -8,6 +8,7 @@ import (
 	"github.com/safchain/ethtool"
 	"golang.org/x/sys/unix"
 
+	"github.com/k8slan/k8slan/lanmgr/netns"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
@@ -28,7 +29,7 @@ func (c *conn) features() (*ethtool.Ethtool, error) {
 	if c.ethtool != nil {
 		return c.ethtool, nil
 	}
-	err := do(c.ns, func() (err error) { // the socket stays in the namespace it was made in
+	err := netns.Do(c.ns, func() (err error) { // the socket stays in the namespace it was made in
 		c.ethtool, err = ethtool.NewEthtool()
 		return err
 	})

@@ -11,6 +11,8 @@ import (
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
+
+	"github.com/k8slan/k8slan/lanmgr/netns"
 )
 
 // Addressing is what an interface of a pod gets: addresses with their prefix lengths, and routes through it.
@@ -36,7 +38,7 @@ const dadTime = 5 * time.Second
 // SetAddresses gives an interface of a pod addresses and routes. It returns when the addresses can be used, which for
 // IPv6 takes until the LAN was asked whether somebody else has them.
 func (n *Node) SetAddresses(ctx context.Context, podNetns, ifname string, want Addressing) error {
-	ns, err := openNetns(podNetns)
+	ns, err := netns.Open(podNetns)
 	if err != nil {
 		return fmt.Errorf("pod's network namespace: %w", err)
 	}
@@ -81,7 +83,7 @@ func (c *conn) startAddressing(link netlink.Link, addresses []netip.Prefix) (set
 	if len(pending) == 0 {
 		return func(context.Context) error { return nil }, func() {}, nil
 	}
-	if err := do(c.ns, func() error { return allowIPv6(link.Attrs().Name) }); err != nil {
+	if err := netns.Do(c.ns, func() error { return allowIPv6(link.Attrs().Name) }); err != nil {
 		return nil, nil, err
 	}
 	// Subscribed before the first address is there, so that no change of one is missed.
@@ -125,7 +127,7 @@ func awaitAddresses(ctx context.Context, index int, pending map[netip.Addr]bool,
 
 // Addresses lists the addresses of an interface of a pod, with their prefix lengths.
 func (n *Node) Addresses(_ context.Context, podNetns, ifname string) ([]netip.Prefix, error) {
-	ns, err := openNetns(podNetns)
+	ns, err := netns.Open(podNetns)
 	if err != nil {
 		return nil, fmt.Errorf("pod's network namespace: %w", err)
 	}

@@ -10,8 +10,9 @@ import (
 	"sync"
 
 	"github.com/vishvananda/netlink/nl"
-	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
+
+	"github.com/k8slan/k8slan/lanmgr/netns"
 
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
@@ -69,12 +70,12 @@ func (f *settingFiles) close() {
 }
 
 // areMade reads the settings of the namespace whose files they are.
-func (f *settingFiles) areMade(ns netns.NsHandle) (bool, error) {
+func (f *settingFiles) areMade(ns netns.Handle) (bool, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for i, s := range settings {
 		if f.files[i] == nil && s.isLoaded() { // meanwhile
-			if err := do(ns, func() (err error) { f.files[i], err = s.open(); return err }); err != nil {
+			if err := netns.Do(ns, func() (err error) { f.files[i], err = s.open(); return err }); err != nil {
 				return false, err
 			}
 		}
@@ -190,7 +191,7 @@ func (c *conn) setNeighborDiscovery(o segment.SetNeighborDiscovery) error {
 	if o.On {
 		settings = [][2]string{{"addr_gen_mode", "1"}, {"accept_ra", "0"}, {"disable_ipv6", "0"}}
 	}
-	return do(c.ns, func() error {
+	return netns.Do(c.ns, func() error {
 		for _, s := range settings {
 			err := os.WriteFile(filepath.Join("/proc/sys/net/ipv6/conf", o.Name, s[0]), []byte(s[1]), 0)
 			if err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -204,7 +205,7 @@ func (c *conn) setNeighborDiscovery(o segment.SetNeighborDiscovery) error {
 // silence makes a namespace silent. Links that spoke before have taught the bridge where their addresses are, and a plug
 // has that of the pod or VM that it waits for, which may be elsewhere: it forgets what it learnt.
 func (c *conn) silence(bridge string) error {
-	if err := do(c.ns, silence); err != nil || bridge == "" {
+	if err := netns.Do(c.ns, silence); err != nil || bridge == "" {
 		return err
 	}
 	return c.setLinkInfo(bridge, "bridge", func(data *nl.RtAttr) { data.AddRtAttr(nl.IFLA_BR_FDB_FLUSH, nil) })

@@ -9,6 +9,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/k8slan/k8slan/lanmgr/netns"
 )
 
 // Underlays are the links of the node's own netns that can carry a LAN to other nodes.
@@ -69,7 +71,7 @@ func (n *Node) Underlays(context.Context) (Underlays, error) {
 	if u.Default, err = c.defaultDevice(names); err != nil {
 		return u, err
 	}
-	return u, do(c.ns, func() error { return readIPv6Off(u.Devices) })
+	return u, netns.Do(c.ns, func() error { return readIPv6Off(u.Devices) })
 }
 
 // passing are addresses that are not to be built on: they are not there yet, or not for long.

@@ -14,6 +14,8 @@ import (
 	"github.com/fsnotify/fsnotify"
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
+
+	"github.com/k8slan/k8slan/lanmgr/netns"
 )
 
 // Watch tells what may have changed, until the context ends: poke is called with the name of a segment, or with ""
@@ -147,7 +149,7 @@ func (n *Node) subscribe(all bool, filter []unix.SockFilter, groups ...int) (f *
 		return nil, err
 	}
 	defer host.Close()
-	err = do(host, func() (err error) {
+	err = netns.Do(host, func() (err error) {
 		f, err = subscribe(all, filter, groups...)
 		return err
 	})
@@ -380,6 +382,6 @@ func (n *Node) lost(name string) (bool, error) {
 		return false, nil
 	}
 	defer n.giveBack(h)
-	named, err := h.inode.isAt(n.netnsPath(name))
+	named, err := h.inode.IsAt(n.netnsPath(name))
 	return !named, err
 }
