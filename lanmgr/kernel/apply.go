@@ -175,7 +175,7 @@ func (c *conn) apply(op segment.Op) error {
 	case segment.DelLinks:
 		return c.delLinks(o.Names)
 	case segment.DelPairs:
-		return c.delGroup(segment.LinkGroup)
+		return c.deleteGroup(segment.LinkGroup)
 	case segment.SetTxChecksum:
 		return c.setTxChecksum(o.Name, o.On)
 	case segment.VerifyClaim:
@@ -230,17 +230,6 @@ func (c *conn) delAltName(name, altName string) error {
 	return err
 }
 
-func (c *conn) with(name string, f func(netlink.Link) error) error {
-	l, ok, err := c.link(name)
-	if err != nil {
-		return err
-	}
-	if !ok {
-		return fmt.Errorf("link %s is gone", name)
-	}
-	return f(l)
-}
-
 // up sets a link up. A VXLAN opens its UDP port only now, so this is where another user of the port shows.
 func (c *conn) up(l netlink.Link) error {
 	err := c.LinkSetUp(l)
@@ -261,6 +250,14 @@ func (c *conn) delLink(name string) error {
 	return nil
 }
 
+func (c *conn) deleteGroup(group uint32) error {
+	r, err := c.requests()
+	if err != nil {
+		return err
+	}
+	return r.DeleteGroup(group)
+}
+
 // delLinks deletes links in one message. They are named to it by a link group of their own, of a number that no earlier
 // deletion, broken off halfway, can have left on a link that is wanted now.
 func (c *conn) delLinks(names []string) error {
@@ -277,5 +274,5 @@ func (c *conn) delLinks(names []string) error {
 			return fmt.Errorf("mark %s for deletion: %w", name, err)
 		}
 	}
-	return c.delGroup(group)
+	return c.deleteGroup(group)
 }

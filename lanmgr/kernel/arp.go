@@ -198,7 +198,7 @@ func (e *arpEar) isPort(index int) bool {
 	}
 	l, err := e.conn.LinkByIndex(index)
 	if err != nil {
-		if !notFound(err) { // else it is gone
+		if !isNotFound(err) { // else it is gone
 			e.err = fmt.Errorf("look up link %d: %w", index, err)
 		}
 		return false

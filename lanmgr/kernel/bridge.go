@@ -6,8 +6,8 @@ import (
 	"net"
 
 	"github.com/vishvananda/netlink"
-	"github.com/vishvananda/netlink/nl"
 
+	"github.com/k8slan/k8slan/lanmgr/rtnl"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
@@ -22,20 +22,9 @@ func (c *conn) addBridge(o segment.AddBridge) error {
 	return c.with(o.Name, c.up)
 }
 
-// setBridge switches off what makes a bridge less than transparent, in one message. What is off already is not named:
-// a kernel that was built without VLAN filtering refuses even to switch it off.
+// setBridge switches off what makes a bridge less than transparent.
 func (c *conn) setBridge(o segment.SetBridge) error {
-	return c.setLinkInfo(o.Name, "bridge", func(data *nl.RtAttr) {
-		if o.Off.STP {
-			data.AddRtAttr(nl.IFLA_BR_STP_STATE, nl.Uint32Attr(0))
-		}
-		if o.Off.VLANFiltering {
-			data.AddRtAttr(nl.IFLA_BR_VLAN_FILTERING, nl.Uint8Attr(0))
-		}
-		if o.Off.MulticastSnooping {
-			data.AddRtAttr(nl.IFLA_BR_MCAST_SNOOPING, nl.Uint8Attr(0))
-		}
-	})
+	return c.request(o.Name, func(r *rtnl.Conn, index int) error { return r.SwitchOff(index, o.Off) })
 }
 
 // addPair makes a spoke's standing pair. The bridge's end can be up from the start, its peer cannot

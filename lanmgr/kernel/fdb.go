@@ -10,12 +10,11 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
-	"time"
 
 	"github.com/vishvananda/netlink"
-	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
+	"github.com/k8slan/k8slan/lanmgr/rtnl"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
@@ -38,20 +37,20 @@ func (n *Node) WatchFDB(ctx context.Context, tell FDBEvents) error {
 	tell.Overflow()
 	return receive(ctx, f, func(msg []byte, from int) {
 		name, ok := n.byNumber(from)
-		if !ok || len(msg) < unix.SizeofNlMsghdr {
+		if !ok {
 			return
 		}
-		length := int(nl.NativeEndian().Uint32(msg))
-		if length < unix.SizeofNlMsghdr || length > len(msg) {
+		m, _, ok := rtnl.NextMessage(msg)
+		if !ok {
 			return
 		}
-		e, ok := parseEntry(msg[unix.SizeofNlMsghdr:length])
+		e, ok := rtnl.ParseEntry(m.Payload)
 		switch {
-		case !ok || e.self() || e.state&netlink.NUD_PERMANENT != 0:
-		case nl.NativeEndian().Uint16(msg[4:]) == unix.RTM_NEWNEIGH && !e.told() && !n.isVXLAN(name, e.index):
-			tell.Learned(name, e.mac)
+		case !ok || e.InVXLAN() || e.IsPermanent():
+		case m.Type == unix.RTM_NEWNEIGH && !e.IsExternal() && !n.isVXLAN(name, e.Index):
+			tell.Learned(name, e.MAC)
 		default:
-			tell.Removed(name, e.mac)
+			tell.Removed(name, e.MAC)
 		}
 	}, tell.Overflow)
 }
@@ -82,7 +81,11 @@ func (n *Node) LocalMACs(netnsName string) (macs [][6]byte, err error) {
 		return nil, nil
 	}
 	defer n.giveBack(h)
-	links, err := h.conn.links()
+	r, err := h.conn.requests()
+	if err != nil {
+		return nil, err
+	}
+	links, err := r.Links()
 	if err != nil {
 		return nil, fmt.Errorf("read the MACs on %s: %w", netnsName, err)
 	}
@@ -96,14 +99,13 @@ func (n *Node) LocalMACs(netnsName string) (macs [][6]byte, err error) {
 		if l.Type != "bridge" {
 			continue
 		}
-		msgs, err := h.conn.dumpFDB(func(*nl.IfInfomsg) {}, nl.NewRtAttr(unix.IFLA_MASTER, nl.Uint32Attr(uint32(l.Index))))
+		entries, err := r.BridgeFDB(l.Index)
 		if err != nil && !errors.Is(err, unix.ENODEV) {
 			return nil, fmt.Errorf("read the MACs on %s: %w", netnsName, err)
 		}
-		for _, m := range msgs {
-			e, ok := parseEntry(m)
-			if ok && e.master == l.Index && !vxlans[e.index] && !e.self() && !e.told() && e.state&netlink.NUD_PERMANENT == 0 {
-				macs = append(macs, e.mac)
+		for _, e := range entries {
+			if e.Master == l.Index && !vxlans[e.Index] && !e.InVXLAN() && !e.IsExternal() && !e.IsPermanent() {
+				macs = append(macs, e.MAC)
 			}
 		}
 	}
@@ -121,7 +123,11 @@ func (n *Node) MACs(ctx context.Context, netnsName string) ([]segment.MACEntry, 
 		return nil, fmt.Errorf("the LAN is not on this node: there is no namespace %s", n.netnsPath(netnsName))
 	}
 	defer n.giveBack(h)
-	msgs, err := h.conn.dumpFDB(func(*nl.IfInfomsg) {})
+	r, err := h.conn.requests()
+	if err != nil {
+		return nil, err
+	}
+	entries, err := r.FDB()
 	if err != nil {
 		return nil, fmt.Errorf("read the MACs on %s: %w", netnsName, err)
 	}
@@ -130,18 +136,17 @@ func (n *Node) MACs(ctx context.Context, netnsName string) ([]segment.MACEntry, 
 		links[l.Index] = l
 	}
 	places := map[[6]byte]segment.MACEntry{}
-	for _, m := range msgs {
-		e, ok := parseEntry(m)
-		link := links[e.index]
+	for _, e := range entries {
+		link := links[e.Index]
 		spoke, isPort := link.Spoke()
 		switch {
-		case !ok || e.mac == [6]byte{}:
-		case e.self() && link.Type == "vxlan" && e.dst.IsValid():
-			if places[e.mac].Spoke == "" { // a bridge with the MAC on a port does not ask its VXLAN
-				places[e.mac] = segment.MACEntry{MAC: net.HardwareAddr(e.mac[:]).String(), VTEP: e.dst}
+		case e.MAC == [6]byte{}:
+		case e.InVXLAN() && link.Type == "vxlan" && e.VTEP.IsValid():
+			if places[e.MAC].Spoke == "" { // a bridge that has the MAC on a port does not send to its VXLAN
+				places[e.MAC] = segment.MACEntry{MAC: net.HardwareAddr(e.MAC[:]).String(), VTEP: e.VTEP}
 			}
-		case !e.self() && isPort && e.state&netlink.NUD_PERMANENT == 0:
-			places[e.mac] = segment.MACEntry{MAC: net.HardwareAddr(e.mac[:]).String(), Spoke: spoke, LastSeen: e.age}
+		case !e.InVXLAN() && isPort && !e.IsPermanent():
+			places[e.MAC] = segment.MACEntry{MAC: net.HardwareAddr(e.MAC[:]).String(), Spoke: spoke, LastSeen: e.Age}
 		}
 	}
 	return slices.SortedFunc(maps.Values(places), func(a, b segment.MACEntry) int { return strings.Compare(a.MAC, b.MAC) }), nil
@@ -182,7 +187,7 @@ func (c *conn) changeRemotes(vxlan string, remotes []netip.Addr, change func(*ne
 // from a link-local address bears a device, which cannot be named (see changeRemotes).
 func (c *conn) forgetBehind(vxlan string, remotes []netip.Addr) error {
 	return c.with(vxlan, func(l netlink.Link) error {
-		entries, err := retryDump(func() ([]netlink.Neigh, error) { return c.NeighList(l.Attrs().Index, unix.AF_BRIDGE) })
+		entries, err := rtnl.RetryDump(func() ([]netlink.Neigh, error) { return c.NeighList(l.Attrs().Index, unix.AF_BRIDGE) })
 		if err != nil {
 			return fmt.Errorf("list what it has learnt: %w", err)
 		}
@@ -254,115 +259,51 @@ func (c *conn) forget(n *netlink.Neigh) error {
 	return nil
 }
 
-// askRemotes asks each VXLAN that may have them for the remotes to which it sends what is flooded. The kernel tells what else
-// the VXLAN and its bridge have learnt of that port as well (rtnl_fdb_dump in net/core/rtnetlink.c has no finer filter).
-func (c *conn) askRemotes(s *segment.State) error {
+// readRemotes reads the remotes of each VXLAN that may have some. The kernel also dumps what the VXLAN and its bridge have
+// learned on that port (rtnl_fdb_dump in net/core/rtnetlink.c has no finer filter).
+func (c *conn) readRemotes(s *segment.State) error {
 	for i := range s.Links {
 		if !s.MayHaveRemotes(s.Links[i]) {
 			continue
 		}
-		if err := c.askTable(&s.Links[i]); err != nil {
+		if err := c.readFDB(&s.Links[i]); err != nil {
 			return fmt.Errorf("list the remotes of %s: %w", s.Links[i].Name, err)
 		}
 	}
 	return nil
 }
 
-// askTable reads what a VXLAN has been told: remotes, and MACs behind them.
-func (c *conn) askTable(vxlan *segment.Link) error {
-	msgs, err := c.dumpFDB(func(msg *nl.IfInfomsg) { msg.Index = int32(vxlan.Index) })
+// readFDB reads a VXLAN's remotes, and the MACs that a program has set behind them.
+func (c *conn) readFDB(vxlan *segment.Link) error {
+	r, err := c.requests()
+	if err != nil {
+		return err
+	}
+	entries, err := r.PortFDB(vxlan.Index)
 	if err != nil {
 		return err
 	}
 	fdb := map[[6]byte]segment.FDBState{}
-	for _, m := range msgs {
-		e, ok := parseEntry(m)
-		if !ok || e.index != vxlan.Index {
+	for _, e := range entries {
+		if e.Index != vxlan.Index {
 			continue
 		}
-		entry := fdb[e.mac]
-		entry.MAC = e.mac
+		entry := fdb[e.MAC]
+		entry.MAC = e.MAC
 		switch {
-		case e.self() && e.mac == [6]byte{} && e.dst.IsValid() && !e.dst.IsMulticast():
-			vxlan.VXLAN.Remotes = append(vxlan.VXLAN.Remotes, e.dst)
+		case e.InVXLAN() && e.MAC == [6]byte{} && e.VTEP.IsValid() && !e.VTEP.IsMulticast():
+			vxlan.VXLAN.Remotes = append(vxlan.VXLAN.Remotes, e.VTEP)
 			continue
-		case !e.told():
+		case !e.IsExternal():
 			continue
-		case e.self():
-			entry.VTEP = e.dst
+		case e.InVXLAN():
+			entry.VTEP = e.VTEP
 		default:
 			entry.Bridge = true
 		}
-		fdb[e.mac] = entry
+		fdb[e.MAC] = entry
 	}
 	slices.SortFunc(vxlan.VXLAN.Remotes, netip.Addr.Compare)
 	vxlan.VXLAN.FDB = slices.SortedFunc(maps.Values(fdb), func(a, b segment.FDBState) int { return bytes.Compare(a.MAC[:], b.MAC[:]) })
 	return nil
-}
-
-// dumpFDB dumps the part of forwarding tables that the request is made to name.
-func (c *conn) dumpFDB(name func(*nl.IfInfomsg), attrs ...*nl.RtAttr) (msgs [][]byte, err error) {
-	for range dumpTries {
-		req := nl.NewNetlinkRequest(unix.RTM_GETNEIGH, unix.NLM_F_DUMP)
-		msg := nl.NewIfInfomsg(unix.AF_BRIDGE)
-		name(msg)
-		req.AddData(msg)
-		for _, a := range attrs {
-			req.AddData(a)
-		}
-		msgs, err = c.execute(req, unix.RTM_NEWNEIGH)
-		if !errors.Is(err, nl.ErrDumpInterrupted) {
-			break
-		}
-	}
-	return msgs, err
-}
-
-// entry is one of a forwarding table: a bridge's, or a VXLAN's own.
-type entry struct {
-	index  int // of the port, or of the VXLAN
-	state  uint16
-	flags  uint8
-	mac    [6]byte
-	dst    netip.Addr    // a VXLAN's
-	master int           // of a bridge's: the bridge
-	age    time.Duration // since a frame, or who told it, brought it last
-}
-
-// self says whether it is a VXLAN's own; told, whether somebody has told it and not a frame.
-func (e entry) self() bool { return e.flags&netlink.NTF_SELF != 0 }
-
-func (e entry) told() bool { return e.flags&netlink.NTF_EXT_LEARNED != 0 }
-
-// clockTick is the unit in which the kernel tells times to programs (USER_HZ), on all but Alpha.
-const clockTick = time.Second / 100
-
-// parseEntry reads an entry such as k8slan or the kernel makes: one with a port, VNI or device of its own is somebody else's.
-func parseEntry(m []byte) (e entry, ok bool) {
-	const size = 12 // of struct ndmsg (include/uapi/linux/neighbour.h)
-	if len(m) < size {
-		return e, false
-	}
-	e.index, e.state, e.flags = int(nl.NativeEndian().Uint32(m[4:])), nl.NativeEndian().Uint16(m[8:]), m[10]
-	attrs, err := nl.ParseRouteAttr(m[size:])
-	if err != nil {
-		return e, false
-	}
-	for _, a := range attrs {
-		switch a.Attr.Type {
-		case unix.NDA_LLADDR:
-			ok = copy(e.mac[:], a.Value) == len(e.mac)
-		case unix.NDA_DST:
-			e.dst, _ = netip.AddrFromSlice(a.Value)
-		case unix.NDA_MASTER:
-			e.master = int(nl.NativeEndian().Uint32(a.Value))
-		case unix.NDA_CACHEINFO: // the third of struct nda_cacheinfo, ndm_updated (include/uapi/linux/neighbour.h)
-			if len(a.Value) >= 12 {
-				e.age = time.Duration(nl.NativeEndian().Uint32(a.Value[8:])) * clockTick
-			}
-		case unix.NDA_PORT, unix.NDA_VNI, unix.NDA_IFINDEX:
-			return e, false
-		}
-	}
-	return e, ok
 }

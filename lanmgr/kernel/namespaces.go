@@ -90,7 +90,7 @@ func (n *Node) look(h *held) (err error) {
 		if h.conn.Handle, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
 			return fmt.Errorf("open a netlink socket: %w", err)
 		}
-		if err := h.conn.openSocket(); err != nil {
+		if err := h.conn.dialRTNL(); err != nil {
 			return err
 		}
 		h.settings, err = openSettings()

@@ -9,11 +9,12 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/k8slan/k8slan/lanmgr/rtnl"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
-// askNeighbors asks for the neighbours that a segment's bridge was told, if it may have any.
-func (c *conn) askNeighbors(s *segment.State) error {
+// readNeighbors asks for the neighbours that a segment's bridge was told, if it may have any.
+func (c *conn) readNeighbors(s *segment.State) error {
 	if !s.MayHaveNeighbors() {
 		return nil
 	}
@@ -23,7 +24,7 @@ func (c *conn) askNeighbors(s *segment.State) error {
 			continue
 		}
 		for _, family := range []int{unix.AF_INET, unix.AF_INET6} {
-			list, err := retryDump(func() ([]netlink.Neigh, error) { return c.NeighList(bridge.Index, family) })
+			list, err := rtnl.RetryDump(func() ([]netlink.Neigh, error) { return c.NeighList(bridge.Index, family) })
 			if err != nil {
 				return fmt.Errorf("list the neighbours of %s: %w", bridge.Name, err)
 			}

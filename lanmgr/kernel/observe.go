@@ -36,14 +36,14 @@ func (n *Node) Observe(_ context.Context, netnsName string) (segment.State, erro
 		return s, fmt.Errorf("observe %s: %w", netnsName, err)
 	}
 	n.noteVXLAN(h, s.Links)
-	if err := h.conn.askRemotes(&s); err != nil {
+	if err := h.conn.readRemotes(&s); err != nil {
 		return s, fmt.Errorf("observe %s: %w", netnsName, err)
 	}
-	if err := h.conn.askNeighbors(&s); err != nil {
+	if err := h.conn.readNeighbors(&s); err != nil {
 		return s, fmt.Errorf("observe %s: %w", netnsName, err)
 	}
 	if s.Record != nil && len(s.Record.TxChecksumOff) > 0 {
-		if err := h.conn.askTxChecksums(s.Links, s.Record.TxChecksumOff); err != nil {
+		if err := h.conn.readTxChecksums(s.Links, s.Record.TxChecksumOff); err != nil {
 			return s, fmt.Errorf("observe %s: %w", netnsName, err)
 		}
 	}

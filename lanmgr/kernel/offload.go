@@ -72,8 +72,8 @@ func (c *conn) setTxChecksum(name string, on bool) error {
 	return nil
 }
 
-// askTxChecksums notes in the links of these spokes how they are set.
-func (c *conn) askTxChecksums(links []segment.Link, spokes []string) error {
+// readTxChecksums notes in the links of these spokes how they are set.
+func (c *conn) readTxChecksums(links []segment.Link, spokes []string) error {
 	e, err := c.features()
 	if err != nil {
 		return err

@@ -9,10 +9,10 @@ import (
 	"time"
 
 	"github.com/vishvananda/netlink"
-	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
 	"github.com/k8slan/k8slan/lanmgr/netns"
+	"github.com/k8slan/k8slan/lanmgr/rtnl"
 )
 
 // Addressing is what an interface of a pod gets: addresses with their prefix lengths, and routes through it.
@@ -140,13 +140,7 @@ func (n *Node) Addresses(_ context.Context, podNetns, ifname string) ([]netip.Pr
 	if err != nil {
 		return nil, fmt.Errorf("pod's interface %s: %w", ifname, err)
 	}
-	var addrs []netlink.Addr
-	for range dumpTries {
-		addrs, err = c.AddrList(link, netlink.FAMILY_ALL)
-		if !errors.Is(err, nl.ErrDumpInterrupted) {
-			break
-		}
-	}
+	addrs, err := rtnl.RetryDump(func() ([]netlink.Addr, error) { return c.AddrList(link, netlink.FAMILY_ALL) })
 	if err != nil {
 		return nil, fmt.Errorf("list the addresses of %s: %w", ifname, err)
 	}

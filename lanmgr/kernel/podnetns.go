@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/k8slan/k8slan/lanmgr/netns"
+	"github.com/k8slan/k8slan/lanmgr/rtnl"
 
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
@@ -25,7 +26,7 @@ func OpenPodNetns() (*PodNetns, error) {
 		return nil, fmt.Errorf("open a netlink socket: %w", err)
 	}
 	c := &conn{Handle: h, ns: netns.None()}
-	if err := c.openSocket(); err != nil {
+	if err := c.dialRTNL(); err != nil {
 		c.close()
 		return nil, err
 	}
@@ -54,10 +55,10 @@ func (o *PodNetns) Observe(name string) (s segment.PodVXLANState, err error) {
 	if s.Link.Type != "vxlan" {
 		return s, nil
 	}
-	if err := o.conn.askTable(&s.Link); err != nil {
+	if err := o.conn.readFDB(&s.Link); err != nil {
 		return s, fmt.Errorf("list the remotes of %s: %w", name, err)
 	}
-	addresses, err := retryDump(func() ([]netlink.Addr, error) { return o.conn.AddrList(nil, netlink.FAMILY_ALL) })
+	addresses, err := rtnl.RetryDump(func() ([]netlink.Addr, error) { return o.conn.AddrList(nil, netlink.FAMILY_ALL) })
 	if err != nil {
 		return s, fmt.Errorf("list the addresses of %s: %w", name, err)
 	}
@@ -123,7 +124,7 @@ func (o *PodNetns) SourceAddress(ipv4, ipv6 bool) (netip.Addr, error) {
 		if family == netlink.FAMILY_V4 && !ipv4 || family == netlink.FAMILY_V6 && !ipv6 {
 			continue
 		}
-		routes, err := retryDump(func() ([]netlink.Route, error) {
+		routes, err := rtnl.RetryDump(func() ([]netlink.Route, error) {
 			return o.conn.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_MAIN, Dst: nil}, netlink.RT_FILTER_TABLE|netlink.RT_FILTER_DST)
 		})
 		if err != nil {
@@ -143,7 +144,7 @@ func (o *PodNetns) SourceAddress(ipv4, ipv6 bool) (netip.Addr, error) {
 
 // firstAddress is the first of a link's that reaches further than the link.
 func (o *PodNetns) firstAddress(index, family int) (netip.Addr, error) {
-	all, err := retryDump(func() ([]netlink.Addr, error) { return o.conn.AddrList(nil, family) })
+	all, err := rtnl.RetryDump(func() ([]netlink.Addr, error) { return o.conn.AddrList(nil, family) })
 	if err != nil {
 		return netip.Addr{}, fmt.Errorf("list the pod's addresses: %w", err)
 	}
@@ -157,7 +158,7 @@ func (o *PodNetns) firstAddress(index, family int) (netip.Addr, error) {
 
 // LinkByAddress is the link that has an address, and its MTU in bytes; none if no link has it.
 func (o *PodNetns) LinkByAddress(address netip.Addr) (name string, mtu int, err error) {
-	all, err := retryDump(func() ([]netlink.Addr, error) { return o.conn.AddrList(nil, netlink.FAMILY_ALL) })
+	all, err := rtnl.RetryDump(func() ([]netlink.Addr, error) { return o.conn.AddrList(nil, netlink.FAMILY_ALL) })
 	if err != nil {
 		return "", 0, fmt.Errorf("list the pod's addresses: %w", err)
 	}

@@ -9,10 +9,10 @@ import (
 	"strings"
 	"sync"
 
-	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
 	"github.com/k8slan/k8slan/lanmgr/netns"
+	"github.com/k8slan/k8slan/lanmgr/rtnl"
 
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
@@ -208,5 +208,5 @@ func (c *conn) silence(bridge string) error {
 	if err := netns.Do(c.ns, silence); err != nil || bridge == "" {
 		return err
 	}
-	return c.setLinkInfo(bridge, "bridge", func(data *nl.RtAttr) { data.AddRtAttr(nl.IFLA_BR_FDB_FLUSH, nil) })
+	return c.request(bridge, func(r *rtnl.Conn, index int) error { return r.FlushFDB(index) })
 }

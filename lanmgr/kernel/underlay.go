@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/k8slan/k8slan/lanmgr/netns"
+	"github.com/k8slan/k8slan/lanmgr/rtnl"
 )
 
 // Underlays are the links of the node's own netns that can carry a LAN to other nodes.
@@ -44,7 +45,7 @@ func (n *Node) Underlays(context.Context) (Underlays, error) {
 	}
 	defer c.close()
 	u := Underlays{Devices: map[string]Underlay{}}
-	links, err := retryDump(func() ([]netlink.Link, error) { return c.LinkList() })
+	links, err := rtnl.RetryDump(func() ([]netlink.Link, error) { return c.LinkList() })
 	if err != nil {
 		return u, fmt.Errorf("list the node's links: %w", err)
 	}
@@ -59,7 +60,7 @@ func (n *Node) Underlays(context.Context) (Underlays, error) {
 			Index: a.Index, MTU: a.MTU, Up: a.RawFlags&unix.IFF_UP != 0, Carrier: a.RawFlags&unix.IFF_LOWER_UP != 0,
 		}
 	}
-	addrs, err := retryDump(func() ([]netlink.Addr, error) { return c.AddrList(nil, netlink.FAMILY_ALL) })
+	addrs, err := rtnl.RetryDump(func() ([]netlink.Addr, error) { return c.AddrList(nil, netlink.FAMILY_ALL) })
 	if err != nil {
 		return u, fmt.Errorf("list the node's addresses: %w", err)
 	}
@@ -100,7 +101,7 @@ func (d Underlay) withAddress(ip net.IP, flags int) Underlay {
 // defaultDevice is the device of the default route with the lowest metric.
 func (c *conn) defaultDevice(names map[int]string) (string, error) {
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
-		routes, err := retryDump(func() ([]netlink.Route, error) {
+		routes, err := rtnl.RetryDump(func() ([]netlink.Route, error) {
 			return c.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_MAIN, Dst: nil}, netlink.RT_FILTER_TABLE|netlink.RT_FILTER_DST)
 		})
 		if err != nil {

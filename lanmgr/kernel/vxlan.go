@@ -3,13 +3,12 @@ package kernel
 import (
 	"errors"
 	"fmt"
-	"net/netip"
 	"sync"
 
 	"github.com/vishvananda/netlink"
-	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
+	"github.com/k8slan/k8slan/lanmgr/rtnl"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
@@ -37,7 +36,7 @@ func addVXLAN(host, lan *conn, o segment.AddVXLAN) error {
 	}
 	v := &netlink.Vxlan{
 		LinkAttrs: a, VxlanId: int(o.VNI), Port: int(o.Port), Group: o.Group.AsSlice(), SrcAddr: o.Local.AsSlice(),
-		VtepDevIndex: o.UnderlayIndex, Learning: !o.NoLearning, TTL: ttl(o.VXLAN),
+		VtepDevIndex: o.UnderlayIndex, Learning: !o.NoLearning, TTL: int(ttl(o.VXLAN)),
 	}
 	err := host.LinkAdd(v)
 	if errors.Is(err, unix.EEXIST) {
@@ -80,7 +79,7 @@ func vniTaken(host *conn, v segment.VXLAN) error {
 }
 
 // ttl is 0, the kernel's own choice, for groups that stay on the link; others are meant to be routed.
-func ttl(v segment.VXLAN) int {
+func ttl(v segment.VXLAN) uint8 {
 	if v.Group.IsLinkLocalMulticast() {
 		return 0
 	}
@@ -122,28 +121,5 @@ func atLeast(release string, major, minor int) bool {
 }
 
 func (c *conn) changeVXLAN(o segment.SetVXLAN) error {
-	none, group, local := netip.IPv6Unspecified(), nl.IFLA_VXLAN_GROUP6, nl.IFLA_VXLAN_LOCAL6
-	if o.Group.Is4() || o.Local.Is4() {
-		none, group, local = netip.IPv4Unspecified(), nl.IFLA_VXLAN_GROUP, nl.IFLA_VXLAN_LOCAL
-	}
-	or := func(a netip.Addr) []byte {
-		if !a.IsValid() {
-			a = none
-		}
-		return a.AsSlice()
-	}
-	return c.setLinkInfo(o.Name, "vxlan", func(data *nl.RtAttr) {
-		data.AddRtAttr(nl.IFLA_VXLAN_ID, nl.Uint32Attr(o.VNI))
-		data.AddRtAttr(group, or(o.Group))
-		data.AddRtAttr(local, or(o.Local))
-		data.AddRtAttr(nl.IFLA_VXLAN_TTL, nl.Uint8Attr(uint8(ttl(o.VXLAN))))
-		data.AddRtAttr(nl.IFLA_VXLAN_LEARNING, boolAttr(!o.NoLearning))
-	})
-}
-
-func boolAttr(on bool) []byte {
-	if on {
-		return nl.Uint8Attr(1)
-	}
-	return nl.Uint8Attr(0)
+	return c.request(o.Name, func(r *rtnl.Conn, index int) error { return r.ChangeVXLAN(index, o.VXLAN, ttl(o.VXLAN)) })
 }

@@ -21,7 +21,8 @@ func None() Handle { return netns.None() }
 // Current opens the network namespace of the calling thread.
 func Current() (Handle, error) { return netns.Get() }
 
-// Open opens a namespace by its name in the file system. The error of a name without a namespace behind it is fs.ErrNotExist.
+// Open opens a namespace by its name in the file system. The error of a name without a namespace behind it is
+// fs.ErrNotExist.
 func Open(path string) (Handle, error) {
 	ns, err := netns.GetFromPath(path)
 	if err != nil {
@@ -63,8 +64,8 @@ func Create(path string, prepare func() error) error {
 	})
 }
 
-// elsewhere runs f on a thread that has entered another network namespace. The thread goes back to the Go runtime only if
-// it has returned to its own namespace; otherwise it ends with its goroutine.
+// elsewhere runs f on a thread that has entered another network namespace. The thread goes back to the Go runtime
+// only if it has returned to its own namespace; otherwise it ends with its goroutine.
 func elsewhere(enter, f func() error) error {
 	result := make(chan error, 1)
 	go func() {
@@ -92,7 +93,9 @@ func elsewhere(enter, f func() error) error {
 }
 
 // Mount gives an open namespace a name in the file system.
-func Mount(ns Handle, path string) error { return mount(fmt.Sprintf("/proc/self/fd/%d", int(ns)), path) }
+func Mount(ns Handle, path string) error {
+	return mount(fmt.Sprintf("/proc/self/fd/%d", int(ns)), path)
+}
 
 func mount(source, path string) error {
 	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDONLY, 0o444)

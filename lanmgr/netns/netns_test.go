@@ -40,7 +40,8 @@ func TestInodeIsThatOfTheNamespace(t *testing.T) {
 	if other, err := netns.InodeOf(again); err != nil || other != inode {
 		t.Errorf("the namespace opened again has inode %v, %v; want %v", other, err, inode)
 	}
-	for path, want := range map[string]bool{"/proc/self/ns/net": true, "/proc/self/ns/mnt": false, "/proc/self/ns/none": false} {
+	mounts := map[string]bool{"/proc/self/ns/net": true, "/proc/self/ns/mnt": false, "/proc/self/ns/none": false}
+	for path, want := range mounts {
 		if is, err := inode.IsAt(path); err != nil || is != want {
 			t.Errorf("the namespace is at %s: %t, %v; want %t", path, is, err, want)
 		}
