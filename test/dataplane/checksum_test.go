@@ -24,32 +24,32 @@ import (
 // A network function that reads frames raw takes a frame as it is: TCP and UDP checksums that are left to hardware are
 // wrong for it, and a frame larger than the MTU is none.
 func TestARawReaderSeesFinishedChecksums(t *testing.T) {
-	a, b := hosts(t)
+	a, b := twoNodes(t)
 	within, across := a, b
 	for i, c := range []struct {
 		name       string
 		off        []string
-		nodes      map[string]host // of the speaker
+		nodes      map[string]node // of the speaker
 		unfinished bool
 	}{
-		{"on for all", nil, map[string]host{"within a node": within, "across nodes": across}, true}, // what the others are compared with
-		{"off for the reader", []string{"reader"}, map[string]host{"within a node": within, "across nodes": across}, false},
-		{"off for both", []string{"reader", "speaker"}, map[string]host{"within a node": within, "across nodes": across}, false},
+		{"on for all", nil, map[string]node{"within a node": within, "across nodes": across}, true}, // what the others are compared with
+		{"off for the reader", []string{"reader"}, map[string]node{"within a node": within, "across nodes": across}, false},
+		{"off for both", []string{"reader", "speaker"}, map[string]node{"within a node": within, "across nodes": across}, false},
 		// Not across nodes: what comes finished there is put together again by generic receive offload.
-		{"off for the speaker", []string{"speaker"}, map[string]host{"within a node": within}, false},
+		{"off for the speaker", []string{"speaker"}, map[string]node{"within a node": within}, false},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			s := lan(fmt.Sprintf("raw%d", i), 140+uint32(i), "reader", "speaker")
 			s.TxChecksumOff = c.off
-			a.build(t, a.here(t, s))
-			b.build(t, b.here(t, s))
+			a.reconcile(t, a.withUnderlay(t, s))
+			b.reconcile(t, b.withUnderlay(t, s))
 			reader := a.claim(t, s, "reader", segment.Veth)
-			a.number(t, reader, 1)
+			a.addPodAddresses(t, reader, 1)
 			for where, h := range c.nodes {
 				t.Run(where, func(t *testing.T) {
 					speaker := h.claim(t, s, "speaker", segment.Veth)
 					defer h.release(t, speaker)
-					h.number(t, speaker, 2)
+					h.addPodAddresses(t, speaker, 2)
 					expectRaw(t, speaker, reader, c.unfinished)
 				})
 			}
@@ -57,11 +57,11 @@ func TestARawReaderSeesFinishedChecksums(t *testing.T) {
 	}
 }
 
-// number gives a pod addresses on the LAN.
-func (h host) number(t *testing.T, st *station, n int) {
+// addPodAddresses gives a pod addresses on the LAN.
+func (h node) addPodAddresses(t *testing.T, st *station, n int) {
 	t.Helper()
 	st.Sysctl(t, "net/ipv6/conf/"+ifname+"/accept_dad", "0") // nobody else has it
-	try(t, h.addresses(t, st, fmt.Sprintf("10.77.0.%d/24", n), fmt.Sprintf("fd77::%d/64", n)))
+	must(t, h.setPodAddresses(t, st, fmt.Sprintf("10.77.0.%d/24", n), fmt.Sprintf("fd77::%d/64", n)))
 	st.AwaitCarrier(t, ifname)
 }
 
@@ -73,7 +73,7 @@ func expectRaw(t *testing.T, from, to *station, unfinished bool) {
 		t.Run(address, func(t *testing.T) {
 			r := to.readRaw(t, datagrams)
 			expectTCP(t, from, to, address)
-			try(t, from.Do(func() error { return sendUDP(address) }))
+			must(t, from.Do(func() error { return sendUDP(address) }))
 			seen := r.wait(t)
 			if got := seen.unfinished+seen.large > 0; got != unfinished {
 				t.Errorf("the reader saw %+v; frames that are unfinished or too large: %t, want %t", seen, got, unfinished)
@@ -189,7 +189,7 @@ type reader struct {
 func (st *station) readRaw(t *testing.T, udp int) *reader {
 	t.Helper()
 	var fd int
-	try(t, st.Do(func() (err error) {
+	must(t, st.Do(func() (err error) {
 		link, err := net.InterfaceByName(ifname)
 		if err != nil {
 			return err
@@ -209,7 +209,7 @@ func (st *station) readRaw(t *testing.T, udp int) *reader {
 		<-r.done
 	})
 	conn, err := r.file.SyscallConn()
-	try(t, err)
+	must(t, err)
 	go func() {
 		defer close(r.done)
 		r.err = r.run(conn, udp)
@@ -246,7 +246,7 @@ func (r *reader) run(conn syscall.RawConn, udp int) error {
 // wait returns what the reader saw when it has seen it all.
 func (r *reader) wait(t *testing.T) seen {
 	t.Helper()
-	try(t, r.file.SetReadDeadline(time.Now().Add(patience)))
+	must(t, r.file.SetReadDeadline(time.Now().Add(frameTimeout)))
 	<-r.done
 	if r.err != nil {
 		t.Fatalf("the reader saw %+v: %v", r.seen, r.err)
@@ -256,7 +256,7 @@ func (r *reader) wait(t *testing.T) seen {
 
 // A guest with the common virtio driver leaves its checksums to the host, and takes frames from it that are unfinished.
 func TestARawReaderInAVMOrBesideOneSeesFinishedChecksums(t *testing.T) {
-	a, b := hosts(t)
+	a, b := twoNodes(t)
 	for i, c := range []struct {
 		name            string
 		off             []string
@@ -269,23 +269,23 @@ func TestARawReaderInAVMOrBesideOneSeesFinishedChecksums(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			s := lan(fmt.Sprintf("guest%d", i), 150+uint32(i), "vm", "pod")
 			s.TxChecksumOff = c.off
-			a.build(t, a.here(t, s))
-			b.build(t, b.here(t, s))
+			a.reconcile(t, a.withUnderlay(t, s))
+			b.reconcile(t, b.withUnderlay(t, s))
 			vm := a.claim(t, s, "vm", segment.Macvtap)
 			tap := netlab.OpenOffloadTap(t, vm.TapMajor, vm.TapMinor)
-			a.inside(s).AwaitCarrier(t, vm.HostInterface)
-			for where, h := range map[string]host{"of the same node": a, "of another node": b} {
+			a.lanNetns(s).AwaitCarrier(t, vm.HostInterface)
+			for where, h := range map[string]node{"of the same node": a, "of another node": b} {
 				t.Run("pod "+where, func(t *testing.T) {
 					pod := h.claim(t, s, "pod", segment.Veth)
 					defer h.release(t, pod)
-					h.number(t, pod, 2)
-					h.inside(s).AwaitCarrier(t, pod.HostInterface)
+					h.addPodAddresses(t, pod, 2)
+					h.lanNetns(s).AwaitCarrier(t, pod.HostInterface)
 					pod.knows(t, "10.77.0.1", vm.MAC)
-					try(t, pod.Do(func() error { return sendUDP("10.77.0.1") }))
+					must(t, pod.Do(func() error { return sendUDP("10.77.0.1") }))
 					expectGuest(t, tap, c.intoVM)
 
 					r := pod.readRaw(t, unfinishedSize)
-					try(t, tap.SendUnfinished(unfinishedUDP(pod.MAC, vm.MAC), 14+20, 6))
+					must(t, tap.SendUnfinished(unfinishedUDP(pod.MAC, vm.MAC), 14+20, 6))
 					if seen := r.wait(t); (seen.unfinished == 1) != c.outOfVM || (seen.wrong == 1) != c.outOfVM {
 						t.Errorf("the reader beside the VM saw %+v; unfinished: want %t", seen, c.outOfVM)
 					}
@@ -300,8 +300,8 @@ func (st *station) knows(t *testing.T, ip string, mac net.HardwareAddr) {
 	t.Helper()
 	links := st.Netlink(t)
 	link, err := links.LinkByName(ifname)
-	try(t, err)
-	try(t, links.NeighSet(&netlink.Neigh{
+	must(t, err)
+	must(t, links.NeighSet(&netlink.Neigh{
 		LinkIndex: link.Attrs().Index, State: netlink.NUD_PERMANENT, IP: net.ParseIP(ip), HardwareAddr: mac,
 	}))
 }
@@ -309,7 +309,7 @@ func (st *station) knows(t *testing.T, ip string, mac net.HardwareAddr) {
 // expectGuest takes what sendUDP sent out of a tap.
 func expectGuest(t *testing.T, tap netlab.OffloadTap, unfinished bool) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	ctx, cancel := context.WithTimeout(t.Context(), frameTimeout)
 	defer cancel()
 	var s seen
 	for s.udp < datagrams {
@@ -344,15 +344,15 @@ func unfinishedUDP(dst, src net.HardwareAddr) []byte {
 // What is edited while a pod is attached holds for what the LAN's side does, at once and both ways, and what somebody
 // switches by hand is switched back. A LAN for which nobody wished it is asked nothing.
 func TestChecksumsFollowAnEditAndAreRepaired(t *testing.T) {
-	a, _ := hosts(t)
-	on := a.here(t, lan("edited", 160, "reader", "speaker"))
+	a, _ := twoNodes(t)
+	on := a.withUnderlay(t, lan("edited", 160, "reader", "speaker"))
 	off := on
 	off.TxChecksumOff = []string{"reader"}
 	m := a.manage(t)
 	m.runs(t, on)
 	reader, speaker := a.claim(t, on, "reader", segment.Veth), a.claim(t, on, "speaker", segment.Veth)
-	a.number(t, reader, 1)
-	a.number(t, speaker, 2)
+	a.addPodAddresses(t, reader, 1)
+	a.addPodAddresses(t, speaker, 2)
 	expectRaw(t, speaker, reader, true)
 	m.runs(t, off)
 	expectRaw(t, speaker, reader, false)
@@ -377,16 +377,16 @@ func TestChecksumsFollowAnEditAndAreRepaired(t *testing.T) {
 
 // A daemon that was killed halfway through taking the wish back goes on with it.
 func TestChecksumsAreSwitchedBackAfterAKill(t *testing.T) {
-	a, _ := hosts(t)
-	on := a.here(t, lan("halfway", 161, "reader"))
+	a, _ := twoNodes(t)
+	on := a.withUnderlay(t, lan("halfway", 161, "reader"))
 	off := on
 	off.TxChecksumOff = []string{"reader"}
-	a.build(t, off)
+	a.reconcile(t, off)
 	ops := segment.Diff(on, a.observe(t, off))
 	for k := range ops {
-		a.build(t, off)
-		reconcile(t, a.kernel, on.Netns, killedAfter(k, func(have segment.State) []segment.Op { return segment.Diff(on, have) }))
-		a.build(t, on)
+		a.reconcile(t, off)
+		reconcileWith(t, a.kernel, on.Netns, killedAfter(k, func(have segment.State) []segment.Op { return segment.Diff(on, have) }))
+		a.reconcile(t, on)
 		for _, link := range []string{segment.PortName("reader"), segment.PlugName("reader")} {
 			if !a.feature(t, on, link, "tx-checksum-ip-generic") {
 				t.Errorf("killed at step %d of %v: %s leaves no checksums to hardware", k, ops, link)
@@ -398,20 +398,20 @@ func TestChecksumsAreSwitchedBackAfterAKill(t *testing.T) {
 // A VM's standing pair that is made anew in a take-over is like the old one.
 func TestATakenOverPairFinishesChecksums(t *testing.T) {
 	netlab.NeedDevices(t)
-	a, _ := hosts(t)
-	s := a.here(t, lan("taken", 162, "vm"))
+	a, _ := twoNodes(t)
+	s := a.withUnderlay(t, lan("taken", 162, "vm"))
 	s.TxChecksumOff = []string{"vm"}
-	a.build(t, s)
+	a.reconcile(t, s)
 	a.claim(t, s, "vm", segment.Macvtap)
 	a.claim(t, s, "vm", segment.Macvtap)
-	if ops := a.build(t, s); len(ops) != 0 {
+	if ops := a.reconcile(t, s); len(ops) != 0 {
 		t.Errorf("after a take-over there was to do: %v", ops)
 	}
 }
 
-func (h host) setFeature(t *testing.T, s segment.Segment, link, feature string, on bool) {
+func (h node) setFeature(t *testing.T, s segment.Segment, link, feature string, on bool) {
 	t.Helper()
-	try(t, h.inside(s).Do(func() error {
+	must(t, h.lanNetns(s).Do(func() error {
 		e, err := ethtool.NewEthtool()
 		if err != nil {
 			return err
@@ -421,9 +421,9 @@ func (h host) setFeature(t *testing.T, s segment.Segment, link, feature string, 
 	}))
 }
 
-func (h host) feature(t *testing.T, s segment.Segment, link, feature string) (on bool) {
+func (h node) feature(t *testing.T, s segment.Segment, link, feature string) (on bool) {
 	t.Helper()
-	try(t, h.inside(s).Do(func() error {
+	must(t, h.lanNetns(s).Do(func() error {
 		e, err := ethtool.NewEthtool()
 		if err != nil {
 			return err

@@ -42,16 +42,16 @@ var pluginBinary = sync.OnceValues(func() (string, error) {
 // sandbox is a pod's sandbox, and how a runtime speaks of it to the plugin.
 type sandbox struct {
 	netlab.Namespace
-	host   host
+	node   node
 	id     string
 	ifname string
 	mac    string // that CNI_ARGS asks for; empty: none
 }
 
-func (h host) sandbox(t *testing.T) sandbox {
+func (h node) sandbox(t *testing.T) sandbox {
 	t.Helper()
 	pod := netlab.NewPod(t)
-	return sandbox{Namespace: pod, host: h, id: filepath.Base(filepath.Dir(pod.Path)), ifname: ifname}
+	return sandbox{Namespace: pod, node: h, id: filepath.Base(filepath.Dir(pod.Path)), ifname: ifname}
 }
 
 type keys = map[string]any
@@ -94,7 +94,7 @@ func (s sandbox) send(verb string, stdin []byte) ([]byte, error) {
 	}
 	var stdout, stderr bytes.Buffer
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = bytes.NewReader(stdin), &stdout, &stderr
-	err = s.host.Do(cmd.Run)
+	err = s.node.Do(cmd.Run)
 	if err == nil {
 		return stdout.Bytes(), nil
 	}
@@ -117,14 +117,14 @@ func (s sandbox) command(verb string) (*exec.Cmd, error) {
 		args += ";MAC=" + s.mac
 	}
 	cmd.Env = []string{
-		"CNI_COMMAND=" + verb, "CNI_CONTAINERID=" + s.id, "CNI_NETNS=" + s.Path, "CNI_IFNAME=" + s.ifname, "CNI_PATH=" + s.host.plugins(),
+		"CNI_COMMAND=" + verb, "CNI_CONTAINERID=" + s.id, "CNI_NETNS=" + s.Path, "CNI_IFNAME=" + s.ifname, "CNI_PATH=" + s.node.plugins(),
 		"CNI_ARGS=" + args,
-		"K8SLAN_RUN_DIR=" + s.host.Run, "K8SLAN_CDI_DIR=" + s.host.CDI,
+		"K8SLAN_RUN_DIR=" + s.node.Run, "K8SLAN_CDI_DIR=" + s.node.CDI,
 	}
 	return cmd, nil
 }
 
-func (s sandbox) must(t *testing.T, verb string, config keys) []byte {
+func (s sandbox) mustCall(t *testing.T, verb string, config keys) []byte {
 	t.Helper()
 	out, err := s.call(verb, config)
 	if err != nil {
@@ -133,8 +133,8 @@ func (s sandbox) must(t *testing.T, verb string, config keys) []byte {
 	return out
 }
 
-// refused wants a CNI error of that code, in words that contain sentence.
-func (s sandbox) refused(t *testing.T, verb string, config keys, code uint, sentence string) {
+// mustFail wants a CNI error of that code, in words that contain sentence.
+func (s sandbox) mustFail(t *testing.T, verb string, config keys, code uint, sentence string) {
 	t.Helper()
 	_, err := s.call(verb, config)
 	said, ok := errors.AsType[*types.Error](err)
@@ -149,12 +149,12 @@ func (s sandbox) add(t *testing.T, lan segment.Segment, config keys) (netlab.Wir
 	if config["kind"] == segment.Macvtap {
 		netlab.NeedDevices(t)
 	}
-	out := s.must(t, "ADD", config)
+	out := s.mustCall(t, "ADD", config)
 	wire, err := s.speak(t, config)
 	if err != nil {
 		t.Fatal(err)
 	}
-	s.host.inside(lan).AwaitCarrier(t, spokeOf(config))
+	s.node.lanNetns(lan).AwaitCarrier(t, spokeOf(config))
 	return wire, out
 }
 
@@ -196,11 +196,11 @@ func (s sandbox) tap(config keys) (tap, error) {
 }
 
 func (s sandbox) deviceFile(config keys) string {
-	return filepath.Join(s.host.CDI, fmt.Sprintf("macvtap.k8slan.io-spoke_%s_%s.json", spokeOf(config), segment.ClaimID(s.id, s.ifname)))
+	return filepath.Join(s.node.CDI, fmt.Sprintf("macvtap.k8slan.io-spoke_%s_%s.json", spokeOf(config), segment.ClaimID(s.id, s.ifname)))
 }
 
 // devices are the CDI devices on the node.
-func (h host) devices(t *testing.T) []cdi.Device {
+func (h node) devices(t *testing.T) []cdi.Device {
 	t.Helper()
 	devices, err := cdi.List(h.CDI)
 	if err != nil {
@@ -210,24 +210,24 @@ func (h host) devices(t *testing.T) []cdi.Device {
 }
 
 // links is what a segment's links are, but for the VXLAN, which stays up until the daemon sees that nobody needs it.
-func (h host) links(t *testing.T, s segment.Segment) string {
+func (h node) links(t *testing.T, s segment.Segment) string {
 	t.Helper()
 	have := h.observe(t, s)
 	have.Links = slices.DeleteFunc(have.Links, func(l segment.Link) bool { return l.Type == "vxlan" })
 	return describe(have)
 }
 
-// plugged is one node with a LAN of two spokes.
-func plugged(t *testing.T) (host, segment.Segment) {
+// nodeWithLAN is one node with a LAN of two spokes.
+func nodeWithLAN(t *testing.T) (node, segment.Segment) {
 	t.Helper()
-	h := join(t, netlab.NewUnderlay(t, underlayMTU), "worker1")
-	s := h.here(t, lan("lab", 222, "srl", "vm"))
-	h.build(t, s)
+	h := addNode(t, netlab.NewUnderlay(t, underlayMTU), "worker1")
+	s := h.withUnderlay(t, lan("lab", 222, "srl", "vm"))
+	h.reconcile(t, s)
 	return h, s
 }
 
 func TestPluginAttachesPodsAndVMs(t *testing.T) {
-	h, s := plugged(t)
+	h, s := nodeWithLAN(t)
 	empty := h.links(t, s)
 	podNetwork, vmNetwork := network(s, "srl", segment.Veth, nil), network(s, "vm", segment.Macvtap, nil)
 	pod, vm := h.sandbox(t), h.sandbox(t)
@@ -250,7 +250,7 @@ func TestPluginAttachesPodsAndVMs(t *testing.T) {
 			t.Errorf("result says %+v, want %+v", *result.Interfaces[1], want)
 		}
 		expectLink(t, a.Namespace, a.ifname, want.Mac, lanMTU)
-		a.must(t, "CHECK", with(a.config, keys{"prevResult": json.RawMessage(a.out)}))
+		a.mustCall(t, "CHECK", with(a.config, keys{"prevResult": json.RawMessage(a.out)}))
 	}
 	tap, err := vm.tap(vmNetwork)
 	if err != nil {
@@ -274,12 +274,12 @@ func TestPluginAttachesPodsAndVMs(t *testing.T) {
 		config keys
 	}{{pod, podNetwork}, {vm, vmNetwork}} {
 		for range 3 {
-			a.must(t, "DEL", a.config)
+			a.mustCall(t, "DEL", a.config)
 		}
 		a.Path = ""
-		a.must(t, "DEL", a.config)
+		a.mustCall(t, "DEL", a.config)
 		a.Path = "/run/gone"
-		a.must(t, "DEL", a.config)
+		a.mustCall(t, "DEL", a.config)
 	}
 	if links := h.links(t, s); links != empty {
 		t.Errorf("left:\n%s\nwant\n%s", links, empty)
@@ -296,14 +296,14 @@ func with(config, add keys) keys {
 }
 
 func TestPluginGivesTheMACMTUAndOwnerThatAreAskedFor(t *testing.T) {
-	h, s := plugged(t)
+	h, s := nodeWithLAN(t)
 	const mac = "02:00:5e:00:53:01"
 	for _, kind := range []segment.Kind{segment.Veth, segment.Macvtap} {
 		config := network(s, "srl", kind, keys{
 			"runtimeConfig": keys{"mac": mac}, "args": keys{"cni": keys{"mtu": 1280}}, "owner": 1000, "group": 1001, "promiscMode": true,
 		})
 		pod := h.sandbox(t)
-		pod.must(t, "ADD", config)
+		pod.mustCall(t, "ADD", config)
 		expectLink(t, pod.Namespace, ifname, mac, 1280)
 		link, err := pod.Netlink(t).LinkByName(ifname)
 		if err != nil {
@@ -317,15 +317,15 @@ func TestPluginGivesTheMACMTUAndOwnerThatAreAskedFor(t *testing.T) {
 				t.Errorf("tap %+v, %v", tap, err)
 			}
 		}
-		pod.must(t, "DEL", config)
+		pod.mustCall(t, "DEL", config)
 	}
 }
 
 func TestPluginRefusesBadInputAndChangesNothing(t *testing.T) {
-	h, s := plugged(t)
+	h, s := nodeWithLAN(t)
 	other := h.sandbox(t)
 	other.add(t, s, network(s, "srl", segment.Veth, nil))
-	h.build(t, s)
+	h.reconcile(t, s)
 	links, devices := h.links(t, s), h.devices(t)
 	sb := h.sandbox(t)
 
@@ -381,12 +381,12 @@ func TestPluginRefusesBadInputAndChangesNothing(t *testing.T) {
 }
 
 func TestPluginLeavesAnInterfaceOfThatNameAlone(t *testing.T) {
-	h, s := plugged(t)
+	h, s := nodeWithLAN(t)
 	pod := h.sandbox(t)
-	pod.must(t, "ADD", network(s, "srl", segment.Veth, nil))
+	pod.mustCall(t, "ADD", network(s, "srl", segment.Veth, nil))
 	before := h.links(t, s)
 	for _, kind := range []segment.Kind{segment.Veth, segment.Macvtap} {
-		pod.refused(t, "ADD", network(s, "vm", kind, nil), cni.CodeNameTaken, `already has an interface "net1"`)
+		pod.mustFail(t, "ADD", network(s, "vm", kind, nil), cni.CodeNameTaken, `already has an interface "net1"`)
 	}
 	if after := h.links(t, s); after != before {
 		t.Errorf("changed\n%s\ninto\n%s", before, after)
@@ -397,15 +397,15 @@ func TestPluginLeavesAnInterfaceOfThatNameAlone(t *testing.T) {
 }
 
 func TestPluginRefusesAPodWithoutANetnsOfItsOwn(t *testing.T) {
-	h, s := plugged(t)
+	h, s := nodeWithLAN(t)
 	before := h.links(t, s)
 	pod := h.sandbox(t)
 	pod.Path = "/run/gone"
 	for _, kind := range []segment.Kind{segment.Veth, segment.Macvtap} {
-		pod.refused(t, "ADD", network(s, "srl", kind, nil), types.ErrInvalidNetNS, "the pod's network namespace")
+		pod.mustFail(t, "ADD", network(s, "srl", kind, nil), types.ErrInvalidNetNS, "the pod's network namespace")
 	}
 	pod.Path = h.Path
-	pod.refused(t, "ADD", network(s, "srl", segment.Veth, nil), types.ErrInvalidNetNS, "the node's own network namespace")
+	pod.mustFail(t, "ADD", network(s, "srl", segment.Veth, nil), types.ErrInvalidNetNS, "the node's own network namespace")
 	if links := h.Links(t); !slices.Equal(links, []string{netlab.UnderlayDevice}) {
 		t.Errorf("the node's own namespace has %v", links)
 	}
@@ -418,7 +418,7 @@ func TestPluginLetsASuccessorTakeOver(t *testing.T) {
 	for _, old := range []segment.Kind{segment.Veth, segment.Macvtap} {
 		for _, successor := range []segment.Kind{segment.Veth, segment.Macvtap} {
 			t.Run(fmt.Sprintf("%s to %s", old, successor), func(t *testing.T) {
-				h, s := plugged(t)
+				h, s := nodeWithLAN(t)
 				other := h.attach(t, s, "vm", segment.Veth)
 				dying, dyingNetwork := h.sandbox(t), network(s, "srl", old, nil)
 				dyingWire, _ := dying.add(t, s, dyingNetwork)
@@ -432,10 +432,10 @@ func TestPluginLetsASuccessorTakeOver(t *testing.T) {
 					t.Errorf("CDI devices %v", devices)
 				}
 				for range 2 { // before and after the old pod's DEL
-					young.must(t, "CHECK", with(youngNetwork, keys{"prevResult": json.RawMessage(out)}))
+					young.mustCall(t, "CHECK", with(youngNetwork, keys{"prevResult": json.RawMessage(out)}))
 					crosses(t, wire, other, frames.Stream(nil, segment.MAC(s.LAN, "srl"), 1, 2))
 					crosses(t, other, wire, frames.Stream(nil, other.MAC, 1, 3))
-					dying.must(t, "DEL", dyingNetwork)
+					dying.mustCall(t, "DEL", dyingNetwork)
 				}
 				if devices := h.devices(t); len(devices) != 1 {
 					t.Errorf("CDI devices %v", devices)
@@ -446,7 +446,7 @@ func TestPluginLetsASuccessorTakeOver(t *testing.T) {
 }
 
 func TestPluginCHECKFindsWhatSomebodyChanged(t *testing.T) {
-	h, s := plugged(t)
+	h, s := nodeWithLAN(t)
 	for _, kind := range []segment.Kind{segment.Veth, segment.Macvtap} {
 		for _, c := range []struct {
 			name   string
@@ -462,9 +462,9 @@ func TestPluginCHECKFindsWhatSomebodyChanged(t *testing.T) {
 		} {
 			t.Run(fmt.Sprintf("%s %s", kind, c.name), func(t *testing.T) {
 				pod, config := h.sandbox(t), network(s, "srl", kind, nil)
-				out := pod.must(t, "ADD", config)
+				out := pod.mustCall(t, "ADD", config)
 				check := with(config, keys{"prevResult": json.RawMessage(out)})
-				pod.must(t, "CHECK", check)
+				pod.mustCall(t, "CHECK", check)
 				inside := pod.Netlink(t)
 				link, err := inside.LinkByName(ifname)
 				if err != nil {
@@ -473,41 +473,41 @@ func TestPluginCHECKFindsWhatSomebodyChanged(t *testing.T) {
 				if err := c.change(inside, link); err != nil {
 					t.Fatal(err)
 				}
-				pod.refused(t, "CHECK", check, cni.CodeChanged, c.want)
-				pod.must(t, "DEL", config)
+				pod.mustFail(t, "CHECK", check, cni.CodeChanged, c.want)
+				pod.mustCall(t, "DEL", config)
 			})
 		}
 	}
 }
 
 func TestPluginGCAndSTATUS(t *testing.T) {
-	h, s := plugged(t)
+	h, s := nodeWithLAN(t)
 	empty := h.links(t, s)
 	stays, goes := h.sandbox(t), h.sandbox(t)
 	srl, vm := network(s, "srl", segment.Veth, nil), network(s, "vm", segment.Macvtap, nil)
-	stays.must(t, "ADD", srl)
-	goes.must(t, "ADD", vm)
-	stays.must(t, "STATUS", srl)
+	stays.mustCall(t, "ADD", srl)
+	goes.mustCall(t, "ADD", vm)
+	stays.mustCall(t, "STATUS", srl)
 	valid := keys{"cni.dev/valid-attachments": []keys{{"containerID": stays.id, "ifname": ifname}}}
-	stays.must(t, "GC", with(srl, valid))
-	goes.must(t, "GC", with(vm, valid))
+	stays.mustCall(t, "GC", with(srl, valid))
+	goes.mustCall(t, "GC", with(vm, valid))
 	if devices := h.devices(t); len(devices) != 1 || devices[0].Spoke != "srl" {
 		t.Errorf("CDI devices %v", devices)
 	}
-	stays.must(t, "DEL", srl)
+	stays.mustCall(t, "DEL", srl)
 	if links := h.links(t, s); links != empty {
 		t.Errorf("left:\n%s\nwant\n%s", links, empty)
 	}
 	absent := lan("absent", 9, "srl")
-	stays.refused(t, "STATUS", network(absent, "srl", segment.Veth, nil), types.ErrPluginNotAvailable, "is not on this node")
-	stays.refused(t, "ADD", network(absent, "srl", segment.Veth, nil), types.ErrTryAgainLater, "is not on this node")
+	stays.mustFail(t, "STATUS", network(absent, "srl", segment.Veth, nil), types.ErrPluginNotAvailable, "is not on this node")
+	stays.mustFail(t, "ADD", network(absent, "srl", segment.Veth, nil), types.ErrTryAgainLater, "is not on this node")
 }
 
 func TestPluginBuildsAStandingPairThatIsMissing(t *testing.T) {
-	h, s := plugged(t)
+	h, s := nodeWithLAN(t)
 	other := h.attach(t, s, "vm", segment.Veth)
 	for _, kind := range []segment.Kind{segment.Veth, segment.Macvtap} {
-		inside := h.inside(s).Netlink(t)
+		inside := h.lanNetns(s).Netlink(t)
 		plug, err := inside.LinkByName(segment.PlugName("srl"))
 		if err != nil {
 			t.Fatal(err)
@@ -518,30 +518,30 @@ func TestPluginBuildsAStandingPairThatIsMissing(t *testing.T) {
 		pod, config := h.sandbox(t), network(s, "srl", kind, nil)
 		wire, _ := pod.add(t, s, config)
 		crosses(t, wire, other, frames.Stream(nil, segment.MAC(s.LAN, "srl"), 1, 1))
-		pod.must(t, "DEL", config)
+		pod.mustCall(t, "DEL", config)
 	}
 }
 
 // Somebody takes the name of a LAN's namespace away: a pod that comes before the daemon has given it back is told to wait.
 func TestPluginWaitsForANamespaceThatHasLostItsName(t *testing.T) {
-	h, s := plugged(t)
+	h, s := nodeWithLAN(t)
 	other := h.attach(t, s, "vm", segment.Veth)
-	if err := unix.Unmount(h.inside(s).Path, unix.MNT_DETACH); err != nil {
+	if err := unix.Unmount(h.lanNetns(s).Path, unix.MNT_DETACH); err != nil {
 		t.Fatal(err)
 	}
 	pod, config := h.sandbox(t), network(s, "srl", segment.Veth, nil)
-	pod.refused(t, "ADD", config, types.ErrTryAgainLater, "is not on this node")
-	pod.must(t, "DEL", config)
-	h.build(t, s)
+	pod.mustFail(t, "ADD", config, types.ErrTryAgainLater, "is not on this node")
+	pod.mustCall(t, "DEL", config)
+	h.reconcile(t, s)
 	wire, _ := pod.add(t, s, config)
 	crosses(t, wire, other, frames.Stream(nil, segment.MAC(s.LAN, "srl"), 1, 1))
 }
 
 // plugins is where the node has other CNI plugins.
-func (h host) plugins() string { return filepath.Join(filepath.Dir(h.Path), "plugins") }
+func (h node) plugins() string { return filepath.Join(filepath.Dir(h.Path), "plugins") }
 
 // installIPAM puts an IPAM plugin on the node that gives these addresses and does not mind who has them already.
-func (h host) installIPAM(t *testing.T, addresses ...string) keys {
+func (h node) installIPAM(t *testing.T, addresses ...string) keys {
 	t.Helper()
 	var ips []keys
 	for _, a := range addresses {
@@ -562,11 +562,11 @@ func (h host) installIPAM(t *testing.T, addresses ...string) keys {
 }
 
 func TestPluginGivesAddressesThatCanBeUsedAtOnce(t *testing.T) {
-	h, s := plugged(t)
+	h, s := nodeWithLAN(t)
 	empty := h.links(t, s)
 	pod := h.sandbox(t)
 	config := network(s, "srl", segment.Veth, h.installIPAM(t, "192.0.2.1/24", "2001:db8::1/64"))
-	out := pod.must(t, "ADD", config)
+	out := pod.mustCall(t, "ADD", config)
 	if err := pod.Do(func() error {
 		for _, address := range []string{"192.0.2.1", "2001:db8::1"} {
 			l, err := net.Listen("tcp", net.JoinHostPort(address, "0"))
@@ -584,12 +584,12 @@ func TestPluginGivesAddressesThatCanBeUsedAtOnce(t *testing.T) {
 		t.Errorf("route %v, %v", routes, err)
 	}
 	check := with(config, keys{"prevResult": json.RawMessage(out)})
-	pod.must(t, "CHECK", check)
+	pod.mustCall(t, "CHECK", check)
 
 	t.Run("of which none may be in use in the LAN", func(t *testing.T) {
 		before := h.links(t, s)
 		second := h.sandbox(t)
-		second.refused(t, "ADD", network(s, "vm", segment.Veth, keys{"ipam": config["ipam"]}), cni.CodeAttach, "2001:db8::1 is in use in the LAN")
+		second.mustFail(t, "ADD", network(s, "vm", segment.Veth, keys{"ipam": config["ipam"]}), cni.CodeAttach, "2001:db8::1 is in use in the LAN")
 		if links := second.Links(t); len(links) != 0 {
 			t.Errorf("the second pod has %v", links)
 		}
@@ -609,8 +609,8 @@ func TestPluginGivesAddressesThatCanBeUsedAtOnce(t *testing.T) {
 	if err := pod.Netlink(t).AddrDel(link, &addrs[0]); err != nil {
 		t.Fatal(err)
 	}
-	pod.refused(t, "CHECK", check, cni.CodeChanged, "has lost its address 192.0.2.1/24")
-	pod.must(t, "DEL", config)
+	pod.mustFail(t, "CHECK", check, cni.CodeChanged, "has lost its address 192.0.2.1/24")
+	pod.mustCall(t, "DEL", config)
 	if after := h.links(t, s); after != empty {
 		t.Errorf("left:\n%s\nwant\n%s", after, empty)
 	}
@@ -619,15 +619,15 @@ func TestPluginGivesAddressesThatCanBeUsedAtOnce(t *testing.T) {
 func TestPluginAttaches64AtOnceWhere1000SpokesAreOnOffer(t *testing.T) {
 	netlab.NeedDevices(t)
 	const attachments, spokes = 64, 500
-	h := join(t, netlab.NewUnderlay(t, underlayMTU), "worker1")
+	h := addNode(t, netlab.NewUnderlay(t, underlayMTU), "worker1")
 	var lans []segment.Segment
 	for i, name := range []string{"one", "two"} {
 		s := lan(name, uint32(100+i))
 		for n := range spokes {
 			s.Spokes = append(s.Spokes, fmt.Sprintf("%s-%d", name, n))
 		}
-		lans = append(lans, h.here(t, s))
-		h.build(t, lans[i])
+		lans = append(lans, h.withUnderlay(t, s))
+		h.reconcile(t, lans[i])
 	}
 	// Every second of a LAN's attachments is a VM; the spokes lie all over the LAN.
 	var pods []sandbox
@@ -659,7 +659,7 @@ func TestPluginAttaches64AtOnceWhere1000SpokesAreOnOffer(t *testing.T) {
 			t.Fatal(err)
 		}
 		wires[i] = wire
-		h.inside(lans[i%2]).AwaitCarrier(t, configs[i]["spoke"].(string))
+		h.lanNetns(lans[i%2]).AwaitCarrier(t, configs[i]["spoke"].(string))
 		if configs[i]["kind"] == segment.Macvtap {
 			tap, err := pod.tap(configs[i])
 			if err != nil {
@@ -680,7 +680,7 @@ func TestPluginAttaches64AtOnceWhere1000SpokesAreOnOffer(t *testing.T) {
 		if err := wire.Send(frame); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := netlab.Await(wires[next], patience, func(got []byte) bool { return bytes.Equal(got, frame) }); err != nil {
+		if _, err := netlab.Await(wires[next], frameTimeout, func(got []byte) bool { return bytes.Equal(got, frame) }); err != nil {
 			t.Fatalf("%s to %s: %v", configs[i]["spoke"], configs[next]["spoke"], err)
 		}
 	}

@@ -19,12 +19,12 @@ import (
 )
 
 // describe is the segment as somebody sees it who comes new to the node.
-func (h host) describe(t *testing.T, s segment.Segment) string {
+func (h node) describe(t *testing.T, s segment.Segment) string {
 	t.Helper()
-	k := h.start(t)
+	k := h.newKernel(t)
 	defer k.Close()
 	have, err := k.Observe(t.Context(), s.Netns)
-	try(t, err)
+	must(t, err)
 	return describe(have)
 }
 
@@ -37,9 +37,9 @@ func killedAfter(steps int, decide func(segment.State) []segment.Op) func(segmen
 }
 
 // expectNothing wants no trace of any LAN on the node.
-func expectNothing(t *testing.T, h host) {
+func expectNothing(t *testing.T, h node) {
 	t.Helper()
-	try(t, filepath.WalkDir(h.Run, func(path string, d fs.DirEntry, err error) error {
+	must(t, filepath.WalkDir(h.Run, func(path string, d fs.DirEntry, err error) error {
 		if err == nil && !d.IsDir() {
 			t.Errorf("left: %s", path)
 		}
@@ -55,7 +55,7 @@ func expectNothing(t *testing.T, h host) {
 
 // walker goes from one damaged state of a LAN to the next.
 type walker struct {
-	host
+	node
 	segment.Segment
 	rng   *rand.Rand
 	links *netlink.Handle
@@ -69,11 +69,11 @@ const (
 
 // From whatever state, the difference to what is wanted leads there.
 func TestEveryDamagedStateLeadsBackToTheWholeOne(t *testing.T) {
-	a, _ := hosts(t)
-	s := a.here(t, lan("walked", 102, "one", "two"))
-	a.build(t, s)
+	a, _ := twoNodes(t)
+	s := a.withUnderlay(t, lan("walked", 102, "one", "two"))
+	a.reconcile(t, s)
 	whole := a.describe(t, s)
-	w := &walker{host: a, Segment: s, rng: rand.New(rand.NewPCG(walkSeed, walkSeed)), links: a.inside(s).Netlink(t)}
+	w := &walker{node: a, Segment: s, rng: rand.New(rand.NewPCG(walkSeed, walkSeed)), links: a.lanNetns(s).Netlink(t)}
 	for step := range walkSteps {
 		var story []string
 		w.lost = false
@@ -84,7 +84,7 @@ func TestEveryDamagedStateLeadsBackToTheWholeOne(t *testing.T) {
 		if !w.lost && w.rng.IntN(2) == 0 {
 			story = append(story, "the daemon starts again")
 			a.kernel.Close()
-			k = a.start(t)
+			k = a.newKernel(t)
 			a.kernel = k
 		}
 		if !converges(t, k, s, w.rng) {
@@ -94,7 +94,7 @@ func TestEveryDamagedStateLeadsBackToTheWholeOne(t *testing.T) {
 			t.Fatalf("step %d: %q leads to\n%s\nwant\n%s", step, story, got, whole)
 		}
 	}
-	reconcile(t, a.kernel, s.Netns, segment.Teardown)
+	reconcileWith(t, a.kernel, s.Netns, segment.Teardown)
 	expectNothing(t, a)
 }
 
@@ -103,10 +103,10 @@ func converges(t *testing.T, k *kernel.Node, s segment.Segment, rng *rand.Rand) 
 	t.Helper()
 	want := func(have segment.State) []segment.Op { return segment.Diff(s, have) }
 	if rng.IntN(2) == 0 {
-		reconcile(t, k, s.Netns, killedAfter(rng.IntN(6), want))
+		reconcileWith(t, k, s.Netns, killedAfter(rng.IntN(6), want))
 	}
 	for range 4 {
-		if len(reconcile(t, k, s.Netns, want)) == 0 {
+		if len(reconcileWith(t, k, s.Netns, want)) == 0 {
 			return true
 		}
 	}
@@ -161,7 +161,7 @@ func (w *walker) damage() string {
 		},
 		func() (string, error) { return "namespace's name unmounted", w.unmount() },
 		func() (string, error) {
-			return "namespace's name unmounted and removed", firstOf(w.unmount(), os.Remove(w.inside(w.Segment).Path))
+			return "namespace's name unmounted and removed", firstOf(w.unmount(), os.Remove(w.lanNetns(w.Segment).Path))
 		},
 		func() (string, error) { return "another namespace of that name", w.disguise() },
 	}
@@ -251,16 +251,16 @@ func (w *walker) addVXLAN(name, _ string) error {
 }
 
 func (w *walker) sysctl(name, value string) error {
-	return w.inside(w.Segment).Do(func() error { return os.WriteFile("/proc/sys/"+name, []byte(value), 0) })
+	return w.lanNetns(w.Segment).Do(func() error { return os.WriteFile("/proc/sys/"+name, []byte(value), 0) })
 }
 
 func (w *walker) unmount() error {
 	w.lost = true
-	return unix.Unmount(w.inside(w.Segment).Path, unix.MNT_DETACH)
+	return unix.Unmount(w.lanNetns(w.Segment).Path, unix.MNT_DETACH)
 }
 
 // disguise mounts the node's own namespace at the LAN's name.
 func (w *walker) disguise() error {
 	w.lost = true
-	return unix.Mount(w.Namespace.Path, w.inside(w.Segment).Path, "", unix.MS_BIND, "")
+	return unix.Mount(w.Namespace.Path, w.lanNetns(w.Segment).Path, "", unix.MS_BIND, "")
 }

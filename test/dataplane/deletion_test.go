@@ -38,15 +38,15 @@ func TestLANIsDeletedWhileAPodAttaches(t *testing.T) {
 			if kind == segment.Macvtap {
 				netlab.NeedDevices(t)
 			}
-			a, _ := hosts(t)
-			w := &wishes{managed: a.manage(t), want: map[string]segment.Segment{}}
+			a, _ := twoNodes(t)
+			w := &sharedWant{managed: a.manage(t), want: map[string]segment.Segment{}}
 			var races [lanes]race
 			var running sync.WaitGroup
 			for i := range races {
 				pod := netlab.NewPod(t)
 				races[i] = race{
-					wishes: w, kind: kind, pod: pod, links: pod.Netlink(t), rng: rand.New(rand.NewPCG(seed, uint64(i))), head: 50 * time.Millisecond,
-					lan: a.here(t, lan(fmt.Sprintf("raced%d", i), uint32(500+i), fmt.Sprintf("r%d", i), fmt.Sprintf("s%d", i))),
+					sharedWant: w, kind: kind, pod: pod, links: pod.Netlink(t), rng: rand.New(rand.NewPCG(seed, uint64(i))), head: 50 * time.Millisecond,
+					lan: a.withUnderlay(t, lan(fmt.Sprintf("raced%d", i), uint32(500+i), fmt.Sprintf("r%d", i), fmt.Sprintf("s%d", i))),
 				}
 				running.Go(func() { races[i].run(t, each) })
 			}
@@ -68,15 +68,15 @@ func TestLANIsDeletedWhileAPodAttaches(t *testing.T) {
 	}
 }
 
-// wishes is what a node should have, of which several decide a part each.
-type wishes struct {
+// sharedWant is what a node should have, of which several decide a part each.
+type sharedWant struct {
 	managed
 	mu   sync.Mutex
 	want map[string]segment.Segment // by netns
 }
 
 // add wants one LAN more.
-func (w *wishes) add(s segment.Segment) {
+func (w *sharedWant) add(s segment.Segment) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.want[s.Netns] = s
@@ -84,7 +84,7 @@ func (w *wishes) add(s segment.Segment) {
 }
 
 // drop wants one LAN less.
-func (w *wishes) drop(s segment.Segment) {
+func (w *sharedWant) drop(s segment.Segment) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	delete(w.want, s.Netns)
@@ -93,7 +93,7 @@ func (w *wishes) drop(s segment.Segment) {
 
 // race is that of one LAN, and one pod's network namespace, again and again.
 type race struct {
-	*wishes
+	*sharedWant
 	lan   segment.Segment
 	kind  segment.Kind
 	pod   netlab.Namespace
@@ -123,7 +123,7 @@ func (r *race) run(t *testing.T, tries int) {
 // once makes the LAN, and deletes it while the pod attaches.
 func (r *race) once(t *testing.T, s segment.Segment, sandbox string) error {
 	r.add(s)
-	if err := r.until(s, "the LAN to stand", func(report lanmgr.Report) bool {
+	if err := r.awaitReport(s, "the LAN to stand", func(report lanmgr.Report) bool {
 		return report.Built && !report.Leaving && report.Segment.Equal(s)
 	}); err != nil {
 		return err
@@ -135,32 +135,32 @@ func (r *race) once(t *testing.T, s segment.Segment, sandbox string) error {
 	if refusal == nil {
 		r.attached++
 		r.head = r.head*5/4 + time.Millisecond
-		err = r.stays(t, s, sandbox)
+		err = r.expectAttached(t, s, sandbox)
 	} else {
 		r.refused++
 		r.head = r.head * 4 / 5
-		err = r.isRefused(t, s, sandbox, refusal)
+		err = r.expectRefused(t, s, sandbox, refusal)
 	}
 	if err != nil {
 		return err
 	}
-	if err := r.until(s, "the LAN to be gone", func(lanmgr.Report) bool { return r.Removed(s.LAN, s.Netns) }); err != nil {
+	if err := r.awaitReport(s, "the LAN to be gone", func(lanmgr.Report) bool { return r.Removed(s.LAN, s.Netns) }); err != nil {
 		return err
 	}
-	if have, err := r.see(t, s); err != nil || have.Exists || have.Record != nil {
+	if have, err := r.observeAfresh(t, s); err != nil || have.Exists || have.Record != nil {
 		return fmt.Errorf("it is said to be gone, but there is %s, %w", describe(have), err)
 	}
-	return r.podHas(0)
+	return r.expectPodLinks(0)
 }
 
-// stays wants the LAN as whole as it was, for as long as the pod has it.
-func (r *race) stays(t *testing.T, s segment.Segment, sandbox string) error {
-	if err := r.until(s, "the LAN to be leaving", func(report lanmgr.Report) bool {
+// expectAttached wants the LAN as whole as it was, for as long as the pod has it.
+func (r *race) expectAttached(t *testing.T, s segment.Segment, sandbox string) error {
+	if err := r.awaitReport(s, "the LAN to be leaving", func(report lanmgr.Report) bool {
 		return report.Leaving && report.Segment.LAN == s.LAN && len(report.Claims) == 1 && report.Claims[0].OfSandbox(sandbox)
 	}); err != nil {
 		return err
 	}
-	have, err := r.see(t, s)
+	have, err := r.observeAfresh(t, s)
 	if err != nil {
 		return err
 	}
@@ -168,7 +168,7 @@ func (r *race) stays(t *testing.T, s segment.Segment, sandbox string) error {
 	if left := segment.Diff(s, have); len(left) > 0 || len(have.Claims()) != 1 {
 		return fmt.Errorf("a pod is attached, and the LAN lacks %v:\n%s", left, describe(have))
 	}
-	if err := r.podHas(1); err != nil {
+	if err := r.expectPodLinks(1); err != nil {
 		return err
 	}
 	if r.Removed(s.LAN, s.Netns) {
@@ -177,12 +177,12 @@ func (r *race) stays(t *testing.T, s segment.Segment, sandbox string) error {
 	return r.call(t, "DEL", s, sandbox)
 }
 
-// isRefused wants that the pod got nothing, and the reason in words.
-func (r *race) isRefused(t *testing.T, s segment.Segment, sandbox string, refusal error) error {
+// expectRefused wants that the pod got nothing, and the reason in words.
+func (r *race) expectRefused(t *testing.T, s segment.Segment, sandbox string, refusal error) error {
 	if said, ok := errors.AsType[*types.Error](refusal); !ok || said.Code != types.ErrTryAgainLater {
 		return fmt.Errorf("refused with %w", refusal)
 	}
-	if err := r.podHas(0); err != nil {
+	if err := r.expectPodLinks(0); err != nil {
 		return err
 	}
 	if r.rng.IntN(2) == 0 {
@@ -191,8 +191,8 @@ func (r *race) isRefused(t *testing.T, s segment.Segment, sandbox string, refusa
 	return r.call(t, "DEL", s, sandbox)
 }
 
-// podHas counts the pod's links.
-func (r *race) podHas(count int) error {
+// expectPodLinks counts the pod's links.
+func (r *race) expectPodLinks(count int) error {
 	links, err := r.links.LinkList()
 	if err != nil {
 		return err
@@ -203,9 +203,9 @@ func (r *race) podHas(count int) error {
 	return nil
 }
 
-// until waits until what the manager reports of the segment fits; the zero Report stands for none.
-func (r *race) until(s segment.Segment, what string, fits func(lanmgr.Report) bool) error {
-	again, deadline := time.NewTicker(time.Millisecond), time.After(20*patience)
+// awaitReport waits until what the manager reports of the segment fits; the zero Report stands for none.
+func (r *race) awaitReport(s segment.Segment, what string, fits func(lanmgr.Report) bool) error {
+	again, deadline := time.NewTicker(time.Millisecond), time.After(20*frameTimeout)
 	defer again.Stop()
 	for {
 		var here lanmgr.Report
@@ -225,16 +225,16 @@ func (r *race) until(s segment.Segment, what string, fits func(lanmgr.Report) bo
 	}
 }
 
-// see reads the segment as somebody who comes new to the node, and has no namespace of an earlier try in hand.
-func (r *race) see(t *testing.T, s segment.Segment) (segment.State, error) {
-	k := kernel.New(kernel.Paths{Run: r.host.Run, HostNetns: r.Path})
+// observeAfresh reads the segment as somebody who comes new to the node, and has no namespace of an earlier try in hand.
+func (r *race) observeAfresh(t *testing.T, s segment.Segment) (segment.State, error) {
+	k := kernel.New(kernel.Paths{Run: r.node.Run, HostNetns: r.Path})
 	defer k.Close()
 	return k.Observe(t.Context(), s.Netns)
 }
 
 // call is one run of the CNI plugin, which knows nothing but what it reads on the node.
 func (r *race) call(t *testing.T, verb string, s segment.Segment, sandbox string) error {
-	k := kernel.New(kernel.Paths{Run: r.host.Run, HostNetns: r.Path})
+	k := kernel.New(kernel.Paths{Run: r.node.Run, HostNetns: r.Path})
 	defer k.Close()
 	config, err := json.Marshal(network(s, s.Spokes[0], r.kind, nil))
 	if err != nil {
@@ -244,7 +244,7 @@ func (r *race) call(t *testing.T, verb string, s segment.Segment, sandbox string
 		ContainerID: sandbox, Netns: r.pod.Path, IfName: ifname, StdinData: config,
 		Args: "IgnoreUnknown=1;K8S_POD_NAMESPACE=default;K8S_POD_NAME=" + sandbox + ";K8S_POD_UID=1234",
 	}
-	plugin := cni.New(k, cni.Host{Run: r.host.Run, CDI: r.CDI, Stdout: io.Discard}).Funcs(t.Context())
+	plugin := cni.New(k, cni.Host{Run: r.node.Run, CDI: r.CDI, Stdout: io.Discard}).Funcs(t.Context())
 	if verb == "DEL" {
 		return plugin.Del(args)
 	}

@@ -46,8 +46,8 @@ func neighborDiscovery(kind byte, dst, src net.HardwareAddr, source, to, target 
 func TestAddressesOfStationsAreHeard(t *testing.T) {
 	a, b, onA, onB := unicastHosts(t, families["IPv4"], 441)
 	onB.Spokes = []string{"three"} // with a MAC of its own
-	a.build(t, onA)
-	b.build(t, onB)
+	a.reconcile(t, onA)
+	b.reconcile(t, onB)
 	pod, vm, far := a.attach(t, onA, "one", segment.Veth), a.attach(t, onA, "two", segment.Macvtap), b.attach(t, onB, "three", segment.Veth)
 	a.observe(t, onA)
 	type shown struct {
@@ -68,8 +68,8 @@ func TestAddressesOfStationsAreHeard(t *testing.T) {
 		defer again.Stop()
 		last := shown{pod.MAC.String(), "10.0.0.99"}
 		send()
-		for deadline := time.After(longPatience); ; {
-			try(t, pod.Send(arp(1, broadcast, pod.MAC, last.ip, last.ip)))
+		for deadline := time.After(daemonTimeout); ; {
+			must(t, pod.Send(arp(1, broadcast, pod.MAC, last.ip, last.ip)))
 			select {
 			case s := <-heard:
 				if s == last {
@@ -101,7 +101,7 @@ func TestAddressesOfStationsAreHeard(t *testing.T) {
 			if bytes.Equal(frame[:6], vm.MAC) {
 				to = vm
 			}
-			arrives(t, far, to, frame)
+			reachesInTime(t, far, to, frame)
 		}
 		for _, frame := range [][]byte{
 			arp(1, broadcast, pod.MAC, "10.0.0.1", "10.0.0.2"),
@@ -114,9 +114,9 @@ func TestAddressesOfStationsAreHeard(t *testing.T) {
 			neighborDiscovery(135, net.HardwareAddr{0x33, 0x33, 0xff, 0, 0, 2}, pod.MAC, "::", "ff02::1:ff00:2", "fd00::9"),
 			neighborDiscovery(136, far.MAC, pod.MAC, "fd00::2", "fd00::51", "fd00::2"),
 		} {
-			try(t, pod.Send(frame))
+			must(t, pod.Send(frame))
 		}
-		arrives(t, vm, pod, arp(2, pod.MAC, vm.MAC, "10.0.0.7", "10.0.0.1"))
+		reachesInTime(t, vm, pod, arp(2, pod.MAC, vm.MAC, "10.0.0.7", "10.0.0.1"))
 	})
 	slices.SortFunc(all, func(x, y shown) int { return cmp.Or(strings.Compare(x.mac, y.mac), strings.Compare(x.ip, y.ip)) })
 	all = slices.Compact(all)
@@ -129,29 +129,29 @@ func TestAddressesOfStationsAreHeard(t *testing.T) {
 		t.Errorf("heard %v,\n want %v", all, want)
 	}
 	stop()
-	try(t, <-ended)
+	must(t, <-ended)
 }
 
 // What a pod shows to have is told with its MAC, and no more once the pod is gone; FRR tells the same of its own.
 func TestAddressesAreToldWithMACs(t *testing.T) {
 	a, _, s, _ := unicastHosts(t, families["IPv4"], 442)
-	a.build(t, told(s))
+	a.reconcile(t, withEVPN(s))
 	router := startFRR(t, a, asVTEP)
-	defer router.tell(t)
+	defer router.logState(t)
 	there := router.attach(t, s)
-	a.speakTo(t, s, 1, router.peer(1))
+	a.startSpeakerTo(t, s, 1, router.peer(1))
 	here := a.attach(t, s, "one", segment.Veth)
 	address := func(mac net.HardwareAddr, ip string) string {
 		return fmt.Sprintf("[2]:[0]:[48]:[%s]:[%d]:[%s]", mac, netip.MustParseAddr(ip).BitLen(), ip)
 	}
-	router.awaitShown(t, "show bgp l2vpn evpn route", "[2]:[0]:[48]:["+here.MAC.String()+"]")
-	try(t, there.Send(arp(1, broadcast, there.MAC, "10.77.0.3", "10.77.0.1")))
-	arrives(t, here, there, arp(2, there.MAC, here.MAC, "10.77.0.1", "10.77.0.3"))
-	arrives(t, here, there, neighborDiscovery(136, there.MAC, here.MAC, "fd77::1", "fd77::3", "fd77::1"))
-	router.awaitShown(t, "show bgp l2vpn evpn route", "[2]:[0]:[48]:["+here.MAC.String()+"]\n", address(here.MAC, "10.77.0.1"), address(here.MAC, "fd77::1"))
-	router.awaitShown(t, "show evpn arp-cache vni 442", "10.77.0.1", "fd77::1", here.MAC.String())
-	arrives(t, here, there, arp(1, broadcast, here.MAC, "10.77.0.2", "10.77.0.3")) // another
-	router.awaitShown(t, "show bgp l2vpn evpn route", address(here.MAC, "10.77.0.1"), address(here.MAC, "10.77.0.2"))
+	router.awaitOutput(t, "show bgp l2vpn evpn route", "[2]:[0]:[48]:["+here.MAC.String()+"]")
+	must(t, there.Send(arp(1, broadcast, there.MAC, "10.77.0.3", "10.77.0.1")))
+	reachesInTime(t, here, there, arp(2, there.MAC, here.MAC, "10.77.0.1", "10.77.0.3"))
+	reachesInTime(t, here, there, neighborDiscovery(136, there.MAC, here.MAC, "fd77::1", "fd77::3", "fd77::1"))
+	router.awaitOutput(t, "show bgp l2vpn evpn route", "[2]:[0]:[48]:["+here.MAC.String()+"]\n", address(here.MAC, "10.77.0.1"), address(here.MAC, "fd77::1"))
+	router.awaitOutput(t, "show evpn arp-cache vni 442", "10.77.0.1", "fd77::1", here.MAC.String())
+	reachesInTime(t, here, there, arp(1, broadcast, here.MAC, "10.77.0.2", "10.77.0.3")) // another
+	router.awaitOutput(t, "show bgp l2vpn evpn route", address(here.MAC, "10.77.0.1"), address(here.MAC, "10.77.0.2"))
 	a.release(t, here)
-	awaitAgain(t, "FRR to forget the pod", func() bool { return !hasAll(router.show(t, "show bgp l2vpn evpn route"), here.MAC.String()) })
+	eventuallySlow(t, "FRR to forget the pod", func() bool { return !hasAll(router.show(t, "show bgp l2vpn evpn route"), here.MAC.String()) })
 }

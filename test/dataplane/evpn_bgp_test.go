@@ -30,7 +30,7 @@ import (
 // reflectorAt has this program be a reflector on that address and port.
 const reflectorAt = "K8SLAN_TEST_REFLECTOR"
 
-func reflect(at string) int {
+func runReflector(at string) int {
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGTERM)
 	defer stop()
 	listen, err := netip.ParseAddrPort(at)
@@ -44,35 +44,35 @@ func reflect(at string) int {
 	return 0
 }
 
-// reflectors is a reflector that can be stopped and started, on the loopback device of the test.
-type reflectors struct {
+// reflector is a reflector that can be stopped and started, on the loopback device of the test.
+type reflector struct {
 	at   netip.AddrPort
 	stop func() // in order
 }
 
-func startReflector(t *testing.T, at netip.AddrPort) *reflectors {
+func startReflector(t *testing.T, at netip.AddrPort) *reflector {
 	t.Helper()
 	if !at.IsValid() {
 		at = freePort(t)
 	}
 	self, err := os.Executable()
-	try(t, err)
-	return &reflectors{at, start(t, "env", reflectorAt+"="+at.String(), self).term}
+	must(t, err)
+	return &reflector{at, start(t, "env", reflectorAt+"="+at.String(), self).term}
 }
 
 // speaker is a node whose LAN is joined to EVPN as the daemon does it: the manager makes what the fabric tells.
 type speaker struct {
 	managed
-	fabric *evpn.Instance
-	s      segment.Segment
-	routes chan<- segment.Routes // are as told here from then on
-	leave  func()
+	instance *evpn.Instance
+	s        segment.Segment
+	routes   chan<- segment.Routes // are as told here from then on
+	end      func()
 }
 
-// speak starts a daemon on the node, which is number n of its fabric.
-func (h host) speak(t *testing.T, s segment.Segment, n byte, reflector netip.AddrPort) *speaker {
+// startSpeaker starts a daemon on the node, which is number n of its fabric.
+func (h node) startSpeaker(t *testing.T, s segment.Segment, n byte, reflector netip.AddrPort) *speaker {
 	t.Helper()
-	return h.speakTo(t, s, n, reflectorPeer(n, reflector))
+	return h.startSpeakerTo(t, s, n, reflectorPeer(n, reflector))
 }
 
 // reflectorPeer is a reflector on the loopback device, as a speaker of that number sees it.
@@ -80,21 +80,21 @@ func reflectorPeer(n byte, at netip.AddrPort) bgp.Peer {
 	return bgp.Peer{Address: at.Addr(), Port: at.Port(), AS: 65000, Source: netip.AddrFrom4([4]byte{127, 0, 0, 1 + n}), IPv6VTEPs: true}
 }
 
-// speakTo starts one that speaks with these.
-func (h host) speakTo(t *testing.T, s segment.Segment, n byte, peers ...bgp.Peer) *speaker {
+// startSpeakerTo starts one that speaks with these.
+func (h node) startSpeakerTo(t *testing.T, s segment.Segment, n byte, peers ...bgp.Peer) *speaker {
 	t.Helper()
 	routes := make(chan segment.Routes)
-	sp := &speaker{managed: h.manage(t), s: told(s), routes: routes}
+	sp := &speaker{managed: h.manage(t), s: withEVPN(s), routes: routes}
 	sp.s.Remotes, sp.s.FDB, sp.s.Neighbors = nil, nil, nil
 	h.observe(t, s) // its kernel hears a namespace from when it first saw it
-	sp.fabric = evpn.New(evpn.Config{
+	sp.instance = evpn.New(evpn.Config{
 		AS: 65000, RouterID: netip.AddrFrom4([4]byte{127, 0, 0, 1 + n}), Kernel: h.kernel, Peers: peers, Log: slog.New(slog.DiscardHandler),
 	})
 	sp.Set([]segment.Segment{sp.s})
 	ctx, cancel := context.WithCancel(context.Background())
 	var tasks sync.WaitGroup
 	tasks.Go(func() {
-		if err := sp.fabric.Run(ctx); err != nil && !errors.Is(err, context.Canceled) {
+		if err := sp.instance.Run(ctx); err != nil && !errors.Is(err, context.Canceled) {
 			t.Error(err)
 		}
 	})
@@ -107,10 +107,10 @@ func (h host) speakTo(t *testing.T, s segment.Segment, n byte, peers ...bgp.Peer
 				return
 			case r := <-routes:
 				lan.Import, lan.Export, lan.RD = targets(t, r.Import), targets(t, r.Export), r.RD
-				sp.fabric.Set(map[string]macvrf.LAN{s.Netns: lan})
-			case <-sp.fabric.Changed():
+				sp.instance.Set(map[string]macvrf.LAN{s.Netns: lan})
+			case <-sp.instance.Changed():
 				want := sp.s
-				sp.fabric.Fill(&want)
+				sp.instance.Fill(&want)
 				sp.Set([]segment.Segment{want})
 			case <-sp.Changed():
 				lan.Claimed, lan.Attached = false, nil
@@ -121,16 +121,16 @@ func (h host) speakTo(t *testing.T, s segment.Segment, n byte, peers ...bgp.Peer
 						}
 					}
 				}
-				sp.fabric.Set(map[string]macvrf.LAN{s.Netns: lan})
+				sp.instance.Set(map[string]macvrf.LAN{s.Netns: lan})
 			}
 		}
 	})
-	sp.leave = sync.OnceFunc(func() {
+	sp.end = sync.OnceFunc(func() {
 		cancel()
 		tasks.Wait()
 		sp.stop()
 	})
-	t.Cleanup(sp.leave)
+	t.Cleanup(sp.end)
 	return sp
 }
 
@@ -145,26 +145,26 @@ func targets(t *testing.T, texts []string) (targets []macvrf.Target) {
 	return targets
 }
 
-// settled waits until the daemon has heard all that there is: from then on what is told no more is deleted.
-func (sp *speaker) settled(t *testing.T) {
+// awaitSettled waits until the daemon has heard all that there is: from then on what is told no more is deleted.
+func (sp *speaker) awaitSettled(t *testing.T) {
 	t.Helper()
-	awaitAgain(t, "all to be heard", func() bool {
+	eventuallySlow(t, "all to be heard", func() bool {
 		s := sp.s
-		sp.fabric.Fill(&s)
+		sp.instance.Fill(&s)
 		return s.Remotes != nil && !s.Partial
 	})
 }
 
 // tables hears what becomes of a LAN's tables on a node until the test ends.
-func (h host) tables(t *testing.T, s segment.Segment) <-chan netlink.NeighUpdate {
+func (h node) tables(t *testing.T, s segment.Segment) <-chan netlink.NeighUpdate {
 	t.Helper()
-	return tables(t, h.inside(s))
+	return tables(t, h.lanNetns(s))
 }
 
 func tables(t *testing.T, ns netlab.Namespace) <-chan netlink.NeighUpdate {
 	t.Helper()
 	updates, done := make(chan netlink.NeighUpdate, 4096), make(chan struct{})
-	try(t, ns.Do(func() error { return netlink.NeighSubscribe(updates, done) }))
+	must(t, ns.Do(func() error { return netlink.NeighSubscribe(updates, done) }))
 	t.Cleanup(func() { close(done) })
 	return updates
 }
@@ -179,7 +179,7 @@ func awaitEntry(t *testing.T, updates <-chan netlink.NeighUpdate, mac net.Hardwa
 
 func awaitUpdate(t *testing.T, updates <-chan netlink.NeighUpdate, what string, fits func(netlink.NeighUpdate) bool) time.Time {
 	t.Helper()
-	deadline := time.After(longPatience)
+	deadline := time.After(daemonTimeout)
 	for {
 		select {
 		case u := <-updates:
@@ -195,10 +195,10 @@ func awaitUpdate(t *testing.T, updates <-chan netlink.NeighUpdate, what string, 
 // Two daemons and a reflector: a pod is known to the other node as soon as it is attached, and a VM is followed when it moves.
 func TestTwoDaemonsTellEachOtherByBGP(t *testing.T) {
 	a, b, onA, onB := unicastHosts(t, families["IPv4"], 421)
-	a.build(t, told(onA))
-	b.build(t, told(onB))
+	a.reconcile(t, withEVPN(onA))
+	b.reconcile(t, withEVPN(onB))
 	reflector := startReflector(t, netip.AddrPort{})
-	onNode := map[bool]*speaker{true: a.speak(t, onA, 1, reflector.at), false: b.speak(t, onB, 2, reflector.at)}
+	onNode := map[bool]*speaker{true: a.startSpeaker(t, onA, 1, reflector.at), false: b.startSpeaker(t, onB, 2, reflector.at)}
 	two := b.attach(t, onB, "two", segment.Veth)
 	a.awaitState(t, onA, "the other node", func(have segment.State) bool {
 		l, _ := have.Link(onA.VXLAN.Name)
@@ -210,7 +210,7 @@ func TestTwoDaemonsTellEachOtherByBGP(t *testing.T) {
 		one := a.claim(t, onA, "one", segment.Veth)
 		began := time.Now()
 		took = append(took, awaitEntry(t, atB, one.Attachment.MAC, onA.VXLAN.Local).Sub(began))
-		one.speak(t, a.inside(onA))
+		one.openWire(t, a.lanNetns(onA))
 		crosses(t, one, two, frames.Stream(nil, one.Attachment.MAC, 1, 1))
 		a.release(t, one)
 		b.awaitState(t, onB, "the pod to be gone", func(have segment.State) bool {
@@ -231,7 +231,7 @@ func TestTwoDaemonsTellEachOtherByBGP(t *testing.T) {
 				from, updates, vtep = there, atA, onB.VXLAN.Local
 			}
 			began := time.Now()
-			try(t, from.Send(frames.Stream(nil, mac, 1, 1)))
+			must(t, from.Send(frames.Stream(nil, mac, 1, 1)))
 			if at := awaitEntry(t, updates, mac, vtep); !first {
 				took = append(took, at.Sub(began))
 			}
@@ -240,7 +240,7 @@ func TestTwoDaemonsTellEachOtherByBGP(t *testing.T) {
 	slices.Sort(took)
 	t.Logf("from a VM's first frame on another node to the table of that which it left: median %v, worst %v", took[len(took)/2], took[len(took)-1])
 	for _, sp := range onNode {
-		for _, s := range sp.fabric.Sessions() {
+		for _, s := range sp.instance.Sessions() {
 			if !s.Up {
 				t.Errorf("session %+v", s)
 			}
@@ -252,18 +252,18 @@ func TestTwoDaemonsTellEachOtherByBGP(t *testing.T) {
 func TestEveryNodeFollowsAVMAtOnce(t *testing.T) {
 	netlab.NeedDevices(t)
 	a, b, onA, onB := unicastHosts(t, families["IPv4"], 423)
-	c := join(t, a.underlay, "worker3")
+	c := addNode(t, a.underlay, "worker3")
 	vtep := netip.MustParseAddr("192.0.2.3")
-	c.address(t, netip.PrefixFrom(vtep, families["IPv4"].bits))
-	onC := c.here(t, unicast(onA, vtep))
+	c.addUnderlayAddress(t, netip.PrefixFrom(vtep, families["IPv4"].bits))
+	onC := c.withUnderlay(t, unicast(onA, vtep))
 	onC.Spokes = []string{"three"} // with a MAC of its own
 	reflector := startReflector(t, netip.AddrPort{})
 	for i, n := range []struct {
-		host
+		node
 		s segment.Segment
 	}{{a, onA}, {b, onB}, {c, onC}} {
-		n.build(t, told(n.s))
-		n.speak(t, n.s, byte(1+i), reflector.at)
+		n.reconcile(t, withEVPN(n.s))
+		n.startSpeaker(t, n.s, byte(1+i), reflector.at)
 	}
 	first, second := a.attach(t, onA, "one", segment.Macvtap), b.attach(t, onB, "one", segment.Macvtap)
 	near, far := b.attach(t, onB, "two", segment.Veth), c.attach(t, onC, "three", segment.Veth)
@@ -276,15 +276,15 @@ func TestEveryNodeFollowsAVMAtOnce(t *testing.T) {
 	var took []time.Duration
 	for i := range byte(32) {
 		mac := net.HardwareAddr{2, 0xbb, 0, 0, 7, i}
-		try(t, first.Send(frames.Stream(nil, mac, 3, 1)))
+		must(t, first.Send(frames.Stream(nil, mac, 3, 1)))
 		awaitEntry(t, atB, mac, onA.VXLAN.Local)
 		awaitEntry(t, atC, mac, onA.VXLAN.Local)
 		began := time.Now()
-		try(t, second.Send(frames.Stream(nil, mac, 3, 2)))
+		must(t, second.Send(frames.Stream(nil, mac, 3, 2)))
 		awaitEntry(t, atA, mac, onB.VXLAN.Local)
 		awaitEntry(t, atC, mac, onB.VXLAN.Local)
 		took = append(took, time.Since(began))
-		arrives(t, far, second, frames.Stream(mac, far.MAC, 4, uint64(i)))
+		reachesInTime(t, far, second, frames.Stream(mac, far.MAC, 4, uint64(i)))
 	}
 	slices.Sort(took)
 	t.Logf("from a VM's first frame on another node to the tables of all: median %v, worst %v", took[len(took)/2], took[len(took)-1])
@@ -298,13 +298,13 @@ func TestEveryNodeFollowsAVMAtOnce(t *testing.T) {
 // A node speaks BGP beside another router of its own, for it listens nowhere.
 func TestANodeSpeaksBesideAnotherRouter(t *testing.T) {
 	other, err := net.Listen("tcp", ":179")
-	try(t, err)
+	must(t, err)
 	defer other.Close()
 	a, _, s, _ := unicastHosts(t, families["IPv4"], 424)
-	a.build(t, told(s))
-	speaker := a.speak(t, s, 1, startReflector(t, netip.AddrPort{}).at)
-	awaitAgain(t, "the session", func() bool {
-		sessions := speaker.fabric.Sessions()
+	a.reconcile(t, withEVPN(s))
+	speaker := a.startSpeaker(t, s, 1, startReflector(t, netip.AddrPort{}).at)
+	eventuallySlow(t, "the session", func() bool {
+		sessions := speaker.instance.Sessions()
 		return len(sessions) == 1 && sessions[0].Up
 	})
 	if at, want := listening(t), []string{other.Addr().String()}; !slices.Equal(at, want) {
@@ -317,7 +317,7 @@ func listening(t *testing.T) (at []string) {
 	t.Helper()
 	own := map[string]bool{}
 	fds, err := os.ReadDir("/proc/self/fd")
-	try(t, err)
+	must(t, err)
 	for _, fd := range fds {
 		if to, err := os.Readlink("/proc/self/fd/" + fd.Name()); err == nil { // the folder itself was one
 			own[to] = true
@@ -332,7 +332,7 @@ func listening(t *testing.T) (at []string) {
 			}
 			hexAddress, hexPort, _ := strings.Cut(field[local], ":")
 			port, err := strconv.ParseUint(hexPort, 16, 16)
-			try(t, err)
+			must(t, err)
 			if strings.Trim(hexAddress, "0") == "" {
 				hexAddress = "[::]"
 			}
@@ -345,13 +345,13 @@ func listening(t *testing.T) (at []string) {
 // A reflector that goes and comes back, and a daemon that restarts, cost no frame.
 func TestTrafficGoesOnWhileReflectorAndDaemonRestart(t *testing.T) {
 	a, b, onA, onB := unicastHosts(t, families["IPv6"], 422)
-	a.build(t, told(onA))
-	b.build(t, told(onB))
+	a.reconcile(t, withEVPN(onA))
+	b.reconcile(t, withEVPN(onB))
 	reflector := startReflector(t, netip.AddrPort{})
-	first := a.speak(t, onA, 1, reflector.at)
-	second := b.speak(t, onB, 2, reflector.at)
+	first := a.startSpeaker(t, onA, 1, reflector.at)
+	second := b.startSpeaker(t, onB, 2, reflector.at)
 	one, two := a.attach(t, onA, "one", segment.Veth), b.attach(t, onB, "two", segment.Veth)
-	known := func(h host, s segment.Segment) {
+	known := func(h node, s segment.Segment) {
 		t.Helper()
 		h.awaitState(t, s, "the other node's pod", func(have segment.State) bool {
 			l, _ := have.Link(s.VXLAN.Name)
@@ -360,17 +360,17 @@ func TestTrafficGoesOnWhileReflectorAndDaemonRestart(t *testing.T) {
 	}
 	known(a, onA)
 	known(b, onB)
-	second.settled(t)
+	second.awaitSettled(t)
 	there, back := startStream(t, 1, 20*rate, one, two), startStream(t, 2, 20*rate, two, one)
 	reflector.stop()
 	again := startReflector(t, reflector.at)
-	first.leave()
-	a.speak(t, onA, 1, again.at)
+	first.end()
+	a.startSpeaker(t, onA, 1, again.at)
 	there.expectAll(t)
 	back.expectAll(t)
 	known(a, onA)
 	known(b, onB)
 	updates, mac := b.tables(t, onB), net.HardwareAddr{2, 0xbb, 0, 0, 2, 1} // what is new is told as well
-	try(t, one.Send(frames.Stream(nil, mac, 1, 1)))
+	must(t, one.Send(frames.Stream(nil, mac, 1, 1)))
 	awaitEntry(t, updates, mac, onA.VXLAN.Local)
 }

@@ -17,12 +17,12 @@ import (
 	"github.com/k8slan/k8slan/test/netlab"
 )
 
-// arrives sends a frame until it is heard at the other end, whatever else is heard there: what a router tells takes its time.
-func arrives(t *testing.T, from, to netlab.Wire, frame []byte) {
+// reachesInTime sends a frame until it is heard at the other end, whatever else is heard there: what a router tells takes its time.
+func reachesInTime(t *testing.T, from, to netlab.Wire, frame []byte) {
 	t.Helper()
-	for deadline := time.Now().Add(longPatience); ; {
-		try(t, from.Send(frame))
-		_, err := netlab.Await(to, patience/10, func(got []byte) bool { return bytes.Equal(got, frame) })
+	for deadline := time.Now().Add(daemonTimeout); ; {
+		must(t, from.Send(frame))
+		_, err := netlab.Await(to, frameTimeout/10, func(got []byte) bool { return bytes.Equal(got, frame) })
 		if err == nil {
 			return
 		}
@@ -37,14 +37,14 @@ func arrives(t *testing.T, from, to netlab.Wire, frame []byte) {
 func awaitMove(t *testing.T, ns netlab.Namespace, vxlan string, updates <-chan netlink.NeighUpdate, mac net.HardwareAddr) time.Time {
 	t.Helper()
 	link, err := ns.Netlink(t).LinkByName(vxlan)
-	try(t, err)
+	must(t, err)
 	return awaitUpdate(t, updates, fmt.Sprintf("%s to be behind %s", mac, vxlan), func(u netlink.NeighUpdate) bool {
 		return u.Type == unix.RTM_NEWNEIGH && u.LinkIndex == link.Attrs().Index && u.Flags&netlink.NTF_SELF == 0 && bytes.Equal(u.HardwareAddr, mac)
 	})
 }
 
-// knows waits until a node has one other, which is at that VTEP, and these MACs behind it.
-func (sp *speaker) knows(t *testing.T, vtep netip.Addr, macs ...net.HardwareAddr) {
+// awaitRemote waits until a node has one other, which is at that VTEP, and these MACs behind it.
+func (sp *speaker) awaitRemote(t *testing.T, vtep netip.Addr, macs ...net.HardwareAddr) {
 	t.Helper()
 	sp.awaitState(t, sp.s, fmt.Sprintf("%s with %s", vtep, macs), func(have segment.State) bool {
 		l, _ := have.Link(sp.s.VXLAN.Name)
@@ -61,41 +61,41 @@ func (sp *speaker) knows(t *testing.T, vtep netip.Addr, macs ...net.HardwareAddr
 // FRR is a VTEP of the LAN: packets go both ways, a MAC moves there and back, and either side comes back from a restart.
 func TestFRRIsInTheLAN(t *testing.T) {
 	a, _, s, _ := unicastHosts(t, families["IPv4"], 431)
-	a.build(t, told(s))
+	a.reconcile(t, withEVPN(s))
 	router := startFRR(t, a, asVTEP)
-	defer router.tell(t)
+	defer router.logState(t)
 	there := router.attach(t, s)
-	node := a.speakTo(t, s, 1, router.peer(1))
+	node := a.startSpeakerTo(t, s, 1, router.peer(1))
 	here, vm := a.attach(t, s, "one", segment.Veth), a.attach(t, s, "two", segment.Macvtap)
-	try(t, there.Send(frames.Stream(nil, there.MAC, 1, 1)))
-	node.knows(t, router.vtep, there.MAC)
+	must(t, there.Send(frames.Stream(nil, there.MAC, 1, 1)))
+	node.awaitRemote(t, router.vtep, there.MAC)
 	self := s.VXLAN.Local.String()
-	router.awaitShown(t, "show bgp l2vpn evpn route", "[3]:[0]:[32]:["+self+"]", "[2]:[0]:[48]:["+here.MAC.String()+"]", "RT:65000:431 ET:8")
-	router.awaitShown(t, fmt.Sprintf("show evpn mac vni 431 mac %s", here.MAC), "Remote VTEP: "+self)
-	arrives(t, here, there, frames.Stream(there.MAC, here.MAC, 2, 1))
-	arrives(t, there, here, frames.Stream(here.MAC, there.MAC, 2, 2))
-	arrives(t, there, here, frames.Stream(nil, there.MAC, 2, 3))
+	router.awaitOutput(t, "show bgp l2vpn evpn route", "[3]:[0]:[32]:["+self+"]", "[2]:[0]:[48]:["+here.MAC.String()+"]", "RT:65000:431 ET:8")
+	router.awaitOutput(t, fmt.Sprintf("show evpn mac vni 431 mac %s", here.MAC), "Remote VTEP: "+self)
+	reachesInTime(t, here, there, frames.Stream(there.MAC, here.MAC, 2, 1))
+	reachesInTime(t, there, here, frames.Stream(here.MAC, there.MAC, 2, 2))
+	reachesInTime(t, there, here, frames.Stream(nil, there.MAC, 2, 3))
 
 	mac := net.HardwareAddr{2, 0xbb, 0, 0, 4, 1}
 	atNode, atFRR := a.tables(t, s), tables(t, router.Namespace)
 	for i := range uint64(2) { // FRR takes a MAC for a duplicate after five moves
 		began := time.Now()
-		try(t, vm.Send(frames.Stream(nil, mac, 3, 2*i)))
+		must(t, vm.Send(frames.Stream(nil, mac, 3, 2*i)))
 		toFRR := awaitMove(t, router.Namespace, "vx", atFRR, mac).Sub(began)
-		arrives(t, there, vm, frames.Stream(mac, there.MAC, 4, 2*i))
+		reachesInTime(t, there, vm, frames.Stream(mac, there.MAC, 4, 2*i))
 		began = time.Now()
-		try(t, there.Send(frames.Stream(nil, mac, 3, 2*i+1)))
-		toNode := awaitMove(t, a.inside(s), s.VXLAN.Name, atNode, mac).Sub(began)
-		arrives(t, here, there, frames.Stream(mac, here.MAC, 4, 2*i+1))
+		must(t, there.Send(frames.Stream(nil, mac, 3, 2*i+1)))
+		toNode := awaitMove(t, a.lanNetns(s), s.VXLAN.Name, atNode, mac).Sub(began)
+		reachesInTime(t, here, there, frames.Stream(mac, here.MAC, 4, 2*i+1))
 		t.Logf("from a MAC's first frame on our node to FRR's table %v, and back %v", toFRR, toNode)
 	}
-	router.awaitShown(t, "show bgp l2vpn evpn route type macip", "MM:3")
+	router.awaitOutput(t, "show bgp l2vpn evpn route type macip", "MM:3")
 
 	for what, restart := range map[string]func(){
 		"FRR": func() { router.bgpd.kill(); router.bgpd.start(t); router.awaitVTY(t, "bgpd") },
 		"k8slan": func() {
-			node.leave()
-			node = a.speakTo(t, s, 1, router.peer(1))
+			node.end()
+			node = a.startSpeakerTo(t, s, 1, router.peer(1))
 		},
 	} {
 		out, in := startStream(t, 5, 12*rate, here, there), startStream(t, 6, 12*rate, there, here)
@@ -103,13 +103,13 @@ func TestFRRIsInTheLAN(t *testing.T) {
 		out.done.Wait()
 		in.done.Wait()
 		t.Logf("while %s restarts, frames at %d a second are lost: to FRR %d, from FRR %d", what, rate, out.counter.Tally().Lost, in.counter.Tally().Lost)
-		node.knows(t, router.vtep, there.MAC)
-		arrives(t, here, there, frames.Stream(there.MAC, here.MAC, 7, 1))
-		arrives(t, there, here, frames.Stream(here.MAC, there.MAC, 7, 2))
+		node.awaitRemote(t, router.vtep, there.MAC)
+		reachesInTime(t, here, there, frames.Stream(there.MAC, here.MAC, 7, 1))
+		reachesInTime(t, there, here, frames.Stream(here.MAC, there.MAC, 7, 2))
 	}
 
-	try(t, a.addresses(t, here, "10.77.0.1/24", "fd77::1/64"))
-	try(t, a.addresses(t, there, "10.77.0.3/24", "fd77::3/64"))
+	must(t, a.setPodAddresses(t, here, "10.77.0.1/24", "fd77::1/64"))
+	must(t, a.setPodAddresses(t, there, "10.77.0.3/24", "fd77::3/64"))
 	for _, address := range []string{"10.77.0.3", "fd77::3"} {
 		expectTCP(t, here, there, address)
 	}
@@ -119,25 +119,25 @@ func TestFRRIsInTheLAN(t *testing.T) {
 func TestFRRAndTheLANHaveATargetOfTheirOwn(t *testing.T) {
 	a, _, s, _ := unicastHosts(t, families["IPv4"], 436)
 	s.Routes = segment.Routes{Import: []string{"64512:7"}, Export: []string{"4200000000:7"}, RD: 7}
-	a.build(t, told(s))
+	a.reconcile(t, withEVPN(s))
 	router := startFRR(t, a, asVTEP+`  vni 436
    route-target import 4200000000:7
    route-target import 64512:8
    route-target export 64512:7
   exit-vni
 `)
-	defer router.tell(t)
+	defer router.logState(t)
 	there := router.attach(t, s)
-	node := a.speakTo(t, s, 1, router.peer(1))
+	node := a.startSpeakerTo(t, s, 1, router.peer(1))
 	here := a.attach(t, s, "one", segment.Veth)
-	try(t, there.Send(frames.Stream(nil, there.MAC, 1, 1)))
-	node.knows(t, router.vtep, there.MAC)
-	router.awaitShown(t, "show bgp l2vpn evpn route", "Route Distinguisher: 127.0.0.2:7", "RT:4200000000:7 ET:8", "ET:8 RT:64512:7")
-	router.awaitShown(t, fmt.Sprintf("show evpn mac vni 436 mac %s", here.MAC), "Remote VTEP: "+s.VXLAN.Local.String())
-	arrives(t, here, there, frames.Stream(there.MAC, here.MAC, 2, 1))
-	arrives(t, there, here, frames.Stream(here.MAC, there.MAC, 2, 2))
+	must(t, there.Send(frames.Stream(nil, there.MAC, 1, 1)))
+	node.awaitRemote(t, router.vtep, there.MAC)
+	router.awaitOutput(t, "show bgp l2vpn evpn route", "Route Distinguisher: 127.0.0.2:7", "RT:4200000000:7 ET:8", "ET:8 RT:64512:7")
+	router.awaitOutput(t, fmt.Sprintf("show evpn mac vni 436 mac %s", here.MAC), "Remote VTEP: "+s.VXLAN.Local.String())
+	reachesInTime(t, here, there, frames.Stream(there.MAC, here.MAC, 2, 1))
+	reachesInTime(t, there, here, frames.Stream(here.MAC, there.MAC, 2, 2))
 
-	node.settled(t)
+	node.awaitSettled(t)
 	out, in := startStream(t, 3, streamLength, here, there), startStream(t, 4, streamLength, there, here)
 	for _, step := range []segment.Routes{
 		{Import: []string{"64512:7"}, Export: []string{"4200000000:7", "64512:8"}, RD: 7},
@@ -145,9 +145,9 @@ func TestFRRAndTheLANHaveATargetOfTheirOwn(t *testing.T) {
 		{Import: []string{"64512:7", "65000:1"}, Export: []string{"64512:8"}, RD: 431},
 	} {
 		node.routes <- step
-		router.awaitShown(t, "show bgp l2vpn evpn route", fmt.Sprintf("Route Distinguisher: 127.0.0.2:%d", step.RD), "RT:"+step.Export[len(step.Export)-1])
+		router.awaitOutput(t, "show bgp l2vpn evpn route", fmt.Sprintf("Route Distinguisher: 127.0.0.2:%d", step.RD), "RT:"+step.Export[len(step.Export)-1])
 	}
-	awaitAgain(t, "FRR to forget the old ones", func() bool {
+	eventuallySlow(t, "FRR to forget the old ones", func() bool {
 		shown := router.show(t, "show bgp l2vpn evpn route")
 		return !hasAll(shown, "127.0.0.2:7") && !hasAll(shown, "4200000000:7")
 	})
@@ -159,28 +159,28 @@ func TestFRRAndTheLANHaveATargetOfTheirOwn(t *testing.T) {
 // it is gone.
 func TestFRRIsTheReflector(t *testing.T) {
 	a, b, onA, onB := unicastHosts(t, families["IPv4"], 432)
-	a.build(t, told(onA))
-	b.build(t, told(onB))
+	a.reconcile(t, withEVPN(onA))
+	b.reconcile(t, withEVPN(onB))
 	router := startFRR(t, a, asReflector)
-	defer router.tell(t)
-	first, second := a.speakTo(t, onA, 1, router.peer(1)), b.speakTo(t, onB, 2, router.peer(2))
+	defer router.logState(t)
+	first, second := a.startSpeakerTo(t, onA, 1, router.peer(1)), b.startSpeakerTo(t, onB, 2, router.peer(2))
 	one, two := a.attach(t, onA, "one", segment.Veth), b.attach(t, onB, "two", segment.Veth)
 	known := func() {
 		t.Helper()
-		first.knows(t, onB.VXLAN.Local, two.MAC)
-		second.knows(t, onA.VXLAN.Local, one.MAC)
+		first.awaitRemote(t, onB.VXLAN.Local, two.MAC)
+		second.awaitRemote(t, onA.VXLAN.Local, one.MAC)
 	}
 	known()
-	router.awaitShown(t, "show bgp l2vpn evpn", "[2]:[0]:[48]:["+one.MAC.String()+"]", "[2]:[0]:[48]:["+two.MAC.String()+"]",
+	router.awaitOutput(t, "show bgp l2vpn evpn", "[2]:[0]:[48]:["+one.MAC.String()+"]", "[2]:[0]:[48]:["+two.MAC.String()+"]",
 		"[3]:[0]:[32]:["+onA.VXLAN.Local.String()+"]", "[3]:[0]:[32]:["+onB.VXLAN.Local.String()+"]")
 	vmA := a.claim(t, onA, "two", segment.Macvtap)
-	vmA.speak(t, a.inside(onA))
+	vmA.openWire(t, a.lanNetns(onA))
 	updates := b.tables(t, onB)
 	var took []time.Duration
 	for i := range byte(10) {
 		mac := net.HardwareAddr{2, 0xbb, 0, 0, 5, i}
 		began := time.Now()
-		try(t, vmA.Send(frames.Stream(nil, mac, 9, 1)))
+		must(t, vmA.Send(frames.Stream(nil, mac, 9, 1)))
 		took = append(took, awaitEntry(t, updates, mac, onA.VXLAN.Local).Sub(began))
 	}
 	slices.Sort(took)
@@ -191,21 +191,21 @@ func TestFRRIsTheReflector(t *testing.T) {
 	router.bgpd.start(t)
 	there.expectAll(t)
 	back.expectAll(t)
-	second.knows(t, onA.VXLAN.Local, one.MAC)
+	second.awaitRemote(t, onA.VXLAN.Local, one.MAC)
 
-	second.settled(t)
+	second.awaitSettled(t)
 	there, back = startStream(t, 3, 12*rate, one, two), startStream(t, 4, 12*rate, two, one)
 	began := time.Now()
-	first.leave()
-	awaitAgain(t, "FRR to drop the node's routes", func() bool { return !hasAll(router.show(t, "show bgp l2vpn evpn"), one.MAC.String()) })
+	first.end()
+	eventuallySlow(t, "FRR to drop the node's routes", func() bool { return !hasAll(router.show(t, "show bgp l2vpn evpn"), one.MAC.String()) })
 	kept := time.Since(began)
-	first = a.speakTo(t, onA, 1, router.peer(1))
+	first = a.startSpeakerTo(t, onA, 1, router.peer(1))
 	there.done.Wait()
 	back.done.Wait()
 	t.Logf("FRR keeps a node's routes for %v after its daemon has ended; while that restarts, frames at %d a second are lost: from its node %d, to its node %d",
 		kept, rate, there.counter.Tally().Lost, back.counter.Tally().Lost)
-	first.knows(t, onB.VXLAN.Local, two.MAC)
-	second.knows(t, onA.VXLAN.Local, one.MAC)
+	first.awaitRemote(t, onB.VXLAN.Local, two.MAC)
+	second.awaitRemote(t, onA.VXLAN.Local, one.MAC)
 	crosses(t, one, two, frames.Stream(two.MAC, one.MAC, 5, 1))
 }
 
@@ -215,27 +215,27 @@ func TestGoBGPIsTheReflector(t *testing.T) {
 	for name, f := range families {
 		t.Run(name, func(t *testing.T) {
 			a, b, onA, onB := unicastHosts(t, f, vni)
-			a.build(t, told(onA))
-			b.build(t, told(onB))
+			a.reconcile(t, withEVPN(onA))
+			b.reconcile(t, withEVPN(onB))
 			reflector, at := startGoBGP(t)
-			first, second := a.speak(t, onA, 1, at), b.speak(t, onB, 2, at)
+			first, second := a.startSpeaker(t, onA, 1, at), b.startSpeaker(t, onB, 2, at)
 			one, two := a.attach(t, onA, "one", segment.Veth), b.attach(t, onB, "two", segment.Veth)
-			first.knows(t, onB.VXLAN.Local, two.MAC)
-			second.knows(t, onA.VXLAN.Local, one.MAC)
+			first.awaitRemote(t, onB.VXLAN.Local, two.MAC)
+			second.awaitRemote(t, onA.VXLAN.Local, one.MAC)
 			catalogCrosses(t, one, two)
-			second.settled(t)
+			second.awaitSettled(t)
 			there, back := startStream(t, 1, 12*rate, one, two), startStream(t, 2, 12*rate, two, one)
 			reflector.kill()
 			reflector.start(t)
-			first.leave()
-			first = a.speak(t, onA, 1, at)
+			first.end()
+			first = a.startSpeaker(t, onA, 1, at)
 			there.expectAll(t)
 			back.expectAll(t)
-			first.knows(t, onB.VXLAN.Local, two.MAC)
-			second.knows(t, onA.VXLAN.Local, one.MAC)
+			first.awaitRemote(t, onB.VXLAN.Local, two.MAC)
+			second.awaitRemote(t, onA.VXLAN.Local, one.MAC)
 			updates, mac := b.tables(t, onB), net.HardwareAddr{2, 0xbb, 0, 0, 6, 1} // what is new is told as well
 			began := time.Now()
-			try(t, one.Send(frames.Stream(nil, mac, 3, 1)))
+			must(t, one.Send(frames.Stream(nil, mac, 3, 1)))
 			t.Logf("from a MAC's first frame to the other node's table: %v", awaitEntry(t, updates, mac, onA.VXLAN.Local).Sub(began))
 		})
 		vni++
@@ -246,25 +246,25 @@ func TestGoBGPIsTheReflector(t *testing.T) {
 // them is told them.
 func TestFRRIsToldNoIPv6VTEP(t *testing.T) {
 	a, b, onA, onB := unicastHosts(t, families["IPv6"], 435)
-	a.build(t, told(onA))
-	b.build(t, told(onB))
+	a.reconcile(t, withEVPN(onA))
+	b.reconcile(t, withEVPN(onB))
 	router, reflector := startFRR(t, a, asReflector), startReflector(t, netip.AddrPort{})
-	defer router.tell(t)
-	first := a.speakTo(t, onA, 1, router.peer(1), reflectorPeer(1, reflector.at))
-	second := b.speak(t, onB, 2, reflector.at)
+	defer router.logState(t)
+	first := a.startSpeakerTo(t, onA, 1, router.peer(1), reflectorPeer(1, reflector.at))
+	second := b.startSpeaker(t, onB, 2, reflector.at)
 	one, two := a.attach(t, onA, "one", segment.Veth), b.attach(t, onB, "two", segment.Veth)
-	first.knows(t, onB.VXLAN.Local, two.MAC)
-	second.knows(t, onA.VXLAN.Local, one.MAC)
+	first.awaitRemote(t, onB.VXLAN.Local, two.MAC)
+	second.awaitRemote(t, onA.VXLAN.Local, one.MAC)
 	crosses(t, one, two, frames.Stream(two.MAC, one.MAC, 1, 1))
-	router.awaitShown(t, "show bgp l2vpn evpn summary json", `"state":"Established"`)
+	router.awaitOutput(t, "show bgp l2vpn evpn summary json", `"state":"Established"`)
 	if shown := router.show(t, "show bgp l2vpn evpn"); !hasAll(shown, "No prefixes displayed") {
 		t.Errorf("FRR has\n%s", shown)
 	}
-	awaitAgain(t, "the LAN to say so", func() bool {
-		withheld := first.fabric.Problems(onA.Netns).Withheld
+	eventuallySlow(t, "the LAN to say so", func() bool {
+		withheld := first.instance.Problems(onA.Netns).Withheld
 		return len(withheld) == 1 && withheld[0] == router.peer(1)
 	})
-	if withheld := second.fabric.Problems(onB.Netns).Withheld; len(withheld) > 0 {
+	if withheld := second.instance.Problems(onB.Netns).Withheld; len(withheld) > 0 {
 		t.Errorf("with our reflector alone, routes are withheld from %v", withheld)
 	}
 }

@@ -21,38 +21,38 @@ import (
 // Ten thousand MACs beside the one that changes: it alone is written.
 func TestOneMACMoreIsOneWrite(t *testing.T) {
 	a, _, s, _ := unicastHosts(t, families["IPv4"], 431)
-	s = told(s)
-	a.build(t, s)
+	s = withEVPN(s)
+	a.reconcile(t, s)
 	a.attach(t, s, "one", segment.Veth)
 	bare := s
 	vtep := families["IPv4"].vteps[1]
 	for i := range 10_000 {
 		s.FDB = append(s.FDB, segment.FDBEntry{MAC: [6]byte{2, 0, 0, byte(i >> 8), byte(i), 1}, VTEP: vtep})
 	}
-	a.build(t, bare)
+	a.reconcile(t, bare)
 	began := time.Now()
-	a.build(t, s)
+	a.reconcile(t, s)
 	took := time.Since(began)
-	link, err := a.inside(s).Netlink(t).LinkByName(s.VXLAN.Name)
-	try(t, err)
-	a.build(t, bare)
-	handle := a.inside(s).Netlink(t)
+	link, err := a.lanNetns(s).Netlink(t).LinkByName(s.VXLAN.Name)
+	must(t, err)
+	a.reconcile(t, bare)
+	handle := a.lanNetns(s).Netlink(t)
 	began = time.Now()
 	for _, e := range s.FDB {
-		try(t, handle.NeighSet(&netlink.Neigh{
+		must(t, handle.NeighSet(&netlink.Neigh{
 			LinkIndex: link.Attrs().Index, Family: unix.AF_BRIDGE, State: netlink.NUD_REACHABLE,
 			Flags: netlink.NTF_SELF | netlink.NTF_MASTER | netlink.NTF_EXT_LEARNED, HardwareAddr: e.MAC[:], IP: e.VTEP.AsSlice(),
 		}))
 	}
 	t.Logf("10,000 MACs: %v, with bare netlink %v", took, time.Since(began))
 	began = time.Now()
-	if ops := a.build(t, s); len(ops) > 0 {
+	if ops := a.reconcile(t, s); len(ops) > 0 {
 		t.Errorf("did %v", ops)
 	}
 	t.Logf("a look at them: %v", time.Since(began))
 	s.FDB = s.FDB[:len(s.FDB)-1]
 	began = time.Now()
-	ops := a.build(t, s)
+	ops := a.reconcile(t, s)
 	t.Logf("one less, with the look: %v", time.Since(began))
 	if len(ops) != 1 || ops[0].String() != "bridge fdb del 02:00:00:27:0f:01 dev vx431 dst 192.0.2.2 self; bridge fdb del 02:00:00:27:0f:01 dev vx431 master" {
 		t.Errorf("did %v", ops)
@@ -62,15 +62,15 @@ func TestOneMACMoreIsOneWrite(t *testing.T) {
 // A thousand nodes with ten MACs each: all of it arrives, and a VM that moves among them is followed as ever.
 func TestAThousandNodesWithTenMACsEach(t *testing.T) {
 	a, b, onA, onB := unicastHosts(t, families["IPv4"], 432)
-	a.build(t, told(onA))
-	b.build(t, told(onB))
+	a.reconcile(t, withEVPN(onA))
+	b.reconcile(t, withEVPN(onB))
 	reflector := startReflector(t, netip.AddrPort{})
-	a.speak(t, onA, 1, reflector.at)
-	b.speak(t, onB, 2, reflector.at)
+	a.startSpeaker(t, onA, 1, reflector.at)
+	b.startSpeaker(t, onB, 2, reflector.at)
 	here, there := a.attach(t, onA, "one", segment.Macvtap), b.attach(t, onB, "two", segment.Macvtap)
 
 	others := bgp.NewSpeaker(bgp.Config{AS: 65000, RouterID: netip.MustParseAddr("127.0.0.9"), OnUpdate: func(bgp.Update) {}, Log: slog.New(slog.DiscardHandler)})
-	try(t, others.SetPeers(t.Context(), []bgp.Peer{{
+	must(t, others.SetPeers(t.Context(), []bgp.Peer{{
 		Address: reflector.at.Addr(), Port: reflector.at.Port(), AS: 65000, Source: netip.MustParseAddr("127.0.0.9"),
 	}}))
 	ctx, stop := context.WithCancel(context.Background())
@@ -78,7 +78,7 @@ func TestAThousandNodesWithTenMACsEach(t *testing.T) {
 	go func() { done <- others.Run(ctx) }()
 	t.Cleanup(func() {
 		stop()
-		try(t, <-done)
+		must(t, <-done)
 	})
 	var routes []macvrf.Route
 	for i := range 1000 {
@@ -91,9 +91,9 @@ func TestAThousandNodesWithTenMACsEach(t *testing.T) {
 		}
 	}
 	began := time.Now()
-	try(t, others.Set(routes))
+	must(t, others.Set(routes))
 	for _, n := range []struct {
-		host
+		node
 		s segment.Segment
 	}{{a, onA}, {b, onB}} {
 		n.awaitState(t, n.s, "all of it", func(have segment.State) bool {
@@ -113,7 +113,7 @@ func TestAThousandNodesWithTenMACsEach(t *testing.T) {
 				from, updates, vtep = there, atA, onB.VXLAN.Local
 			}
 			began := time.Now()
-			try(t, from.Send(frames.Stream(mac, mac, 1, 1))) // to itself: no copy for each of a thousand
+			must(t, from.Send(frames.Stream(mac, mac, 1, 1))) // to itself: no copy for each of a thousand
 			if at := awaitEntry(t, updates, mac, vtep); !first {
 				took = append(took, at.Sub(began))
 			}

@@ -23,8 +23,8 @@ func (sp *speaker) awaitDown(t *testing.T, peer bgp.Peer, words ...string) {
 			t.Logf("it says: %s", last)
 		}
 	}()
-	awaitAgain(t, fmt.Sprintf("%q of the session with %s", words, peer), func() bool {
-		for _, s := range sp.fabric.Sessions() {
+	eventuallySlow(t, fmt.Sprintf("%q of the session with %s", words, peer), func() bool {
+		for _, s := range sp.instance.Sessions() {
 			if s.Peer.Address == peer.Address && !s.Up {
 				last = s.Why
 				return hasAll(s.Why, words...)
@@ -37,8 +37,8 @@ func (sp *speaker) awaitDown(t *testing.T, peer bgp.Peer, words ...string) {
 
 func (sp *speaker) awaitUp(t *testing.T, peer bgp.Peer) {
 	t.Helper()
-	awaitAgain(t, "the session with "+peer.String(), func() bool {
-		for _, s := range sp.fabric.Sessions() {
+	eventuallySlow(t, "the session with "+peer.String(), func() bool {
+		for _, s := range sp.instance.Sessions() {
 			if s.Peer.Address == peer.Address && s.Up {
 				return true
 			}
@@ -51,13 +51,13 @@ func (sp *speaker) awaitUp(t *testing.T, peer bgp.Peer) {
 // by it alone.
 func TestFRRIsInAnotherAS(t *testing.T) {
 	a, b, onA, onB := unicastHosts(t, families["IPv4"], 436)
-	a.build(t, told(onA))
-	b.build(t, told(onB))
-	router := startFRRWith(t, a, frrConfig{as: 65001, expects: 65000, role: asVTEP, away: true, nodes: ` neighbor nodes password secret
+	a.reconcile(t, withEVPN(onA))
+	b.reconcile(t, withEVPN(onB))
+	router := startFRRWith(t, a, frrConfig{as: 65001, peerAS: 65000, role: asVTEP, behindRouter: true, nodes: ` neighbor nodes password secret
  neighbor nodes ebgp-multihop 2
  no bgp ebgp-requires-policy
 `})
-	defer router.tell(t)
+	defer router.logState(t)
 	there := router.attach(t, onA)
 	peer := func(n byte) bgp.Peer {
 		p := router.peer(n)
@@ -66,14 +66,14 @@ func TestFRRIsInAnotherAS(t *testing.T) {
 	}
 	near := peer(1)
 	near.Multihop = 0
-	first, second := a.speakTo(t, onA, 1, near), b.speakTo(t, onB, 2, peer(2))
+	first, second := a.startSpeakerTo(t, onA, 1, near), b.startSpeakerTo(t, onB, 2, peer(2))
 	first.awaitDown(t, near, "no TCP connection")
-	try(t, first.fabric.SetPeers(t.Context(), []bgp.Peer{peer(1)}, ""))
+	must(t, first.instance.SetPeers(t.Context(), []bgp.Peer{peer(1)}, ""))
 	one, two := a.attach(t, onA, "one", segment.Veth), b.attach(t, onB, "two", segment.Veth)
 	first.awaitUp(t, peer(1))
 	second.awaitUp(t, peer(2))
-	router.awaitShown(t, "show bgp neighbors 198.51.100.1 json", `"bgpTimerConfiguredHoldTimeMsecs":9000`)
-	try(t, there.Send(frames.Stream(nil, there.MAC, 1, 1)))
+	router.awaitOutput(t, "show bgp neighbors 198.51.100.1 json", `"bgpTimerConfiguredHoldTimeMsecs":9000`)
+	must(t, there.Send(frames.Stream(nil, there.MAC, 1, 1)))
 	has := func(sp *speaker, vtep netip.Addr, mac net.HardwareAddr) {
 		t.Helper()
 		sp.awaitState(t, sp.s, fmt.Sprintf("%s behind %s", mac, vtep), func(have segment.State) bool {
@@ -88,16 +88,16 @@ func TestFRRIsInAnotherAS(t *testing.T) {
 	}
 	has(first, router.vtep, there.MAC)
 	has(second, router.vtep, there.MAC)
-	router.awaitShown(t, "show bgp l2vpn evpn route", "[3]:[0]:[32]:["+onA.VXLAN.Local.String()+"]", "[2]:[0]:[48]:["+one.MAC.String()+"]", "RT:65000:436 ET:8", "RT:65001:436")
+	router.awaitOutput(t, "show bgp l2vpn evpn route", "[3]:[0]:[32]:["+onA.VXLAN.Local.String()+"]", "[2]:[0]:[48]:["+one.MAC.String()+"]", "RT:65000:436 ET:8", "RT:65001:436")
 	has(first, onB.VXLAN.Local, two.MAC)
 	has(second, onA.VXLAN.Local, one.MAC)
 	for i, s := range []*station{one, two} {
-		arrives(t, s, there, frames.Stream(there.MAC, s.MAC, 2, uint64(i)))
-		arrives(t, there, s, frames.Stream(s.MAC, there.MAC, 3, uint64(i)))
+		reachesInTime(t, s, there, frames.Stream(there.MAC, s.MAC, 2, uint64(i)))
+		reachesInTime(t, there, s, frames.Stream(s.MAC, there.MAC, 3, uint64(i)))
 	}
-	arrives(t, one, two, frames.Stream(two.MAC, one.MAC, 4, 1))
+	reachesInTime(t, one, two, frames.Stream(two.MAC, one.MAC, 4, 1))
 	for _, sp := range []*speaker{first, second} {
-		if trouble := sp.fabric.Problems(sp.s.Netns); trouble.Refusals > 0 {
+		if trouble := sp.instance.Problems(sp.s.Netns); trouble.Refusals > 0 {
 			t.Errorf("refused: %d, %v", trouble.Refusals, trouble.Refused)
 		}
 	}
@@ -107,15 +107,15 @@ func TestFRRIsInAnotherAS(t *testing.T) {
 // there is a session.
 func TestFRRIsNotAgreedWith(t *testing.T) {
 	a, b, onA, onB := unicastHosts(t, families["IPv4"], 437)
-	a.build(t, told(onA))
-	b.build(t, told(onB))
-	router, reflector := startFRRWith(t, a, frrConfig{as: 65000, expects: 65000, role: asVTEP, nodes: " neighbor nodes password secret\n"}), startReflector(t, netip.AddrPort{})
-	defer router.tell(t)
+	a.reconcile(t, withEVPN(onA))
+	b.reconcile(t, withEVPN(onB))
+	router, reflector := startFRRWith(t, a, frrConfig{as: 65000, peerAS: 65000, role: asVTEP, nodes: " neighbor nodes password secret\n"}), startReflector(t, netip.AddrPort{})
+	defer router.logState(t)
 	peer, own := router.peer(1), reflectorPeer(1, reflector.at)
-	first, second := a.speakTo(t, onA, 1, peer, own), b.speak(t, onB, 2, reflector.at)
+	first, second := a.startSpeakerTo(t, onA, 1, peer, own), b.startSpeaker(t, onB, 2, reflector.at)
 	one, two := a.attach(t, onA, "one", segment.Veth), b.attach(t, onB, "two", segment.Veth)
-	first.knows(t, onB.VXLAN.Local, two.MAC)
-	second.knows(t, onA.VXLAN.Local, one.MAC)
+	first.awaitRemote(t, onB.VXLAN.Local, two.MAC)
+	second.awaitRemote(t, onA.VXLAN.Local, one.MAC)
 	there, back := startStream(t, 1, 20*rate, one, two), startStream(t, 2, 20*rate, two, one)
 	first.awaitDown(t, peer, "a password that is missing")
 	for _, wrong := range []struct {
@@ -127,11 +127,11 @@ func TestFRRIsNotAgreedWith(t *testing.T) {
 		{"secret", 65001, []string{"AS 65001", "AS 65000"}},
 	} {
 		peer.Password, peer.AS = wrong.password, wrong.as
-		try(t, first.fabric.SetPeers(t.Context(), []bgp.Peer{peer, own}, ""))
+		must(t, first.instance.SetPeers(t.Context(), []bgp.Peer{peer, own}, ""))
 		first.awaitDown(t, peer, wrong.words...)
 	}
 	peer.AS = 65000
-	try(t, first.fabric.SetPeers(t.Context(), []bgp.Peer{peer, own}, ""))
+	must(t, first.instance.SetPeers(t.Context(), []bgp.Peer{peer, own}, ""))
 	first.awaitUp(t, peer)
 	router.vtysh(t, "configure", "router bgp 65000", "neighbor nodes remote-as 65009") // it closes the session
 	first.awaitDown(t, peer)
@@ -139,13 +139,13 @@ func TestFRRIsNotAgreedWith(t *testing.T) {
 	first.awaitUp(t, peer)
 	// Each side gets another password, the node first: it counts when FRR has it, too.
 	peer.Password = "second"
-	try(t, first.fabric.SetPeers(t.Context(), []bgp.Peer{peer, own}, ""))
+	must(t, first.instance.SetPeers(t.Context(), []bgp.Peer{peer, own}, ""))
 	router.vtysh(t, "configure", "router bgp 65000", "neighbor nodes password second")
 	first.awaitDown(t, peer)
 	first.awaitUp(t, peer)
 	there.expectAll(t)
 	back.expectAll(t)
-	if trouble := first.fabric.Problems(onA.Netns); len(trouble.Down) > 0 || trouble.Refusals > 0 {
+	if trouble := first.instance.Problems(onA.Netns); len(trouble.Down) > 0 || trouble.Refusals > 0 {
 		t.Errorf("the LAN has %+v", trouble)
 	}
 }
@@ -153,52 +153,52 @@ func TestFRRIsNotAgreedWith(t *testing.T) {
 // FRR tells a LAN's routes with another VNI: they are not used, the LAN says so, and its other members and another LAN lose nothing.
 func TestFRRTellsAnotherVNI(t *testing.T) {
 	a, b, onA, onB := unicastHosts(t, families["IPv4"], 438)
-	a.build(t, told(onA))
-	b.build(t, told(onB))
-	router, reflector := startFRRWith(t, a, frrConfig{as: 65000, expects: 65000, role: asVTEP + "  vni 439\n   route-target export 65000:438\n  exit-vni\n"}), startReflector(t, netip.AddrPort{})
-	defer router.tell(t)
-	first, second := a.speakTo(t, onA, 1, router.peer(1), reflectorPeer(1, reflector.at)), b.speak(t, onB, 2, reflector.at)
+	a.reconcile(t, withEVPN(onA))
+	b.reconcile(t, withEVPN(onB))
+	router, reflector := startFRRWith(t, a, frrConfig{as: 65000, peerAS: 65000, role: asVTEP + "  vni 439\n   route-target export 65000:438\n  exit-vni\n"}), startReflector(t, netip.AddrPort{})
+	defer router.logState(t)
+	first, second := a.startSpeakerTo(t, onA, 1, router.peer(1), reflectorPeer(1, reflector.at)), b.startSpeaker(t, onB, 2, reflector.at)
 	one, two := a.attach(t, onA, "one", segment.Veth), b.attach(t, onB, "two", segment.Veth)
-	first.knows(t, onB.VXLAN.Local, two.MAC)
-	second.knows(t, onA.VXLAN.Local, one.MAC)
+	first.awaitRemote(t, onB.VXLAN.Local, two.MAC)
+	second.awaitRemote(t, onA.VXLAN.Local, one.MAC)
 	there, back := startStream(t, 1, 5*rate, one, two), startStream(t, 2, 5*rate, two, one)
 	other := onA
 	other.VXLAN.VNI = 439
 	stranger := router.attach(t, other)
-	awaitAgain(t, "the LAN to say so", func() bool {
-		trouble := first.fabric.Problems(onA.Netns)
+	eventuallySlow(t, "the LAN to say so", func() bool {
+		trouble := first.instance.Problems(onA.Netns)
 		return trouble.Refusals > 0 && trouble.Refused.Reason == macvrf.OtherVNI && trouble.Refused.Route.VTEP == router.vtep
 	})
-	try(t, stranger.Send(frames.Stream(nil, stranger.MAC, 3, 1)))
-	awaitAgain(t, "the LAN to refuse the MAC, too", func() bool { return first.fabric.Problems(onA.Netns).Refusals == 2 })
-	t.Logf("the LAN says: %s", first.fabric.Problems(onA.Netns).Refused)
+	must(t, stranger.Send(frames.Stream(nil, stranger.MAC, 3, 1)))
+	eventuallySlow(t, "the LAN to refuse the MAC, too", func() bool { return first.instance.Problems(onA.Netns).Refusals == 2 })
+	t.Logf("the LAN says: %s", first.instance.Problems(onA.Netns).Refused)
 	there.expectAll(t)
 	back.expectAll(t)
-	first.knows(t, onB.VXLAN.Local, two.MAC) // and nobody else
+	first.awaitRemote(t, onB.VXLAN.Local, two.MAC) // and nobody else
 }
 
 // A MAC speaks behind FRR and on a node: both take it for a duplicate and say so, and who is beside it loses nothing.
 func TestFRRAndANodeClaimOneMAC(t *testing.T) {
 	a, _, s, _ := unicastHosts(t, families["IPv4"], 440)
-	a.build(t, told(s))
+	a.reconcile(t, withEVPN(s))
 	router := startFRR(t, a, asVTEP)
-	defer router.tell(t)
+	defer router.logState(t)
 	there := router.attach(t, s)
-	node := a.speakTo(t, s, 1, router.peer(1))
+	node := a.startSpeakerTo(t, s, 1, router.peer(1))
 	here, vm := a.attach(t, s, "one", segment.Veth), a.attach(t, s, "two", segment.Macvtap)
-	try(t, there.Send(frames.Stream(nil, there.MAC, 1, 1)))
-	node.knows(t, router.vtep, there.MAC)
-	router.awaitShown(t, fmt.Sprintf("show evpn mac vni 440 mac %s", here.MAC), "Remote VTEP: "+s.VXLAN.Local.String())
+	must(t, there.Send(frames.Stream(nil, there.MAC, 1, 1)))
+	node.awaitRemote(t, router.vtep, there.MAC)
+	router.awaitOutput(t, fmt.Sprintf("show evpn mac vni 440 mac %s", here.MAC), "Remote VTEP: "+s.VXLAN.Local.String())
 	out, in := startStream(t, 2, 10*rate, here, there), startStream(t, 3, 10*rate, there, here)
 	mac := net.HardwareAddr{2, 0xbb, 0, 0, 7, 1}
-	said := func() bool { return len(node.fabric.Problems(s.Netns).Duplicates) == 1 }
+	said := func() bool { return len(node.instance.Problems(s.Netns).Duplicates) == 1 }
 	atFRR := func() string { return router.show(t, "show evpn mac vni 440 mac "+mac.String()) }
-	awaitAgain(t, "the node to take it for a duplicate", func() bool {
-		try(t, vm.Send(frames.Stream(mac, mac, 4, 1)))
-		try(t, there.Send(frames.Stream(mac, mac, 4, 2)))
+	eventuallySlow(t, "the node to take it for a duplicate", func() bool {
+		must(t, vm.Send(frames.Stream(mac, mac, 4, 1)))
+		must(t, there.Send(frames.Stream(mac, mac, 4, 2)))
 		return said() && strings.Contains(atFRR(), "Duplicate")
 	})
-	t.Logf("%s is on two; FRR says\n%s", node.fabric.Problems(s.Netns).Duplicates, atFRR())
+	t.Logf("%s is on two; FRR says\n%s", node.instance.Problems(s.Netns).Duplicates, atFRR())
 	out.expectAll(t)
 	in.expectAll(t)
 }

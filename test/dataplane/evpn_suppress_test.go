@@ -19,11 +19,11 @@ import (
 // solicited is the group of MACs that a solicitation for fd00::<last octets> goes to.
 func solicited(last byte) net.HardwareAddr { return net.HardwareAddr{0x33, 0x33, 0xff, 0, 0, last} }
 
-// answers wants a question to be answered on the node, with that MAC at the end of an answer that holds the words.
-func answers(t *testing.T, asks, hears *station, question []byte, mac net.HardwareAddr, words ...[]byte) {
+// expectAnswer wants a question to be answered on the node, with that MAC at the end of an answer that holds the words.
+func expectAnswer(t *testing.T, asks, hears *station, question []byte, mac net.HardwareAddr, words ...[]byte) {
 	t.Helper()
-	stops(t, asks, hears, question)
-	_, err := netlab.Await(asks, patience, func(got []byte) bool {
+	isDropped(t, asks, hears, question)
+	_, err := netlab.Await(asks, frameTimeout, func(got []byte) bool {
 		for _, w := range append(words, mac) {
 			if !bytes.Contains(got, w) {
 				return false
@@ -40,15 +40,15 @@ func answers(t *testing.T, asks, hears *station, question []byte, mac net.Hardwa
 // leaves nothing.
 func TestANodeAnswersForStationsOnOthers(t *testing.T) {
 	a, b, onA, onB := unicastHosts(t, families["IPv4"], 443)
-	onA, onB = told(onA), told(onB)
+	onA, onB = withEVPN(onA), withEVPN(onB)
 	onA.Remotes, onB.Remotes = []netip.Addr{onB.VXLAN.Local}, []netip.Addr{onA.VXLAN.Local}
-	a.build(t, onA)
-	b.build(t, onB)
+	a.reconcile(t, onA)
+	b.reconcile(t, onB)
 	one, two := a.attach(t, onA, "one", segment.Veth), b.attach(t, onB, "two", segment.Veth)
 	far := [6]byte(two.MAC)
 	onA.FDB, onB.FDB = []segment.FDBEntry{{MAC: far, VTEP: onB.VXLAN.Local}}, []segment.FDBEntry{{MAC: [6]byte(one.MAC), VTEP: onA.VXLAN.Local}}
-	a.build(t, onA)
-	b.build(t, onB)
+	a.reconcile(t, onA)
+	b.reconcile(t, onB)
 	off, on := onA, onA
 	on.VXLAN.SuppressNeighbors = true
 	on.Neighbors = []segment.Neighbor{{IP: netip.MustParseAddr("10.0.0.2"), MAC: far}, {IP: netip.MustParseAddr("fd00::2"), MAC: far}}
@@ -66,66 +66,66 @@ func TestANodeAnswersForStationsOnOthers(t *testing.T) {
 	crosses(t, one, two, asks4)
 	crosses(t, one, two, asks6)
 
-	allowed(a.build(t, on))
-	if ops := a.build(t, on); len(ops) > 0 {
+	allowed(a.reconcile(t, on))
+	if ops := a.reconcile(t, on); len(ops) > 0 {
 		t.Errorf("a second look finds to do: %v", ops)
 	}
-	answers(t, one, two, asks4, two.MAC, []byte{8, 6, 0, 1, 8, 0, 6, 4, 0, 2}, []byte{10, 0, 0, 2})
-	answers(t, one, two, asks6, two.MAC, []byte{136, 0}, netip.MustParseAddr("fd00::2").AsSlice())
+	expectAnswer(t, one, two, asks4, two.MAC, []byte{8, 6, 0, 1, 8, 0, 6, 4, 0, 2}, []byte{10, 0, 0, 2})
+	expectAnswer(t, one, two, asks6, two.MAC, []byte{136, 0}, netip.MustParseAddr("fd00::2").AsSlice())
 	crosses(t, one, two, arp(1, broadcast, one.MAC, "10.0.0.1", "10.0.0.3"))
 	crosses(t, one, two, neighborDiscovery(135, solicited(3), one.MAC, "fd00::1", "ff02::1:ff00:3", "fd00::3"))
-	stops(t, one, two, arp(1, broadcast, one.MAC, "10.0.0.1", "10.0.0.1")) // nobody has asked
+	isDropped(t, one, two, arp(1, broadcast, one.MAC, "10.0.0.1", "10.0.0.1")) // nobody has asked
 	vxlan := func() uint64 {
-		link, err := a.inside(on).Netlink(t).LinkByName(on.VXLAN.Name)
-		try(t, err)
+		link, err := a.lanNetns(on).Netlink(t).LinkByName(on.VXLAN.Name)
+		must(t, err)
 		return link.Attrs().Statistics.TxPackets
 	}
 	sent := vxlan()
 	for range 100 {
-		try(t, one.Send(asks4))
-		try(t, one.Send(asks6))
+		must(t, one.Send(asks4))
+		must(t, one.Send(asks6))
 	}
-	answers(t, one, two, asks6, two.MAC, []byte{136, 0})
+	expectAnswer(t, one, two, asks6, two.MAC, []byte{136, 0})
 	if over := vxlan() - sent; over != 1 {
 		t.Errorf("200 questions and what came after them are %d packets on the underlay, want 1", over)
 	}
 	quiet, cancel := context.WithTimeout(t.Context(), 1500*time.Millisecond) // a report of groups would come within a second
 	defer cancel()
-	try(t, hush(quiet, two, func(frame []byte) bool { return !bytes.Equal(frame[6:12], one.MAC) }))
+	must(t, expectSilence(quiet, two, func(frame []byte) bool { return !bytes.Equal(frame[6:12], one.MAC) }))
 
-	a.kernel = a.start(t) // another daemon, which knows nothing yet
+	a.kernel = a.newKernel(t) // another daemon, which knows nothing yet
 	nothing, partial := on, on
 	nothing.Remotes, nothing.FDB, nothing.Neighbors = nil, nil, nil
 	partial.Neighbors, partial.FDB, partial.Partial = []segment.Neighbor{}, []segment.FDBEntry{}, true
 	for _, s := range []segment.Segment{nothing, partial} {
-		if ops := a.build(t, s); len(ops) > 0 {
+		if ops := a.reconcile(t, s); len(ops) > 0 {
 			t.Errorf("before all is known did %v", ops)
 		}
 	}
-	answers(t, one, two, asks6, two.MAC, []byte{136, 0})
+	expectAnswer(t, one, two, asks6, two.MAC, []byte{136, 0})
 
 	fewer := on
 	fewer.Neighbors = on.Neighbors[:1]
-	allowed(a.build(t, fewer))
+	allowed(a.reconcile(t, fewer))
 	crosses(t, one, two, asks6)
 
 	there, back := startStream(t, 1, streamLength, one, two), startStream(t, 2, streamLength, two, one)
 	for range 20 {
-		allowed(a.build(t, off))
-		allowed(a.build(t, on))
+		allowed(a.reconcile(t, off))
+		allowed(a.reconcile(t, on))
 	}
 	there.expectAll(t)
 	back.expectAll(t)
-	answers(t, one, two, asks4, two.MAC, []byte{10, 0, 0, 2})
+	expectAnswer(t, one, two, asks4, two.MAC, []byte{10, 0, 0, 2})
 
-	allowed(a.build(t, off))
+	allowed(a.reconcile(t, off))
 	have := a.observe(t, off)
 	bridge, _ := have.Link(off.Bridge)
 	port, _ := have.Link(off.VXLAN.Name)
-	link, err := a.inside(off).Netlink(t).LinkByName(off.Bridge)
-	try(t, err)
-	left, err := a.inside(off).Netlink(t).NeighList(link.Attrs().Index, 0)
-	try(t, err)
+	link, err := a.lanNetns(off).Netlink(t).LinkByName(off.Bridge)
+	must(t, err)
+	left, err := a.lanNetns(off).Netlink(t).NeighList(link.Attrs().Index, 0)
+	must(t, err)
 	if port.Suppress || bridge.IPv6 || slices.ContainsFunc(left, func(n netlink.Neigh) bool { return len(n.HardwareAddr) > 0 }) {
 		t.Errorf("left: suppression %t, IPv6 %t, neighbours %v", port.Suppress, bridge.IPv6, left)
 	}
@@ -137,12 +137,12 @@ func TestANodeAnswersForStationsOnOthers(t *testing.T) {
 // A bridge whose MTU is too small for IPv6 has none, as in a kernel without it, and gets it with its MTU.
 func TestABridgeTooSmallForIPv6LacksIt(t *testing.T) {
 	h, _, s, _ := unicastHosts(t, families["IPv4"], 445)
-	s = told(s)
+	s = withEVPN(s)
 	s.VXLAN.SuppressNeighbors = true
 	for _, mtu := range []int{1279, 1280} {
 		s.MTU = mtu
-		h.build(t, s)
-		if ops := h.build(t, s); len(ops) > 0 {
+		h.reconcile(t, s)
+		if ops := h.reconcile(t, s); len(ops) > 0 {
 			t.Errorf("MTU %d: a second look finds to do: %v", mtu, ops)
 		}
 		if bridge, _ := h.observe(t, s).Link(s.Bridge); bridge.LacksIPv6 != (mtu < 1280) || bridge.IPv6 == bridge.LacksIPv6 {
@@ -155,15 +155,15 @@ func TestABridgeTooSmallForIPv6LacksIt(t *testing.T) {
 func TestNeighborsAreToldByBGP(t *testing.T) {
 	a, b, onA, onB := unicastHosts(t, families["IPv4"], 444)
 	onB.VXLAN.SuppressNeighbors = true
-	a.build(t, told(onA))
-	b.build(t, told(onB))
+	a.reconcile(t, withEVPN(onA))
+	b.reconcile(t, withEVPN(onB))
 	reflector := startReflector(t, netip.AddrPort{})
-	a.speak(t, onA, 1, reflector.at)
-	second := b.speak(t, onB, 2, reflector.at)
+	a.startSpeaker(t, onA, 1, reflector.at)
+	second := b.startSpeaker(t, onB, 2, reflector.at)
 	one, two := a.attach(t, onA, "one", segment.Veth), b.attach(t, onB, "two", segment.Veth)
-	second.knows(t, onA.VXLAN.Local, one.MAC)
-	arrives(t, one, two, arp(1, broadcast, one.MAC, "10.0.0.1", "10.0.0.1"))
-	arrives(t, one, two, neighborDiscovery(136, two.MAC, one.MAC, "fd00::1", "fd00::2", "fd00::1"))
+	second.awaitRemote(t, onA.VXLAN.Local, one.MAC)
+	reachesInTime(t, one, two, arp(1, broadcast, one.MAC, "10.0.0.1", "10.0.0.1"))
+	reachesInTime(t, one, two, neighborDiscovery(136, two.MAC, one.MAC, "fd00::1", "fd00::2", "fd00::1"))
 	neighbors := func(want ...segment.Neighbor) {
 		t.Helper()
 		b.awaitState(t, onB, "neighbours", func(have segment.State) bool {
@@ -173,8 +173,8 @@ func TestNeighborsAreToldByBGP(t *testing.T) {
 	}
 	mac := [6]byte(one.MAC)
 	neighbors(segment.Neighbor{IP: netip.MustParseAddr("10.0.0.1"), MAC: mac}, segment.Neighbor{IP: netip.MustParseAddr("fd00::1"), MAC: mac})
-	second.settled(t)
-	answers(t, two, one, arp(1, broadcast, two.MAC, "10.0.0.2", "10.0.0.1"), one.MAC, []byte{10, 0, 0, 1})
+	second.awaitSettled(t)
+	expectAnswer(t, two, one, arp(1, broadcast, two.MAC, "10.0.0.2", "10.0.0.1"), one.MAC, []byte{10, 0, 0, 1})
 	a.release(t, one)
 	neighbors()
 	have := a.observe(t, onA)

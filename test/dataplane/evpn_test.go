@@ -30,11 +30,11 @@ type mesh struct {
 
 // evpnNode is a node whose LAN is told where MACs are.
 type evpnNode struct {
-	host
-	table *macvrf.Table
-	lan   macvrf.LAN
-	want  segment.Segment
-	told  map[macvrf.Key]macvrf.Route
+	node
+	table      *macvrf.Table
+	lan        macvrf.LAN
+	want       segment.Segment
+	advertised map[macvrf.Key]macvrf.Route
 }
 
 // evpnHosts makes two nodes, and the LAN built on both; their kernels' events are followed until the test ends.
@@ -42,20 +42,20 @@ func evpnHosts(t *testing.T, f family, vni uint32) (*mesh, *evpnNode, *evpnNode)
 	t.Helper()
 	a, b, onA, onB := unicastHosts(t, f, vni)
 	fab := &mesh{t: t, done: make(chan struct{})}
-	for i, h := range []host{a, b} {
-		s := told([]segment.Segment{onA, onB}[i])
+	for i, h := range []node{a, b} {
+		s := withEVPN([]segment.Segment{onA, onB}[i])
 		n := &evpnNode{
-			host: h, table: macvrf.New(65000, netip.AddrFrom4([4]byte{192, 0, 2, byte(i + 1)})), want: s,
-			lan: macvrf.LAN{VNI: vni, VTEP: s.VXLAN.Local}, told: map[macvrf.Key]macvrf.Route{},
+			node: h, table: macvrf.New(65000, netip.AddrFrom4([4]byte{192, 0, 2, byte(i + 1)})), want: s,
+			lan: macvrf.LAN{VNI: vni, VTEP: s.VXLAN.Local}, advertised: map[macvrf.Key]macvrf.Route{},
 		}
 		fab.nodes = append(fab.nodes, n)
-		n.build(t, s)
+		n.reconcile(t, s)
 	}
 	ctx, stop := context.WithCancel(context.Background())
 	var watches sync.WaitGroup
 	for _, n := range fab.nodes {
 		watches.Go(func() {
-			if err := n.kernel.WatchFDB(ctx, fab.follow(n)); err != nil {
+			if err := n.kernel.WatchFDB(ctx, fab.events(n)); err != nil {
 				t.Error(err)
 			}
 		})
@@ -64,22 +64,24 @@ func evpnHosts(t *testing.T, f family, vni uint32) (*mesh, *evpnNode, *evpnNode)
 	return fab, fab.nodes[0], fab.nodes[1]
 }
 
-// told is a unicast LAN that is told where MACs are, and does not know any yet.
-func told(s segment.Segment) segment.Segment {
+// withEVPN is a unicast LAN that is told where MACs are, and does not know any yet.
+func withEVPN(s segment.Segment) segment.Segment {
 	s.VXLAN.NoLearning, s.Remotes, s.FDB = true, []netip.Addr{}, []segment.FDBEntry{}
 	return s
 }
 
-func (f *mesh) follow(n *evpnNode) kernel.FDBEvents {
+func (f *mesh) events(n *evpnNode) kernel.FDBEvents {
 	return kernel.FDBEvents{
-		Learned: func(_ string, mac [6]byte) { f.after(func(now time.Time) { n.table.LearnLocal(now, n.lan.VNI, mac) }) },
-		Removed: func(_ string, mac [6]byte) { f.after(func(now time.Time) { n.table.ForgetLocal(now, n.lan.VNI, mac) }) },
+		Learned: func(_ string, mac [6]byte) { f.handle(func(now time.Time) { n.table.LearnLocal(now, n.lan.VNI, mac) }) },
+		Removed: func(_ string, mac [6]byte) {
+			f.handle(func(now time.Time) { n.table.ForgetLocal(now, n.lan.VNI, mac) })
+		},
 		Overflow: func() {
 			macs, err := n.kernel.LocalMACs(n.want.Netns)
 			if err != nil {
 				f.t.Error(err)
 			}
-			f.after(func(now time.Time) {
+			f.handle(func(now time.Time) {
 				var all []macvrf.MAC
 				for _, mac := range macs {
 					all = append(all, mac)
@@ -90,8 +92,8 @@ func (f *mesh) follow(n *evpnNode) kernel.FDBEvents {
 	}
 }
 
-// after has the nodes do what follows from an event.
-func (f *mesh) after(event func(now time.Time)) {
+// handle has the nodes do what follows from an event.
+func (f *mesh) handle(event func(now time.Time)) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	now := time.Now()
@@ -103,7 +105,7 @@ func (f *mesh) after(event func(now time.Time)) {
 			for _, r := range n.table.Advertised() {
 				own[r.Key] = r
 			}
-			if maps.EqualFunc(own, n.told, macvrf.Route.Equal) {
+			if maps.EqualFunc(own, n.advertised, macvrf.Route.Equal) {
 				continue
 			}
 			quiet = false
@@ -114,13 +116,13 @@ func (f *mesh) after(event func(now time.Time)) {
 				for _, r := range own {
 					o.table.Import(now, r)
 				}
-				for key := range n.told {
+				for key := range n.advertised {
 					if _, ok := own[key]; !ok {
 						o.table.Withdraw(now, key)
 					}
 				}
 			}
-			n.told = own
+			n.advertised = own
 		}
 	}
 	for _, n := range f.nodes {
@@ -144,7 +146,7 @@ func (f *mesh) after(event func(now time.Time)) {
 // await waits until it is so.
 func (f *mesh) await(t *testing.T, what string, so func() bool) {
 	t.Helper()
-	deadline := time.After(longPatience)
+	deadline := time.After(daemonTimeout)
 	for {
 		f.mu.Lock()
 		ok, done := so(), f.done
@@ -160,11 +162,11 @@ func (f *mesh) await(t *testing.T, what string, so func() bool) {
 	}
 }
 
-// join attaches a pod or a VM; a pod's MAC is told from then on.
-func (f *mesh) join(t *testing.T, n *evpnNode, spoke string, kind segment.Kind) *station {
+// attach attaches a pod or a VM; a pod's MAC is told from then on.
+func (f *mesh) attach(t *testing.T, n *evpnNode, spoke string, kind segment.Kind) *station {
 	t.Helper()
 	st := n.attach(t, n.want, spoke, kind)
-	f.after(func(now time.Time) {
+	f.handle(func(now time.Time) {
 		n.lan.Claimed = true
 		if kind == segment.Veth {
 			n.lan.Attached = append(slices.Clone(n.lan.Attached), macvrf.MAC(st.Attachment.MAC))
@@ -174,8 +176,8 @@ func (f *mesh) join(t *testing.T, n *evpnNode, spoke string, kind segment.Kind) 
 	return st
 }
 
-// behind says where a node's segment has a MAC.
-func (n *evpnNode) behind(mac []byte) netip.Addr {
+// vtepOf says where a node's segment has a MAC.
+func (n *evpnNode) vtepOf(mac []byte) netip.Addr {
 	for _, e := range n.want.FDB {
 		if slices.Equal(e.MAC[:], mac) {
 			return e.VTEP
@@ -184,13 +186,13 @@ func (n *evpnNode) behind(mac []byte) netip.Addr {
 	return netip.Addr{}
 }
 
-// learnt are the MACs that the VXLAN or its bridge's port has learnt from frames.
-func (n *evpnNode) learnt(t *testing.T) (entries []netlink.Neigh) {
+// learned are the MACs that the VXLAN or its bridge's port has learnt from frames.
+func (n *evpnNode) learned(t *testing.T) (entries []netlink.Neigh) {
 	t.Helper()
-	link, err := n.inside(n.want).Netlink(t).LinkByName(n.want.VXLAN.Name)
-	try(t, err)
-	all, err := n.inside(n.want).Netlink(t).NeighList(link.Attrs().Index, unix.AF_BRIDGE)
-	try(t, err)
+	link, err := n.lanNetns(n.want).Netlink(t).LinkByName(n.want.VXLAN.Name)
+	must(t, err)
+	all, err := n.lanNetns(n.want).Netlink(t).NeighList(link.Attrs().Index, unix.AF_BRIDGE)
+	must(t, err)
 	for _, e := range all {
 		if e.Flags&netlink.NTF_EXT_LEARNED == 0 && e.State&netlink.NUD_PERMANENT == 0 {
 			entries = append(entries, e)
@@ -204,21 +206,21 @@ func TestEVPNLANCarriesTheCatalog(t *testing.T) {
 	for name, f := range families {
 		t.Run(name, func(t *testing.T) {
 			fab, a, b := evpnHosts(t, f, vni)
-			one, two := fab.join(t, a, "one", segment.Veth), fab.join(t, b, "two", segment.Veth)
-			if at := a.behind(two.Attachment.MAC); at != b.lan.VTEP {
+			one, two := fab.attach(t, a, "one", segment.Veth), fab.attach(t, b, "two", segment.Veth)
+			if at := a.vtepOf(two.Attachment.MAC); at != b.lan.VTEP {
 				t.Errorf("a pod that has not spoken is behind %v, want %v", at, b.lan.VTEP)
 			}
 			for _, n := range fab.nodes {
-				if ops := n.build(t, n.want); len(ops) > 0 {
+				if ops := n.reconcile(t, n.want); len(ops) > 0 {
 					t.Errorf("a second look finds to do: %v", ops)
 				}
 			}
 			catalogCrosses(t, one, two)
 			catalogCrosses(t, two, one)
-			vm := fab.join(t, b, "two", segment.Macvtap)
+			vm := fab.attach(t, b, "two", segment.Macvtap)
 			doubleTaggedCrosses(t, vm, one)
 			for _, n := range fab.nodes {
-				if learnt := n.learnt(t); len(learnt) > 0 {
+				if learnt := n.learned(t); len(learnt) > 0 {
 					t.Errorf("%s has learnt %v", n.Name, learnt)
 				}
 			}
@@ -230,7 +232,7 @@ func TestEVPNLANCarriesTheCatalog(t *testing.T) {
 // A VM moves: its second incarnation waits on the other node, and then speaks. What is for it goes there at once, and back.
 func TestAVMIsFollowedWhenItSpeaks(t *testing.T) {
 	fab, a, b := evpnHosts(t, families["IPv4"], 411)
-	here, there := fab.join(t, a, "one", segment.Macvtap), fab.join(t, b, "two", segment.Macvtap)
+	here, there := fab.attach(t, a, "one", segment.Macvtap), fab.attach(t, b, "two", segment.Macvtap)
 	mac := []byte{2, 0xbb, 0, 0, 0, 1}
 	alone := func() bool {
 		return len(a.table.Duplicates(411)) == 1 && len(b.table.Duplicates(411)) == 1
@@ -242,10 +244,10 @@ func TestAVMIsFollowedWhenItSpeaks(t *testing.T) {
 			speaks, speaksAt, other = there, b, a
 		}
 		began := time.Now()
-		try(t, speaks.Send(frames.Stream(nil, mac, 1, uint64(i))))
+		must(t, speaks.Send(frames.Stream(nil, mac, 1, uint64(i))))
 		followed := false
 		fab.await(t, "the other node to know", func() bool {
-			followed = other.behind(mac) == speaksAt.lan.VTEP && !speaksAt.behind(mac).IsValid()
+			followed = other.vtepOf(mac) == speaksAt.lan.VTEP && !speaksAt.vtepOf(mac).IsValid()
 			return followed || alone()
 		})
 		if !followed {
@@ -258,15 +260,15 @@ func TestAVMIsFollowedWhenItSpeaks(t *testing.T) {
 	// It speaks on both without end: each node keeps its own.
 	fab.mu.Lock()
 	defer fab.mu.Unlock()
-	if !alone() || a.behind(mac).IsValid() || b.behind(mac).IsValid() {
-		t.Errorf("duplicates %v and %v, behind %v and %v", a.table.Duplicates(411), b.table.Duplicates(411), a.behind(mac), b.behind(mac))
+	if !alone() || a.vtepOf(mac).IsValid() || b.vtepOf(mac).IsValid() {
+		t.Errorf("duplicates %v and %v, behind %v and %v", a.table.Duplicates(411), b.table.Duplicates(411), a.vtepOf(mac), b.vtepOf(mac))
 	}
 }
 
 // A LAN changes between learning and being told while it runs: the links stay, and nothing that goes from pod to pod is lost.
 func TestALANChangesToEVPNUnderTraffic(t *testing.T) {
 	fab, a, b := evpnHosts(t, families["IPv4"], 412)
-	one, two := fab.join(t, a, "one", segment.Veth), fab.join(t, b, "two", segment.Veth)
+	one, two := fab.attach(t, a, "one", segment.Veth), fab.attach(t, b, "two", segment.Veth)
 	crosses(t, two, one, frames.Stream(nil, two.MAC, 9, 1))
 	crosses(t, one, two, frames.Stream(nil, one.MAC, 9, 1))
 	fab.mu.Lock() // the nodes are changed by hand
@@ -280,7 +282,7 @@ func TestALANChangesToEVPNUnderTraffic(t *testing.T) {
 	for range 20 {
 		for _, s := range []func(*evpnNode) segment.Segment{learning, func(n *evpnNode) segment.Segment { return n.want }} {
 			for _, n := range fab.nodes {
-				for _, op := range n.build(t, s(n)) {
+				for _, op := range n.reconcile(t, s(n)) {
 					switch op.(type) {
 					case segment.WriteRecord, segment.SetVXLAN, segment.SetLearning, segment.SetFDB, segment.DelFDB:
 					default:
@@ -297,10 +299,10 @@ func TestALANChangesToEVPNUnderTraffic(t *testing.T) {
 // A LAN that has not left learning yet tells of nobody who is behind its VXLAN: the node would take them for its own.
 func TestWhoIsBehindAVXLANThatLearnsIsNotHere(t *testing.T) {
 	a, b, onA, onB := unicastHosts(t, families["IPv4"], 414)
-	a.build(t, onA)
-	b.build(t, onB)
+	a.reconcile(t, onA)
+	b.reconcile(t, onB)
 	one, two := a.attach(t, onA, "one", segment.Veth), b.attach(t, onB, "two", segment.Veth)
-	a.build(t, onA) // a look, after which the VXLAN's port is known
+	a.reconcile(t, onA) // a look, after which the VXLAN's port is known
 	seen := make(chan [6]byte, 64)
 	ctx, stop := context.WithCancel(t.Context())
 	defer stop()
@@ -329,7 +331,7 @@ func TestWhoIsBehindAVXLANThatLearnsIsNotHere(t *testing.T) {
 			if mac == [6]byte{2, 0, 0, 0, 4, 1} {
 				return
 			}
-		case <-time.After(patience):
+		case <-time.After(frameTimeout):
 			t.Fatal("who speaks here is not told of")
 		}
 	}
@@ -338,22 +340,22 @@ func TestWhoIsBehindAVXLANThatLearnsIsNotHere(t *testing.T) {
 // What an earlier run has told and nobody tells now goes, but not before all is known.
 func TestWhatAnEarlierRunToldIsPutRight(t *testing.T) {
 	a, _, s, _ := unicastHosts(t, families["IPv6"], 413)
-	s = told(s)
+	s = withEVPN(s)
 	remote := families["IPv6"].vteps[1]
 	s.Remotes = []netip.Addr{remote}
 	for i := range byte(100) {
 		s.FDB = append(s.FDB, segment.FDBEntry{MAC: [6]byte{2, 0, 0, 0, 1, i}, VTEP: remote})
 	}
-	a.build(t, s)
+	a.reconcile(t, s)
 	a.attach(t, s, "one", segment.Veth)
-	a.build(t, s)
+	a.reconcile(t, s)
 	fewer := s
 	fewer.Remotes, fewer.FDB, fewer.Partial = []netip.Addr{}, s.FDB[:10], true
-	if ops := a.build(t, fewer); len(ops) > 0 {
+	if ops := a.reconcile(t, fewer); len(ops) > 0 {
 		t.Errorf("did %v before all is known", ops)
 	}
 	fewer.Partial = false
-	if ops := a.build(t, fewer); len(ops) != 2 {
+	if ops := a.reconcile(t, fewer); len(ops) != 2 {
 		t.Errorf("did %v, want remotes and MACs to go", ops)
 	}
 	have, ok := a.observe(t, s).Link(s.VXLAN.Name)
@@ -361,7 +363,7 @@ func TestWhatAnEarlierRunToldIsPutRight(t *testing.T) {
 		t.Errorf("left: %+v", have.VXLAN)
 	}
 	s.FDB = s.FDB[:0]
-	a.build(t, s)
+	a.reconcile(t, s)
 	if have, _ := a.observe(t, s).Link(s.VXLAN.Name); len(have.VXLAN.FDB) > 0 {
 		t.Errorf("left: %+v", have.VXLAN.FDB)
 	}
@@ -370,10 +372,10 @@ func TestWhatAnEarlierRunToldIsPutRight(t *testing.T) {
 // Another process reads from the kernel where a LAN has which MAC: on which spoke of the node, or behind whom. In a LAN that learns, too.
 func TestWhereMACsAreIsReadFromTheKernel(t *testing.T) {
 	f := families["IPv6"]
-	have := func(h host, s segment.Segment, want ...segment.MACEntry) {
+	have := func(h node, s segment.Segment, want ...segment.MACEntry) {
 		t.Helper()
-		places, err := h.start(t).MACs(t.Context(), s.Netns)
-		try(t, err)
+		places, err := h.newKernel(t).MACs(t.Context(), s.Netns)
+		must(t, err)
 		for i := range places {
 			if places[i].LastSeen > time.Minute {
 				t.Errorf("%+v has been silent for a minute", places[i])
@@ -391,24 +393,24 @@ func TestWhereMACsAreIsReadFromTheKernel(t *testing.T) {
 	}
 	t.Run("told", func(t *testing.T) {
 		fab, a, b := evpnHosts(t, f, 421)
-		pod, vm := fab.join(t, a, "one", segment.Veth), fab.join(t, b, "two", segment.Macvtap)
-		have(a.host, a.want)
-		have(b.host, b.want, segment.MACEntry{MAC: pod.Attachment.MAC.String(), VTEP: f.vteps[0]})
+		pod, vm := fab.attach(t, a, "one", segment.Veth), fab.attach(t, b, "two", segment.Macvtap)
+		have(a.node, a.want)
+		have(b.node, b.want, segment.MACEntry{MAC: pod.Attachment.MAC.String(), VTEP: f.vteps[0]})
 		crosses(t, pod, vm, frames.Stream(nil, pod.Attachment.MAC, 9, 1))
-		try(t, vm.Send(frames.Stream(nil, []byte{2, 0xbb, 0, 0, 0, 2}, 9, 2)))
-		fab.await(t, "the VM to be known", func() bool { return a.behind([]byte{2, 0xbb, 0, 0, 0, 2}) == f.vteps[1] })
-		have(a.host, a.want,
+		must(t, vm.Send(frames.Stream(nil, []byte{2, 0xbb, 0, 0, 0, 2}, 9, 2)))
+		fab.await(t, "the VM to be known", func() bool { return a.vtepOf([]byte{2, 0xbb, 0, 0, 0, 2}) == f.vteps[1] })
+		have(a.node, a.want,
 			segment.MACEntry{MAC: pod.Attachment.MAC.String(), Spoke: "one"}, segment.MACEntry{MAC: "02:bb:00:00:00:02", VTEP: f.vteps[1]})
-		have(b.host, b.want,
+		have(b.node, b.want,
 			segment.MACEntry{MAC: pod.Attachment.MAC.String(), VTEP: f.vteps[0]}, segment.MACEntry{MAC: "02:bb:00:00:00:02", Spoke: "two"})
-		if _, err := a.start(t).MACs(t.Context(), "never"); err == nil {
+		if _, err := a.newKernel(t).MACs(t.Context(), "never"); err == nil {
 			t.Error("a LAN that is not on the node has MACs")
 		}
 	})
 	t.Run("learnt", func(t *testing.T) {
 		a, b, onA, onB := unicastHosts(t, f, 422)
-		a.build(t, onA)
-		b.build(t, onB)
+		a.reconcile(t, onA)
+		b.reconcile(t, onB)
 		one, two := a.attach(t, onA, "one", segment.Veth), b.attach(t, onB, "two", segment.Veth)
 		crosses(t, one, two, frames.Stream(nil, one.Attachment.MAC, 9, 1))
 		have(a, onA, segment.MACEntry{MAC: one.Attachment.MAC.String(), Spoke: "one"})
@@ -420,29 +422,29 @@ func TestWhereMACsAreIsReadFromTheKernel(t *testing.T) {
 func TestAMACThatShowsItselfForAMomentIsFollowed(t *testing.T) {
 	netlab.NeedDevices(t)
 	a, b, onA, onB := unicastHosts(t, families["IPv4"], 414)
-	onA, onB = told(onA), told(onB)
+	onA, onB = withEVPN(onA), withEVPN(onB)
 	onA.Remotes, onB.Remotes = []netip.Addr{onB.VXLAN.Local}, []netip.Addr{onA.VXLAN.Local}
 	mac := [6]byte{2, 0xbb, 0, 0, 8, 1}
 	onA.FDB = []segment.FDBEntry{{MAC: mac, VTEP: onB.VXLAN.Local}}
-	for h, s := range map[host]segment.Segment{a: onA, b: onB} {
-		h.build(t, s)
+	for h, s := range map[node]segment.Segment{a: onA, b: onB} {
+		h.reconcile(t, s)
 	}
 	one, vm, two := a.attach(t, onA, "one", segment.Veth), a.attach(t, onA, "two", segment.Macvtap), b.attach(t, onB, "two", segment.Veth)
-	a.build(t, onA)
-	b.build(t, onB)
+	a.reconcile(t, onA)
+	b.reconcile(t, onB)
 	crosses(t, one, two, frames.Stream(mac[:], one.MAC, 1, 1))
 	crosses(t, vm, one, frames.Stream(nil, mac[:], 1, 2))
-	if _, err := next(two, patience); err != nil {
+	if _, err := next(two, frameTimeout); err != nil {
 		t.Fatal(err)
 	}
-	if ops := a.build(t, onA); len(ops) > 0 {
+	if ops := a.reconcile(t, onA); len(ops) > 0 {
 		t.Errorf("a wish that does not know of the MAC here did %v", ops)
 	}
 	crosses(t, one, vm, frames.Stream(mac[:], one.MAC, 1, 3))
 	onA.FDB[0].Local = true
-	a.build(t, onA)
+	a.reconcile(t, onA)
 	crosses(t, one, two, frames.Stream(mac[:], one.MAC, 1, 4))
-	if ops := a.build(t, onA); len(ops) > 0 {
+	if ops := a.reconcile(t, onA); len(ops) > 0 {
 		t.Errorf("a second look finds to do: %v", ops)
 	}
 }

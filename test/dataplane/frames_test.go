@@ -11,10 +11,10 @@ import (
 // Each frame is told by its own bytes, so a receiver wants exactly what was sent, VLAN tags where they were, and not
 // one frame more.
 func TestEveryFrameOfTheCatalogPassesBetweenPods(t *testing.T) {
-	a, b := hosts(t)
+	a, b := twoNodes(t)
 	s := lan("frames", 222, "a1", "a2", "b1")
-	a.build(t, a.here(t, s))
-	b.build(t, b.here(t, s))
+	a.reconcile(t, a.withUnderlay(t, s))
+	b.reconcile(t, b.withUnderlay(t, s))
 	a1 := a.attach(t, s, "a1", segment.Veth)
 	t.Run("within a node", func(t *testing.T) {
 		a2 := a.attach(t, s, "a2", segment.Veth)
@@ -30,10 +30,10 @@ func TestEveryFrameOfTheCatalogPassesBetweenPods(t *testing.T) {
 }
 
 func TestEveryFrameOfTheCatalogPassesIntoAndOutOfATap(t *testing.T) {
-	a, b := hosts(t)
+	a, b := twoNodes(t)
 	s := lan("taps", 223, "pod", "vm", "far")
-	a.build(t, a.here(t, s))
-	b.build(t, b.here(t, s))
+	a.reconcile(t, a.withUnderlay(t, s))
+	b.reconcile(t, b.withUnderlay(t, s))
 	vm := a.attach(t, s, "vm", segment.Macvtap)
 	t.Run("to and from a pod of the node", func(t *testing.T) {
 		pod := a.attach(t, s, "pod", segment.Veth)
@@ -65,7 +65,7 @@ func catalogCrosses(t *testing.T, from, to *station) {
 			if f.Passes {
 				crosses(t, from, to, f.Bytes)
 			} else {
-				stops(t, from, to, f.Bytes)
+				isDropped(t, from, to, f.Bytes)
 			}
 		})
 	}
@@ -84,11 +84,11 @@ func doubleTaggedCrosses(t *testing.T, from, to *station) {
 }
 
 func TestLANsWithDifferentVNIsNeverHearEachOther(t *testing.T) {
-	a, b := hosts(t)
+	a, b := twoNodes(t)
 	one, other := lan("one", 31, "one-a", "one-b"), lan("other", 32, "other-a", "other-b")
 	for _, s := range []segment.Segment{one, other} {
-		a.build(t, a.here(t, s))
-		b.build(t, b.here(t, s))
+		a.reconcile(t, a.withUnderlay(t, s))
+		b.reconcile(t, b.withUnderlay(t, s))
 	}
 	oneA, oneB := a.attach(t, one, "one-a", segment.Veth), b.attach(t, one, "one-b", segment.Veth)
 	otherA, otherB := a.attach(t, other, "other-a", segment.Veth), b.attach(t, other, "other-b", segment.Veth)
@@ -100,12 +100,12 @@ func TestLANsWithDifferentVNIsNeverHearEachOther(t *testing.T) {
 }
 
 func TestPodGetsTheNameMACAndMTUItAskedFor(t *testing.T) {
-	a, b := hosts(t)
+	a, b := twoNodes(t)
 	s := lan("asked", 40, "plain", "asked")
-	a.build(t, a.here(t, s))
-	b.build(t, b.here(t, s))
+	a.reconcile(t, a.withUnderlay(t, s))
+	b.reconcile(t, b.withUnderlay(t, s))
 	want := segment.MAC(s.LAN, "plain").String()
-	for _, h := range []host{a, b, a} {
+	for _, h := range []node{a, b, a} {
 		st := h.claim(t, s, "plain", segment.Veth)
 		expectLink(t, st.Namespace, ifname, want, lanMTU)
 		h.release(t, st)

@@ -19,24 +19,24 @@ import (
 )
 
 func TestPodsOnTwoNodesSpeakTCPOverIPv4AndIPv6(t *testing.T) {
-	a, b := hosts(t)
+	a, b := twoNodes(t)
 	s := lan("ip", 111, "one", "two", "three")
-	a.build(t, a.here(t, s))
-	b.build(t, b.here(t, s))
+	a.reconcile(t, a.withUnderlay(t, s))
+	b.reconcile(t, b.withUnderlay(t, s))
 	one, two := a.claim(t, s, "one", segment.Veth), b.claim(t, s, "two", segment.Veth)
 	three := b.claim(t, s, "three", segment.Veth)
-	try(t, a.addresses(t, one, "10.77.0.1/24", "fd77::1/64"))
-	try(t, b.addresses(t, two, "10.77.0.2/24", "fd77::2/64"))
+	must(t, a.setPodAddresses(t, one, "10.77.0.1/24", "fd77::1/64"))
+	must(t, b.setPodAddresses(t, two, "10.77.0.2/24", "fd77::2/64"))
 	for _, address := range []string{"10.77.0.2", "fd77::2"} {
 		t.Run(address, func(t *testing.T) { expectTCP(t, one, two, address) })
 	}
 	// Duplicate address detection asks over both nodes, and hears the answer.
-	if err := b.addresses(t, three, "fd77::1/64"); err == nil {
+	if err := b.setPodAddresses(t, three, "fd77::1/64"); err == nil {
 		t.Error("an address that a pod on the other node has was given out again")
 	}
 }
 
-func (h host) addresses(t *testing.T, st *station, prefixes ...string) error {
+func (h node) setPodAddresses(t *testing.T, st *station, prefixes ...string) error {
 	t.Helper()
 	var want kernel.Addressing
 	for _, p := range prefixes {
@@ -48,10 +48,10 @@ func (h host) addresses(t *testing.T, st *station, prefixes ...string) error {
 // expectTCP sends a megabyte from one pod to the other and wants it back.
 func expectTCP(t *testing.T, from, to *station, address string) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 4*patience)
+	ctx, cancel := context.WithTimeout(t.Context(), 4*frameTimeout)
 	defer cancel()
 	var listener net.Listener
-	try(t, to.Do(func() (err error) {
+	must(t, to.Do(func() (err error) {
 		listener, err = net.Listen("tcp", net.JoinHostPort(address, "0"))
 		return err
 	}))
@@ -59,13 +59,13 @@ func expectTCP(t *testing.T, from, to *station, address string) {
 	echoed := make(chan error, 1)
 	go func() { echoed <- echo(listener) }()
 	var conn net.Conn
-	try(t, from.Do(func() (err error) {
+	must(t, from.Do(func() (err error) {
 		conn, err = new(net.Dialer).DialContext(ctx, "tcp", listener.Addr().String())
 		return err
 	}))
 	defer conn.Close()
 	deadline, _ := ctx.Deadline()
-	try(t, conn.SetDeadline(deadline))
+	must(t, conn.SetDeadline(deadline))
 	sent, got := make([]byte, 1<<20), make([]byte, 1<<20)
 	_, _ = rand.Read(sent) // never fails
 	wrote := make(chan error, 1)
@@ -74,12 +74,12 @@ func expectTCP(t *testing.T, from, to *station, address string) {
 		wrote <- err
 	}()
 	_, err := io.ReadFull(conn, got)
-	try(t, errors.Join(err, <-wrote))
+	must(t, errors.Join(err, <-wrote))
 	if !bytes.Equal(got, sent) {
 		t.Error("what came back is not what was sent")
 	}
 	conn.Close()
-	try(t, <-echoed)
+	must(t, <-echoed)
 }
 
 // echo sends back what the first caller says.
@@ -95,17 +95,17 @@ func echo(listener net.Listener) error {
 
 // Where the underlay has IPv4 only, a group of that family does; the overhead is 20 bytes less.
 func TestLANOverAnIPv4GroupCarriesTheCatalog(t *testing.T) {
-	a, b := hosts(t)
+	a, b := twoNodes(t)
 	s := lan("four", 112, "one", "two")
 	s.VXLAN.Group, s.MTU = netip.MustParseAddr("239.77.0.14"), underlayMTU-58
-	for i, h := range []host{a, b} {
+	for i, h := range []node{a, b} {
 		h.Sysctl(t, "net/ipv6/conf/all/disable_ipv6", "1")
 		device, err := h.Netlink(t).LinkByName(netlab.UnderlayDevice)
-		try(t, err)
+		must(t, err)
 		addr, err := netlink.ParseAddr(fmt.Sprintf("192.0.2.%d/24", i+1))
-		try(t, err)
-		try(t, h.Netlink(t).AddrAdd(device, addr))
-		h.build(t, h.here(t, s))
+		must(t, err)
+		must(t, h.Netlink(t).AddrAdd(device, addr))
+		h.reconcile(t, h.withUnderlay(t, s))
 	}
 	one, two := a.attach(t, s, "one", segment.Veth), b.attach(t, s, "two", segment.Veth)
 	catalogCrosses(t, one, two)

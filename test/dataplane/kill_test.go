@@ -27,19 +27,19 @@ import (
 	"github.com/k8slan/k8slan/test/netlab"
 )
 
-// doomed is a process that is killed at each of its steps in turn, and the node it runs on.
-type doomed struct {
-	host
+// killCase is a process that is killed at each of its steps in turn, and the node it runs on.
+type killCase struct {
+	node
 	segment.Segment // as the node is to have it afterwards
 	cmd             *exec.Cmd
-	stdin           any        // as JSON
-	old             []attached // pods that were there before, or half so
-	refused         bool       // a plugin's process that ends with an error by itself
-	stays           bool       // the LAN: it is as a new one, and the next process may have it
+	stdin           any          // as JSON
+	earlier         []attachment // pods that were there before, or half so
+	fails           bool         // a plugin's process that ends with an error by itself
+	keepsLAN        bool         // the LAN: it is as a new one, and the next process may have it
 }
 
-// attached is a sandbox with the network it is or was to be attached to.
-type attached struct {
+// attachment is a sandbox with the network it is or was to be attached to.
+type attachment struct {
 	sandbox
 	config keys
 }
@@ -48,7 +48,7 @@ type attached struct {
 // to where it should be, a pod can attach and speak, and once it has gone nothing is left of it all.
 func TestKilledAtEveryStep(t *testing.T) {
 	netlab.NeedDevices(t)
-	for name, prepare := range map[string]func(*testing.T, host) doomed{
+	for name, prepare := range map[string]func(*testing.T, node) killCase{
 		"ADD of a pod":                         add(segment.Veth, nil, nil),
 		"ADD of a VM":                          add(segment.Macvtap, nil, nil),
 		"ADD of a pod with finished checksums": add(segment.Veth, []string{"srl"}, nil),
@@ -75,19 +75,19 @@ func TestKilledAtEveryStep(t *testing.T) {
 	}
 }
 
-func killAtEveryStep(t *testing.T, prepare func(*testing.T, host) doomed) {
-	h := join(t, netlab.NewUnderlay(t, underlayMTU), "worker1")
+func killAtEveryStep(t *testing.T, prepare func(*testing.T, node) killCase) {
+	h := addNode(t, netlab.NewUnderlay(t, underlayMTU), "worker1")
 	for at := 0; ; at++ {
-		h.kernel = h.start(t)
+		h.kernel = h.newKernel(t)
 		d := prepare(t, h)
 		h.kernel.Close() // what it has in hand is nothing a new process has
-		d.kernel = h.start(t)
+		d.kernel = h.newKernel(t)
 		steps, killed := d.run(t, at)
 		story := "lived"
 		if killed {
 			story = fmt.Sprintf("killed at step %d, %s", at, steps[len(steps)-1])
 		}
-		d.goesOn(t, story, at)
+		d.recovers(t, story, at)
 		if t.Failed() {
 			return
 		}
@@ -104,35 +104,35 @@ func killAtEveryStep(t *testing.T, prepare func(*testing.T, host) doomed) {
 }
 
 // run is the life and death of the process.
-func (d doomed) run(t *testing.T, killAt int) (steps []step, killed bool) {
+func (d killCase) run(t *testing.T, killAt int) (steps []step, killed bool) {
 	t.Helper()
 	stdin, err := json.Marshal(d.stdin)
-	try(t, err)
+	must(t, err)
 	dir := t.TempDir()
-	try(t, os.WriteFile(filepath.Join(dir, "stdin"), stdin, 0o600))
+	must(t, os.WriteFile(filepath.Join(dir, "stdin"), stdin, 0o600))
 	in, err := os.Open(filepath.Join(dir, "stdin"))
-	try(t, err)
+	must(t, err)
 	defer in.Close()
 	out, err := os.Create(filepath.Join(dir, "out"))
-	try(t, err)
+	must(t, err)
 	defer out.Close()
 	d.cmd.Stdin, d.cmd.Stdout, d.cmd.Stderr = in, out, out
 	err = d.Do(func() (err error) {
 		steps, killed, err = walk(d.cmd, killAt)
 		return err
 	})
-	if _, exited := errors.AsType[exitStatus](err); exited && d.refused {
+	if _, exited := errors.AsType[exitStatus](err); exited && d.fails {
 		return steps, killed
 	}
-	if err != nil || !killed && d.refused {
+	if err != nil || !killed && d.fails {
 		said, _ := os.ReadFile(out.Name())
 		t.Fatalf("to be killed at step %d, after %v: %v\n%s", killAt, steps, err, said)
 	}
 	return steps, killed
 }
 
-// goesOn is life after the process.
-func (d doomed) goesOn(t *testing.T, story string, number int) {
+// recovers is life after the process.
+func (d killCase) recovers(t *testing.T, story string, number int) {
 	t.Helper()
 	defer func() {
 		if t.Failed() {
@@ -141,11 +141,11 @@ func (d doomed) goesOn(t *testing.T, story string, number int) {
 	}()
 	m := d.manage(t)
 	m.runs(t, d.Segment)
-	if len(d.old) > 0 || number%5 == 0 {
-		d.podsComeAndGo(t, number)
+	if len(d.earlier) > 0 || number%5 == 0 {
+		d.attachAndDetach(t, number)
 		m.runs(t, d.Segment)
 	} else { // frames are carried by the standing pairs, which is enough of a LAN alone, and sooner done
-		inside := d.inside(d.Segment)
+		inside := d.lanNetns(d.Segment)
 		for _, spoke := range []string{"srl", "peer"} {
 			inside.AwaitCarrier(t, segment.PortName(spoke))
 			inside.AwaitCarrier(t, segment.PlugName(spoke))
@@ -159,9 +159,9 @@ func (d doomed) goesOn(t *testing.T, story string, number int) {
 	d.awaitState(t, d.Segment, "the segment to be as a new one", func(have segment.State) bool {
 		return len(segment.Diff(d.Segment, have)) == 0 && len(have.Claims()) == 0 && len(have.Links) == 2+2*len(d.Spokes)
 	})
-	d.reconcilesInSilence(t)
+	d.reconcilesWithoutEvents(t)
 	d.expectFiles(t, "lan/"+d.Netns+".json", "lock/"+d.Netns, "netns/"+d.Netns)
-	if d.stays {
+	if d.keepsLAN {
 		m.stop()
 		d.kernel.Close()
 		return
@@ -171,40 +171,40 @@ func (d doomed) goesOn(t *testing.T, story string, number int) {
 	m.stop()
 	d.kernel.Close()
 	d.expectFiles(t)
-	expectNothing(t, d.host)
+	expectNothing(t, d.node)
 }
 
-// podsComeAndGo attaches a pod, which can speak, and detaches it and those that were there before.
-func (d doomed) podsComeAndGo(t *testing.T, number int) {
+// attachAndDetach attaches a pod, which can speak, and detaches it and those that were there before.
+func (d killCase) attachAndDetach(t *testing.T, number int) {
 	t.Helper()
-	inside := d.inside(d.Segment)
+	inside := d.lanNetns(d.Segment)
 	inside.AwaitCarrier(t, segment.PortName("peer"))
 	inside.AwaitCarrier(t, segment.PlugName("peer"))
 	there := inside.Open(t, segment.PlugName("peer"))
 	// The old pod's DEL comes first or last, and a pod or a VM follows, by turns: which it is must not matter.
 	if number/2%2 == 1 {
-		for _, old := range d.old {
-			old.must(t, "DEL", old.config)
+		for _, old := range d.earlier {
+			old.mustCall(t, "DEL", old.config)
 		}
 		if left, err := os.ReadDir(d.CDI); len(left) != 0 {
 			t.Errorf("after DEL there is %v (%v)", left, err)
 		}
 	}
-	young := attached{d.sandbox(t), network(d.Segment, "srl", []segment.Kind{segment.Veth, segment.Macvtap}[number%2], nil)}
+	young := attachment{d.sandbox(t), network(d.Segment, "srl", []segment.Kind{segment.Veth, segment.Macvtap}[number%2], nil)}
 	here, _ := young.add(t, d.Segment, young.config)
 	for _, when := range []string{"before", "after"} {
 		reaches(t, here, there, frames.Stream(nil, segment.MAC(d.LAN, "srl"), 1, 1))
 		reaches(t, there, here, frames.Stream(nil, segment.MAC(d.LAN, "peer"), 1, 2))
 		if when == "before" {
-			for _, old := range d.old {
-				old.must(t, "DEL", old.config)
+			for _, old := range d.earlier {
+				old.mustCall(t, "DEL", old.config)
 			}
 		}
 	}
 	here.Close()
 	there.Close()
-	for _, gone := range append(d.old, young) {
-		gone.must(t, "DEL", gone.config)
+	for _, gone := range append(d.earlier, young) {
+		gone.mustCall(t, "DEL", gone.config)
 		if links := gone.Links(t); len(links) != 0 {
 			t.Errorf("after DEL the pod has %v", links)
 		}
@@ -214,17 +214,17 @@ func (d doomed) podsComeAndGo(t *testing.T, number int) {
 // reaches sends a frame and waits for it at the other end, among whatever a pod that is going may have said.
 func reaches(t *testing.T, from, to netlab.Wire, frame []byte) {
 	t.Helper()
-	try(t, from.Send(frame))
-	_, err := netlab.Await(to, patience, func(got []byte) bool { return bytes.Equal(got, frame) })
-	try(t, err)
+	must(t, from.Send(frame))
+	_, err := netlab.Await(to, frameTimeout, func(got []byte) bool { return bytes.Equal(got, frame) })
+	must(t, err)
 }
 
 // expectFiles wants these files below Run and none of CDI.
-func (d doomed) expectFiles(t *testing.T, want ...string) {
+func (d killCase) expectFiles(t *testing.T, want ...string) {
 	t.Helper()
 	have := []string{}
 	for _, dir := range []string{d.Run, d.CDI} {
-		try(t, filepath.WalkDir(dir, func(path string, e fs.DirEntry, err error) error {
+		must(t, filepath.WalkDir(dir, func(path string, e fs.DirEntry, err error) error {
 			if errors.Is(err, fs.ErrNotExist) {
 				return nil
 			}
@@ -239,21 +239,21 @@ func (d doomed) expectFiles(t *testing.T, want ...string) {
 	}
 }
 
-// reconcilesInSilence wants a look by a new process that finds nothing to do and of which rtnetlink says nothing.
+// reconcilesWithoutEvents wants a look by a new process that finds nothing to do and of which rtnetlink says nothing.
 // What earlier changes have left to say may come late (linkwatch, up to a second), so the look is repeated then.
-func (d doomed) reconcilesInSilence(t *testing.T) {
+func (d killCase) reconcilesWithoutEvents(t *testing.T) {
 	t.Helper()
 	for range 30 {
-		ears := []*netlinkEar{d.listen(t, d.Namespace), d.listen(t, d.inside(d.Segment))}
-		k := d.start(t)
-		ops := reconcile(t, k, d.Netns, func(have segment.State) []segment.Op { return segment.Diff(d.Segment, have) })
+		ears := []*eventSocket{d.watchEvents(t, d.Namespace), d.watchEvents(t, d.lanNetns(d.Segment))}
+		k := d.newKernel(t)
+		ops := reconcileWith(t, k, d.Netns, func(have segment.State) []segment.Op { return segment.Diff(d.Segment, have) })
 		k.Close()
 		if len(ops) != 0 {
 			t.Fatalf("to do once more: %v", ops)
 		}
 		heard := false
 		for _, ear := range ears {
-			heard = ear.heard(t) || heard
+			heard = ear.sawEvents(t) || heard
 		}
 		if !heard {
 			return
@@ -262,26 +262,26 @@ func (d doomed) reconcilesInSilence(t *testing.T) {
 	t.Error("each time that nothing was to be done, rtnetlink had events")
 }
 
-// netlinkEar hears all that rtnetlink tells of a namespace.
-type netlinkEar struct{ file *os.File }
+// eventSocket hears all that rtnetlink tells of a namespace.
+type eventSocket struct{ file *os.File }
 
-func (h host) listen(t *testing.T, ns netlab.Namespace) *netlinkEar {
+func (h node) watchEvents(t *testing.T, ns netlab.Namespace) *eventSocket {
 	t.Helper()
 	var fd int
-	try(t, ns.Do(func() (err error) {
+	must(t, ns.Do(func() (err error) {
 		if fd, err = unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_ROUTE); err != nil {
 			return err
 		}
 		return unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK, Groups: ^uint32(0)})
 	}))
-	return &netlinkEar{os.NewFile(uintptr(fd), "rtnetlink")}
+	return &eventSocket{os.NewFile(uintptr(fd), "rtnetlink")}
 }
 
-// heard says whether there was anything, and is done.
-func (e *netlinkEar) heard(t *testing.T) bool {
+// sawEvents says whether there was anything, and is done.
+func (e *eventSocket) sawEvents(t *testing.T) bool {
 	t.Helper()
 	defer e.file.Close()
-	try(t, e.file.SetReadDeadline(time.Now().Add(2*time.Millisecond))) // what the look caused is there already
+	must(t, e.file.SetReadDeadline(time.Now().Add(2*time.Millisecond))) // what the look caused is there already
 	n, err := e.file.Read(make([]byte, 1<<16))
 	if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
 		t.Fatal(err)
@@ -290,77 +290,77 @@ func (e *netlinkEar) heard(t *testing.T) bool {
 }
 
 // killable is the LAN of these tests.
-func (h host) killable(t *testing.T) segment.Segment {
+func (h node) killable(t *testing.T) segment.Segment {
 	t.Helper()
-	return h.here(t, lan("killed", 101, "peer", "srl"))
+	return h.withUnderlay(t, lan("killed", 101, "peer", "srl"))
 }
 
-func (a attached) doomed(t *testing.T, verb string, s segment.Segment, old ...attached) doomed {
+func (a attachment) killCase(t *testing.T, verb string, s segment.Segment, old ...attachment) killCase {
 	t.Helper()
 	cmd, err := a.command(verb)
-	try(t, err)
-	return doomed{host: a.host, Segment: s, cmd: cmd, stdin: a.config, old: append(old, a), stays: true}
+	must(t, err)
+	return killCase{node: a.node, Segment: s, cmd: cmd, stdin: a.config, earlier: append(old, a), keepsLAN: true}
 }
 
-func add(kind segment.Kind, txChecksumOff []string, extra keys) func(*testing.T, host) doomed {
-	return func(t *testing.T, h host) doomed {
+func add(kind segment.Kind, txChecksumOff []string, extra keys) func(*testing.T, node) killCase {
+	return func(t *testing.T, h node) killCase {
 		s := h.killable(t)
 		s.TxChecksumOff = txChecksumOff
-		h.build(t, s)
-		return attached{h.sandbox(t), network(s, "srl", kind, extra)}.doomed(t, "ADD", s)
+		h.reconcile(t, s)
+		return attachment{h.sandbox(t), network(s, "srl", kind, extra)}.killCase(t, "ADD", s)
 	}
 }
 
-func addWithAddresses(t *testing.T, h host) doomed {
+func addWithAddresses(t *testing.T, h node) killCase {
 	d := add(segment.Veth, nil, h.installIPAM(t, "192.0.2.1/24", "2001:db8::1/64"))(t, h)
-	d.old[0].Sysctl(t, "net/ipv6/conf/default/accept_dad", "0") // nobody else has it
+	d.earlier[0].Sysctl(t, "net/ipv6/conf/default/accept_dad", "0") // nobody else has it
 	return d
 }
 
 // addRefused is an ADD that has to take everything back at its last step.
-func addRefused(kind segment.Kind) func(*testing.T, host) doomed {
-	return func(t *testing.T, h host) doomed {
+func addRefused(kind segment.Kind) func(*testing.T, node) killCase {
+	return func(t *testing.T, h node) killCase {
 		d := add(kind, nil, nil)(t, h)
-		d.refused = true
+		d.fails = true
 		d.cmd.Env = append(d.cmd.Env, "K8SLAN_CDI_DIR=/dev/null/cdi")
 		return d
 	}
 }
 
-func addWithoutPair(t *testing.T, h host) doomed {
+func addWithoutPair(t *testing.T, h node) killCase {
 	d := add(segment.Veth, nil, nil)(t, h)
-	inside := h.inside(d.Segment).Netlink(t)
+	inside := h.lanNetns(d.Segment).Netlink(t)
 	for _, name := range []string{segment.PlugName("srl"), d.Bridge} {
 		l, err := inside.LinkByName(name)
-		try(t, err)
-		try(t, inside.LinkDel(l))
+		must(t, err)
+		must(t, inside.LinkDel(l))
 	}
 	return d
 }
 
-// with attaches a pod or VM to the LAN as it is.
-func (h host) with(t *testing.T, s segment.Segment, spoke string, kind segment.Kind) attached {
+// attachByPlugin attaches a pod or VM to the LAN as it is.
+func (h node) attachByPlugin(t *testing.T, s segment.Segment, spoke string, kind segment.Kind) attachment {
 	t.Helper()
-	a := attached{h.sandbox(t), network(s, spoke, kind, nil)}
-	a.must(t, "ADD", a.config)
+	a := attachment{h.sandbox(t), network(s, spoke, kind, nil)}
+	a.mustCall(t, "ADD", a.config)
 	return a
 }
 
-func takeOver(from, to segment.Kind) func(*testing.T, host) doomed {
-	return func(t *testing.T, h host) doomed {
+func takeOver(from, to segment.Kind) func(*testing.T, node) killCase {
+	return func(t *testing.T, h node) killCase {
 		s := h.killable(t)
 		s.TxChecksumOff = []string{"srl"}
-		h.build(t, s)
-		old := h.with(t, s, "srl", from)
-		return attached{h.sandbox(t), network(s, "srl", to, nil)}.doomed(t, "ADD", s, old)
+		h.reconcile(t, s)
+		old := h.attachByPlugin(t, s, "srl", from)
+		return attachment{h.sandbox(t), network(s, "srl", to, nil)}.killCase(t, "ADD", s, old)
 	}
 }
 
-func del(kind segment.Kind) func(*testing.T, host) doomed {
-	return func(t *testing.T, h host) doomed {
+func del(kind segment.Kind) func(*testing.T, node) killCase {
+	return func(t *testing.T, h node) killCase {
 		s := h.killable(t)
-		h.build(t, s)
-		return h.with(t, s, "srl", kind).doomed(t, "DEL", s)
+		h.reconcile(t, s)
+		return h.attachByPlugin(t, s, "srl", kind).killCase(t, "DEL", s)
 	}
 }
 
@@ -370,9 +370,9 @@ const (
 	daemonCDI = "K8SLAN_TEST_CDI"
 )
 
-// daemon is such a process. It has the manager make what standard input says, and ends when that is there.
-func daemon() int {
-	var wishes []wish
+// runDaemon is such a process. It has the manager make what standard input says, and ends when that is there.
+func runDaemon() int {
+	var wishes []wantedSegment
 	if err := json.NewDecoder(os.Stdin).Decode(&wishes); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 2
@@ -382,7 +382,7 @@ func daemon() int {
 		w.Segment.Remotes = w.Remotes
 		want = append(want, w.Segment)
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), longPatience)
+	ctx, cancel := context.WithTimeout(context.Background(), daemonTimeout)
 	defer cancel()
 	k := kernel.New(kernel.Paths{Run: os.Getenv(daemonRun)})
 	m := lanmgr.New(k, os.Getenv(daemonCDI), slog.New(slog.NewTextHandler(os.Stderr, nil)))
@@ -405,89 +405,89 @@ func daemon() int {
 				return 0
 			}
 		case <-ctx.Done():
-			fmt.Fprintf(os.Stderr, "after %v: %+v\n", longPatience, m.Reports())
+			fmt.Fprintf(os.Stderr, "after %v: %+v\n", daemonTimeout, m.Reports())
 			return 1
 		}
 	}
 }
 
-// daemon is the daemon's process on a node, which makes that LAN or, without one, takes away what is there.
-func (h host) daemon(want segment.Segment, made ...segment.Segment) doomed {
+// daemonProcess is the daemon's process on a node, which makes that LAN or, without one, takes away what is there.
+func (h node) daemonProcess(want segment.Segment, made ...segment.Segment) killCase {
 	cmd := exec.Command("/proc/self/exe")
 	cmd.Env = append(os.Environ(), daemonRun+"="+h.Run, daemonCDI+"="+h.CDI)
-	wishes := []wish{}
+	wishes := []wantedSegment{}
 	for _, s := range made {
-		wishes = append(wishes, wish{s, s.Remotes})
+		wishes = append(wishes, wantedSegment{s, s.Remotes})
 	}
-	return doomed{host: h, Segment: want, cmd: cmd, stdin: wishes}
+	return killCase{node: h, Segment: want, cmd: cmd, stdin: wishes}
 }
 
-// wish is a segment with what its record does not have.
-type wish struct {
+// wantedSegment is a segment with what its record does not have.
+type wantedSegment struct {
 	segment.Segment
 	Remotes []netip.Addr `json:"remotes"`
 }
 
-func built(t *testing.T, h host) doomed {
+func built(t *testing.T, h node) killCase {
 	s := h.killable(t)
 	s.TxChecksumOff = []string{"peer"}
-	return h.daemon(s, s)
+	return h.daemonProcess(s, s)
 }
 
 // edited changes all that can be changed, with a pod attached.
-func edited(t *testing.T, h host) doomed {
+func edited(t *testing.T, h node) killCase {
 	from := h.killable(t)
 	from.Spokes = append(from.Spokes, "w-one", "w-two")
 	from.TxChecksumOff = []string{"peer"}
-	h.build(t, from)
-	pod := h.with(t, from, "srl", segment.Veth)
+	h.reconcile(t, from)
+	pod := h.attachByPlugin(t, from, "srl", segment.Veth)
 	to := h.killable(t)
 	to.Generation, to.MTU = 2, lanMTU-100
 	to.Spokes = append(to.Spokes, "x-new")
 	to.TxChecksumOff = []string{"srl"}
 	to.VXLAN.Port, to.VXLAN.Group = 4790, netip.MustParseAddr("ff02::15")
-	d := h.daemon(to, to)
-	d.old = []attached{pod}
+	d := h.daemonProcess(to, to)
+	d.earlier = []attachment{pod}
 	return d
 }
 
 // inUnicast takes a LAN in use from its group to remotes.
-func inUnicast(t *testing.T, h host) doomed {
+func inUnicast(t *testing.T, h node) killCase {
 	from := h.killable(t)
-	h.build(t, from)
-	pod := h.with(t, from, "srl", segment.Veth)
+	h.reconcile(t, from)
+	pod := h.attachByPlugin(t, from, "srl", segment.Veth)
 	to := unicast(from, netip.MustParseAddr("2001:db8::1"), netip.MustParseAddr("2001:db8::2"), netip.MustParseAddr("2001:db8::3"))
-	d := h.daemon(to, to)
-	d.old = []attached{pod}
+	d := h.daemonProcess(to, to)
+	d.earlier = []attachment{pod}
 	return d
 }
 
 // inMulticastAgain takes it back.
-func inMulticastAgain(t *testing.T, h host) doomed {
+func inMulticastAgain(t *testing.T, h node) killCase {
 	to := h.killable(t)
-	h.build(t, unicast(to, netip.MustParseAddr("2001:db8::1"), netip.MustParseAddr("2001:db8::2"), netip.MustParseAddr("2001:db8::3")))
-	pod := h.with(t, to, "srl", segment.Veth)
-	d := h.daemon(to, to)
-	d.old = []attached{pod}
+	h.reconcile(t, unicast(to, netip.MustParseAddr("2001:db8::1"), netip.MustParseAddr("2001:db8::2"), netip.MustParseAddr("2001:db8::3")))
+	pod := h.attachByPlugin(t, to, "srl", segment.Veth)
+	d := h.daemonProcess(to, to)
+	d.earlier = []attachment{pod}
 	return d
 }
 
 // repaired mends what somebody did to a LAN.
-func repaired(t *testing.T, h host) doomed {
+func repaired(t *testing.T, h node) killCase {
 	s := h.killable(t)
 	s.TxChecksumOff = []string{"peer"}
-	h.build(t, s)
-	pod := h.with(t, s, "srl", segment.Veth)
+	h.reconcile(t, s)
+	pod := h.attachByPlugin(t, s, "srl", segment.Veth)
 	h.setFeature(t, s, segment.PlugName("peer"), "tx-checksum-ip-generic", true)
-	inside := h.inside(s)
+	inside := h.lanNetns(s)
 	bridge := inside.Sysfs(t) + "/class/net/" + s.Bridge + "/bridge/"
-	try(t, os.WriteFile(bridge+"stp_state", []byte("1"), 0))
+	must(t, os.WriteFile(bridge+"stp_state", []byte("1"), 0))
 	inside.Sysctl(t, "net/ipv6/conf/all/disable_ipv6", "0")
 	links := inside.Netlink(t)
 	change := func(name string, f func(netlink.Link) error) {
 		l, err := links.LinkByName(name)
-		try(t, err)
-		try(t, f(l))
+		must(t, err)
+		must(t, f(l))
 	}
 	change(s.VXLAN.Name, links.LinkDel)
 	change(segment.PortName("peer"), links.LinkSetNoMaster)
@@ -495,37 +495,37 @@ func repaired(t *testing.T, h host) doomed {
 	change(segment.PlugName("srl"), links.LinkDel)
 	change("srl", func(l netlink.Link) error { return links.LinkDelAltName(l, "srl") })
 	change(s.Bridge, func(l netlink.Link) error { return links.LinkAddAltName(l, "srl") })
-	try(t, os.Remove(h.Run+"/lan/"+s.Netns+".json"))
-	d := h.daemon(s, s)
-	d.old = []attached{pod}
+	must(t, os.Remove(h.Run+"/lan/"+s.Netns+".json"))
+	d := h.daemonProcess(s, s)
+	d.earlier = []attachment{pod}
 	return d
 }
 
 // abandoned clears up behind pods whose DEL never came.
-func abandoned(t *testing.T, h host) doomed {
+func abandoned(t *testing.T, h node) killCase {
 	s := h.killable(t)
-	h.build(t, s)
+	h.reconcile(t, s)
 	for spoke, kind := range map[string]segment.Kind{"srl": segment.Macvtap, "peer": segment.Veth} {
-		a := h.with(t, s, spoke, kind)
+		a := h.attachByPlugin(t, s, spoke, kind)
 		links := a.Netlink(t)
 		l, err := links.LinkByName(a.ifname)
-		try(t, err)
-		try(t, links.LinkDel(l))
+		must(t, err)
+		must(t, links.LinkDel(l))
 	}
-	return h.daemon(s, s)
+	return h.daemonProcess(s, s)
 }
 
 // replaced makes a LAN where another one has the name of its namespace.
-func replaced(t *testing.T, h host) doomed {
+func replaced(t *testing.T, h node) killCase {
 	s := h.killable(t)
 	other := s
 	other.LAN.UID = "another"
-	h.build(t, other)
-	return h.daemon(s, s)
+	h.reconcile(t, other)
+	return h.daemonProcess(s, s)
 }
 
-func removed(t *testing.T, h host) doomed {
+func removed(t *testing.T, h node) killCase {
 	s := h.killable(t)
-	h.build(t, s)
-	return h.daemon(s)
+	h.reconcile(t, s)
+	return h.daemonProcess(s)
 }

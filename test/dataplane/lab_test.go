@@ -20,10 +20,10 @@ import (
 
 func TestMain(m *testing.M) {
 	if os.Getenv(daemonRun) != "" {
-		os.Exit(daemon())
+		os.Exit(runDaemon())
 	}
 	if at := os.Getenv(reflectorAt); at != "" {
-		os.Exit(reflect(at))
+		os.Exit(runReflector(at))
 	}
 	if err := installRouters(); err != nil {
 		fmt.Fprintln(os.Stderr, "FAIL:", err)
@@ -38,37 +38,37 @@ const (
 	underlayMTU = 1500
 	lanMTU      = underlayMTU - 78
 
-	// patience is how long a test waits for what should come at once.
-	patience = 3 * time.Second
+	// frameTimeout is how long a test waits for what should come at once.
+	frameTimeout = 3 * time.Second
 
-	// longPatience is how long it waits for what the daemon does: all of a machine's namespaces share one lock, and who
+	// daemonTimeout is how long it waits for what the daemon does: all of a machine's namespaces share one lock, and who
 	// removes many at once has it for seconds.
-	longPatience = 30 * time.Second
+	daemonTimeout = 30 * time.Second
 )
 
-// host is a node with k8slan on it.
-type host struct {
+// node is a node with k8slan on it.
+type node struct {
 	*netlab.Node
 	kernel   *kernel.Node
 	underlay *netlab.Underlay
 }
 
-// hosts makes an underlay and two nodes on it.
-func hosts(t *testing.T) (a, b host) {
+// twoNodes makes an underlay and two nodes on it.
+func twoNodes(t *testing.T) (a, b node) {
 	t.Helper()
 	underlay := netlab.NewUnderlay(t, underlayMTU)
-	return join(t, underlay, "worker1"), join(t, underlay, "worker2")
+	return addNode(t, underlay, "worker1"), addNode(t, underlay, "worker2")
 }
 
-func join(t *testing.T, underlay *netlab.Underlay, name string) host {
+func addNode(t *testing.T, underlay *netlab.Underlay, name string) node {
 	t.Helper()
-	h := host{Node: underlay.Join(t, name), underlay: underlay}
-	h.kernel = h.start(t)
+	h := node{Node: underlay.Join(t, name), underlay: underlay}
+	h.kernel = h.newKernel(t)
 	return h
 }
 
-// start is a k8slan process that starts on the node: it knows nothing but what it reads there.
-func (h host) start(t *testing.T) *kernel.Node {
+// newKernel is a k8slan process that starts on the node: it knows nothing but what it reads there.
+func (h node) newKernel(t *testing.T) *kernel.Node {
 	t.Helper()
 	k := kernel.New(kernel.Paths{Run: h.Run, HostNetns: h.Path})
 	t.Cleanup(k.Close)
@@ -91,8 +91,8 @@ func lan(name string, vni uint32, spokes ...string) segment.Segment {
 	}
 }
 
-// here is a LAN on this node, whose underlay device has its number here.
-func (h host) here(t *testing.T, s segment.Segment) segment.Segment {
+// withUnderlay is a LAN on this node, whose underlay device has its number here.
+func (h node) withUnderlay(t *testing.T, s segment.Segment) segment.Segment {
 	t.Helper()
 	device, err := h.Netlink(t).LinkByName(netlab.UnderlayDevice)
 	if err != nil {
@@ -102,13 +102,13 @@ func (h host) here(t *testing.T, s segment.Segment) segment.Segment {
 	return s
 }
 
-// build brings a LAN in order on the node once, as the manager does whenever it looks, and says what it did.
-func (h host) build(t *testing.T, s segment.Segment) []segment.Op {
+// reconcile brings a LAN in order on the node once, as the manager does whenever it looks, and says what it did.
+func (h node) reconcile(t *testing.T, s segment.Segment) []segment.Op {
 	t.Helper()
-	return reconcile(t, h.kernel, s.Netns, func(have segment.State) []segment.Op { return segment.Diff(s, have) })
+	return reconcileWith(t, h.kernel, s.Netns, func(have segment.State) []segment.Op { return segment.Diff(s, have) })
 }
 
-func reconcile(t *testing.T, k *kernel.Node, name string, decide func(segment.State) []segment.Op) []segment.Op {
+func reconcileWith(t *testing.T, k *kernel.Node, name string, decide func(segment.State) []segment.Op) []segment.Op {
 	t.Helper()
 	ops, err := k.Reconcile(t.Context(), name, decide)
 	if err != nil {
@@ -117,8 +117,8 @@ func reconcile(t *testing.T, k *kernel.Node, name string, decide func(segment.St
 	return ops
 }
 
-// inside is a LAN's namespace on the node.
-func (h host) inside(s segment.Segment) netlab.Namespace {
+// lanNetns is a LAN's namespace on the node.
+func (h node) lanNetns(s segment.Segment) netlab.Namespace {
 	return netlab.At(h.Run + "/netns/" + s.Netns)
 }
 
@@ -134,15 +134,15 @@ type station struct {
 const ifname = "net1"
 
 // attach brings a new pod or VM to a spoke, as the CNI plugin does.
-func (h host) attach(t *testing.T, s segment.Segment, spoke string, kind segment.Kind) *station {
+func (h node) attach(t *testing.T, s segment.Segment, spoke string, kind segment.Kind) *station {
 	t.Helper()
 	st := h.claim(t, s, spoke, kind)
-	st.speak(t, h.inside(s))
+	st.openWire(t, h.lanNetns(s))
 	return st
 }
 
 // claim attaches without anybody who speaks: before a VM's QEMU has started.
-func (h host) claim(t *testing.T, s segment.Segment, spoke string, kind segment.Kind) *station {
+func (h node) claim(t *testing.T, s segment.Segment, spoke string, kind segment.Kind) *station {
 	t.Helper()
 	st := &station{Namespace: netlab.NewPod(t)}
 	st.request = request(s, spoke, kind, st.Namespace)
@@ -160,8 +160,8 @@ func request(s segment.Segment, spoke string, kind segment.Kind, pod netlab.Name
 	}
 }
 
-// speak opens the pod's link, or the VM's tap.
-func (st *station) speak(t *testing.T, lan netlab.Namespace) {
+// openWire opens the pod's link, or the VM's tap.
+func (st *station) openWire(t *testing.T, lan netlab.Namespace) {
 	t.Helper()
 	if st.request.Kind == segment.Macvtap {
 		st.Wire = netlab.OpenTap(t, st.TapMajor, st.TapMinor)
@@ -173,7 +173,7 @@ func (st *station) speak(t *testing.T, lan netlab.Namespace) {
 }
 
 // release detaches the station, as the CNI plugin does for a pod that goes.
-func (h host) release(t *testing.T, st *station) {
+func (h node) release(t *testing.T, st *station) {
 	t.Helper()
 	if err := h.kernel.Release(t.Context(), st.request.Netns, st.request.Spoke, st.ClaimID); err != nil {
 		t.Fatalf("release spoke %s on %s: %v", st.request.Spoke, h.Name, err)
@@ -186,7 +186,7 @@ func crosses(t *testing.T, from, to netlab.Wire, frame []byte) {
 	if err := from.Send(frame); err != nil {
 		t.Fatal(err)
 	}
-	got, err := next(to, patience)
+	got, err := next(to, frameTimeout)
 	if err != nil {
 		t.Fatalf("frame of %d bytes: %v", len(frame), err)
 	}
@@ -195,8 +195,8 @@ func crosses(t *testing.T, from, to netlab.Wire, frame []byte) {
 	}
 }
 
-// stops sends a frame and wants that the other end hears only what is sent after it.
-func stops(t *testing.T, from, to netlab.Wire, frame []byte) {
+// isDropped sends a frame and wants that the other end hears only what is sent after it.
+func isDropped(t *testing.T, from, to netlab.Wire, frame []byte) {
 	t.Helper()
 	if err := from.Send(frame); err != nil {
 		t.Fatal(err)
@@ -209,8 +209,8 @@ func next(w netlab.Wire, within time.Duration) ([]byte, error) {
 	return netlab.Await(w, within, func([]byte) bool { return true })
 }
 
-// hush listens until the context ends and wants to hear nothing that matters.
-func hush(ctx context.Context, w netlab.Wire, matters func(frame []byte) bool) error {
+// expectSilence listens until the context ends and wants to hear nothing that matters.
+func expectSilence(ctx context.Context, w netlab.Wire, matters func(frame []byte) bool) error {
 	for {
 		frame, err := w.Receive(ctx)
 		switch {
@@ -227,7 +227,7 @@ func hush(ctx context.Context, w netlab.Wire, matters func(frame []byte) bool) e
 func anything([]byte) bool { return true }
 
 // read reads a file as a thread in the node's namespace sees it.
-func (h host) read(t *testing.T, file string) (content string) {
+func (h node) read(t *testing.T, file string) (content string) {
 	t.Helper()
 	if err := h.Do(func() error {
 		b, err := os.ReadFile(file)

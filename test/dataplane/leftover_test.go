@@ -18,11 +18,11 @@ import (
 
 // A daemon may be killed after it made the file of a namespace and before it mounted the namespace there, or the other way round.
 func TestAFileWithoutItsNamespaceIsRemoved(t *testing.T) {
-	a, _ := hosts(t)
+	a, _ := twoNodes(t)
 	m := a.manage(t)
 	file := filepath.Join(a.Run, "netns", "lan-half")
-	try(t, os.MkdirAll(filepath.Dir(file), 0o755))
-	try(t, os.WriteFile(file, nil, 0o444))
+	must(t, os.MkdirAll(filepath.Dir(file), 0o755))
+	must(t, os.WriteFile(file, nil, 0o444))
 	m.Set(nil)
 	a.awaitState(t, lan("half", 120), "nothing", func(have segment.State) bool { return !have.Dead })
 	if exists(file) {
@@ -32,12 +32,12 @@ func TestAFileWithoutItsNamespaceIsRemoved(t *testing.T) {
 
 // The container runtime waits for the plugin, and the plugin for whoever has the lock of the LAN: not for ever.
 func TestAnAttachDoesNotWaitForTheLockForEver(t *testing.T) {
-	a, _ := hosts(t)
-	s := a.here(t, lan("locked", 121, "spoke"))
-	a.build(t, s)
+	a, _ := twoNodes(t)
+	s := a.withUnderlay(t, lan("locked", 121, "spoke"))
+	a.reconcile(t, s)
 	holder, err := os.OpenFile(filepath.Join(a.Run, "lock", s.Netns), os.O_CREATE|os.O_RDWR, 0o600)
-	try(t, err)
-	try(t, unix.Flock(int(holder.Fd()), unix.LOCK_EX))
+	must(t, err)
+	must(t, unix.Flock(int(holder.Fd()), unix.LOCK_EX))
 
 	st := station{Namespace: netlab.NewPod(t)}
 	st.request = request(s, "spoke", segment.Veth, st.Namespace)
@@ -54,7 +54,7 @@ func TestAnAttachDoesNotWaitForTheLockForEver(t *testing.T) {
 
 // An attach that comes when the LAN has just gone leaves no lock of it.
 func TestAnAttachToNoLANLeavesNothing(t *testing.T) {
-	a, _ := hosts(t)
+	a, _ := twoNodes(t)
 	s := lan("none", 122, "spoke")
 	if _, err := a.kernel.Claim(t.Context(), request(s, "spoke", segment.Veth, netlab.NewPod(t))); !errors.Is(err, kernel.ErrNoLAN) {
 		t.Errorf("claim: %v", err)
@@ -64,23 +64,23 @@ func TestAnAttachToNoLANLeavesNothing(t *testing.T) {
 
 // Spokes that are removed together go together: one by one each would take 16 ms, in which nobody else can attach.
 func TestManySpokesRemovedAtOnceLeaveTheOthersAlone(t *testing.T) {
-	a, _ := hosts(t)
+	a, _ := twoNodes(t)
 	var spokes []string
 	for i := range 40 {
 		spokes = append(spokes, fmt.Sprintf("spoke-%d", i))
 	}
-	many, few := a.here(t, lan("many", 123, spokes...)), a.here(t, lan("many", 123, spokes[:10]...))
-	a.build(t, few)
+	many, few := a.withUnderlay(t, lan("many", 123, spokes...)), a.withUnderlay(t, lan("many", 123, spokes[:10]...))
+	a.reconcile(t, few)
 	want := describe(a.observe(t, few))
-	a.build(t, many)
+	a.reconcile(t, many)
 	stays := a.attach(t, many, spokes[0], segment.Veth)
 	goes := a.attach(t, many, spokes[20], segment.Veth)
 	bothWays(t, stays, goes)
-	a.build(t, few)
+	a.reconcile(t, few)
 	bothWays(t, stays, goes) // removed, but attached
 	a.release(t, stays)
 	a.release(t, goes)
-	a.build(t, few)
+	a.reconcile(t, few)
 	if got := describe(a.observe(t, few)); got != want {
 		t.Errorf("the segment is\n%s\nwant\n%s", got, want)
 	}
@@ -89,17 +89,17 @@ func TestManySpokesRemovedAtOnceLeaveTheOthersAlone(t *testing.T) {
 // The sandbox of a pod that is gone stays, and nobody detaches it: the daemon does, when kubelet no longer has the pod.
 func TestAClaimIsEndedThoughItsSandboxStays(t *testing.T) {
 	netlab.NeedDevices(t)
-	h, s := plugged(t)
+	h, s := nodeWithLAN(t)
 	m := h.manage(t)
 	m.runs(t, s)
 	empty := h.links(t, s)
 	for _, kind := range []segment.Kind{segment.Veth, segment.Macvtap} {
-		pod := h.with(t, s, "srl", kind)
+		pod := h.attachByPlugin(t, s, "srl", kind)
 		claims := h.observe(t, s).Claims()
 		if len(claims) != 1 {
 			t.Fatalf("claims %+v", claims)
 		}
-		try(t, m.Release(t.Context(), s.Netns, claims[0]))
+		must(t, m.Release(t.Context(), s.Netns, claims[0]))
 		if links := pod.Links(t); len(links) != 0 {
 			t.Errorf("%s: the pod still has %v", kind, links)
 		}
@@ -107,6 +107,6 @@ func TestAClaimIsEndedThoughItsSandboxStays(t *testing.T) {
 			t.Errorf("%s: left are %v and\n%s\nwant\n%s", kind, devices, now, empty)
 		}
 		m.awaitReports(t, "no claim", func(reports []lanmgr.Report) bool { return len(reports[0].Claims) == 0 })
-		try(t, m.Release(t.Context(), s.Netns, claims[0])) // it ended meanwhile
+		must(t, m.Release(t.Context(), s.Netns, claims[0])) // it ended meanwhile
 	}
 }

@@ -18,7 +18,7 @@ import (
 
 // managed is a node with the daemon's manager at work.
 type managed struct {
-	host
+	node
 	*lanmgr.Manager
 	daemon *kernel.Node // the process's own
 	stop   func()
@@ -26,11 +26,11 @@ type managed struct {
 
 // manage starts the daemon's manager on the node, as a new process would: with a kernel of its own. It ends with the
 // test, or earlier by stop.
-func (h host) manage(t *testing.T) managed {
+func (h node) manage(t *testing.T) managed {
 	t.Helper()
 	k := kernel.New(kernel.Paths{Run: h.Run, HostNetns: h.Path})
 	log := slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelWarn}))
-	m := managed{host: h, Manager: lanmgr.New(k, h.CDI, log), daemon: k}
+	m := managed{node: h, Manager: lanmgr.New(k, h.CDI, log), daemon: k}
 	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
 	var running sync.WaitGroup
 	for what, run := range map[string]func() error{
@@ -66,7 +66,7 @@ func (m managed) runs(t *testing.T, want ...segment.Segment) {
 // awaitReports returns when the manager's reports fit.
 func (m managed) awaitReports(t *testing.T, what string, fit func([]lanmgr.Report) bool) {
 	t.Helper()
-	deadline := time.After(longPatience)
+	deadline := time.After(daemonTimeout)
 	for !fit(m.Reports()) {
 		select {
 		case <-m.Changed():
@@ -78,7 +78,7 @@ func (m managed) awaitReports(t *testing.T, what string, fit func([]lanmgr.Repor
 
 // awaitState returns when the segment on the node fits, and how long that took. Not every change has an event of its
 // own, so it looks again and again.
-func (h host) awaitState(t *testing.T, s segment.Segment, what string, fits func(segment.State) bool) time.Duration {
+func (h node) awaitState(t *testing.T, s segment.Segment, what string, fits func(segment.State) bool) time.Duration {
 	t.Helper()
 	began := time.Now()
 	again := time.NewTicker(2 * time.Millisecond)
@@ -91,14 +91,14 @@ func (h host) awaitState(t *testing.T, s segment.Segment, what string, fits func
 		if fits(have) {
 			return time.Since(began)
 		}
-		if time.Since(began) > longPatience {
+		if time.Since(began) > daemonTimeout {
 			t.Fatalf("waited for %s on %s; %s is\n%s", what, h.Name, s.Netns, describe(have))
 		}
 		<-again.C
 	}
 }
 
-func (h host) observe(t *testing.T, s segment.Segment) segment.State {
+func (h node) observe(t *testing.T, s segment.Segment) segment.State {
 	t.Helper()
 	have, err := h.kernel.Observe(t.Context(), s.Netns)
 	if err != nil {

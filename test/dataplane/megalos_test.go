@@ -33,16 +33,16 @@ func megalos(name string, vni uint32) keys {
 	return keys{"cniVersion": "0.3.0", "name": name, "type": "megalos", "suffix": name, "vxlanId": vni, "master": netlab.UnderlayDevice}
 }
 
-// madeFor is what a node has of a VNI, as far as tests name it.
-func madeFor(vni uint32) segment.Segment {
+// onDemandSegment is what a node has of a VNI, as far as tests name it.
+func onDemandSegment(vni uint32) segment.Segment {
 	return segment.Segment{
 		Netns: fmt.Sprintf("megalos-%d", vni), Bridge: fmt.Sprintf("br%d", vni),
 		VXLAN: segment.VXLAN{Name: fmt.Sprintf("vx%d", vni), VNI: vni},
 	}
 }
 
-// serveDemand starts what a daemon does for LANs that no object wants: those with a pod are kept and joined to EVPN. The node is number n of its fabric.
-func (h host) serveDemand(t *testing.T, n byte, reflector netip.AddrPort) *speaker {
+// startOnDemandDaemon starts what a daemon does for LANs that no object wants: those with a pod are kept and joined to EVPN. The node is number n of its fabric.
+func (h node) startOnDemandDaemon(t *testing.T, n byte, reflector netip.AddrPort) *speaker {
 	t.Helper()
 	source := netip.AddrFrom4([4]byte{127, 0, 0, 1 + n})
 	m := h.manage(t)
@@ -87,19 +87,19 @@ func (h host) serveDemand(t *testing.T, n byte, reflector netip.AddrPort) *speak
 			m.Set(want)
 		}
 	})
-	sp := &speaker{managed: m, fabric: fab, leave: sync.OnceFunc(func() {
+	sp := &speaker{managed: m, instance: fab, end: sync.OnceFunc(func() {
 		cancel()
 		tasks.Wait()
 		m.stop()
 	})}
-	t.Cleanup(sp.leave)
+	t.Cleanup(sp.end)
 	return sp
 }
 
-// joinVNI attaches an interface of a pod with a MAC, and speaks there.
-func (s sandbox) joinVNI(t *testing.T, lan segment.Segment, config keys) netlab.Wire {
+// attachToVNI attaches an interface of a pod with a MAC, and speaks there.
+func (s sandbox) attachToVNI(t *testing.T, lan segment.Segment, config keys) netlab.Wire {
 	t.Helper()
-	out := s.must(t, "ADD", config)
+	out := s.mustCall(t, "ADD", config)
 	var result struct {
 		CNIVersion string
 		Interfaces []struct{ Name, MAC, Sandbox string }
@@ -111,49 +111,49 @@ func (s sandbox) joinVNI(t *testing.T, lan segment.Segment, config keys) netlab.
 		t.Fatalf("attached as %+v, asked for %s as %s", got, s.mac, s.ifname)
 	}
 	s.AwaitCarrier(t, s.ifname)
-	s.host.inside(lan).AwaitCarrier(t, result.Interfaces[0].Name)
+	s.node.lanNetns(lan).AwaitCarrier(t, result.Interfaces[0].Name)
 	return s.Open(t, s.ifname)
 }
 
-// hasNothing waits until the daemon has seen that there is no LAN any more, and wants nothing to be left on the node.
-func (sp *speaker) hasNothing(t *testing.T) {
+// awaitNothing waits until the daemon has seen that there is no LAN any more, and wants nothing to be left on the node.
+func (sp *speaker) awaitNothing(t *testing.T) {
 	t.Helper()
 	sp.awaitReports(t, "nothing", func(r []lanmgr.Report) bool { return len(r) == 0 })
-	expectNothing(t, sp.host)
+	expectNothing(t, sp.node)
 }
 
 // Two networks and three pods on two nodes, as Kathará makes them: the LANs are apart, MACs are as asked for, and with the last pod all is gone. A daemon that
 // is away meanwhile keeps nobody from attaching.
 func TestKatharaPodsMeetByVNI(t *testing.T) {
-	a, b := hosts(t)
+	a, b := twoNodes(t)
 	f := families["IPv4"]
-	a.address(t, netip.PrefixFrom(f.vteps[0], f.bits))
-	b.address(t, netip.PrefixFrom(f.vteps[1], f.bits))
+	a.addUnderlayAddress(t, netip.PrefixFrom(f.vteps[0], f.bits))
+	b.addUnderlayAddress(t, netip.PrefixFrom(f.vteps[1], f.bits))
 	reflector := startReflector(t, netip.AddrPort{})
-	onA := a.serveDemand(t, 1, reflector.at)
-	onB := b.serveDemand(t, 2, reflector.at)
+	onA := a.startOnDemandDaemon(t, 1, reflector.at)
+	onB := b.startOnDemandDaemon(t, 2, reflector.at)
 	red, blue := megalos("katlab-a", 5001), megalos("katlab-b", 70002)
 
 	r1red, r2, r3 := a.sandbox(t), b.sandbox(t), b.sandbox(t)
 	r1blue := r1red
 	r1blue.ifname = "net2"
 	r1red.mac, r1blue.mac, r2.mac, r3.mac = "02:aa:00:00:00:01", "02:aa:00:00:00:02", "02:aa:00:00:00:03", "02:aa:00:00:00:04"
-	onRed, onBlue := r1red.joinVNI(t, madeFor(5001), red), r1blue.joinVNI(t, madeFor(70002), blue)
-	farRed, farBlue := r2.joinVNI(t, madeFor(5001), red), r3.joinVNI(t, madeFor(70002), blue)
-	knows := func(h host, vni uint32, macs int) {
+	onRed, onBlue := r1red.attachToVNI(t, onDemandSegment(5001), red), r1blue.attachToVNI(t, onDemandSegment(70002), blue)
+	farRed, farBlue := r2.attachToVNI(t, onDemandSegment(5001), red), r3.attachToVNI(t, onDemandSegment(70002), blue)
+	knows := func(h node, vni uint32, macs int) {
 		t.Helper()
-		h.awaitState(t, madeFor(vni), "the other node's pods", func(have segment.State) bool {
-			l, _ := have.Link(madeFor(vni).VXLAN.Name)
+		h.awaitState(t, onDemandSegment(vni), "the other node's pods", func(have segment.State) bool {
+			l, _ := have.Link(onDemandSegment(vni).VXLAN.Name)
 			return len(l.VXLAN.Remotes) == min(macs, 1) && len(l.VXLAN.FDB) == macs
 		})
 	}
-	for _, h := range []host{a, b} {
+	for _, h := range []node{a, b} {
 		knows(h, 5001, 1)
 		knows(h, 70002, 1)
 	}
 	mac := func(text string) net.HardwareAddr {
 		m, err := net.ParseMAC(text)
-		try(t, err)
+		must(t, err)
 		return m
 	}
 	talk := func() {
@@ -165,56 +165,56 @@ func TestKatharaPodsMeetByVNI(t *testing.T) {
 	}
 	talk()
 
-	onA.leave()
+	onA.end()
 	r4 := a.sandbox(t)
 	r4.mac = "02:aa:00:00:00:05"
-	alone := r4.joinVNI(t, madeFor(5001), red)
+	alone := r4.attachToVNI(t, onDemandSegment(5001), red)
 	crosses(t, alone, onRed, frames.Stream(mac(r1red.mac), mac(r4.mac), 1, 5))
 	talk()
-	onA = a.serveDemand(t, 1, reflector.at)
+	onA = a.startOnDemandDaemon(t, 1, reflector.at)
 	knows(b, 5001, 2)
 	talk()
-	r4.must(t, "DEL", red)
+	r4.mustCall(t, "DEL", red)
 	knows(b, 5001, 1)
 	talk()
 
 	for s, config := range map[*sandbox]keys{&r1red: red, &r1blue: blue, &r2: red, &r3: blue} {
-		s.must(t, "DEL", config)
-		s.must(t, "DEL", config)
+		s.mustCall(t, "DEL", config)
+		s.mustCall(t, "DEL", config)
 	}
-	onA.hasNothing(t)
-	onB.hasNothing(t)
+	onA.awaitNothing(t)
+	onB.awaitNothing(t)
 
 	for range 10 { // another pod comes when the daemon has hardly seen the last one go
-		r1red.joinVNI(t, madeFor(5001), red).Close()
-		r1red.must(t, "DEL", red)
+		r1red.attachToVNI(t, onDemandSegment(5001), red).Close()
+		r1red.mustCall(t, "DEL", red)
 	}
 	lost := a.sandbox(t)
 	lost.mac = "02:aa:00:00:00:06"
-	lost.joinVNI(t, madeFor(5001), red)
-	r2.joinVNI(t, madeFor(5001), red)
+	lost.attachToVNI(t, onDemandSegment(5001), red)
+	r2.attachToVNI(t, onDemandSegment(5001), red)
 	knows(a, 5001, 1)
 	knows(b, 5001, 1)
 	link, err := lost.Netlink(t).LinkByName(lost.ifname)
-	try(t, err)
-	try(t, lost.Netlink(t).LinkDel(link)) // as when the pod's namespace goes, and nobody calls DEL
-	onA.hasNothing(t)
+	must(t, err)
+	must(t, lost.Netlink(t).LinkDel(link)) // as when the pod's namespace goes, and nobody calls DEL
+	onA.awaitNothing(t)
 	knows(b, 5001, 0)
-	r2.must(t, "DEL", red)
-	onB.hasNothing(t)
+	r2.mustCall(t, "DEL", red)
+	onB.awaitNothing(t)
 }
 
 // A LAN that goes and comes again between two looks of the daemon is heard, asked who is there, and the old one let go.
 func TestAVNIThatIsMadeAnewIsHeard(t *testing.T) {
-	h := join(t, netlab.NewUnderlay(t, underlayMTU), "worker1")
-	h.address(t, netip.PrefixFrom(families["IPv4"].vteps[0], 24))
-	red, s, pod, daemon := megalos("red", 5006), madeFor(5006), h.sandbox(t), h.start(t)
+	h := addNode(t, netlab.NewUnderlay(t, underlayMTU), "worker1")
+	h.addUnderlayAddress(t, netip.PrefixFrom(families["IPv4"].vteps[0], 24))
+	red, s, pod, daemon := megalos("red", 5006), onDemandSegment(5006), h.sandbox(t), h.newKernel(t)
 	pod.mac = "02:aa:00:00:00:01"
 	join := func() (wire netlab.Wire, namespace string) {
 		t.Helper()
-		wire = pod.joinVNI(t, s, red)
+		wire = pod.attachToVNI(t, s, red)
 		var st unix.Stat_t
-		try(t, unix.Stat(h.inside(s).Path, &st))
+		must(t, unix.Stat(h.lanNetns(s).Path, &st))
 		return wire, fmt.Sprintf("net:[%d]", st.Ino)
 	}
 	shown, anew := make(chan netip.Addr, 100), make(chan struct{}, 1)
@@ -235,8 +235,8 @@ func TestAVNIThatIsMadeAnewIsHeard(t *testing.T) {
 		t.Helper()
 		again := time.NewTicker(50 * time.Millisecond) // it is heard from some time after the look
 		defer again.Stop()
-		for deadline := time.After(longPatience); ; {
-			try(t, wire.Send(arp(1, broadcast, net.HardwareAddr{2, 0xaa, 0, 0, 0, 1}, address, address)))
+		for deadline := time.After(daemonTimeout); ; {
+			must(t, wire.Send(arp(1, broadcast, net.HardwareAddr{2, 0xaa, 0, 0, 0, 1}, address, address)))
 			select {
 			case ip := <-shown:
 				if ip.String() == address {
@@ -251,12 +251,12 @@ func TestAVNIThatIsMadeAnewIsHeard(t *testing.T) {
 	look := func() {
 		t.Helper()
 		_, err := daemon.Observe(t.Context(), s.Netns)
-		try(t, err)
+		must(t, err)
 	}
 	wire, old := join()
 	look()
 	shows(wire, "10.0.0.1")
-	pod.must(t, "DEL", red)
+	pod.mustCall(t, "DEL", red)
 	wire, now := join()
 	if old == now {
 		t.Fatalf("both are %s", now)
@@ -264,54 +264,54 @@ func TestAVNIThatIsMadeAnewIsHeard(t *testing.T) {
 	look()
 	select {
 	case <-anew:
-	case <-time.After(longPatience):
+	case <-time.After(daemonTimeout):
 		t.Fatal("nobody says that the LAN was made anew")
 	}
 	shows(wire, "10.0.0.2")
 	macs, err := daemon.LocalMACs(s.Netns)
-	try(t, err)
+	must(t, err)
 	if len(macs) != 1 || macs[0] != [6]byte{2, 0xaa, 0, 0, 0, 1} {
 		t.Errorf("on the LAN are %x", macs)
 	}
 	fds, err := os.ReadDir("/proc/self/fd")
-	try(t, err)
+	must(t, err)
 	for _, fd := range fds {
 		if to, err := os.Readlink("/proc/self/fd/" + fd.Name()); err == nil && to == old {
 			t.Errorf("the old namespace %s is still open", old)
 		}
 	}
 	stop()
-	try(t, <-ended)
-	pod.must(t, "DEL", red)
+	must(t, <-ended)
+	pod.mustCall(t, "DEL", red)
 }
 
 // Without any daemon the plugin makes the LAN, joins it, and takes it away.
 func TestAVNINeedsNoDaemonOnItsNode(t *testing.T) {
-	h := join(t, netlab.NewUnderlay(t, underlayMTU), "worker1")
-	h.address(t, netip.PrefixFrom(families["IPv4"].vteps[0], 24))
+	h := addNode(t, netlab.NewUnderlay(t, underlayMTU), "worker1")
+	h.addUnderlayAddress(t, netip.PrefixFrom(families["IPv4"].vteps[0], 24))
 	red := megalos("red", 5003)
 	one, two := h.sandbox(t), h.sandbox(t)
 	one.mac, two.mac = "02:aa:00:00:00:01", "02:aa:00:00:00:02"
 	status := maps.Clone(red)
 	status["cniVersion"] = "1.1.0"
-	one.must(t, "STATUS", status)
-	here, there := one.joinVNI(t, madeFor(5003), red), two.joinVNI(t, madeFor(5003), red)
+	one.mustCall(t, "STATUS", status)
+	here, there := one.attachToVNI(t, onDemandSegment(5003), red), two.attachToVNI(t, onDemandSegment(5003), red)
 	src := net.HardwareAddr{2, 0xaa, 0, 0, 0, 1}
 	crosses(t, here, there, frames.Stream(nil, src, 1, 1))
-	one.must(t, "DEL", red)
-	if have := h.observe(t, madeFor(5003)); len(have.Claims()) != 1 {
+	one.mustCall(t, "DEL", red)
+	if have := h.observe(t, onDemandSegment(5003)); len(have.Claims()) != 1 {
 		t.Errorf("after the first DEL there are %v", have.Claims())
 	}
-	two.must(t, "DEL", red)
+	two.mustCall(t, "DEL", red)
 	expectNothing(t, h)
 }
 
 // A VNI that a LAN object has is that LAN: open to its own namespace and those that it names.
 func TestAVNIOfALANIsThatLAN(t *testing.T) {
-	a, _ := hosts(t)
-	a.address(t, netip.PrefixFrom(families["IPv4"].vteps[0], 24))
+	a, _ := twoNodes(t)
+	a.addUnderlayAddress(t, netip.PrefixFrom(families["IPv4"].vteps[0], 24))
 	for _, owner := range []string{"default", "other"} {
-		s := a.here(t, lan("owned-"+owner, 5004, "srl"))
+		s := a.withUnderlay(t, lan("owned-"+owner, 5004, "srl"))
 		s.LAN.Namespace = owner
 		m := a.manage(t)
 		m.runs(t, s)
@@ -319,12 +319,12 @@ func TestAVNIOfALANIsThatLAN(t *testing.T) {
 		pod.mac = "02:aa:00:00:00:01"
 		config := megalos("red", 5004)
 		if owner == "other" {
-			pod.refused(t, "ADD", config, cni.CodeForbidden, "VNI 5004 is that of LAN other/owned-other, which is not open to namespace")
+			pod.mustFail(t, "ADD", config, cni.CodeForbidden, "VNI 5004 is that of LAN other/owned-other, which is not open to namespace")
 			s.AllowedNamespaces = []string{"default"}
 			m.runs(t, s)
 		}
 		spoke := a.attach(t, s, "srl", segment.Veth)
-		wire := pod.joinVNI(t, s, config)
+		wire := pod.attachToVNI(t, s, config)
 		crosses(t, wire, spoke, frames.Stream(nil, net.HardwareAddr{2, 0xaa, 0, 0, 0, 1}, 1, 1))
 		m.Enqueue(s.Netns)
 		m.awaitReports(t, "two claims", func(r []lanmgr.Report) bool { return len(r) == 1 && len(r[0].Claims) == 2 && r[0].Built })
@@ -332,12 +332,12 @@ func TestAVNIOfALANIsThatLAN(t *testing.T) {
 		m.awaitReports(t, "leaving", func(r []lanmgr.Report) bool { return len(r) == 1 && r[0].Leaving && r[0].Built })
 		late := a.sandbox(t)
 		late.mac = "02:aa:00:00:00:02"
-		late.refused(t, "ADD", config, types.ErrTryAgainLater, "which is leaving this node")
+		late.mustFail(t, "ADD", config, types.ErrTryAgainLater, "which is leaving this node")
 		crosses(t, wire, spoke, frames.Stream(nil, net.HardwareAddr{2, 0xaa, 0, 0, 0, 1}, 1, 2))
 		m.runs(t, s)
-		late.joinVNI(t, s, config)
-		late.must(t, "DEL", config)
-		pod.must(t, "DEL", config)
+		late.attachToVNI(t, s, config)
+		late.mustCall(t, "DEL", config)
+		pod.mustCall(t, "DEL", config)
 		a.release(t, spoke)
 		a.awaitState(t, s, "the LAN to be as it was", func(have segment.State) bool {
 			return len(have.Claims()) == 0 && len(segment.Diff(s, have)) == 0
@@ -352,35 +352,35 @@ func TestAVNIOfALANIsThatLAN(t *testing.T) {
 func TestAVNIWhosePluginIsKilled(t *testing.T) {
 	for _, verb := range []string{"ADD", "DEL"} {
 		t.Run(verb, func(t *testing.T) {
-			h := join(t, netlab.NewUnderlay(t, underlayMTU), "worker1")
-			h.address(t, netip.PrefixFrom(families["IPv4"].vteps[0], 24))
+			h := addNode(t, netlab.NewUnderlay(t, underlayMTU), "worker1")
+			h.addUnderlayAddress(t, netip.PrefixFrom(families["IPv4"].vteps[0], 24))
 			config := megalos("red", 5005)
 			for at := 0; ; at++ {
 				h.kernel.Close()
-				h.kernel = h.start(t)
+				h.kernel = h.newKernel(t)
 				first, next := h.sandbox(t), h.sandbox(t)
 				first.mac, next.mac = "02:aa:00:00:00:01", "02:aa:00:00:00:02"
 				if verb == "DEL" {
-					first.must(t, "ADD", config)
+					first.mustCall(t, "ADD", config)
 				}
 				cmd, err := first.command(verb)
-				try(t, err)
-				steps, killed := doomed{host: h, cmd: cmd, stdin: config}.run(t, at)
+				must(t, err)
+				steps, killed := killCase{node: h, cmd: cmd, stdin: config}.run(t, at)
 				if at%2 == 1 { // a daemon starts where the plugin was killed
 					m := h.manage(t)
 					m.Set(nil)
 					m.awaitReports(t, "all to be looked at", func([]lanmgr.Report) bool { return m.Observed() })
 					m.stop()
 				}
-				wire := next.joinVNI(t, madeFor(5005), config)
+				wire := next.attachToVNI(t, onDemandSegment(5005), config)
 				wire.Close()
-				if have := h.observe(t, madeFor(5005)); at%2 == 0 {
+				if have := h.observe(t, onDemandSegment(5005)); at%2 == 0 {
 					if ops := segment.Diff(*have.Record, have); len(ops) != 0 {
 						t.Errorf("not built: %v", ops)
 					}
 				}
-				first.must(t, "DEL", config)
-				next.must(t, "DEL", config)
+				first.mustCall(t, "DEL", config)
+				next.mustCall(t, "DEL", config)
 				expectNothing(t, h)
 				if t.Failed() || !killed {
 					t.Logf("step %d of %v", at, steps)

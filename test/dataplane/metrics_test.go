@@ -20,19 +20,19 @@ import (
 	"github.com/k8slan/k8slan/test/frames"
 )
 
-// counted is a node with the daemon's manager at work, and its metrics.
-type counted struct {
+// meteredNode is a node with the daemon's manager at work, and its metrics.
+type meteredNode struct {
 	managed
 	registry *prometheus.Registry
 }
 
-// count starts the manager with its metrics, which also hear the CNI plugin.
-func (h host) count(t *testing.T) counted {
+// startMetered starts the manager with its metrics, which also hear the CNI plugin.
+func (h node) startMetered(t *testing.T) meteredNode {
 	t.Helper()
-	c := counted{managed: h.manage(t), registry: prometheus.NewRegistry()}
+	c := meteredNode{managed: h.manage(t), registry: prometheus.NewRegistry()}
 	m := metrics.New(metrics.Sources{Reports: c.Reports, Registered: func() int { return 0 }, Dropped: firewall.New(h.Path, firewall.TableName, slog.New(slog.DiscardHandler)).Dropped})
 	c.Manager.OnObserve = m.Observed // nothing is looked at before the first Set
-	try(t, c.registry.Register(m))
+	must(t, c.registry.Register(m))
 	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
 	ended := make(chan struct{})
 	go func() {
@@ -47,10 +47,10 @@ func (h host) count(t *testing.T) counted {
 }
 
 // value is that of one series, "name" or "name label=value …", or how many a histogram has counted; -1 where there is no such series.
-func (c counted) value(t *testing.T, series string) float64 {
+func (c meteredNode) value(t *testing.T, series string) float64 {
 	t.Helper()
 	families, err := c.registry.Gather()
-	try(t, err)
+	must(t, err)
 	for _, family := range families {
 		for _, m := range family.GetMetric() {
 			name := family.GetName()
@@ -65,16 +65,16 @@ func (c counted) value(t *testing.T, series string) float64 {
 	return -1
 }
 
-// awaits returns when a series is at least so much.
-func (c counted) awaits(t *testing.T, series string, least float64) {
+// awaitSeries returns when a series is at least so much.
+func (c meteredNode) awaitSeries(t *testing.T, series string, least float64) {
 	t.Helper()
-	until(t, fmt.Sprintf("%s to be %v", series, least), func() bool { return c.value(t, series) >= least })
+	eventually(t, fmt.Sprintf("%s to be %v", series, least), func() bool { return c.value(t, series) >= least })
 }
 
-// until looks again and again: a counter tells nobody that it has moved.
-func until(t *testing.T, what string, fits func() bool) {
+// eventually looks again and again: a counter tells nobody that it has moved.
+func eventually(t *testing.T, what string, fits func() bool) {
 	t.Helper()
-	again, deadline := time.NewTicker(5*time.Millisecond), time.After(longPatience)
+	again, deadline := time.NewTicker(5*time.Millisecond), time.After(daemonTimeout)
 	defer again.Stop()
 	for !fits() {
 		select {
@@ -86,9 +86,9 @@ func until(t *testing.T, what string, fits func() bool) {
 }
 
 func TestMetricsTellWhatHappensOnANode(t *testing.T) {
-	h, s := plugged(t)
-	c := h.count(t)
-	until(t, "the daemon to listen", func() bool { return exists(h.Run + "/outcomes.sock") })
+	h, s := nodeWithLAN(t)
+	c := h.startMetered(t)
+	eventually(t, "the daemon to listen", func() bool { return exists(h.Run + "/outcomes.sock") })
 	c.runs(t, s)
 	const (
 		attached = "k8slan_attach_duration_seconds kind=veth result=succeeded"
@@ -102,39 +102,39 @@ func TestMetricsTellWhatHappensOnANode(t *testing.T) {
 	pod, vm := h.sandbox(t), h.sandbox(t)
 	podNetwork := network(s, "srl", segment.Veth, nil)
 	wire, _ := pod.add(t, s, podNetwork)
-	c.awaits(t, attached, 1)
+	c.awaitSeries(t, attached, 1)
 	vm.add(t, s, network(s, "vm", segment.Macvtap, nil))
-	c.awaits(t, "k8slan_attach_duration_seconds kind=macvtap result=succeeded", 1)
-	h.sandbox(t).refused(t, "ADD", with(podNetwork, keys{"deviceID": ""}), cni.CodeNoDevice, "allocated no")
-	c.awaits(t, "k8slan_attach_failures_total reason=no_device", 1)
-	h.sandbox(t).refused(t, "ADD", with(podNetwork, keys{"ns": "nowhere"}), types.ErrTryAgainLater, "is not on this node")
-	c.awaits(t, "k8slan_attach_failures_total reason=unavailable", 1)
+	c.awaitSeries(t, "k8slan_attach_duration_seconds kind=macvtap result=succeeded", 1)
+	h.sandbox(t).mustFail(t, "ADD", with(podNetwork, keys{"deviceID": ""}), cni.CodeNoDevice, "allocated no")
+	c.awaitSeries(t, "k8slan_attach_failures_total reason=no_device", 1)
+	h.sandbox(t).mustFail(t, "ADD", with(podNetwork, keys{"ns": "nowhere"}), types.ErrTryAgainLater, "is not on this node")
+	c.awaitSeries(t, "k8slan_attach_failures_total reason=unavailable", 1)
 
 	before := c.value(t, learnt)
 	for i := range 5 {
-		try(t, wire.Send(frames.Stream(nil, segment.MAC(s.LAN, fmt.Sprint("behind the pod ", i)), 1, 1)))
+		must(t, wire.Send(frames.Stream(nil, segment.MAC(s.LAN, fmt.Sprint("behind the pod ", i)), 1, 1)))
 	}
 	var major, minor int
 	_, err := fmt.Sscanf(read(t, "/proc/sys/kernel/osrelease"), "%d.%d", &major, &minor)
-	try(t, err)
+	must(t, err)
 	if major > 6 || major == 6 && minor >= 7 {
 		h.awaitState(t, s, "the bridge to learn", func(have segment.State) bool {
 			bridge, _ := have.Link(s.Bridge)
 			return bridge.Learned >= int(before)+5
 		})
 		c.Enqueue(s.Netns)
-		c.awaits(t, learnt, before+5)
+		c.awaitSeries(t, learnt, before+5)
 	} else if before != -1 {
 		t.Errorf("%v addresses on a kernel that does not count them", before)
 	}
 
 	next := h.sandbox(t)
 	next.add(t, s, podNetwork)
-	c.awaits(t, "k8slan_takeovers_total", 1)
-	next.must(t, "DEL", podNetwork)
-	c.awaits(t, detached, 1)
-	h.sandbox(t).refused(t, "DEL", with(podNetwork, keys{"ipam": keys{"type": "no-such-plugin"}}), cni.CodeIPAM, "no-such-plugin")
-	c.awaits(t, "k8slan_detach_failures_total reason=ipam", 1)
+	c.awaitSeries(t, "k8slan_takeovers_total", 1)
+	next.mustCall(t, "DEL", podNetwork)
+	c.awaitSeries(t, detached, 1)
+	h.sandbox(t).mustFail(t, "DEL", with(podNetwork, keys{"ipam": keys{"type": "no-such-plugin"}}), cni.CodeIPAM, "no-such-plugin")
+	c.awaitSeries(t, "k8slan_detach_failures_total reason=ipam", 1)
 	c.awaitReports(t, "the VM alone to be attached", func(reports []lanmgr.Report) bool { return len(reports[0].Claims) == 1 && reports[0].Built })
 
 	repairs := "k8slan_repairs_total operation=AddPair"
@@ -142,20 +142,20 @@ func TestMetricsTellWhatHappensOnANode(t *testing.T) {
 		t.Errorf("%v repairs before anything was broken", v)
 	}
 	built := max(0, c.value(t, "k8slan_operations_total operation=AddPair"))
-	inside := h.inside(s).Netlink(t)
+	inside := h.lanNetns(s).Netlink(t)
 	port, err := inside.LinkByName(segment.PortName("srl"))
-	try(t, err)
-	try(t, inside.LinkDel(port))
-	c.awaits(t, repairs, 1)
-	c.awaits(t, "k8slan_operations_total operation=AddPair", built+1)
-	c.awaits(t, "k8slan_reconcile_duration_seconds result=changed", 1)
-	c.awaits(t, "k8slan_reconcile_duration_seconds result=unchanged", 1)
+	must(t, err)
+	must(t, inside.LinkDel(port))
+	c.awaitSeries(t, repairs, 1)
+	c.awaitSeries(t, "k8slan_operations_total operation=AddPair", built+1)
+	c.awaitSeries(t, "k8slan_reconcile_duration_seconds result=changed", 1)
+	c.awaitSeries(t, "k8slan_reconcile_duration_seconds result=unchanged", 1)
 
 	vtep := netip.MustParseAddr("192.0.2.1")
-	h.address(t, netip.PrefixFrom(vtep, 24))
+	h.addUnderlayAddress(t, netip.PrefixFrom(vtep, 24))
 	told := c.value(t, repairs)
 	c.Set([]segment.Segment{unicast(s, vtep, netip.MustParseAddr("192.0.2.2"), netip.MustParseAddr("192.0.2.3"))})
-	c.awaits(t, remotes, 2)
+	c.awaitSeries(t, remotes, 2)
 	if v := c.value(t, repairs); v != told {
 		t.Errorf("%v repairs, %v before the LAN was given remotes", v, told)
 	}

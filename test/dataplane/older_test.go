@@ -29,29 +29,29 @@ const (
 
 // older is a node as an older version has left it.
 type older struct {
-	host
+	node
 	segment.Segment // as that version recorded it
-	pod, vm         attached
+	pod, vm         attachment
 	version         string
 }
 
-// leave makes a node what that version leaves on one: by ip(8) and the bytes of its files, with nothing of today's.
-func leave(t *testing.T, version string) older {
+// olderNode makes a node what that version leaves on one: by ip(8) and the bytes of its files, with nothing of today's.
+func olderNode(t *testing.T, version string) older {
 	t.Helper()
 	netlab.NeedDevices(t)
 	dir := filepath.Join("testdata", version)
-	h := join(t, netlab.NewUnderlay(t, underlayMTU), "worker1")
-	try(t, os.CopyFS(h.Run, os.DirFS(filepath.Join(dir, "run"))))
-	try(t, os.CopyFS(h.CDI, os.DirFS(filepath.Join(dir, "cdi"))))
-	o := older{host: h, version: version}
+	h := addNode(t, netlab.NewUnderlay(t, underlayMTU), "worker1")
+	must(t, os.CopyFS(h.Run, os.DirFS(filepath.Join(dir, "run"))))
+	must(t, os.CopyFS(h.CDI, os.DirFS(filepath.Join(dir, "cdi"))))
+	o := older{node: h, version: version}
 	o.Segment = o.record(t)
 	lan := netlab.New(t, "lan")
-	try(t, os.MkdirAll(h.Run+"/netns", 0o755))
-	try(t, os.WriteFile(h.inside(o.Segment).Path, nil, 0o444))
-	try(t, unix.Mount(lan.Path, h.inside(o.Segment).Path, "", unix.MS_BIND, ""))
-	o.pod = attached{h.sandbox(t), o.config(t, "srl")}
+	must(t, os.MkdirAll(h.Run+"/netns", 0o755))
+	must(t, os.WriteFile(h.lanNetns(o.Segment).Path, nil, 0o444))
+	must(t, unix.Mount(lan.Path, h.lanNetns(o.Segment).Path, "", unix.MS_BIND, ""))
+	o.pod = attachment{h.sandbox(t), o.config(t, "srl")}
 	o.pod.id, o.pod.ifname = olderPod, "e1-1"
-	o.vm = attached{h.sandbox(t), o.config(t, "vm")}
+	o.vm = attachment{h.sandbox(t), o.config(t, "vm")}
 	o.vm.id, o.vm.ifname = olderVM, "pod37a8eec1ce1"
 	o.play(t, filepath.Join(dir, "steps"))
 	return o
@@ -61,11 +61,11 @@ func leave(t *testing.T, version string) older {
 func (o older) play(t *testing.T, file string) {
 	t.Helper()
 	places := map[string]netlab.Namespace{
-		"node": o.Namespace, "lan": o.inside(o.Segment), "pod": o.pod.Namespace, "vm": o.vm.Namespace,
+		"node": o.Namespace, "lan": o.lanNetns(o.Segment), "pod": o.pod.Namespace, "vm": o.vm.Namespace,
 	}
 	paths := strings.NewReplacer("$LAN", places["lan"].Path, "$POD", places["pod"].Path, "$VM", places["vm"].Path)
 	f, err := os.Open(file)
-	try(t, err)
+	must(t, err)
 	defer f.Close()
 	lines := bufio.NewScanner(f)
 	for lines.Scan() {
@@ -84,7 +84,7 @@ func (o older) play(t *testing.T, file string) {
 			}
 			continue
 		}
-		try(t, ns.Do(func() error {
+		must(t, ns.Do(func() error {
 			ip := exec.Command("ip", "-batch", "-")
 			ip.Stdin = strings.NewReader(paths.Replace(what))
 			if out, err := ip.CombinedOutput(); err != nil {
@@ -93,7 +93,7 @@ func (o older) play(t *testing.T, file string) {
 			return nil
 		}))
 	}
-	try(t, lines.Err())
+	must(t, lines.Err())
 }
 
 // record is the LAN as that version wrote it down.
@@ -104,8 +104,8 @@ func (o older) record(t *testing.T) (s segment.Segment) {
 		t.Fatalf("records %v, %v", paths, err)
 	}
 	b, err := os.ReadFile(paths[0])
-	try(t, err)
-	try(t, json.Unmarshal(b, &s))
+	must(t, err)
+	must(t, json.Unmarshal(b, &s))
 	return s
 }
 
@@ -113,13 +113,13 @@ func (o older) record(t *testing.T) (s segment.Segment) {
 func (o older) config(t *testing.T, spoke string) (config keys) {
 	t.Helper()
 	b, err := os.ReadFile(filepath.Join("testdata", o.version, "cni", spoke+".json"))
-	try(t, err)
-	try(t, json.Unmarshal(b, &config))
+	must(t, err)
+	must(t, json.Unmarshal(b, &config))
 	return config
 }
 
-// speakers are the old pod and the old VM, where they speak.
-func (o older) speakers(t *testing.T) (pod, vm *station) {
+// openWires are the old pod and the old VM, where they speak.
+func (o older) openWires(t *testing.T) (pod, vm *station) {
 	t.Helper()
 	devices, err := filepath.Glob(o.vm.Sysfs(t) + "/class/net/" + o.vm.ifname + "/macvtap/tap*/dev")
 	if err != nil || len(devices) != 1 {
@@ -127,12 +127,12 @@ func (o older) speakers(t *testing.T) (pod, vm *station) {
 	}
 	var major, minor uint32
 	_, err = fmt.Sscanf(read(t, devices[0]), "%d:%d", &major, &minor)
-	try(t, err)
+	must(t, err)
 	pod = &station{Namespace: o.pod.Namespace, Wire: o.pod.Open(t, o.pod.ifname)}
 	vm = &station{Namespace: o.vm.Namespace, Wire: netlab.OpenTap(t, major, minor)}
 	pod.MAC, vm.MAC = segment.MAC(o.LAN, "srl"), segment.MAC(o.LAN, "vm")
-	o.inside(o.Segment).AwaitCarrier(t, "srl")
-	o.inside(o.Segment).AwaitCarrier(t, "vm")
+	o.lanNetns(o.Segment).AwaitCarrier(t, "srl")
+	o.lanNetns(o.Segment).AwaitCarrier(t, "vm")
 	return pod, vm
 }
 
@@ -140,7 +140,7 @@ func (o older) speakers(t *testing.T) (pod, vm *station) {
 func versions(t *testing.T) []string {
 	t.Helper()
 	entries, err := fs.ReadDir(os.DirFS("testdata"), ".")
-	try(t, err)
+	must(t, err)
 	var versions []string
 	for _, e := range entries {
 		versions = append(versions, e.Name())
@@ -151,45 +151,45 @@ func versions(t *testing.T) []string {
 func TestWhatAnOlderVersionLeftIsAdoptedUntouched(t *testing.T) {
 	for _, version := range versions(t) {
 		t.Run(version, func(t *testing.T) {
-			o := leave(t, version)
-			o.isAdopted(t)
+			o := olderNode(t, version)
+			o.expectAdopted(t)
 		})
 	}
 }
 
 // After a way back to this version: what a newer one wrote beside is passed over.
 func TestWhatANewerVersionLeftIsAdoptedUntouched(t *testing.T) {
-	o := leave(t, versions(t)[0])
+	o := olderNode(t, versions(t)[0])
 	for _, file := range []string{o.Run + "/lan/" + o.Netns + ".json", o.deviceFileOf(o.pod), o.deviceFileOf(o.vm)} {
 		b, err := os.ReadFile(file)
-		try(t, err)
+		must(t, err)
 		newer := `{"later":{"than":["this"]},` + string(b[1:])
-		try(t, os.WriteFile(file, []byte(newer), 0o600))
+		must(t, os.WriteFile(file, []byte(newer), 0o600))
 	}
-	links := o.inside(o.Segment).Netlink(t)
+	links := o.lanNetns(o.Segment).Netlink(t)
 	for _, name := range []string{"srl", segment.PlugName("vm")} {
 		l, err := links.LinkByName(name)
-		try(t, err)
-		try(t, links.LinkSetAlias(l, l.Attrs().Alias+" later=x"))
+		must(t, err)
+		must(t, links.LinkSetAlias(l, l.Attrs().Alias+" later=x"))
 	}
-	o.isAdopted(t)
+	o.expectAdopted(t)
 }
 
-func (o older) deviceFileOf(a attached) string { return a.deviceFile(a.config) }
+func (o older) deviceFileOf(a attachment) string { return a.deviceFile(a.config) }
 
-// isAdopted has today's daemon take the node over. It must change nothing, lose no frame, and today's plugin must let
+// expectAdopted has today's daemon take the node over. It must change nothing, lose no frame, and today's plugin must let
 // the old pods go and new ones come.
-func (o older) isAdopted(t *testing.T) {
+func (o older) expectAdopted(t *testing.T) {
 	t.Helper()
-	if index := o.here(t, o.Segment).VXLAN.UnderlayIndex; index != o.VXLAN.UnderlayIndex {
+	if index := o.withUnderlay(t, o.Segment).VXLAN.UnderlayIndex; index != o.VXLAN.UnderlayIndex {
 		t.Fatalf("the underlay device is number %d here, and the record says %d", index, o.VXLAN.UnderlayIndex)
 	}
-	pod, vm := o.speakers(t)
+	pod, vm := o.openWires(t)
 	before := o.files(t)
-	var ears []*netlinkEar
-	for _, ns := range []netlab.Namespace{o.inside(o.Segment), o.pod.Namespace, o.vm.Namespace} {
-		ear := o.listen(t, ns)
-		ear.awaitSilence(t)
+	var ears []*eventSocket
+	for _, ns := range []netlab.Namespace{o.lanNetns(o.Segment), o.pod.Namespace, o.vm.Namespace} {
+		ear := o.watchEvents(t, ns)
+		ear.awaitQuiet(t)
 		ears = append(ears, ear)
 	}
 	streams := []*stream{startStream(t, 1, streamLength, pod, vm), startStream(t, 2, streamLength, vm, pod)}
@@ -199,7 +199,7 @@ func (o older) isAdopted(t *testing.T) {
 		s.expectAll(t)
 	}
 	for _, ear := range ears {
-		if ear.heardOfLinks(t) {
+		if ear.sawLinkEvents(t) {
 			t.Error("rtnetlink told of a change to a link")
 		}
 	}
@@ -213,8 +213,8 @@ func (o older) isAdopted(t *testing.T) {
 		t.Errorf("to do: %v", ops)
 	}
 
-	for _, a := range []attached{o.pod, o.vm} {
-		a.must(t, "DEL", a.config)
+	for _, a := range []attachment{o.pod, o.vm} {
+		a.mustCall(t, "DEL", a.config)
 		if links := a.Links(t); len(links) != 0 {
 			t.Errorf("after DEL the pod has %v", links)
 		}
@@ -222,13 +222,13 @@ func (o older) isAdopted(t *testing.T) {
 	if devices := o.devices(t); len(devices) != 0 {
 		t.Errorf("CDI devices %v", devices)
 	}
-	one, other := o.with(t, o.Segment, "vm", segment.Veth), o.with(t, o.Segment, "srl", segment.Veth)
+	one, other := o.attachByPlugin(t, o.Segment, "vm", segment.Veth), o.attachByPlugin(t, o.Segment, "srl", segment.Veth)
 	from, err := one.speak(t, one.config)
-	try(t, err)
+	must(t, err)
 	to, err := other.speak(t, other.config)
-	try(t, err)
-	o.inside(o.Segment).AwaitCarrier(t, "vm")
-	o.inside(o.Segment).AwaitCarrier(t, "srl")
+	must(t, err)
+	o.lanNetns(o.Segment).AwaitCarrier(t, "vm")
+	o.lanNetns(o.Segment).AwaitCarrier(t, "srl")
 	reaches(t, from, to, frames.Stream(nil, vm.MAC, 1, 1))
 }
 
@@ -237,7 +237,7 @@ func (o older) files(t *testing.T) string {
 	t.Helper()
 	var all []string
 	for _, dir := range []string{o.Run, o.CDI} {
-		try(t, filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		must(t, filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
 			if err != nil || d.IsDir() || filepath.Base(filepath.Dir(path)) == "netns" {
 				return err
 			}
@@ -249,13 +249,13 @@ func (o older) files(t *testing.T) string {
 	return strings.Join(all, "\n")
 }
 
-// awaitSilence returns when rtnetlink has told of what was done before: it may keep that back for a second
+// awaitQuiet returns when rtnetlink has told of what was done before: it may keep that back for a second
 // (linkwatch_event in net/core/link_watch.c).
-func (e *netlinkEar) awaitSilence(t *testing.T) {
+func (e *eventSocket) awaitQuiet(t *testing.T) {
 	t.Helper()
 	const longest = 1200 * time.Millisecond
 	for {
-		try(t, e.file.SetReadDeadline(time.Now().Add(longest)))
+		must(t, e.file.SetReadDeadline(time.Now().Add(longest)))
 		if _, err := e.file.Read(make([]byte, 1<<16)); errors.Is(err, os.ErrDeadlineExceeded) {
 			return
 		} else if err != nil {
@@ -264,20 +264,20 @@ func (e *netlinkEar) awaitSilence(t *testing.T) {
 	}
 }
 
-// heardOfLinks says whether there was an event of a link until now, and is done.
-func (e *netlinkEar) heardOfLinks(t *testing.T) (heard bool) {
+// sawLinkEvents says whether there was an event of a link until now, and is done.
+func (e *eventSocket) sawLinkEvents(t *testing.T) (heard bool) {
 	t.Helper()
 	defer e.file.Close()
 	b := make([]byte, 1<<16)
 	for {
-		try(t, e.file.SetReadDeadline(time.Now().Add(2*time.Millisecond)))
+		must(t, e.file.SetReadDeadline(time.Now().Add(2*time.Millisecond)))
 		n, err := e.file.Read(b)
 		if errors.Is(err, os.ErrDeadlineExceeded) {
 			return heard
 		}
-		try(t, err)
+		must(t, err)
 		messages, err := syscall.ParseNetlinkMessage(b[:n])
-		try(t, err)
+		must(t, err)
 		for _, m := range messages {
 			heard = heard || m.Header.Type == unix.RTM_NEWLINK || m.Header.Type == unix.RTM_DELLINK
 		}

@@ -15,8 +15,8 @@ import (
 	"github.com/k8slan/k8slan/test/netlab"
 )
 
-// station starts a probe's station of a spoke.
-func (h host) station(t *testing.T, s segment.Segment, spoke string) probe.Endpoint {
+// startEndpoint starts a probe's station of a spoke.
+func (h node) startEndpoint(t *testing.T, s segment.Segment, spoke string) probe.Endpoint {
 	t.Helper()
 	orders, order := io.Pipe()
 	says, say := io.Pipe()
@@ -35,8 +35,8 @@ func (h host) station(t *testing.T, s segment.Segment, spoke string) probe.Endpo
 	return probe.Endpoint{Node: h.Name, Orders: order, Messages: says}
 }
 
-// probes wants a probe to say these words of the way from one to two and of the way back, and that all is well, or not.
-func probes(t *testing.T, one, two probe.Endpoint, well bool, there, back string) {
+// expectProbe wants a probe to say these words of the way from one to two and of the way back, and that all is well, or not.
+func expectProbe(t *testing.T, one, two probe.Endpoint, well bool, there, back string) {
 	t.Helper()
 	forth, home, err := probe.Run(t.Context(), one, two)
 	if err != nil {
@@ -59,83 +59,83 @@ func TestAProbeSaysWhatPassesAndWhereTheRestIsLost(t *testing.T) {
 	const all = "every kind of frame passes, packets of up to 1422 bytes, up to 4 VLAN tags and maybe more"
 	for _, c := range []struct {
 		name        string
-		fault       func(t *testing.T, a, b host, s segment.Segment, pod *station)
+		fault       func(t *testing.T, a, b node, s segment.Segment, pod *station)
 		well        bool
 		there, back string
 	}{
 		{
 			name: "nothing is wrong", well: true, there: all, back: all,
-			fault: func(*testing.T, host, host, segment.Segment, *station) {},
+			fault: func(*testing.T, node, node, segment.Segment, *station) {},
 		},
 		{
 			name: "the MTU of the network between the nodes is too small", there: "packets of up to 1334 bytes pass, longer ones do not", back: "raise it, or set spec.mtu to 1326",
-			fault: func(t *testing.T, a, b host, _ segment.Segment, _ *station) {
+			fault: func(t *testing.T, a, b node, _ segment.Segment, _ *station) {
 				setLink(t, a.underlay.Netlink(t), b.Port(), func(h *netlink.Handle, l netlink.Link) error { return h.LinkSetMTU(l, 1400) })
 			},
 		},
 		{
 			name: "a pod's interface is down", there: "Interface net1 in pod default/two is down", back: "Set it up inside the pod",
-			fault: func(t *testing.T, _, b host, s segment.Segment, pod *station) {
+			fault: func(t *testing.T, _, b node, s segment.Segment, pod *station) {
 				setLink(t, pod.Netlink(t), ifname, func(h *netlink.Handle, l netlink.Link) error { return h.LinkSetDown(l) })
 			},
 		},
 		{
 			name: "the other node has another VNI", there: "with VNI 250, but VXLAN vx250 there has VNI 999", back: "with VNI 999, but VXLAN vx250 there has VNI 250",
-			fault: func(t *testing.T, _, b host, s segment.Segment, _ *station) {
+			fault: func(t *testing.T, _, b node, s segment.Segment, _ *station) {
 				s.VXLAN.VNI = 999
-				b.build(t, b.here(t, s))
+				b.reconcile(t, b.withUnderlay(t, s))
 			},
 		},
 		{
 			name: "neither node takes the other for a member", there: "is dropped there as a stranger's: the LAN has strictPeers", back: "kubectl get lannode worker2 -o yaml",
-			fault: func(t *testing.T, a, b host, s segment.Segment, _ *station) {
-				for _, h := range []host{a, b} {
+			fault: func(t *testing.T, a, b node, s segment.Segment, _ *station) {
+				for _, h := range []node{a, b} {
 					filter, _ := h.filter(t)
 					filter.Set([]firewall.LAN{strict(s)})
-					until(t, "the filter", func() bool { return drops(filter, s) == 0 })
+					eventually(t, "the filter", func() bool { return drops(filter, s) == 0 })
 				}
 			},
 		},
 		{
 			name: "the VXLAN is down", there: "but not to VXLAN vx250 there, which is down", back: "Lost on node worker2 between bridge br250 and VXLAN vx250, which is down",
-			fault: func(t *testing.T, _, b host, s segment.Segment, _ *station) {
-				setLink(t, b.inside(s).Netlink(t), s.VXLAN.Name, func(h *netlink.Handle, l netlink.Link) error { return h.LinkSetDown(l) })
+			fault: func(t *testing.T, _, b node, s segment.Segment, _ *station) {
+				setLink(t, b.lanNetns(s).Netlink(t), s.VXLAN.Name, func(h *netlink.Handle, l netlink.Link) error { return h.LinkSetDown(l) })
 			},
 		},
 		{
 			name: "the underlay has no carrier", there: "but eth1 of node worker2 is down or has no carrier", back: "did not leave by eth1, which has no carrier",
-			fault: func(t *testing.T, a, b host, _ segment.Segment, _ *station) {
+			fault: func(t *testing.T, a, b node, _ segment.Segment, _ *station) {
 				setLink(t, a.underlay.Netlink(t), b.Port(), func(h *netlink.Handle, l netlink.Link) error { return h.LinkSetDown(l) })
 				b.AwaitNoCarrier(t, netlab.UnderlayDevice)
 			},
 		},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			a, b := hosts(t)
+			a, b := twoNodes(t)
 			s := lan("path", 250, "one", "two")
-			a.build(t, a.here(t, s))
-			b.build(t, b.here(t, s))
+			a.reconcile(t, a.withUnderlay(t, s))
+			b.reconcile(t, b.withUnderlay(t, s))
 			one, two := a.claim(t, s, "one", segment.Veth), b.claim(t, s, "two", segment.Veth)
 			for _, st := range []*station{one, two} {
 				st.AwaitCarrier(t, ifname)
 			}
-			a.build(t, a.here(t, s)) // with a claim, the VXLAN goes up
-			b.build(t, b.here(t, s))
+			a.reconcile(t, a.withUnderlay(t, s)) // with a claim, the VXLAN goes up
+			b.reconcile(t, b.withUnderlay(t, s))
 			c.fault(t, a, b, s, two)
-			probes(t, a.station(t, s, "one"), b.station(t, s, "two"), c.well, c.there, c.back)
+			expectProbe(t, a.startEndpoint(t, s, "one"), b.startEndpoint(t, s, "two"), c.well, c.there, c.back)
 		})
 	}
 }
 
 func TestAProbeSaysWhoseChecksumsArriveUnfinished(t *testing.T) {
-	a, _ := hosts(t)
+	a, _ := twoNodes(t)
 	s := lan("sums", 251, "plain", "raw")
 	s.TxChecksumOff = []string{"raw"}
-	a.build(t, a.here(t, s))
+	a.reconcile(t, a.withUnderlay(t, s))
 	for _, spoke := range s.Spokes {
 		a.claim(t, s, spoke, segment.Veth).AwaitCarrier(t, ifname)
 	}
-	there, back, err := probe.Run(t.Context(), a.station(t, s, "plain"), a.station(t, s, "raw"))
+	there, back, err := probe.Run(t.Context(), a.startEndpoint(t, s, "plain"), a.startEndpoint(t, s, "raw"))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -16,9 +16,9 @@ import (
 )
 
 // pool is a LAN with a pool of that size beside a spoke, on this node.
-func (h host) pool(t *testing.T, name string, vni uint32, size int) segment.Segment {
+func (h node) pool(t *testing.T, name string, vni uint32, size int) segment.Segment {
 	t.Helper()
-	s := h.here(t, lan(name, vni, "srl"))
+	s := h.withUnderlay(t, lan(name, vni, "srl"))
 	for number := range size {
 		s.Spokes = append(s.Spokes, segment.Port("web", number))
 	}
@@ -27,10 +27,10 @@ func (h host) pool(t *testing.T, name string, vni uint32, size int) segment.Segm
 	return s
 }
 
-// on attaches a new sandbox to a port through the CNI plugin.
-func (h host) on(t *testing.T, s segment.Segment, port string, kind segment.Kind) *member {
+// attachToPort attaches a new sandbox to a port through the CNI plugin.
+func (h node) attachToPort(t *testing.T, s segment.Segment, port string, kind segment.Kind) *poolMember {
 	t.Helper()
-	m := &member{sandbox: h.sandbox(t), config: pooled(s, port, kind)}
+	m := &poolMember{sandbox: h.sandbox(t), config: pooled(s, port, kind)}
 	var out []byte
 	m.Wire, out = m.add(t, s, m.config)
 	var result current.Result
@@ -43,16 +43,16 @@ func (h host) on(t *testing.T, s segment.Segment, port string, kind segment.Kind
 	return m
 }
 
-// member is a pod or a VM on a port of a pool.
-type member struct {
+// poolMember is a pod or a VM on a port of a pool.
+type poolMember struct {
 	sandbox
 	netlab.Wire
 	config keys
 	mac    string
 }
 
-// speaks sends a frame from each of some members to all of the others, which hear it once.
-func speaks(t *testing.T, all ...*member) {
+// broadcasts sends a frame from each of some members to all of the others, which hear it once.
+func broadcasts(t *testing.T, all ...*poolMember) {
 	t.Helper()
 	for i, from := range all {
 		frame := frames.Stream(nil, segment.MAC(segment.LAN{Name: from.id}, "from"), uint32(i), 1)
@@ -63,7 +63,7 @@ func speaks(t *testing.T, all ...*member) {
 			if j == i {
 				continue
 			}
-			if got, err := next(to.Wire, patience); err != nil || !slices.Equal(got, frame) {
+			if got, err := next(to.Wire, frameTimeout); err != nil || !slices.Equal(got, frame) {
 				t.Fatalf("member %d heard %x of %d, %v; want %x", j, got, i, err, frame)
 			}
 		}
@@ -71,7 +71,7 @@ func speaks(t *testing.T, all ...*member) {
 }
 
 func TestAPoolIsResizedUnderItsPodsAndVMs(t *testing.T) {
-	a, b := hosts(t)
+	a, b := twoNodes(t)
 	ma, mb := a.manage(t), b.manage(t)
 	size := func(n int) (onA, onB segment.Segment) {
 		onA, onB = a.pool(t, "pool", 140, n), b.pool(t, "pool", 140, n)
@@ -80,30 +80,30 @@ func TestAPoolIsResizedUnderItsPodsAndVMs(t *testing.T) {
 		return onA, onB
 	}
 	sa, sb := size(3)
-	pod, twin := a.on(t, sa, "web_0", segment.Veth), b.on(t, sb, "web_0", segment.Veth)
+	pod, twin := a.attachToPort(t, sa, "web_0", segment.Veth), b.attachToPort(t, sb, "web_0", segment.Veth)
 	if pod.mac == twin.mac {
 		t.Errorf("the ports of one number on two nodes have one MAC, %s", pod.mac)
 	}
-	vm := b.on(t, sb, "web_2", segment.Macvtap)
-	speaks(t, pod, twin, vm)
+	vm := b.attachToPort(t, sb, "web_2", segment.Macvtap)
+	broadcasts(t, pod, twin, vm)
 
 	sa, _ = size(12)
-	late := a.on(t, sa, "web_11", segment.Veth)
-	speaks(t, pod, twin, vm, late)
+	late := a.attachToPort(t, sa, "web_11", segment.Veth)
+	broadcasts(t, pod, twin, vm, late)
 
 	sa, _ = size(1)
-	speaks(t, pod, twin, vm, late)
-	a.sandbox(t).refused(t, "ADD", pooled(sa, "web_1", segment.Veth), cni.CodeNoSpoke, `no pool "web" with a port "web_1"`)
-	for node, withdrawn := range map[*host]string{&a: "web_11", &b: "web_2"} {
+	broadcasts(t, pod, twin, vm, late)
+	a.sandbox(t).mustFail(t, "ADD", pooled(sa, "web_1", segment.Veth), cni.CodeNoSpoke, `no pool "web" with a port "web_1"`)
+	for node, withdrawn := range map[*node]string{&a: "web_11", &b: "web_2"} {
 		if have := node.observe(t, sa); len(ports(have)) != 2 || !slices.Contains(ports(have), withdrawn) {
 			t.Errorf("%s has the ports %v, want web_0 and %s", node.Name, ports(have), withdrawn)
 		}
 	}
 
 	// Multus may have lost what it knew of the pod: then the kernel says which port it has.
-	late.must(t, "DEL", with(late.config, keys{"deviceID": ""}))
-	vm.must(t, "DEL", with(vm.config, keys{"deviceID": ""}))
-	for _, node := range []host{a, b} {
+	late.mustCall(t, "DEL", with(late.config, keys{"deviceID": ""}))
+	vm.mustCall(t, "DEL", with(vm.config, keys{"deviceID": ""}))
+	for _, node := range []node{a, b} {
 		node.awaitState(t, sa, "the ports that are one too many to go", func(have segment.State) bool {
 			return slices.Equal(ports(have), []string{"web_0"})
 		})
@@ -111,13 +111,13 @@ func TestAPoolIsResizedUnderItsPodsAndVMs(t *testing.T) {
 			t.Errorf("%s has the CDI devices %v, want that of web_0 alone", node.Name, devices)
 		}
 	}
-	speaks(t, pod, twin)
-	pod.must(t, "DEL", pod.config)
-	successor := a.on(t, sa, "web_0", segment.Macvtap)
-	speaks(t, successor, twin)
-	successor.must(t, "DEL", successor.config)
-	twin.must(t, "DEL", twin.config)
-	for _, node := range []host{a, b} {
+	broadcasts(t, pod, twin)
+	pod.mustCall(t, "DEL", pod.config)
+	successor := a.attachToPort(t, sa, "web_0", segment.Macvtap)
+	broadcasts(t, successor, twin)
+	successor.mustCall(t, "DEL", successor.config)
+	twin.mustCall(t, "DEL", twin.config)
+	for _, node := range []node{a, b} {
 		if devices := node.devices(t); len(devices) != 0 {
 			t.Errorf("%s: left are %v", node.Name, devices)
 		}
@@ -138,7 +138,7 @@ func ports(have segment.State) []string {
 }
 
 func TestResizingAPoolLosesNoFrame(t *testing.T) {
-	a, b := hosts(t)
+	a, b := twoNodes(t)
 	ma, mb := a.manage(t), b.manage(t)
 	sa, sb := a.pool(t, "resized", 141, 4), b.pool(t, "resized", 141, 4)
 	ma.runs(t, sa)
@@ -164,12 +164,12 @@ func TestResizingAPoolLosesNoFrame(t *testing.T) {
 }
 
 func TestMACsByOrdinalAreThoseOfThePods(t *testing.T) {
-	a, b := hosts(t)
+	a, b := twoNodes(t)
 	var macs []string
-	for i, h := range []host{a, b} {
+	for i, h := range []node{a, b} {
 		s := h.pool(t, "ordinal", 142, 2)
 		s.MACByOrdinal = []string{"web"}
-		h.build(t, s)
+		h.reconcile(t, s)
 		pod := netlab.NewPod(t)
 		r := request(s, segment.Port("web", i), segment.Veth, pod)
 		if _, err := h.kernel.Claim(t.Context(), r); !errors.Is(err, segment.ErrNoOrdinal) {

@@ -38,10 +38,10 @@ func installRouters() error {
 
 // program is a process of somebody else's that can be killed and started again.
 type program struct {
-	args []string
-	said bytes.Buffer
-	kill func() // at once, so that nothing is said to anybody
-	term func() // in order
+	args   []string
+	output bytes.Buffer
+	kill   func() // at once, so that nothing is said to anybody
+	term   func() // in order
 }
 
 func start(t *testing.T, args ...string) *program {
@@ -51,7 +51,7 @@ func start(t *testing.T, args ...string) *program {
 	t.Cleanup(func() {
 		p.kill()
 		if t.Failed() {
-			t.Logf("%s said:\n%s", strings.Join(p.args, " "), p.said.Bytes())
+			t.Logf("%s said:\n%s", strings.Join(p.args, " "), p.output.Bytes())
 		}
 	})
 	return p
@@ -60,7 +60,7 @@ func start(t *testing.T, args ...string) *program {
 func (p *program) start(t *testing.T) {
 	t.Helper()
 	cmd := exec.Command(p.args[0], p.args[1:]...)
-	cmd.Stdout, cmd.Stderr = &p.said, &p.said
+	cmd.Stdout, cmd.Stderr = &p.output, &p.output
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	started, ended := make(chan error), make(chan struct{})
 	go func() {
@@ -73,7 +73,7 @@ func (p *program) start(t *testing.T) {
 			_ = cmd.Wait() // it is killed
 		}
 	}()
-	try(t, <-started)
+	must(t, <-started)
 	end := func(s os.Signal) {
 		if err := cmd.Process.Signal(s); err != nil && !errors.Is(err, os.ErrProcessDone) {
 			t.Errorf("%s to %v: %v", s, p.args, err)
@@ -93,7 +93,7 @@ func speakerAddress(n byte) netip.Addr { return netip.AddrFrom4([4]byte{198, 51,
 
 // frr is Debian's FRR on a host of its own, and its part of a LAN.
 type frr struct {
-	host
+	node
 	dir         string
 	as          uint32
 	at          netip.Addr // where speakers reach it
@@ -108,34 +108,34 @@ const (
 )
 
 // startFRR starts FRR on a host beside the nodes; role is one of the above, or both.
-func startFRR(t *testing.T, beside host, role string) *frr {
+func startFRR(t *testing.T, beside node, role string) *frr {
 	t.Helper()
-	return startFRRWith(t, beside, frrConfig{as: 65000, expects: 65000, role: role})
+	return startFRRWith(t, beside, frrConfig{as: 65000, peerAS: 65000, role: role})
 }
 
 // frrConfig is what of FRR's configuration differs from test to test.
 type frrConfig struct {
-	as, expects uint32 // the AS that it is in, and that of the nodes
-	nodes       string // lines about them
-	role        string // as above
-	away        bool   // a router is between it and the speakers
+	as, peerAS   uint32 // the AS that it is in, and that of the nodes
+	nodes        string // lines about them
+	role         string // as above
+	behindRouter bool   // a router is between it and the speakers
 }
 
-func startFRRWith(t *testing.T, beside host, c frrConfig) *frr {
+func startFRRWith(t *testing.T, beside node, c frrConfig) *frr {
 	t.Helper()
 	netlab.NeedRoot(t, "FRR needs its own user and group")
 	dir, err := os.MkdirTemp("/run", "frr-") // short: sockets are in it
-	try(t, err)
-	r := &frr{host: join(t, beside.underlay, "frr"), dir: dir, as: c.as, vtep: netip.MustParseAddr("192.0.2.3")}
-	r.address(t, netip.PrefixFrom(r.vtep, families["IPv4"].bits))
+	must(t, err)
+	r := &frr{node: addNode(t, beside.underlay, "frr"), dir: dir, as: c.as, vtep: netip.MustParseAddr("192.0.2.3")}
+	r.addUnderlayAddress(t, netip.PrefixFrom(r.vtep, families["IPv4"].bits))
 	r.at = frrAddress
-	if c.away {
-		r.standBack(t)
+	if c.behindRouter {
+		r.placeBehindRouter(t)
 	} else {
-		connectSpeakers(t, r.host)
+		connectSpeakers(t, r.node)
 	}
 	config := filepath.Join(r.dir, "bgpd.conf")
-	try(t, os.WriteFile(config, fmt.Appendf(nil, `router bgp %d
+	must(t, os.WriteFile(config, fmt.Appendf(nil, `router bgp %d
  bgp router-id %s
  no bgp default ipv4-unicast
  timers bgp 3 9
@@ -145,10 +145,10 @@ func startFRRWith(t *testing.T, beside host, c frrConfig) *frr {
  address-family l2vpn evpn
   neighbor nodes activate
 %s exit-address-family
-`, c.as, r.vtep, c.expects, c.nodes, c.role), 0o600))
+`, c.as, r.vtep, c.peerAS, c.nodes, c.role), 0o600))
 	none := filepath.Join(r.dir, "zebra.conf")
-	try(t, os.WriteFile(none, nil, 0o600))
-	try(t, ownedBy("frr", r.dir, config, none))
+	must(t, os.WriteFile(none, nil, 0o600))
+	must(t, ownedBy("frr", r.dir, config, none))
 	// As they change their user, they would not end with the test; with a PID namespace they do. In /var/tmp they leave logs.
 	daemon := func(name, config string, more ...string) *program {
 		return start(t, append([]string{
@@ -186,7 +186,7 @@ func ownedBy(name string, files ...string) error {
 // awaitVTY waits until one of FRR's daemons takes commands.
 func (r *frr) awaitVTY(t *testing.T, daemon string) {
 	t.Helper()
-	awaitAgain(t, daemon+" to take commands", func() bool {
+	eventuallySlow(t, daemon+" to take commands", func() bool {
 		c, err := net.Dial("unix", filepath.Join(r.dir, daemon+".vty"))
 		if err != nil {
 			return false
@@ -196,16 +196,16 @@ func (r *frr) awaitVTY(t *testing.T, daemon string) {
 	})
 }
 
-// standBack has speakers reach FRR over a router that is beside it in the underlay.
-func (r *frr) standBack(t *testing.T) {
+// placeBehindRouter has speakers reach FRR over a router that is beside it in the underlay.
+func (r *frr) placeBehindRouter(t *testing.T) {
 	t.Helper()
-	hop, address := join(t, r.underlay, "hop"), netip.MustParseAddr("192.0.2.9")
-	hop.address(t, netip.PrefixFrom(address, families["IPv4"].bits))
+	hop, address := addNode(t, r.underlay, "hop"), netip.MustParseAddr("192.0.2.9")
+	hop.addUnderlayAddress(t, netip.PrefixFrom(address, families["IPv4"].bits))
 	hop.Sysctl(t, "net/ipv4/ip_forward", "1")
 	connectSpeakers(t, hop)
 	r.at = r.vtep
-	try(t, r.Netlink(t).RouteAdd(route(netip.PrefixFrom(frrAddress, speakersBits), address)))
-	try(t, netlink.RouteAdd(route(netip.PrefixFrom(r.at, r.at.BitLen()), frrAddress))) // goes with its link
+	must(t, r.Netlink(t).RouteAdd(route(netip.PrefixFrom(frrAddress, speakersBits), address)))
+	must(t, netlink.RouteAdd(route(netip.PrefixFrom(r.at, r.at.BitLen()), frrAddress))) // goes with its link
 }
 
 func route(to netip.Prefix, by netip.Addr) *netlink.Route {
@@ -214,31 +214,31 @@ func route(to netip.Prefix, by netip.Addr) *netlink.Route {
 }
 
 // connectSpeakers lays a cable between a host and the test's own namespace, with addresses for the speakers.
-func connectSpeakers(t *testing.T, h host) {
+func connectSpeakers(t *testing.T, h node) {
 	t.Helper()
 	there, err := os.Open(h.Path)
-	try(t, err)
+	must(t, err)
 	defer there.Close()
 	attrs := netlink.NewLinkAttrs()
 	attrs.Name = "speakers"
 	cable := &netlink.Veth{LinkAttrs: attrs, PeerName: "mgmt", PeerNamespace: netlink.NsFd(int(there.Fd()))}
-	try(t, netlink.LinkAdd(cable))
-	t.Cleanup(func() { try(t, netlink.LinkDel(cable)) })
+	must(t, netlink.LinkAdd(cable))
+	t.Cleanup(func() { must(t, netlink.LinkDel(cable)) })
 	for n := range byte(4) {
-		try(t, netlink.AddrAdd(cable, addressOf(t, speakerAddress(1+n))))
+		must(t, netlink.AddrAdd(cable, addressOf(t, speakerAddress(1+n))))
 	}
-	try(t, netlink.LinkSetUp(cable))
+	must(t, netlink.LinkSetUp(cable))
 	nl := h.Netlink(t)
 	mgmt, err := nl.LinkByName("mgmt")
-	try(t, err)
-	try(t, nl.AddrAdd(mgmt, addressOf(t, frrAddress)))
-	try(t, nl.LinkSetUp(mgmt))
+	must(t, err)
+	must(t, nl.AddrAdd(mgmt, addressOf(t, frrAddress)))
+	must(t, nl.LinkSetUp(mgmt))
 }
 
 func addressOf(t *testing.T, a netip.Addr) *netlink.Addr {
 	t.Helper()
 	addr, err := netlink.ParseAddr(netip.PrefixFrom(a, speakersBits).String())
-	try(t, err)
+	must(t, err)
 	return addr
 }
 
@@ -253,7 +253,7 @@ func (r *frr) attach(t *testing.T, s segment.Segment) *station {
 	r.Sysctl(t, "net/ipv6/conf/default/disable_ipv6", "1")
 	st := &station{Namespace: netlab.NewPod(t)}
 	pod, err := os.Open(st.Path)
-	try(t, err)
+	must(t, err)
 	defer pod.Close()
 	h := r.Netlink(t)
 	named := func(name string) netlink.LinkAttrs {
@@ -263,23 +263,23 @@ func (r *frr) attach(t *testing.T, s segment.Segment) *station {
 	}
 	snooping := false
 	bridge := &netlink.Bridge{LinkAttrs: named("br"), MulticastSnooping: &snooping}
-	try(t, h.LinkAdd(bridge))
+	must(t, h.LinkAdd(bridge))
 	vxlan := &netlink.Vxlan{LinkAttrs: named("vx"), VxlanId: int(s.VXLAN.VNI), Port: int(s.VXLAN.Port), SrcAddr: r.vtep.AsSlice()}
 	vxlan.MasterIndex = bridge.Index
-	try(t, h.LinkAdd(vxlan))
-	try(t, h.LinkSetLearning(vxlan, false))
-	try(t, h.LinkSetBrNeighSuppress(vxlan, true))
+	must(t, h.LinkAdd(vxlan))
+	must(t, h.LinkSetLearning(vxlan, false))
+	must(t, h.LinkSetBrNeighSuppress(vxlan, true))
 	port := &netlink.Veth{LinkAttrs: named("port"), PeerName: ifname, PeerNamespace: netlink.NsFd(int(pod.Fd()))}
 	port.MasterIndex = bridge.Index
-	try(t, h.LinkAdd(port))
+	must(t, h.LinkAdd(port))
 	for _, link := range []netlink.Link{bridge, vxlan, port} {
-		try(t, h.LinkSetUp(link))
+		must(t, h.LinkSetUp(link))
 	}
 	ph := st.Netlink(t)
 	inside, err := ph.LinkByName(ifname)
-	try(t, err)
-	try(t, ph.LinkSetMTU(inside, s.MTU))
-	try(t, ph.LinkSetUp(inside))
+	must(t, err)
+	must(t, ph.LinkSetMTU(inside, s.MTU))
+	must(t, ph.LinkSetUp(inside))
 	st.Attachment = kernel.Attachment{MAC: inside.Attrs().HardwareAddr, MTU: s.MTU}
 	st.AwaitCarrier(t, ifname)
 	r.AwaitCarrier(t, "port")
@@ -287,8 +287,8 @@ func (r *frr) attach(t *testing.T, s segment.Segment) *station {
 	return st
 }
 
-// tell logs what FRR has, if the test has failed.
-func (r *frr) tell(t *testing.T) {
+// logState logs what FRR has, if the test has failed.
+func (r *frr) logState(t *testing.T) {
 	if t.Failed() {
 		for _, command := range []string{"show bgp l2vpn evpn summary", "show bgp l2vpn evpn", "show evpn mac vni all"} {
 			t.Logf("%s\n%s", command, r.show(t, command))
@@ -316,10 +316,10 @@ func (r *frr) vtysh(t *testing.T, commands ...string) string {
 	return string(out)
 }
 
-// awaitShown waits until FRR's answer has a line with all these words, and returns the answer.
-func (r *frr) awaitShown(t *testing.T, command string, words ...string) (answer string) {
+// awaitOutput waits until FRR's answer has a line with all these words, and returns the answer.
+func (r *frr) awaitOutput(t *testing.T, command string, words ...string) (answer string) {
 	t.Helper()
-	awaitAgain(t, fmt.Sprintf("%q in %q", words, command), func() bool {
+	eventuallySlow(t, fmt.Sprintf("%q in %q", words, command), func() bool {
 		answer = r.show(t, command)
 		return hasAll(answer, words...)
 	})
@@ -335,10 +335,10 @@ func hasAll(text string, words ...string) bool {
 	return true
 }
 
-// awaitAgain asks again and again: of this there is no event.
-func awaitAgain(t *testing.T, what string, so func() bool) {
+// eventuallySlow asks again and again: of this there is no event.
+func eventuallySlow(t *testing.T, what string, so func() bool) {
 	t.Helper()
-	awaitWithin(t, longPatience, what, so)
+	awaitWithin(t, daemonTimeout, what, so)
 }
 
 // awaitWithin does so for what takes its time.
@@ -361,7 +361,7 @@ func startGoBGP(t *testing.T) (*program, netip.AddrPort) {
 	}
 	at, api := freePort(t), freePort(t)
 	config := filepath.Join(t.TempDir(), "gobgpd.toml")
-	try(t, os.WriteFile(config, fmt.Appendf(nil, `[global.config]
+	must(t, os.WriteFile(config, fmt.Appendf(nil, `[global.config]
 as = 65000
 router-id = "127.0.0.1"
 port = %d
@@ -398,7 +398,7 @@ peer-group = "nodes"
 func freePort(t *testing.T) netip.AddrPort {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
-	try(t, err)
+	must(t, err)
 	defer l.Close()
 	return l.Addr().(*net.TCPAddr).AddrPort()
 }

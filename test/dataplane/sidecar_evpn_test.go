@@ -39,29 +39,29 @@ func evpnWithANode(t *testing.T, s *sidecars) {
 				mine["KL_EVPN_PEERS"], mine["KUBECONFIG"] = fmt.Sprintf("address=%s,port=%d,ipv6-vteps", reflectorAddress, port), ""
 			} else {
 				mine["KL_EVPN_REFLECTORS"] = tm.namespace + "/reflectors"
-				try(t, tm.api.Create(t.Context(), &discoveryv1.EndpointSlice{
+				must(t, tm.api.Create(t.Context(), &discoveryv1.EndpointSlice{
 					ObjectMeta:  metav1.ObjectMeta{Namespace: tm.namespace, Name: "reflectors", Labels: map[string]string{discoveryv1.LabelServiceName: "reflectors"}},
 					AddressType: discoveryv1.AddressTypeIPv4, Ports: []discoveryv1.EndpointPort{{Port: &port}}, Endpoints: ready(reflectorAddress),
 				}))
 			}
 			vtep := map[*pod]netip.Addr{a: a.ipv4, b: b.ipv4}
 			nodeIPv4, nodeIPv6 := podAddresses(9)
-			node := join(t, tm.underlay, "worker1")
-			node.address(t, netip.PrefixFrom(nodeIPv4, 24))
-			node.address(t, netip.PrefixFrom(nodeIPv6, 64))
+			node := addNode(t, tm.underlay, "worker1")
+			node.addUnderlayAddress(t, netip.PrefixFrom(nodeIPv4, 24))
+			node.addUnderlayAddress(t, netip.PrefixFrom(nodeIPv6, 64))
 			local, overhead := nodeIPv4, segment.Overhead4
 			if is6 {
 				local, overhead, vtep[a], vtep[b] = nodeIPv6, segment.Overhead6, a.ipv6, b.ipv6
 			}
 			lan := lan("evpn", vni, "one")
 			lan.MTU = underlayMTU - overhead
-			lan = node.here(t, told(unicast(lan, local)))
-			node.build(t, lan)
-			daemon := node.speak(t, lan, 1, reflector.at)
+			lan = node.withUnderlay(t, withEVPN(unicast(lan, local)))
+			node.reconcile(t, lan)
+			daemon := node.startSpeaker(t, lan, 1, reflector.at)
 			one := node.attach(t, lan, "one", segment.Veth)
 			link, err := one.Netlink(t).LinkByName(ifname)
-			try(t, err)
-			try(t, one.Netlink(t).AddrAdd(link, &netlink.Addr{IPNet: &net.IPNet{IP: net.IPv4(192, 168, 69, 9), Mask: net.CIDRMask(24, 32)}}))
+			must(t, err)
+			must(t, one.Netlink(t).AddrAdd(link, &netlink.Addr{IPNet: &net.IPNet{IP: net.IPv4(192, 168, 69, 9), Mask: net.CIDRMask(24, 32)}}))
 
 			onA := tables(t, a.Namespace)
 			running := map[*pod]*sidecar{}
@@ -82,7 +82,7 @@ func evpnWithANode(t *testing.T, s *sidecars) {
 					ping(t, from, address)
 				}
 			}
-			if entries := a.learnt(t); len(entries) > 0 {
+			if entries := a.learned(t); len(entries) > 0 {
 				t.Errorf("%s has learnt %v", a.Name, entries)
 			}
 
@@ -99,7 +99,7 @@ func evpnWithANode(t *testing.T, s *sidecars) {
 			node1.expectAll(t)
 
 			// One that ends takes back what it has told.
-			daemon.settled(t)
+			daemon.awaitSettled(t)
 			onNode := node.tables(t, lan)
 			began := time.Now()
 			running[b].stop(t)
@@ -109,18 +109,18 @@ func evpnWithANode(t *testing.T, s *sidecars) {
 			t.Logf("the node forgot a pod %v after its sidecar was told to end", time.Since(began).Round(time.Millisecond))
 			a.awaitRemotes(t, local)
 			crosses(t, one, from, frames.Stream(nil, one.MAC, 5, 1))
-			daemon.leave()
+			daemon.end()
 		})
 	}
 }
 
 // reach has each pod reach the reflector.
-func (tm *team) reach(t *testing.T, reflector *reflectors) {
+func (tm *team) reach(t *testing.T, reflector *reflector) {
 	t.Helper()
 	for i, p := range tm.pods {
 		lo, err := p.Netlink(t).LinkByName("lo")
-		try(t, err)
-		try(t, p.Netlink(t).AddrAdd(lo, &netlink.Addr{IPNet: &net.IPNet{IP: reflectorAddress.AsSlice(), Mask: net.CIDRMask(32, 32)}}))
+		must(t, err)
+		must(t, p.Netlink(t).AddrAdd(lo, &netlink.Addr{IPNet: &net.IPNet{IP: reflectorAddress.AsSlice(), Mask: net.CIDRMask(32, 32)}}))
 		source := netip.AddrFrom4([4]byte{127, 0, 0, sessionAddress.As4()[3] + byte(i)})
 		p.relayTo(t, netip.AddrPortFrom(reflectorAddress, reflector.at.Port()).String(), reflector.at.String(), source)
 	}
@@ -158,8 +158,8 @@ func fromUnicastToEVPN(t *testing.T, s *sidecars) {
 			p.configure(t, step.config)
 		}
 		for p, other := range map[*pod]*station{a: two, b: one} {
-			awaitAgain(t, fmt.Sprintf("%s: %s to be told where the other is: %t", step.what, p.Name, step.told), func() bool {
-				return p.isTold(t, other.MAC) == step.told && p.link(t, kubelan).(*netlink.Vxlan).Learning != step.told
+			eventuallySlow(t, fmt.Sprintf("%s: %s to be told where the other is: %t", step.what, p.Name, step.told), func() bool {
+				return p.hasFDBEntry(t, other.MAC) == step.told && p.link(t, kubelan).(*netlink.Vxlan).Learning != step.told
 			})
 		}
 	}
@@ -172,18 +172,18 @@ func fromUnicastToEVPN(t *testing.T, s *sidecars) {
 	a.awaitRemotes(t, b.ipv4)
 }
 
-// isTold says whether the pod's VXLAN was told where a MAC is.
-func (p *pod) isTold(t *testing.T, mac net.HardwareAddr) bool {
+// hasFDBEntry says whether the pod's VXLAN was told where a MAC is.
+func (p *pod) hasFDBEntry(t *testing.T, mac net.HardwareAddr) bool {
 	t.Helper()
 	entries, err := p.Netlink(t).NeighList(p.index(t), unix.AF_BRIDGE)
-	try(t, err)
+	must(t, err)
 	return slices.ContainsFunc(entries, func(e netlink.Neigh) bool {
 		return e.Flags&netlink.NTF_EXT_LEARNED != 0 && slices.Equal(e.HardwareAddr, mac)
 	})
 }
 
 // While there is nobody to speak with, /health says so; the first pod of a LAN is well without others.
-func evpnWithNobody(t *testing.T, s *sidecars) {
+func evpnWithoutPeers(t *testing.T, s *sidecars) {
 	tm := s.pods(t, 1)
 	a := tm.pods[0]
 	at := freePort(t)
@@ -193,21 +193,21 @@ func evpnWithNobody(t *testing.T, s *sidecars) {
 	})
 	sc := a.start(t, mine)
 	a.awaitHealth(t, http.StatusInternalServerError, "no BGP session is up", reflectorAddress.String())
-	sc.tells(t, "level=WARN", "BGP session is down", reflectorAddress.String())
+	sc.awaitLog(t, "level=WARN", "BGP session is down", reflectorAddress.String())
 	tm.reach(t, startReflector(t, at))
 	a.awaitHealth(t, http.StatusNoContent)
-	sc.tells(t, "level=INFO", "BGP session is up")
+	sc.awaitLog(t, "level=INFO", "BGP session is up")
 	sc.stop(t)
 	if links := a.Links(t); !slices.Equal(links, []string{"eth1"}) {
 		t.Errorf("%s is left with %v", a.Name, links)
 	}
 }
 
-// learnt are the MACs that the pod's VXLAN has learnt by itself.
-func (p *pod) learnt(t *testing.T) (macs []string) {
+// learned are the MACs that the pod's VXLAN has learnt by itself.
+func (p *pod) learned(t *testing.T) (macs []string) {
 	t.Helper()
 	entries, err := p.Netlink(t).NeighList(p.index(t), unix.AF_BRIDGE)
-	try(t, err)
+	must(t, err)
 	for _, e := range entries {
 		if e.Flags&netlink.NTF_EXT_LEARNED == 0 && e.State&netlink.NUD_PERMANENT == 0 {
 			macs = append(macs, e.HardwareAddr.String()+" behind "+e.IP.String())

@@ -90,7 +90,7 @@ func servicesAndSlicesAreJoined(t *testing.T, s *sidecars) {
 	tm.slice(t, "b-1", "b")
 	expectEntries(t, updates, remoteEvent{unix.RTM_DELNEIGH, two})
 	p.awaitRemotes(t, one, three, static)
-	if said := sc.said(t); strings.Contains(said, "level=ERROR") || strings.Contains(said, "level=WARN") {
+	if said := sc.logText(t); strings.Contains(said, "level=ERROR") || strings.Contains(said, "level=WARN") {
 		t.Errorf("it said\n%s", said)
 	}
 }
@@ -104,7 +104,7 @@ type remoteEvent struct {
 // expectEntries wants that what a VXLAN was told next of remotes is this, and nothing besides.
 func expectEntries(t *testing.T, updates <-chan netlink.NeighUpdate, want ...remoteEvent) {
 	t.Helper()
-	late := time.After(longPatience)
+	late := time.After(daemonTimeout)
 	var got []remoteEvent
 	for len(got) < len(want) {
 		select {
@@ -130,7 +130,7 @@ func aServiceOfAThousandPods(t *testing.T, s *sidecars) {
 		endpoints = append(endpoints, netip.AddrFrom4([4]byte{10, 9, byte(i / 250), byte(1 + i%250)}))
 	}
 	for _, p := range tm.pods { // or each frame that is flooded asks for the way a thousand times
-		try(t, p.Netlink(t).RouteAdd(&netlink.Route{Dst: &net.IPNet{IP: net.IPv4(10, 0, 0, 0), Mask: net.CIDRMask(8, 32)}, Type: unix.RTN_BLACKHOLE}))
+		must(t, p.Netlink(t).RouteAdd(&netlink.Route{Dst: &net.IPNet{IP: net.IPv4(10, 0, 0, 0), Mask: net.CIDRMask(8, 32)}, Type: unix.RTN_BLACKHOLE}))
 	}
 	slice := func(n int) {
 		tm.slice(t, fmt.Sprint("lan-", n), "lan", ready(endpoints[n*perSlice:min(len(endpoints), (n+1)*perSlice)]...)...)
@@ -264,24 +264,24 @@ func aChangedConfiguration(t *testing.T, s *sidecars) {
 	a.awaitRemotes(t, b.ipv4, more)
 	a.configure(t, config("log_level: debug\n"))
 	a.awaitRemotes(t, b.ipv4)
-	sc.tells(t, "level=DEBUG", "198.51.100.77")
+	sc.awaitLog(t, "level=DEBUG", "198.51.100.77")
 	a.configure(t, config("  change: [sh, -c, 'echo $SERVICE $IPS $DELETED $IFACE >> "+said+"']\nready_only: true\n"))
-	sc.tells(t, "configuration changed")
+	sc.awaitLog(t, "configuration changed")
 	tm.slice(t, "lan-1", "lan", ready(more)...)
-	awaitAgain(t, "the change hook to run", func() bool {
+	eventuallySlow(t, "the change hook to run", func() bool {
 		return strings.Contains(fileText(t, said), tm.namespace+"/lan 198.51.100.77 false kubelan\n")
 	})
 	tm.slice(t, "lan-1", "lan")
-	awaitAgain(t, "the change hook to run", func() bool {
+	eventuallySlow(t, "the change hook to run", func() bool {
 		return strings.Contains(fileText(t, said), tm.namespace+"/lan 198.51.100.77 true kubelan\n")
 	})
 
 	for _, wrong := range []string{"services: [lan]\nvxlan: {vni: 0}\n", "nonsense: 1\n", "services: [lan"} {
-		before := sc.count(t, "all stays as it was")
+		before := sc.countLog(t, "all stays as it was")
 		a.configure(t, wrong)
-		awaitAgain(t, "the mistake to be told", func() bool { return sc.count(t, "all stays as it was") == before+1 })
+		eventuallySlow(t, "the mistake to be told", func() bool { return sc.countLog(t, "all stays as it was") == before+1 })
 	}
-	sc.tells(t, `vxlan.vni: \"0\" is no number from 1 to 16777215`)
+	sc.awaitLog(t, `vxlan.vni: \"0\" is no number from 1 to 16777215`)
 	a.staysHealthy(t)
 	there.expectAll(t)
 	back.expectAll(t)
@@ -290,15 +290,15 @@ func aChangedConfiguration(t *testing.T, s *sidecars) {
 	}
 
 	a.configure(t, config("vxlan: {vni: 7000}\n"))
-	awaitAgain(t, "another interface", func() bool { now := a.index(t); return now != 0 && now != index })
+	eventuallySlow(t, "another interface", func() bool { now := a.index(t); return now != 0 && now != index })
 	a.awaitRemotes(t, b.ipv4)
 	b.configure(t, "") // too late: it was started without a file
 	if l := a.link(t, kubelan).(*netlink.Vxlan); l.VxlanId != 7000 {
 		t.Errorf("the VNI is %d", l.VxlanId)
 	}
-	awaitAgain(t, "the up hook to run again", func() bool { return strings.Count(fileText(t, said), "up\n") == 2 })
+	eventuallySlow(t, "the up hook to run again", func() bool { return strings.Count(fileText(t, said), "up\n") == 2 })
 	a.configure(t, config("vxlan: {vni: 7000, interface: lan0}\n"))
-	awaitAgain(t, "the interface to have another name", func() bool { return slices.Equal(a.Links(t), []string{"eth1", "lan0"}) })
+	eventuallySlow(t, "the interface to have another name", func() bool { return slices.Equal(a.Links(t), []string{"eth1", "lan0"}) })
 	sc.stop(t)
 	if links := a.Links(t); !slices.Equal(links, []string{"eth1"}) {
 		t.Errorf("%s is left with %v", a.Name, links)
@@ -310,7 +310,7 @@ func fileText(t *testing.T, file string) string {
 	t.Helper()
 	b, err := os.ReadFile(file)
 	if !os.IsNotExist(err) {
-		try(t, err)
+		must(t, err)
 	}
 	return string(b)
 }
@@ -330,19 +330,19 @@ func strictPeers(t *testing.T, s *sidecars) {
 				from, to = stranger.ipv6, a.ipv6
 			}
 			lan := segment.Segment{VXLAN: segment.VXLAN{VNI: 6969, Port: 4789}}
-			send := host{Node: stranger.Node}.sender(t, from, to, lan)
-			awaitAgain(t, "strangers to be dropped", func() bool {
-				send(said(1))
+			send := node{Node: stranger.Node}.sender(t, from, to, lan)
+			eventuallySlow(t, "strangers to be dropped", func() bool {
+				send(nonMemberFrame(1))
 				frame, err := next(one.Wire, 100*time.Millisecond)
 				return err != nil && frame == nil
 			})
 			drain(t, one.Wire)
 			for seq := range uint64(100) {
-				send(said(seq))
+				send(nonMemberFrame(seq))
 			}
 			crosses(t, two, one, frames.Stream(one.MAC, two.MAC, 1, 1)) // and nothing of the stranger before it
 			sidecars[0].stop(t)
-			try(t, host{Node: a.Node}.nft(t, func(c *nftables.Conn) error {
+			must(t, node{Node: a.Node}.nft(t, func(c *nftables.Conn) error {
 				tables, err := c.ListTables()
 				if len(tables) > 0 {
 					t.Errorf("the filter is left: %s", tables[0].Name)
@@ -365,7 +365,7 @@ func twoLANsInOnePod(t *testing.T, s *sidecars) {
 	}
 	a, b := tm.pods[0], tm.pods[1]
 	reach := func() {
-		awaitAgain(t, "the second LAN", func() bool {
+		eventuallySlow(t, "the second LAN", func() bool {
 			return a.Do(exec.Command("ping", "-c", "1", "-W", "1", "192.168.70.2").Run) == nil
 		})
 		ping(t, a.Namespace, "192.168.69.2")
@@ -383,10 +383,10 @@ func twoLANsInOnePod(t *testing.T, s *sidecars) {
 		t.Errorf("%s is left with %v", b.Name, links)
 	}
 	stream.expectAll(t)
-	awaitAgain(t, "one filter to be left in each pod", func() bool {
+	eventuallySlow(t, "one filter to be left in each pod", func() bool {
 		for _, p := range tm.pods {
 			var names []string
-			try(t, host{Node: p.Node}.nft(t, func(c *nftables.Conn) error {
+			must(t, node{Node: p.Node}.nft(t, func(c *nftables.Conn) error {
 				tables, err := c.ListTables()
 				for _, table := range tables {
 					names = append(names, table.Name)
@@ -447,7 +447,7 @@ func aKilledSidecarIsAdopted(t *testing.T, s *sidecars) {
 	// What does not fit is made anew, and prepared again.
 	sc.kill()
 	sc = a.start(t, a.settings().with(hook).with(settings{"KL_VXLAN_PORT": "8472"}))
-	awaitAgain(t, "another interface", func() bool { now := a.index(t); return now != 0 && now != index })
+	eventuallySlow(t, "another interface", func() bool { now := a.index(t); return now != 0 && now != index })
 	a.awaitRemotes(t, b.ipv4)
 	a.awaitHealth(t, http.StatusNoContent)
 	if text := fileText(t, ups); text != "up\nup\n" {
@@ -458,7 +458,7 @@ func aKilledSidecarIsAdopted(t *testing.T, s *sidecars) {
 	// One that was killed before its up hook was done.
 	slow := settings{"KL_HOOKS_UP": `["sh", "-c", "echo up >> ` + ups + `; test -e ` + ups + `.done || sleep 60"]`}
 	sc = a.start(t, a.settings().with(slow))
-	awaitAgain(t, "the up hook to run", func() bool { return fileText(t, ups) == "up\nup\nup\n" })
+	eventuallySlow(t, "the up hook to run", func() bool { return fileText(t, ups) == "up\nup\nup\n" })
 	if code, body, err := a.get("/health"); err != nil || code != http.StatusInternalServerError {
 		t.Errorf("before the hook is done /health answers %d %s, %v", code, body, err)
 	}
@@ -466,7 +466,7 @@ func aKilledSidecarIsAdopted(t *testing.T, s *sidecars) {
 		t.Errorf("before the hook is done there are remotes: %v", remotes)
 	}
 	sc.kill()
-	try(t, os.WriteFile(ups+".done", nil, 0o644))
+	must(t, os.WriteFile(ups+".done", nil, 0o644))
 	sc = a.start(t, a.settings().with(slow))
 	a.awaitRemotes(t, b.ipv4)
 	if text := fileText(t, ups); text != "up\nup\nup\nup\n" {
@@ -475,43 +475,43 @@ func aKilledSidecarIsAdopted(t *testing.T, s *sidecars) {
 	sc.stop(t)
 }
 
-func whatIsNotOursIsLeftAlone(t *testing.T, s *sidecars) {
+func foreignInterfacesAreKept(t *testing.T, s *sidecars) {
 	tm := s.pods(t, 1)
 	tm.service(t, "lan")
 	a := tm.pods[0]
 	h := a.Netlink(t)
 	t.Run("the name", func(t *testing.T) {
 		other := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: kubelan}, PeerName: "peer"}
-		try(t, h.LinkAdd(other))
+		must(t, h.LinkAdd(other))
 		index := a.index(t)
 		sc := a.start(t, a.settings())
-		sc.tells(t, "there is an interface kubelan already, a veth; choose another name")
+		sc.awaitLog(t, "there is an interface kubelan already, a veth; choose another name")
 		a.awaitHealth(t, http.StatusInternalServerError, "there is an interface kubelan already")
 		if a.index(t) != index || a.link(t, kubelan).Type() != "veth" {
 			t.Error("it was not left alone")
 		}
-		try(t, h.LinkDel(other))
+		must(t, h.LinkDel(other))
 		a.awaitHealth(t, http.StatusNoContent)
 		sc.stop(t)
-		try(t, h.LinkAdd(other))
+		must(t, h.LinkAdd(other))
 		sc = a.start(t, a.settings())
-		sc.tells(t, "choose another name")
+		sc.awaitLog(t, "choose another name")
 		sc.stop(t)
 		if l := a.link(t, kubelan); l == nil || l.Type() != "veth" {
 			t.Error("it was taken away")
 		}
-		try(t, h.LinkDel(a.link(t, kubelan)))
+		must(t, h.LinkDel(a.link(t, kubelan)))
 	})
 	t.Run("the VNI", func(t *testing.T) {
 		other := &netlink.Vxlan{LinkAttrs: netlink.LinkAttrs{Name: "other"}, VxlanId: 6969, Port: 4789}
-		try(t, h.LinkAdd(other))
+		must(t, h.LinkAdd(other))
 		sc := a.start(t, a.settings())
-		sc.tells(t, "VNI 6969", "UDP port 4789", "in use")
+		sc.awaitLog(t, "VNI 6969", "UDP port 4789", "in use")
 		a.awaitHealth(t, http.StatusInternalServerError, "VNI 6969")
-		if n := sc.count(t, "level=ERROR"); n != 1 {
-			t.Errorf("it said so in %d lines:\n%s", n, sc.said(t))
+		if n := sc.countLog(t, "level=ERROR"); n != 1 {
+			t.Errorf("it said so in %d lines:\n%s", n, sc.logText(t))
 		}
-		try(t, h.LinkDel(other))
+		must(t, h.LinkDel(other))
 		a.awaitHealth(t, http.StatusNoContent)
 		sc.stop(t)
 	})
@@ -531,7 +531,7 @@ func hooks(t *testing.T, s *sidecars) {
 	} {
 		t.Run("up "+what, func(t *testing.T) {
 			sc := a.start(t, a.settings().with(settings{"KL_HOOKS_UP": hook.command, "KL_HOOKS_TIMEOUT": "1s"}))
-			sc.fails(t, hook.words...)
+			sc.expectFailure(t, hook.words...)
 			if links := a.Links(t); !slices.Equal(links, []string{"eth1"}) {
 				t.Errorf("%s is left with %v", a.Name, links)
 			}
@@ -543,7 +543,7 @@ func hooks(t *testing.T, s *sidecars) {
 			tm.slice(t, "more", "lan", ready(peer)...)
 			words := slices.Clone(hook.words)
 			words[0] = "hook change"
-			sc.tells(t, words...)
+			sc.awaitLog(t, words...)
 			a.awaitRemotes(t, netip.MustParseAddr("198.51.100.9"), peer)
 			a.awaitHealth(t, http.StatusNoContent)
 			tm.slice(t, "more", "lan")
@@ -585,22 +585,22 @@ func wrongConfigurations(t *testing.T, s *sidecars) {
 			}
 			sc := a.start(t, a.settings().with(wrong.env))
 			if wrong.words == nil { // it may become the pod's: tried again
-				sc.tells(t, "no interface of the pod has the address 198.51.100.9")
+				sc.awaitLog(t, "no interface of the pod has the address 198.51.100.9")
 				a.awaitHealth(t, http.StatusInternalServerError, "198.51.100.9")
 				sc.stop(t)
 				return
 			}
-			sc.fails(t, wrong.words...)
+			sc.expectFailure(t, wrong.words...)
 			if links := a.Links(t); !slices.Equal(links, []string{"eth1"}) {
 				t.Errorf("%s is left with %v", a.Name, links)
 			}
 		})
 	}
 	t.Run("missing file", func(t *testing.T) {
-		a.start(t, a.settings(), "--config=/no/such/file").fails(t, "/no/such/file")
+		a.start(t, a.settings(), "--config=/no/such/file").expectFailure(t, "/no/such/file")
 	})
 	t.Run("file without rights", func(t *testing.T) {
-		a.start(t, a.settings(), "--config=/").fails(t, "read the configuration", "/")
+		a.start(t, a.settings(), "--config=/").expectFailure(t, "read the configuration", "/")
 	})
 }
 
@@ -612,7 +612,7 @@ func noAPIServer(t *testing.T, s *sidecars) {
 	a.relay.close()
 	sc := a.start(t, a.settings())
 	b.start(t, b.settings())
-	sc.tells(t, "level=ERROR", "watch the EndpointSlices, trying again", "connection refused")
+	sc.awaitLog(t, "level=ERROR", "watch the EndpointSlices, trying again", "connection refused")
 	a.awaitHealth(t, http.StatusInternalServerError, "connection refused")
 	if a.index(t) == 0 {
 		t.Error("there is no interface")
@@ -633,29 +633,29 @@ func noAPIServer(t *testing.T, s *sidecars) {
 	there.expectAll(t)
 	back.expectAll(t)
 	a.staysHealthy(t)
-	if lines := sc.count(t, "level=ERROR"); lines > 3 {
-		t.Errorf("it said %d lines of trouble:\n%s", lines, sc.said(t))
+	if lines := sc.countLog(t, "level=ERROR"); lines > 3 {
+		t.Errorf("it said %d lines of trouble:\n%s", lines, sc.logText(t))
 	}
 	a.relay.open(t)
 	expectEntries(t, updates, remoteEvent{unix.RTM_NEWNEIGH, come})
-	sc.tells(t, "the API server tells of endpoints again")
+	sc.awaitLog(t, "the API server tells of endpoints again")
 }
 
 // Who may not read EndpointSlices is told what to do, and goes on once it may.
-func noRights(t *testing.T, s *sidecars) {
+func noEndpointSliceRights(t *testing.T, s *sidecars) {
 	tm := s.pods(t, 1)
 	a := tm.pods[0]
 	tm.slice(t, "lan-1", "lan", ready(netip.MustParseAddr("198.51.100.5"))...)
 	sc := a.start(t, a.settings().with(settings{"KUBECONFIG": tm.account(t, "poor")}))
-	sc.tells(t, "level=ERROR", "needs a Role with list and watch of endpointslices", tm.namespace)
+	sc.awaitLog(t, "level=ERROR", "needs a Role with list and watch of endpointslices", tm.namespace)
 	a.awaitHealth(t, http.StatusInternalServerError, "needs a Role with list and watch of endpointslices")
 	tm.allow(t, "poor", rbacv1.PolicyRule{APIGroups: []string{"discovery.k8s.io"}, Resources: []string{"endpointslices"}, Verbs: []string{"list", "watch"}})
 	a.awaitHealth(t, http.StatusNoContent)
 	a.awaitRemotes(t, netip.MustParseAddr("198.51.100.5"))
 }
 
-// startDeaf has a pod send to a peer from which nothing comes. What it says of that it says after half a minute, so meanwhile there are other tests.
-func (s *sidecars) startDeaf(t *testing.T) func(*testing.T, *sidecars) {
+// startUnanswered has a pod send to a peer from which nothing comes. What it says of that it says after half a minute, so meanwhile there are other tests.
+func (s *sidecars) startUnanswered(t *testing.T) func(*testing.T, *sidecars) {
 	t.Helper()
 	tm := s.pods(t, 2)
 	a, b := tm.pods[0], tm.pods[1]
@@ -664,22 +664,22 @@ func (s *sidecars) startDeaf(t *testing.T) func(*testing.T, *sidecars) {
 	a.awaitHealth(t, http.StatusNoContent)
 	b.awaitHealth(t, http.StatusNoContent)
 	station := a.station(t)
-	try(t, station.Send(frames.Stream(nil, station.MAC, 1, 1)))
+	must(t, station.Send(frames.Stream(nil, station.MAC, 1, 1)))
 	return func(t *testing.T, _ *sidecars) {
-		awaitWithin(t, 2*longPatience, "it to say so", func() bool {
+		awaitWithin(t, 2*daemonTimeout, "it to say so", func() bool {
 			if err := station.Send(frames.Stream(nil, station.MAC, 1, 1)); err != nil {
 				t.Error(err)
 			}
-			return deaf.count(t, "level=WARN", "frames are sent, but none has arrived yet", "NetworkPolicy", "port=4789", "vni=6969") == 1
+			return deaf.countLog(t, "level=WARN", "frames are sent, but none has arrived yet", "NetworkPolicy", "port=4789", "vni=6969") == 1
 		})
 		a.staysHealthy(t)
-		if said := other.said(t); strings.Contains(said, "level=WARN") { // it sends nothing
+		if said := other.logText(t); strings.Contains(said, "level=WARN") { // it sends nothing
 			t.Errorf("the other said\n%s", said)
 		}
 		other.stop(t)
 		b.start(t, b.settings().with(settings{"KL_SERVICES": "", "KL_PEERS": a.ipv4.String()}))
 		b.awaitHealth(t, http.StatusNoContent)
 		crosses(t, b.station(t), station, frames.Stream(nil, b.link(t, kubelan).Attrs().HardwareAddr, 1, 2))
-		deaf.tells(t, "level=INFO", "frames arrive")
+		deaf.awaitLog(t, "level=INFO", "frames arrive")
 	}
 }

@@ -54,19 +54,19 @@ func TestSidecar(t *testing.T) {
 		t.Fatalf("build k8slan: %v\n%s", err, out)
 	}
 	kubernetes, err := netlab.Component(t.Context(), "kubernetes")
-	try(t, err)
+	must(t, err)
 	etcd, err := netlab.Component(t.Context(), "etcd")
-	try(t, err)
+	must(t, err)
 	s.server, err = apiserver.Start(t.Context(), apiserver.Config{Kubernetes: kubernetes, Etcd: etcd})
 	if s.server != nil {
 		t.Cleanup(s.server.Stop)
 	}
-	try(t, err)
+	must(t, err)
 	scheme := kuberuntime.NewScheme()
-	try(t, errors.Join(corev1.AddToScheme(scheme), discoveryv1.AddToScheme(scheme), rbacv1.AddToScheme(scheme), authenticationv1.AddToScheme(scheme)))
+	must(t, errors.Join(corev1.AddToScheme(scheme), discoveryv1.AddToScheme(scheme), rbacv1.AddToScheme(scheme), authenticationv1.AddToScheme(scheme)))
 	s.api, err = client.New(s.server.Client, client.Options{Scheme: scheme})
-	try(t, err)
-	deaf := s.startDeaf(t)
+	must(t, err)
+	deaf := s.startUnanswered(t)
 	for _, test := range []struct {
 		name string
 		run  func(*testing.T, *sidecars)
@@ -80,14 +80,14 @@ func TestSidecar(t *testing.T) {
 		{"strict peers", strictPeers},
 		{"two LANs in one pod", twoLANsInOnePod},
 		{"a killed sidecar is adopted", aKilledSidecarIsAdopted},
-		{"what is not ours is left alone", whatIsNotOursIsLeftAlone},
+		{"what is not ours is left alone", foreignInterfacesAreKept},
 		{"hooks", hooks},
 		{"wrong configurations", wrongConfigurations},
 		{"no API server", noAPIServer},
-		{"no rights", noRights},
+		{"no rights", noEndpointSliceRights},
 		{"EVPN with a node", evpnWithANode},
 		{"from unicast to EVPN and back", fromUnicastToEVPN},
-		{"EVPN with nobody", evpnWithNobody},
+		{"EVPN with nobody", evpnWithoutPeers},
 		{"frames that do not arrive", deaf},
 	} {
 		t.Run(test.name, func(t *testing.T) { test.run(t, s) })
@@ -121,7 +121,7 @@ func podAddresses(n int) (ipv4, ipv6 netip.Addr) {
 func (s *sidecars) pods(t *testing.T, count int) *team {
 	t.Helper()
 	namespace := &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{GenerateName: "sidecar-"}}
-	try(t, s.api.Create(t.Context(), namespace))
+	must(t, s.api.Create(t.Context(), namespace))
 	tm := &team{sidecars: s, underlay: netlab.NewUnderlay(t, underlayMTU), namespace: namespace.Name}
 	tm.kubeconfig = tm.account(t, "lan", rbacv1.PolicyRule{
 		APIGroups: []string{"discovery.k8s.io"}, Resources: []string{"endpointslices"}, Verbs: []string{"list", "watch"},
@@ -137,9 +137,9 @@ func (tm *team) pod(t *testing.T, n int) *pod {
 	t.Helper()
 	p := &pod{Node: tm.underlay.Join(t, fmt.Sprintf("lan-%d", n-1)), team: tm, dir: t.TempDir()}
 	p.ipv4, p.ipv6 = podAddresses(n)
-	h := host{Node: p.Node}
-	h.address(t, netip.PrefixFrom(p.ipv4, 24))
-	h.address(t, netip.PrefixFrom(p.ipv6, 64))
+	h := node{Node: p.Node}
+	h.addUnderlayAddress(t, netip.PrefixFrom(p.ipv4, 24))
+	h.addUnderlayAddress(t, netip.PrefixFrom(p.ipv6, 64))
 	p.Sysctl(t, "net/ipv6/conf/default/disable_ipv6", "1") // the test's frames are the only ones in the LAN
 	p.relay = p.relayTo(t, tm.serverAddress(), tm.serverAddress(), netip.Addr{})
 	return p
@@ -150,8 +150,8 @@ func (tm *team) account(t *testing.T, name string, rules ...rbacv1.PolicyRule) s
 	t.Helper()
 	meta := metav1.ObjectMeta{Namespace: tm.namespace, Name: name}
 	account, token := &corev1.ServiceAccount{ObjectMeta: meta}, &authenticationv1.TokenRequest{}
-	try(t, tm.api.Create(t.Context(), account))
-	try(t, tm.api.SubResource("token").Create(t.Context(), account, token))
+	must(t, tm.api.Create(t.Context(), account))
+	must(t, tm.api.SubResource("token").Create(t.Context(), account, token))
 	tm.allow(t, name, rules...)
 	config := clientcmdapi.NewConfig()
 	config.Clusters["api"] = &clientcmdapi.Cluster{Server: tm.server.Client.Host, InsecureSkipTLSVerify: true}
@@ -159,7 +159,7 @@ func (tm *team) account(t *testing.T, name string, rules ...rbacv1.PolicyRule) s
 	config.Contexts["api"] = &clientcmdapi.Context{Cluster: "api", AuthInfo: "pod"}
 	config.CurrentContext = "api"
 	file := filepath.Join(t.TempDir(), name)
-	try(t, clientcmd.WriteToFile(*config, file))
+	must(t, clientcmd.WriteToFile(*config, file))
 	return file
 }
 
@@ -170,8 +170,8 @@ func (tm *team) allow(t *testing.T, account string, rules ...rbacv1.PolicyRule) 
 		return
 	}
 	meta := metav1.ObjectMeta{Namespace: tm.namespace, Name: account}
-	try(t, tm.api.Create(t.Context(), &rbacv1.Role{ObjectMeta: meta, Rules: rules}))
-	try(t, tm.api.Create(t.Context(), &rbacv1.RoleBinding{
+	must(t, tm.api.Create(t.Context(), &rbacv1.Role{ObjectMeta: meta, Rules: rules}))
+	must(t, tm.api.Create(t.Context(), &rbacv1.RoleBinding{
 		ObjectMeta: meta, RoleRef: rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "Role", Name: account},
 		Subjects: []rbacv1.Subject{{Kind: rbacv1.ServiceAccountKind, Namespace: tm.namespace, Name: account}},
 	}))
@@ -206,7 +206,7 @@ func (p *pod) relayTo(t *testing.T, at, to string, source netip.Addr) *relay {
 
 func (r *relay) open(t *testing.T) {
 	t.Helper()
-	try(t, r.from.Do(func() (err error) {
+	must(t, r.from.Do(func() (err error) {
 		r.listener, err = net.Listen("tcp", r.at)
 		return err
 	}))
@@ -266,11 +266,11 @@ func (tm *team) slice(t *testing.T, name, service string, endpoints ...discovery
 	err := tm.api.Create(t.Context(), slice)
 	if err != nil && client.IgnoreAlreadyExists(err) == nil {
 		var old discoveryv1.EndpointSlice
-		try(t, tm.api.Get(t.Context(), client.ObjectKeyFromObject(slice), &old))
+		must(t, tm.api.Get(t.Context(), client.ObjectKeyFromObject(slice), &old))
 		old.Endpoints = endpoints
 		err = tm.api.Update(t.Context(), &old)
 	}
-	try(t, err)
+	must(t, err)
 }
 
 // ready are endpoints of pods that are.
@@ -327,17 +327,17 @@ func (p *pod) configFile() string { return filepath.Join(p.dir, "config", "kubel
 // configure writes the configuration file as kubelet does: in one step.
 func (p *pod) configure(t *testing.T, text string) {
 	t.Helper()
-	try(t, os.MkdirAll(filepath.Dir(p.configFile()), 0o755))
+	must(t, os.MkdirAll(filepath.Dir(p.configFile()), 0o755))
 	next := filepath.Join(p.dir, "next")
-	try(t, os.WriteFile(next, []byte(text), 0o644))
-	try(t, os.Rename(next, p.configFile()))
+	must(t, os.WriteFile(next, []byte(text), 0o644))
+	must(t, os.Rename(next, p.configFile()))
 }
 
 // start starts a sidecar in the pod, with NET_ADMIN alone.
 func (p *pod) start(t *testing.T, s settings, args ...string) *sidecar {
 	t.Helper()
 	log, err := os.CreateTemp(p.dir, "log-")
-	try(t, err)
+	must(t, err)
 	defer log.Close()
 	args = append([]string{"--bounding-set=-all,+net_admin", "--inh-caps=-all,+net_admin", "--no-new-privs", p.team.binary, "sidecar"}, args...)
 	if exists(p.configFile()) {
@@ -370,11 +370,11 @@ func (p *pod) start(t *testing.T, s settings, args ...string) *sidecar {
 			started <- err
 		}
 	}()
-	try(t, <-started)
+	must(t, <-started)
 	t.Cleanup(func() {
 		sc.kill()
 		if t.Failed() {
-			t.Logf("the sidecar of %s said:\n%s", p.Name, sc.said(t))
+			t.Logf("the sidecar of %s said:\n%s", p.Name, sc.logText(t))
 		}
 	})
 	return sc
@@ -391,7 +391,7 @@ func (sc *sidecar) stop(t *testing.T) {
 	_ = sc.process.Signal(unix.SIGTERM) // it may have ended
 	sc.awaitEnd(t)
 	if sc.err != nil {
-		t.Errorf("the sidecar of %s: %v\n%s", sc.pod.Name, sc.err, sc.said(t))
+		t.Errorf("the sidecar of %s: %v\n%s", sc.pod.Name, sc.err, sc.logText(t))
 	}
 }
 
@@ -399,23 +399,23 @@ func (sc *sidecar) awaitEnd(t *testing.T) {
 	t.Helper()
 	select {
 	case <-sc.ended:
-	case <-time.After(longPatience):
-		t.Fatalf("the sidecar of %s does not end:\n%s", sc.pod.Name, sc.said(t))
+	case <-time.After(daemonTimeout):
+		t.Fatalf("the sidecar of %s does not end:\n%s", sc.pod.Name, sc.logText(t))
 	}
 }
 
-func (sc *sidecar) said(t *testing.T) string {
+func (sc *sidecar) logText(t *testing.T) string {
 	t.Helper()
 	b, err := os.ReadFile(sc.log)
-	try(t, err)
+	must(t, err)
 	return string(b)
 }
 
-// tells waits until it has said a line with these words, and returns it.
-func (sc *sidecar) tells(t *testing.T, words ...string) (line string) {
+// awaitLog waits until it has said a line with these words, and returns it.
+func (sc *sidecar) awaitLog(t *testing.T, words ...string) (line string) {
 	t.Helper()
-	awaitAgain(t, fmt.Sprintf("%s to say %q", sc.pod.Name, words), func() bool {
-		for l := range strings.Lines(sc.said(t)) {
+	eventuallySlow(t, fmt.Sprintf("%s to say %q", sc.pod.Name, words), func() bool {
+		for l := range strings.Lines(sc.logText(t)) {
 			if hasAll(l, words...) {
 				line = l
 				return true
@@ -426,10 +426,10 @@ func (sc *sidecar) tells(t *testing.T, words ...string) (line string) {
 	return line
 }
 
-// count is how often it has said a line with these words.
-func (sc *sidecar) count(t *testing.T, words ...string) (count int) {
+// countLog is how often it has said a line with these words.
+func (sc *sidecar) countLog(t *testing.T, words ...string) (count int) {
 	t.Helper()
-	for l := range strings.Lines(sc.said(t)) {
+	for l := range strings.Lines(sc.logText(t)) {
 		if hasAll(l, words...) {
 			count++
 		}
@@ -437,16 +437,16 @@ func (sc *sidecar) count(t *testing.T, words ...string) (count int) {
 	return count
 }
 
-// fails wants that it ends with code 1, and with one line that has these words as its last.
-func (sc *sidecar) fails(t *testing.T, words ...string) {
+// expectFailure wants that it ends with code 1, and with one line that has these words as its last.
+func (sc *sidecar) expectFailure(t *testing.T, words ...string) {
 	t.Helper()
 	sc.awaitEnd(t)
 	var exit *exec.ExitError
 	if !errors.As(sc.err, &exit) || exit.ExitCode() != 1 {
 		t.Errorf("it ended with %v, want code 1", sc.err)
 	}
-	said := strings.Split(strings.TrimSpace(sc.said(t)), "\n")
-	if last := said[len(said)-1]; !strings.HasPrefix(last, "k8slan: ") || !hasAll(last, words...) || strings.Count(sc.said(t), "k8slan: ") != 1 {
+	said := strings.Split(strings.TrimSpace(sc.logText(t)), "\n")
+	if last := said[len(said)-1]; !strings.HasPrefix(last, "k8slan: ") || !hasAll(last, words...) || strings.Count(sc.logText(t), "k8slan: ") != 1 {
 		t.Errorf("it said\n%s\nwant one line k8slan: … with %q", strings.Join(said, "\n"), words)
 	}
 }
@@ -475,7 +475,7 @@ func (p *pod) get(path string) (code int, body string, err error) {
 // awaitHealth waits until /health answers this, with these words.
 func (p *pod) awaitHealth(t *testing.T, want int, words ...string) {
 	t.Helper()
-	awaitAgain(t, fmt.Sprintf("%s to answer /health with %d, %q", p.Name, want, words), func() bool {
+	eventuallySlow(t, fmt.Sprintf("%s to answer /health with %d, %q", p.Name, want, words), func() bool {
 		code, body, err := p.get("/health")
 		return err == nil && code == want && hasAll(body, words...)
 	})
@@ -498,7 +498,7 @@ func (p *pod) link(t *testing.T, name string) netlink.Link {
 	if errors.As(err, &netlink.LinkNotFoundError{}) {
 		return nil
 	}
-	try(t, err)
+	must(t, err)
 	return l
 }
 
@@ -519,7 +519,7 @@ func (p *pod) remotes(t *testing.T) (remotes []netip.Addr) {
 		return nil
 	}
 	entries, err := p.Netlink(t).NeighList(l.Attrs().Index, unix.AF_BRIDGE)
-	try(t, err)
+	must(t, err)
 	for _, e := range entries {
 		if a, ok := netip.AddrFromSlice(e.IP); ok && slices.Equal(e.HardwareAddr, make([]byte, 6)) {
 			remotes = append(remotes, a.Unmap())
@@ -533,7 +533,7 @@ func (p *pod) remotes(t *testing.T) (remotes []netip.Addr) {
 func (p *pod) awaitRemotes(t *testing.T, want ...netip.Addr) {
 	t.Helper()
 	want = slices.SortedFunc(slices.Values(want), netip.Addr.Compare)
-	awaitAgain(t, fmt.Sprintf("%s to send to %v", p.Name, want), func() bool { return slices.Equal(p.remotes(t), want) })
+	eventuallySlow(t, fmt.Sprintf("%s to send to %v", p.Name, want), func() bool { return slices.Equal(p.remotes(t), want) })
 }
 
 // station is where the pod's application speaks on the LAN.

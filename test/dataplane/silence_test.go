@@ -18,40 +18,40 @@ import (
 	"github.com/k8slan/k8slan/test/netlab"
 )
 
-// window is how long silence is listened to: longer than what IPv6, bridges and VXLANs say by themselves when they are
+// silenceWindow is how long silence is listened to: longer than what IPv6, bridges and VXLANs say by themselves when they are
 // new (router solicitations at 0, 4 and 8 s, MLD reports within 1 s, DAD within 2 s).
-const window = 4500 * time.Millisecond
+const silenceWindow = 4500 * time.Millisecond
 
 func TestLANSaysNothingByItself(t *testing.T) {
-	a, b := hosts(t)
+	a, b := twoNodes(t)
 	idle, waiting := lan("idle", 51, "nobody", "listener"), lan("waiting", 52, "vm", "listener")
 	listeners := map[string]netlab.Wire{}
 	for _, s := range []segment.Segment{idle, waiting} {
-		b.build(t, b.here(t, s))
+		b.reconcile(t, b.withUnderlay(t, s))
 		listeners["pod of LAN "+s.LAN.Name] = b.attach(t, s, "listener", segment.Veth)
 	}
 	cables := map[string]netlab.Wire{a.Name: a.underlay.Open(t, a.Port()), b.Name: b.underlay.Open(t, b.Port())}
 
 	// From here on everything is listened to: the segments are built on the first node, and a VM is attached whose QEMU
 	// doesn't run yet.
-	a.build(t, a.here(t, idle))
-	listeners["plug of LAN idle"] = a.inside(idle).Open(t, segment.PlugName("nobody"))
-	a.build(t, a.here(t, waiting))
+	a.reconcile(t, a.withUnderlay(t, idle))
+	listeners["plug of LAN idle"] = a.lanNetns(idle).Open(t, segment.PlugName("nobody"))
+	a.reconcile(t, a.withUnderlay(t, waiting))
 	vm := a.claim(t, waiting, "vm", segment.Macvtap)
 
-	ctx, cancel := context.WithTimeout(t.Context(), window)
+	ctx, cancel := context.WithTimeout(t.Context(), silenceWindow)
 	defer cancel()
 	var listening sync.WaitGroup
 	for name, w := range listeners {
 		listening.Go(func() {
-			if err := hush(ctx, w, anything); err != nil {
+			if err := expectSilence(ctx, w, anything); err != nil {
 				t.Errorf("%s: %v", name, err)
 			}
 		})
 	}
 	for name, w := range cables {
 		listening.Go(func() {
-			if err := hush(ctx, w, isVXLAN); err != nil {
+			if err := expectSilence(ctx, w, isVXLAN); err != nil {
 				t.Errorf("underlay of %s: %v", name, err)
 			}
 		})
@@ -59,10 +59,10 @@ func TestLANSaysNothingByItself(t *testing.T) {
 	listening.Wait()
 
 	// The same ears hear what they should, and it is the guest's first frame.
-	vm.speak(t, a.inside(waiting))
+	vm.openWire(t, a.lanNetns(waiting))
 	first := frames.Stream(nil, vm.MAC, 1, 0)
 	crosses(t, vm, listeners["pod of LAN waiting"], first)
-	if _, err := netlab.Await(cables[a.Name], patience, isVXLAN); err != nil {
+	if _, err := netlab.Await(cables[a.Name], frameTimeout, isVXLAN); err != nil {
 		t.Errorf("underlay of %s after the guest spoke: %v", a.Name, err)
 	}
 }
@@ -75,9 +75,9 @@ func isVXLAN(frame []byte) bool {
 }
 
 func TestNodesOwnNamespaceShowsNoLinkOfOurs(t *testing.T) {
-	a, _ := hosts(t)
+	a, _ := twoNodes(t)
 	m := a.manage(t)
-	s := a.here(t, lan("hidden", 53, "pod", "vm"))
+	s := a.withUnderlay(t, lan("hidden", 53, "pod", "vm"))
 	m.runs(t, s)
 	want := []string{netlab.UnderlayDevice}
 	if got := a.Links(t); !slices.Equal(got, want) {
@@ -98,39 +98,39 @@ func TestNodesOwnNamespaceShowsNoLinkOfOurs(t *testing.T) {
 // Somebody switches IPv6 on for a plug alone. It speaks with the address of the VM that it waits for, and that may be
 // running on another node: the bridge must not believe it for longer than that lasts.
 func TestAPlugThatSpokeIsSilencedAndForgotten(t *testing.T) {
-	a, _ := hosts(t)
+	a, _ := twoNodes(t)
 	m := a.manage(t)
-	s := a.here(t, lan("spoke", 56, "vm"))
+	s := a.withUnderlay(t, lan("spoke", 56, "vm"))
 	m.runs(t, s)
-	inside, plug := a.inside(s), segment.PlugName("vm")
+	inside, plug := a.lanNetns(s), segment.PlugName("vm")
 	wire := inside.Open(t, plug)
-	try(t, wire.Send(frames.Stream(nil, segment.MAC(s.LAN, "vm"), 1, 1)))
-	if !a.hasLearnt(t, s, segment.MAC(s.LAN, "vm")) {
+	must(t, wire.Send(frames.Stream(nil, segment.MAC(s.LAN, "vm"), 1, 1)))
+	if !a.hasLearned(t, s, segment.MAC(s.LAN, "vm")) {
 		t.Fatal("the bridge learns no address")
 	}
 	inside.Sysctl(t, "net/ipv6/conf/"+plug+"/disable_ipv6", "0")
 	a.awaitState(t, s, "the plug to be silenced", func(have segment.State) bool {
 		l, _ := have.Link(plug)
-		return !l.IPv6 && !a.hasLearnt(t, s, segment.MAC(s.LAN, "vm"))
+		return !l.IPv6 && !a.hasLearned(t, s, segment.MAC(s.LAN, "vm"))
 	})
 }
 
-// hasLearnt says whether a LAN's bridge knows by which port to reach an address.
-func (h host) hasLearnt(t *testing.T, s segment.Segment, mac net.HardwareAddr) bool {
+// hasLearned says whether a LAN's bridge knows by which port to reach an address.
+func (h node) hasLearned(t *testing.T, s segment.Segment, mac net.HardwareAddr) bool {
 	t.Helper()
-	links := h.inside(s).Netlink(t)
+	links := h.lanNetns(s).Netlink(t)
 	port, err := links.LinkByName(segment.PortName("vm"))
-	try(t, err)
+	must(t, err)
 	entries, err := links.NeighList(port.Attrs().Index, unix.AF_BRIDGE)
-	try(t, err)
+	must(t, err)
 	return slices.ContainsFunc(entries, func(e netlink.Neigh) bool { return e.HardwareAddr.String() == mac.String() })
 }
 
 // A VXLAN that is up joins its group, and then every node gets every LAN's broadcast.
 func TestVXLANIsUpOnlyWhileASpokeIsClaimed(t *testing.T) {
-	a, _ := hosts(t)
+	a, _ := twoNodes(t)
 	m := a.manage(t)
-	s := a.here(t, lan("quiet", 54, "one", "two", "vm"))
+	s := a.withUnderlay(t, lan("quiet", 54, "one", "two", "vm"))
 	m.runs(t, s)
 	expect := func(when string, up bool) {
 		t.Helper()
@@ -160,7 +160,7 @@ func TestVXLANIsUpOnlyWhileASpokeIsClaimed(t *testing.T) {
 }
 
 // hasJoined says whether the node listens to the LANs' group on its underlay device.
-func (h host) hasJoined(t *testing.T) bool {
+func (h node) hasJoined(t *testing.T) bool {
 	t.Helper()
 	for line := range strings.Lines(h.read(t, "/proc/thread-self/net/igmp6")) {
 		f := strings.Fields(line)
@@ -172,11 +172,11 @@ func (h host) hasJoined(t *testing.T) bool {
 }
 
 func TestLANIsTransparentByItsSettings(t *testing.T) {
-	a, _ := hosts(t)
-	s := a.here(t, lan("clear", 55, "pod", "vm"))
-	a.build(t, s)
+	a, _ := twoNodes(t)
+	s := a.withUnderlay(t, lan("clear", 55, "pod", "vm"))
+	a.reconcile(t, s)
 	pod := a.claim(t, s, "pod", segment.Veth)
-	inside := a.inside(s)
+	inside := a.lanNetns(s)
 	for name, want := range map[string]string{
 		"net/ipv6/conf/all/disable_ipv6":              "1",
 		"net/ipv6/conf/default/disable_ipv6":          "1",

@@ -44,7 +44,7 @@ func startStream(t *testing.T, id uint32, length uint64, from, to *station) *str
 		if err := s.send(); err != nil {
 			t.Errorf("stream %d: %v", id, err)
 		}
-		time.AfterFunc(patience, cancel)
+		time.AfterFunc(frameTimeout, cancel)
 	})
 	s.done.Go(func() { s.receive(ctx) })
 	return s
@@ -88,16 +88,16 @@ func (s *stream) expectAll(t *testing.T) {
 }
 
 func TestEditingSpokesLosesNoFrameOfTheOthers(t *testing.T) {
-	a, b := hosts(t)
+	a, b := twoNodes(t)
 	ma, mb := a.manage(t), b.manage(t)
 	base := lan("edited", 61, "left", "right", "near")
-	ma.runs(t, a.here(t, base))
-	mb.runs(t, b.here(t, base))
+	ma.runs(t, a.withUnderlay(t, base))
+	mb.runs(t, b.withUnderlay(t, base))
 	left, near := a.attach(t, base, "left", segment.Veth), a.attach(t, base, "near", segment.Veth)
 	right := b.attach(t, base, "right", segment.Veth)
 	// Both ends are known before, so that no frame is told to more than one port.
 	crosses(t, left, right, frames.Stream(nil, left.MAC, 9, 0))
-	if _, err := next(near, patience); err != nil {
+	if _, err := next(near, frameTimeout); err != nil {
 		t.Fatal(err)
 	}
 	streams := []*stream{
@@ -114,8 +114,8 @@ func TestEditingSpokesLosesNoFrameOfTheOthers(t *testing.T) {
 		for i := range 1 + rounds%8 {
 			s.Spokes = append(s.Spokes, fmt.Sprintf("new%d", (rounds+i)%10))
 		}
-		ma.runs(t, a.here(t, s))
-		mb.runs(t, b.here(t, s))
+		ma.runs(t, a.withUnderlay(t, s))
+		mb.runs(t, b.withUnderlay(t, s))
 		pod := a.attach(t, s, s.Spokes[len(s.Spokes)-1], segment.Veth)
 		a.release(t, pod)
 	}
@@ -129,11 +129,11 @@ func TestEditingSpokesLosesNoFrameOfTheOthers(t *testing.T) {
 }
 
 func TestRestartingTheDaemonLosesNoFrame(t *testing.T) {
-	a, b := hosts(t)
+	a, b := twoNodes(t)
 	m := a.manage(t)
-	s := a.here(t, lan("restarted", 63, "left", "right"))
+	s := a.withUnderlay(t, lan("restarted", 63, "left", "right"))
 	m.runs(t, s)
-	b.build(t, b.here(t, s))
+	b.reconcile(t, b.withUnderlay(t, s))
 	left, right := a.attach(t, s, "left", segment.Veth), b.attach(t, s, "right", segment.Veth)
 	bothWays(t, left, right)
 	there, back := startStream(t, 1, rate, left, right), startStream(t, 2, rate, right, left)
@@ -147,9 +147,9 @@ func TestRestartingTheDaemonLosesNoFrame(t *testing.T) {
 }
 
 func TestWithdrawnSpokeStaysUntilItsPodIsGone(t *testing.T) {
-	a, _ := hosts(t)
+	a, _ := twoNodes(t)
 	m := a.manage(t)
-	s := a.here(t, lan("withdrawn", 62, "stays", "goes"))
+	s := a.withUnderlay(t, lan("withdrawn", 62, "stays", "goes"))
 	m.runs(t, s)
 	stays, goes := a.attach(t, s, "stays", segment.Veth), a.attach(t, s, "goes", segment.Veth)
 	s.Spokes = s.Spokes[:1]

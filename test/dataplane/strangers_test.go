@@ -26,7 +26,7 @@ import (
 )
 
 // filter starts a daemon's filter of strangers on the node.
-func (h host) filter(t *testing.T) (f *firewall.Filter, stop func()) {
+func (h node) filter(t *testing.T) (f *firewall.Filter, stop func()) {
 	t.Helper()
 	f = firewall.New(h.Path, firewall.TableName, slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelWarn})))
 	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
@@ -34,7 +34,7 @@ func (h host) filter(t *testing.T) (f *firewall.Filter, stop func()) {
 	go func() { ended <- f.Run(ctx) }()
 	stop = sync.OnceFunc(func() {
 		cancel()
-		try(t, <-ended)
+		must(t, <-ended)
 	})
 	t.Cleanup(stop)
 	return f, stop
@@ -46,13 +46,13 @@ func strict(s segment.Segment, members ...netip.Addr) firewall.LAN {
 }
 
 // nft calls f with a connection to the node's nftables.
-func (h host) nft(t *testing.T, f func(*nftables.Conn) error) error {
+func (h node) nft(t *testing.T, f func(*nftables.Conn) error) error {
 	t.Helper()
 	ns, err := vnetns.GetFromPath(h.Path)
-	try(t, err)
+	must(t, err)
 	defer ns.Close()
 	c, err := nftables.New(nftables.WithNetNSFd(int(ns)))
-	try(t, err)
+	must(t, err)
 	return f(c)
 }
 
@@ -61,7 +61,7 @@ var table = &nftables.Table{Name: "k8slan", Family: nftables.TableFamilyINet}
 func setOf(name string) *nftables.Set { return &nftables.Set{Table: table, Name: name} }
 
 // elements counts those of a set; -1 where there is none.
-func (h host) elements(t *testing.T, set string) int {
+func (h node) elements(t *testing.T, set string) int {
 	t.Helper()
 	count := -1
 	err := h.nft(t, func(c *nftables.Conn) error {
@@ -93,10 +93,10 @@ func encapsulated(vni uint32, frame []byte) []byte {
 }
 
 // sender returns what sends VXLAN packets from one address of the node to another, as a VXLAN would.
-func (h host) sender(t *testing.T, from, to netip.Addr, s segment.Segment) func(frame []byte) {
+func (h node) sender(t *testing.T, from, to netip.Addr, s segment.Segment) func(frame []byte) {
 	t.Helper()
 	var c *net.UDPConn
-	try(t, h.Do(func() (err error) {
+	must(t, h.Do(func() (err error) {
 		c, err = net.DialUDP("udp", net.UDPAddrFromAddrPort(netip.AddrPortFrom(from, 0)), net.UDPAddrFromAddrPort(netip.AddrPortFrom(to, s.VXLAN.Port)))
 		return err
 	}))
@@ -104,12 +104,12 @@ func (h host) sender(t *testing.T, from, to netip.Addr, s segment.Segment) func(
 	return func(frame []byte) {
 		t.Helper()
 		_, err := c.Write(encapsulated(s.VXLAN.VNI, frame))
-		try(t, err)
+		must(t, err)
 	}
 }
 
 // fragments sends a VXLAN packet in two IPv6 fragments, of which the first has nothing but the UDP header.
-func (h host) fragments(t *testing.T, from, to netip.Addr, s segment.Segment, frame []byte) {
+func (h node) fragments(t *testing.T, from, to netip.Addr, s segment.Segment, frame []byte) {
 	t.Helper()
 	payload := encapsulated(s.VXLAN.VNI, frame)
 	udp := binary.BigEndian.AppendUint16(nil, 50000)
@@ -134,7 +134,7 @@ func (h host) fragments(t *testing.T, from, to netip.Addr, s segment.Segment, fr
 		b = append(b, 0, 0, 0, 7)
 		return append(b, part...)
 	}
-	try(t, h.Do(func() error {
+	must(t, h.Do(func() error {
 		fd, err := unix.Socket(unix.AF_INET6, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_RAW)
 		if err != nil {
 			return err
@@ -164,16 +164,16 @@ func onesComplement(b []byte) uint16 {
 	return ^uint16(sum)
 }
 
-// said is a frame to everybody.
-func said(seq uint64) []byte {
+// nonMemberFrame is a frame to everybody.
+func nonMemberFrame(seq uint64) []byte {
 	return frames.Stream(nil, segment.MAC(segment.LAN{}, "stranger"), 66, seq)
 }
 
-// hears wants the next frame at a station to be that one.
-func hears(t *testing.T, st *station, frame []byte) {
+// expectNext wants the next frame at a station to be that one.
+func expectNext(t *testing.T, st *station, frame []byte) {
 	t.Helper()
-	got, err := next(st, patience)
-	try(t, err)
+	got, err := next(st, frameTimeout)
+	must(t, err)
 	if !slices.Equal(got, frame) {
 		t.Fatalf("heard\n%x, want\n%x", got, frame)
 	}
@@ -183,15 +183,15 @@ func TestOnlyMembersAreHeard(t *testing.T) {
 	for name, f := range families {
 		t.Run(name, func(t *testing.T) {
 			a, b, onA, onB := unicastHosts(t, f, 311)
-			open := a.here(t, unicast(lan("open", 312, "three"), f.vteps[0]))
-			a.build(t, onA)
-			a.build(t, open)
-			b.build(t, onB)
+			open := a.withUnderlay(t, unicast(lan("open", 312, "three"), f.vteps[0]))
+			a.reconcile(t, onA)
+			a.reconcile(t, open)
+			b.reconcile(t, onB)
 			one, two := a.attach(t, onA, "one", segment.Veth), b.attach(t, onB, "two", segment.Veth)
 			three := a.attach(t, open, "three", segment.Veth)
-			other := join(t, a.underlay, "stranger")
+			other := addNode(t, a.underlay, "stranger")
 			address := f.vteps[1].Next().Next()
-			other.address(t, netip.PrefixFrom(address, f.bits))
+			other.addUnderlayAddress(t, netip.PrefixFrom(address, f.bits))
 			send, sendOpen := other.sender(t, address, f.vteps[0], onA), other.sender(t, address, f.vteps[0], open)
 			sendFragments := func(frame []byte) { other.fragments(t, address, f.vteps[0], onA, frame) }
 			if address.Is4() { // the kernel puts them together in any case
@@ -199,94 +199,94 @@ func TestOnlyMembersAreHeard(t *testing.T) {
 			}
 
 			// Without a filter a stranger is heard.
-			send(said(1))
-			hears(t, one, said(1))
-			sendFragments(said(2))
-			hears(t, one, said(2))
+			send(nonMemberFrame(1))
+			expectNext(t, one, nonMemberFrame(1))
+			sendFragments(nonMemberFrame(2))
+			expectNext(t, one, nonMemberFrame(2))
 
 			filter, stop := a.filter(t)
 			filter.Set([]firewall.LAN{strict(onA, f.vteps[1])})
-			until(t, "the filter", func() bool { return drops(filter, onA) == 0 })
+			eventually(t, "the filter", func() bool { return drops(filter, onA) == 0 })
 			for i := range uint64(10) {
-				sendFragments(said(i))
+				sendFragments(nonMemberFrame(i))
 			}
 			for i := range uint64(10) {
-				send(said(i))
+				send(nonMemberFrame(i))
 			}
-			until(t, "the strangers' packets to be dropped", func() bool { return drops(filter, onA) >= 10 })
+			eventually(t, "the strangers' packets to be dropped", func() bool { return drops(filter, onA) >= 10 })
 			crosses(t, two, one, frames.Stream(nil, two.MAC, 9, 1))
 			crosses(t, one, two, frames.Stream(two.MAC, one.MAC, 9, 1))
-			sendOpen(said(3)) // to a LAN that hears all
-			hears(t, three, said(3))
+			sendOpen(nonMemberFrame(3)) // to a LAN that hears all
+			expectNext(t, three, nonMemberFrame(3))
 
 			// It is the address that counts: the LAN's own node is a stranger once others are the members.
 			filter.Set([]firewall.LAN{strict(onA, f.vteps[1].Next(), f.vteps[1].Next().Next().Next())})
 			before := drops(filter, onA)
-			until(t, "the other node to be a stranger", func() bool {
-				try(t, two.Send(frames.Stream(nil, two.MAC, 9, 2)))
+			eventually(t, "the other node to be a stranger", func() bool {
+				must(t, two.Send(frames.Stream(nil, two.MAC, 9, 2)))
 				return drops(filter, onA) > before
 			})
 			filter.Set([]firewall.LAN{strict(onA, f.vteps[1])})
 			set := map[bool]string{true: "members4", false: "members6"}[address.Is4()]
-			until(t, "the one member", func() bool { return a.elements(t, set) == 1 })
-			try(t, two.Send(frames.Stream(nil, two.MAC, 9, 3)))
-			_, err := netlab.Await(one, patience, func(frame []byte) bool { return slices.Equal(frame, frames.Stream(nil, two.MAC, 9, 3)) })
-			try(t, err)
+			eventually(t, "the one member", func() bool { return a.elements(t, set) == 1 })
+			must(t, two.Send(frames.Stream(nil, two.MAC, 9, 3)))
+			_, err := netlab.Await(one, frameTimeout, func(frame []byte) bool { return slices.Equal(frame, frames.Stream(nil, two.MAC, 9, 3)) })
+			must(t, err)
 
 			// The daemon is away, and back: the count goes on.
 			count := drops(filter, onA)
 			stop()
-			send(said(4))
+			send(nonMemberFrame(4))
 			filter, stop = a.filter(t)
 			filter.Set([]firewall.LAN{{Name: onA.LAN.String(), Port: onA.VXLAN.Port, VNI: onA.VXLAN.VNI}}) // members are not known yet
-			until(t, "the packet to be counted", func() bool { return drops(filter, onA) == count+1 })
+			eventually(t, "the packet to be counted", func() bool { return drops(filter, onA) == count+1 })
 			crosses(t, two, one, frames.Stream(nil, two.MAC, 9, 4))
 
 			filter.Set(nil)
-			until(t, "the filter to be gone", func() bool { return a.elements(t, "lans") == -1 })
-			send(said(5))
-			hears(t, one, said(5))
+			eventually(t, "the filter to be gone", func() bool { return a.elements(t, "lans") == -1 })
+			send(nonMemberFrame(5))
+			expectNext(t, one, nonMemberFrame(5))
 			stop()
 			filter, stop = a.filter(t)
 			filter.Set([]firewall.LAN{strict(onA, f.vteps[1])})
-			until(t, "the filter", func() bool { return drops(filter, onA) == 0 })
+			eventually(t, "the filter", func() bool { return drops(filter, onA) == 0 })
 			stop()
-			try(t, firewall.Remove(a.Path, firewall.TableName))
-			try(t, firewall.Remove(a.Path, firewall.TableName))
-			send(said(6))
-			hears(t, one, said(6))
+			must(t, firewall.Remove(a.Path, firewall.TableName))
+			must(t, firewall.Remove(a.Path, firewall.TableName))
+			send(nonMemberFrame(6))
+			expectNext(t, one, nonMemberFrame(6))
 		})
 	}
 }
 
 // A LAN with a group can be strict, too: its members send from the addresses that the underlay device has for that.
 func TestAStrictLANWithAGroupHearsItsMembers(t *testing.T) {
-	a, b := hosts(t)
+	a, b := twoNodes(t)
 	s := lan("group", 313, "one", "two")
-	onA, onB := a.here(t, s), b.here(t, s)
-	a.build(t, onA)
-	b.build(t, onB)
+	onA, onB := a.withUnderlay(t, s), b.withUnderlay(t, s)
+	a.reconcile(t, onA)
+	b.reconcile(t, onB)
 	one, two := a.attach(t, s, "one", segment.Veth), b.attach(t, s, "two", segment.Veth)
 	underlays, err := b.kernel.Underlays(t.Context())
-	try(t, err)
+	must(t, err)
 	filter, _ := a.filter(t)
 	filter.Set([]firewall.LAN{strict(onA, underlays.Devices[netlab.UnderlayDevice].Sources...)})
-	until(t, "the filter", func() bool { return drops(filter, onA) == 0 })
+	eventually(t, "the filter", func() bool { return drops(filter, onA) == 0 })
 	crosses(t, two, one, frames.Stream(nil, two.MAC, 9, 1))
 	crosses(t, one, two, frames.Stream(two.MAC, one.MAC, 9, 1))
 
-	other := join(t, a.underlay, "stranger")
+	other := addNode(t, a.underlay, "stranger")
 	device, err := other.Netlink(t).LinkByName(netlab.UnderlayDevice)
-	try(t, err)
+	must(t, err)
 	var c *net.UDPConn
-	try(t, other.Do(func() (err error) {
+	must(t, other.Do(func() (err error) {
 		c, err = net.DialUDP("udp6", nil, &net.UDPAddr{IP: net.ParseIP("ff02::14"), Port: 4789, Zone: device.Attrs().Name})
 		return err
 	}))
 	defer c.Close()
-	_, err = c.Write(encapsulated(313, said(1)))
-	try(t, err)
-	until(t, "the stranger's packet to be dropped", func() bool { return drops(filter, onA) == 1 })
+	_, err = c.Write(encapsulated(313, nonMemberFrame(1)))
+	must(t, err)
+	eventually(t, "the stranger's packet to be dropped", func() bool { return drops(filter, onA) == 1 })
 	crosses(t, two, one, frames.Stream(nil, two.MAC, 9, 2))
 }
 
@@ -305,11 +305,11 @@ func TestMembersChangeUnderTraffic(t *testing.T) {
 					members = append(members, netip.AddrFrom4([4]byte{10, byte(round), byte(i / 250), byte(i % 250)}))
 				}
 				filter.Set([]firewall.LAN{strict(onA, members...)})
-				until(t, "the members", func() bool { return a.elements(t, "members4")+a.elements(t, "members6") == len(members) })
+				eventually(t, "the members", func() bool { return a.elements(t, "members4")+a.elements(t, "members6") == len(members) })
 				switch round {
 				case 3: // strict no more, and again
 					filter.Set(nil)
-					until(t, "no filter", func() bool { return a.elements(t, "lans") == -1 })
+					eventually(t, "no filter", func() bool { return a.elements(t, "lans") == -1 })
 				case 6:
 					stop()
 					filter, stop = a.filter(t)
@@ -330,7 +330,7 @@ func TestAChangedFilterIsPutRight(t *testing.T) {
 	filter, _ := a.filter(t)
 	members := []netip.Addr{netip.MustParseAddr("192.0.2.2"), netip.MustParseAddr("192.0.2.3"), netip.MustParseAddr("2001:db8::2")}
 	filter.Set([]firewall.LAN{strict(s, members...)})
-	until(t, "the filter", func() bool { return drops(filter, s) == 0 })
+	eventually(t, "the filter", func() bool { return drops(filter, s) == 0 })
 	whole := a.ruleset(t)
 	accept := []expr.Any{&expr.Verdict{Kind: expr.VerdictAccept}}
 	chain := &nftables.Chain{Name: "input", Table: table}
@@ -361,20 +361,20 @@ func TestAChangedFilterIsPutRight(t *testing.T) {
 		}},
 	} {
 		var began time.Time
-		try(t, a.nft(t, func(conn *nftables.Conn) error {
+		must(t, a.nft(t, func(conn *nftables.Conn) error {
 			if err := c.change(conn); err != nil {
 				return err
 			}
 			began = time.Now()
 			return conn.Flush()
 		}))
-		until(t, "the filter to be right again after: "+c.name, func() bool { return slices.Equal(a.ruleset(t), whole) })
+		eventually(t, "the filter to be right again after: "+c.name, func() bool { return slices.Equal(a.ruleset(t), whole) })
 		t.Logf("%s: right again after %v", c.name, time.Since(began))
 	}
 }
 
 // ruleset is the table as text, sorted, but for the handles; nil between two steps of its making.
-func (h host) ruleset(t *testing.T) (lines []string) {
+func (h node) ruleset(t *testing.T) (lines []string) {
 	t.Helper()
 	err := h.nft(t, func(c *nftables.Conn) error {
 		chains, err := c.ListChainsOfTableFamily(nftables.TableFamilyINet)
@@ -426,16 +426,16 @@ func TestOneMemberMoreIsOneElement(t *testing.T) {
 	filter, _ := a.filter(t)
 	began := time.Now()
 	filter.Set([]firewall.LAN{strict(s, members...)})
-	until(t, "the members", func() bool { return drops(filter, s) == 0 })
+	eventually(t, "the members", func() bool { return drops(filter, s) == 0 })
 	t.Logf("1,000 members: %v", time.Since(began))
 
 	events := make(chan netlink.Message, 1000)
 	var c *netlink.Conn
-	try(t, a.Do(func() (err error) {
+	must(t, a.Do(func() (err error) {
 		c, err = netlink.Dial(unix.NETLINK_NETFILTER, nil)
 		return err
 	}))
-	try(t, c.JoinGroup(unix.NFNLGRP_NFTABLES))
+	must(t, c.JoinGroup(unix.NFNLGRP_NFTABLES))
 	go func() {
 		defer close(events)
 		for {
@@ -450,10 +450,10 @@ func TestOneMemberMoreIsOneElement(t *testing.T) {
 	}()
 	began = time.Now()
 	filter.Set([]firewall.LAN{strict(s, append(members, netip.MustParseAddr("10.9.9.9"))...)})
-	until(t, "the member", func() bool { return a.elements(t, "members4") == 1001 })
+	eventually(t, "the member", func() bool { return a.elements(t, "members4") == 1001 })
 	t.Logf("one more: %v", time.Since(began))
 	filter.Set([]firewall.LAN{strict(s, members...)})
-	until(t, "the member to be gone", func() bool { return a.elements(t, "members4") == 1000 })
+	eventually(t, "the member to be gone", func() bool { return a.elements(t, "members4") == 1000 })
 	c.Close()
 	var kinds []int
 	for e := range events {

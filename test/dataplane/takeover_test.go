@@ -19,10 +19,10 @@ func TestNextPodTakesASpokeOverFromADyingSandbox(t *testing.T) {
 		{"VM to VM", segment.Macvtap, segment.Macvtap},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			a, b := hosts(t)
+			a, b := twoNodes(t)
 			s := lan("handed", 71, "far", "spoke")
-			a.build(t, a.here(t, s))
-			b.build(t, b.here(t, s))
+			a.reconcile(t, a.withUnderlay(t, s))
+			b.reconcile(t, b.withUnderlay(t, s))
 			fresh := describe(a.observe(t, s))
 			far := b.attach(t, s, "far", segment.Veth)
 			old := a.attach(t, s, "spoke", c.old)
@@ -40,14 +40,14 @@ func TestNextPodTakesASpokeOverFromADyingSandbox(t *testing.T) {
 
 			a.release(t, old) // its DEL comes late, and twice
 			a.release(t, old)
-			if ops := a.build(t, a.here(t, s)); len(ops) != 0 {
+			if ops := a.reconcile(t, a.withUnderlay(t, s)); len(ops) != 0 {
 				t.Errorf("after the take-over the daemon had to do %v", ops)
 			}
 			bothWays(t, next, far)
 
 			a.release(t, next)
 			a.release(t, next)
-			a.build(t, a.here(t, s)) // the VXLAN goes down
+			a.reconcile(t, a.withUnderlay(t, s)) // the VXLAN goes down
 			if now := describe(a.observe(t, s)); now != fresh {
 				t.Errorf("after both have gone the segment is\n%s\nwant\n%s", now, fresh)
 			}
@@ -65,9 +65,9 @@ func bothWays(t *testing.T, one, other *station) {
 func TestSpokeIsFreeAfterItsPodsNamespaceDied(t *testing.T) {
 	for _, kind := range []segment.Kind{segment.Veth, segment.Macvtap} {
 		t.Run(string(kind), func(t *testing.T) {
-			a, _ := hosts(t)
+			a, _ := twoNodes(t)
 			m := a.manage(t)
-			s := a.here(t, lan("died", 72, "spoke", "other"))
+			s := a.withUnderlay(t, lan("died", 72, "spoke", "other"))
 			m.runs(t, s)
 			fresh := describe(a.observe(t, s))
 			t.Run("pod", func(t *testing.T) {

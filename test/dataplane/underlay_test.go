@@ -13,16 +13,16 @@ import (
 )
 
 func TestLANComesBackWithItsUnderlay(t *testing.T) {
-	a, b := hosts(t)
+	a, b := twoNodes(t)
 	ma, mb := a.manage(t), b.manage(t)
 	s := lan("cut", 81, "here", "near", "far")
-	ma.runs(t, a.here(t, s))
-	mb.runs(t, b.here(t, s))
+	ma.runs(t, a.withUnderlay(t, s))
+	mb.runs(t, b.withUnderlay(t, s))
 	here, near := a.attach(t, s, "here", segment.Veth), a.attach(t, s, "near", segment.Veth)
 	far := b.attach(t, s, "far", segment.Veth)
 	bothWays(t, here, far)
 	drain(t, near)
-	before, index := describe(a.observe(t, s)), a.here(t, s).VXLAN.UnderlayIndex
+	before, index := describe(a.observe(t, s)), a.withUnderlay(t, s).VXLAN.UnderlayIndex
 
 	a.PullOut(t)
 	a.awaitState(t, s, "the VXLAN to go", func(have segment.State) bool {
@@ -35,7 +35,7 @@ func TestLANComesBackWithItsUnderlay(t *testing.T) {
 	crosses(t, here, near, frames.Stream(nil, here.MAC, 2, 1)) // within the node nothing is amiss
 
 	a.PlugIn(t)
-	again := a.here(t, s)
+	again := a.withUnderlay(t, s)
 	ma.runs(t, again)
 	a.AwaitCarrier(t, netlab.UnderlayDevice)
 	crosses(t, here, far, frames.Stream(nil, here.MAC, 2, 2))

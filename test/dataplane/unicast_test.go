@@ -30,25 +30,25 @@ var families = map[string]family{
 }
 
 // unicastHosts makes two nodes with addresses of a family, and the LAN as each of them should have it.
-func unicastHosts(t *testing.T, f family, vni uint32) (a, b host, onA, onB segment.Segment) {
+func unicastHosts(t *testing.T, f family, vni uint32) (a, b node, onA, onB segment.Segment) {
 	t.Helper()
-	a, b = hosts(t)
+	a, b = twoNodes(t)
 	s := lan(fmt.Sprintf("u%d", vni), vni, "one", "two")
 	s.MTU = underlayMTU - f.overhead
 	lans := [2]segment.Segment{}
-	for i, h := range []host{a, b} {
-		h.address(t, netip.PrefixFrom(f.vteps[i], f.bits))
-		lans[i] = h.here(t, unicast(s, f.vteps[i], f.vteps[1-i]))
+	for i, h := range []node{a, b} {
+		h.addUnderlayAddress(t, netip.PrefixFrom(f.vteps[i], f.bits))
+		lans[i] = h.withUnderlay(t, unicast(s, f.vteps[i], f.vteps[1-i]))
 	}
 	return a, b, lans[0], lans[1]
 }
 
 // unicastPods are unicastHosts with the LAN, and a pod on each.
-func unicastPods(t *testing.T, f family, vni uint32) (a, b host, onA, onB segment.Segment, one, two *station) {
+func unicastPods(t *testing.T, f family, vni uint32) (a, b node, onA, onB segment.Segment, one, two *station) {
 	t.Helper()
 	a, b, onA, onB = unicastHosts(t, f, vni)
-	a.build(t, onA)
-	b.build(t, onB)
+	a.reconcile(t, onA)
+	b.reconcile(t, onB)
 	return a, b, onA, onB, a.attach(t, onA, "one", segment.Veth), b.attach(t, onB, "two", segment.Veth)
 }
 
@@ -60,24 +60,24 @@ func unicast(s segment.Segment, local netip.Addr, remotes ...netip.Addr) segment
 	return s
 }
 
-// address gives the underlay device an address that can be used at once.
-func (h host) address(t *testing.T, p netip.Prefix) {
+// addUnderlayAddress gives the underlay device an address that can be used at once.
+func (h node) addUnderlayAddress(t *testing.T, p netip.Prefix) {
 	t.Helper()
 	device, err := h.Netlink(t).LinkByName(netlab.UnderlayDevice)
-	try(t, err)
+	must(t, err)
 	addr, err := netlink.ParseAddr(p.String())
-	try(t, err)
+	must(t, err)
 	addr.Flags = unix.IFA_F_NODAD
-	try(t, h.Netlink(t).AddrAdd(device, addr))
+	must(t, h.Netlink(t).AddrAdd(device, addr))
 }
 
 func TestUnicastLANCarriesTheCatalog(t *testing.T) {
 	for name, f := range families {
 		t.Run(name, func(t *testing.T) {
 			a, b, onA, onB := unicastHosts(t, f, 301)
-			a.build(t, onA)
-			b.build(t, onB)
-			if ops := append(a.build(t, onA), b.build(t, onB)...); len(ops) > 0 {
+			a.reconcile(t, onA)
+			b.reconcile(t, onB)
+			if ops := append(a.reconcile(t, onA), b.reconcile(t, onB)...); len(ops) > 0 {
 				t.Errorf("a second look finds to do: %v", ops)
 			}
 			one, two := a.attach(t, onA, "one", segment.Veth), b.attach(t, onB, "two", segment.Veth)
@@ -98,40 +98,40 @@ func TestOneRemoteMoreIsOneWrite(t *testing.T) {
 	}
 	bare := s
 	bare.Remotes = []netip.Addr{}
-	a.build(t, bare)
+	a.reconcile(t, bare)
 	began := time.Now()
-	a.build(t, s)
+	a.reconcile(t, s)
 	took := time.Since(began)
-	link, err := a.inside(s).Netlink(t).LinkByName(s.VXLAN.Name)
-	try(t, err)
-	handle := a.inside(s).Netlink(t)
-	a.build(t, bare)
+	link, err := a.lanNetns(s).Netlink(t).LinkByName(s.VXLAN.Name)
+	must(t, err)
+	handle := a.lanNetns(s).Netlink(t)
+	a.reconcile(t, bare)
 	began = time.Now()
 	for _, r := range s.Remotes {
-		try(t, handle.NeighAppend(&netlink.Neigh{
+		must(t, handle.NeighAppend(&netlink.Neigh{
 			LinkIndex: link.Attrs().Index, Family: unix.AF_BRIDGE, Flags: netlink.NTF_SELF, State: netlink.NUD_PERMANENT,
 			HardwareAddr: make([]byte, 6), IP: r.AsSlice(),
 		}))
 	}
 	t.Logf("1,000 remotes: %v, with bare netlink %v", took, time.Since(began))
 	began = time.Now()
-	if ops := a.build(t, s); len(ops) > 0 {
+	if ops := a.reconcile(t, s); len(ops) > 0 {
 		t.Errorf("did %v", ops)
 	}
 	t.Logf("a look at them: %v", time.Since(began))
 	updates, done := make(chan netlink.NeighUpdate, 4096), make(chan struct{})
-	try(t, a.inside(s).Do(func() error { return netlink.NeighSubscribe(updates, done) }))
+	must(t, a.lanNetns(s).Do(func() error { return netlink.NeighSubscribe(updates, done) }))
 	defer close(done)
 
 	more := s
 	more.Remotes = append(slices.Clone(s.Remotes), netip.MustParseAddr("10.9.9.9"))
 	began = time.Now()
-	ops := a.build(t, more)
+	ops := a.reconcile(t, more)
 	t.Logf("one more, with the look: %v", time.Since(began))
 	if len(ops) != 1 || ops[0].String() != "bridge fdb append 00:00:00:00:00:00 dev vx302 dst 10.9.9.9" {
 		t.Errorf("did %v", ops)
 	}
-	if ops := a.build(t, s); len(ops) != 1 || ops[0].String() != "bridge fdb del 00:00:00:00:00:00 dev vx302 dst 10.9.9.9 && bridge fdb flush dev vx302 dst 10.9.9.9" {
+	if ops := a.reconcile(t, s); len(ops) != 1 || ops[0].String() != "bridge fdb del 00:00:00:00:00:00 dev vx302 dst 10.9.9.9 && bridge fdb flush dev vx302 dst 10.9.9.9" {
 		t.Errorf("did %v", ops)
 	}
 	for _, want := range []uint16{unix.RTM_NEWNEIGH, unix.RTM_DELNEIGH} {
@@ -140,7 +140,7 @@ func TestOneRemoteMoreIsOneWrite(t *testing.T) {
 			if u.Type != want || u.IP.String() != "10.9.9.9" {
 				t.Errorf("event %d for %v, want %d for 10.9.9.9", u.Type, u.IP, want)
 			}
-		case <-time.After(patience):
+		case <-time.After(frameTimeout):
 			t.Fatal("the kernel tells of no change")
 		}
 	}
@@ -154,13 +154,13 @@ func TestOneRemoteMoreIsOneWrite(t *testing.T) {
 // Remotes that are not known are left alone, those of an empty list are not.
 func TestUnknownRemotesAreLeftAlone(t *testing.T) {
 	a, _, s, _ := unicastHosts(t, families["IPv6"], 303)
-	a.build(t, s)
+	a.reconcile(t, s)
 	unknown, none := s, s
 	unknown.Remotes, none.Remotes = nil, []netip.Addr{}
-	if ops := a.build(t, unknown); len(ops) > 0 {
+	if ops := a.reconcile(t, unknown); len(ops) > 0 {
 		t.Errorf("did %v", ops)
 	}
-	if ops := a.build(t, none); len(ops) != 1 {
+	if ops := a.reconcile(t, none); len(ops) != 1 {
 		t.Errorf("did %v, want the one remote to be deleted", ops)
 	}
 }
@@ -173,11 +173,11 @@ func TestWhatWasLearntBehindARemoteGoesWithIt(t *testing.T) {
 			crosses(t, two, one, frames.Stream(nil, two.MAC, 9, 1))
 			was, is := f.vteps[1], f.vteps[1].Next()
 			device, err := b.Netlink(t).LinkByName(netlab.UnderlayDevice)
-			try(t, err)
-			try(t, b.Netlink(t).AddrDel(device, &netlink.Addr{IPNet: &net.IPNet{IP: was.AsSlice(), Mask: net.CIDRMask(f.bits, was.BitLen())}}))
-			b.address(t, netip.PrefixFrom(is, f.bits))
-			b.build(t, unicast(onB, is, f.vteps[0]))
-			a.build(t, unicast(onA, f.vteps[0], is))
+			must(t, err)
+			must(t, b.Netlink(t).AddrDel(device, &netlink.Addr{IPNet: &net.IPNet{IP: was.AsSlice(), Mask: net.CIDRMask(f.bits, was.BitLen())}}))
+			b.addUnderlayAddress(t, netip.PrefixFrom(is, f.bits))
+			b.reconcile(t, unicast(onB, is, f.vteps[0]))
+			a.reconcile(t, unicast(onA, f.vteps[0], is))
 			crosses(t, one, two, frames.Stream(two.MAC, one.MAC, 9, 2))
 		})
 	}
@@ -191,18 +191,18 @@ func TestALANChangesItsDiscoveryUnderTraffic(t *testing.T) {
 		s.VXLAN.Group, s.VXLAN.Local, s.Remotes = netip.MustParseAddr("ff02::14"), netip.Addr{}, nil
 		return s
 	}
-	a.build(t, multicast(onA))
-	b.build(t, multicast(onB))
+	a.reconcile(t, multicast(onA))
+	b.reconcile(t, multicast(onB))
 	one, two := a.attach(t, onA, "one", segment.Veth), b.attach(t, onB, "two", segment.Veth)
 	crosses(t, two, one, frames.Stream(nil, two.MAC, 9, 1)) // both are known from now on
 	crosses(t, one, two, frames.Stream(nil, one.MAC, 9, 1))
 	links := func() string { return describe(a.observe(t, onA)) + describe(b.observe(t, onB)) }
 	before := links()
 	change := func() (ops []segment.Op) {
-		ops = append(ops, a.build(t, onA)...)
-		ops = append(ops, b.build(t, onB)...)
-		ops = append(ops, a.build(t, multicast(onA))...)
-		return append(ops, b.build(t, multicast(onB))...)
+		ops = append(ops, a.reconcile(t, onA)...)
+		ops = append(ops, b.reconcile(t, onB)...)
+		ops = append(ops, a.reconcile(t, multicast(onA))...)
+		return append(ops, b.reconcile(t, multicast(onB))...)
 	}
 
 	there, back := startStream(t, 1, streamLength, one, two), startStream(t, 2, streamLength, two, one)
@@ -248,8 +248,8 @@ func TestAVXLANJoinsTheGroupThatItGets(t *testing.T) {
 				return s
 			}
 			for i, s := range [][2]segment.Segment{{group(onA, 20), group(onB, 20)}, {group(onA, 21), group(onB, 21)}, {onA, onB}, {group(onA, 22), group(onB, 22)}} {
-				a.build(t, s[0])
-				b.build(t, s[1])
+				a.reconcile(t, s[0])
+				b.reconcile(t, s[1])
 				crosses(t, one, two, frames.Stream(nil, one.MAC, 11, uint64(2*i))) // to an address that nobody knows
 				crosses(t, two, one, frames.Stream(nil, two.MAC, 11, uint64(2*i+1)))
 			}
@@ -264,9 +264,9 @@ func TestABrokenChangeOfDiscoveryIsFinished(t *testing.T) {
 	multicast.VXLAN.Group, multicast.VXLAN.Local, multicast.Remotes = netip.MustParseAddr("ff02::14"), netip.Addr{}, nil
 	for _, change := range []struct{ from, to segment.Segment }{{multicast, s}, {s, multicast}} {
 		for k := range 5 {
-			a.build(t, change.from)
-			reconcile(t, a.kernel, s.Netns, killedAfter(k, func(have segment.State) []segment.Op { return segment.Diff(change.to, have) }))
-			a.build(t, change.to)
+			a.reconcile(t, change.from)
+			reconcileWith(t, a.kernel, s.Netns, killedAfter(k, func(have segment.State) []segment.Op { return segment.Diff(change.to, have) }))
+			a.reconcile(t, change.to)
 			if ops := segment.Diff(change.to, a.observe(t, change.to)); len(ops) > 0 || !slices.Equal(a.remotes(t, s), change.to.Remotes) {
 				t.Errorf("after %d steps: has remotes %v, to do %v", k, a.remotes(t, s), ops)
 			}
@@ -275,12 +275,12 @@ func TestABrokenChangeOfDiscoveryIsFinished(t *testing.T) {
 }
 
 // remotes are those that the VXLAN's table has, the group aside.
-func (h host) remotes(t *testing.T, s segment.Segment) (remotes []netip.Addr) {
+func (h node) remotes(t *testing.T, s segment.Segment) (remotes []netip.Addr) {
 	t.Helper()
-	link, err := h.inside(s).Netlink(t).LinkByName(s.VXLAN.Name)
-	try(t, err)
-	entries, err := h.inside(s).Netlink(t).NeighList(link.Attrs().Index, unix.AF_BRIDGE)
-	try(t, err)
+	link, err := h.lanNetns(s).Netlink(t).LinkByName(s.VXLAN.Name)
+	must(t, err)
+	entries, err := h.lanNetns(s).Netlink(t).NeighList(link.Attrs().Index, unix.AF_BRIDGE)
+	must(t, err)
 	for _, e := range entries {
 		if r, ok := netip.AddrFromSlice(e.IP); ok && e.Flags&netlink.NTF_SELF != 0 && !r.IsMulticast() {
 			remotes = append(remotes, r.Unmap())
@@ -295,9 +295,9 @@ func TestRemotesChangedByHandArePutRight(t *testing.T) {
 	a, _, s, _ := unicastHosts(t, families["IPv4"], 306)
 	m := a.manage(t)
 	m.runs(t, s)
-	inside := a.inside(s).Netlink(t)
+	inside := a.lanNetns(s).Netlink(t)
 	link, err := inside.LinkByName(s.VXLAN.Name)
-	try(t, err)
+	must(t, err)
 	entry := func(ip string) *netlink.Neigh {
 		return &netlink.Neigh{
 			LinkIndex: link.Attrs().Index, Family: unix.AF_BRIDGE, Flags: netlink.NTF_SELF, State: netlink.NUD_PERMANENT,
@@ -309,7 +309,7 @@ func TestRemotesChangedByHandArePutRight(t *testing.T) {
 		func() error { return inside.NeighAppend(entry("192.0.2.99")) },
 	} {
 		began := time.Now()
-		try(t, change())
+		must(t, change())
 		a.awaitState(t, s, "the remotes to be as they were", func(have segment.State) bool {
 			l, ok := have.Link(s.VXLAN.Name)
 			return ok && slices.Equal(l.VXLAN.Remotes, s.Remotes)
