@@ -58,7 +58,7 @@ func TestARawReaderSeesFinishedChecksums(t *testing.T) {
 }
 
 // addPodAddresses gives a pod addresses on the LAN.
-func (h node) addPodAddresses(t *testing.T, st *station, n int) {
+func (h node) addPodAddresses(t *testing.T, st *host, n int) {
 	t.Helper()
 	st.Sysctl(t, "net/ipv6/conf/"+ifname+"/accept_dad", "0") // nobody else has it
 	must(t, h.setPodAddresses(t, st, fmt.Sprintf("10.77.0.%d/24", n), fmt.Sprintf("fd77::%d/64", n)))
@@ -67,7 +67,7 @@ func (h node) addPodAddresses(t *testing.T, st *station, n int) {
 
 // expectRaw has two pods speak TCP and UDP, and wants that a raw reader in the second sees unfinished frames among it,
 // or none.
-func expectRaw(t *testing.T, from, to *station, unfinished bool) {
+func expectRaw(t *testing.T, from, to *host, unfinished bool) {
 	t.Helper()
 	for _, address := range []string{"10.77.0.1", "fd77::1"} {
 		t.Run(address, func(t *testing.T) {
@@ -186,10 +186,10 @@ type reader struct {
 
 // readRaw reads what comes into the pod with a packet socket, as a network function does, until there were so many
 // bytes of UDP: they are sent last.
-func (st *station) readRaw(t *testing.T, udp int) *reader {
+func (h *host) readRaw(t *testing.T, udp int) *reader {
 	t.Helper()
 	var fd int
-	must(t, st.Do(func() (err error) {
+	must(t, h.Do(func() (err error) {
 		link, err := net.InterfaceByName(ifname)
 		if err != nil {
 			return err
@@ -296,9 +296,9 @@ func TestARawReaderInAVMOrBesideOneSeesFinishedChecksums(t *testing.T) {
 }
 
 // knows lets a pod send to somebody who answers no ARP.
-func (st *station) knows(t *testing.T, ip string, mac net.HardwareAddr) {
+func (h *host) knows(t *testing.T, ip string, mac net.HardwareAddr) {
 	t.Helper()
-	links := st.Netlink(t)
+	links := h.Netlink(t)
 	link, err := links.LinkByName(ifname)
 	must(t, err)
 	must(t, links.NeighSet(&netlink.Neigh{
@@ -409,9 +409,9 @@ func TestATakenOverPairFinishesChecksums(t *testing.T) {
 	}
 }
 
-func (h node) setFeature(t *testing.T, s segment.Segment, link, feature string, on bool) {
+func (n node) setFeature(t *testing.T, s segment.Segment, link, feature string, on bool) {
 	t.Helper()
-	must(t, h.lanNetns(s).Do(func() error {
+	must(t, n.lanNetns(s).Do(func() error {
 		e, err := ethtool.NewEthtool()
 		if err != nil {
 			return err
@@ -421,9 +421,9 @@ func (h node) setFeature(t *testing.T, s segment.Segment, link, feature string, 
 	}))
 }
 
-func (h node) feature(t *testing.T, s segment.Segment, link, feature string) (on bool) {
+func (n node) feature(t *testing.T, s segment.Segment, link, feature string) (on bool) {
 	t.Helper()
-	must(t, h.lanNetns(s).Do(func() error {
+	must(t, n.lanNetns(s).Do(func() error {
 		e, err := ethtool.NewEthtool()
 		if err != nil {
 			return err

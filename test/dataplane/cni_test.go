@@ -48,10 +48,10 @@ type sandbox struct {
 	mac    string // that CNI_ARGS asks for; empty: none
 }
 
-func (h node) sandbox(t *testing.T) sandbox {
+func (n node) sandbox(t *testing.T) sandbox {
 	t.Helper()
 	pod := netlab.NewPod(t)
-	return sandbox{Namespace: pod, node: h, id: filepath.Base(filepath.Dir(pod.Path)), ifname: ifname}
+	return sandbox{Namespace: pod, node: n, id: filepath.Base(filepath.Dir(pod.Path)), ifname: ifname}
 }
 
 type keys = map[string]any
@@ -200,9 +200,9 @@ func (s sandbox) deviceFile(config keys) string {
 }
 
 // devices are the CDI devices on the node.
-func (h node) devices(t *testing.T) []cdi.Device {
+func (n node) devices(t *testing.T) []cdi.Device {
 	t.Helper()
-	devices, err := cdi.List(h.CDI)
+	devices, err := cdi.List(n.CDI)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -210,9 +210,9 @@ func (h node) devices(t *testing.T) []cdi.Device {
 }
 
 // links is what a segment's links are, but for the VXLAN, which stays up until the daemon sees that nobody needs it.
-func (h node) links(t *testing.T, s segment.Segment) string {
+func (n node) links(t *testing.T, s segment.Segment) string {
 	t.Helper()
-	have := h.observe(t, s)
+	have := n.observe(t, s)
 	have.Links = slices.DeleteFunc(have.Links, func(l segment.Link) bool { return l.Type == "vxlan" })
 	return describe(have)
 }
@@ -538,10 +538,10 @@ func TestPluginWaitsForANamespaceThatHasLostItsName(t *testing.T) {
 }
 
 // plugins is where the node has other CNI plugins.
-func (h node) plugins() string { return filepath.Join(filepath.Dir(h.Path), "plugins") }
+func (n node) plugins() string { return filepath.Join(filepath.Dir(n.Path), "plugins") }
 
 // installIPAM puts an IPAM plugin on the node that gives these addresses and does not mind who has them already.
-func (h node) installIPAM(t *testing.T, addresses ...string) keys {
+func (n node) installIPAM(t *testing.T, addresses ...string) keys {
 	t.Helper()
 	var ips []keys
 	for _, a := range addresses {
@@ -551,11 +551,11 @@ func (h node) installIPAM(t *testing.T, addresses ...string) keys {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := os.MkdirAll(h.plugins(), 0o755); err != nil {
+	if err := os.MkdirAll(n.plugins(), 0o755); err != nil {
 		t.Fatal(err)
 	}
 	script := fmt.Sprintf("#!/bin/sh\nif [ $CNI_COMMAND = ADD ]; then echo '%s'; fi\n", answer)
-	if err := os.WriteFile(filepath.Join(h.plugins(), "fixed"), []byte(script), 0o755); err != nil {
+	if err := os.WriteFile(filepath.Join(n.plugins(), "fixed"), []byte(script), 0o755); err != nil {
 		t.Fatal(err)
 	}
 	return keys{"ipam": keys{"type": "fixed"}}

@@ -19,9 +19,9 @@ import (
 )
 
 // describe is the segment as somebody sees it who comes new to the node.
-func (h node) describe(t *testing.T, s segment.Segment) string {
+func (n node) describe(t *testing.T, s segment.Segment) string {
 	t.Helper()
-	k := h.newKernel(t)
+	k := n.newKernel(t)
 	defer k.Close()
 	have, err := k.Observe(t.Context(), s.Netns)
 	must(t, err)
@@ -37,18 +37,18 @@ func killedAfter(steps int, decide func(segment.State) []segment.Op) func(segmen
 }
 
 // expectNothing wants no trace of any LAN on the node.
-func expectNothing(t *testing.T, h node) {
+func expectNothing(t *testing.T, n node) {
 	t.Helper()
-	must(t, filepath.WalkDir(h.Run, func(path string, d fs.DirEntry, err error) error {
+	must(t, filepath.WalkDir(n.Run, func(path string, d fs.DirEntry, err error) error {
 		if err == nil && !d.IsDir() {
 			t.Errorf("left: %s", path)
 		}
 		return err
 	}))
-	if names, err := h.kernel.List(); err != nil || len(names) != 0 {
+	if names, err := n.kernel.List(); err != nil || len(names) != 0 {
 		t.Errorf("segments left: %v, %v", names, err)
 	}
-	if links := h.Links(t); !slices.Equal(links, []string{netlab.UnderlayDevice}) {
+	if links := n.Links(t); !slices.Equal(links, []string{netlab.UnderlayDevice}) {
 		t.Errorf("the node's links are %v, want its own", links)
 	}
 }

@@ -156,9 +156,9 @@ func (sp *speaker) awaitSettled(t *testing.T) {
 }
 
 // tables hears what becomes of a LAN's tables on a node until the test ends.
-func (h node) tables(t *testing.T, s segment.Segment) <-chan netlink.NeighUpdate {
+func (n node) tables(t *testing.T, s segment.Segment) <-chan netlink.NeighUpdate {
 	t.Helper()
-	return tables(t, h.lanNetns(s))
+	return tables(t, n.lanNetns(s))
 }
 
 func tables(t *testing.T, ns netlab.Namespace) <-chan netlink.NeighUpdate {

@@ -91,7 +91,7 @@ func TestFRRIsInAnotherAS(t *testing.T) {
 	router.awaitOutput(t, "show bgp l2vpn evpn route", "[3]:[0]:[32]:["+onA.VXLAN.Local.String()+"]", "[2]:[0]:[48]:["+one.MAC.String()+"]", "RT:65000:436 ET:8", "RT:65001:436")
 	has(first, onB.VXLAN.Local, two.MAC)
 	has(second, onA.VXLAN.Local, one.MAC)
-	for i, s := range []*station{one, two} {
+	for i, s := range []*host{one, two} {
 		reachesInTime(t, s, there, frames.Stream(there.MAC, s.MAC, 2, uint64(i)))
 		reachesInTime(t, there, s, frames.Stream(s.MAC, there.MAC, 3, uint64(i)))
 	}

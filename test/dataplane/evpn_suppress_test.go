@@ -20,7 +20,7 @@ import (
 func solicited(last byte) net.HardwareAddr { return net.HardwareAddr{0x33, 0x33, 0xff, 0, 0, last} }
 
 // expectAnswer wants a question to be answered on the node, with that MAC at the end of an answer that holds the words.
-func expectAnswer(t *testing.T, asks, hears *station, question []byte, mac net.HardwareAddr, words ...[]byte) {
+func expectAnswer(t *testing.T, asks, hears *host, question []byte, mac net.HardwareAddr, words ...[]byte) {
 	t.Helper()
 	isDropped(t, asks, hears, question)
 	_, err := netlab.Await(asks, frameTimeout, func(got []byte) bool {

@@ -163,7 +163,7 @@ func (f *mesh) await(t *testing.T, what string, so func() bool) {
 }
 
 // attach attaches a pod or a VM; a pod's MAC is told from then on.
-func (f *mesh) attach(t *testing.T, n *evpnNode, spoke string, kind segment.Kind) *station {
+func (f *mesh) attach(t *testing.T, n *evpnNode, spoke string, kind segment.Kind) *host {
 	t.Helper()
 	st := n.attach(t, n.want, spoke, kind)
 	f.handle(func(now time.Time) {

@@ -58,7 +58,7 @@ func TestEveryFrameOfTheCatalogPassesIntoAndOutOfATap(t *testing.T) {
 	})
 }
 
-func catalogCrosses(t *testing.T, from, to *station) {
+func catalogCrosses(t *testing.T, from, to *host) {
 	t.Helper()
 	for _, f := range frames.Catalog(from.MAC, from.MTU) {
 		t.Run(f.Name, func(t *testing.T) {
@@ -72,7 +72,7 @@ func catalogCrosses(t *testing.T, from, to *station) {
 }
 
 // doubleTaggedCrosses sends what a packet socket is not allowed to: two tags around a payload of the full MTU.
-func doubleTaggedCrosses(t *testing.T, from, to *station) {
+func doubleTaggedCrosses(t *testing.T, from, to *host) {
 	t.Helper()
 	var full []byte
 	for _, f := range frames.Catalog(from.MAC, from.MTU) {

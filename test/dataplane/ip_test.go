@@ -36,17 +36,17 @@ func TestPodsOnTwoNodesSpeakTCPOverIPv4AndIPv6(t *testing.T) {
 	}
 }
 
-func (h node) setPodAddresses(t *testing.T, st *station, prefixes ...string) error {
+func (n node) setPodAddresses(t *testing.T, h *host, prefixes ...string) error {
 	t.Helper()
 	var want kernel.Addressing
 	for _, p := range prefixes {
 		want.Addresses = append(want.Addresses, netip.MustParsePrefix(p))
 	}
-	return h.kernel.SetAddresses(t.Context(), st.Path, ifname, want)
+	return n.kernel.SetAddresses(t.Context(), h.Path, ifname, want)
 }
 
 // expectTCP sends a megabyte from one pod to the other and wants it back.
-func expectTCP(t *testing.T, from, to *station, address string) {
+func expectTCP(t *testing.T, from, to *host, address string) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 4*frameTimeout)
 	defer cancel()

@@ -265,7 +265,7 @@ func (d killCase) reconcilesWithoutEvents(t *testing.T) {
 // eventSocket hears all that rtnetlink tells of a namespace.
 type eventSocket struct{ file *os.File }
 
-func (h node) watchEvents(t *testing.T, ns netlab.Namespace) *eventSocket {
+func (n node) watchEvents(t *testing.T, ns netlab.Namespace) *eventSocket {
 	t.Helper()
 	var fd int
 	must(t, ns.Do(func() (err error) {
@@ -290,9 +290,9 @@ func (e *eventSocket) sawEvents(t *testing.T) bool {
 }
 
 // killable is the LAN of these tests.
-func (h node) killable(t *testing.T) segment.Segment {
+func (n node) killable(t *testing.T) segment.Segment {
 	t.Helper()
-	return h.withUnderlay(t, lan("killed", 101, "peer", "srl"))
+	return n.withUnderlay(t, lan("killed", 101, "peer", "srl"))
 }
 
 func (a attachment) killCase(t *testing.T, verb string, s segment.Segment, old ...attachment) killCase {
@@ -311,8 +311,8 @@ func add(kind segment.Kind, txChecksumOff []string, extra keys) func(*testing.T,
 	}
 }
 
-func addWithAddresses(t *testing.T, h node) killCase {
-	d := add(segment.Veth, nil, h.installIPAM(t, "192.0.2.1/24", "2001:db8::1/64"))(t, h)
+func addWithAddresses(t *testing.T, n node) killCase {
+	d := add(segment.Veth, nil, n.installIPAM(t, "192.0.2.1/24", "2001:db8::1/64"))(t, n)
 	d.earlier[0].Sysctl(t, "net/ipv6/conf/default/accept_dad", "0") // nobody else has it
 	return d
 }
@@ -327,9 +327,9 @@ func addRefused(kind segment.Kind) func(*testing.T, node) killCase {
 	}
 }
 
-func addWithoutPair(t *testing.T, h node) killCase {
-	d := add(segment.Veth, nil, nil)(t, h)
-	inside := h.lanNetns(d.Segment).Netlink(t)
+func addWithoutPair(t *testing.T, n node) killCase {
+	d := add(segment.Veth, nil, nil)(t, n)
+	inside := n.lanNetns(d.Segment).Netlink(t)
 	for _, name := range []string{segment.PlugName("srl"), d.Bridge} {
 		l, err := inside.LinkByName(name)
 		must(t, err)
@@ -339,9 +339,9 @@ func addWithoutPair(t *testing.T, h node) killCase {
 }
 
 // attachByPlugin attaches a pod or VM to the LAN as it is.
-func (h node) attachByPlugin(t *testing.T, s segment.Segment, spoke string, kind segment.Kind) attachment {
+func (n node) attachByPlugin(t *testing.T, s segment.Segment, spoke string, kind segment.Kind) attachment {
 	t.Helper()
-	a := attachment{h.sandbox(t), network(s, spoke, kind, nil)}
+	a := attachment{n.sandbox(t), network(s, spoke, kind, nil)}
 	a.mustCall(t, "ADD", a.config)
 	return a
 }
@@ -412,14 +412,14 @@ func runDaemon() int {
 }
 
 // daemonProcess is the daemon's process on a node, which makes that LAN or, without one, takes away what is there.
-func (h node) daemonProcess(want segment.Segment, made ...segment.Segment) killCase {
+func (n node) daemonProcess(want segment.Segment, made ...segment.Segment) killCase {
 	cmd := exec.Command("/proc/self/exe")
-	cmd.Env = append(os.Environ(), daemonRun+"="+h.Run, daemonCDI+"="+h.CDI)
+	cmd.Env = append(os.Environ(), daemonRun+"="+n.Run, daemonCDI+"="+n.CDI)
 	wishes := []wantedSegment{}
 	for _, s := range made {
 		wishes = append(wishes, wantedSegment{s, s.Remotes})
 	}
-	return killCase{node: h, Segment: want, cmd: cmd, stdin: wishes}
+	return killCase{node: n, Segment: want, cmd: cmd, stdin: wishes}
 }
 
 // wantedSegment is a segment with what its record does not have.
@@ -428,58 +428,58 @@ type wantedSegment struct {
 	Remotes []netip.Addr `json:"remotes"`
 }
 
-func built(t *testing.T, h node) killCase {
-	s := h.killable(t)
+func built(t *testing.T, n node) killCase {
+	s := n.killable(t)
 	s.TxChecksumOff = []string{"peer"}
-	return h.daemonProcess(s, s)
+	return n.daemonProcess(s, s)
 }
 
 // edited changes all that can be changed, with a pod attached.
-func edited(t *testing.T, h node) killCase {
-	from := h.killable(t)
+func edited(t *testing.T, n node) killCase {
+	from := n.killable(t)
 	from.Spokes = append(from.Spokes, "w-one", "w-two")
 	from.TxChecksumOff = []string{"peer"}
-	h.reconcile(t, from)
-	pod := h.attachByPlugin(t, from, "srl", segment.Veth)
-	to := h.killable(t)
+	n.reconcile(t, from)
+	pod := n.attachByPlugin(t, from, "srl", segment.Veth)
+	to := n.killable(t)
 	to.Generation, to.MTU = 2, lanMTU-100
 	to.Spokes = append(to.Spokes, "x-new")
 	to.TxChecksumOff = []string{"srl"}
 	to.VXLAN.Port, to.VXLAN.Group = 4790, netip.MustParseAddr("ff02::15")
-	d := h.daemonProcess(to, to)
+	d := n.daemonProcess(to, to)
 	d.earlier = []attachment{pod}
 	return d
 }
 
 // inUnicast takes a LAN in use from its group to remotes.
-func inUnicast(t *testing.T, h node) killCase {
-	from := h.killable(t)
-	h.reconcile(t, from)
-	pod := h.attachByPlugin(t, from, "srl", segment.Veth)
+func inUnicast(t *testing.T, n node) killCase {
+	from := n.killable(t)
+	n.reconcile(t, from)
+	pod := n.attachByPlugin(t, from, "srl", segment.Veth)
 	to := unicast(from, netip.MustParseAddr("2001:db8::1"), netip.MustParseAddr("2001:db8::2"), netip.MustParseAddr("2001:db8::3"))
-	d := h.daemonProcess(to, to)
+	d := n.daemonProcess(to, to)
 	d.earlier = []attachment{pod}
 	return d
 }
 
 // inMulticastAgain takes it back.
-func inMulticastAgain(t *testing.T, h node) killCase {
-	to := h.killable(t)
-	h.reconcile(t, unicast(to, netip.MustParseAddr("2001:db8::1"), netip.MustParseAddr("2001:db8::2"), netip.MustParseAddr("2001:db8::3")))
-	pod := h.attachByPlugin(t, to, "srl", segment.Veth)
-	d := h.daemonProcess(to, to)
+func inMulticastAgain(t *testing.T, n node) killCase {
+	to := n.killable(t)
+	n.reconcile(t, unicast(to, netip.MustParseAddr("2001:db8::1"), netip.MustParseAddr("2001:db8::2"), netip.MustParseAddr("2001:db8::3")))
+	pod := n.attachByPlugin(t, to, "srl", segment.Veth)
+	d := n.daemonProcess(to, to)
 	d.earlier = []attachment{pod}
 	return d
 }
 
 // repaired mends what somebody did to a LAN.
-func repaired(t *testing.T, h node) killCase {
-	s := h.killable(t)
+func repaired(t *testing.T, n node) killCase {
+	s := n.killable(t)
 	s.TxChecksumOff = []string{"peer"}
-	h.reconcile(t, s)
-	pod := h.attachByPlugin(t, s, "srl", segment.Veth)
-	h.setFeature(t, s, segment.PlugName("peer"), "tx-checksum-ip-generic", true)
-	inside := h.lanNetns(s)
+	n.reconcile(t, s)
+	pod := n.attachByPlugin(t, s, "srl", segment.Veth)
+	n.setFeature(t, s, segment.PlugName("peer"), "tx-checksum-ip-generic", true)
+	inside := n.lanNetns(s)
 	bridge := inside.Sysfs(t) + "/class/net/" + s.Bridge + "/bridge/"
 	must(t, os.WriteFile(bridge+"stp_state", []byte("1"), 0))
 	inside.Sysctl(t, "net/ipv6/conf/all/disable_ipv6", "0")
@@ -495,37 +495,37 @@ func repaired(t *testing.T, h node) killCase {
 	change(segment.PlugName("srl"), links.LinkDel)
 	change("srl", func(l netlink.Link) error { return links.LinkDelAltName(l, "srl") })
 	change(s.Bridge, func(l netlink.Link) error { return links.LinkAddAltName(l, "srl") })
-	must(t, os.Remove(h.Run+"/lan/"+s.Netns+".json"))
-	d := h.daemonProcess(s, s)
+	must(t, os.Remove(n.Run+"/lan/"+s.Netns+".json"))
+	d := n.daemonProcess(s, s)
 	d.earlier = []attachment{pod}
 	return d
 }
 
 // abandoned clears up behind pods whose DEL never came.
-func abandoned(t *testing.T, h node) killCase {
-	s := h.killable(t)
-	h.reconcile(t, s)
+func abandoned(t *testing.T, n node) killCase {
+	s := n.killable(t)
+	n.reconcile(t, s)
 	for spoke, kind := range map[string]segment.Kind{"srl": segment.Macvtap, "peer": segment.Veth} {
-		a := h.attachByPlugin(t, s, spoke, kind)
+		a := n.attachByPlugin(t, s, spoke, kind)
 		links := a.Netlink(t)
 		l, err := links.LinkByName(a.ifname)
 		must(t, err)
 		must(t, links.LinkDel(l))
 	}
-	return h.daemonProcess(s, s)
+	return n.daemonProcess(s, s)
 }
 
 // replaced makes a LAN where another one has the name of its namespace.
-func replaced(t *testing.T, h node) killCase {
-	s := h.killable(t)
+func replaced(t *testing.T, n node) killCase {
+	s := n.killable(t)
 	other := s
 	other.LAN.UID = "another"
-	h.reconcile(t, other)
-	return h.daemonProcess(s, s)
+	n.reconcile(t, other)
+	return n.daemonProcess(s, s)
 }
 
-func removed(t *testing.T, h node) killCase {
-	s := h.killable(t)
-	h.reconcile(t, s)
-	return h.daemonProcess(s)
+func removed(t *testing.T, n node) killCase {
+	s := n.killable(t)
+	n.reconcile(t, s)
+	return n.daemonProcess(s)
 }

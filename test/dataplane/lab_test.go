@@ -68,9 +68,9 @@ func addNode(t *testing.T, underlay *netlab.Underlay, name string) node {
 }
 
 // newKernel is a k8slan process that starts on the node: it knows nothing but what it reads there.
-func (h node) newKernel(t *testing.T) *kernel.Node {
+func (n node) newKernel(t *testing.T) *kernel.Node {
 	t.Helper()
-	k := kernel.New(kernel.Paths{Run: h.Run, HostNetns: h.Path})
+	k := kernel.New(kernel.Paths{Run: n.Run, HostNetns: n.Path})
 	t.Cleanup(k.Close)
 	return k
 }
@@ -92,20 +92,20 @@ func lan(name string, vni uint32, spokes ...string) segment.Segment {
 }
 
 // withUnderlay is a LAN on this node, whose underlay device has its number here.
-func (h node) withUnderlay(t *testing.T, s segment.Segment) segment.Segment {
+func (n node) withUnderlay(t *testing.T, s segment.Segment) segment.Segment {
 	t.Helper()
-	device, err := h.Netlink(t).LinkByName(netlab.UnderlayDevice)
+	device, err := n.Netlink(t).LinkByName(netlab.UnderlayDevice)
 	if err != nil {
-		t.Fatalf("underlay device of %s: %v", h.Name, err)
+		t.Fatalf("underlay device of %s: %v", n.Name, err)
 	}
 	s.VXLAN.UnderlayIndex = device.Attrs().Index
 	return s
 }
 
 // reconcile brings a LAN in order on the node once, as the manager does whenever it looks, and says what it did.
-func (h node) reconcile(t *testing.T, s segment.Segment) []segment.Op {
+func (n node) reconcile(t *testing.T, s segment.Segment) []segment.Op {
 	t.Helper()
-	return reconcileWith(t, h.kernel, s.Netns, func(have segment.State) []segment.Op { return segment.Diff(s, have) })
+	return reconcileWith(t, n.kernel, s.Netns, func(have segment.State) []segment.Op { return segment.Diff(s, have) })
 }
 
 func reconcileWith(t *testing.T, k *kernel.Node, name string, decide func(segment.State) []segment.Op) []segment.Op {
@@ -118,12 +118,12 @@ func reconcileWith(t *testing.T, k *kernel.Node, name string, decide func(segmen
 }
 
 // lanNetns is a LAN's namespace on the node.
-func (h node) lanNetns(s segment.Segment) netlab.Namespace {
-	return netlab.At(h.Run + "/netns/" + s.Netns)
+func (n node) lanNetns(s segment.Segment) netlab.Namespace {
+	return netlab.At(n.Run + "/netns/" + s.Netns)
 }
 
-// station is a pod or a VM on a LAN, and where it speaks.
-type station struct {
+// host is a pod or a VM on a LAN, and where it speaks.
+type host struct {
 	netlab.Namespace
 	netlab.Wire
 	kernel.Attachment
@@ -134,21 +134,21 @@ type station struct {
 const ifname = "net1"
 
 // attach brings a new pod or VM to a spoke, as the CNI plugin does.
-func (h node) attach(t *testing.T, s segment.Segment, spoke string, kind segment.Kind) *station {
+func (n node) attach(t *testing.T, s segment.Segment, spoke string, kind segment.Kind) *host {
 	t.Helper()
-	st := h.claim(t, s, spoke, kind)
-	st.openWire(t, h.lanNetns(s))
+	st := n.claim(t, s, spoke, kind)
+	st.openWire(t, n.lanNetns(s))
 	return st
 }
 
 // claim attaches without anybody who speaks: before a VM's QEMU has started.
-func (h node) claim(t *testing.T, s segment.Segment, spoke string, kind segment.Kind) *station {
+func (n node) claim(t *testing.T, s segment.Segment, spoke string, kind segment.Kind) *host {
 	t.Helper()
-	st := &station{Namespace: netlab.NewPod(t)}
+	st := &host{Namespace: netlab.NewPod(t)}
 	st.request = request(s, spoke, kind, st.Namespace)
 	var err error
-	if st.Attachment, err = h.kernel.Claim(t.Context(), st.request); err != nil {
-		t.Fatalf("claim spoke %s of %s on %s: %v", spoke, s.LAN, h.Name, err)
+	if st.Attachment, err = n.kernel.Claim(t.Context(), st.request); err != nil {
+		t.Fatalf("claim spoke %s of %s on %s: %v", spoke, s.LAN, n.Name, err)
 	}
 	return st
 }
@@ -161,22 +161,22 @@ func request(s segment.Segment, spoke string, kind segment.Kind, pod netlab.Name
 }
 
 // openWire opens the pod's link, or the VM's tap.
-func (st *station) openWire(t *testing.T, lan netlab.Namespace) {
+func (h *host) openWire(t *testing.T, lan netlab.Namespace) {
 	t.Helper()
-	if st.request.Kind == segment.Macvtap {
-		st.Wire = netlab.OpenTap(t, st.TapMajor, st.TapMinor)
+	if h.request.Kind == segment.Macvtap {
+		h.Wire = netlab.OpenTap(t, h.TapMajor, h.TapMinor)
 	} else {
-		st.AwaitCarrier(t, ifname)
-		st.Wire = st.Open(t, ifname)
+		h.AwaitCarrier(t, ifname)
+		h.Wire = h.Open(t, ifname)
 	}
-	lan.AwaitCarrier(t, st.HostInterface)
+	lan.AwaitCarrier(t, h.HostInterface)
 }
 
 // release detaches the station, as the CNI plugin does for a pod that goes.
-func (h node) release(t *testing.T, st *station) {
+func (n node) release(t *testing.T, h *host) {
 	t.Helper()
-	if err := h.kernel.Release(t.Context(), st.request.Netns, st.request.Spoke, st.ClaimID); err != nil {
-		t.Fatalf("release spoke %s on %s: %v", st.request.Spoke, h.Name, err)
+	if err := n.kernel.Release(t.Context(), h.request.Netns, h.request.Spoke, h.ClaimID); err != nil {
+		t.Fatalf("release spoke %s on %s: %v", h.request.Spoke, n.Name, err)
 	}
 }
 
@@ -227,9 +227,9 @@ func expectSilence(ctx context.Context, w netlab.Wire, matters func(frame []byte
 func anything([]byte) bool { return true }
 
 // read reads a file as a thread in the node's namespace sees it.
-func (h node) read(t *testing.T, file string) (content string) {
+func (n node) read(t *testing.T, file string) (content string) {
 	t.Helper()
-	if err := h.Do(func() error {
+	if err := n.Do(func() error {
 		b, err := os.ReadFile(file)
 		content = string(b)
 		return err

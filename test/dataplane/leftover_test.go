@@ -39,7 +39,7 @@ func TestAnAttachDoesNotWaitForTheLockForEver(t *testing.T) {
 	must(t, err)
 	must(t, unix.Flock(int(holder.Fd()), unix.LOCK_EX))
 
-	st := station{Namespace: netlab.NewPod(t)}
+	st := host{Namespace: netlab.NewPod(t)}
 	st.request = request(s, "spoke", segment.Veth, st.Namespace)
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()

@@ -26,11 +26,11 @@ type managed struct {
 
 // manage starts the daemon's manager on the node, as a new process would: with a kernel of its own. It ends with the
 // test, or earlier by stop.
-func (h node) manage(t *testing.T) managed {
+func (n node) manage(t *testing.T) managed {
 	t.Helper()
-	k := kernel.New(kernel.Paths{Run: h.Run, HostNetns: h.Path})
+	k := kernel.New(kernel.Paths{Run: n.Run, HostNetns: n.Path})
 	log := slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelWarn}))
-	m := managed{node: h, Manager: lanmgr.New(k, h.CDI, log), daemon: k}
+	m := managed{node: n, Manager: lanmgr.New(k, n.CDI, log), daemon: k}
 	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
 	var running sync.WaitGroup
 	for what, run := range map[string]func() error{
@@ -39,7 +39,7 @@ func (h node) manage(t *testing.T) managed {
 	} {
 		running.Go(func() {
 			if err := run(); err != nil && !errors.Is(err, context.Canceled) {
-				t.Errorf("%s of %s: %v", what, h.Name, err)
+				t.Errorf("%s of %s: %v", what, n.Name, err)
 			}
 		})
 	}
@@ -78,13 +78,13 @@ func (m managed) awaitReports(t *testing.T, what string, fit func([]lanmgr.Repor
 
 // awaitState returns when the segment on the node fits, and how long that took. Not every change has an event of its
 // own, so it looks again and again.
-func (h node) awaitState(t *testing.T, s segment.Segment, what string, fits func(segment.State) bool) time.Duration {
+func (n node) awaitState(t *testing.T, s segment.Segment, what string, fits func(segment.State) bool) time.Duration {
 	t.Helper()
 	began := time.Now()
 	again := time.NewTicker(2 * time.Millisecond)
 	defer again.Stop()
 	for {
-		have, err := h.kernel.Observe(t.Context(), s.Netns)
+		have, err := n.kernel.Observe(t.Context(), s.Netns)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -92,15 +92,15 @@ func (h node) awaitState(t *testing.T, s segment.Segment, what string, fits func
 			return time.Since(began)
 		}
 		if time.Since(began) > daemonTimeout {
-			t.Fatalf("waited for %s on %s; %s is\n%s", what, h.Name, s.Netns, describe(have))
+			t.Fatalf("waited for %s on %s; %s is\n%s", what, n.Name, s.Netns, describe(have))
 		}
 		<-again.C
 	}
 }
 
-func (h node) observe(t *testing.T, s segment.Segment) segment.State {
+func (n node) observe(t *testing.T, s segment.Segment) segment.State {
 	t.Helper()
-	have, err := h.kernel.Observe(t.Context(), s.Netns)
+	have, err := n.kernel.Observe(t.Context(), s.Netns)
 	if err != nil {
 		t.Fatal(err)
 	}

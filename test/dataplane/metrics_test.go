@@ -27,17 +27,17 @@ type meteredNode struct {
 }
 
 // startMetered starts the manager with its metrics, which also hear the CNI plugin.
-func (h node) startMetered(t *testing.T) meteredNode {
+func (n node) startMetered(t *testing.T) meteredNode {
 	t.Helper()
-	c := meteredNode{managed: h.manage(t), registry: prometheus.NewRegistry()}
-	m := metrics.New(metrics.Sources{Reports: c.Reports, Registered: func() int { return 0 }, Dropped: firewall.New(h.Path, firewall.TableName, slog.New(slog.DiscardHandler)).Dropped})
+	c := meteredNode{managed: n.manage(t), registry: prometheus.NewRegistry()}
+	m := metrics.New(metrics.Sources{Reports: c.Reports, Registered: func() int { return 0 }, Dropped: firewall.New(n.Path, firewall.TableName, slog.New(slog.DiscardHandler)).Dropped})
 	c.Manager.OnObserve = m.Observed // nothing is looked at before the first Set
 	must(t, c.registry.Register(m))
 	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
-		report.Listen(ctx, h.Run, slog.New(slog.NewTextHandler(t.Output(), nil)), m.Outcome)
+		report.Listen(ctx, n.Run, slog.New(slog.NewTextHandler(t.Output(), nil)), m.Outcome)
 	}()
 	t.Cleanup(func() {
 		cancel()

@@ -119,7 +119,7 @@ func (o older) config(t *testing.T, spoke string) (config keys) {
 }
 
 // openWires are the old pod and the old VM, where they speak.
-func (o older) openWires(t *testing.T) (pod, vm *station) {
+func (o older) openWires(t *testing.T) (pod, vm *host) {
 	t.Helper()
 	devices, err := filepath.Glob(o.vm.Sysfs(t) + "/class/net/" + o.vm.ifname + "/macvtap/tap*/dev")
 	if err != nil || len(devices) != 1 {
@@ -128,8 +128,8 @@ func (o older) openWires(t *testing.T) (pod, vm *station) {
 	var major, minor uint32
 	_, err = fmt.Sscanf(read(t, devices[0]), "%d:%d", &major, &minor)
 	must(t, err)
-	pod = &station{Namespace: o.pod.Namespace, Wire: o.pod.Open(t, o.pod.ifname)}
-	vm = &station{Namespace: o.vm.Namespace, Wire: netlab.OpenTap(t, major, minor)}
+	pod = &host{Namespace: o.pod.Namespace, Wire: o.pod.Open(t, o.pod.ifname)}
+	vm = &host{Namespace: o.vm.Namespace, Wire: netlab.OpenTap(t, major, minor)}
 	pod.MAC, vm.MAC = segment.MAC(o.LAN, "srl"), segment.MAC(o.LAN, "vm")
 	o.lanNetns(o.Segment).AwaitCarrier(t, "srl")
 	o.lanNetns(o.Segment).AwaitCarrier(t, "vm")

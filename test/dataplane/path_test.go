@@ -16,13 +16,13 @@ import (
 )
 
 // startEndpoint starts a probe's station of a spoke.
-func (h node) startEndpoint(t *testing.T, s segment.Segment, spoke string) probe.Endpoint {
+func (n node) startEndpoint(t *testing.T, s segment.Segment, spoke string) probe.Endpoint {
 	t.Helper()
 	orders, order := io.Pipe()
 	says, say := io.Pipe()
 	end := make(chan error, 1)
 	go func() {
-		err := endpoint.Run(context.WithoutCancel(t.Context()), h.kernel, s.Netns, spoke, orders, say)
+		err := endpoint.Run(context.WithoutCancel(t.Context()), n.kernel, s.Netns, spoke, orders, say)
 		_ = say.CloseWithError(err)
 		end <- err
 	}()
@@ -32,7 +32,7 @@ func (h node) startEndpoint(t *testing.T, s segment.Segment, spoke string) probe
 			t.Errorf("the station of %s: %v", spoke, err)
 		}
 	})
-	return probe.Endpoint{Node: h.Name, Orders: order, Messages: says}
+	return probe.Endpoint{Node: n.Name, Orders: order, Messages: says}
 }
 
 // expectProbe wants a probe to say these words of the way from one to two and of the way back, and that all is well, or not.
@@ -59,36 +59,36 @@ func TestAProbeSaysWhatPassesAndWhereTheRestIsLost(t *testing.T) {
 	const all = "every kind of frame passes, packets of up to 1422 bytes, up to 4 VLAN tags and maybe more"
 	for _, c := range []struct {
 		name        string
-		fault       func(t *testing.T, a, b node, s segment.Segment, pod *station)
+		fault       func(t *testing.T, a, b node, s segment.Segment, pod *host)
 		well        bool
 		there, back string
 	}{
 		{
 			name: "nothing is wrong", well: true, there: all, back: all,
-			fault: func(*testing.T, node, node, segment.Segment, *station) {},
+			fault: func(*testing.T, node, node, segment.Segment, *host) {},
 		},
 		{
 			name: "the MTU of the network between the nodes is too small", there: "packets of up to 1334 bytes pass, longer ones do not", back: "raise it, or set spec.mtu to 1326",
-			fault: func(t *testing.T, a, b node, _ segment.Segment, _ *station) {
+			fault: func(t *testing.T, a, b node, _ segment.Segment, _ *host) {
 				setLink(t, a.underlay.Netlink(t), b.Port(), func(h *netlink.Handle, l netlink.Link) error { return h.LinkSetMTU(l, 1400) })
 			},
 		},
 		{
 			name: "a pod's interface is down", there: "Interface net1 in pod default/two is down", back: "Set it up inside the pod",
-			fault: func(t *testing.T, _, b node, s segment.Segment, pod *station) {
+			fault: func(t *testing.T, _, b node, s segment.Segment, pod *host) {
 				setLink(t, pod.Netlink(t), ifname, func(h *netlink.Handle, l netlink.Link) error { return h.LinkSetDown(l) })
 			},
 		},
 		{
 			name: "the other node has another VNI", there: "with VNI 250, but VXLAN vx250 there has VNI 999", back: "with VNI 999, but VXLAN vx250 there has VNI 250",
-			fault: func(t *testing.T, _, b node, s segment.Segment, _ *station) {
+			fault: func(t *testing.T, _, b node, s segment.Segment, _ *host) {
 				s.VXLAN.VNI = 999
 				b.reconcile(t, b.withUnderlay(t, s))
 			},
 		},
 		{
 			name: "neither node takes the other for a member", there: "is dropped there as a stranger's: the LAN has strictPeers", back: "kubectl get lannode worker2 -o yaml",
-			fault: func(t *testing.T, a, b node, s segment.Segment, _ *station) {
+			fault: func(t *testing.T, a, b node, s segment.Segment, _ *host) {
 				for _, h := range []node{a, b} {
 					filter, _ := h.filter(t)
 					filter.Set([]firewall.LAN{strict(s)})
@@ -98,13 +98,13 @@ func TestAProbeSaysWhatPassesAndWhereTheRestIsLost(t *testing.T) {
 		},
 		{
 			name: "the VXLAN is down", there: "but not to VXLAN vx250 there, which is down", back: "Lost on node worker2 between bridge br250 and VXLAN vx250, which is down",
-			fault: func(t *testing.T, _, b node, s segment.Segment, _ *station) {
+			fault: func(t *testing.T, _, b node, s segment.Segment, _ *host) {
 				setLink(t, b.lanNetns(s).Netlink(t), s.VXLAN.Name, func(h *netlink.Handle, l netlink.Link) error { return h.LinkSetDown(l) })
 			},
 		},
 		{
 			name: "the underlay has no carrier", there: "but eth1 of node worker2 is down or has no carrier", back: "did not leave by eth1, which has no carrier",
-			fault: func(t *testing.T, a, b node, _ segment.Segment, _ *station) {
+			fault: func(t *testing.T, a, b node, _ segment.Segment, _ *host) {
 				setLink(t, a.underlay.Netlink(t), b.Port(), func(h *netlink.Handle, l netlink.Link) error { return h.LinkSetDown(l) })
 				b.AwaitNoCarrier(t, netlab.UnderlayDevice)
 			},
@@ -116,7 +116,7 @@ func TestAProbeSaysWhatPassesAndWhereTheRestIsLost(t *testing.T) {
 			a.reconcile(t, a.withUnderlay(t, s))
 			b.reconcile(t, b.withUnderlay(t, s))
 			one, two := a.claim(t, s, "one", segment.Veth), b.claim(t, s, "two", segment.Veth)
-			for _, st := range []*station{one, two} {
+			for _, st := range []*host{one, two} {
 				st.AwaitCarrier(t, ifname)
 			}
 			a.reconcile(t, a.withUnderlay(t, s)) // with a claim, the VXLAN goes up

@@ -16,21 +16,21 @@ import (
 )
 
 // pool is a LAN with a pool of that size beside a spoke, on this node.
-func (h node) pool(t *testing.T, name string, vni uint32, size int) segment.Segment {
+func (n node) pool(t *testing.T, name string, vni uint32, size int) segment.Segment {
 	t.Helper()
-	s := h.withUnderlay(t, lan(name, vni, "srl"))
+	s := n.withUnderlay(t, lan(name, vni, "srl"))
 	for number := range size {
 		s.Spokes = append(s.Spokes, segment.Port("web", number))
 	}
-	s.Node, s.Generation = h.Name, int64(size)
+	s.Node, s.Generation = n.Name, int64(size)
 	slices.Sort(s.Spokes)
 	return s
 }
 
 // attachToPort attaches a new sandbox to a port through the CNI plugin.
-func (h node) attachToPort(t *testing.T, s segment.Segment, port string, kind segment.Kind) *poolMember {
+func (n node) attachToPort(t *testing.T, s segment.Segment, port string, kind segment.Kind) *poolMember {
 	t.Helper()
-	m := &poolMember{sandbox: h.sandbox(t), config: pooled(s, port, kind)}
+	m := &poolMember{sandbox: n.sandbox(t), config: pooled(s, port, kind)}
 	var out []byte
 	m.Wire, out = m.add(t, s, m.config)
 	var result current.Result
@@ -38,7 +38,7 @@ func (h node) attachToPort(t *testing.T, s segment.Segment, port string, kind se
 		t.Fatalf("result %s: %v", out, err)
 	}
 	if m.mac = result.Interfaces[1].Mac; m.mac != s.PlugMAC(port).String() {
-		t.Errorf("%s on %s has the MAC %s, want %s", port, h.Name, m.mac, s.PlugMAC(port))
+		t.Errorf("%s on %s has the MAC %s, want %s", port, n.Name, m.mac, s.PlugMAC(port))
 	}
 	return m
 }

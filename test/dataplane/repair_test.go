@@ -22,7 +22,7 @@ type damagedLAN struct {
 	node
 	segment.Segment
 	links *netlink.Handle // in the LAN's namespace
-	pod   *station        // attached to spoke "pod"; spoke "waiting" has nobody
+	pod   *host           // attached to spoke "pod"; spoke "waiting" has nobody
 }
 
 func (b damagedLAN) link(t *testing.T, name string) netlink.Link {
@@ -193,9 +193,9 @@ func TestManagerRepairsWhateverSomebodyBreaks(t *testing.T) {
 
 // reach is bothWays for a LAN that was harmed: it may have spoken for itself, even with the address of the other
 // station, whose standing plug is here, too. So that speaks first, and is known to be there again.
-func reach(t *testing.T, one, other *station) {
+func reach(t *testing.T, one, other *host) {
 	t.Helper()
-	for _, way := range [][2]*station{{other, one}, {one, other}} {
+	for _, way := range [][2]*host{{other, one}, {one, other}} {
 		frame := frames.Stream(way[1].MAC, way[0].MAC, 1, uint64(time.Now().UnixNano()))
 		must(t, way[0].Send(frame))
 		if _, err := netlab.Await(way[1], frameTimeout, func(got []byte) bool { return bytes.Equal(got, frame) }); err != nil {
@@ -243,12 +243,12 @@ func TestSegmentThatStandsIsLeftAlone(t *testing.T) {
 }
 
 // expectNoLinkEvents wants no link to change, neither in the LAN's namespace nor in the node's own, while f runs.
-func expectNoLinkEvents(t *testing.T, h node, s segment.Segment, f func()) {
+func expectNoLinkEvents(t *testing.T, n node, s segment.Segment, f func()) {
 	t.Helper()
 	places := []struct {
 		netlab.Namespace
 		link string // of those that are up
-	}{{h.lanNetns(s), s.Bridge}, {h.Namespace, netlab.UnderlayDevice}}
+	}{{n.lanNetns(s), s.Bridge}, {n.Namespace, netlab.UnderlayDevice}}
 	done := make(chan struct{})
 	defer close(done)
 	var watches []<-chan netlink.LinkUpdate

@@ -248,10 +248,10 @@ func (r *frr) peer(n byte) bgp.Peer {
 }
 
 // attach makes FRR's part of the LAN, as docs/evpn.md shows it, and a station on it.
-func (r *frr) attach(t *testing.T, s segment.Segment) *station {
+func (r *frr) attach(t *testing.T, s segment.Segment) *host {
 	t.Helper()
 	r.Sysctl(t, "net/ipv6/conf/default/disable_ipv6", "1")
-	st := &station{Namespace: netlab.NewPod(t)}
+	st := &host{Namespace: netlab.NewPod(t)}
 	pod, err := os.Open(st.Path)
 	must(t, err)
 	defer pod.Close()

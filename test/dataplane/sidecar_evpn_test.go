@@ -157,7 +157,7 @@ func fromUnicastToEVPN(t *testing.T, s *sidecars) {
 		for _, p := range tm.pods {
 			p.configure(t, step.config)
 		}
-		for p, other := range map[*pod]*station{a: two, b: one} {
+		for p, other := range map[*pod]*host{a: two, b: one} {
 			eventuallySlow(t, fmt.Sprintf("%s: %s to be told where the other is: %t", step.what, p.Name, step.told), func() bool {
 				return p.hasFDBEntry(t, other.MAC) == step.told && p.link(t, kubelan).(*netlink.Vxlan).Learning != step.told
 			})

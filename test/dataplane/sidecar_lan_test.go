@@ -59,7 +59,7 @@ func threePodsAreALAN(t *testing.T, s *sidecars) {
 }
 
 // everythingCrosses sends every kind of frame, VLAN tags within the MTU. There is no bridge that stops any.
-func everythingCrosses(t *testing.T, from, to *station) {
+func everythingCrosses(t *testing.T, from, to *host) {
 	t.Helper()
 	const tag = 4
 	for _, f := range append(frames.Catalog(from.MAC, from.MTU-tag), frames.Catalog(from.MAC, from.MTU)...) {

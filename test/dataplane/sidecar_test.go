@@ -536,11 +536,11 @@ func (p *pod) awaitRemotes(t *testing.T, want ...netip.Addr) {
 	eventuallySlow(t, fmt.Sprintf("%s to send to %v", p.Name, want), func() bool { return slices.Equal(p.remotes(t), want) })
 }
 
-// station is where the pod's application speaks on the LAN.
-func (p *pod) station(t *testing.T) *station {
+// host is where the pod's application speaks on the LAN.
+func (p *pod) station(t *testing.T) *host {
 	t.Helper()
 	l := p.link(t, kubelan)
-	return &station{Namespace: p.Namespace, Wire: p.Open(t, kubelan), Attachment: kernel.Attachment{MAC: l.Attrs().HardwareAddr, MTU: l.Attrs().MTU}}
+	return &host{Namespace: p.Namespace, Wire: p.Open(t, kubelan), Attachment: kernel.Attachment{MAC: l.Attrs().HardwareAddr, MTU: l.Attrs().MTU}}
 }
 
 // ping wants that what is in a namespace reaches an address.

@@ -116,9 +116,9 @@ func TestAPlugThatSpokeIsSilencedAndForgotten(t *testing.T) {
 }
 
 // hasLearned says whether a LAN's bridge knows by which port to reach an address.
-func (h node) hasLearned(t *testing.T, s segment.Segment, mac net.HardwareAddr) bool {
+func (n node) hasLearned(t *testing.T, s segment.Segment, mac net.HardwareAddr) bool {
 	t.Helper()
-	links := h.lanNetns(s).Netlink(t)
+	links := n.lanNetns(s).Netlink(t)
 	port, err := links.LinkByName(segment.PortName("vm"))
 	must(t, err)
 	entries, err := links.NeighList(port.Attrs().Index, unix.AF_BRIDGE)
@@ -160,9 +160,9 @@ func TestVXLANIsUpOnlyWhileASpokeIsClaimed(t *testing.T) {
 }
 
 // hasJoined says whether the node listens to the LANs' group on its underlay device.
-func (h node) hasJoined(t *testing.T) bool {
+func (n node) hasJoined(t *testing.T) bool {
 	t.Helper()
-	for line := range strings.Lines(h.read(t, "/proc/thread-self/net/igmp6")) {
+	for line := range strings.Lines(n.read(t, "/proc/thread-self/net/igmp6")) {
 		f := strings.Fields(line)
 		if f[1] == netlab.UnderlayDevice && f[2] == "ff020000000000000000000000000014" {
 			return true

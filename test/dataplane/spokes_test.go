@@ -18,7 +18,7 @@ const (
 
 // stream sends numbered frames at the rate, and returns what of them arrived when all have, or the last was sent long ago.
 type stream struct {
-	from, to *station
+	from, to *host
 	counter  frames.Counter
 	err      error
 	done     sync.WaitGroup
@@ -37,7 +37,7 @@ func untilDone(streams ...*stream) context.Context {
 }
 
 // startStream starts a stream of so many frames.
-func startStream(t *testing.T, id uint32, length uint64, from, to *station) *stream {
+func startStream(t *testing.T, id uint32, length uint64, from, to *host) *stream {
 	s := &stream{from: from, to: to, counter: frames.Counter{ID: id, Total: length}}
 	ctx, cancel := context.WithCancel(context.Background())
 	s.done.Go(func() {

@@ -26,9 +26,9 @@ import (
 )
 
 // filter starts a daemon's filter of strangers on the node.
-func (h node) filter(t *testing.T) (f *firewall.Filter, stop func()) {
+func (n node) filter(t *testing.T) (f *firewall.Filter, stop func()) {
 	t.Helper()
-	f = firewall.New(h.Path, firewall.TableName, slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelWarn})))
+	f = firewall.New(n.Path, firewall.TableName, slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelWarn})))
 	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
 	ended := make(chan error, 1)
 	go func() { ended <- f.Run(ctx) }()
@@ -46,9 +46,9 @@ func strict(s segment.Segment, members ...netip.Addr) firewall.LAN {
 }
 
 // nft calls f with a connection to the node's nftables.
-func (h node) nft(t *testing.T, f func(*nftables.Conn) error) error {
+func (n node) nft(t *testing.T, f func(*nftables.Conn) error) error {
 	t.Helper()
-	ns, err := vnetns.GetFromPath(h.Path)
+	ns, err := vnetns.GetFromPath(n.Path)
 	must(t, err)
 	defer ns.Close()
 	c, err := nftables.New(nftables.WithNetNSFd(int(ns)))
@@ -61,10 +61,10 @@ var table = &nftables.Table{Name: "k8slan", Family: nftables.TableFamilyINet}
 func setOf(name string) *nftables.Set { return &nftables.Set{Table: table, Name: name} }
 
 // elements counts those of a set; -1 where there is none.
-func (h node) elements(t *testing.T, set string) int {
+func (n node) elements(t *testing.T, set string) int {
 	t.Helper()
 	count := -1
-	err := h.nft(t, func(c *nftables.Conn) error {
+	err := n.nft(t, func(c *nftables.Conn) error {
 		list, err := c.GetSetElements(setOf(set))
 		if err == nil {
 			count = len(list)
@@ -93,10 +93,10 @@ func encapsulated(vni uint32, frame []byte) []byte {
 }
 
 // sender returns what sends VXLAN packets from one address of the node to another, as a VXLAN would.
-func (h node) sender(t *testing.T, from, to netip.Addr, s segment.Segment) func(frame []byte) {
+func (n node) sender(t *testing.T, from, to netip.Addr, s segment.Segment) func(frame []byte) {
 	t.Helper()
 	var c *net.UDPConn
-	must(t, h.Do(func() (err error) {
+	must(t, n.Do(func() (err error) {
 		c, err = net.DialUDP("udp", net.UDPAddrFromAddrPort(netip.AddrPortFrom(from, 0)), net.UDPAddrFromAddrPort(netip.AddrPortFrom(to, s.VXLAN.Port)))
 		return err
 	}))
@@ -109,7 +109,7 @@ func (h node) sender(t *testing.T, from, to netip.Addr, s segment.Segment) func(
 }
 
 // fragments sends a VXLAN packet in two IPv6 fragments, of which the first has nothing but the UDP header.
-func (h node) fragments(t *testing.T, from, to netip.Addr, s segment.Segment, frame []byte) {
+func (n node) fragments(t *testing.T, from, to netip.Addr, s segment.Segment, frame []byte) {
 	t.Helper()
 	payload := encapsulated(s.VXLAN.VNI, frame)
 	udp := binary.BigEndian.AppendUint16(nil, 50000)
@@ -134,7 +134,7 @@ func (h node) fragments(t *testing.T, from, to netip.Addr, s segment.Segment, fr
 		b = append(b, 0, 0, 0, 7)
 		return append(b, part...)
 	}
-	must(t, h.Do(func() error {
+	must(t, n.Do(func() error {
 		fd, err := unix.Socket(unix.AF_INET6, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_RAW)
 		if err != nil {
 			return err
@@ -170,9 +170,9 @@ func nonMemberFrame(seq uint64) []byte {
 }
 
 // expectNext wants the next frame at a station to be that one.
-func expectNext(t *testing.T, st *station, frame []byte) {
+func expectNext(t *testing.T, h *host, frame []byte) {
 	t.Helper()
-	got, err := next(st, frameTimeout)
+	got, err := next(h, frameTimeout)
 	must(t, err)
 	if !slices.Equal(got, frame) {
 		t.Fatalf("heard\n%x, want\n%x", got, frame)
@@ -374,9 +374,9 @@ func TestAChangedFilterIsPutRight(t *testing.T) {
 }
 
 // ruleset is the table as text, sorted, but for the handles; nil between two steps of its making.
-func (h node) ruleset(t *testing.T) (lines []string) {
+func (n node) ruleset(t *testing.T) (lines []string) {
 	t.Helper()
-	err := h.nft(t, func(c *nftables.Conn) error {
+	err := n.nft(t, func(c *nftables.Conn) error {
 		chains, err := c.ListChainsOfTableFamily(nftables.TableFamilyINet)
 		if err != nil {
 			return err

@@ -55,7 +55,7 @@ func TestNextPodTakesASpokeOverFromADyingSandbox(t *testing.T) {
 	}
 }
 
-func bothWays(t *testing.T, one, other *station) {
+func bothWays(t *testing.T, one, other *host) {
 	t.Helper()
 	crosses(t, one, other, frames.Stream(nil, one.MAC, 1, 1))
 	crosses(t, other, one, frames.Stream(one.MAC, other.MAC, 1, 2))

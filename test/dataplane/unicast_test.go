@@ -44,7 +44,7 @@ func unicastHosts(t *testing.T, f family, vni uint32) (a, b node, onA, onB segme
 }
 
 // unicastPods are unicastHosts with the LAN, and a pod on each.
-func unicastPods(t *testing.T, f family, vni uint32) (a, b node, onA, onB segment.Segment, one, two *station) {
+func unicastPods(t *testing.T, f family, vni uint32) (a, b node, onA, onB segment.Segment, one, two *host) {
 	t.Helper()
 	a, b, onA, onB = unicastHosts(t, f, vni)
 	a.reconcile(t, onA)
@@ -61,14 +61,14 @@ func unicast(s segment.Segment, local netip.Addr, remotes ...netip.Addr) segment
 }
 
 // addUnderlayAddress gives the underlay device an address that can be used at once.
-func (h node) addUnderlayAddress(t *testing.T, p netip.Prefix) {
+func (n node) addUnderlayAddress(t *testing.T, p netip.Prefix) {
 	t.Helper()
-	device, err := h.Netlink(t).LinkByName(netlab.UnderlayDevice)
+	device, err := n.Netlink(t).LinkByName(netlab.UnderlayDevice)
 	must(t, err)
 	addr, err := netlink.ParseAddr(p.String())
 	must(t, err)
 	addr.Flags = unix.IFA_F_NODAD
-	must(t, h.Netlink(t).AddrAdd(device, addr))
+	must(t, n.Netlink(t).AddrAdd(device, addr))
 }
 
 func TestUnicastLANCarriesTheCatalog(t *testing.T) {
@@ -275,11 +275,11 @@ func TestABrokenChangeOfDiscoveryIsFinished(t *testing.T) {
 }
 
 // remotes are those that the VXLAN's table has, the group aside.
-func (h node) remotes(t *testing.T, s segment.Segment) (remotes []netip.Addr) {
+func (n node) remotes(t *testing.T, s segment.Segment) (remotes []netip.Addr) {
 	t.Helper()
-	link, err := h.lanNetns(s).Netlink(t).LinkByName(s.VXLAN.Name)
+	link, err := n.lanNetns(s).Netlink(t).LinkByName(s.VXLAN.Name)
 	must(t, err)
-	entries, err := h.lanNetns(s).Netlink(t).NeighList(link.Attrs().Index, unix.AF_BRIDGE)
+	entries, err := n.lanNetns(s).Netlink(t).NeighList(link.Attrs().Index, unix.AF_BRIDGE)
 	must(t, err)
 	for _, e := range entries {
 		if r, ok := netip.AddrFromSlice(e.IP); ok && e.Flags&netlink.NTF_SELF != 0 && !r.IsMulticast() {
