@@ -227,6 +227,7 @@ func nodeWithLAN(t *testing.T) (node, segment.Segment) {
 }
 
 func TestPluginAttachesPodsAndVMs(t *testing.T) {
+	t.Parallel()
 	h, s := nodeWithLAN(t)
 	empty := h.links(t, s)
 	podNetwork, vmNetwork := network(s, "srl", segment.Veth, nil), network(s, "vm", segment.Macvtap, nil)
@@ -296,6 +297,7 @@ func with(config, add keys) keys {
 }
 
 func TestPluginGivesTheMACMTUAndOwnerThatAreAskedFor(t *testing.T) {
+	t.Parallel()
 	h, s := nodeWithLAN(t)
 	const mac = "02:00:5e:00:53:01"
 	for _, kind := range []segment.Kind{segment.Veth, segment.Macvtap} {
@@ -322,6 +324,7 @@ func TestPluginGivesTheMACMTUAndOwnerThatAreAskedFor(t *testing.T) {
 }
 
 func TestPluginRefusesBadInputAndChangesNothing(t *testing.T) {
+	t.Parallel()
 	h, s := nodeWithLAN(t)
 	other := h.sandbox(t)
 	other.add(t, s, network(s, "srl", segment.Veth, nil))
@@ -381,6 +384,7 @@ func TestPluginRefusesBadInputAndChangesNothing(t *testing.T) {
 }
 
 func TestPluginLeavesAnInterfaceOfThatNameAlone(t *testing.T) {
+	t.Parallel()
 	h, s := nodeWithLAN(t)
 	pod := h.sandbox(t)
 	pod.mustCall(t, "ADD", network(s, "srl", segment.Veth, nil))
@@ -397,6 +401,7 @@ func TestPluginLeavesAnInterfaceOfThatNameAlone(t *testing.T) {
 }
 
 func TestPluginRefusesAPodWithoutANetnsOfItsOwn(t *testing.T) {
+	t.Parallel()
 	h, s := nodeWithLAN(t)
 	before := h.links(t, s)
 	pod := h.sandbox(t)
@@ -415,9 +420,11 @@ func TestPluginRefusesAPodWithoutANetnsOfItsOwn(t *testing.T) {
 }
 
 func TestPluginLetsASuccessorTakeOver(t *testing.T) {
+	t.Parallel()
 	for _, old := range []segment.Kind{segment.Veth, segment.Macvtap} {
 		for _, successor := range []segment.Kind{segment.Veth, segment.Macvtap} {
 			t.Run(fmt.Sprintf("%s to %s", old, successor), func(t *testing.T) {
+				t.Parallel()
 				h, s := nodeWithLAN(t)
 				other := h.attach(t, s, "vm", segment.Veth)
 				dying, dyingNetwork := h.sandbox(t), network(s, "srl", old, nil)
@@ -446,6 +453,7 @@ func TestPluginLetsASuccessorTakeOver(t *testing.T) {
 }
 
 func TestPluginCHECKFindsWhatSomebodyChanged(t *testing.T) {
+	t.Parallel()
 	h, s := nodeWithLAN(t)
 	for _, kind := range []segment.Kind{segment.Veth, segment.Macvtap} {
 		for _, c := range []struct {
@@ -481,6 +489,7 @@ func TestPluginCHECKFindsWhatSomebodyChanged(t *testing.T) {
 }
 
 func TestPluginGCAndSTATUS(t *testing.T) {
+	t.Parallel()
 	h, s := nodeWithLAN(t)
 	empty := h.links(t, s)
 	stays, goes := h.sandbox(t), h.sandbox(t)
@@ -504,6 +513,7 @@ func TestPluginGCAndSTATUS(t *testing.T) {
 }
 
 func TestPluginBuildsAStandingPairThatIsMissing(t *testing.T) {
+	t.Parallel()
 	h, s := nodeWithLAN(t)
 	other := h.attach(t, s, "vm", segment.Veth)
 	for _, kind := range []segment.Kind{segment.Veth, segment.Macvtap} {
@@ -524,6 +534,7 @@ func TestPluginBuildsAStandingPairThatIsMissing(t *testing.T) {
 
 // Somebody takes the name of a LAN's namespace away: a pod that comes before the daemon has given it back is told to wait.
 func TestPluginWaitsForANamespaceThatHasLostItsName(t *testing.T) {
+	t.Parallel()
 	h, s := nodeWithLAN(t)
 	other := h.attach(t, s, "vm", segment.Veth)
 	if err := unix.Unmount(h.lanNetns(s).Path, unix.MNT_DETACH); err != nil {
@@ -562,6 +573,7 @@ func (n node) installIPAM(t *testing.T, addresses ...string) keys {
 }
 
 func TestPluginGivesAddressesThatCanBeUsedAtOnce(t *testing.T) {
+	t.Parallel()
 	h, s := nodeWithLAN(t)
 	empty := h.links(t, s)
 	pod := h.sandbox(t)
@@ -617,6 +629,7 @@ func TestPluginGivesAddressesThatCanBeUsedAtOnce(t *testing.T) {
 }
 
 func TestPluginAttaches64AtOnceWhere1000SpokesAreOnOffer(t *testing.T) {
+	t.Parallel()
 	netlab.NeedDevices(t)
 	const attachments, spokes = 64, 500
 	h := addNode(t, netlab.NewUnderlay(t, underlayMTU), "worker1")

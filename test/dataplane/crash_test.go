@@ -69,6 +69,7 @@ const (
 
 // From whatever state, the difference to what is wanted leads there.
 func TestEveryDamagedStateLeadsBackToTheWholeOne(t *testing.T) {
+	t.Parallel()
 	a, _ := twoNodes(t)
 	s := a.withUnderlay(t, lan("walked", 102, "one", "two"))
 	a.reconcile(t, s)

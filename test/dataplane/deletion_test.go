@@ -31,10 +31,12 @@ var tries = flag.Int("tries", 100, "how often a LAN is deleted while a pod attac
 // whole, until it is detached; or it is refused, and nothing is left. The node never says that a LAN is gone while a pod has it.
 // Each time the next LAN takes ns, VNI and spokes at once.
 func TestLANIsDeletedWhileAPodAttaches(t *testing.T) {
+	t.Parallel()
 	const lanes, seed = 2, 20261121
 	each := *tries / 2 / lanes // of each kind in each lane
 	for _, kind := range []segment.Kind{segment.Veth, segment.Macvtap} {
 		t.Run(string(kind), func(t *testing.T) {
+			t.Parallel()
 			if kind == segment.Macvtap {
 				netlab.NeedDevices(t)
 			}

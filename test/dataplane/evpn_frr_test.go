@@ -60,6 +60,7 @@ func (sp *speaker) awaitRemote(t *testing.T, vtep netip.Addr, macs ...net.Hardwa
 
 // FRR is a VTEP of the LAN: packets go both ways, a MAC moves there and back, and either side comes back from a restart.
 func TestFRRIsInTheLAN(t *testing.T) {
+	t.Parallel()
 	a, _, s, _ := unicastHosts(t, families["IPv4"], 431)
 	a.reconcile(t, withEVPN(s))
 	router := startFRR(t, a, asVTEP)
@@ -98,14 +99,14 @@ func TestFRRIsInTheLAN(t *testing.T) {
 			node = a.startSpeakerTo(t, s, 1, router.peer(1))
 		},
 	} {
-		out, in := startStream(t, 5, 12*rate, here, there), startStream(t, 6, 12*rate, there, here)
+		out, in := startStream(t, 5, here, there), startStream(t, 6, there, here)
 		restart()
-		out.done.Wait()
-		in.done.Wait()
-		t.Logf("while %s restarts, frames at %d a second are lost: to FRR %d, from FRR %d", what, rate, out.counter.Tally().Lost, in.counter.Tally().Lost)
+		node.awaitUp(t, router.peer(1))
 		node.awaitRemote(t, router.vtep, there.MAC)
+		router.awaitOutput(t, fmt.Sprintf("show evpn mac vni 431 mac %s", here.MAC), "Remote VTEP: "+self)
 		reachesInTime(t, here, there, frames.Stream(there.MAC, here.MAC, 7, 1))
 		reachesInTime(t, there, here, frames.Stream(here.MAC, there.MAC, 7, 2))
+		t.Logf("while %s restarts, frames at %d a second are lost: to FRR %d, from FRR %d", what, rate, out.finish().Lost, in.finish().Lost)
 	}
 
 	must(t, a.setPodAddresses(t, here, "10.77.0.1/24", "fd77::1/64"))
@@ -117,6 +118,7 @@ func TestFRRIsInTheLAN(t *testing.T) {
 
 // A LAN has a route target and an RD of its own, as FRR has it; both are changed while it runs, and nothing is lost.
 func TestFRRAndTheLANHaveATargetOfTheirOwn(t *testing.T) {
+	t.Parallel()
 	a, _, s, _ := unicastHosts(t, families["IPv4"], 436)
 	s.Routes = segment.Routes{Import: []string{"64512:7"}, Export: []string{"4200000000:7"}, RD: 7}
 	a.reconcile(t, withEVPN(s))
@@ -138,7 +140,7 @@ func TestFRRAndTheLANHaveATargetOfTheirOwn(t *testing.T) {
 	reachesInTime(t, there, here, frames.Stream(here.MAC, there.MAC, 2, 2))
 
 	node.awaitSettled(t)
-	out, in := startStream(t, 3, streamLength, here, there), startStream(t, 4, streamLength, there, here)
+	out, in := startStream(t, 3, here, there), startStream(t, 4, there, here)
 	for _, step := range []segment.Routes{
 		{Import: []string{"64512:7"}, Export: []string{"4200000000:7", "64512:8"}, RD: 7},
 		{Import: []string{"64512:7"}, Export: []string{"64512:8"}, RD: 7},
@@ -158,6 +160,7 @@ func TestFRRAndTheLANHaveATargetOfTheirOwn(t *testing.T) {
 // FRR is the reflector of two nodes. They keep what it has told while it restarts; of a node whose daemon restarts it says at once that
 // it is gone.
 func TestFRRIsTheReflector(t *testing.T) {
+	t.Parallel()
 	a, b, onA, onB := unicastHosts(t, families["IPv4"], 432)
 	a.reconcile(t, withEVPN(onA))
 	b.reconcile(t, withEVPN(onB))
@@ -186,35 +189,37 @@ func TestFRRIsTheReflector(t *testing.T) {
 	slices.Sort(took)
 	t.Logf("from a MAC's first frame to the other node's table: median %v, worst %v", took[len(took)/2], took[len(took)-1])
 
-	there, back := startStream(t, 1, 12*rate, one, two), startStream(t, 2, 12*rate, two, one)
+	there, back := startStream(t, 1, one, two), startStream(t, 2, two, one)
 	router.bgpd.kill()
 	router.bgpd.start(t)
+	first.awaitStaleRoutesRemoved(t)
+	second.awaitStaleRoutesRemoved(t)
 	there.expectAll(t)
 	back.expectAll(t)
 	second.awaitRemote(t, onA.VXLAN.Local, one.MAC)
 
 	second.awaitSettled(t)
-	there, back = startStream(t, 3, 12*rate, one, two), startStream(t, 4, 12*rate, two, one)
+	there, back = startStream(t, 3, one, two), startStream(t, 4, two, one)
 	began := time.Now()
 	first.end()
 	eventuallySlow(t, "FRR to drop the node's routes", func() bool { return !hasAll(router.show(t, "show bgp l2vpn evpn"), one.MAC.String()) })
 	kept := time.Since(began)
 	first = a.startSpeakerTo(t, onA, 1, router.peer(1))
-	there.done.Wait()
-	back.done.Wait()
-	t.Logf("FRR keeps a node's routes for %v after its daemon has ended; while that restarts, frames at %d a second are lost: from its node %d, to its node %d",
-		kept, rate, there.counter.Tally().Lost, back.counter.Tally().Lost)
+	first.awaitUp(t, router.peer(1))
 	first.awaitRemote(t, onB.VXLAN.Local, two.MAC)
 	second.awaitRemote(t, onA.VXLAN.Local, one.MAC)
+	t.Logf("FRR keeps a node's routes for %v after its daemon has ended; while that restarts, frames at %d a second are lost: from its node %d, to its node %d",
+		kept, rate, there.finish().Lost, back.finish().Lost)
 	crosses(t, one, two, frames.Stream(two.MAC, one.MAC, 5, 1))
 }
 
 // gobgpd is the reflector of two nodes, whose VTEPs are of either IP version: neither its restart nor a daemon's costs a frame.
 func TestGoBGPIsTheReflector(t *testing.T) {
-	vni := uint32(433)
+	t.Parallel()
 	for name, f := range families {
 		t.Run(name, func(t *testing.T) {
-			a, b, onA, onB := unicastHosts(t, f, vni)
+			t.Parallel()
+			a, b, onA, onB := unicastHosts(t, f, 433)
 			a.reconcile(t, withEVPN(onA))
 			b.reconcile(t, withEVPN(onB))
 			reflector, at := startGoBGP(t)
@@ -224,11 +229,13 @@ func TestGoBGPIsTheReflector(t *testing.T) {
 			second.awaitRemote(t, onA.VXLAN.Local, one.MAC)
 			catalogCrosses(t, one, two)
 			second.awaitSettled(t)
-			there, back := startStream(t, 1, 12*rate, one, two), startStream(t, 2, 12*rate, two, one)
+			there, back := startStream(t, 1, one, two), startStream(t, 2, two, one)
 			reflector.kill()
 			reflector.start(t)
 			first.end()
 			first = a.startSpeaker(t, onA, 1, at)
+			first.awaitStaleRoutesRemoved(t)
+			second.awaitStaleRoutesRemoved(t)
 			there.expectAll(t)
 			back.expectAll(t)
 			first.awaitRemote(t, onB.VXLAN.Local, two.MAC)
@@ -238,13 +245,13 @@ func TestGoBGPIsTheReflector(t *testing.T) {
 			must(t, one.Send(frames.Stream(nil, mac, 3, 1)))
 			t.Logf("from a MAC's first frame to the other node's table: %v", awaitEntry(t, updates, mac, onA.VXLAN.Local).Sub(began))
 		})
-		vni++
 	}
 }
 
 // FRR 8.4 closes the session over a route with an IPv6 VTEP. It is told none, the session stands, and the LAN says so; who can take
 // them is told them.
 func TestFRRIsToldNoIPv6VTEP(t *testing.T) {
+	t.Parallel()
 	a, b, onA, onB := unicastHosts(t, families["IPv6"], 435)
 	a.reconcile(t, withEVPN(onA))
 	b.reconcile(t, withEVPN(onB))

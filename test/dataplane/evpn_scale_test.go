@@ -20,6 +20,7 @@ import (
 
 // Ten thousand MACs beside the one that changes: it alone is written.
 func TestOneMACMoreIsOneWrite(t *testing.T) {
+	t.Parallel()
 	a, _, s, _ := unicastHosts(t, families["IPv4"], 431)
 	s = withEVPN(s)
 	a.reconcile(t, s)
@@ -61,6 +62,7 @@ func TestOneMACMoreIsOneWrite(t *testing.T) {
 
 // A thousand nodes with ten MACs each: all of it arrives, and a VM that moves among them is followed as ever.
 func TestAThousandNodesWithTenMACsEach(t *testing.T) {
+	t.Parallel()
 	a, b, onA, onB := unicastHosts(t, families["IPv4"], 432)
 	a.reconcile(t, withEVPN(onA))
 	b.reconcile(t, withEVPN(onB))

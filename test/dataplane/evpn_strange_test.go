@@ -50,6 +50,7 @@ func (sp *speaker) awaitUp(t *testing.T, peer bgp.Peer) {
 // FRR is in an AS of its own, beyond a router, and asks for a password: it is in the LAN, and the nodes, which are in one AS, hear of each other
 // by it alone.
 func TestFRRIsInAnotherAS(t *testing.T) {
+	t.Parallel()
 	a, b, onA, onB := unicastHosts(t, families["IPv4"], 436)
 	a.reconcile(t, withEVPN(onA))
 	b.reconcile(t, withEVPN(onB))
@@ -72,7 +73,7 @@ func TestFRRIsInAnotherAS(t *testing.T) {
 	one, two := a.attach(t, onA, "one", segment.Veth), b.attach(t, onB, "two", segment.Veth)
 	first.awaitUp(t, peer(1))
 	second.awaitUp(t, peer(2))
-	router.awaitOutput(t, "show bgp neighbors 198.51.100.1 json", `"bgpTimerConfiguredHoldTimeMsecs":9000`)
+	router.awaitOutput(t, fmt.Sprintf("show bgp neighbors %s json", peer(1).Source), `"bgpTimerConfiguredHoldTimeMsecs":9000`)
 	must(t, there.Send(frames.Stream(nil, there.MAC, 1, 1)))
 	has := func(sp *speaker, vtep netip.Addr, mac net.HardwareAddr) {
 		t.Helper()
@@ -106,6 +107,7 @@ func TestFRRIsInAnotherAS(t *testing.T) {
 // FRR and the node do not agree on AS or password: the session's state says so, and what goes by another peer loses nothing. Once they agree
 // there is a session.
 func TestFRRIsNotAgreedWith(t *testing.T) {
+	t.Parallel()
 	a, b, onA, onB := unicastHosts(t, families["IPv4"], 437)
 	a.reconcile(t, withEVPN(onA))
 	b.reconcile(t, withEVPN(onB))
@@ -116,7 +118,7 @@ func TestFRRIsNotAgreedWith(t *testing.T) {
 	one, two := a.attach(t, onA, "one", segment.Veth), b.attach(t, onB, "two", segment.Veth)
 	first.awaitRemote(t, onB.VXLAN.Local, two.MAC)
 	second.awaitRemote(t, onA.VXLAN.Local, one.MAC)
-	there, back := startStream(t, 1, 20*rate, one, two), startStream(t, 2, 20*rate, two, one)
+	there, back := startStream(t, 1, one, two), startStream(t, 2, two, one)
 	first.awaitDown(t, peer, "a password that is missing")
 	for _, wrong := range []struct {
 		password string
@@ -152,6 +154,7 @@ func TestFRRIsNotAgreedWith(t *testing.T) {
 
 // FRR tells a LAN's routes with another VNI: they are not used, the LAN says so, and its other members and another LAN lose nothing.
 func TestFRRTellsAnotherVNI(t *testing.T) {
+	t.Parallel()
 	a, b, onA, onB := unicastHosts(t, families["IPv4"], 438)
 	a.reconcile(t, withEVPN(onA))
 	b.reconcile(t, withEVPN(onB))
@@ -161,7 +164,7 @@ func TestFRRTellsAnotherVNI(t *testing.T) {
 	one, two := a.attach(t, onA, "one", segment.Veth), b.attach(t, onB, "two", segment.Veth)
 	first.awaitRemote(t, onB.VXLAN.Local, two.MAC)
 	second.awaitRemote(t, onA.VXLAN.Local, one.MAC)
-	there, back := startStream(t, 1, 5*rate, one, two), startStream(t, 2, 5*rate, two, one)
+	there, back := startStream(t, 1, one, two), startStream(t, 2, two, one)
 	other := onA
 	other.VXLAN.VNI = 439
 	stranger := router.attach(t, other)
@@ -179,6 +182,7 @@ func TestFRRTellsAnotherVNI(t *testing.T) {
 
 // A MAC speaks behind FRR and on a node: both take it for a duplicate and say so, and who is beside it loses nothing.
 func TestFRRAndANodeClaimOneMAC(t *testing.T) {
+	t.Parallel()
 	a, _, s, _ := unicastHosts(t, families["IPv4"], 440)
 	a.reconcile(t, withEVPN(s))
 	router := startFRR(t, a, asVTEP)
@@ -189,7 +193,7 @@ func TestFRRAndANodeClaimOneMAC(t *testing.T) {
 	must(t, there.Send(frames.Stream(nil, there.MAC, 1, 1)))
 	node.awaitRemote(t, router.vtep, there.MAC)
 	router.awaitOutput(t, fmt.Sprintf("show evpn mac vni 440 mac %s", here.MAC), "Remote VTEP: "+s.VXLAN.Local.String())
-	out, in := startStream(t, 2, 10*rate, here, there), startStream(t, 3, 10*rate, there, here)
+	out, in := startStream(t, 2, here, there), startStream(t, 3, there, here)
 	mac := net.HardwareAddr{2, 0xbb, 0, 0, 7, 1}
 	said := func() bool { return len(node.instance.Problems(s.Netns).Duplicates) == 1 }
 	atFRR := func() string { return router.show(t, "show evpn mac vni 440 mac "+mac.String()) }

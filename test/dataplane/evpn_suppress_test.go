@@ -39,6 +39,7 @@ func expectAnswer(t *testing.T, asks, hears *host, question []byte, mac net.Hard
 // With suppression a node answers for who is known on others, and what is not known is asked for everywhere. It is switched while the LAN runs, and
 // leaves nothing.
 func TestANodeAnswersForStationsOnOthers(t *testing.T) {
+	t.Parallel()
 	a, b, onA, onB := unicastHosts(t, families["IPv4"], 443)
 	onA, onB = withEVPN(onA), withEVPN(onB)
 	onA.Remotes, onB.Remotes = []netip.Addr{onB.VXLAN.Local}, []netip.Addr{onA.VXLAN.Local}
@@ -109,7 +110,7 @@ func TestANodeAnswersForStationsOnOthers(t *testing.T) {
 	allowed(a.reconcile(t, fewer))
 	crosses(t, one, two, asks6)
 
-	there, back := startStream(t, 1, streamLength, one, two), startStream(t, 2, streamLength, two, one)
+	there, back := startStream(t, 1, one, two), startStream(t, 2, two, one)
 	for range 20 {
 		allowed(a.reconcile(t, off))
 		allowed(a.reconcile(t, on))
@@ -136,6 +137,7 @@ func TestANodeAnswersForStationsOnOthers(t *testing.T) {
 
 // A bridge whose MTU is too small for IPv6 has none, as in a kernel without it, and gets it with its MTU.
 func TestABridgeTooSmallForIPv6LacksIt(t *testing.T) {
+	t.Parallel()
 	h, _, s, _ := unicastHosts(t, families["IPv4"], 445)
 	s = withEVPN(s)
 	s.VXLAN.SuppressNeighbors = true
@@ -153,6 +155,7 @@ func TestABridgeTooSmallForIPv6LacksIt(t *testing.T) {
 
 // What a pod shows on one node, another with suppression knows of its bridge, as long as the pod is there.
 func TestNeighborsAreToldByBGP(t *testing.T) {
+	t.Parallel()
 	a, b, onA, onB := unicastHosts(t, families["IPv4"], 444)
 	onB.VXLAN.SuppressNeighbors = true
 	a.reconcile(t, withEVPN(onA))

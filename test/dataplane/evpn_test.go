@@ -202,10 +202,11 @@ func (n *evpnNode) learned(t *testing.T) (entries []netlink.Neigh) {
 }
 
 func TestEVPNLANCarriesTheCatalog(t *testing.T) {
-	vni := uint32(401)
+	t.Parallel()
 	for name, f := range families {
 		t.Run(name, func(t *testing.T) {
-			fab, a, b := evpnHosts(t, f, vni)
+			t.Parallel()
+			fab, a, b := evpnHosts(t, f, 401)
 			one, two := fab.attach(t, a, "one", segment.Veth), fab.attach(t, b, "two", segment.Veth)
 			if at := a.vtepOf(two.Attachment.MAC); at != b.lan.VTEP {
 				t.Errorf("a pod that has not spoken is behind %v, want %v", at, b.lan.VTEP)
@@ -225,12 +226,12 @@ func TestEVPNLANCarriesTheCatalog(t *testing.T) {
 				}
 			}
 		})
-		vni++
 	}
 }
 
 // A VM moves: its second incarnation waits on the other node, and then speaks. What is for it goes there at once, and back.
 func TestAVMIsFollowedWhenItSpeaks(t *testing.T) {
+	t.Parallel()
 	fab, a, b := evpnHosts(t, families["IPv4"], 411)
 	here, there := fab.attach(t, a, "one", segment.Macvtap), fab.attach(t, b, "two", segment.Macvtap)
 	mac := []byte{2, 0xbb, 0, 0, 0, 1}
@@ -267,6 +268,7 @@ func TestAVMIsFollowedWhenItSpeaks(t *testing.T) {
 
 // A LAN changes between learning and being told while it runs: the links stay, and nothing that goes from pod to pod is lost.
 func TestALANChangesToEVPNUnderTraffic(t *testing.T) {
+	t.Parallel()
 	fab, a, b := evpnHosts(t, families["IPv4"], 412)
 	one, two := fab.attach(t, a, "one", segment.Veth), fab.attach(t, b, "two", segment.Veth)
 	crosses(t, two, one, frames.Stream(nil, two.MAC, 9, 1))
@@ -278,7 +280,7 @@ func TestALANChangesToEVPNUnderTraffic(t *testing.T) {
 		s.VXLAN.NoLearning, s.FDB = false, nil
 		return s
 	}
-	there, back := startStream(t, 1, streamLength, one, two), startStream(t, 2, streamLength, two, one)
+	there, back := startStream(t, 1, one, two), startStream(t, 2, two, one)
 	for range 20 {
 		for _, s := range []func(*evpnNode) segment.Segment{learning, func(n *evpnNode) segment.Segment { return n.want }} {
 			for _, n := range fab.nodes {
@@ -298,6 +300,7 @@ func TestALANChangesToEVPNUnderTraffic(t *testing.T) {
 
 // A LAN that has not left learning yet tells of nobody who is behind its VXLAN: the node would take them for its own.
 func TestWhoIsBehindAVXLANThatLearnsIsNotHere(t *testing.T) {
+	t.Parallel()
 	a, b, onA, onB := unicastHosts(t, families["IPv4"], 414)
 	a.reconcile(t, onA)
 	b.reconcile(t, onB)
@@ -339,6 +342,7 @@ func TestWhoIsBehindAVXLANThatLearnsIsNotHere(t *testing.T) {
 
 // What an earlier run has told and nobody tells now goes, but not before all is known.
 func TestWhatAnEarlierRunToldIsPutRight(t *testing.T) {
+	t.Parallel()
 	a, _, s, _ := unicastHosts(t, families["IPv6"], 413)
 	s = withEVPN(s)
 	remote := families["IPv6"].vteps[1]
@@ -371,6 +375,7 @@ func TestWhatAnEarlierRunToldIsPutRight(t *testing.T) {
 
 // Another process reads from the kernel where a LAN has which MAC: on which spoke of the node, or behind whom. In a LAN that learns, too.
 func TestWhereMACsAreIsReadFromTheKernel(t *testing.T) {
+	t.Parallel()
 	f := families["IPv6"]
 	have := func(h node, s segment.Segment, want ...segment.MACEntry) {
 		t.Helper()
@@ -420,6 +425,7 @@ func TestWhereMACsAreIsReadFromTheKernel(t *testing.T) {
 
 // A MAC that comes back to a node and leaves at once, before what the VXLAN is told has changed in between, is followed as well.
 func TestAMACThatShowsItselfForAMomentIsFollowed(t *testing.T) {
+	t.Parallel()
 	netlab.NeedDevices(t)
 	a, b, onA, onB := unicastHosts(t, families["IPv4"], 414)
 	onA, onB = withEVPN(onA), withEVPN(onB)

@@ -11,6 +11,7 @@ import (
 // Each frame is told by its own bytes, so a receiver wants exactly what was sent, VLAN tags where they were, and not
 // one frame more.
 func TestEveryFrameOfTheCatalogPassesBetweenPods(t *testing.T) {
+	t.Parallel()
 	a, b := twoNodes(t)
 	s := lan("frames", 222, "a1", "a2", "b1")
 	a.reconcile(t, a.withUnderlay(t, s))
@@ -30,6 +31,7 @@ func TestEveryFrameOfTheCatalogPassesBetweenPods(t *testing.T) {
 }
 
 func TestEveryFrameOfTheCatalogPassesIntoAndOutOfATap(t *testing.T) {
+	t.Parallel()
 	a, b := twoNodes(t)
 	s := lan("taps", 223, "pod", "vm", "far")
 	a.reconcile(t, a.withUnderlay(t, s))
@@ -84,6 +86,7 @@ func doubleTaggedCrosses(t *testing.T, from, to *host) {
 }
 
 func TestLANsWithDifferentVNIsNeverHearEachOther(t *testing.T) {
+	t.Parallel()
 	a, b := twoNodes(t)
 	one, other := lan("one", 31, "one-a", "one-b"), lan("other", 32, "other-a", "other-b")
 	for _, s := range []segment.Segment{one, other} {
@@ -100,6 +103,7 @@ func TestLANsWithDifferentVNIsNeverHearEachOther(t *testing.T) {
 }
 
 func TestPodGetsTheNameMACAndMTUItAskedFor(t *testing.T) {
+	t.Parallel()
 	a, b := twoNodes(t)
 	s := lan("asked", 40, "plain", "asked")
 	a.reconcile(t, a.withUnderlay(t, s))

@@ -19,6 +19,7 @@ import (
 )
 
 func TestPodsOnTwoNodesSpeakTCPOverIPv4AndIPv6(t *testing.T) {
+	t.Parallel()
 	a, b := twoNodes(t)
 	s := lan("ip", 111, "one", "two", "three")
 	a.reconcile(t, a.withUnderlay(t, s))
@@ -95,6 +96,7 @@ func echo(listener net.Listener) error {
 
 // Where the underlay has IPv4 only, a group of that family does; the overhead is 20 bytes less.
 func TestLANOverAnIPv4GroupCarriesTheCatalog(t *testing.T) {
+	t.Parallel()
 	a, b := twoNodes(t)
 	s := lan("four", 112, "one", "two")
 	s.VXLAN.Group, s.MTU = netip.MustParseAddr("239.77.0.14"), underlayMTU-58

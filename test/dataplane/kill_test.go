@@ -47,6 +47,7 @@ type attachment struct {
 // Whatever the daemon or the plugin was about to change when it was killed: the daemon that comes next leads the node
 // to where it should be, a pod can attach and speak, and once it has gone nothing is left of it all.
 func TestKilledAtEveryStep(t *testing.T) {
+	t.Parallel()
 	netlab.NeedDevices(t)
 	for name, prepare := range map[string]func(*testing.T, node) killCase{
 		"ADD of a pod":                         add(segment.Veth, nil, nil),
@@ -71,7 +72,10 @@ func TestKilledAtEveryStep(t *testing.T) {
 		"LAN in another's place":               replaced,
 		"LAN removed":                          removed,
 	} {
-		t.Run(name, func(t *testing.T) { killAtEveryStep(t, prepare) })
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			killAtEveryStep(t, prepare)
+		})
 	}
 }
 

@@ -4,10 +4,12 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"net/netip"
 	"os"
 	"path"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -29,7 +31,27 @@ func TestMain(m *testing.M) {
 		fmt.Fprintln(os.Stderr, "FAIL:", err)
 		os.Exit(1)
 	}
-	netlab.Main(m)
+	if err := setParallel(); err != nil {
+		fmt.Fprintln(os.Stderr, "FAIL:", err)
+		os.Exit(1)
+	}
+	netlab.Main(m, stopSidecars)
+}
+
+// parallel is how many parallel tests run at a time. They wait for the kernel and for timers more than they compute, so there
+// are more of them than processors.
+const parallel = 8
+
+// setParallel has so many tests run, unless the command line has -parallel.
+func setParallel() error {
+	const name = "test.parallel"
+	flag.Parse()
+	given := false
+	flag.Visit(func(f *flag.Flag) { given = given || f.Name == name })
+	if given {
+		return nil
+	}
+	return flag.Set(name, strconv.Itoa(parallel))
 }
 
 const (

@@ -18,6 +18,7 @@ import (
 
 // A daemon may be killed after it made the file of a namespace and before it mounted the namespace there, or the other way round.
 func TestAFileWithoutItsNamespaceIsRemoved(t *testing.T) {
+	t.Parallel()
 	a, _ := twoNodes(t)
 	m := a.manage(t)
 	file := filepath.Join(a.Run, "netns", "lan-half")
@@ -32,6 +33,7 @@ func TestAFileWithoutItsNamespaceIsRemoved(t *testing.T) {
 
 // The container runtime waits for the plugin, and the plugin for whoever has the lock of the LAN: not for ever.
 func TestAnAttachDoesNotWaitForTheLockForEver(t *testing.T) {
+	t.Parallel()
 	a, _ := twoNodes(t)
 	s := a.withUnderlay(t, lan("locked", 121, "spoke"))
 	a.reconcile(t, s)
@@ -54,6 +56,7 @@ func TestAnAttachDoesNotWaitForTheLockForEver(t *testing.T) {
 
 // An attach that comes when the LAN has just gone leaves no lock of it.
 func TestAnAttachToNoLANLeavesNothing(t *testing.T) {
+	t.Parallel()
 	a, _ := twoNodes(t)
 	s := lan("none", 122, "spoke")
 	if _, err := a.kernel.Claim(t.Context(), request(s, "spoke", segment.Veth, netlab.NewPod(t))); !errors.Is(err, kernel.ErrNoLAN) {
@@ -64,6 +67,7 @@ func TestAnAttachToNoLANLeavesNothing(t *testing.T) {
 
 // Spokes that are removed together go together: one by one each would take 16 ms, in which nobody else can attach.
 func TestManySpokesRemovedAtOnceLeaveTheOthersAlone(t *testing.T) {
+	t.Parallel()
 	a, _ := twoNodes(t)
 	var spokes []string
 	for i := range 40 {
@@ -88,6 +92,7 @@ func TestManySpokesRemovedAtOnceLeaveTheOthersAlone(t *testing.T) {
 
 // The sandbox of a pod that is gone stays, and nobody detaches it: the daemon does, when kubelet no longer has the pod.
 func TestAClaimIsEndedThoughItsSandboxStays(t *testing.T) {
+	t.Parallel()
 	netlab.NeedDevices(t)
 	h, s := nodeWithLAN(t)
 	m := h.manage(t)

@@ -125,6 +125,7 @@ func (sp *speaker) awaitNothing(t *testing.T) {
 // Two networks and three pods on two nodes, as Kathará makes them: the LANs are apart, MACs are as asked for, and with the last pod all is gone. A daemon that
 // is away meanwhile keeps nobody from attaching.
 func TestKatharaPodsMeetByVNI(t *testing.T) {
+	t.Parallel()
 	a, b := twoNodes(t)
 	f := families["IPv4"]
 	a.addUnderlayAddress(t, netip.PrefixFrom(f.vteps[0], f.bits))
@@ -287,6 +288,7 @@ func TestAVNIThatIsMadeAnewIsHeard(t *testing.T) {
 
 // Without any daemon the plugin makes the LAN, joins it, and takes it away.
 func TestAVNINeedsNoDaemonOnItsNode(t *testing.T) {
+	t.Parallel()
 	h := addNode(t, netlab.NewUnderlay(t, underlayMTU), "worker1")
 	h.addUnderlayAddress(t, netip.PrefixFrom(families["IPv4"].vteps[0], 24))
 	red := megalos("red", 5003)
@@ -308,6 +310,7 @@ func TestAVNINeedsNoDaemonOnItsNode(t *testing.T) {
 
 // A VNI that a LAN object has is that LAN: open to its own namespace and those that it names.
 func TestAVNIOfALANIsThatLAN(t *testing.T) {
+	t.Parallel()
 	a, _ := twoNodes(t)
 	a.addUnderlayAddress(t, netip.PrefixFrom(families["IPv4"].vteps[0], 24))
 	for _, owner := range []string{"default", "other"} {
@@ -350,8 +353,10 @@ func TestAVNIOfALANIsThatLAN(t *testing.T) {
 
 // Wherever ADD or DEL is killed, the next pod attaches, and with the last DEL nothing is left; with a daemon or without.
 func TestAVNIWhosePluginIsKilled(t *testing.T) {
+	t.Parallel()
 	for _, verb := range []string{"ADD", "DEL"} {
 		t.Run(verb, func(t *testing.T) {
+			t.Parallel()
 			h := addNode(t, netlab.NewUnderlay(t, underlayMTU), "worker1")
 			h.addUnderlayAddress(t, netip.PrefixFrom(families["IPv4"].vteps[0], 24))
 			config := megalos("red", 5005)

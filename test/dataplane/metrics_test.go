@@ -86,6 +86,7 @@ func eventually(t *testing.T, what string, fits func() bool) {
 }
 
 func TestMetricsTellWhatHappensOnANode(t *testing.T) {
+	t.Parallel()
 	h, s := nodeWithLAN(t)
 	c := h.startMetered(t)
 	eventually(t, "the daemon to listen", func() bool { return exists(h.Run + "/outcomes.sock") })

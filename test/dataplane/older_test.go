@@ -149,8 +149,10 @@ func versions(t *testing.T) []string {
 }
 
 func TestWhatAnOlderVersionLeftIsAdoptedUntouched(t *testing.T) {
+	t.Parallel()
 	for _, version := range versions(t) {
 		t.Run(version, func(t *testing.T) {
+			t.Parallel()
 			o := olderNode(t, version)
 			o.expectAdopted(t)
 		})
@@ -159,6 +161,7 @@ func TestWhatAnOlderVersionLeftIsAdoptedUntouched(t *testing.T) {
 
 // After a way back to this version: what a newer one wrote beside is passed over.
 func TestWhatANewerVersionLeftIsAdoptedUntouched(t *testing.T) {
+	t.Parallel()
 	o := olderNode(t, versions(t)[0])
 	for _, file := range []string{o.Run + "/lan/" + o.Netns + ".json", o.deviceFileOf(o.pod), o.deviceFileOf(o.vm)} {
 		b, err := os.ReadFile(file)
@@ -192,7 +195,7 @@ func (o older) expectAdopted(t *testing.T) {
 		ear.awaitQuiet(t)
 		ears = append(ears, ear)
 	}
-	streams := []*stream{startStream(t, 1, streamLength, pod, vm), startStream(t, 2, streamLength, vm, pod)}
+	streams := []*stream{startStream(t, 1, pod, vm), startStream(t, 2, vm, pod)}
 	m := o.manage(t)
 	m.runs(t, o.Segment)
 	for _, s := range streams {

@@ -56,6 +56,7 @@ func expectProbe(t *testing.T, one, two probe.Endpoint, well bool, there, back s
 }
 
 func TestAProbeSaysWhatPassesAndWhereTheRestIsLost(t *testing.T) {
+	t.Parallel()
 	const all = "every kind of frame passes, packets of up to 1422 bytes, up to 4 VLAN tags and maybe more"
 	for _, c := range []struct {
 		name        string
@@ -111,6 +112,7 @@ func TestAProbeSaysWhatPassesAndWhereTheRestIsLost(t *testing.T) {
 		},
 	} {
 		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
 			a, b := twoNodes(t)
 			s := lan("path", 250, "one", "two")
 			a.reconcile(t, a.withUnderlay(t, s))
@@ -128,6 +130,7 @@ func TestAProbeSaysWhatPassesAndWhereTheRestIsLost(t *testing.T) {
 }
 
 func TestAProbeSaysWhoseChecksumsArriveUnfinished(t *testing.T) {
+	t.Parallel()
 	a, _ := twoNodes(t)
 	s := lan("sums", 251, "plain", "raw")
 	s.TxChecksumOff = []string{"raw"}

@@ -71,6 +71,7 @@ func broadcasts(t *testing.T, all ...*poolMember) {
 }
 
 func TestAPoolIsResizedUnderItsPodsAndVMs(t *testing.T) {
+	t.Parallel()
 	a, b := twoNodes(t)
 	ma, mb := a.manage(t), b.manage(t)
 	size := func(n int) (onA, onB segment.Segment) {
@@ -138,6 +139,7 @@ func ports(have segment.State) []string {
 }
 
 func TestResizingAPoolLosesNoFrame(t *testing.T) {
+	t.Parallel()
 	a, b := twoNodes(t)
 	ma, mb := a.manage(t), b.manage(t)
 	sa, sb := a.pool(t, "resized", 141, 4), b.pool(t, "resized", 141, 4)
@@ -145,10 +147,8 @@ func TestResizingAPoolLosesNoFrame(t *testing.T) {
 	mb.runs(t, sb)
 	left, right := a.attach(t, sa, "web_0", segment.Veth), b.attach(t, sb, "web_3", segment.Veth)
 	bothWays(t, left, right)
-	streams := []*stream{startStream(t, 1, streamLength, left, right), startStream(t, 2, streamLength, right, left)}
-	over := untilDone(streams...)
-	rounds := 0
-	for ; over.Err() == nil; rounds++ {
+	streams := []*stream{startStream(t, 1, left, right), startStream(t, 2, right, left)}
+	for range 4 {
 		for _, size := range []int{16, 1, 4} {
 			ma.runs(t, a.pool(t, "resized", 141, size))
 			mb.runs(t, b.pool(t, "resized", 141, size))
@@ -157,13 +157,10 @@ func TestResizingAPoolLosesNoFrame(t *testing.T) {
 	for _, s := range streams {
 		s.expectAll(t)
 	}
-	if rounds == 0 {
-		t.Error("the pool was not resized while frames were sent")
-	}
-	t.Logf("resized %d times on each node during %d frames each way", 3*rounds, streamLength)
 }
 
 func TestMACsByOrdinalAreThoseOfThePods(t *testing.T) {
+	t.Parallel()
 	a, b := twoNodes(t)
 	var macs []string
 	for i, h := range []node{a, b} {

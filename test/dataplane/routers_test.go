@@ -15,6 +15,7 @@ import (
 	"runtime"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -83,19 +84,29 @@ func (p *program) start(t *testing.T) {
 	p.kill, p.term = func() { end(syscall.SIGKILL) }, func() { end(syscall.SIGTERM) }
 }
 
-// The network over which FRR is reached, which is not the underlay: speakers are in the test's own namespace.
-var (
-	frrAddress   = netip.MustParseAddr("198.51.100.254")
-	speakersBits = 24
-)
+// speakerNet is the network over which speakers reach one FRR. It is not the underlay: speakers are in the namespace of all
+// tests, so each FRR has a network of its own.
+type speakerNet byte
 
-func speakerAddress(n byte) netip.Addr { return netip.AddrFrom4([4]byte{198, 51, 100, n}) }
+var speakerNets atomic.Uint32 // how many there are
+
+func newSpeakerNet() speakerNet { return speakerNet(speakerNets.Add(1)) }
+
+func (n speakerNet) address(host byte) netip.Addr {
+	return netip.AddrFrom4([4]byte{198, 18, byte(n), host})
+}
+func (n speakerNet) prefix() netip.Prefix { return netip.PrefixFrom(n.address(0), 24) }
+func (n speakerNet) frr() netip.Addr      { return n.address(254) }
+func (n speakerNet) speaker(number byte) netip.Addr {
+	return n.address(number)
+}
 
 // frr is Debian's FRR on a host of its own, and its part of a LAN.
 type frr struct {
 	node
 	dir         string
 	as          uint32
+	speakers    speakerNet
 	at          netip.Addr // where speakers reach it
 	zebra, bgpd *program
 	vtep        netip.Addr
@@ -126,13 +137,13 @@ func startFRRWith(t *testing.T, beside node, c frrConfig) *frr {
 	netlab.NeedRoot(t, "FRR needs its own user and group")
 	dir, err := os.MkdirTemp("/run", "frr-") // short: sockets are in it
 	must(t, err)
-	r := &frr{node: addNode(t, beside.underlay, "frr"), dir: dir, as: c.as, vtep: netip.MustParseAddr("192.0.2.3")}
+	r := &frr{node: addNode(t, beside.underlay, "frr"), dir: dir, as: c.as, speakers: newSpeakerNet(), vtep: netip.MustParseAddr("192.0.2.3")}
 	r.addUnderlayAddress(t, netip.PrefixFrom(r.vtep, families["IPv4"].bits))
-	r.at = frrAddress
+	r.at = r.speakers.frr()
 	if c.behindRouter {
 		r.placeBehindRouter(t)
 	} else {
-		connectSpeakers(t, r.node)
+		r.speakers.connect(t, r.node)
 	}
 	config := filepath.Join(r.dir, "bgpd.conf")
 	must(t, os.WriteFile(config, fmt.Appendf(nil, `router bgp %d
@@ -141,11 +152,11 @@ func startFRRWith(t *testing.T, beside node, c frrConfig) *frr {
  timers bgp 3 9
  neighbor nodes peer-group
  neighbor nodes remote-as %d
-%s bgp listen range 198.51.100.0/24 peer-group nodes
+%s bgp listen range %s peer-group nodes
  address-family l2vpn evpn
   neighbor nodes activate
 %s exit-address-family
-`, c.as, r.vtep, c.peerAS, c.nodes, c.role), 0o600))
+`, c.as, r.vtep, c.peerAS, c.nodes, r.speakers.prefix(), c.role), 0o600))
 	none := filepath.Join(r.dir, "zebra.conf")
 	must(t, os.WriteFile(none, nil, 0o600))
 	must(t, ownedBy("frr", r.dir, config, none))
@@ -202,10 +213,10 @@ func (r *frr) placeBehindRouter(t *testing.T) {
 	hop, address := addNode(t, r.underlay, "hop"), netip.MustParseAddr("192.0.2.9")
 	hop.addUnderlayAddress(t, netip.PrefixFrom(address, families["IPv4"].bits))
 	hop.Sysctl(t, "net/ipv4/ip_forward", "1")
-	connectSpeakers(t, hop)
+	r.speakers.connect(t, hop)
 	r.at = r.vtep
-	must(t, r.Netlink(t).RouteAdd(route(netip.PrefixFrom(frrAddress, speakersBits), address)))
-	must(t, netlink.RouteAdd(route(netip.PrefixFrom(r.at, r.at.BitLen()), frrAddress))) // goes with its link
+	must(t, r.Netlink(t).RouteAdd(route(r.speakers.prefix(), address)))
+	must(t, netlink.RouteAdd(route(netip.PrefixFrom(r.at, r.at.BitLen()), r.speakers.frr()))) // goes with its link
 }
 
 func route(to netip.Prefix, by netip.Addr) *netlink.Route {
@@ -213,38 +224,38 @@ func route(to netip.Prefix, by netip.Addr) *netlink.Route {
 	return &netlink.Route{Dst: &net.IPNet{IP: to.Addr().AsSlice(), Mask: net.CIDRMask(to.Bits(), to.Addr().BitLen())}, Gw: by.AsSlice()}
 }
 
-// connectSpeakers lays a cable between a host and the test's own namespace, with addresses for the speakers.
-func connectSpeakers(t *testing.T, h node) {
+// connect lays a cable between a node and the namespace of all tests, with addresses for the speakers.
+func (n speakerNet) connect(t *testing.T, h node) {
 	t.Helper()
 	there, err := os.Open(h.Path)
 	must(t, err)
 	defer there.Close()
 	attrs := netlink.NewLinkAttrs()
-	attrs.Name = "speakers"
+	attrs.Name = fmt.Sprintf("speakers%d", n)
 	cable := &netlink.Veth{LinkAttrs: attrs, PeerName: "mgmt", PeerNamespace: netlink.NsFd(int(there.Fd()))}
 	must(t, netlink.LinkAdd(cable))
 	t.Cleanup(func() { must(t, netlink.LinkDel(cable)) })
-	for n := range byte(4) {
-		must(t, netlink.AddrAdd(cable, addressOf(t, speakerAddress(1+n))))
+	for i := range byte(4) {
+		must(t, netlink.AddrAdd(cable, addressOf(t, n.speaker(1+i), n.prefix().Bits())))
 	}
 	must(t, netlink.LinkSetUp(cable))
 	nl := h.Netlink(t)
 	mgmt, err := nl.LinkByName("mgmt")
 	must(t, err)
-	must(t, nl.AddrAdd(mgmt, addressOf(t, frrAddress)))
+	must(t, nl.AddrAdd(mgmt, addressOf(t, n.frr(), n.prefix().Bits())))
 	must(t, nl.LinkSetUp(mgmt))
 }
 
-func addressOf(t *testing.T, a netip.Addr) *netlink.Addr {
+func addressOf(t *testing.T, a netip.Addr, bits int) *netlink.Addr {
 	t.Helper()
-	addr, err := netlink.ParseAddr(netip.PrefixFrom(a, speakersBits).String())
+	addr, err := netlink.ParseAddr(netip.PrefixFrom(a, bits).String())
 	must(t, err)
 	return addr
 }
 
 // peer is FRR as a speaker of that number sees it.
 func (r *frr) peer(n byte) bgp.Peer {
-	return bgp.Peer{Address: r.at, AS: r.as, Source: speakerAddress(n)}
+	return bgp.Peer{Address: r.at, AS: r.as, Source: r.speakers.speaker(n)}
 }
 
 // attach makes FRR's part of the LAN, as docs/evpn.md shows it, and a station on it.
@@ -359,7 +370,7 @@ func startGoBGP(t *testing.T) (*program, netip.AddrPort) {
 	if _, err := exec.LookPath("gobgpd"); err != nil {
 		netlab.NeedRoot(t, "gobgpd is not there, and installing it needs root")
 	}
-	at, api := freePort(t), freePort(t)
+	at, api := freePort(), freePort()
 	config := filepath.Join(t.TempDir(), "gobgpd.toml")
 	must(t, os.WriteFile(config, fmt.Appendf(nil, `[global.config]
 as = 65000
@@ -394,11 +405,10 @@ peer-group = "nodes"
 	return start(t, "gobgpd", "-f", config, "-t", "toml", "--api-hosts", api.String(), "--pprof-disable"), at
 }
 
-// freePort is one of the loopback device that nobody listens on.
-func freePort(t *testing.T) netip.AddrPort {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	must(t, err)
-	defer l.Close()
-	return l.Addr().(*net.TCPAddr).AddrPort()
+// lastPort is the last one that freePort returned: below those that the kernel chooses from.
+var lastPort atomic.Uint32
+
+// freePort returns an address of the loopback device and a port that no other test uses.
+func freePort() netip.AddrPort {
+	return netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), uint16(20000+lastPort.Add(1)))
 }

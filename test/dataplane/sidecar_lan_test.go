@@ -24,9 +24,12 @@ import (
 )
 
 // Three pods of a dual-stack Service, over either family.
-func threePodsAreALAN(t *testing.T, s *sidecars) {
+func TestSidecarsOfThreePodsAreOneLAN(t *testing.T) {
+	t.Parallel()
+	s := startSidecars(t)
 	for family, overhead := range map[string]int{"ipv4": 50, "ipv6": 70} {
 		t.Run(family, func(t *testing.T) {
+			t.Parallel()
 			tm := s.pods(t, 3)
 			tm.service(t, "lan")
 			sidecars := tm.startAll(t, settings{"KL_IP_FAMILY": family, "KL_VXLAN_ADDRESSES": "192.168.69.{ordinal+1}/24,fd69::{ordinal+1:x}/64"})
@@ -70,7 +73,9 @@ func everythingCrosses(t *testing.T, from, to *host) {
 }
 
 // An address counts once, in however many slices and Services it is, and goes with the last.
-func servicesAndSlicesAreJoined(t *testing.T, s *sidecars) {
+func TestSidecarJoinsServicesAndSlices(t *testing.T) {
+	t.Parallel()
+	s := startSidecars(t)
 	tm := s.pods(t, 1)
 	p := tm.pods[0]
 	one, two, three := netip.MustParseAddr("198.51.100.11"), netip.MustParseAddr("198.51.100.12"), netip.MustParseAddr("198.51.100.13")
@@ -121,7 +126,9 @@ func expectEntries(t *testing.T, updates <-chan netlink.NeighUpdate, want ...rem
 	}
 }
 
-func aServiceOfAThousandPods(t *testing.T, s *sidecars) {
+func TestSidecarOfAServiceWithAThousandPods(t *testing.T) {
+	t.Parallel()
+	s := startSidecars(t)
 	const pods, perSlice = 1000, 100
 	tm := s.pods(t, 2)
 	a, b := tm.pods[0], tm.pods[1]
@@ -148,7 +155,7 @@ func aServiceOfAThousandPods(t *testing.T, s *sidecars) {
 	one, two := a.station(t), b.station(t)
 	crosses(t, one, two, frames.Stream(nil, one.MAC, 1, 1))
 	crosses(t, two, one, frames.Stream(nil, two.MAC, 1, 1))
-	stream := startStream(t, 2, streamLength, one, two)
+	stream := startStream(t, 2, one, two)
 	updates := tables(t, a.Namespace)
 	for i := range 5 {
 		gone, come := endpoints[500+i], netip.AddrFrom4([4]byte{10, 9, 200, byte(1 + i)})
@@ -178,7 +185,8 @@ func memory(t *testing.T, p *os.Process) string {
 
 // A pod that comes, goes or becomes ready does not disturb what the others send each other, and one that has gone gets no more frames
 // within a second.
-func podsComeAndGoUnderTraffic(t *testing.T, s *sidecars) {
+func TestSidecarFollowsPodsWithoutLoss(t *testing.T) {
+	s := startSidecars(t)
 	tm := s.pods(t, 3)
 	a, b, c := tm.pods[0], tm.pods[1], tm.pods[2]
 	set := func(endpoints ...discoveryv1.Endpoint) { tm.slice(t, "lan-1", "lan", endpoints...) }
@@ -190,7 +198,7 @@ func podsComeAndGoUnderTraffic(t *testing.T, s *sidecars) {
 	updates := tables(t, a.Namespace)
 	known, flood := *two, *two
 	flood.Attachment.MAC = nil
-	streams := []*stream{startStream(t, 1, streamLength, one, &known), startStream(t, 2, streamLength, two, one)}
+	streams := []*stream{startStream(t, 1, one, &known), startStream(t, 2, two, one)}
 	for range 5 {
 		set(append(ready(b.ipv4, a.ipv4), endpointsOf(false, c.ipv4)...)...)
 		began := time.Now()
@@ -209,7 +217,7 @@ func podsComeAndGoUnderTraffic(t *testing.T, s *sidecars) {
 	set(ready(a.ipv4, b.ipv4)...)
 	expectEntries(t, updates, remoteEvent{unix.RTM_DELNEIGH, c.ipv4})
 	drain(t, three.Wire)
-	flooded := startStream(t, 3, streamLength, one, &flood)
+	flooded := startStream(t, 3, one, &flood)
 	for range 5 {
 		set(endpointsOf(true, b.ipv4)...)
 		set(ready(a.ipv4, b.ipv4)...)
@@ -220,7 +228,9 @@ func podsComeAndGoUnderTraffic(t *testing.T, s *sidecars) {
 	}
 }
 
-func staticPeersNeedNoAPIServer(t *testing.T, s *sidecars) {
+func TestSidecarWithStaticPeersNeedsNoAPIServer(t *testing.T) {
+	t.Parallel()
+	s := startSidecars(t)
 	tm := s.pods(t, 2)
 	for i, p := range tm.pods {
 		p.relay.close()
@@ -238,7 +248,9 @@ func staticPeersNeedNoAPIServer(t *testing.T, s *sidecars) {
 }
 
 // Of a configuration that changes, what stays goes on undisturbed.
-func aChangedConfiguration(t *testing.T, s *sidecars) {
+func TestSidecarAppliesAChangedConfiguration(t *testing.T) {
+	t.Parallel()
+	s := startSidecars(t)
 	tm := s.pods(t, 2)
 	a, b := tm.pods[0], tm.pods[1]
 	tm.service(t, "lan")
@@ -258,7 +270,7 @@ func aChangedConfiguration(t *testing.T, s *sidecars) {
 	one, two := a.station(t), b.station(t)
 	crosses(t, one, two, frames.Stream(nil, one.MAC, 9, 1))
 	crosses(t, two, one, frames.Stream(nil, two.MAC, 9, 2))
-	there, back := startStream(t, 1, streamLength, one, two), startStream(t, 2, streamLength, two, one)
+	there, back := startStream(t, 1, one, two), startStream(t, 2, two, one)
 	more := netip.MustParseAddr("198.51.100.77")
 	a.configure(t, config("peers: [198.51.100.77]\n"))
 	a.awaitRemotes(t, b.ipv4, more)
@@ -315,9 +327,12 @@ func fileText(t *testing.T, file string) string {
 	return string(b)
 }
 
-func strictPeers(t *testing.T, s *sidecars) {
+func TestSidecarWithStrictPeersDropsNonMembers(t *testing.T) {
+	t.Parallel()
+	s := startSidecars(t)
 	for family, ipv6 := range map[string]bool{"ipv4": false, "ipv6": true} {
 		t.Run(family, func(t *testing.T) {
+			t.Parallel()
 			tm := s.pods(t, 3)
 			stranger := tm.pods[2]
 			tm.pods = tm.pods[:2]
@@ -354,7 +369,9 @@ func strictPeers(t *testing.T, s *sidecars) {
 }
 
 // Two sidecars of a pod leave each other's interface and filter alone, however one of them ends.
-func twoLANsInOnePod(t *testing.T, s *sidecars) {
+func TestTwoSidecarsInOnePod(t *testing.T) {
+	t.Parallel()
+	s := startSidecars(t)
 	tm := s.pods(t, 2)
 	tm.service(t, "lan")
 	second := settings{"KL_VXLAN_INTERFACE": "lan2", "KL_VXLAN_VNI": "6970", "KL_HTTP_ADDRESS": ":8182", "KL_VXLAN_ADDRESSES": "192.168.70.{ordinal+1}/24"}
@@ -374,7 +391,7 @@ func twoLANsInOnePod(t *testing.T, s *sidecars) {
 	reach()
 	one, two := a.station(t), b.station(t)
 	crosses(t, two, one, frames.Stream(nil, two.MAC, 9, 1))
-	stream := startStream(t, 1, streamLength, two, one)
+	stream := startStream(t, 1, two, one)
 	others[0].kill()
 	others[0] = a.start(t, a.settings().with(second)) // not strict any more
 	reach()
@@ -401,7 +418,9 @@ func twoLANsInOnePod(t *testing.T, s *sidecars) {
 	})
 }
 
-func aKilledSidecarIsAdopted(t *testing.T, s *sidecars) {
+func TestRestartedSidecarAdoptsItsInterface(t *testing.T) {
+	t.Parallel()
+	s := startSidecars(t)
 	tm := s.pods(t, 2)
 	tm.service(t, "lan")
 	a, b := tm.pods[0], tm.pods[1]
@@ -415,7 +434,7 @@ func aKilledSidecarIsAdopted(t *testing.T, s *sidecars) {
 	one, two := a.station(t), b.station(t)
 	crosses(t, one, two, frames.Stream(nil, one.MAC, 9, 1))
 	crosses(t, two, one, frames.Stream(nil, two.MAC, 9, 2))
-	there, back := startStream(t, 1, 2*streamLength, one, two), startStream(t, 2, 2*streamLength, two, one)
+	there, back := startStream(t, 1, one, two), startStream(t, 2, two, one)
 	index := a.index(t)
 	stale := netip.MustParseAddr("198.51.100.88")
 	for range 3 {
@@ -475,7 +494,9 @@ func aKilledSidecarIsAdopted(t *testing.T, s *sidecars) {
 	sc.stop(t)
 }
 
-func foreignInterfacesAreKept(t *testing.T, s *sidecars) {
+func TestSidecarKeepsForeignInterfaces(t *testing.T) {
+	t.Parallel()
+	s := startSidecars(t)
 	tm := s.pods(t, 1)
 	tm.service(t, "lan")
 	a := tm.pods[0]
@@ -517,7 +538,9 @@ func foreignInterfacesAreKept(t *testing.T, s *sidecars) {
 	})
 }
 
-func hooks(t *testing.T, s *sidecars) {
+func TestSidecarRunsHooks(t *testing.T) {
+	t.Parallel()
+	s := startSidecars(t)
 	tm := s.pods(t, 1)
 	tm.service(t, "lan")
 	a := tm.pods[0]
@@ -553,7 +576,9 @@ func hooks(t *testing.T, s *sidecars) {
 	}
 }
 
-func wrongConfigurations(t *testing.T, s *sidecars) {
+func TestSidecarReportsWrongConfigurations(t *testing.T) {
+	t.Parallel()
+	s := startSidecars(t)
 	tm := s.pods(t, 1)
 	a := tm.pods[0]
 	for what, wrong := range map[string]struct {
@@ -604,8 +629,13 @@ func wrongConfigurations(t *testing.T, s *sidecars) {
 	})
 }
 
+// outage is how long the API server is away: the sidecar tries to reach it seven times.
+const outage = 6 * time.Second
+
 // An API server that is away takes nothing from a LAN, and is waited for at the start.
-func noAPIServer(t *testing.T, s *sidecars) {
+func TestSidecarWithoutAPIServer(t *testing.T) {
+	t.Parallel()
+	s := startSidecars(t)
 	tm := s.pods(t, 2)
 	tm.service(t, "lan")
 	a, b := tm.pods[0], tm.pods[1]
@@ -624,12 +654,13 @@ func noAPIServer(t *testing.T, s *sidecars) {
 	one, two := a.station(t), b.station(t)
 	crosses(t, one, two, frames.Stream(nil, one.MAC, 9, 1))
 	crosses(t, two, one, frames.Stream(nil, two.MAC, 9, 2))
-	there, back := startStream(t, 1, 2*streamLength, one, two), startStream(t, 2, 2*streamLength, two, one)
+	there, back := startStream(t, 1, one, two), startStream(t, 2, two, one)
 	updates := tables(t, a.Namespace)
 	a.relay.close()
 	b.relay.close()
 	come := netip.MustParseAddr("198.51.100.5")
 	tm.slice(t, "more", "lan", ready(come)...)
+	<-time.After(outage)
 	there.expectAll(t)
 	back.expectAll(t)
 	a.staysHealthy(t)
@@ -642,7 +673,9 @@ func noAPIServer(t *testing.T, s *sidecars) {
 }
 
 // Who may not read EndpointSlices is told what to do, and goes on once it may.
-func noEndpointSliceRights(t *testing.T, s *sidecars) {
+func TestSidecarWithoutRightsToEndpointSlices(t *testing.T) {
+	t.Parallel()
+	s := startSidecars(t)
 	tm := s.pods(t, 1)
 	a := tm.pods[0]
 	tm.slice(t, "lan-1", "lan", ready(netip.MustParseAddr("198.51.100.5"))...)
@@ -654,32 +687,29 @@ func noEndpointSliceRights(t *testing.T, s *sidecars) {
 	a.awaitRemotes(t, netip.MustParseAddr("198.51.100.5"))
 }
 
-// startUnanswered has a pod send to a peer from which nothing comes. What it says of that it says after half a minute, so meanwhile there are other tests.
-func (s *sidecars) startUnanswered(t *testing.T) func(*testing.T, *sidecars) {
-	t.Helper()
-	tm := s.pods(t, 2)
+// A sidecar warns after half a minute in which it sent frames and none arrived.
+func TestSidecarWarnsWhenNoFramesArrive(t *testing.T) {
+	t.Parallel()
+	tm := startSidecars(t).pods(t, 2)
 	a, b := tm.pods[0], tm.pods[1]
-	deaf := a.start(t, a.settings().with(settings{"KL_SERVICES": "", "KL_PEERS": b.ipv4.String()}))
+	unanswered := a.start(t, a.settings().with(settings{"KL_SERVICES": "", "KL_PEERS": b.ipv4.String()}))
 	other := b.start(t, b.settings().with(settings{"KL_SERVICES": "", "KL_PEERS": a.ipv4.String(), "KL_VXLAN_VNI": "6970"}))
 	a.awaitHealth(t, http.StatusNoContent)
 	b.awaitHealth(t, http.StatusNoContent)
-	station := a.station(t)
-	must(t, station.Send(frames.Stream(nil, station.MAC, 1, 1)))
-	return func(t *testing.T, _ *sidecars) {
-		awaitWithin(t, 2*daemonTimeout, "it to say so", func() bool {
-			if err := station.Send(frames.Stream(nil, station.MAC, 1, 1)); err != nil {
-				t.Error(err)
-			}
-			return deaf.countLog(t, "level=WARN", "frames are sent, but none has arrived yet", "NetworkPolicy", "port=4789", "vni=6969") == 1
-		})
-		a.staysHealthy(t)
-		if said := other.logText(t); strings.Contains(said, "level=WARN") { // it sends nothing
-			t.Errorf("the other said\n%s", said)
+	from := a.station(t)
+	awaitWithin(t, 2*daemonTimeout, "the warning", func() bool {
+		if err := from.Send(frames.Stream(nil, from.MAC, 1, 1)); err != nil {
+			t.Error(err)
 		}
-		other.stop(t)
-		b.start(t, b.settings().with(settings{"KL_SERVICES": "", "KL_PEERS": a.ipv4.String()}))
-		b.awaitHealth(t, http.StatusNoContent)
-		crosses(t, b.station(t), station, frames.Stream(nil, b.link(t, kubelan).Attrs().HardwareAddr, 1, 2))
-		deaf.awaitLog(t, "level=INFO", "frames arrive")
+		return unanswered.countLog(t, "level=WARN", "frames are sent, but none has arrived yet", "NetworkPolicy", "port=4789", "vni=6969") == 1
+	})
+	a.staysHealthy(t)
+	if said := other.logText(t); strings.Contains(said, "level=WARN") { // it sends nothing
+		t.Errorf("the other sidecar logged\n%s", said)
 	}
+	other.stop(t)
+	b.start(t, b.settings().with(settings{"KL_SERVICES": "", "KL_PEERS": a.ipv4.String()}))
+	b.awaitHealth(t, http.StatusNoContent)
+	crosses(t, b.station(t), from, frames.Stream(nil, b.link(t, kubelan).Attrs().HardwareAddr, 1, 2))
+	unanswered.awaitLog(t, "level=INFO", "frames arrive")
 }

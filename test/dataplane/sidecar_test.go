@@ -37,61 +37,61 @@ import (
 	"github.com/k8slan/k8slan/test/netlab"
 )
 
-// sidecars is what pods with sidecars have in common: the program, as it is shipped, and a real API server on the test's loopback device.
+// sidecars is what the pods with sidecars of all tests share.
 type sidecars struct {
-	binary string
-	server *apiserver.Server
+	binary string            // the program as it is shipped
+	server *apiserver.Server // a real one, on the loopback device of the tests
 	api    client.Client
 }
 
-// TestSidecar has pods with sidecars that have NET_ADMIN alone.
-func TestSidecar(t *testing.T) {
+// sharedSidecars is made by the first test that needs it, and stopped after the last test.
+var sharedSidecars struct {
+	once sync.Once
+	sidecars
+	err error
+}
+
+// startSidecars returns what the sidecars of all tests share. The sidecars run with NET_ADMIN as their only capability.
+func startSidecars(t *testing.T) *sidecars {
+	t.Helper()
 	netlab.NeedRoot(t, "only root can leave a process NET_ADMIN alone")
-	s := &sidecars{binary: filepath.Join(t.TempDir(), "k8slan")}
-	build := exec.CommandContext(t.Context(), "go", "build", "-trimpath", "-ldflags", "-s -w", "-o", s.binary, "github.com/k8slan/k8slan/cmd/k8slan")
+	s := &sharedSidecars
+	s.once.Do(func() { s.err = s.start(context.Background()) })
+	must(t, s.err)
+	return &s.sidecars
+}
+
+func stopSidecars() {
+	if server := sharedSidecars.server; server != nil {
+		server.Stop()
+	}
+}
+
+func (s *sidecars) start(ctx context.Context) error {
+	s.binary = "/run/k8slan" // the tests' own /run
+	build := exec.CommandContext(ctx, "go", "build", "-trimpath", "-ldflags", "-s -w", "-o", s.binary, "github.com/k8slan/k8slan/cmd/k8slan")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("build k8slan: %v\n%s", err, out)
+		return fmt.Errorf("build k8slan: %w\n%s", err, out)
 	}
-	kubernetes, err := netlab.Component(t.Context(), "kubernetes")
-	must(t, err)
-	etcd, err := netlab.Component(t.Context(), "etcd")
-	must(t, err)
-	s.server, err = apiserver.Start(t.Context(), apiserver.Config{Kubernetes: kubernetes, Etcd: etcd})
-	if s.server != nil {
-		t.Cleanup(s.server.Stop)
+	kubernetes, err := netlab.Component(ctx, "kubernetes")
+	if err != nil {
+		return err
 	}
-	must(t, err)
+	etcd, err := netlab.Component(ctx, "etcd")
+	if err != nil {
+		return err
+	}
+	if s.server, err = apiserver.Start(ctx, apiserver.Config{Kubernetes: kubernetes, Etcd: etcd}); err != nil {
+		return err
+	}
 	scheme := kuberuntime.NewScheme()
-	must(t, errors.Join(corev1.AddToScheme(scheme), discoveryv1.AddToScheme(scheme), rbacv1.AddToScheme(scheme), authenticationv1.AddToScheme(scheme)))
-	s.api, err = client.New(s.server.Client, client.Options{Scheme: scheme})
-	must(t, err)
-	deaf := s.startUnanswered(t)
-	for _, test := range []struct {
-		name string
-		run  func(*testing.T, *sidecars)
-	}{
-		{"three pods are a LAN", threePodsAreALAN},
-		{"services and slices are joined", servicesAndSlicesAreJoined},
-		{"a service of 1,000 pods", aServiceOfAThousandPods},
-		{"pods come and go under traffic", podsComeAndGoUnderTraffic},
-		{"static peers need no API server", staticPeersNeedNoAPIServer},
-		{"a changed configuration", aChangedConfiguration},
-		{"strict peers", strictPeers},
-		{"two LANs in one pod", twoLANsInOnePod},
-		{"a killed sidecar is adopted", aKilledSidecarIsAdopted},
-		{"what is not ours is left alone", foreignInterfacesAreKept},
-		{"hooks", hooks},
-		{"wrong configurations", wrongConfigurations},
-		{"no API server", noAPIServer},
-		{"no rights", noEndpointSliceRights},
-		{"EVPN with a node", evpnWithANode},
-		{"from unicast to EVPN and back", fromUnicastToEVPN},
-		{"EVPN with nobody", evpnWithoutPeers},
-		{"frames that do not arrive", deaf},
-	} {
-		t.Run(test.name, func(t *testing.T) { test.run(t, s) })
+	err = errors.Join(corev1.AddToScheme(scheme), discoveryv1.AddToScheme(scheme), rbacv1.AddToScheme(scheme), authenticationv1.AddToScheme(scheme))
+	if err != nil {
+		return err
 	}
+	s.api, err = client.New(s.server.Client, client.Options{Scheme: scheme})
+	return err
 }
 
 // team is pods on one network, and a namespace of the API server with a service account that may do what the docs tell to let it.

@@ -23,6 +23,7 @@ import (
 const silenceWindow = 4500 * time.Millisecond
 
 func TestLANSaysNothingByItself(t *testing.T) {
+	t.Parallel()
 	a, b := twoNodes(t)
 	idle, waiting := lan("idle", 51, "nobody", "listener"), lan("waiting", 52, "vm", "listener")
 	listeners := map[string]netlab.Wire{}
@@ -75,6 +76,7 @@ func isVXLAN(frame []byte) bool {
 }
 
 func TestNodesOwnNamespaceShowsNoLinkOfOurs(t *testing.T) {
+	t.Parallel()
 	a, _ := twoNodes(t)
 	m := a.manage(t)
 	s := a.withUnderlay(t, lan("hidden", 53, "pod", "vm"))
@@ -98,6 +100,7 @@ func TestNodesOwnNamespaceShowsNoLinkOfOurs(t *testing.T) {
 // Somebody switches IPv6 on for a plug alone. It speaks with the address of the VM that it waits for, and that may be
 // running on another node: the bridge must not believe it for longer than that lasts.
 func TestAPlugThatSpokeIsSilencedAndForgotten(t *testing.T) {
+	t.Parallel()
 	a, _ := twoNodes(t)
 	m := a.manage(t)
 	s := a.withUnderlay(t, lan("spoke", 56, "vm"))
@@ -128,6 +131,7 @@ func (n node) hasLearned(t *testing.T, s segment.Segment, mac net.HardwareAddr) 
 
 // A VXLAN that is up joins its group, and then every node gets every LAN's broadcast.
 func TestVXLANIsUpOnlyWhileASpokeIsClaimed(t *testing.T) {
+	t.Parallel()
 	a, _ := twoNodes(t)
 	m := a.manage(t)
 	s := a.withUnderlay(t, lan("quiet", 54, "one", "two", "vm"))
@@ -172,6 +176,7 @@ func (n node) hasJoined(t *testing.T) bool {
 }
 
 func TestLANIsTransparentByItsSettings(t *testing.T) {
+	t.Parallel()
 	a, _ := twoNodes(t)
 	s := a.withUnderlay(t, lan("clear", 55, "pod", "vm"))
 	a.reconcile(t, s)

@@ -180,8 +180,10 @@ func expectNext(t *testing.T, h *host, frame []byte) {
 }
 
 func TestOnlyMembersAreHeard(t *testing.T) {
+	t.Parallel()
 	for name, f := range families {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			a, b, onA, onB := unicastHosts(t, f, 311)
 			open := a.withUnderlay(t, unicast(lan("open", 312, "three"), f.vteps[0]))
 			a.reconcile(t, onA)
@@ -261,6 +263,7 @@ func TestOnlyMembersAreHeard(t *testing.T) {
 
 // A LAN with a group can be strict, too: its members send from the addresses that the underlay device has for that.
 func TestAStrictLANWithAGroupHearsItsMembers(t *testing.T) {
+	t.Parallel()
 	a, b := twoNodes(t)
 	s := lan("group", 313, "one", "two")
 	onA, onB := a.withUnderlay(t, s), b.withUnderlay(t, s)
@@ -292,13 +295,15 @@ func TestAStrictLANWithAGroupHearsItsMembers(t *testing.T) {
 
 // A thousand others come and go, the daemon starts again, and the LAN's own members lose nothing.
 func TestMembersChangeUnderTraffic(t *testing.T) {
+	t.Parallel()
 	for name, f := range families {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			a, _, onA, _, one, two := unicastPods(t, f, 314)
 			filter, stop := a.filter(t)
 			crosses(t, two, one, frames.Stream(nil, two.MAC, 9, 1)) // both are known from now on
 			crosses(t, one, two, frames.Stream(nil, one.MAC, 9, 1))
-			there, back := startStream(t, 1, streamLength, one, two), startStream(t, 2, streamLength, two, one)
+			there, back := startStream(t, 1, one, two), startStream(t, 2, two, one)
 			for round := range 10 {
 				members := []netip.Addr{f.vteps[1]}
 				for i := range 1000 {
@@ -326,6 +331,7 @@ func TestMembersChangeUnderTraffic(t *testing.T) {
 
 // What somebody does to the table is undone, and a ruleset that is flushed comes back.
 func TestAChangedFilterIsPutRight(t *testing.T) {
+	t.Parallel()
 	a, _, s, _ := unicastHosts(t, families["IPv4"], 315)
 	filter, _ := a.filter(t)
 	members := []netip.Addr{netip.MustParseAddr("192.0.2.2"), netip.MustParseAddr("192.0.2.3"), netip.MustParseAddr("2001:db8::2")}
@@ -418,6 +424,7 @@ func (n node) ruleset(t *testing.T) (lines []string) {
 
 // A member beside a thousand is one element; the others are not touched.
 func TestOneMemberMoreIsOneElement(t *testing.T) {
+	t.Parallel()
 	a, _, s, _ := unicastHosts(t, families["IPv4"], 316)
 	var members []netip.Addr
 	for i := range 1000 {

@@ -9,6 +9,7 @@ import (
 
 // kubelet gives a spoke to the next pod while the sandbox of the last one may still be dying.
 func TestNextPodTakesASpokeOverFromADyingSandbox(t *testing.T) {
+	t.Parallel()
 	for _, c := range []struct {
 		name     string
 		old, new segment.Kind
@@ -19,6 +20,7 @@ func TestNextPodTakesASpokeOverFromADyingSandbox(t *testing.T) {
 		{"VM to VM", segment.Macvtap, segment.Macvtap},
 	} {
 		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
 			a, b := twoNodes(t)
 			s := lan("handed", 71, "far", "spoke")
 			a.reconcile(t, a.withUnderlay(t, s))
@@ -63,8 +65,10 @@ func bothWays(t *testing.T, one, other *host) {
 
 // A runtime may kill a pod's namespace without any DEL: the spoke waits for the next pod all the same.
 func TestSpokeIsFreeAfterItsPodsNamespaceDied(t *testing.T) {
+	t.Parallel()
 	for _, kind := range []segment.Kind{segment.Veth, segment.Macvtap} {
 		t.Run(string(kind), func(t *testing.T) {
+			t.Parallel()
 			a, _ := twoNodes(t)
 			m := a.manage(t)
 			s := a.withUnderlay(t, lan("died", 72, "spoke", "other"))

@@ -13,6 +13,7 @@ import (
 )
 
 func TestLANComesBackWithItsUnderlay(t *testing.T) {
+	t.Parallel()
 	a, b := twoNodes(t)
 	ma, mb := a.manage(t), b.manage(t)
 	s := lan("cut", 81, "here", "near", "far")

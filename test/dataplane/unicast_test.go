@@ -72,8 +72,10 @@ func (n node) addUnderlayAddress(t *testing.T, p netip.Prefix) {
 }
 
 func TestUnicastLANCarriesTheCatalog(t *testing.T) {
+	t.Parallel()
 	for name, f := range families {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			a, b, onA, onB := unicastHosts(t, f, 301)
 			a.reconcile(t, onA)
 			b.reconcile(t, onB)
@@ -91,6 +93,7 @@ func TestUnicastLANCarriesTheCatalog(t *testing.T) {
 
 // A remote beside a thousand is one write; the others are not touched.
 func TestOneRemoteMoreIsOneWrite(t *testing.T) {
+	t.Parallel()
 	a, _, s, _ := unicastHosts(t, families["IPv4"], 302)
 	s.Remotes = nil
 	for i := range 1000 {
@@ -153,6 +156,7 @@ func TestOneRemoteMoreIsOneWrite(t *testing.T) {
 
 // Remotes that are not known are left alone, those of an empty list are not.
 func TestUnknownRemotesAreLeftAlone(t *testing.T) {
+	t.Parallel()
 	a, _, s, _ := unicastHosts(t, families["IPv6"], 303)
 	a.reconcile(t, s)
 	unknown, none := s, s
@@ -167,8 +171,10 @@ func TestUnknownRemotesAreLeftAlone(t *testing.T) {
 
 // A node has another address: its silent pod is found there, though it was learnt to be behind the old one.
 func TestWhatWasLearntBehindARemoteGoesWithIt(t *testing.T) {
+	t.Parallel()
 	for name, f := range families {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			a, b, onA, onB, one, two := unicastPods(t, f, 307)
 			crosses(t, two, one, frames.Stream(nil, two.MAC, 9, 1))
 			was, is := f.vteps[1], f.vteps[1].Next()
@@ -186,6 +192,7 @@ func TestWhatWasLearntBehindARemoteGoesWithIt(t *testing.T) {
 // A LAN changes between multicast and unicast of one family while it runs: the VXLANs stay, and with them what goes from pod to
 // pod. What is flooded is lost from when one node has left the group until the other has.
 func TestALANChangesItsDiscoveryUnderTraffic(t *testing.T) {
+	t.Parallel()
 	a, b, onA, onB := unicastHosts(t, families["IPv6"], 304)
 	multicast := func(s segment.Segment) segment.Segment {
 		s.VXLAN.Group, s.VXLAN.Local, s.Remotes = netip.MustParseAddr("ff02::14"), netip.Addr{}, nil
@@ -205,7 +212,7 @@ func TestALANChangesItsDiscoveryUnderTraffic(t *testing.T) {
 		return append(ops, b.reconcile(t, multicast(onB))...)
 	}
 
-	there, back := startStream(t, 1, streamLength, one, two), startStream(t, 2, streamLength, two, one)
+	there, back := startStream(t, 1, one, two), startStream(t, 2, two, one)
 	for range 20 {
 		for _, op := range change() {
 			switch op.(type) {
@@ -219,9 +226,7 @@ func TestALANChangesItsDiscoveryUnderTraffic(t *testing.T) {
 		there.expectAll(t)
 		back.expectAll(t)
 	} else {
-		there.done.Wait()
-		back.done.Wait()
-		t.Logf("this kernel leaves and joins groups only as a VXLAN goes down and up: of 40 changes %+v, %+v", there.counter.Tally(), back.counter.Tally())
+		t.Logf("this kernel leaves and joins groups only as a VXLAN goes down and up: of 40 changes %+v, %+v", there.finish(), back.finish())
 	}
 	if after := links(); after != before {
 		t.Errorf("the segments are\n%s\nwant\n%s", after, before)
@@ -229,16 +234,17 @@ func TestALANChangesItsDiscoveryUnderTraffic(t *testing.T) {
 
 	flood := *two
 	flood.Attachment.MAC = nil
-	flooded := startStream(t, 3, streamLength, one, &flood)
+	flooded := startStream(t, 3, one, &flood)
 	change()
-	flooded.done.Wait()
-	t.Logf("of what is flooded, in one change there and back: %+v", flooded.counter.Tally())
+	t.Logf("of what is flooded, in one change there and back: %+v", flooded.finish())
 }
 
 // A VXLAN that was made without a group joins it when it gets one, and another one after that.
 func TestAVXLANJoinsTheGroupThatItGets(t *testing.T) {
+	t.Parallel()
 	for name, f := range families {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			a, b, onA, onB, one, two := unicastPods(t, f, 307)
 			group := func(s segment.Segment, last byte) segment.Segment {
 				s.VXLAN.Group, s.VXLAN.Local, s.Remotes = netip.AddrFrom4([4]byte{239, 1, 1, last}), netip.Addr{}, nil
@@ -259,6 +265,7 @@ func TestAVXLANJoinsTheGroupThatItGets(t *testing.T) {
 
 // A change back to multicast that was broken off leaves no remote behind.
 func TestABrokenChangeOfDiscoveryIsFinished(t *testing.T) {
+	t.Parallel()
 	a, _, s, _ := unicastHosts(t, families["IPv6"], 305)
 	multicast := s
 	multicast.VXLAN.Group, multicast.VXLAN.Local, multicast.Remotes = netip.MustParseAddr("ff02::14"), netip.Addr{}, nil

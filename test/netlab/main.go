@@ -32,15 +32,19 @@ func init() { runtime.LockOSThread() }
 
 // Main runs a package's tests in namespaces of their own and exits with their result. Where the kernel doesn't let it,
 // or lacks a kind of link that LANs are made of, it says so and runs none of them; with K8SLAN_NO_SKIP=1 that is a
-// failure.
-func Main(m *testing.M) {
+// failure. The functions run after the last test.
+func Main(m *testing.M, after ...func()) {
 	if os.Getenv(inside) == "" {
 		os.Exit(again())
 	}
 	if err := errors.Join(prepare(), tryLinks()); err != nil {
 		os.Exit(unsupported(err))
 	}
-	os.Exit(m.Run())
+	code := m.Run()
+	for _, f := range after {
+		f()
+	}
+	os.Exit(code)
 }
 
 // Inside says whether this process runs in the namespaces that Main makes: before it, there is the machine's network.
