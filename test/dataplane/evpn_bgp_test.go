@@ -163,7 +163,7 @@ func (sp *speaker) awaitStaleRoutesRemoved(t *testing.T) {
 		sp.awaitUp(t, s.Peer)
 	}
 	for _, s := range sp.instance.Sessions() {
-		<-time.After(time.Until(s.Since.Add(bgp.Settling + 100*time.Millisecond)))
+		<-time.After(time.Until(s.Since.Add(bgp.SyncTime + 100*time.Millisecond)))
 	}
 }
 
