@@ -53,10 +53,10 @@ func finishCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			if err := f.within(cmd.Context(), r, helmhooks.Release.AwaitClean); err != nil {
+			if err := f.within(cmd.Context(), r, helmhooks.Release.WaitForCleanNodes); err != nil {
 				return err
 			}
-			if err := r.Objects(cmd.Context()); err != nil || !lans {
+			if err := r.RemoveObjects(cmd.Context()); err != nil || !lans {
 				return err
 			}
 			return removeCRDs(cmd.Context(), r)
@@ -90,17 +90,17 @@ func residueCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			if err := r.Adopt(ctx); err != nil {
+			if err := r.OwnResidueObjects(ctx); err != nil {
 				return err
 			}
-			err = f.within(ctx, r, helmhooks.Release.AwaitResidue)
+			err = f.within(ctx, r, helmhooks.Release.RemoveResidue)
 			if ctx.Err() != nil {
 				return nil //nolint:nilerr // the pod moves: another takes over
 			}
 			if err != nil {
 				return err
 			}
-			if err := r.Vanish(ctx); err != nil {
+			if err := r.DeleteResidueObjects(ctx); err != nil {
 				return err
 			}
 			<-ctx.Done()

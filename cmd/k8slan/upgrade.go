@@ -76,10 +76,10 @@ func upgradeCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			if err := f.within(cmd.Context(), r, helmhooks.Release.AwaitPulled); err != nil {
+			if err := f.within(cmd.Context(), r, helmhooks.Release.WaitForImage); err != nil {
 				return err
 			}
-			return r.ApplyDefinitions(cmd.Context(), manifests.Files)
+			return r.ApplyCRDs(cmd.Context(), manifests.Files)
 		},
 	}
 	f.add(cmd, 4*time.Minute)

@@ -76,7 +76,7 @@ func (c cluster) macs(ctx context.Context, out io.Writer, lan string, only []str
 		return fmt.Errorf("list lannodes, to find the LAN's nodes: %w", err)
 	}
 	m.LANNodes = nodes.Items
-	onDemand := overview.Facts{LANNodes: m.LANNodes}.OnDemand("")
+	onDemand := overview.Objects{LANNodes: m.LANNodes}.OnDemand("")
 	if i := slices.IndexFunc(onDemand, func(l v1beta1.LAN) bool { return l.Name == lan }); i >= 0 {
 		m.LAN = onDemand[i]
 	} else if m.LAN, err = c.get(ctx, qualified(c.namespace, lan)); err != nil {
@@ -90,7 +90,7 @@ func (c cluster) macs(ctx context.Context, out io.Writer, lan string, only []str
 	if m.Tables, unasked = all.tables(ctx, m.LANNodes, &m.LAN); len(m.Tables) == 0 && unasked != nil {
 		return unasked
 	}
-	text, agree := screenOf(out).DrawMACs(m)
+	text, agree := screenOf(out).MACs(m)
 	fmt.Fprint(out, text)
 	if unasked == nil && !agree {
 		return errNo
@@ -112,15 +112,15 @@ func (c cluster) get(ctx context.Context, lan string) (l v1beta1.LAN, err error)
 }
 
 // tables asks the nodes that have pods on the LAN, and says which could not be asked.
-func (d daemons) tables(ctx context.Context, nodes []v1beta1.LANNode, lan *v1beta1.LAN) ([]overview.Table, error) {
+func (d daemons) tables(ctx context.Context, nodes []v1beta1.LANNode, lan *v1beta1.LAN) ([]overview.NodeTable, error) {
 	var mu sync.Mutex
-	var tables []overview.Table
+	var tables []overview.NodeTable
 	var errs []error
 	var tasks errgroup.Group
 	tasks.SetLimit(maxQueries)
 	for _, n := range nodes {
 		for _, s := range n.Status.Segments {
-			if !overview.IsOf(lan, s) || len(s.Attachments) == 0 {
+			if !overview.IsSegmentOf(lan, s) || len(s.Attachments) == 0 {
 				continue
 			}
 			tasks.Go(func() error {
@@ -130,7 +130,7 @@ func (d daemons) tables(ctx context.Context, nodes []v1beta1.LANNode, lan *v1bet
 				if err != nil {
 					errs = append(errs, err)
 				} else {
-					tables = append(tables, overview.Table{Node: n.Name, Places: places})
+					tables = append(tables, overview.NodeTable{Node: n.Name, Entries: places})
 				}
 				return nil
 			})

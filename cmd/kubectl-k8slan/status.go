@@ -59,7 +59,7 @@ func (c cluster) status(ctx context.Context, out io.Writer, names []string) erro
 	facts.LANs = lans
 	s := screenOf(out)
 	s.Brief = len(names) == 0 && len(lans) > fullLimit
-	fmt.Fprint(out, s.Draw(facts))
+	fmt.Fprint(out, s.Status(facts))
 	where := "in namespace " + c.namespace
 	if c.namespace == "" {
 		where = "in any namespace"
@@ -77,7 +77,7 @@ func (c cluster) status(ctx context.Context, out io.Writer, names []string) erro
 }
 
 // facts reads what there is. Who may not read nodes is shown what the LANs themselves say.
-func (c cluster) facts(ctx context.Context) (f overview.Facts, err error) {
+func (c cluster) facts(ctx context.Context) (f overview.Objects, err error) {
 	var lans v1beta1.LANList
 	if err := c.client.List(ctx, &lans, client.InNamespace(c.namespace)); err != nil {
 		return f, fmt.Errorf("list LANs: %w", err)
@@ -88,12 +88,12 @@ func (c cluster) facts(ctx context.Context) (f overview.Facts, err error) {
 		err := c.client.List(ctx, list)
 		switch {
 		case apierrors.IsForbidden(err):
-			f.Unread = append(f.Unread, "You may not list "+kind+" in this cluster, so some of what they say is missing here.")
+			f.Unreadable = append(f.Unreadable, "You may not list "+kind+" in this cluster, so some of what they say is missing here.")
 		case err != nil:
 			return f, fmt.Errorf("list %s: %w", kind, err)
 		}
 	}
-	slices.Sort(f.Unread)
+	slices.Sort(f.Unreadable)
 	f.LANs, f.LANNodes, f.Nodes = lans.Items, lanNodes.Items, nodes.Items
 	return f, nil
 }

@@ -65,23 +65,23 @@ func deleting(l *v1beta1.LAN) {
 }
 
 // left is a segment on worker1 that is leaving; its ns is derived from the LAN's name.
-func left(uid types.UID, lan string, vni int32, pods ...v1beta1.Attachment) standing {
-	return standing{"worker1", v1beta1.SegmentStatus{
+func left(uid types.UID, lan string, vni int32, pods ...v1beta1.Attachment) nodeSegment {
+	return nodeSegment{"worker1", v1beta1.SegmentStatus{
 		LAN: lan, UID: uid, NS: strings.Replace(lan, "/", ".", 1), VNI: vni, Port: 4789, State: v1beta1.SegmentLeaving, Attachments: pods,
 	}}
 }
 
 // here is a segment of default/<name> on worker1 that is well.
-func here(name string, vni, port int32) standing {
-	return standing{"worker1", v1beta1.SegmentStatus{
+func here(name string, vni, port int32) nodeSegment {
+	return nodeSegment{"worker1", v1beta1.SegmentStatus{
 		LAN: "default/" + name, UID: types.UID("uid-" + name), NS: "default." + name, VNI: vni, Port: port, State: v1beta1.SegmentReady,
 	}}
 }
 
 // answer is a verdict in one line.
-func answer(v verdict) string {
+func answer(v decision) string {
 	if v.Holds == nil {
-		return v.Clash
+		return v.Conflict
 	}
 	words := []string{"holds " + strings.Join(v.Holds.Spokes, ",")}
 	for _, spoke := range slices.Sorted(maps.Keys(v.Refused)) {
@@ -94,7 +94,7 @@ func TestWhoHoldsKeepsAndWhoCameFirstGets(t *testing.T) {
 	for _, test := range []struct {
 		name string
 		lans []v1beta1.LAN
-		left []standing
+		left []nodeSegment
 		want map[string]string
 	}{
 		{
@@ -112,7 +112,7 @@ func TestWhoHoldsKeepsAndWhoCameFirstGets(t *testing.T) {
 		{
 			"a pool is not free while a pod has a port of that name",
 			[]v1beta1.LAN{with(lan("a", 0, 1, "x"), asking("web"))},
-			[]standing{left("uid-gone", "default/gone", 7, v1beta1.Attachment{Spoke: "web_3", Pool: "web", Pod: "default/web-1"})},
+			[]nodeSegment{left("uid-gone", "default/gone", 7, v1beta1.Attachment{Spoke: "web_3", Pool: "web", Pod: "default/web-1"})},
 			map[string]string{"a": "holds x; spoke web is still in use by default/web-1 on worker1 (spoke web_3 of LAN default/gone)"},
 		},
 		{
@@ -196,25 +196,25 @@ func TestWhoHoldsKeepsAndWhoCameFirstGets(t *testing.T) {
 		{
 			"an ns that pods of a deleted LAN hang on is not free",
 			[]v1beta1.LAN{with(lan("lab", 5, 1, "srl"), uid("new"))},
-			[]standing{left("old", "default/lab", 1, pod("srl", "srl-1"))},
+			[]nodeSegment{left("old", "default/lab", 1, pod("srl", "srl-1"))},
 			map[string]string{"lab": "vni 1 is still in use by default/lab (leaving) on node worker1"},
 		},
 		{
 			"nor is one of which a node has not taken everything away",
 			[]v1beta1.LAN{with(lan("lab", 5, 2, "srl"), uid("new"))},
-			[]standing{left("old", "default/lab", 1)},
+			[]nodeSegment{left("old", "default/lab", 1)},
 			map[string]string{"lab": "ns default.lab is still in use by default/lab (leaving) on node worker1"},
 		},
 		{
 			"nor one of which nobody knows whose it is",
 			[]v1beta1.LAN{lan("lab", 5, 2, "srl")},
-			[]standing{left("", "default/lab", 0)},
+			[]nodeSegment{left("", "default/lab", 0)},
 			map[string]string{"lab": "ns default.lab is still in use by default/lab (leaving) on node worker1"},
 		},
 		{
 			"a VNI that a node still has of a LAN that is gone is not free",
 			[]v1beta1.LAN{lan("b", 0, 1, "srl"), lan("c", 1, 1, "x")},
-			[]standing{left("old", "default/a", 1), left("old", "default/a", 1)},
+			[]nodeSegment{left("old", "default/a", 1), left("old", "default/a", 1)},
 			map[string]string{
 				"b": "vni 1 is still in use by default/a (leaving) on node worker1 and 1 more",
 				"c": "vni 1 is still in use by default/a (leaving) on node worker1 and 1 more",
@@ -223,19 +223,19 @@ func TestWhoHoldsKeepsAndWhoCameFirstGets(t *testing.T) {
 		{
 			"nor is one that pods have by its name",
 			[]v1beta1.LAN{lan("lab", 5, 1, "srl")},
-			[]standing{{"worker1", v1beta1.SegmentStatus{LAN: "megalos:1", NS: "megalos-1", VNI: 1, Port: 4789, State: v1beta1.SegmentReady}}},
+			[]nodeSegment{{"worker1", v1beta1.SegmentStatus{LAN: "megalos:1", NS: "megalos-1", VNI: 1, Port: 4789, State: v1beta1.SegmentReady}}},
 			map[string]string{"lab": "vni 1 is still in use by megalos:1 (made by its pods) on node worker1"},
 		},
 		{
 			"on another port it is",
 			[]v1beta1.LAN{with(lan("b", 0, 1, "srl"), port(4790))},
-			[]standing{left("old", "default/a", 1)},
+			[]nodeSegment{left("old", "default/a", 1)},
 			map[string]string{"b": "holds srl"},
 		},
 		{
 			"who holds a VNI keeps it, whatever comes back",
 			[]v1beta1.LAN{with(lan("b", 0, 1, "srl"), holding("srl"))},
-			[]standing{left("old", "default/b", 1, pod("srl", "srl-1"))},
+			[]nodeSegment{left("old", "default/b", 1, pod("srl", "srl-1"))},
 			map[string]string{"b": "holds srl"},
 		},
 		{
@@ -256,25 +256,25 @@ func TestWhoHoldsKeepsAndWhoCameFirstGets(t *testing.T) {
 		{
 			"two LANs that swap their ports are in nobody's way",
 			[]v1beta1.LAN{with(lan("a", 0, 1, "x"), holding("x"), port(4790)), with(lan("b", 1, 1, "y"), port(4790), holding("y"), port(4789))},
-			[]standing{here("a", 1, 4789), here("b", 1, 4790)},
+			[]nodeSegment{here("a", 1, 4789), here("b", 1, 4790)},
 			map[string]string{"a": "holds x", "b": "holds y"},
 		},
 		{
 			"a VNI that another LAN has just left is free, unless a pod keeps it on a node",
 			[]v1beta1.LAN{with(lan("a", 0, 1, "x"), holding("x"), port(4790)), lan("b", 1, 1, "y"), with(lan("c", 0, 2, "z"), holding("z"), port(4790)), lan("d", 1, 2, "w")},
-			[]standing{here("a", 1, 4789), left("uid-c", "default/c", 2, pod("z", "pod-z"))},
+			[]nodeSegment{here("a", 1, 4789), left("uid-c", "default/c", 2, pod("z", "pod-z"))},
 			map[string]string{"a": "holds x", "b": "holds y", "c": "holds z", "d": "vni 2 is still in use by default/c (leaving) on node worker1"},
 		},
 		{
 			"a spoke that a pod of another LAN hangs on is not free",
 			[]v1beta1.LAN{with(lan("a", 0, 1, "x"), holding("x")), lan("b", 1, 2, "srl", "y")},
-			[]standing{left("uid-a", "default/a", 1, pod("srl", "srl-1"))},
+			[]nodeSegment{left("uid-a", "default/a", 1, pod("srl", "srl-1"))},
 			map[string]string{"a": "holds x", "b": "holds y; spoke srl is still in use by default/srl-1 on worker1 (spoke srl of LAN default/a)"},
 		},
 		{
 			"a LAN's own pods do not stand in its way",
 			[]v1beta1.LAN{lan("a", 0, 1, "srl")},
-			[]standing{left("uid-a", "default/a", 1, pod("srl", "srl-1"))},
+			[]nodeSegment{left("uid-a", "default/a", 1, pod("srl", "srl-1"))},
 			map[string]string{"a": "holds srl"},
 		},
 	} {
@@ -379,7 +379,7 @@ func TestEveryClaimIsHeldBySomebody(t *testing.T) {
 		for i := range lans {
 			v, e := verdicts[lans[i].UID], lans[i].Effective()
 			if v.Holds == nil && !held["ns "+e.NS] && !held["vni "+vniKey{e.VNI, e.VXLANPort}.String()] {
-				t.Fatalf("%s is refused (%s), but nobody holds its ns and VNI", lans[i].Name, v.Clash)
+				t.Fatalf("%s is refused (%s), but nobody holds its ns and VNI", lans[i].Name, v.Conflict)
 			}
 			for spoke := range v.Refused {
 				if !held["spoke "+spoke] {
@@ -414,9 +414,9 @@ func TestReleasesBeforeGrantsNeverHaveTwoHolders(t *testing.T) {
 		}
 		want := admit(lans, nil)
 		now := func(l *v1beta1.LAN) *v1beta1.Holding { return l.Status.Holds }
-		taken := vnis(lans)
+		taken := heldVNIs(lans)
 		for i := range lans {
-			lans[i].Status.Holds = kept(lans[i].Status.Holds, want[lans[i].UID].Holds, taken)
+			lans[i].Status.Holds = heldThroughout(lans[i].Status.Holds, want[lans[i].UID].Holds, taken)
 			holders(t, lans, now)
 		}
 		for i := range lans {
@@ -431,10 +431,10 @@ func TestALANThatMovesToAnotherPortHoldsTheRestAllTheTime(t *testing.T) {
 	before := &v1beta1.Holding{NS: "default.lab", VNI: 222, Port: 4789, Spokes: []string{"srl", "vm"}}
 	after := &v1beta1.Holding{NS: "default.lab", VNI: 222, Port: 4790, Spokes: []string{"new", "srl"}}
 	want := &v1beta1.Holding{NS: "default.lab", VNI: 222, Port: 4790, Spokes: []string{"srl"}}
-	if k := kept(before, after, map[vniKey]bool{{222, 4789}: true}); !equality.Semantic.DeepEqual(k, want) {
+	if k := heldThroughout(before, after, map[vniKey]bool{{222, 4789}: true}); !equality.Semantic.DeepEqual(k, want) {
 		t.Errorf("in between it holds %+v, want %+v", k, want)
 	}
-	if k := kept(before, after, map[vniKey]bool{{222, 4789}: true, {222, 4790}: true}); k != nil {
+	if k := heldThroughout(before, after, map[vniKey]bool{{222, 4789}: true, {222, 4790}: true}); k != nil {
 		t.Errorf("it takes a VNI before the last holder has let go: %+v", k)
 	}
 }

@@ -44,7 +44,7 @@ func NewScheme() *runtime.Scheme {
 // must elect a leader: claims are decided by one controller alone. discovery is that of LANs that do not say. m counts what they
 // do; whoever calls registers it.
 func Setup(mgr ctrl.Manager, discovery v1beta1.Discovery, m *Metrics) error {
-	if err := setupClaims(mgr, discovery, m); err != nil {
+	if err := setupLANs(mgr, discovery, m); err != nil {
 		return fmt.Errorf("set up the controller of claims: %w", err)
 	}
 	if err := setupNADs(mgr); err != nil {
@@ -59,7 +59,7 @@ func Setup(mgr ctrl.Manager, discovery v1beta1.Discovery, m *Metrics) error {
 // everything is the one key of the work queue of claims.
 type everything struct{}
 
-func setupClaims(mgr ctrl.Manager, discovery v1beta1.Discovery, m *Metrics) error {
+func setupLANs(mgr ctrl.Manager, discovery v1beta1.Discovery, m *Metrics) error {
 	all := handler.TypedEnqueueRequestsFromMapFunc(func(context.Context, client.Object) []everything { return []everything{{}} })
 	return builder.TypedControllerManagedBy[everything](mgr).
 		Named("claims").
@@ -69,11 +69,11 @@ func setupClaims(mgr ctrl.Manager, discovery v1beta1.Discovery, m *Metrics) erro
 			UpdateFunc: func(e event.UpdateEvent) bool { return nodeChanged(e.ObjectOld, e.ObjectNew) },
 		})).
 		Watches(&nadv1.NetworkAttachmentDefinition{}, all, builder.WithPredicates(predicate.Funcs{
-			CreateFunc: func(e event.CreateEvent) bool { return !ofLAN(e.Object) },
-			DeleteFunc: func(e event.DeleteEvent) bool { return !ofLAN(e.Object) },
-			UpdateFunc: func(e event.UpdateEvent) bool { return !ofLAN(e.ObjectOld) || !ofLAN(e.ObjectNew) },
+			CreateFunc: func(e event.CreateEvent) bool { return !belongsToLAN(e.Object) },
+			DeleteFunc: func(e event.DeleteEvent) bool { return !belongsToLAN(e.Object) },
+			UpdateFunc: func(e event.UpdateEvent) bool { return !belongsToLAN(e.ObjectOld) || !belongsToLAN(e.ObjectNew) },
 		})).
-		Complete(&claims{
+		Complete(&lanReconciler{
 			cache:    mgr.GetClient(),
 			live:     mgr.GetAPIReader(),
 			recorder: mgr.GetEventRecorder("k8slan-controller"),
@@ -94,32 +94,32 @@ func setupNADs(mgr ctrl.Manager) error {
 }
 
 func setupResidue(mgr ctrl.Manager, m *Metrics) error {
-	r := &residueReconciler{client: mgr.GetClient(), now: time.Now, rests: map[string]rest{}, metrics: m}
+	r := &residueReconciler{client: mgr.GetClient(), now: time.Now, pauses: map[string]pause{}, metrics: m}
 	return ctrl.NewControllerManagedBy(mgr).
 		Named("residue").
-		For(&corev1.Node{}, builder.WithPredicates(predicate.NewPredicateFuncs(hasZeros))).
-		Watches(&v1beta1.LAN{}, handler.EnqueueRequestsFromMapFunc(r.nodesWithZeros), builder.WithPredicates(predicate.Funcs{
+		For(&corev1.Node{}, builder.WithPredicates(predicate.NewPredicateFuncs(hasResidue))).
+		Watches(&v1beta1.LAN{}, handler.EnqueueRequestsFromMapFunc(r.nodesWithResidue), builder.WithPredicates(predicate.Funcs{
 			CreateFunc: func(event.CreateEvent) bool { return false }, // gives nobody's spoke up
 			UpdateFunc: func(e event.UpdateEvent) bool {
-				return offersChanged(e.ObjectOld.(*v1beta1.LAN), e.ObjectNew.(*v1beta1.LAN))
+				return holdsElsewhere(e.ObjectOld.(*v1beta1.LAN), e.ObjectNew.(*v1beta1.LAN))
 			},
 		})).
 		WithOptions(controller.Options{MaxConcurrentReconciles: 1}).
 		Complete(r)
 }
 
-// offersChanged says whether other spokes are offered, or on other nodes.
-func offersChanged(before, after *v1beta1.LAN) bool {
+// holdsElsewhere says whether other spokes are offered, or on other nodes.
+func holdsElsewhere(before, after *v1beta1.LAN) bool {
 	return !equality.Semantic.DeepEqual(before.Status.Holds, after.Status.Holds) || !maps.Equal(before.Spec.NodeSelector, after.Spec.NodeSelector)
 }
 
 // nodeChanged passes over kubelet's heartbeats.
 func nodeChanged(before, after client.Object) bool {
-	return !equality.Semantic.DeepEqual(before.GetLabels(), after.GetLabels()) || vitalsOf(before.(*corev1.Node)) != vitalsOf(after.(*corev1.Node))
+	return !equality.Semantic.DeepEqual(before.GetLabels(), after.GetLabels()) || healthOf(before.(*corev1.Node)) != healthOf(after.(*corev1.Node))
 }
 
-// ofLAN tells whether a NAD belongs to some LAN and so is in nobody's way.
-func ofLAN(nad client.Object) bool { return isLAN(metav1.GetControllerOf(nad)) }
+// belongsToLAN tells whether a NAD belongs to some LAN and so is in nobody's way.
+func belongsToLAN(nad client.Object) bool { return isLAN(metav1.GetControllerOf(nad)) }
 
 // apply runs a change on each object and gathers the errors, so that one bad object does not stop the others.
 func apply[T any](objects []T, change func(*T) error) error {

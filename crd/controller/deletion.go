@@ -15,18 +15,18 @@ import (
 	"github.com/k8slan/k8slan/crd/v1beta1"
 )
 
-// holdups are what a LAN that is being deleted waits for, in words, and the lost nodes that it does not wait for.
-type holdups struct {
+// blockers are what a LAN that is being deleted waits for, in words, and the lost nodes that it does not wait for.
+type blockers struct {
 	Pods   []string // that are attached
 	Nodes  []string // that have not said yet that nothing is left
 	Silent []string // the same, but do not answer
 	Lost   []string // that had something of the LAN and never said that it is gone
 }
 
-// heldBy says what holds a LAN that is being deleted. A node lets it go by its word alone: one that reports nothing of the LAN may
+// blockersOf says what holds a LAN that is being deleted. A node lets it go by its word alone: one that reports nothing of the LAN may
 // not have heard of it yet.
-func heldBy(lan *v1beta1.LAN, nodes []node) holdups {
-	var h holdups
+func blockersOf(lan *v1beta1.LAN, nodes []node) blockers {
+	var h blockers
 	for _, n := range nodes {
 		if slices.ContainsFunc(n.Gone, func(g v1beta1.GoneLAN) bool { return g.UID == lan.UID }) {
 			continue
@@ -50,28 +50,28 @@ func heldBy(lan *v1beta1.LAN, nodes []node) holdups {
 			h.Pods = append(h.Pods, fmt.Sprintf("%s on %s (spoke %s)", a.Pod, n.Name, a.Spoke))
 		}
 	}
-	attachments, used := unheard(lan, nodes)
+	attachments, used := lastKnown(lan, nodes)
 	for _, a := range attachments {
-		h.lose(a.Node)
+		h.addLost(a.Node)
 	}
 	for _, pool := range used {
 		for _, n := range pool.Nodes {
-			h.lose(n.Node)
+			h.addLost(n.Node)
 		}
 	}
 	return h
 }
 
-func (h *holdups) lose(node string) {
+func (h *blockers) addLost(node string) {
 	if lost := fmt.Sprintf("node %s (its LANNode is gone)", node); !slices.Contains(h.Lost, lost) {
 		h.Lost = append(h.Lost, lost)
 	}
 }
 
-// unheard are the attachments that a LAN which is being deleted last had on nodes whose LANNode has gone since, and the use of its
+// lastKnown are the attachments that a LAN which is being deleted last had on nodes whose LANNode has gone since, and the use of its
 // pools there: Kubernetes' garbage collector deletes it with the Node, and what it said is known from the LAN alone then.
-func unheard(lan *v1beta1.LAN, nodes []node) (attachments []v1beta1.SpokeAttachment, pools []v1beta1.PoolStatus) {
-	if !deleted(lan) {
+func lastKnown(lan *v1beta1.LAN, nodes []node) (attachments []v1beta1.SpokeAttachment, pools []v1beta1.PoolStatus) {
+	if !beingDeleted(lan) {
 		return nil, nil
 	}
 	heard := func(name string) bool { return slices.ContainsFunc(nodes, func(n node) bool { return n.Name == name }) }
@@ -89,11 +89,11 @@ func unheard(lan *v1beta1.LAN, nodes []node) (attachments []v1beta1.SpokeAttachm
 	return attachments, pools
 }
 
-// none is true when the LAN can go.
-func (h holdups) none() bool { return len(h.Pods)+len(h.Nodes)+len(h.Silent) == 0 }
+// empty is true when the LAN can go.
+func (h blockers) empty() bool { return len(h.Pods)+len(h.Nodes)+len(h.Silent) == 0 }
 
-// tell is the state of the deletion: a reason and a sentence.
-func (h holdups) tell(lan *v1beta1.LAN) problem {
+// problem is the state of the deletion: a reason and a sentence.
+func (h blockers) problem(lan *v1beta1.LAN) problem {
 	p := problem{Reason: v1beta1.ReasonDeleting}
 	var parts []string
 	if len(h.Pods) > 0 {
@@ -105,13 +105,13 @@ func (h holdups) tell(lan *v1beta1.LAN) problem {
 			p.Reason = v1beta1.ReasonUnreachable
 		}
 		parts = append(parts, fmt.Sprintf("%s waits for nodes that do not answer: %s; a node that is silent for %s counts no more",
-			lan.Name, enumerate(h.Silent, ", "), words(LostAfter)))
+			lan.Name, enumerate(h.Silent, ", "), minutes(LostAfter)))
 	}
 	if len(h.Nodes) > 0 {
 		parts = append(parts, fmt.Sprintf("%s goes when these nodes have let it go: %s", lan.Name, enumerate(h.Nodes, ", ")))
 	}
 	if len(h.Lost) > 0 {
-		parts = append(parts, h.lost())
+		parts = append(parts, h.describeLost())
 	}
 	if len(parts) == 0 {
 		parts = []string{lan.Name + " goes now"}
@@ -120,25 +120,25 @@ func (h holdups) tell(lan *v1beta1.LAN) problem {
 	return p
 }
 
-func (h holdups) lost() string {
+func (h blockers) describeLost() string {
 	return fmt.Sprintf("lost, does not count and may still forward: %s", enumerate(h.Lost, ", "))
 }
 
-// goes is true for a LAN that only the controller's finalizer still holds.
-func goes(lan *v1beta1.LAN, nodes []node) bool {
-	return deleted(lan) && controllerutil.ContainsFinalizer(lan, v1beta1.Finalizer) && heldBy(lan, nodes).none()
+// deletionDone is true for a LAN that only the controller's finalizer still holds.
+func deletionDone(lan *v1beta1.LAN, nodes []node) bool {
+	return beingDeleted(lan) && controllerutil.ContainsFinalizer(lan, v1beta1.Finalizer) && blockersOf(lan, nodes).empty()
 }
 
-// protect puts the finalizer on a LAN that holds something or is about to: from then on it goes only when release says so.
-func (c *claims) protect(ctx context.Context, lan *v1beta1.LAN, want v1beta1.LANStatus) error {
-	if want.Holds == nil || deleted(lan) {
+// addFinalizer puts the finalizer on a LAN that holds something or is about to: from then on it goes only when release says so.
+func (c *lanReconciler) addFinalizer(ctx context.Context, lan *v1beta1.LAN, want v1beta1.LANStatus) error {
+	if want.Holds == nil || beingDeleted(lan) {
 		return nil
 	}
-	return c.finalize(ctx, lan, controllerutil.AddFinalizer)
+	return c.patchFinalizers(ctx, lan, controllerutil.AddFinalizer)
 }
 
-// finalize writes what change does to a LAN's finalizers and nothing else, if nobody has written the LAN since it was read.
-func (c *claims) finalize(ctx context.Context, lan *v1beta1.LAN, change func(client.Object, string) bool) error {
+// patchFinalizers writes what change does to a LAN's finalizers and nothing else, if nobody has written the LAN since it was read.
+func (c *lanReconciler) patchFinalizers(ctx context.Context, lan *v1beta1.LAN, change func(client.Object, string) bool) error {
 	before := lan.DeepCopy()
 	if !change(lan, v1beta1.Finalizer) {
 		return nil
@@ -146,40 +146,40 @@ func (c *claims) finalize(ctx context.Context, lan *v1beta1.LAN, change func(cli
 	patch := client.MergeFromWithOptions(before, client.MergeFromWithOptimisticLock{})
 	if err := c.cache.Patch(ctx, lan, patch); err != nil {
 		before.DeepCopyInto(lan)
-		return fmt.Errorf("write the finalizer of LAN %s: %w", name(lan), err)
+		return fmt.Errorf("write the finalizer of LAN %s: %w", lanName(lan), err)
 	}
 	return nil
 }
 
-// release lets those LANs go that are being deleted and that nothing holds any more. The view of the nodes may lag behind one
+// removeFinalizers lets those LANs go that are being deleted and that nothing holds any more. The view of the nodes may lag behind one
 // that has just come, so it is taken anew first; the word of a node, once given, stays true.
-func (c *claims) release(ctx context.Context, lans []v1beta1.LAN, nodes []node) error {
+func (c *lanReconciler) removeFinalizers(ctx context.Context, lans []v1beta1.LAN, nodes []node) error {
 	var free []*v1beta1.LAN
 	for i := range lans {
-		if goes(&lans[i], nodes) {
+		if deletionDone(&lans[i], nodes) {
 			free = append(free, &lans[i])
 		}
 	}
 	if len(free) == 0 {
 		return nil
 	}
-	nodes, err := c.nodes(ctx, c.live)
+	nodes, err := c.listNodes(ctx, c.live)
 	if err != nil {
 		return err
 	}
 	var errs []error
 	for _, lan := range free {
-		held := heldBy(lan, nodes)
-		if !held.none() {
+		held := blockersOf(lan, nodes)
+		if !held.empty() {
 			continue
 		}
 		if len(held.Lost) > 0 {
 			c.recorder.Eventf(lan, nil, corev1.EventTypeWarning, v1beta1.ReasonNodeLost, v1beta1.ConditionReady, "%s",
-				short(lan.Name+" goes without the word of all nodes; "+held.lost()))
+				truncate(lan.Name+" goes without the word of all nodes; "+held.describeLost()))
 		}
-		err := c.finalize(ctx, lan, controllerutil.RemoveFinalizer)
+		err := c.patchFinalizers(ctx, lan, controllerutil.RemoveFinalizer)
 		if err == nil {
-			log.FromContext(ctx).Info("LAN is gone", "lan", name(lan), "uid", lan.UID)
+			log.FromContext(ctx).Info("LAN is gone", "lan", lanName(lan), "uid", lan.UID)
 		}
 		errs = append(errs, ignoreOutdated(err))
 	}

@@ -21,7 +21,7 @@ type Metrics struct {
 	residue prometheus.Counter
 
 	mu     sync.Mutex
-	led    bool // whether this controller has summed up anything: another one may lead
+	leads  bool // whether this controller has summed up anything: another one may lead
 	lans   map[v1beta1.LANState]int
 	spokes map[string]int
 }
@@ -34,8 +34,8 @@ func NewMetrics() *Metrics {
 	})}
 }
 
-// sum keeps how all LANs are.
-func (m *Metrics) sum(lans []v1beta1.LANStatus) {
+// record keeps how all LANs are.
+func (m *Metrics) record(lans []v1beta1.LANStatus) {
 	states, spokes := map[v1beta1.LANState]int{}, map[string]int{}
 	for _, s := range lans {
 		states[s.State]++
@@ -69,7 +69,7 @@ func (m *Metrics) sum(lans []v1beta1.LANStatus) {
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.led, m.lans, m.spokes = true, states, spokes
+	m.leads, m.lans, m.spokes = true, states, spokes
 }
 
 // Describe implements prometheus.Collector.
@@ -84,7 +84,7 @@ func (m *Metrics) Collect(to chan<- prometheus.Metric) {
 	m.residue.Collect(to)
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if !m.led {
+	if !m.leads {
 		return
 	}
 	for _, state := range []v1beta1.LANState{

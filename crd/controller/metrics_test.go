@@ -39,7 +39,7 @@ func TestOnlyTheControllerThatLeadsTellsOfLANs(t *testing.T) {
 		t.Errorf("one that has not led tells %v", have)
 	}
 	on := []v1beta1.SpokeAttachment{{Node: "worker1"}}
-	m.sum([]v1beta1.LANStatus{
+	m.record([]v1beta1.LANStatus{
 		{State: v1beta1.StateReady, Holds: &v1beta1.Holding{Spokes: []string{"a", "b", "c"}}, Spokes: []v1beta1.SpokeStatus{
 			{Name: "a", Attachments: on}, {Name: "withdrawn", Attachments: on},
 		}},

@@ -34,8 +34,8 @@ type netConf struct {
 	IPAM         json.RawMessage `json:"ipam,omitempty"`
 }
 
-// nads are the two NADs of every spoke and pool that the LAN holds.
-func nads(lan *v1beta1.LAN) ([]nadv1.NetworkAttachmentDefinition, error) {
+// wantNADs are the two NADs of every spoke and pool that the LAN holds.
+func wantNADs(lan *v1beta1.LAN) ([]nadv1.NetworkAttachmentDefinition, error) {
 	if lan.Status.Holds == nil {
 		return nil, nil
 	}
@@ -44,7 +44,7 @@ func nads(lan *v1beta1.LAN) ([]nadv1.NetworkAttachmentDefinition, error) {
 		for _, kind := range []v1beta1.AttachmentKind{v1beta1.KindVeth, v1beta1.KindMacvtap} {
 			nad, err := newNAD(lan, spoke, kind)
 			if err != nil {
-				return nil, fmt.Errorf("NAD of spoke %q of LAN %s: %w", spoke, name(lan), err)
+				return nil, fmt.Errorf("NAD of spoke %q of LAN %s: %w", spoke, lanName(lan), err)
 			}
 			want = append(want, nad)
 		}
@@ -58,7 +58,7 @@ func newNAD(lan *v1beta1.LAN, spoke string, kind v1beta1.AttachmentKind) (nadv1.
 		Name:         v1beta1.VethNAD(spoke),
 		Type:         "k8slan",
 		Kind:         string(kind),
-		LAN:          name(lan),
+		LAN:          lanName(lan),
 		NS:           lan.Status.Holds.NS,
 		Spoke:        spoke,
 		Capabilities: map[string]bool{"mac": true},
@@ -110,7 +110,7 @@ func diffNADs(lan *v1beta1.LAN, want, have []nadv1.NetworkAttachmentDefinition) 
 		old, ok := present[nad.Name]
 		if !ok {
 			changes.create = append(changes.create, nad)
-		} else if ours(lan, &old) && !current(&old, &nad) {
+		} else if mayRepair(lan, &old) && !upToDate(&old, &nad) {
 			changes.update = append(changes.update, repaired(old, nad))
 		}
 	}
@@ -122,8 +122,8 @@ func diffNADs(lan *v1beta1.LAN, want, have []nadv1.NetworkAttachmentDefinition) 
 	return changes
 }
 
-// ours tells whether a NAD is the LAN's to repair: it belongs to it, or to a deleted LAN of its name, or to nobody but bears its labels.
-func ours(lan *v1beta1.LAN, nad *nadv1.NetworkAttachmentDefinition) bool {
+// mayRepair tells whether a NAD is the LAN's to repair: it belongs to it, or to a deleted LAN of its name, or to nobody but bears its labels.
+func mayRepair(lan *v1beta1.LAN, nad *nadv1.NetworkAttachmentDefinition) bool {
 	if owner := metav1.GetControllerOf(nad); owner != nil {
 		return isLAN(owner) && owner.Name == lan.Name
 	}
@@ -134,8 +134,8 @@ func isLAN(owner *metav1.OwnerReference) bool {
 	return owner != nil && owner.Kind == "LAN" && owner.APIVersion == v1beta1.GroupVersion.String()
 }
 
-// current tells whether a NAD is as it should be; labels, annotations and owners that others added do no harm.
-func current(have, want *nadv1.NetworkAttachmentDefinition) bool {
+// upToDate tells whether a NAD is as it should be; labels, annotations and owners that others added do no harm.
+func upToDate(have, want *nadv1.NetworkAttachmentDefinition) bool {
 	ref, owner := want.OwnerReferences[0], metav1.GetControllerOf(have)
 	return have.Spec.Config == want.Spec.Config && contains(have.Labels, want.Labels) && contains(have.Annotations, want.Annotations) &&
 		owner != nil && owner.UID == ref.UID && owner.Name == ref.Name

@@ -14,7 +14,7 @@ import (
 
 func wantedNADs(t *testing.T, l v1beta1.LAN) []nadv1.NetworkAttachmentDefinition {
 	t.Helper()
-	want, err := nads(&l)
+	want, err := wantNADs(&l)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -48,7 +48,7 @@ func holds(t *testing.T, c client.Reader, name string) *v1beta1.Holding {
 
 func reconcileClaims(t *testing.T, cache client.Client, live client.Reader) {
 	t.Helper()
-	c := &claims{cache: cache, live: live, recorder: events.NewFakeRecorder(100), now: func() metav1.Time { return epoch }, metrics: NewMetrics()}
+	c := &lanReconciler{cache: cache, live: live, recorder: events.NewFakeRecorder(100), now: func() metav1.Time { return epoch }, metrics: NewMetrics()}
 	if _, err := c.Reconcile(t.Context(), everything{}); err != nil {
 		t.Fatal(err)
 	}

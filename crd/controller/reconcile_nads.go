@@ -28,19 +28,19 @@ func (r *nadReconciler) Reconcile(ctx context.Context, request ctrl.Request) (ct
 	if err := r.client.Get(ctx, request.NamespacedName, &lan); err != nil {
 		return ctrl.Result{}, client.IgnoreNotFound(err)
 	}
-	if deleted(&lan) {
+	if beingDeleted(&lan) {
 		return ctrl.Result{}, nil
 	}
-	return ctrl.Result{}, r.bring(ctx, &lan)
+	return ctrl.Result{}, r.syncNADs(ctx, &lan)
 }
 
-// bring makes a LAN's NADs those of the spokes it holds.
-func (r *nadReconciler) bring(ctx context.Context, lan *v1beta1.LAN) error {
+// syncNADs makes a LAN's NADs those of the spokes it holds.
+func (r *nadReconciler) syncNADs(ctx context.Context, lan *v1beta1.LAN) error {
 	var have nadv1.NetworkAttachmentDefinitionList
 	if err := r.client.List(ctx, &have, client.InNamespace(lan.Namespace)); err != nil {
 		return fmt.Errorf("list the NADs of namespace %s: %w", lan.Namespace, err)
 	}
-	want, err := nads(lan)
+	want, err := wantNADs(lan)
 	if err != nil {
 		return err
 	}

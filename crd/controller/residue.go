@@ -63,20 +63,20 @@ func RemoveResidue(ctx context.Context, c client.Client, n *corev1.Node, resourc
 
 // How long a node rests after a removal: a kubelet that writes back what was removed is not fought.
 const (
-	shortestRest = time.Second
-	longestRest  = 5 * time.Minute
+	minPause = time.Second
+	maxPause = 5 * time.Minute
 )
 
 // residueReconciler removes from one node at a time the resources of spokes that no LAN offers there. It must run one at a time.
 type residueReconciler struct {
 	client  client.Client
 	now     func() time.Time
-	rests   map[string]rest // by node
+	pauses  map[string]pause // by node
 	metrics *Metrics
 }
 
-// rest is a node's after a removal.
-type rest struct {
+// pause is a node's after a removal.
+type pause struct {
 	until   time.Time
 	length  time.Duration
 	removed []string
@@ -86,38 +86,38 @@ type rest struct {
 func (r *residueReconciler) Reconcile(ctx context.Context, request ctrl.Request) (ctrl.Result, error) {
 	var n corev1.Node
 	if err := r.client.Get(ctx, request.NamespacedName, &n); err != nil {
-		delete(r.rests, request.Name)
+		delete(r.pauses, request.Name)
 		return ctrl.Result{}, client.IgnoreNotFound(err)
 	}
 	var lans v1beta1.LANList
 	if err := r.client.List(ctx, &lans, client.UnsafeDisableDeepCopy); err != nil {
 		return ctrl.Result{}, fmt.Errorf("list LANs: %w", err)
 	}
-	left := Residue(&n, offeredOn(&n, lans.Items))
+	left := Residue(&n, heldOn(&n, lans.Items))
 	if len(left) == 0 {
 		return ctrl.Result{}, nil
 	}
-	now, last := r.now(), r.rests[n.Name]
+	now, last := r.now(), r.pauses[n.Name]
 	if wait := last.until.Sub(now); wait > 0 {
 		return ctrl.Result{RequeueAfter: wait}, nil
 	}
-	next := rest{length: shortestRest, removed: left}
+	next := pause{length: minPause, removed: left}
 	if slices.ContainsFunc(left, func(name string) bool { return slices.Contains(last.removed, name) }) {
-		next.length = min(2*last.length, longestRest)
+		next.length = min(2*last.length, maxPause)
 	}
 	next.until = now.Add(next.length)
 	if err := RemoveResidue(ctx, r.client, &n, left); err != nil {
 		return ctrl.Result{}, client.IgnoreNotFound(err)
 	}
-	r.rests[n.Name] = next
+	r.pauses[n.Name] = next
 	r.metrics.residue.Add(float64(len(left)))
 	log.FromContext(ctx).Info("resources that no LAN offers are removed from the node's status", "node", n.Name, "resources", left)
 	return ctrl.Result{}, nil
 }
 
-// offeredOn says which resources are those of spokes that a LAN holds which spans the node. They stay, whatever their value: the
+// heldOn says which resources are those of spokes that a LAN holds which spans the node. They stay, whatever their value: the
 // node's daemon may be away.
-func offeredOn(n *corev1.Node, lans []v1beta1.LAN) func(resource string) bool {
+func heldOn(n *corev1.Node, lans []v1beta1.LAN) func(resource string) bool {
 	offered := map[string]bool{}
 	here := []node{{Name: n.Name, Labels: n.Labels, Exists: true}}
 	for i := range lans {
@@ -130,8 +130,8 @@ func offeredOn(n *corev1.Node, lans []v1beta1.LAN) func(resource string) bool {
 	return func(resource string) bool { return offered[resource] }
 }
 
-// nodesWithZeros are the nodes that a change of a LAN may leave something on.
-func (r *residueReconciler) nodesWithZeros(ctx context.Context, _ client.Object) []reconcile.Request {
+// nodesWithResidue are the nodes that a change of a LAN may leave something on.
+func (r *residueReconciler) nodesWithResidue(ctx context.Context, _ client.Object) []reconcile.Request {
 	var nodes corev1.NodeList
 	if err := r.client.List(ctx, &nodes, client.UnsafeDisableDeepCopy); err != nil {
 		log.FromContext(ctx).Error(err, "list the nodes that may have resources left")
@@ -139,14 +139,14 @@ func (r *residueReconciler) nodesWithZeros(ctx context.Context, _ client.Object)
 	}
 	var requests []reconcile.Request
 	for i := range nodes.Items {
-		if hasZeros(&nodes.Items[i]) {
+		if hasResidue(&nodes.Items[i]) {
 			requests = append(requests, reconcile.Request{NamespacedName: client.ObjectKeyFromObject(&nodes.Items[i])})
 		}
 	}
 	return requests
 }
 
-// hasZeros is true for a node that lists a spoke with the value 0.
-func hasZeros(n client.Object) bool {
+// hasResidue is true for a node that lists a spoke with the value 0.
+func hasResidue(n client.Object) bool {
 	return len(Residue(n.(*corev1.Node), func(string) bool { return false })) > 0
 }

@@ -45,7 +45,7 @@ func TestOnlyWhatKubeletHasForgottenAndNobodyOffersIsResidue(t *testing.T) {
 		lan("refused", 0, 1, "gone-too"),
 	}
 	want := []string{v1beta1.Resource("gone"), v1beta1.Resource("gone-too"), v1beta1.Resource("held-elsewhere")}
-	if have := Residue(n, offeredOn(n, lans)); !slices.Equal(have, want) {
+	if have := Residue(n, heldOn(n, lans)); !slices.Equal(have, want) {
 		t.Errorf("have %v, want %v", have, want)
 	}
 }
@@ -56,7 +56,7 @@ func TestAKubeletThatWritesBackWhatWasRemovedIsNotFought(t *testing.T) {
 	server := fake.NewClientBuilder().WithScheme(NewScheme()).WithObjects(n).WithStatusSubresource(n).Build()
 	now := epoch.Time
 	m := NewMetrics()
-	r := &residueReconciler{client: server, now: func() time.Time { return now }, rests: map[string]rest{}, metrics: m}
+	r := &residueReconciler{client: server, now: func() time.Time { return now }, pauses: map[string]pause{}, metrics: m}
 	look := func() (wait time.Duration, left bool) {
 		t.Helper()
 		result, err := r.Reconcile(t.Context(), ctrl.Request{NamespacedName: client.ObjectKey{Name: "worker1"}})
@@ -69,7 +69,7 @@ func TestAKubeletThatWritesBackWhatWasRemovedIsNotFought(t *testing.T) {
 		if len(n.Status.Capacity)+len(n.Status.Allocatable) < 2 {
 			t.Fatalf("what is not ours is gone: %+v", n.Status)
 		}
-		return result.RequeueAfter, hasZeros(n)
+		return result.RequeueAfter, hasResidue(n)
 	}
 	if wait, left := look(); left || wait != 0 {
 		t.Fatalf("not removed at once: left %v, looked at again after %v", left, wait)

@@ -44,7 +44,7 @@ func nodesOf(nodes []corev1.Node, lanNodes []v1beta1.LANNode, now time.Time) []n
 		p := node{Name: ln.Name, Segments: ln.Status.Segments, Gone: ln.Status.Gone, Lost: "its Node is gone"}
 		if n := byName[ln.Name]; n != nil {
 			p.Labels, p.Exists, p.Answers = n.Labels, true, true
-			p.Lost, p.LostAt = lost(vitalsOf(n), now)
+			p.Lost, p.LostAt = lostReason(healthOf(n), now)
 			p.Answers = p.Lost == "" && p.LostAt.IsZero()
 		}
 		paired = append(paired, p)
@@ -53,15 +53,15 @@ func nodesOf(nodes []corev1.Node, lanNodes []v1beta1.LANNode, now time.Time) []n
 	return paired
 }
 
-// vitals are what of a Node says whether it is alive.
-type vitals struct {
+// health are what of a Node says whether it is alive.
+type health struct {
 	Ready        corev1.ConditionStatus
 	Since        metav1.Time // of Ready
 	OutOfService bool        // an administrator says that the node is down, with the taint node.kubernetes.io/out-of-service
 }
 
-func vitalsOf(n *corev1.Node) vitals {
-	var v vitals
+func healthOf(n *corev1.Node) health {
+	var v health
 	for _, c := range n.Status.Conditions {
 		if c.Type == corev1.NodeReady {
 			v.Ready, v.Since = c.Status, c.LastTransitionTime
@@ -73,9 +73,9 @@ func vitalsOf(n *corev1.Node) vitals {
 	return v
 }
 
-// lost says why a node is lost or, of one that has been silent for the node controller's grace period (Ready is Unknown
+// lostReason says why a node is lost or, of one that has been silent for the node controller's grace period (Ready is Unknown
 // then), when it will be. Like the pod garbage collector, it believes the taint of a Node only that is not ready.
-func lost(v vitals, now time.Time) (why string, at time.Time) {
+func lostReason(v health, now time.Time) (why string, at time.Time) {
 	switch at := v.Since.Add(LostAfter); {
 	case v.OutOfService && v.Ready != corev1.ConditionTrue:
 		return "it is out of service", time.Time{}
@@ -84,21 +84,21 @@ func lost(v vitals, now time.Time) (why string, at time.Time) {
 	case now.Before(at):
 		return "", at
 	}
-	return fmt.Sprintf("it has not answered for %s", words(LostAfter)), time.Time{}
+	return fmt.Sprintf("it has not answered for %s", minutes(LostAfter)), time.Time{}
 }
 
-// words is a duration of whole minutes.
-func words(d time.Duration) string { return fmt.Sprintf("%d minutes", int(d.Minutes())) }
+// minutes is a duration of whole minutes.
+func minutes(d time.Duration) string { return fmt.Sprintf("%d minutes", int(d.Minutes())) }
 
-// standingOn lists the segments of all nodes that are not lost.
-func standingOn(nodes []node) []standing {
-	var segments []standing
+// nodeSegments lists the segments of all nodes that are not lost.
+func nodeSegments(nodes []node) []nodeSegment {
+	var segments []nodeSegment
 	for _, n := range nodes {
 		if n.Lost != "" {
 			continue
 		}
 		for _, s := range n.Segments {
-			segments = append(segments, standing{Node: n.Name, SegmentStatus: s})
+			segments = append(segments, nodeSegment{Node: n.Name, SegmentStatus: s})
 		}
 	}
 	return segments
@@ -108,15 +108,15 @@ func standingOn(nodes []node) []standing {
 type problem struct{ Reason, Message string }
 
 // status is the LAN's status by the verdict on its claims, its nodes and the NADs that stand in its way, given as namespace/name.
-func status(lan *v1beta1.LAN, v verdict, nodes []node, foreignNADs []string, now metav1.Time) v1beta1.LANStatus {
+func status(lan *v1beta1.LAN, v decision, nodes []node, foreignNADs []string, now metav1.Time) v1beta1.LANStatus {
 	spanned := spannedBy(lan, nodes)
 	s := v1beta1.LANStatus{
 		ObservedGeneration: lan.Generation,
 		Holds:              v.Holds,
 		Discovery:          string(v.Discovery),
-		SpokeCount:         ports(lan, v.Holds),
-		Spokes:             spokes(lan, v, nodes),
-		Pools:              pools(lan, v, nodes, len(spanned)),
+		SpokeCount:         portCount(lan, v.Holds),
+		Spokes:             spokeStatuses(lan, v, nodes),
+		Pools:              poolStatuses(lan, v, nodes, len(spanned)),
 		Conditions:         slices.Clone(lan.Status.Conditions),
 	}
 	for _, spoke := range s.Spokes {
@@ -143,8 +143,8 @@ func status(lan *v1beta1.LAN, v verdict, nodes []node, foreignNADs []string, now
 	} else {
 		meta.RemoveStatusCondition(&s.Conditions, v1beta1.ConditionPoolExceeded)
 	}
-	if deleted(lan) {
-		p := heldBy(lan, nodes).tell(lan)
+	if beingDeleted(lan) {
+		p := blockersOf(lan, nodes).problem(lan)
 		s.State, s.Nodes = v1beta1.StateDeleting, fmt.Sprintf("0/%d", len(spanned))
 		if p.Reason != v1beta1.ReasonDeleting {
 			s.Reason = p.Reason
@@ -152,7 +152,7 @@ func status(lan *v1beta1.LAN, v verdict, nodes []node, foreignNADs []string, now
 		set(metav1.Condition{Type: v1beta1.ConditionReady, Status: metav1.ConditionFalse, Reason: p.Reason, Message: p.Message})
 		return s
 	}
-	ready, offered, problems := survey(lan, v, spanned)
+	ready, offered, problems := summarizeNodes(lan, v, spanned)
 	s.Nodes = fmt.Sprintf("%d/%d", ready, len(spanned))
 	problems = append(problems, refusedSpokes(v)...)
 	for _, nad := range foreignNADs {
@@ -162,34 +162,34 @@ func status(lan *v1beta1.LAN, v verdict, nodes []node, foreignNADs []string, now
 		})
 	}
 
-	set(accepted(v))
+	set(acceptedCondition(v))
 	summary := fmt.Sprintf("spokes are offered on %d of %d nodes", offered, len(spanned))
 	switch {
 	case v.Holds == nil:
-		s.State, s.Reason = v1beta1.StateConflict, v.Clash
-		set(metav1.Condition{Type: v1beta1.ConditionReady, Status: metav1.ConditionFalse, Reason: v1beta1.ReasonConflict, Message: v.Clash})
+		s.State, s.Reason = v1beta1.StateConflict, v.Conflict
+		set(metav1.Condition{Type: v1beta1.ConditionReady, Status: metav1.ConditionFalse, Reason: v1beta1.ReasonConflict, Message: v.Conflict})
 	case len(problems) == 0:
 		s.State = v1beta1.StateReady
 		set(metav1.Condition{Type: v1beta1.ConditionReady, Status: metav1.ConditionTrue, Reason: v1beta1.ReasonOffered, Message: summary})
 	default:
-		worst := gravest(problems)
+		worst := worstReason(problems)
 		s.State, s.Reason = v1beta1.StateDegraded, worst
-		if waits(worst) {
+		if isTransient(worst) {
 			s.State = v1beta1.StatePending
 		}
-		set(metav1.Condition{Type: v1beta1.ConditionReady, Status: metav1.ConditionFalse, Reason: worst, Message: tell(problems) + "; " + summary})
+		set(metav1.Condition{Type: v1beta1.ConditionReady, Status: metav1.ConditionFalse, Reason: worst, Message: joinProblems(problems) + "; " + summary})
 	}
 	return s
 }
 
-// accepted is the condition on the LAN's claims.
-func accepted(v verdict) metav1.Condition {
+// acceptedCondition is the condition on the LAN's claims.
+func acceptedCondition(v decision) metav1.Condition {
 	c := metav1.Condition{Type: v1beta1.ConditionAccepted, Status: metav1.ConditionFalse}
 	switch {
 	case v.Holds == nil:
-		c.Reason, c.Message = v1beta1.ReasonConflict, v.Clash+"; "+v.WayOut
+		c.Reason, c.Message = v1beta1.ReasonConflict, v.Conflict+"; "+v.Remedy
 	case len(v.Refused) > 0:
-		c.Reason, c.Message = v1beta1.ReasonSpokeConflict, tell(refusedSpokes(v))+"; the other spokes are held"
+		c.Reason, c.Message = v1beta1.ReasonSpokeConflict, joinProblems(refusedSpokes(v))+"; the other spokes are held"
 	default:
 		c.Status, c.Reason = metav1.ConditionTrue, v1beta1.ReasonHeld
 		c.Message = fmt.Sprintf("holds ns %s, vni %s and its spokes", v.Holds.NS, vniKey{v.Holds.VNI, v.Holds.Port})
@@ -197,7 +197,7 @@ func accepted(v verdict) metav1.Condition {
 	return c
 }
 
-func refusedSpokes(v verdict) []problem {
+func refusedSpokes(v decision) []problem {
 	var problems []problem
 	for _, spoke := range slices.Sorted(maps.Keys(v.Refused)) {
 		problems = append(problems, problem{v1beta1.ReasonSpokeConflict, v.Refused[spoke]})
@@ -220,8 +220,8 @@ func spannedBy(lan *v1beta1.LAN, nodes []node) []node {
 	return spanned
 }
 
-// survey counts the nodes on which the LAN is ready and those that offer its spokes, and says what is wrong on the others.
-func survey(lan *v1beta1.LAN, v verdict, spanned []node) (ready, offered int, problems []problem) {
+// summarizeNodes counts the nodes on which the LAN is ready and those that offer its spokes, and says what is wrong on the others.
+func summarizeNodes(lan *v1beta1.LAN, v decision, spanned []node) (ready, offered int, problems []problem) {
 	if v.Holds == nil {
 		return 0, 0, nil
 	}
@@ -238,7 +238,7 @@ func survey(lan *v1beta1.LAN, v verdict, spanned []node) (ready, offered int, pr
 			ready, offered = ready+1, offered+1
 			continue
 		}
-		if held := ports(lan, v.Holds); seg.Offered > 0 && seg.Offered >= held {
+		if held := portCount(lan, v.Holds); seg.Offered > 0 && seg.Offered >= held {
 			offered++ // Degraded, or with the spec of before the last change
 		}
 		problems = append(problems, *p)
@@ -250,7 +250,7 @@ func survey(lan *v1beta1.LAN, v verdict, spanned []node) (ready, offered int, pr
 }
 
 // mixedFamilies says that some nodes would be reached over IPv4 and others over IPv6: they do not reach each other.
-func mixedFamilies(lan *v1beta1.LAN, v verdict, spanned []node) *problem {
+func mixedFamilies(lan *v1beta1.LAN, v decision, spanned []node) *problem {
 	if v.Discovery == v1beta1.Multicast {
 		return nil
 	}
@@ -276,7 +276,7 @@ func mixedFamilies(lan *v1beta1.LAN, v verdict, spanned []node) *problem {
 }
 
 // segmentOn is the LAN's segment on a node and what is wrong with it there, nil if nothing is.
-func segmentOn(lan *v1beta1.LAN, v verdict, n node) (v1beta1.SegmentStatus, *problem) {
+func segmentOn(lan *v1beta1.LAN, v decision, n node) (v1beta1.SegmentStatus, *problem) {
 	i := slices.IndexFunc(n.Segments, func(s v1beta1.SegmentStatus) bool { return s.UID == lan.UID })
 	if !n.Answers {
 		return v1beta1.SegmentStatus{}, &problem{v1beta1.ReasonUnreachable, "node " + n.Name + " does not answer; it may still forward"}
@@ -284,7 +284,7 @@ func segmentOn(lan *v1beta1.LAN, v verdict, n node) (v1beta1.SegmentStatus, *pro
 	if i < 0 || n.Segments[i].State == v1beta1.SegmentLeaving {
 		return v1beta1.SegmentStatus{}, &problem{v1beta1.ReasonPending, "node " + n.Name + " does not report the LAN yet"}
 	}
-	seg, held := n.Segments[i], ports(lan, v.Holds)
+	seg, held := n.Segments[i], portCount(lan, v.Holds)
 	switch {
 	case seg.State != v1beta1.SegmentReady && seg.Reason == "":
 		return seg, &problem{v1beta1.ReasonPending, "node " + n.Name + " is still building the LAN"}
@@ -298,22 +298,22 @@ func segmentOn(lan *v1beta1.LAN, v verdict, n node) (v1beta1.SegmentStatus, *pro
 	return seg, nil
 }
 
-// gravest is the first reason that is a fault, else the first.
-func gravest(problems []problem) string {
+// worstReason is the first reason that is a fault, else the first.
+func worstReason(problems []problem) string {
 	for _, p := range problems {
-		if !waits(p.Reason) {
+		if !isTransient(p.Reason) {
 			return p.Reason
 		}
 	}
 	return problems[0].Reason
 }
 
-// waits is true for a reason that is no fault: nodes are still to come, or still at work.
-func waits(reason string) bool {
+// isTransient is true for a reason that is no fault: nodes are still to come, or still at work.
+func isTransient(reason string) bool {
 	return reason == v1beta1.ReasonPending || reason == v1beta1.ReasonNoNodes
 }
 
-func tell(problems []problem) string {
+func joinProblems(problems []problem) string {
 	words := make([]string, len(problems))
 	for i, p := range problems {
 		words[i] = p.Message
@@ -321,8 +321,8 @@ func tell(problems []problem) string {
 	return enumerate(words, "; ")
 }
 
-// ports is how many spokes each node should offer: of a pool that the LAN holds, its ports.
-func ports(lan *v1beta1.LAN, holds *v1beta1.Holding) (n int32) {
+// portCount is how many spokes each node should offer: of a pool that the LAN holds, its ports.
+func portCount(lan *v1beta1.LAN, holds *v1beta1.Holding) (n int32) {
 	if holds == nil {
 		return 0
 	}
@@ -333,9 +333,9 @@ func ports(lan *v1beta1.LAN, holds *v1beta1.Holding) (n int32) {
 	return n
 }
 
-// spokes lists the single spokes that are attached, whether they are still in the spec or not, and those that are refused. A LAN that is
+// spokeStatuses lists the single spokes that are attached, whether they are still in the spec or not, and those that are refused. A LAN that is
 // being deleted keeps what it had on nodes that are gone: what they do now nobody knows.
-func spokes(lan *v1beta1.LAN, v verdict, nodes []node) []v1beta1.SpokeStatus {
+func spokeStatuses(lan *v1beta1.LAN, v decision, nodes []node) []v1beta1.SpokeStatus {
 	byName := map[string]*v1beta1.SpokeStatus{}
 	entry := func(spoke string) *v1beta1.SpokeStatus {
 		if byName[spoke] == nil {
@@ -348,13 +348,13 @@ func spokes(lan *v1beta1.LAN, v verdict, nodes []node) []v1beta1.SpokeStatus {
 			entry(spoke).Refused = why
 		}
 	}
-	last, _ := unheard(lan, nodes)
+	last, _ := lastKnown(lan, nodes)
 	for _, a := range last {
 		e := entry(a.Spoke)
 		e.Attachments = append(e.Attachments, a)
 	}
 	for _, n := range nodes {
-		if !n.Exists && !deleted(lan) {
+		if !n.Exists && !beingDeleted(lan) {
 			continue
 		}
 		for _, seg := range n.Segments {
@@ -380,9 +380,9 @@ func spokes(lan *v1beta1.LAN, v verdict, nodes []node) []v1beta1.SpokeStatus {
 	return list
 }
 
-// pools sums up the LAN's pools, and those that are gone from its spec but still in use, sorted. What a LAN that is being deleted
+// poolStatuses sums up the LAN's pools, and those that are gone from its spec but still in use, sorted. What a LAN that is being deleted
 // had on nodes that are gone stays, as with spokes. Which pods they are would be too much for one object.
-func pools(lan *v1beta1.LAN, v verdict, nodes []node, spanned int) []v1beta1.PoolStatus {
+func poolStatuses(lan *v1beta1.LAN, v decision, nodes []node, spanned int) []v1beta1.PoolStatus {
 	used := map[string]map[string]int32{} // by pool and node
 	use := func(pool, node string, n int32) {
 		if used[pool] == nil {
@@ -395,7 +395,7 @@ func pools(lan *v1beta1.LAN, v verdict, nodes []node, spanned int) []v1beta1.Poo
 	for _, pool := range lan.Spec.SpokePools {
 		use(pool.Name, "", 0)
 	}
-	_, last := unheard(lan, nodes)
+	_, last := lastKnown(lan, nodes)
 	for _, pool := range last {
 		for _, n := range pool.Nodes {
 			use(pool.Name, n.Node, n.Attached)
@@ -404,7 +404,7 @@ func pools(lan *v1beta1.LAN, v verdict, nodes []node, spanned int) []v1beta1.Poo
 	for _, n := range nodes {
 		for _, seg := range n.Segments {
 			for _, a := range seg.Attachments {
-				if seg.UID == lan.UID && a.Pool != "" && (n.Exists || deleted(lan)) {
+				if seg.UID == lan.UID && a.Pool != "" && (n.Exists || beingDeleted(lan)) {
 					use(a.Pool, n.Name, 1)
 				}
 			}
@@ -417,7 +417,7 @@ func pools(lan *v1beta1.LAN, v verdict, nodes []node, spanned int) []v1beta1.Poo
 			s.Nodes = append(s.Nodes, v1beta1.PoolNode{Node: n, Attached: used[name][n]})
 			s.Attached += used[name][n]
 		}
-		if v.Holds != nil && !deleted(lan) && slices.Contains(v.Holds.Spokes, name) {
+		if v.Holds != nil && !beingDeleted(lan) && slices.Contains(v.Holds.Spokes, name) {
 			pool, _ := lan.Spec.Pool(name)
 			s.Ports = pool.Size * int32(spanned)
 		}

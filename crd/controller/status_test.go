@@ -50,10 +50,10 @@ func pod(spoke, name string) v1beta1.Attachment {
 
 func TestStatusSaysWhatIsWhereAndWhatIsWrong(t *testing.T) {
 	two := &v1beta1.Holding{NS: "default.lab", VNI: 222, Port: 4789, Spokes: []string{"srl", "vm"}}
-	held := verdict{Holds: two}
+	held := decision{Holds: two}
 	for _, test := range []struct {
 		name    string
-		verdict verdict
+		verdict decision
 		nodes   []node
 		foreign []string
 
@@ -107,13 +107,13 @@ func TestStatusSaysWhatIsWhereAndWhatIsWrong(t *testing.T) {
 			ready:    "Unreachable: node worker2 does not answer; it may still forward; spokes are offered on 1 of 2 nodes",
 		},
 		{
-			name: "refused", verdict: verdict{Clash: "vni 222 is default/other's", WayOut: "choose"}, nodes: []node{worker("worker1")},
+			name: "refused", verdict: decision{Conflict: "vni 222 is default/other's", Remedy: "choose"}, nodes: []node{worker("worker1")},
 			state: "Conflict", reason: "vni 222 is default/other's", onNode: "0/1",
 			accepted: "vni 222 is default/other's; choose", ready: "Conflict: vni 222 is default/other's",
 		},
 		{
 			name:    "a refused spoke",
-			verdict: verdict{Holds: two, Refused: map[string]string{"x": "spoke x is default/other's"}}, nodes: []node{worker("worker1", segment(2))},
+			verdict: decision{Holds: two, Refused: map[string]string{"x": "spoke x is default/other's"}}, nodes: []node{worker("worker1", segment(2))},
 			state: "Degraded", reason: "SpokeConflict", onNode: "1/1",
 			accepted: "spoke x is default/other's; the other spokes are held",
 			ready:    "SpokeConflict: spoke x is default/other's; spokes are offered on 1 of 1 nodes",
@@ -158,7 +158,7 @@ func TestStatusSaysWhatIsWhereAndWhatIsWrong(t *testing.T) {
 
 func TestNodesOfBothIPVersionsAreToldApart(t *testing.T) {
 	l := lan("lab", 0, 222, "srl")
-	v := verdict{Holds: &v1beta1.Holding{Spokes: []string{"srl"}}, Discovery: v1beta1.Unicast}
+	v := decision{Holds: &v1beta1.Holding{Spokes: []string{"srl"}}, Discovery: v1beta1.Unicast}
 	on := func(name, vtep string) node {
 		s := segment(1)
 		s.VTEP = vtep
@@ -197,7 +197,7 @@ func TestOnlyMatchingNodesOfTheClusterCount(t *testing.T) {
 		[]v1beta1.LANNode{report("in"), report("out"), report("gone")},
 		epoch.Time,
 	)
-	s := status(&l, verdict{Holds: &v1beta1.Holding{Spokes: []string{"srl"}}}, nodes, nil, epoch)
+	s := status(&l, decision{Holds: &v1beta1.Holding{Spokes: []string{"srl"}}}, nodes, nil, epoch)
 	if s.Nodes != "1/1" || s.State != v1beta1.StateReady {
 		t.Errorf("have %s %s, want 1/1 Ready", s.Nodes, s.State)
 	}
@@ -241,10 +241,10 @@ func TestANodeIsLostWhenItsNodeIsGoneOutOfServiceOrSilentForLong(t *testing.T) {
 			if n := have[0]; n.Answers != test.answers || n.Lost != test.lost {
 				t.Errorf("answers %v, lost %q", n.Answers, n.Lost)
 			}
-			if left := untilLost(have, epoch.Time); left != test.left {
+			if left := untilNextLost(have, epoch.Time); left != test.left {
 				t.Errorf("looked at again after %v, want %v", left, test.left)
 			}
-			if segments := standingOn(have); (len(segments) == 0) != (test.lost != "") {
+			if segments := nodeSegments(have); (len(segments) == 0) != (test.lost != "") {
 				t.Errorf("it holds %d segments back", len(segments))
 			}
 		})
@@ -317,13 +317,13 @@ func TestADeletedLANSaysWhatHoldsIt(t *testing.T) {
 			for _, on := range test.had {
 				l.Status.Spokes = append(l.Status.Spokes, v1beta1.SpokeStatus{Name: "srl", Attachments: []v1beta1.SpokeAttachment{{Node: on, Attachment: pod("srl", "srl-1")}}})
 			}
-			if goes(&l, test.nodes) != (test.want == "") {
-				t.Errorf("it goes: %v", goes(&l, test.nodes))
+			if deletionDone(&l, test.nodes) != (test.want == "") {
+				t.Errorf("it goes: %v", deletionDone(&l, test.nodes))
 			}
 			if test.want == "" {
 				return
 			}
-			s := status(&l, verdict{Holds: l.Status.Holds}, test.nodes, nil, epoch)
+			s := status(&l, decision{Holds: l.Status.Holds}, test.nodes, nil, epoch)
 			ready := meta.FindStatusCondition(s.Conditions, "Ready")
 			if s.State != v1beta1.StateDeleting || ready.Status != "False" || ready.Reason != test.reason || ready.Message != test.want {
 				t.Errorf("%s, Ready %s %s:\nhave %s\nwant %s", s.State, ready.Status, ready.Reason, ready.Message, test.want)
@@ -340,7 +340,7 @@ func TestADeletedLANSaysWhatHoldsIt(t *testing.T) {
 
 func TestASpokeOnTwoNodesIsTold(t *testing.T) {
 	l := lan("lab", 0, 222, "vm")
-	held := verdict{Holds: &v1beta1.Holding{Spokes: []string{"vm"}}}
+	held := decision{Holds: &v1beta1.Holding{Spokes: []string{"vm"}}}
 	s := status(&l, held, []node{worker("worker1", segment(1, pod("vm", "a"))), worker("worker2", segment(1, pod("vm", "b")))}, nil, epoch)
 	twice := meta.FindStatusCondition(s.Conditions, v1beta1.ConditionAttachedTwice)
 	if twice == nil || !strings.Contains(twice.Message, "spoke vm is attached twice: default/a on worker1, default/b on worker2") {
@@ -372,7 +372,7 @@ func inPool(pool, port string) v1beta1.Attachment {
 
 func TestPoolsAreSummedUp(t *testing.T) {
 	l := with(lan("lab", 0, 222, "srl"), asking("web", "refused", "db"))
-	held := verdict{
+	held := decision{
 		Holds:   &v1beta1.Holding{NS: "default.lab", VNI: 222, Port: 4789, Spokes: []string{"db", "srl", "web"}},
 		Refused: map[string]string{"refused": "spoke refused is default/other's"},
 	}
@@ -411,18 +411,18 @@ func TestPoolsAreSummedUp(t *testing.T) {
 	// The word of a node whose LANNode goes during the deletion is kept.
 	l.Status = s
 	deleting(&l)
-	gone := status(&l, verdict{Holds: held.Holds}, nodes[1:], nil, epoch)
+	gone := status(&l, decision{Holds: held.Holds}, nodes[1:], nil, epoch)
 	if p := gone.Pools[len(gone.Pools)-1]; p.Attached != 3 || p.Ports != 0 || len(p.Nodes) != 2 {
 		t.Errorf("of a node whose LANNode is gone is left: %+v", p)
 	}
-	if h := heldBy(&l, nodes[1:]); !slices.Equal(h.Lost, []string{"node worker1 (its LANNode is gone)"}) {
+	if h := blockersOf(&l, nodes[1:]); !slices.Equal(h.Lost, []string{"node worker1 (its LANNode is gone)"}) {
 		t.Errorf("lost are %v", h.Lost)
 	}
 }
 
 func TestAPoolThatIsSmallerThanItsUseIsTold(t *testing.T) {
 	l := with(lan("lab", 0, 222), asking("web"))
-	held := verdict{Holds: &v1beta1.Holding{Spokes: []string{"web"}}}
+	held := decision{Holds: &v1beta1.Holding{Spokes: []string{"web"}}}
 	four := segment(3, inPool("web", "0"), inPool("web", "1"), inPool("web", "3"), inPool("web", "4"))
 	s := status(&l, held, []node{worker("worker1", four), worker("worker2", segment(3, inPool("web", "7")))}, nil, epoch)
 	exceeded := meta.FindStatusCondition(s.Conditions, v1beta1.ConditionPoolExceeded)
@@ -471,7 +471,7 @@ func TestEventsTellChangesOnly(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			var have []string
-			for _, e := range news(test.before, test.after) {
+			for _, e := range conditionEvents(test.before, test.after) {
 				have = append(have, e.Type+" "+e.Reason)
 			}
 			if strings.Join(have, ", ") != test.want {
@@ -479,7 +479,7 @@ func TestEventsTellChangesOnly(t *testing.T) {
 			}
 		})
 	}
-	if note := short(strings.Repeat("ä", 2000)); len(note) > 1024 || !strings.HasSuffix(note, "ä …") {
+	if note := truncate(strings.Repeat("ä", 2000)); len(note) > 1024 || !strings.HasSuffix(note, "ä …") {
 		t.Errorf("a long note is cut to %d bytes, ending in %q", len(note), note[len(note)-8:])
 	}
 }

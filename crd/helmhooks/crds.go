@@ -11,9 +11,9 @@ import (
 	"sigs.k8s.io/yaml"
 )
 
-// ApplyDefinitions brings the CustomResourceDefinitions in files, one in each, to the state that they have there. One that is not
+// ApplyCRDs brings the CustomResourceDefinitions in files, one in each, to the state that they have there. One that is not
 // in the cluster is passed over: to make it is the installation's.
-func (r Release) ApplyDefinitions(ctx context.Context, files fs.FS) error {
+func (r Release) ApplyCRDs(ctx context.Context, files fs.FS) error {
 	names, err := fs.Glob(files, "*.yaml")
 	if err != nil {
 		return err

@@ -40,7 +40,7 @@ type Release struct {
 // Stop deletes the daemon and the controller, and returns when the last of their pods is gone from every node that
 // answers, or with an error when ctx ends before. What is attached goes on talking.
 func (r Release) Stop(ctx context.Context) error {
-	r.tellAttached(ctx)
+	r.logAttachedPods(ctx)
 	here := metav1.ObjectMeta{Namespace: r.Namespace}
 	daemon, controller := &appsv1.DaemonSet{ObjectMeta: here}, &appsv1.Deployment{ObjectMeta: here}
 	daemon.Name, controller.Name = Daemon, Controller
@@ -52,8 +52,8 @@ func (r Release) Stop(ctx context.Context) error {
 	}
 	which := []client.ListOption{client.InNamespace(r.Namespace), client.MatchingLabels{"app.kubernetes.io/name": "k8slan"}}
 	var left []string
-	err := await(ctx, r.Client, &corev1.PodList{}, which, func(all []corev1.Pod) (bool, error) {
-		dead, err := r.deadNodes(ctx)
+	err := waitUntil(ctx, r.Client, &corev1.PodList{}, which, func(all []corev1.Pod) (bool, error) {
+		dead, err := r.unreachableNodes(ctx)
 		left = nil
 		for _, p := range all {
 			if c := p.Labels["app.kubernetes.io/component"]; (c == "node" || c == "controller") && p.Spec.NodeName != "" && !dead[p.Spec.NodeName] {
@@ -69,8 +69,8 @@ func (r Release) Stop(ctx context.Context) error {
 	return nil
 }
 
-// tellAttached names who is about to lose an interface.
-func (r Release) tellAttached(ctx context.Context) {
+// logAttachedPods names who is about to lose an interface.
+func (r Release) logAttachedPods(ctx context.Context) {
 	var lans v1beta1.LANList
 	if err := r.Client.List(ctx, &lans); err != nil {
 		r.Log.Warn("cannot tell who is attached", "err", err)
@@ -91,10 +91,10 @@ func (r Release) tellAttached(ctx context.Context) {
 	}
 }
 
-// AwaitClean returns when the cleaner has done its work on every node that answers. Where that takes longer than ctx it
+// WaitForCleanNodes returns when the cleaner has done its work on every node that answers. Where that takes longer than ctx it
 // says which nodes are left, and that is no error: a node must not hold the others up.
-func (r Release) AwaitClean(ctx context.Context) error {
-	left, err := r.awaitEverywhere(ctx, Cleaner)
+func (r Release) WaitForCleanNodes(ctx context.Context) error {
+	left, err := r.waitForDaemonSet(ctx, Cleaner)
 	for _, node := range left {
 		r.Log.Warn("node is not clean: it does not answer, or its pod says why; when it is back: "+
 			"kubectl debug node/"+node+" --profile=sysadmin --image=<k8slan's image> -- /k8slan clean --host", "node", node)
@@ -108,9 +108,9 @@ func (r Release) AwaitClean(ctx context.Context) error {
 	return nil
 }
 
-// AwaitPulled returns when every node that answers has the new image, or with an error when ctx ends before.
-func (r Release) AwaitPulled(ctx context.Context) error {
-	left, err := r.awaitEverywhere(ctx, Puller)
+// WaitForImage returns when every node that answers has the new image, or with an error when ctx ends before.
+func (r Release) WaitForImage(ctx context.Context) error {
+	left, err := r.waitForDaemonSet(ctx, Puller)
 	if err != nil {
 		return fmt.Errorf("wait until the nodes have the new image; %s have not, see kubectl -n %s describe pods -l app.kubernetes.io/component=pull; "+
 			"nothing has been changed: %w", strings.Join(left, ", "), r.Namespace, err)
@@ -119,23 +119,23 @@ func (r Release) AwaitPulled(ctx context.Context) error {
 	return nil
 }
 
-// awaitEverywhere returns when a DaemonSet's pods are ready on every node that answers, or with an error when ctx ends
+// waitForDaemonSet returns when a DaemonSet's pods are ready on every node that answers, or with an error when ctx ends
 // before; and on which nodes they are not.
-func (r Release) awaitEverywhere(ctx context.Context, name string) (left []string, err error) {
+func (r Release) waitForDaemonSet(ctx context.Context, name string) (left []string, err error) {
 	which := []client.ListOption{client.InNamespace(r.Namespace), client.MatchingFields{"metadata.name": name}}
-	err = await(ctx, r.Client, &appsv1.DaemonSetList{}, which, func(all []appsv1.DaemonSet) (done bool, err error) {
+	err = waitUntil(ctx, r.Client, &appsv1.DaemonSetList{}, which, func(all []appsv1.DaemonSet) (done bool, err error) {
 		if len(all) != 1 || all[0].Status.ObservedGeneration != all[0].Generation {
 			return false, nil
 		}
-		done, left, err = r.isEverywhere(ctx, all[0])
+		done, left, err = r.podsReady(ctx, all[0])
 		return done, err
 	})
 	return left, err
 }
 
-// isEverywhere says whether a DaemonSet's pods are ready but on nodes that do not answer, and on which nodes they are not.
-func (r Release) isEverywhere(ctx context.Context, set appsv1.DaemonSet) (done bool, left []string, err error) {
-	dead, err := r.deadNodes(ctx)
+// podsReady says whether a DaemonSet's pods are ready but on nodes that do not answer, and on which nodes they are not.
+func (r Release) podsReady(ctx context.Context, set appsv1.DaemonSet) (done bool, left []string, err error) {
+	dead, err := r.unreachableNodes(ctx)
 	if err != nil {
 		return false, nil, err
 	}
@@ -173,8 +173,8 @@ func nodeOf(p corev1.Pod) string {
 	return ""
 }
 
-// deadNodes are those that do not answer.
-func (r Release) deadNodes(ctx context.Context) (map[string]bool, error) {
+// unreachableNodes are those that do not answer.
+func (r Release) unreachableNodes(ctx context.Context) (map[string]bool, error) {
 	var nodes corev1.NodeList
 	if err := r.Client.List(ctx, &nodes); err != nil {
 		return nil, fmt.Errorf("list nodes: %w", err)
@@ -191,22 +191,22 @@ func (r Release) deadNodes(ctx context.Context) (map[string]bool, error) {
 // ReasonUninstalled is why a LAN is not Ready when k8slan is gone.
 const ReasonUninstalled = "Uninstalled"
 
-// Objects removes what k8slan made in the API: NADs, LANNodes, the lease of the controller, and the finalizers of LANs.
+// RemoveObjects removes what k8slan made in the API: NADs, LANNodes, the lease of the controller, and the finalizers of LANs.
 // LANs stay, with a status that says how things are and what they hold, so that a later installation gives it to them again.
-func (r Release) Objects(ctx context.Context) error {
+func (r Release) RemoveObjects(ctx context.Context) error {
 	lease := &coordinationv1.Lease{ObjectMeta: metav1.ObjectMeta{Namespace: r.Namespace, Name: Lease}}
 	return errors.Join(
 		r.removeNADs(ctx),
-		r.releaseLANs(ctx),
+		r.uninstallLANs(ctx),
 		r.removeLANNodes(ctx),
-		absentIsFine(r.Client.Delete(ctx, lease)),
+		ignoreAbsent(r.Client.Delete(ctx, lease)),
 	)
 }
 
 func (r Release) removeNADs(ctx context.Context) error {
 	var nads nadv1.NetworkAttachmentDefinitionList
 	if err := r.Client.List(ctx, &nads, client.MatchingLabels{"app.kubernetes.io/managed-by": "k8slan"}); err != nil {
-		return absentIsFine(err)
+		return ignoreAbsent(err)
 	}
 	var errs []error
 	deleted := 0
@@ -215,7 +215,7 @@ func (r Release) removeNADs(ctx context.Context) error {
 		if owner := metav1.GetControllerOf(nad); owner == nil || owner.Kind != "LAN" || owner.APIVersion != v1beta1.GroupVersion.String() {
 			continue
 		}
-		if err := absentIsFine(r.Client.Delete(ctx, nad, client.Preconditions{UID: &nad.UID})); err != nil {
+		if err := ignoreAbsent(r.Client.Delete(ctx, nad, client.Preconditions{UID: &nad.UID})); err != nil {
 			errs = append(errs, fmt.Errorf("delete NAD %s/%s: %w", nad.Namespace, nad.Name, err))
 			continue
 		}
@@ -225,14 +225,14 @@ func (r Release) removeNADs(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
-func (r Release) releaseLANs(ctx context.Context) error {
+func (r Release) uninstallLANs(ctx context.Context) error {
 	var lans v1beta1.LANList
 	if err := r.Client.List(ctx, &lans); err != nil {
-		return absentIsFine(err)
+		return ignoreAbsent(err)
 	}
 	var errs []error
 	for i := range lans.Items {
-		if err := absentIsFine(r.releaseLAN(ctx, &lans.Items[i])); err != nil {
+		if err := ignoreAbsent(r.uninstallLAN(ctx, &lans.Items[i])); err != nil {
 			errs = append(errs, fmt.Errorf("LAN %s/%s: %w", lans.Items[i].Namespace, lans.Items[i].Name, err))
 		}
 	}
@@ -240,7 +240,7 @@ func (r Release) releaseLANs(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
-func (r Release) releaseLAN(ctx context.Context, lan *v1beta1.LAN) error {
+func (r Release) uninstallLAN(ctx context.Context, lan *v1beta1.LAN) error {
 	before := lan.DeepCopy()
 	lan.Status = v1beta1.LANStatus{
 		ObservedGeneration: lan.Status.ObservedGeneration, Holds: lan.Status.Holds, SpokeCount: lan.Status.SpokeCount,
@@ -265,14 +265,14 @@ func (r Release) releaseLAN(ctx context.Context, lan *v1beta1.LAN) error {
 }
 
 func (r Release) removeLANNodes(ctx context.Context) error {
-	if err := r.Client.DeleteAllOf(ctx, &v1beta1.LANNode{}); absentIsFine(err) != nil {
+	if err := r.Client.DeleteAllOf(ctx, &v1beta1.LANNode{}); ignoreAbsent(err) != nil {
 		return fmt.Errorf("delete LANNodes: %w", err)
 	}
 	return nil
 }
 
-// absentIsFine passes over what is not there any more, or whose kind is not.
-func absentIsFine(err error) error {
+// ignoreAbsent passes over what is not there any more, or whose kind is not.
+func ignoreAbsent(err error) error {
 	if apierrors.IsNotFound(err) || meta.IsNoMatchError(err) {
 		return nil
 	}

@@ -35,7 +35,7 @@ func TestResourcesThatKubeletHasNotGivenUpAreNotRemoved(t *testing.T) {
 		},
 		Allocatable: corev1.ResourceList{"macvtap.k8slan.io/k8slan-veth-c": quantity("0")},
 	}}
-	zero, others := ours(&n)
+	zero, others := spokeResources(&n)
 	if want := []string{"macvtap.k8slan.io/k8slan-veth-a", "macvtap.k8slan.io/k8slan-veth-b"}; !slices.Equal(zero, want) {
 		t.Errorf("to remove are %q, want %q", zero, want)
 	}

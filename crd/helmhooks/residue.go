@@ -24,16 +24,16 @@ import (
 // Residue is the name of everything that the last step of an uninstallation consists of.
 const Residue = "k8slan-residue"
 
-// AwaitResidue removes our resources from the status of nodes and returns when no node has one left, or when ctx ends,
+// RemoveResidue removes our resources from the status of nodes and returns when no node has one left, or when ctx ends,
 // which is no error: kubelet forgets a resource five minutes after its plugin has gone, and then leaves the entry there
 // for ever, with the value 0 (setters.go in pkg/kubelet/nodestatus).
-func (r Release) AwaitResidue(ctx context.Context) error {
+func (r Release) RemoveResidue(ctx context.Context) error {
 	var left map[string][]string
-	err := await(ctx, r.Client, &corev1.NodeList{}, nil, func(nodes []corev1.Node) (bool, error) {
+	err := waitUntil(ctx, r.Client, &corev1.NodeList{}, nil, func(nodes []corev1.Node) (bool, error) {
 		left = map[string][]string{}
 		for i := range nodes {
 			n := &nodes[i]
-			zero, others := ours(n)
+			zero, others := spokeResources(n)
 			if len(others) > 0 {
 				left[n.Name] = others
 			}
@@ -74,8 +74,8 @@ func (r Release) isInstalled(ctx context.Context) (bool, error) {
 	return err == nil, err
 }
 
-// ours are the resources of a node that are spokes: those with value 0, and those that kubelet has not given up yet.
-func ours(n *corev1.Node) (zero, others []string) {
+// spokeResources are the resources of a node that are spokes: those with value 0, and those that kubelet has not given up yet.
+func spokeResources(n *corev1.Node) (zero, others []string) {
 	zero = controller.Residue(n, func(string) bool { return false })
 	for name := range n.Status.Capacity {
 		if strings.HasPrefix(string(name), v1beta1.Resource("")) && !slices.Contains(zero, string(name)) {
@@ -86,8 +86,8 @@ func ours(n *corev1.Node) (zero, others []string) {
 	return zero, others
 }
 
-// Adopt makes the ClusterRole of the last step the owner of the step's other objects, so that they all go with it.
-func (r Release) Adopt(ctx context.Context) error {
+// OwnResidueObjects makes the ClusterRole of the last step the owner of the step's other objects, so that they all go with it.
+func (r Release) OwnResidueObjects(ctx context.Context) error {
 	role := &rbacv1.ClusterRole{ObjectMeta: metav1.ObjectMeta{Name: Residue}}
 	if err := r.Client.Get(ctx, client.ObjectKeyFromObject(role), role); err != nil {
 		return fmt.Errorf("get ClusterRole %s: %w", Residue, err)
@@ -112,9 +112,9 @@ func (r Release) Adopt(ctx context.Context) error {
 	return nil
 }
 
-// Vanish is the last act: with the ClusterRole the garbage collector takes all that it owns, this program too.
-func (r Release) Vanish(ctx context.Context) error {
+// DeleteResidueObjects is the last act: with the ClusterRole the garbage collector takes all that it owns, this program too.
+func (r Release) DeleteResidueObjects(ctx context.Context) error {
 	role := &rbacv1.ClusterRole{ObjectMeta: metav1.ObjectMeta{Name: Residue}}
 	err := r.Client.Delete(ctx, role, client.PropagationPolicy(metav1.DeletePropagationBackground))
-	return absentIsFine(err)
+	return ignoreAbsent(err)
 }

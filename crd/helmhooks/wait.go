@@ -11,8 +11,8 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 )
 
-// await watches objects until they fit.
-func await[T any](ctx context.Context, c client.WithWatch, kind client.ObjectList, which []client.ListOption, fits func([]T) (bool, error)) error {
+// waitUntil watches objects until they fit.
+func waitUntil[T any](ctx context.Context, c client.WithWatch, kind client.ObjectList, which []client.ListOption, fits func([]T) (bool, error)) error {
 	source := &cache.ListWatch{
 		ListWithContextFunc: func(ctx context.Context, options metav1.ListOptions) (runtime.Object, error) {
 			list := kind.DeepCopyObject().(client.ObjectList)

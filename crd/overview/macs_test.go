@@ -35,41 +35,41 @@ func TestDrawMACsTellsWhichIsWhereAndWhoDoesNotKnow(t *testing.T) {
 		agree  bool
 	}{
 		{name: "macs", agree: true, macs: MACs{
-			LAN: lan("lab", 222, evpn), LANNodes: nodes, Tables: []Table{
+			LAN: lan("lab", 222, evpn), LANNodes: nodes, Tables: []NodeTable{
 				// the VM has another guest's MAC behind its port; srl-2 has not spoken
-				{Node: "worker2", Places: []MACEntry{behind(pod1, "192.0.2.1"), behind(vm, "192.0.2.1"), behind(guest, "192.0.2.1"), behind(outside, "192.0.2.99")}},
-				{Node: "worker1", Places: []MACEntry{
+				{Node: "worker2", Entries: []MACEntry{behind(pod1, "192.0.2.1"), behind(vm, "192.0.2.1"), behind(guest, "192.0.2.1"), behind(outside, "192.0.2.99")}},
+				{Node: "worker1", Entries: []MACEntry{
 					port(pod1, "lab-1", 3*time.Second), port(vm, "lab-3", 0), port(guest, "lab-3", 4*time.Minute), behind(pod2, "192.0.2.2"), behind(outside, "192.0.2.99"),
 				}},
 			},
 		}},
 		{name: "macs-differ", screen: Screen{Width: 90}, macs: MACs{
-			LAN: lan("lab", 222, evpn), LANNodes: nodes, Tables: []Table{
-				{Node: "worker1", Places: []MACEntry{port(pod1, "lab-1", time.Second), port(guest, "lab-3", time.Second), behind(pod2, "192.0.2.3"), behind(outside, "192.0.2.98")}},
-				{Node: "worker2", Places: []MACEntry{port(guest, "lab-2", time.Minute), behind(outside, "192.0.2.99"), port(pod2, "lab-2", time.Second)}},
+			LAN: lan("lab", 222, evpn), LANNodes: nodes, Tables: []NodeTable{
+				{Node: "worker1", Entries: []MACEntry{port(pod1, "lab-1", time.Second), port(guest, "lab-3", time.Second), behind(pod2, "192.0.2.3"), behind(outside, "192.0.2.98")}},
+				{Node: "worker2", Entries: []MACEntry{port(guest, "lab-2", time.Minute), behind(outside, "192.0.2.99"), port(pod2, "lab-2", time.Second)}},
 			},
 		}},
 		{name: "macs-learnt", agree: true, macs: MACs{ // that a node has not learnt a MAC is as it should be
-			LAN: lan("lab", 222), LANNodes: nodes, Tables: []Table{
-				{Node: "worker1", Places: []MACEntry{port(pod1, "lab-1", time.Second)}},
-				{Node: "worker2", Places: []MACEntry{port(pod2, "lab-2", time.Second), behind(pod1, "192.0.2.1")}},
+			LAN: lan("lab", 222), LANNodes: nodes, Tables: []NodeTable{
+				{Node: "worker1", Entries: []MACEntry{port(pod1, "lab-1", time.Second)}},
+				{Node: "worker2", Entries: []MACEntry{port(pod2, "lab-2", time.Second), behind(pod1, "192.0.2.1")}},
 			},
 		}},
 		{name: "macs-on-demand", agree: true, macs: MACs{
-			LAN: demanded().OnDemand("")[0], LANNodes: demanded().LANNodes, Tables: []Table{
-				{Node: "worker1", Places: []MACEntry{port(pod1, "1a1a1a1a1a1a1a", time.Second), behind(pod2, "192.0.2.2")}},
-				{Node: "worker2", Places: []MACEntry{behind(pod1, "192.0.2.1"), port(pod2, "2b2b2b2b2b2b2b", time.Second)}},
+			LAN: demanded().OnDemand("")[0], LANNodes: demanded().LANNodes, Tables: []NodeTable{
+				{Node: "worker1", Entries: []MACEntry{port(pod1, "1a1a1a1a1a1a1a", time.Second), behind(pod2, "192.0.2.2")}},
+				{Node: "worker2", Entries: []MACEntry{behind(pod1, "192.0.2.1"), port(pod2, "2b2b2b2b2b2b2b", time.Second)}},
 			},
 		}},
 		{name: "macs-named", macs: MACs{
-			LAN: lan("lab", 222, evpn), LANNodes: nodes, Only: []string{pod1, guest}, Tables: []Table{
-				{Node: "worker1", Places: []MACEntry{port(pod1, "lab-1", time.Second)}},
+			LAN: lan("lab", 222, evpn), LANNodes: nodes, Only: []string{pod1, guest}, Tables: []NodeTable{
+				{Node: "worker1", Entries: []MACEntry{port(pod1, "lab-1", time.Second)}},
 			},
 		}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			test.screen.Now = now
-			got, agree := test.screen.DrawMACs(test.macs)
+			got, agree := test.screen.MACs(test.macs)
 			golden(t, test.name, got)
 			if agree != test.agree {
 				t.Errorf("the nodes agree: %t, want %t", agree, test.agree)

@@ -18,12 +18,12 @@ import (
 	"github.com/k8slan/k8slan/crd/v1beta1"
 )
 
-// Facts are the objects that the text is made of.
-type Facts struct {
-	LANs     []v1beta1.LAN
-	LANNodes []v1beta1.LANNode
-	Nodes    []corev1.Node
-	Unread   []string // sentences: what could not be read, and why
+// Objects are the objects that the text is made of.
+type Objects struct {
+	LANs       []v1beta1.LAN
+	LANNodes   []v1beta1.LANNode
+	Nodes      []corev1.Node
+	Unreadable []string // sentences: what could not be read, and why
 }
 
 // Screen is what the text is for.
@@ -43,11 +43,11 @@ func ready(l *v1beta1.LAN) bool {
 	return l.Status.State == v1beta1.StateReady && l.Status.ObservedGeneration == l.Generation && l.DeletionTimestamp.IsZero()
 }
 
-// Draw is the text.
-func (s Screen) Draw(f Facts) string {
+// Status is the text.
+func (s Screen) Status(f Objects) string {
 	var p page
 	p.Screen = s
-	for _, why := range f.Unread {
+	for _, why := range f.Unreadable {
 		p.sentence("", why)
 	}
 	for i := range f.LANs {
@@ -60,7 +60,7 @@ func (s Screen) Draw(f Facts) string {
 		if brief {
 			continue
 		}
-		nodes := f.nodesOf(lan)
+		nodes := f.nodeStates(lan)
 		p.faults(lan, nodes)
 		p.spokes(lan, f.attachments(lan))
 		p.nodes(nodes)
@@ -72,7 +72,7 @@ func (s Screen) Draw(f Facts) string {
 }
 
 // sessions are a line about those of all nodes that answer, and a table of those that are down.
-func (p *page) sessions(f Facts) {
+func (p *page) sessions(f Objects) {
 	t := table{head: []string{"NODE", "PEER", "AS", "DOWN SINCE"}, spare: []string{"AS"}}
 	byName, all := f.nodesByName(), 0
 	for _, ln := range f.LANNodes {
@@ -101,7 +101,7 @@ func (p *page) sessions(f Facts) {
 	p.table(t)
 }
 
-func (f Facts) nodesByName() map[string]*corev1.Node {
+func (f Objects) nodesByName() map[string]*corev1.Node {
 	byName := map[string]*corev1.Node{}
 	for i := range f.Nodes {
 		byName[f.Nodes[i].Name] = &f.Nodes[i]
@@ -110,7 +110,7 @@ func (f Facts) nodesByName() map[string]*corev1.Node {
 }
 
 // OnDemand are the LANs that no object wants, as if one did, sorted by name: those with a pod of the namespace or, where that is empty, all.
-func (f Facts) OnDemand(namespace string) (lans []v1beta1.LAN) {
+func (f Objects) OnDemand(namespace string) (lans []v1beta1.LAN) {
 	vnis := map[string]int32{} // by name
 	for _, n := range f.LANNodes {
 		for _, s := range n.Status.Segments {
@@ -121,9 +121,9 @@ func (f Facts) OnDemand(namespace string) (lans []v1beta1.LAN) {
 			}
 		}
 	}
-	for _, name := range keys(vnis) {
+	for _, name := range sortedKeys(vnis) {
 		lan := v1beta1.LAN{ObjectMeta: metav1.ObjectMeta{Name: name}, Spec: v1beta1.LANSpec{VNI: vnis[name]}}
-		nodes, ready := f.nodesOf(&lan), 0
+		nodes, ready := f.nodeStates(&lan), 0
 		for _, n := range nodes {
 			lan.Status.Attached += int32(len(n.segment.Attachments))
 			if n.state == string(v1beta1.SegmentReady) {
@@ -142,16 +142,16 @@ func (f Facts) OnDemand(namespace string) (lans []v1beta1.LAN) {
 // isOnDemand says whether no object wants the LAN.
 func isOnDemand(lan *v1beta1.LAN) bool { return lan.Namespace == "" }
 
-// IsOf says whether a node's segment is of the LAN.
-func IsOf(lan *v1beta1.LAN, s v1beta1.SegmentStatus) bool {
+// IsSegmentOf says whether a node's segment is of the LAN.
+func IsSegmentOf(lan *v1beta1.LAN, s v1beta1.SegmentStatus) bool {
 	if isOnDemand(lan) {
 		return s.OnDemand() && s.LAN == lan.Name
 	}
 	return s.UID == lan.UID
 }
 
-// named is what the LAN is called.
-func named(lan *v1beta1.LAN) string {
+// lanName is what the LAN is called.
+func lanName(lan *v1beta1.LAN) string {
 	if isOnDemand(lan) {
 		return lan.Name
 	}
@@ -177,7 +177,7 @@ func (p *page) headline(lan *v1beta1.LAN) {
 	} else {
 		words = append(words, fmt.Sprintf("%d spokes, %d attached", st.SpokeCount, st.Attached), age(p.Now, lan.CreationTimestamp))
 	}
-	name, colour := named(lan), colourOf(state)
+	name, colour := lanName(lan), colourOf(state)
 	if st.Reason != "" && st.Reason != state && !strings.Contains(st.Reason, " ") { // a reason of several words stands below, as a sentence
 		state += " " + st.Reason
 	}
@@ -191,13 +191,13 @@ func (p *page) headline(lan *v1beta1.LAN) {
 }
 
 // faults are the LAN's own, beside those of its nodes.
-func (p *page) faults(lan *v1beta1.LAN, nodes []onNode) {
+func (p *page) faults(lan *v1beta1.LAN, nodes []nodeState) {
 	for _, sentence := range faultsOf(lan, nodes) {
 		p.sentence("  ", sentence)
 	}
 }
 
-func faultsOf(lan *v1beta1.LAN, nodes []onNode) (sentences []string) {
+func faultsOf(lan *v1beta1.LAN, nodes []nodeState) (sentences []string) {
 	if len(lan.Status.Conditions) == 0 && !isOnDemand(lan) {
 		return []string{"no controller has looked at it yet: kubectl get pods -n k8slan-system"}
 	}
@@ -212,18 +212,18 @@ func faultsOf(lan *v1beta1.LAN, nodes []onNode) (sentences []string) {
 		}
 	}
 	c := meta.FindStatusCondition(lan.Status.Conditions, v1beta1.ConditionReady)
-	said := refused || slices.ContainsFunc(nodes, func(n onNode) bool { return n.reason == lan.Status.Reason && n.sentence != "" })
+	said := refused || slices.ContainsFunc(nodes, func(n nodeState) bool { return n.reason == lan.Status.Reason && n.sentence != "" })
 	if c != nil && c.Status == metav1.ConditionFalse && !said {
 		sentences = append(sentences, c.Message)
 	}
-	if mtus := differing(nodes); mtus != "" {
+	if mtus := mtuMismatch(nodes); mtus != "" {
 		sentences = append(sentences, mtus)
 	}
 	return sentences
 }
 
-// differing says that a LAN has not the same MTU everywhere; empty where it has.
-func differing(nodes []onNode) string {
+// mtuMismatch says that a LAN has not the same MTU everywhere; empty where it has.
+func mtuMismatch(nodes []nodeState) string {
 	var words []string
 	var smallest, largest int32
 	for _, n := range nodes {
@@ -244,7 +244,7 @@ func differing(nodes []onNode) string {
 }
 
 // attachments are who is on the LAN, by spoke: as the nodes say or, where that could not be read, the LAN's status.
-func (f Facts) attachments(lan *v1beta1.LAN) map[string][]v1beta1.SpokeAttachment {
+func (f Objects) attachments(lan *v1beta1.LAN) map[string][]v1beta1.SpokeAttachment {
 	bySpoke := map[string][]v1beta1.SpokeAttachment{}
 	if len(f.LANNodes) == 0 {
 		for _, s := range lan.Status.Spokes {
@@ -254,7 +254,7 @@ func (f Facts) attachments(lan *v1beta1.LAN) map[string][]v1beta1.SpokeAttachmen
 	}
 	for _, n := range f.LANNodes {
 		for _, seg := range n.Status.Segments {
-			if !IsOf(lan, seg) {
+			if !IsSegmentOf(lan, seg) {
 				continue
 			}
 			for _, a := range seg.Attachments {
@@ -268,7 +268,7 @@ func (f Facts) attachments(lan *v1beta1.LAN) map[string][]v1beta1.SpokeAttachmen
 // spokes are a table of those that are attached, a line of those that are free, and one for each pool.
 func (p *page) spokes(lan *v1beta1.LAN, attached map[string][]v1beta1.SpokeAttachment) {
 	t := table{head: []string{"SPOKE", "POD", "NODE", "INTERFACE", "MAC", "KIND", "SINCE"}, spare: []string{"KIND", "INTERFACE", "MAC"}}
-	for _, spoke := range keys(attached) {
+	for _, spoke := range sortedKeys(attached) {
 		for _, a := range attached[spoke] {
 			t.row(plain(spoke, a.Pod, a.Node, a.Interface, a.MAC, string(a.Kind), age(p.Now, a.Since)))
 		}
@@ -296,21 +296,21 @@ func (p *page) spokes(lan *v1beta1.LAN, attached map[string][]v1beta1.SpokeAttac
 // maxFree is how many free spokes are named.
 const maxFree = 20
 
-// onNode is a LAN on one node.
-type onNode struct {
+// nodeState is a LAN on one node.
+type nodeState struct {
 	name             string
 	segment          v1beta1.SegmentStatus
 	state            string
 	reason, sentence string // what is wrong
 }
 
-// nodesOf are the nodes that have the LAN, or should.
-func (f Facts) nodesOf(lan *v1beta1.LAN) []onNode {
+// nodeStates are the nodes that have the LAN, or should.
+func (f Objects) nodeStates(lan *v1beta1.LAN) []nodeState {
 	byName := f.nodesByName()
-	var nodes []onNode
+	var nodes []nodeState
 	for _, ln := range f.LANNodes {
-		n := onNode{name: ln.Name, state: "Pending"}
-		i := slices.IndexFunc(ln.Status.Segments, func(s v1beta1.SegmentStatus) bool { return IsOf(lan, s) })
+		n := nodeState{name: ln.Name, state: "Pending"}
+		i := slices.IndexFunc(ln.Status.Segments, func(s v1beta1.SegmentStatus) bool { return IsSegmentOf(lan, s) })
 		switch {
 		case i >= 0:
 			n.segment = ln.Status.Segments[i]
@@ -318,7 +318,7 @@ func (f Facts) nodesOf(lan *v1beta1.LAN) []onNode {
 			if n.segment.State == v1beta1.SegmentReady && n.segment.Generation != lan.Generation {
 				n.reason, n.sentence = v1beta1.ReasonPending, "is still making the last change"
 			}
-		case wants(lan, byName[ln.Name]):
+		case spans(lan, byName[ln.Name]):
 			n.reason, n.sentence = v1beta1.ReasonPending, "does not report the LAN yet"
 		default:
 			continue
@@ -329,12 +329,12 @@ func (f Facts) nodesOf(lan *v1beta1.LAN) []onNode {
 		}
 		nodes = append(nodes, n)
 	}
-	slices.SortFunc(nodes, func(x, y onNode) int { return cmp.Compare(x.name, y.name) })
+	slices.SortFunc(nodes, func(x, y nodeState) int { return cmp.Compare(x.name, y.name) })
 	return nodes
 }
 
-// wants says whether the LAN is to be on a node.
-func wants(lan *v1beta1.LAN, node *corev1.Node) bool {
+// spans says whether the LAN is to be on a node.
+func spans(lan *v1beta1.LAN, node *corev1.Node) bool {
 	if node == nil || lan.Status.Holds == nil || !lan.DeletionTimestamp.IsZero() {
 		return false
 	}
@@ -353,7 +353,7 @@ func answers(node *corev1.Node) bool {
 }
 
 // nodes are a table, with a sentence below each node where something is wrong.
-func (p *page) nodes(nodes []onNode) {
+func (p *page) nodes(nodes []nodeState) {
 	t := table{head: []string{"NODE", "STATE", "VTEP", "UNDERLAY", "MTU", "OFFERED", "ATTACHED"}, spare: []string{"OFFERED", "ATTACHED", "MTU"}}
 	for _, n := range nodes {
 		s := n.segment

@@ -130,7 +130,7 @@ func TestDrawTellsWhatIsWhereAndWhatIsWrong(t *testing.T) {
 			Message: "spoke lab-1 is attached twice: default/vm-1 on worker1, default/vm-2 on worker2",
 		})
 	}
-	well := Facts{
+	well := Objects{
 		LANs: []v1beta1.LAN{lan("lab", 222, attached(2))},
 		LANNodes: []v1beta1.LANNode{
 			lanNode("worker1", segment("lab", "fe80::1", pod("lab-1", "srl-1", v1beta1.KindVeth))),
@@ -153,7 +153,7 @@ func TestDrawTellsWhatIsWhereAndWhatIsWrong(t *testing.T) {
 	twice := segment("lab", "192.0.2.2")
 	twice.State, twice.Reason = v1beta1.SegmentDegraded, v1beta1.ReasonMACTwice
 	twice.Message = "02:6b:5c:10:00:01 speaks on this node and on another: each node keeps its own. Change one of them"
-	many := Facts{LANs: []v1beta1.LAN{core}, LANNodes: []v1beta1.LANNode{lanNode("worker1", segment("core", "fe80::1")), lanNode("worker2", missing)}, Nodes: both}
+	many := Objects{LANs: []v1beta1.LAN{core}, LANNodes: []v1beta1.LANNode{lanNode("worker1", segment("core", "fe80::1")), lanNode("worker2", missing)}, Nodes: both}
 	for i := range 3 {
 		many.LANs = append(many.LANs, lan(fmt.Sprintf("lab%d", i), int32(i+1)))
 	}
@@ -171,24 +171,24 @@ func TestDrawTellsWhatIsWhereAndWhatIsWrong(t *testing.T) {
 	for _, test := range []struct {
 		name   string
 		screen Screen
-		facts  Facts
+		facts  Objects
 	}{
 		{name: "well", facts: well},
 		{name: "well-narrow-colour", screen: Screen{Width: 60, Colour: true}, facts: well},
-		{name: "underlay-missing", screen: Screen{Width: 80}, facts: Facts{
+		{name: "underlay-missing", screen: Screen{Width: 80}, facts: Objects{
 			LANs:     []v1beta1.LAN{core},
 			LANNodes: []v1beta1.LANNode{lanNode("worker1", segment("core", "fe80::1")), lanNode("worker2", missing)}, Nodes: both,
 		}},
-		{name: "conflict", facts: Facts{
+		{name: "conflict", facts: Objects{
 			LANs:     []v1beta1.LAN{lan("copy", 222, unready(v1beta1.StateConflict, "vni 222 is default/lab's", v1beta1.ReasonConflict, "vni 222 is default/lab's"), clash)},
 			LANNodes: well.LANNodes, Nodes: both,
 		}},
-		{name: "spoke-refused", facts: Facts{
+		{name: "spoke-refused", facts: Objects{
 			LANs: []v1beta1.LAN{lan("edge", 223, unready(v1beta1.StateDegraded, v1beta1.ReasonSpokeConflict, v1beta1.ReasonSpokeConflict,
 				"spoke edge-2 is default/lab's; spokes are offered on 1 of 1 nodes"), refused)},
 			LANNodes: []v1beta1.LANNode{lanNode("worker1", segment("edge", "fe80::1"))}, Nodes: both[:1],
 		}},
-		{name: "pool-exceeded", facts: Facts{
+		{name: "pool-exceeded", facts: Objects{
 			LANs: []v1beta1.LAN{lan("lab", 222, attached(3), pooled)},
 			LANNodes: []v1beta1.LANNode{
 				lanNode("worker1", segment("lab", "fe80::1", pod("web_0", "web-a", v1beta1.KindVeth), pod("web_1", "web-b", v1beta1.KindVeth))),
@@ -196,7 +196,7 @@ func TestDrawTellsWhatIsWhereAndWhatIsWrong(t *testing.T) {
 			},
 			Nodes: both,
 		}},
-		{name: "node-silent-and-twice", facts: Facts{
+		{name: "node-silent-and-twice", facts: Objects{
 			LANs: []v1beta1.LAN{lan("lab", 222, attached(2), unready(v1beta1.StateDegraded, v1beta1.ReasonUnreachable, v1beta1.ReasonUnreachable,
 				"node worker2 does not answer; it may still forward; spokes are offered on 1 of 2 nodes"), onTwo)},
 			LANNodes: []v1beta1.LANNode{
@@ -205,22 +205,22 @@ func TestDrawTellsWhatIsWhereAndWhatIsWrong(t *testing.T) {
 			},
 			Nodes: []corev1.Node{node("worker1", corev1.ConditionTrue), node("worker2", corev1.ConditionUnknown)},
 		}},
-		{name: "not-reported-yet", facts: Facts{
+		{name: "not-reported-yet", facts: Objects{
 			LANs: []v1beta1.LAN{lan("new", 224, unready(v1beta1.StatePending, v1beta1.ReasonPending, v1beta1.ReasonPending,
 				"node worker2 does not report the LAN yet; spokes are offered on 1 of 2 nodes"))},
 			LANNodes: []v1beta1.LANNode{lanNode("worker1", segment("new", "fe80::1")), lanNode("worker2")}, Nodes: both,
 		}},
-		{name: "no-controller", facts: Facts{LANs: []v1beta1.LAN{{ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: "lab"}, Spec: v1beta1.LANSpec{VNI: 1}}}}},
-		{name: "mtu-differs", facts: Facts{
+		{name: "no-controller", facts: Objects{LANs: []v1beta1.LAN{{ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: "lab"}, Spec: v1beta1.LANSpec{VNI: 1}}}}},
+		{name: "mtu-differs", facts: Objects{
 			LANs: []v1beta1.LAN{lan("lab", 222)}, LANNodes: []v1beta1.LANNode{lanNode("worker1", segment("lab", "fe80::1")), lanNode("worker2", small)}, Nodes: both,
 		}},
-		{name: "nodes-unread", facts: Facts{
+		{name: "nodes-unread", facts: Objects{
 			LANs: []v1beta1.LAN{lan("lab", 222, attached(1), func(l *v1beta1.LAN) {
 				l.Status.Spokes = []v1beta1.SpokeStatus{{Name: "lab-1", Attachments: []v1beta1.SpokeAttachment{{Node: "worker1", Attachment: pod("lab-1", "srl-1", v1beta1.KindVeth)}}}}
 			})},
-			Unread: []string{"You may not list lannodes in this cluster, so some of what they say is missing here."},
+			Unreadable: []string{"You may not list lannodes in this cluster, so some of what they say is missing here."},
 		}},
-		{name: "pool", facts: Facts{
+		{name: "pool", facts: Objects{
 			LANs: []v1beta1.LAN{lan("lab", 222, attached(1), func(l *v1beta1.LAN) {
 				l.Status.Holds.Spokes = append(l.Status.Holds.Spokes, "web")
 				l.Spec.SpokePools = []v1beta1.SpokePool{{Name: "web", Size: 5}}
@@ -232,14 +232,14 @@ func TestDrawTellsWhatIsWhereAndWhatIsWrong(t *testing.T) {
 			})},
 			LANNodes: []v1beta1.LANNode{lanNode("worker1", segment("lab", "fe80::1", pod("web_0", "web-abc", v1beta1.KindVeth)))}, Nodes: both,
 		}},
-		{name: "evpn", facts: Facts{
+		{name: "evpn", facts: Objects{
 			LANs: []v1beta1.LAN{lan("lab", 222, evpn)},
 			LANNodes: []v1beta1.LANNode{
 				withSessions(lanNode("worker1", segment("lab", "192.0.2.1")), up), withSessions(lanNode("worker2", segment("lab", "192.0.2.2")), up),
 			},
 			Nodes: both,
 		}},
-		{name: "evpn-session-down-and-mac-twice", screen: Screen{Width: 80}, facts: Facts{
+		{name: "evpn-session-down-and-mac-twice", screen: Screen{Width: 80}, facts: Objects{
 			LANs: []v1beta1.LAN{lan("lab", 222, evpn, unready(v1beta1.StateDegraded, v1beta1.ReasonMACTwice, v1beta1.ReasonMACTwice,
 				"node worker2: "+twice.Message+"; spokes are offered on 2 of 2 nodes"))},
 			LANNodes: []v1beta1.LANNode{
@@ -249,12 +249,12 @@ func TestDrawTellsWhatIsWhereAndWhatIsWrong(t *testing.T) {
 			Nodes: append(both[:2:2], node("worker3", corev1.ConditionUnknown)),
 		}},
 		{name: "many-brief", screen: Screen{Brief: true}, facts: many},
-		{name: "many-free-spokes", screen: Screen{Width: 80}, facts: Facts{LANs: []v1beta1.LAN{crowd}}},
+		{name: "many-free-spokes", screen: Screen{Width: 80}, facts: Objects{LANs: []v1beta1.LAN{crowd}}},
 		{name: "on-demand", screen: Screen{Width: 90}, facts: demanded},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			test.screen.Now = now
-			got := test.screen.Draw(test.facts)
+			got := test.screen.Status(test.facts)
 			golden(t, test.name, got)
 			if test.screen.Width > 0 && !test.screen.Colour {
 				for line := range strings.Lines(got) {
@@ -276,13 +276,13 @@ func onDemand(vni int32, vtep string, attachments ...v1beta1.Attachment) v1beta1
 }
 
 // demanded are two nodes with two such LANs, one of them with pods of another namespace alone.
-func demanded() Facts {
+func demanded() Objects {
 	alone := onDemand(5002, "192.0.2.2", v1beta1.Attachment{Spoke: "0a0a0a0a0a0a0a", Pod: "blue/r1", Interface: "net0", MAC: "02:aa:00:00:00:03", Kind: v1beta1.KindVeth, Since: ago(0)})
 	r2 := pod("2b2b2b2b2b2b2b", "r2", v1beta1.KindVeth)
 	r2.MAC = "02:6b:5c:10:00:02"
 	down := onDemand(5001, "192.0.2.2", r2)
 	down.State, down.Reason, down.Message = v1beta1.SegmentDegraded, v1beta1.ReasonVNITaken, "VNI 5001 is that of LAN default/core: frames reach no other node. Choose another vxlanId"
-	return Facts{
+	return Objects{
 		LANNodes: []v1beta1.LANNode{
 			lanNode("worker1", segment("lab", "192.0.2.1"), onDemand(5001, "192.0.2.1", pod("1a1a1a1a1a1a1a", "r1", v1beta1.KindVeth))),
 			lanNode("worker2", down, alone),

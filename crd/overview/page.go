@@ -169,4 +169,4 @@ func cut(s string, width int) string {
 	return string(runes[:width-1]) + "…"
 }
 
-func keys[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }
+func sortedKeys[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }

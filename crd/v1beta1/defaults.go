@@ -73,8 +73,8 @@ func (l *LAN) Effective() LANSpec {
 	return s
 }
 
-// Names are those of the LAN's spokes and pools: what must be unique in the cluster, and what has a resource and NADs.
-func (s *LANSpec) Names() []string {
+// SpokesAndPools are those of the LAN's spokes and pools: what must be unique in the cluster, and what has a resource and NADs.
+func (s *LANSpec) SpokesAndPools() []string {
 	names := slices.Clone(s.Spokes)
 	for _, pool := range s.SpokePools {
 		names = append(names, pool.Name)
@@ -91,8 +91,8 @@ func (s *LANSpec) Pool(name string) (SpokePool, bool) {
 	return s.SpokePools[i], true
 }
 
-// Offer is the name of what kubelet gave to the pod: the spoke or, of a port, its pool.
-func (a Attachment) Offer() string { return cmp.Or(a.Pool, a.Spoke) }
+// SpokeOrPool is the name of what kubelet gave to the pod: the spoke or, of a port, its pool.
+func (a Attachment) SpokeOrPool() string { return cmp.Or(a.Pool, a.Spoke) }
 
 // OnDemand says whether no LAN object wants the segment: pods made it by naming its VNI.
 func (s *SegmentStatus) OnDemand() bool { return s.UID == "" && strings.HasPrefix(s.LAN, "megalos:") }
@@ -100,7 +100,7 @@ func (s *SegmentStatus) OnDemand() bool { return s.UID == "" && strings.HasPrefi
 // TxChecksumOff are the spokes and pools, sorted, whose txChecksum is off: their own word counts before the LAN's.
 func (s *LANSpec) TxChecksumOff() []string {
 	var off []string
-	for _, spoke := range s.Names() {
+	for _, spoke := range s.SpokesAndPools() {
 		if cmp.Or(s.SpokeOptions[spoke].TxChecksum, s.TxChecksum) == Off {
 			off = append(off, spoke)
 		}

@@ -159,7 +159,7 @@ type LANSpec struct {
 	// +kubebuilder:validation:Schemaless
 	// +kubebuilder:pruning:PreserveUnknownFields
 	// +kubebuilder:validation:Enum=on;off;true;false
-	TxChecksum Switch `json:"txChecksum,omitempty"`
+	TxChecksum OnOff `json:"txChecksum,omitempty"`
 
 	// SpokeOptions are settings of single spokes, by the spoke's name, or of all ports of a pool, by the pool's; they override the LAN's.
 	// +optional
@@ -261,7 +261,7 @@ type SpokeOptions struct {
 	// +kubebuilder:validation:Schemaless
 	// +kubebuilder:pruning:PreserveUnknownFields
 	// +kubebuilder:validation:Enum=on;off;true;false
-	TxChecksum Switch `json:"txChecksum,omitempty"`
+	TxChecksum OnOff `json:"txChecksum,omitempty"`
 }
 
 // Link is the name of an interface that k8slan makes: an interface name by the kernel's rules (dev_valid_name in net/core/dev.c,

@@ -5,17 +5,17 @@ import (
 	"fmt"
 )
 
-// Switch is on or off; empty where nothing is said.
-type Switch string
+// OnOff is on or off; empty where nothing is said.
+type OnOff string
 
 // The positions of a switch.
 const (
-	On  Switch = "on"
-	Off Switch = "off"
+	On  OnOff = "on"
+	Off OnOff = "off"
 )
 
 // UnmarshalJSON takes "on" and "off", and the booleans that YAML 1.1, and so kubectl, makes of both where they are not quoted.
-func (s *Switch) UnmarshalJSON(b []byte) error {
+func (s *OnOff) UnmarshalJSON(b []byte) error {
 	var value any
 	if err := json.Unmarshal(b, &value); err != nil {
 		return fmt.Errorf("a switch: %w", err)

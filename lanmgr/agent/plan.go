@@ -67,7 +67,7 @@ func NewPlan(lan *v1beta1.LAN, node Node, now segment.Segment) (p Plan, ok bool)
 		Generation:        lan.Generation,
 		Netns:             holds.NS,
 		Bridge:            spec.Bridge,
-		Spokes:            ports(&spec, held(spec.Names(), holds.Spokes)),
+		Spokes:            ports(&spec, held(spec.SpokesAndPools(), holds.Spokes)),
 		TxChecksumOff:     ports(&spec, held(spec.TxChecksumOff(), holds.Spokes)),
 		MACByOrdinal:      held(poolsByOrdinal(spec.SpokePools), holds.Spokes),
 		AllowedNamespaces: slices.Sorted(slices.Values(spec.AllowedNamespaces)),

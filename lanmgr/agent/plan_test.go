@@ -261,7 +261,7 @@ func TestAProblemSaysWhatIsWrongAndTheWayOut(t *testing.T) {
 
 func TestAFinishedChecksumIsTheLANsChoiceAndASpokesBeforeIt(t *testing.T) {
 	for name, test := range map[string]struct {
-		lan    v1beta1.Switch
+		lan    v1beta1.OnOff
 		spokes map[string]v1beta1.SpokeOptions
 		want   []string
 	}{
