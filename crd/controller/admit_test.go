@@ -42,8 +42,8 @@ func ns(name string) func(*v1beta1.LAN)    { return func(l *v1beta1.LAN) { l.Spe
 func port(port int32) func(*v1beta1.LAN)   { return func(l *v1beta1.LAN) { l.Spec.VXLANPort = port } }
 func uid(uid types.UID) func(*v1beta1.LAN) { return func(l *v1beta1.LAN) { l.UID = uid } }
 
-// asking gives the LAN pools of three ports.
-func asking(names ...string) func(*v1beta1.LAN) {
+// withPools gives the LAN pools of three ports.
+func withPools(names ...string) func(*v1beta1.LAN) {
 	return func(l *v1beta1.LAN) {
 		for _, name := range names {
 			l.Spec.SpokePools = append(l.Spec.SpokePools, v1beta1.SpokePool{Name: name, Size: 3})
@@ -64,22 +64,22 @@ func deleting(l *v1beta1.LAN) {
 	l.DeletionTimestamp, l.Finalizers = &epoch, []string{v1beta1.Finalizer}
 }
 
-// left is a segment on worker1 that is leaving; its ns is derived from the LAN's name.
-func left(uid types.UID, lan string, vni int32, pods ...v1beta1.Attachment) nodeSegment {
+// leavingSegment is a segment on worker1 that is leaving; its ns is derived from the LAN's name.
+func leavingSegment(uid types.UID, lan string, vni int32, pods ...v1beta1.Attachment) nodeSegment {
 	return nodeSegment{"worker1", v1beta1.SegmentStatus{
 		LAN: lan, UID: uid, NS: strings.Replace(lan, "/", ".", 1), VNI: vni, Port: 4789, State: v1beta1.SegmentLeaving, Attachments: pods,
 	}}
 }
 
-// here is a segment of default/<name> on worker1 that is well.
-func here(name string, vni, port int32) nodeSegment {
+// readySegment is a segment of default/<name> on worker1 that is well.
+func readySegment(name string, vni, port int32) nodeSegment {
 	return nodeSegment{"worker1", v1beta1.SegmentStatus{
 		LAN: "default/" + name, UID: types.UID("uid-" + name), NS: "default." + name, VNI: vni, Port: port, State: v1beta1.SegmentReady,
 	}}
 }
 
-// answer is a verdict in one line.
-func answer(v decision) string {
+// summary is a verdict in one line.
+func summary(v decision) string {
 	if v.Holds == nil {
 		return v.Conflict
 	}
@@ -90,7 +90,7 @@ func answer(v decision) string {
 	return strings.Join(words, "; ")
 }
 
-func TestWhoHoldsKeepsAndWhoCameFirstGets(t *testing.T) {
+func TestHolderKeepsAndOldestLANGetsWhatIsFree(t *testing.T) {
 	for _, test := range []struct {
 		name string
 		lans []v1beta1.LAN
@@ -105,14 +105,14 @@ func TestWhoHoldsKeepsAndWhoCameFirstGets(t *testing.T) {
 		},
 		{
 			"a pool's name is a spoke's",
-			[]v1beta1.LAN{with(lan("a", 0, 1), asking("web", "db")), with(lan("b", 1, 2, "web", "x"), asking("db", "y"))},
+			[]v1beta1.LAN{with(lan("a", 0, 1), withPools("web", "db")), with(lan("b", 1, 2, "web", "x"), withPools("db", "y"))},
 			nil,
 			map[string]string{"a": "holds db,web", "b": "holds x,y; spoke db is default/a's; spoke web is default/a's"},
 		},
 		{
 			"a pool is not free while a pod has a port of that name",
-			[]v1beta1.LAN{with(lan("a", 0, 1, "x"), asking("web"))},
-			[]nodeSegment{left("uid-gone", "default/gone", 7, v1beta1.Attachment{Spoke: "web_3", Pool: "web", Pod: "default/web-1"})},
+			[]v1beta1.LAN{with(lan("a", 0, 1, "x"), withPools("web"))},
+			[]nodeSegment{leavingSegment("uid-gone", "default/gone", 7, v1beta1.Attachment{Spoke: "web_3", Pool: "web", Pod: "default/web-1"})},
 			map[string]string{"a": "holds x; spoke web is still in use by default/web-1 on worker1 (spoke web_3 of LAN default/gone)"},
 		},
 		{
@@ -196,25 +196,25 @@ func TestWhoHoldsKeepsAndWhoCameFirstGets(t *testing.T) {
 		{
 			"an ns that pods of a deleted LAN hang on is not free",
 			[]v1beta1.LAN{with(lan("lab", 5, 1, "srl"), uid("new"))},
-			[]nodeSegment{left("old", "default/lab", 1, pod("srl", "srl-1"))},
+			[]nodeSegment{leavingSegment("old", "default/lab", 1, pod("srl", "srl-1"))},
 			map[string]string{"lab": "vni 1 is still in use by default/lab (leaving) on node worker1"},
 		},
 		{
 			"nor is one of which a node has not taken everything away",
 			[]v1beta1.LAN{with(lan("lab", 5, 2, "srl"), uid("new"))},
-			[]nodeSegment{left("old", "default/lab", 1)},
+			[]nodeSegment{leavingSegment("old", "default/lab", 1)},
 			map[string]string{"lab": "ns default.lab is still in use by default/lab (leaving) on node worker1"},
 		},
 		{
 			"nor one of which nobody knows whose it is",
 			[]v1beta1.LAN{lan("lab", 5, 2, "srl")},
-			[]nodeSegment{left("", "default/lab", 0)},
+			[]nodeSegment{leavingSegment("", "default/lab", 0)},
 			map[string]string{"lab": "ns default.lab is still in use by default/lab (leaving) on node worker1"},
 		},
 		{
 			"a VNI that a node still has of a LAN that is gone is not free",
 			[]v1beta1.LAN{lan("b", 0, 1, "srl"), lan("c", 1, 1, "x")},
-			[]nodeSegment{left("old", "default/a", 1), left("old", "default/a", 1)},
+			[]nodeSegment{leavingSegment("old", "default/a", 1), leavingSegment("old", "default/a", 1)},
 			map[string]string{
 				"b": "vni 1 is still in use by default/a (leaving) on node worker1 and 1 more",
 				"c": "vni 1 is still in use by default/a (leaving) on node worker1 and 1 more",
@@ -229,13 +229,13 @@ func TestWhoHoldsKeepsAndWhoCameFirstGets(t *testing.T) {
 		{
 			"on another port it is",
 			[]v1beta1.LAN{with(lan("b", 0, 1, "srl"), port(4790))},
-			[]nodeSegment{left("old", "default/a", 1)},
+			[]nodeSegment{leavingSegment("old", "default/a", 1)},
 			map[string]string{"b": "holds srl"},
 		},
 		{
 			"who holds a VNI keeps it, whatever comes back",
 			[]v1beta1.LAN{with(lan("b", 0, 1, "srl"), holding("srl"))},
-			[]nodeSegment{left("old", "default/b", 1, pod("srl", "srl-1"))},
+			[]nodeSegment{leavingSegment("old", "default/b", 1, pod("srl", "srl-1"))},
 			map[string]string{"b": "holds srl"},
 		},
 		{
@@ -256,25 +256,25 @@ func TestWhoHoldsKeepsAndWhoCameFirstGets(t *testing.T) {
 		{
 			"two LANs that swap their ports are in nobody's way",
 			[]v1beta1.LAN{with(lan("a", 0, 1, "x"), holding("x"), port(4790)), with(lan("b", 1, 1, "y"), port(4790), holding("y"), port(4789))},
-			[]nodeSegment{here("a", 1, 4789), here("b", 1, 4790)},
+			[]nodeSegment{readySegment("a", 1, 4789), readySegment("b", 1, 4790)},
 			map[string]string{"a": "holds x", "b": "holds y"},
 		},
 		{
 			"a VNI that another LAN has just left is free, unless a pod keeps it on a node",
 			[]v1beta1.LAN{with(lan("a", 0, 1, "x"), holding("x"), port(4790)), lan("b", 1, 1, "y"), with(lan("c", 0, 2, "z"), holding("z"), port(4790)), lan("d", 1, 2, "w")},
-			[]nodeSegment{here("a", 1, 4789), left("uid-c", "default/c", 2, pod("z", "pod-z"))},
+			[]nodeSegment{readySegment("a", 1, 4789), leavingSegment("uid-c", "default/c", 2, pod("z", "pod-z"))},
 			map[string]string{"a": "holds x", "b": "holds y", "c": "holds z", "d": "vni 2 is still in use by default/c (leaving) on node worker1"},
 		},
 		{
 			"a spoke that a pod of another LAN hangs on is not free",
 			[]v1beta1.LAN{with(lan("a", 0, 1, "x"), holding("x")), lan("b", 1, 2, "srl", "y")},
-			[]nodeSegment{left("uid-a", "default/a", 1, pod("srl", "srl-1"))},
+			[]nodeSegment{leavingSegment("uid-a", "default/a", 1, pod("srl", "srl-1"))},
 			map[string]string{"a": "holds x", "b": "holds y; spoke srl is still in use by default/srl-1 on worker1 (spoke srl of LAN default/a)"},
 		},
 		{
 			"a LAN's own pods do not stand in its way",
 			[]v1beta1.LAN{lan("a", 0, 1, "srl")},
-			[]nodeSegment{left("uid-a", "default/a", 1, pod("srl", "srl-1"))},
+			[]nodeSegment{leavingSegment("uid-a", "default/a", 1, pod("srl", "srl-1"))},
 			map[string]string{"a": "holds srl"},
 		},
 	} {
@@ -283,7 +283,7 @@ func TestWhoHoldsKeepsAndWhoCameFirstGets(t *testing.T) {
 			for uid, v := range admit(test.lans, test.left) {
 				for _, l := range test.lans {
 					if l.UID == uid {
-						have[l.Name] = answer(v)
+						have[l.Name] = summary(v)
 					}
 				}
 			}
@@ -318,7 +318,7 @@ func randomLANs(r *rand.Rand) []v1beta1.LAN {
 	return lans
 }
 
-func holders(t *testing.T, lans []v1beta1.LAN, holds func(*v1beta1.LAN) *v1beta1.Holding) {
+func failIfHeldTwice(t *testing.T, lans []v1beta1.LAN, holds func(*v1beta1.LAN) *v1beta1.Holding) {
 	t.Helper()
 	held := map[string]string{}
 	claim := func(l *v1beta1.LAN, what string) {
@@ -340,12 +340,12 @@ func holders(t *testing.T, lans []v1beta1.LAN, holds func(*v1beta1.LAN) *v1beta1
 	}
 }
 
-func TestAdmissionNeverHasTwoHoldersAndSettlesAtOnce(t *testing.T) {
+func TestAdmissionHasOneHolderAndIsStable(t *testing.T) {
 	r := rand.New(rand.NewPCG(1, 2))
 	for range 20000 {
 		lans := randomLANs(r)
 		verdicts := admit(lans, nil)
-		holders(t, lans, func(l *v1beta1.LAN) *v1beta1.Holding { return verdicts[l.UID].Holds })
+		failIfHeldTwice(t, lans, func(l *v1beta1.LAN) *v1beta1.Holding { return verdicts[l.UID].Holds })
 
 		shuffled := slices.Clone(lans)
 		r.Shuffle(len(shuffled), func(i, j int) { shuffled[i], shuffled[j] = shuffled[j], shuffled[i] })
@@ -362,7 +362,7 @@ func TestAdmissionNeverHasTwoHoldersAndSettlesAtOnce(t *testing.T) {
 	}
 }
 
-func TestEveryClaimIsHeldBySomebody(t *testing.T) {
+func TestNothingIsRefusedThatNoLANHolds(t *testing.T) {
 	r := rand.New(rand.NewPCG(3, 4))
 	for range 5000 {
 		lans := randomLANs(r)
@@ -391,7 +391,7 @@ func TestEveryClaimIsHeldBySomebody(t *testing.T) {
 }
 
 // Statuses are written one after the other; at no moment in between may a claim stand in two.
-func TestReleasesBeforeGrantsNeverHaveTwoHolders(t *testing.T) {
+func TestWritesInOrderNeverHaveTwoHolders(t *testing.T) {
 	r := rand.New(rand.NewPCG(5, 6))
 	for range 5000 {
 		lans := randomLANs(r)
@@ -417,17 +417,17 @@ func TestReleasesBeforeGrantsNeverHaveTwoHolders(t *testing.T) {
 		taken := heldVNIs(lans)
 		for i := range lans {
 			lans[i].Status.Holds = heldThroughout(lans[i].Status.Holds, want[lans[i].UID].Holds, taken)
-			holders(t, lans, now)
+			failIfHeldTwice(t, lans, now)
 		}
 		for i := range lans {
 			lans[i].Status.Holds = want[lans[i].UID].Holds
-			holders(t, lans, now)
+			failIfHeldTwice(t, lans, now)
 		}
 	}
 }
 
 // Nodes tear a LAN down that holds nothing, and kubelet would lose its spokes for a moment.
-func TestALANThatMovesToAnotherPortHoldsTheRestAllTheTime(t *testing.T) {
+func TestLANHoldsTheRestWhileItsPortChanges(t *testing.T) {
 	before := &v1beta1.Holding{NS: "default.lab", VNI: 222, Port: 4789, Spokes: []string{"srl", "vm"}}
 	after := &v1beta1.Holding{NS: "default.lab", VNI: 222, Port: 4790, Spokes: []string{"new", "srl"}}
 	want := &v1beta1.Holding{NS: "default.lab", VNI: 222, Port: 4790, Spokes: []string{"srl"}}

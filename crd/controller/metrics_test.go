@@ -33,7 +33,7 @@ func scrape(t *testing.T, m *Metrics) map[string]float64 {
 	return series
 }
 
-func TestOnlyTheControllerThatLeadsTellsOfLANs(t *testing.T) {
+func TestOnlyLeaderExportsLANMetrics(t *testing.T) {
 	m := NewMetrics()
 	if have := scrape(t, m); !maps.Equal(have, map[string]float64{"k8slan_residue_removed_total": 0}) {
 		t.Errorf("one that has not led tells %v", have)

@@ -21,7 +21,7 @@ func wantedNADs(t *testing.T, l v1beta1.LAN) []nadv1.NetworkAttachmentDefinition
 	return want
 }
 
-func TestTwoNADsPerHeldSpoke(t *testing.T) {
+func TestHeldSpokeHasTwoNADs(t *testing.T) {
 	l := with(lan("lab", 0, 222, "srl", "refused"), ns("knlvrf"), holding("srl"))
 	want := wantedNADs(t, l)
 	configs := map[string]string{
@@ -64,7 +64,7 @@ func TestIPAMGoesToPodsAndNotToVMs(t *testing.T) {
 	}
 }
 
-func TestNADsAreRepairedAndForeignOnesLeftAlone(t *testing.T) {
+func TestOwnNADsAreRepairedAndForeignNADsAreKept(t *testing.T) {
 	l := with(lan("lab", 0, 222, "srl"), holding("srl"))
 	right := wantedNADs(t, l)
 	edit := func(change func(*nadv1.NetworkAttachmentDefinition)) []nadv1.NetworkAttachmentDefinition {
@@ -132,8 +132,8 @@ func names(nads []nadv1.NetworkAttachmentDefinition) []string {
 	return list
 }
 
-func TestTwoNADsPerPool(t *testing.T) {
-	l := with(lan("lab", 0, 222, "srl"), asking("web", "refused"), holding("srl", "web"))
+func TestHeldPoolHasTwoNADs(t *testing.T) {
+	l := with(lan("lab", 0, 222, "srl"), withPools("web", "refused"), holding("srl", "web"))
 	configs := map[string]string{}
 	for _, nad := range wantedNADs(t, l) {
 		configs[nad.Name] = nad.Spec.Config

@@ -46,7 +46,7 @@ func holds(t *testing.T, c client.Reader, name string) *v1beta1.Holding {
 	return l.Status.Holds
 }
 
-func reconcileClaims(t *testing.T, cache client.Client, live client.Reader) {
+func reconcileLANs(t *testing.T, cache client.Client, live client.Reader) {
 	t.Helper()
 	c := &lanReconciler{cache: cache, live: live, recorder: events.NewFakeRecorder(100), now: func() metav1.Time { return epoch }, metrics: NewMetrics()}
 	if _, err := c.Reconcile(t.Context(), everything{}); err != nil {
@@ -71,24 +71,24 @@ func TestNothingIsGrantedOnAnOutdatedView(t *testing.T) {
 			return nil
 		},
 	})
-	reconcileClaims(t, lagging, server)
+	reconcileLANs(t, lagging, server)
 	if holds(t, server, "older") != nil || holds(t, server, "granted") == nil {
 		t.Errorf("older holds %v, granted holds %v", holds(t, server, "older"), holds(t, server, "granted"))
 	}
 }
 
-func TestAReleaseIsWrittenBeforeTheGrantThatNeedsIt(t *testing.T) {
+func TestSpokeIsTakenFromOldHolderBeforeNewHolderGetsIt(t *testing.T) {
 	var order []string
 	waiting := with(lan("a-waits", 0, 1, "srl"), holding())
 	holder := with(lan("b-holds", 0, 2, "other"), holding("srl")) // "srl" is no longer in its spec
 	server := apiServer(t, func(l *v1beta1.LAN) { order = append(order, l.Name) }, waiting, holder)
-	reconcileClaims(t, server, server)
+	reconcileLANs(t, server, server)
 	if len(order) < 2 || order[0] != "b-holds" || holds(t, server, "a-waits").Spokes[0] != "srl" {
 		t.Errorf("written in the order %v; a-waits holds %v", order, holds(t, server, "a-waits"))
 	}
 }
 
-func TestAReleaseThatCannotBeWrittenIsNotGranted(t *testing.T) {
+func TestSpokeStaysWithOldHolderIfItsStatusCannotBeWritten(t *testing.T) {
 	waiting := with(lan("a-waits", 0, 1, "srl"), holding())
 	holder := with(lan("b-holds", 0, 2, "other"), holding("srl"))
 	server := apiServer(t, func(*v1beta1.LAN) {}, waiting, holder)
@@ -105,16 +105,16 @@ func TestAReleaseThatCannotBeWrittenIsNotGranted(t *testing.T) {
 			return err
 		},
 	})
-	reconcileClaims(t, outdated, outdated)
+	reconcileLANs(t, outdated, outdated)
 	if h := holds(t, server, "a-waits"); len(h.Spokes) > 0 {
 		t.Errorf("a-waits holds %v, which b-holds still holds", h.Spokes)
 	}
 }
 
-func TestASecondRunWritesNothing(t *testing.T) {
+func TestSecondRunWritesNothing(t *testing.T) {
 	writes := 0
 	server := apiServer(t, func(*v1beta1.LAN) { writes++ }, lan("a", 0, 1, "srl"), lan("b", 1, 1, "x"), lan("c", 2, 3, "srl", "y"))
-	reconcileClaims(t, server, server)
+	reconcileLANs(t, server, server)
 	if writes != 3 {
 		t.Errorf("the first run writes %d times, want once for each LAN", writes)
 	}
@@ -122,7 +122,7 @@ func TestASecondRunWritesNothing(t *testing.T) {
 	if err := server.List(t.Context(), &before); err != nil {
 		t.Fatal(err)
 	}
-	reconcileClaims(t, server, server)
+	reconcileLANs(t, server, server)
 	after := v1beta1.LANList{}
 	if err := server.List(t.Context(), &after); err != nil {
 		t.Fatal(err)
@@ -132,13 +132,13 @@ func TestASecondRunWritesNothing(t *testing.T) {
 	}
 }
 
-func TestALANThatHoldsSomethingHasTheFinalizer(t *testing.T) {
+func TestLANThatHoldsSomethingHasFinalizer(t *testing.T) {
 	server := apiServer(t, func(l *v1beta1.LAN) {
 		if l.Status.Holds != nil && !slices.Contains(l.Finalizers, v1beta1.Finalizer) {
 			t.Errorf("LAN %s is granted what it asks for before it has the finalizer", l.Name)
 		}
 	}, lan("new", 0, 1, "srl"), lan("refused", 1, 1, "x"), with(lan("of-an-older-version", 0, 2, "vm"), holding("vm")))
-	reconcileClaims(t, server, server)
+	reconcileLANs(t, server, server)
 	for name, want := range map[string]bool{"new": true, "refused": false, "of-an-older-version": true} {
 		var l v1beta1.LAN
 		if err := server.Get(t.Context(), client.ObjectKey{Namespace: "default", Name: name}, &l); err != nil {
@@ -151,7 +151,7 @@ func TestALANThatHoldsSomethingHasTheFinalizer(t *testing.T) {
 }
 
 // The cache does not yet show a node that has come a moment ago, and that may have read of the LAN before it was deleted.
-func TestADeletedLANStaysForANodeThatTheCacheDoesNotShow(t *testing.T) {
+func TestDeletedLANWaitsForNodeThatCacheLacks(t *testing.T) {
 	gone := with(lan("lab", 0, 1, "srl"), holding("srl"), deleting)
 	server := apiServer(t, func(*v1beta1.LAN) {}, gone)
 	worker1 := &v1beta1.LANNode{ObjectMeta: metav1.ObjectMeta{Name: "worker1"}}
@@ -169,7 +169,7 @@ func TestADeletedLANStaysForANodeThatTheCacheDoesNotShow(t *testing.T) {
 		},
 	})
 	var l v1beta1.LAN
-	reconcileClaims(t, lagging, server)
+	reconcileLANs(t, lagging, server)
 	if err := server.Get(t.Context(), client.ObjectKey{Namespace: "default", Name: "lab"}, &l); err != nil {
 		t.Fatalf("it is gone: %v", err)
 	}
@@ -177,14 +177,14 @@ func TestADeletedLANStaysForANodeThatTheCacheDoesNotShow(t *testing.T) {
 	if err := server.Update(t.Context(), worker1); err != nil {
 		t.Fatal(err)
 	}
-	reconcileClaims(t, lagging, server)
+	reconcileLANs(t, lagging, server)
 	if err := server.Get(t.Context(), client.ObjectKey{Namespace: "default", Name: "lab"}, &l); !apierrors.IsNotFound(err) {
 		t.Errorf("every node has let it go, but: %v", err)
 	}
 }
 
 // A node offers a spoke as soon as it reads that the LAN holds it; a pod that comes then must find the NAD.
-func TestNADsAreThereBeforeTheirSpokeIsGranted(t *testing.T) {
+func TestNADsExistBeforeTheirSpokeIsGranted(t *testing.T) {
 	var server client.WithWatch
 	granted := 0
 	server = apiServer(t, func(l *v1beta1.LAN) {
@@ -197,7 +197,7 @@ func TestNADsAreThereBeforeTheirSpokeIsGranted(t *testing.T) {
 			}
 		}
 	}, lan("new", 0, 1, "srl"), with(lan("grows", 0, 2, "vm", "more"), holding("vm")))
-	reconcileClaims(t, server, server)
+	reconcileLANs(t, server, server)
 	if granted != 6 {
 		t.Errorf("%d NADs belong to what was granted, want 6", granted)
 	}

@@ -27,7 +27,7 @@ func resources(values map[string]string) corev1.ResourceList {
 	return list
 }
 
-func TestOnlyWhatKubeletHasForgottenAndNobodyOffersIsResidue(t *testing.T) {
+func TestResidueIsZeroAndHeldByNoLAN(t *testing.T) {
 	n := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "worker1", Labels: map[string]string{"rack": "a"}}, Status: corev1.NodeStatus{
 		Capacity: resources(map[string]string{
 			"cpu": "0", "macvtap.network.kubevirt.io/dataplane": "0", "example.com/k8slan-veth-x": "0",
@@ -50,7 +50,7 @@ func TestOnlyWhatKubeletHasForgottenAndNobodyOffersIsResidue(t *testing.T) {
 	}
 }
 
-func TestAKubeletThatWritesBackWhatWasRemovedIsNotFought(t *testing.T) {
+func TestPauseDoublesWhenKubeletWritesResidueBack(t *testing.T) {
 	zero := corev1.NodeStatus{Capacity: resources(map[string]string{"cpu": "4", "gone": "0"}), Allocatable: resources(map[string]string{"cpu": "4", "gone": "0"})}
 	n := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "worker1"}, Status: zero}
 	server := fake.NewClientBuilder().WithScheme(NewScheme()).WithObjects(n).WithStatusSubresource(n).Build()

@@ -38,8 +38,8 @@ func unwell(state v1beta1.SegmentState, reason, message string) v1beta1.SegmentS
 	return seg
 }
 
-// behind is a segment that is well, but as the spec was before the last change.
-func behind(seg v1beta1.SegmentStatus) v1beta1.SegmentStatus {
+// outdated is a segment that is well, but as the spec was before the last change.
+func outdated(seg v1beta1.SegmentStatus) v1beta1.SegmentStatus {
 	seg.Generation--
 	return seg
 }
@@ -48,7 +48,7 @@ func pod(spoke, name string) v1beta1.Attachment {
 	return v1beta1.Attachment{Spoke: spoke, Pod: "default/" + name, Interface: "net1", MAC: "02:00:00:00:00:01", Kind: v1beta1.KindVeth, Since: epoch}
 }
 
-func TestStatusSaysWhatIsWhereAndWhatIsWrong(t *testing.T) {
+func TestStatusReportsAttachmentsAndProblems(t *testing.T) {
 	two := &v1beta1.Holding{NS: "default.lab", VNI: 222, Port: 4789, Spokes: []string{"srl", "vm"}}
 	held := decision{Holds: two}
 	for _, test := range []struct {
@@ -83,7 +83,7 @@ func TestStatusSaysWhatIsWhereAndWhatIsWrong(t *testing.T) {
 			ready:    "UnderlayDown: node worker2: eth1 has no carrier; spokes are offered on 2 of 2 nodes",
 		},
 		{
-			name: "a node that is behind", verdict: held, nodes: []node{worker("worker1", segment(2)), worker("worker2", behind(segment(2)))},
+			name: "a node that is behind", verdict: held, nodes: []node{worker("worker1", segment(2)), worker("worker2", outdated(segment(2)))},
 			state: "Pending", reason: "Pending", onNode: "1/2",
 			accepted: "holds ns default.lab, vni 222 and its spokes",
 			ready:    "Pending: node worker2 is still making the last change; spokes are offered on 2 of 2 nodes",
@@ -156,7 +156,7 @@ func TestStatusSaysWhatIsWhereAndWhatIsWrong(t *testing.T) {
 	}
 }
 
-func TestNodesOfBothIPVersionsAreToldApart(t *testing.T) {
+func TestMixedIPFamiliesAreAProblem(t *testing.T) {
 	l := lan("lab", 0, 222, "srl")
 	v := decision{Holds: &v1beta1.Holding{Spokes: []string{"srl"}}, Discovery: v1beta1.Unicast}
 	on := func(name, vtep string) node {
@@ -184,7 +184,7 @@ func TestNodesOfBothIPVersionsAreToldApart(t *testing.T) {
 	}
 }
 
-func TestOnlyMatchingNodesOfTheClusterCount(t *testing.T) {
+func TestLANSpansExistingNodesThatMatch(t *testing.T) {
 	l := with(lan("lab", 0, 222, "srl"), func(l *v1beta1.LAN) { l.Spec.NodeSelector = map[string]v1beta1.LabelValue{"lab": "yes"} })
 	object := func(name, label string) corev1.Node {
 		return corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: name, Labels: map[string]string{"lab": label}}}
@@ -203,7 +203,7 @@ func TestOnlyMatchingNodesOfTheClusterCount(t *testing.T) {
 	}
 }
 
-func TestANodeIsLostWhenItsNodeIsGoneOutOfServiceOrSilentForLong(t *testing.T) {
+func TestNodeIsLostWhenRemovedOutOfServiceOrLongSilent(t *testing.T) {
 	outOfService := corev1.Taint{Key: "node.kubernetes.io/out-of-service", Effect: corev1.TaintEffectNoExecute}
 	for _, test := range []struct {
 		name   string
@@ -251,7 +251,7 @@ func TestANodeIsLostWhenItsNodeIsGoneOutOfServiceOrSilentForLong(t *testing.T) {
 	}
 }
 
-func TestADeletedLANSaysWhatHoldsIt(t *testing.T) {
+func TestDeletedLANSaysWhatItWaitsFor(t *testing.T) {
 	gone := func(n node, uids ...types.UID) node {
 		for _, uid := range uids {
 			n.Gone = append(n.Gone, v1beta1.GoneLAN{UID: uid})
@@ -338,7 +338,7 @@ func TestADeletedLANSaysWhatHoldsIt(t *testing.T) {
 	}
 }
 
-func TestASpokeOnTwoNodesIsTold(t *testing.T) {
+func TestSpokeOnTwoNodesHasCondition(t *testing.T) {
 	l := lan("lab", 0, 222, "vm")
 	held := decision{Holds: &v1beta1.Holding{Spokes: []string{"vm"}}}
 	s := status(&l, held, []node{worker("worker1", segment(1, pod("vm", "a"))), worker("worker2", segment(1, pod("vm", "b")))}, nil, epoch)
@@ -371,7 +371,7 @@ func inPool(pool, port string) v1beta1.Attachment {
 }
 
 func TestPoolsAreSummedUp(t *testing.T) {
-	l := with(lan("lab", 0, 222, "srl"), asking("web", "refused", "db"))
+	l := with(lan("lab", 0, 222, "srl"), withPools("web", "refused", "db"))
 	held := decision{
 		Holds:   &v1beta1.Holding{NS: "default.lab", VNI: 222, Port: 4789, Spokes: []string{"db", "srl", "web"}},
 		Refused: map[string]string{"refused": "spoke refused is default/other's"},
@@ -420,8 +420,8 @@ func TestPoolsAreSummedUp(t *testing.T) {
 	}
 }
 
-func TestAPoolThatIsSmallerThanItsUseIsTold(t *testing.T) {
-	l := with(lan("lab", 0, 222), asking("web"))
+func TestExceededPoolHasCondition(t *testing.T) {
+	l := with(lan("lab", 0, 222), withPools("web"))
 	held := decision{Holds: &v1beta1.Holding{Spokes: []string{"web"}}}
 	four := segment(3, inPool("web", "0"), inPool("web", "1"), inPool("web", "3"), inPool("web", "4"))
 	s := status(&l, held, []node{worker("worker1", four), worker("worker2", segment(3, inPool("web", "7")))}, nil, epoch)
@@ -439,7 +439,7 @@ func TestAPoolThatIsSmallerThanItsUseIsTold(t *testing.T) {
 	}
 }
 
-func TestEventsTellChangesOnly(t *testing.T) {
+func TestEventsReportOnlyChanges(t *testing.T) {
 	condition := func(kind string, status metav1.ConditionStatus, reason, message string) metav1.Condition {
 		return metav1.Condition{Type: kind, Status: status, Reason: reason, Message: message}
 	}

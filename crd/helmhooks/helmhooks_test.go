@@ -8,7 +8,7 @@ import (
 	"k8s.io/apimachinery/pkg/api/resource"
 )
 
-func TestNodeOfAPodThatIsNotBoundYetIsWhereItHasToGo(t *testing.T) {
+func TestNodeOfUnboundPodIsFromItsAffinity(t *testing.T) {
 	p := corev1.Pod{Spec: corev1.PodSpec{Affinity: &corev1.Affinity{NodeAffinity: &corev1.NodeAffinity{
 		RequiredDuringSchedulingIgnoredDuringExecution: &corev1.NodeSelector{NodeSelectorTerms: []corev1.NodeSelectorTerm{{
 			MatchFields: []corev1.NodeSelectorRequirement{{Key: "metadata.name", Operator: corev1.NodeSelectorOpIn, Values: []string{"worker2"}}},
@@ -26,7 +26,7 @@ func TestNodeOfAPodThatIsNotBoundYetIsWhereItHasToGo(t *testing.T) {
 	}
 }
 
-func TestResourcesThatKubeletHasNotGivenUpAreNotRemoved(t *testing.T) {
+func TestOnlyZeroResourcesAreRemoved(t *testing.T) {
 	quantity := resource.MustParse
 	n := corev1.Node{Status: corev1.NodeStatus{
 		Capacity: corev1.ResourceList{

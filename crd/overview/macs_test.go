@@ -7,7 +7,7 @@ import (
 	"github.com/k8slan/k8slan/crd/v1beta1"
 )
 
-func TestDrawMACsTellsWhichIsWhereAndWhoDoesNotKnow(t *testing.T) {
+func TestMACsShowsPlacesAndDisagreements(t *testing.T) {
 	evpn := func(l *v1beta1.LAN) { l.Status.Discovery = string(v1beta1.EVPN) }
 	own := func(a v1beta1.Attachment, mac string) v1beta1.Attachment {
 		a.MAC = mac

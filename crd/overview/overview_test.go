@@ -91,7 +91,7 @@ func golden(t *testing.T, name, got string) {
 	}
 }
 
-func TestDrawTellsWhatIsWhereAndWhatIsWrong(t *testing.T) {
+func TestStatusShowsAttachmentsAndProblems(t *testing.T) {
 	both := []corev1.Node{node("worker1", corev1.ConditionTrue), node("worker2", corev1.ConditionTrue)}
 	missing := segment("core", "")
 	missing.State, missing.Reason, missing.Underlay, missing.MTU, missing.Offered = v1beta1.SegmentNotReady, v1beta1.ReasonUnderlayMissing, "eth7", 0, 0
@@ -291,7 +291,7 @@ func demanded() Objects {
 	}
 }
 
-func TestLANsOnDemandAreThoseOfANamespacesPods(t *testing.T) {
+func TestOnDemandLANsAreFilteredByNamespace(t *testing.T) {
 	for namespace, want := range map[string]string{
 		"default": "megalos:5001 1/2 Degraded", "blue": "megalos:5002 1/1 Ready", "": "megalos:5001 1/2 Degraded, megalos:5002 1/1 Ready", "red": "",
 	} {
@@ -305,7 +305,7 @@ func TestLANsOnDemandAreThoseOfANamespacesPods(t *testing.T) {
 	}
 }
 
-func TestALANIsReadyByItsSpecAsItIsNow(t *testing.T) {
+func TestLANIsReadyOnlyForCurrentSpec(t *testing.T) {
 	edited := lan("lab", 1, func(l *v1beta1.LAN) { l.Generation = 2 })
 	deleted := lan("lab", 1, func(l *v1beta1.LAN) { at := ago(0); l.DeletionTimestamp = &at })
 	for name, test := range map[string]struct {

@@ -67,7 +67,7 @@ func TestControllerAndReflectorsRunWithoutPrivileges(t *testing.T) {
 }
 
 // They are there where LANs may be by EVPN, and have what they need: passwords come from Secrets, and are in nobody's arguments.
-func TestReflectorsRunWhereEVPNIs(t *testing.T) {
+func TestReflectorsRunOnlyWithEVPN(t *testing.T) {
 	for _, o := range render(t, "k8slan-system") {
 		if strings.Contains(o.GetName(), "reflector") {
 			t.Errorf("without EVPN there is %s %s", o.GetKind(), o.GetName())
@@ -122,7 +122,7 @@ func TestNeverTwoDaemonsOnANode(t *testing.T) {
 	}
 }
 
-func TestRightsAreNamedOneByOne(t *testing.T) {
+func TestRightsHaveNoWildcards(t *testing.T) {
 	for _, o := range render(t, "k8slan-system") {
 		if o.GetKind() != "ClusterRole" && o.GetKind() != "Role" {
 			continue
@@ -139,7 +139,7 @@ func TestRightsAreNamedOneByOne(t *testing.T) {
 	}
 }
 
-func TestValuesReachTheNodesAgent(t *testing.T) {
+func TestValuesReachTheDaemon(t *testing.T) {
 	daemons := find[appsv1.DaemonSet](t, render(t, "k8slan-system",
 		"image.repository=registry.example/k8slan", "image.tag=v7", "node.cniBinDir=/usr/libexec/cni", "node.kubeletDir=/var/lib/k0s/kubelet"), "k8slan-ds")
 	pod := daemons.Spec.Template.Spec
@@ -161,7 +161,7 @@ func TestValuesReachTheNodesAgent(t *testing.T) {
 	}
 }
 
-func TestThePluginHasItsSecondNameOnlyWhereThatIsAskedFor(t *testing.T) {
+func TestMegalosFlagFollowsItsValue(t *testing.T) {
 	for _, asked := range []bool{false, true} {
 		daemons := find[appsv1.DaemonSet](t, render(t, "k8slan-system", fmt.Sprintf("evpn.enabled=true,node.megalos=%t", asked)), "k8slan-ds")
 		if has := slices.Contains(daemons.Spec.Template.Spec.Containers[0].Args, "--megalos"); has != asked {
@@ -170,7 +170,7 @@ func TestThePluginHasItsSecondNameOnlyWhereThatIsAskedFor(t *testing.T) {
 	}
 }
 
-func TestUnknownAndImpossibleValuesAreRefused(t *testing.T) {
+func TestInvalidValuesAreRefused(t *testing.T) {
 	for _, value := range []string{
 		"node.cniBinDirectory=/opt/cni/bin", "image.pullPolicy=Sometimes", "node.healthPort=70000",
 		"node.cniBinDir=opt/cni/bin", "logLevel=chatty", "controller.replicas=-1",
@@ -184,7 +184,7 @@ func TestUnknownAndImpossibleValuesAreRefused(t *testing.T) {
 	}
 }
 
-func TestOneFileHoldsNamespaceAndCRDs(t *testing.T) {
+func TestManifestHasNamespaceAndCRDs(t *testing.T) {
 	kinds := map[string]int{}
 	for _, o := range renderWith(t, []string{"--no-hooks"}, "k8slan-system", "createNamespace=true") {
 		if o.GetAnnotations()["helm.sh/hook"] != "" {
@@ -207,7 +207,7 @@ func TestChartHasTheGeneratedCRDs(t *testing.T) {
 	}
 }
 
-func TestEveryValueIsExplained(t *testing.T) {
+func TestEveryValueHasAComment(t *testing.T) {
 	values, err := os.ReadFile(filepath.Join(chart, "values.yaml"))
 	if err != nil {
 		t.Fatal(err)
@@ -272,7 +272,7 @@ func TestEveryValueIsInTheSchemaWithADescription(t *testing.T) {
 	}
 }
 
-func TestTwoControllersAreDrainedOneAfterTheOther(t *testing.T) {
+func TestDisruptionBudgetOnlyWithTwoControllers(t *testing.T) {
 	for replicas, want := range map[string]int{"1": 0, "2": 1} {
 		budgets := 0
 		for _, o := range render(t, "k8slan-system", "controller.replicas="+replicas) {
@@ -312,7 +312,7 @@ func TestOnlyTheDaemonIsPrivileged(t *testing.T) {
 // privilegedContainers are those that make and remove network namespaces on a node.
 var privilegedContainers = []string{"k8slan-ds/node", "k8slan-clean/clean"}
 
-func TestHelmTestKeepsWithinTheLimits(t *testing.T) {
+func TestHelmTestStaysWithinLimits(t *testing.T) {
 	for _, c := range []struct {
 		values []string
 		vni    int32
@@ -354,7 +354,7 @@ func TestMetricsAreOffUnlessSet(t *testing.T) {
 	}
 }
 
-func TestPodMonitorFindsWhatHasMetrics(t *testing.T) {
+func TestPodMonitorSelectsPodsWithMetrics(t *testing.T) {
 	objects := render(t, "k8slan-system", "podMonitor.enabled=true", "podMonitor.labels.release=prometheus", "node.metricsPort=9100", "controller.metricsPort=9101",
 		"evpn.enabled=true", "evpn.reflectors.metricsPort=9102")
 	i := slices.IndexFunc(objects, func(o unstructured.Unstructured) bool { return o.GetKind() == "PodMonitor" })
@@ -385,7 +385,7 @@ func TestPodMonitorFindsWhatHasMetrics(t *testing.T) {
 	}
 }
 
-func TestHelmLintIsContent(t *testing.T) {
+func TestHelmLintPasses(t *testing.T) {
 	if out, err := helm(t, "lint", "--strict", "--quiet", chart); err != nil {
 		t.Errorf("%v\n%s", err, out)
 	}

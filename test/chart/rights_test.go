@@ -26,7 +26,7 @@ var accounts = []struct{ name, who string }{
 	{"k8slan-residue", "The last step of `helm uninstall`; removes itself within minutes."},
 }
 
-func TestRightsPageIsThatOfTheChart(t *testing.T) {
+func TestRightsPageMatchesChart(t *testing.T) {
 	want := rights(t, renderAll(t))
 	if *update {
 		if err := os.WriteFile(rightsPage, []byte(want), 0o644); err != nil {
