@@ -157,9 +157,9 @@ func TestAnEVPNLANIsJoinedToTheFabric(t *testing.T) {
 	f.change(func() {
 		f.problems = evpn.Problems{Refused: macvrf.Refusal{Route: macvrf.Route{Key: macvrf.Key{Type: macvrf.Multicast}, VTEP: remote}, Reason: macvrf.OtherVNI}, Refusals: 1}
 	})
-	w.awaitStatus("a route that is refused", degraded(v1beta1.ReasonRoutesRefused, "from VTEP 192.0.2.2 is not used: it bears another VNI"))
+	w.awaitStatus("a route that is refused", degraded(v1beta1.ReasonRoutesRefused, "from VTEP 192.0.2.2 is not used: its VNI is not that of the LAN"))
 	f.change(func() { f.problems.Refusals++ })
-	w.awaitStatus("several such routes", degraded(v1beta1.ReasonRoutesRefused, "bears another VNI than the LAN; nor are others"))
+	w.awaitStatus("several such routes", degraded(v1beta1.ReasonRoutesRefused, "its VNI is not that of the LAN; nor are others"))
 	f.change(func() { f.problems = evpn.Problems{Withheld: []bgp.Peer{{Address: remote, AS: 65000}}} })
 	w.awaitStatus("a peer that is told nothing", degraded(v1beta1.ReasonRoutesWithheld, "192.0.2.2:179 of AS 65000: told nothing of the LAN"))
 	f.change(func() { f.problems = evpn.Problems{} })

@@ -4,138 +4,100 @@ import (
 	"net/netip"
 	"slices"
 	"time"
-
-	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
-// Of the addresses that stations show, so many are told: of one MAC, and of all on a LAN here. Who shows more loses the one that it has not
-// shown for the longest, but once in so long a time at most, so that nobody has the others told of something else all the time.
+// The limits on advertised addresses, per MAC and per LAN. Beyond the limit of its MAC a new address replaces the
+// oldest, at most once in replaceInterval, so that no host can make the node send updates all the time.
 const (
 	maxBindingsPerMAC = 16
 	maxBindingsPerLAN = 8192
 	replaceInterval   = time.Minute
 )
 
-// A station's first frame may show its address before the bridge has told that the station is here: the last addresses of whom the bridge
-// knows nothing are kept for so long.
+// A host's first frame may show its address before the bridge has reported its MAC. The last maxPending bindings of
+// unknown MACs are kept for pendingTime.
 const (
 	maxPending  = 64
 	pendingTime = 10 * time.Second
 )
 
-// binding is an address that somebody has shown who was not known to be here.
+// binding is an address that a MAC had before the bridge reported the MAC.
 type binding struct {
 	at  time.Time
 	mac MAC
 	ip  netip.Addr
 }
 
-// Bind says that a station on a port here has shown by ARP or neighbour discovery that it has an address. told says whether others are told something
-// else since; full, that the address is one too many.
-func (t *Table) Bind(now time.Time, vni uint32, mac MAC, ip netip.Addr) (told, full bool) {
+// Bind records that a host on a local port has shown by ARP or neighbour discovery that it has an address. changed says
+// that the node advertises other routes since; full, that the address exceeds a limit.
+func (t *Table) Bind(now time.Time, vni uint32, mac MAC, ip netip.Addr) (changed, full bool) {
 	l := t.lans[vni]
 	if l == nil || mac[0]&1 != 0 || !isHostAddress(ip) {
 		return false, false
 	}
-	s := l.macs[mac]
-	if s == nil || !s.local() {
+	e := l.macs[mac]
+	if e == nil || !e.local() {
 		l.pending = append(l.pending[max(0, len(l.pending)-maxPending+1):], binding{now, mac, ip})
 		return false, false
 	}
 	return l.bind(now, mac, ip)
 }
 
-// isHostAddress says whether an address can be that of one station.
+// isHostAddress reports whether one host can have the address.
 func isHostAddress(ip netip.Addr) bool {
-	return ip.IsValid() && !ip.Is4In6() && ip.Zone() == "" && !ip.IsUnspecified() && !ip.IsMulticast() && !ip.IsLoopback() &&
-		ip != netip.AddrFrom4([4]byte{255, 255, 255, 255})
+	broadcast := netip.AddrFrom4([4]byte{255, 255, 255, 255})
+	return ip.IsValid() && !ip.Is4In6() && ip.Zone() == "" &&
+		!ip.IsUnspecified() && !ip.IsMulticast() && !ip.IsLoopback() && ip != broadcast
 }
 
-// bind gives an address to a MAC that is here: whoever showed it last has it.
-func (l *lan) bind(now time.Time, mac MAC, ip netip.Addr) (told, full bool) {
-	s := l.macs[mac]
-	owner, owned := l.bindings[ip]
+// bind binds an address to a local MAC; the last host that shows an address has it.
+func (l *lan) bind(now time.Time, mac MAC, ip netip.Addr) (changed, full bool) {
+	e := l.macs[mac]
+	owner, bound := l.bindings[ip]
 	switch {
-	case owned && owner == mac:
-		s.addresses = append(slices.DeleteFunc(s.addresses, func(a netip.Addr) bool { return a == ip }), ip) // is the newest
+	case bound && owner == mac:
+		others := slices.DeleteFunc(e.addresses, func(a netip.Addr) bool { return a == ip })
+		e.addresses = append(others, ip) // it is the newest now
 		return false, false
-	case len(s.addresses) >= maxBindingsPerMAC:
-		if full = true; now.Sub(s.replacedAt) < replaceInterval {
+	case len(e.addresses) >= maxBindingsPerMAC:
+		if full = true; now.Sub(e.replacedAt) < replaceInterval {
 			return false, full
 		}
-		s.replacedAt = now
-		l.unbind(s.addresses[0])
-	case len(l.bindings) >= maxBindingsPerLAN && !owned:
+		e.replacedAt = now
+		l.unbind(e.addresses[0])
+	case len(l.bindings) >= maxBindingsPerLAN && !bound:
 		return false, true
 	}
 	l.unbind(ip)
 	l.neighbors = nil
-	l.bindings[ip], s.addresses = mac, append(s.addresses, ip)
+	l.bindings[ip], e.addresses = mac, append(e.addresses, ip)
 	return true, full
 }
 
-// unbind takes an address from the MAC here that has it, if one has.
+// unbind removes an address from the local MAC that has it, if one has.
 func (l *lan) unbind(ip netip.Addr) {
 	if mac, ok := l.bindings[ip]; ok {
 		l.neighbors = nil
 		delete(l.bindings, ip)
-		s := l.macs[mac]
-		s.addresses = slices.DeleteFunc(s.addresses, func(a netip.Addr) bool { return a == ip })
+		e := l.macs[mac]
+		e.addresses = slices.DeleteFunc(e.addresses, func(a netip.Addr) bool { return a == ip })
 	}
 }
 
-// updateBindings has a MAC that is here have what it showed before that was known; one that is not loses all.
+// updateBindings binds the pending addresses of a MAC that is local, and removes all addresses of one that is not.
 func (l *lan) updateBindings(now time.Time, mac MAC) {
-	s := l.macs[mac]
-	if !s.local() {
-		for _, ip := range s.addresses {
+	e := l.macs[mac]
+	if !e.local() {
+		for _, ip := range e.addresses {
 			delete(l.bindings, ip)
 		}
-		s.addresses, s.replacedAt = nil, time.Time{}
+		e.addresses, e.replacedAt = nil, time.Time{}
 		return
 	}
-	for _, e := range l.pending {
-		if e.mac == mac && now.Sub(e.at) < pendingTime {
-			l.bind(now, mac, e.ip)
+	for _, b := range l.pending {
+		if b.mac == mac && now.Sub(b.at) < pendingTime {
+			l.bind(now, mac, b.ip)
 		}
 	}
-	l.pending = slices.DeleteFunc(l.pending, func(e binding) bool { return e.mac == mac })
-}
-
-// Neighbors are the stations on other nodes that the node is to answer for, sorted by address; nil where it is not to, or takes no part in the LAN. An
-// address that several have is nobody's: they answer themselves. Nobody changes the list.
-func (t *Table) Neighbors(vni uint32) []segment.Neighbor {
-	l := t.lans[vni]
-	if l == nil || !l.Suppress {
-		return nil
-	}
-	if l.neighbors == nil {
-		l.neighbors = l.remoteNeighbors()
-	}
-	return l.neighbors
-}
-
-func (l *lan) remoteNeighbors() []segment.Neighbor {
-	has, several := map[netip.Addr]MAC{}, map[netip.Addr]bool{}
-	for ip := range l.bindings {
-		several[ip] = true
-	}
-	for mac, s := range l.macs {
-		_, behind := s.remoteVTEP()
-		for _, o := range s.routes {
-			ip := o.key.IP
-			if other, ok := has[ip]; ok && other != mac || !behind {
-				several[ip] = true
-			}
-			has[ip] = mac
-		}
-	}
-	neighbors := []segment.Neighbor{}
-	for ip, mac := range has {
-		if isHostAddress(ip) && !several[ip] {
-			neighbors = append(neighbors, segment.Neighbor{IP: ip, MAC: mac})
-		}
-	}
-	slices.SortFunc(neighbors, func(a, b segment.Neighbor) int { return a.IP.Compare(b.IP) })
-	return neighbors
+	l.pending = slices.DeleteFunc(l.pending, func(b binding) bool { return b.mac == mac })
 }

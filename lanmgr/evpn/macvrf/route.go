@@ -1,5 +1,3 @@
-// Package evpn is what a node believes and tells of LANs by EVPN (RFC 7432, RFC 8365): others' routes and the MACs on its own ports
-// in; remotes, the MACs behind them and its own routes out. It does no I/O.
 package macvrf
 
 import (
@@ -19,13 +17,15 @@ type MAC [6]byte
 
 func (m MAC) String() string { return net.HardwareAddr(m[:]).String() }
 
-// MarshalText is how a log shows it.
+// MarshalText is for logs.
 func (m MAC) MarshalText() ([]byte, error) { return []byte(m.String()), nil }
 
-// RD is a route distinguisher as it is on the wire.
+func (m MAC) compare(o MAC) int { return bytes.Compare(m[:], o[:]) }
+
+// RD is a route distinguisher in wire format.
 type RD [8]byte
 
-// routerRD is the RD of a router's table of that number: type 1, an IPv4 address and 16 bits (RFC 4364, 4.2).
+// routerRD returns the RD with that number of a router: type 1, an IPv4 address and 16 bits (RFC 4364, 4.2).
 func routerRD(router netip.Addr, number uint16) RD {
 	rd := RD{1: 1}
 	id := router.As4()
@@ -34,16 +34,16 @@ func routerRD(router netip.Addr, number uint16) RD {
 	return rd
 }
 
-// Of says whether an RD is one that this router makes for its routes.
+// Of reports whether the RD is one that this router gives its routes.
 func (rd RD) Of(router netip.Addr) bool {
 	return rd == routerRD(router, binary.BigEndian.Uint16(rd[6:]))
 }
 
-// Target is a route target, an extended community as it is on the wire.
+// Target is a route target, an extended community in wire format.
 type Target [8]byte
 
-// NewTarget is the target that FRR gives a VNI by itself: of two octets for the AS, of which a longer one keeps the lower half
-// (form_auto_rt in bgpd/bgp_evpn.c).
+// NewTarget returns the target that FRR derives from a VNI. It has two octets for the AS, so it keeps the lower half of
+// a longer one (form_auto_rt in bgpd/bgp_evpn.c).
 func NewTarget(as, vni uint32) Target {
 	t := Target{1: routeTarget}
 	binary.BigEndian.PutUint16(t[2:], uint16(as))
@@ -54,13 +54,13 @@ func NewTarget(as, vni uint32) Target {
 // routeTarget is the subtype of extended communities that are route targets (RFC 4360).
 const routeTarget = 2
 
-// ParseTarget reads AS:number, of which one may have four octets (65000:222, 4200000000:222).
+// ParseTarget reads AS:number. One of the two may have four octets (65000:222, 4200000000:222).
 func ParseTarget(s string) (t Target, err error) {
 	first, second, ok := strings.Cut(s, ":")
 	as, asErr := strconv.ParseUint(first, 10, 32)
 	number, numberErr := strconv.ParseUint(second, 10, 32)
 	if !ok || asErr != nil || numberErr != nil || as > 0xffff && number > 0xffff {
-		return t, fmt.Errorf("route target %q is not AS:number, of which one may be more than 65535", s)
+		return t, fmt.Errorf("route target %q is not AS:number with at most one of them above 65535", s)
 	}
 	if as <= 0xffff {
 		return NewTarget(uint32(as), uint32(number)), nil
@@ -71,27 +71,27 @@ func ParseTarget(s string) (t Target, err error) {
 	return t, nil
 }
 
-// number is what stands behind the AS of a target of two octets for the AS.
-func (t Target) number() (uint32, bool) {
+// number returns the number after the AS. ok is false unless the target has two octets for the AS.
+func (t Target) number() (number uint32, ok bool) {
 	return binary.BigEndian.Uint32(t[4:]), t[0] == 0 && t[1] == routeTarget
 }
 
 // RouteType is an EVPN route type.
 type RouteType uint8
 
-// The kinds of route that matter to a LAN.
+// The route types that LANs use.
 const (
-	MACIP     RouteType = 2 // where a MAC is
-	Multicast RouteType = 3 // who wants what is flooded
+	MACIP     RouteType = 2 // MAC/IP Advertisement: behind which VTEP a MAC is
+	Multicast RouteType = 3 // Inclusive Multicast Ethernet Tag: which VTEP gets flooded frames
 )
 
-// Key tells a route from others: a later one with the same key takes its place (RFC 7432, 7.2 and 7.3).
+// Key identifies a route: a later one with the same key replaces it (RFC 7432, 7.2 and 7.3).
 type Key struct {
 	Type RouteType
 	RD   RD
 	Tag  uint32     // Ethernet tag
 	MAC  MAC        // of a MACIP
-	IP   netip.Addr // of a MACIP the MAC's own, the zero Addr if it tells none; of a Multicast the originator's
+	IP   netip.Addr // of a MACIP that of the host, or the zero Addr; of a Multicast that of the router
 }
 
 func (k Key) compare(o Key) int {
@@ -99,18 +99,18 @@ func (k Key) compare(o Key) int {
 		bytes.Compare(k.MAC[:], o.MAC[:]), k.IP.Compare(o.IP))
 }
 
-// Route is one route of EVPN.
+// Route is an EVPN route.
 type Route struct {
 	Key
-	VTEP        netip.Addr // where to send to: the next hop, of a Multicast the end of the tunnel
+	VTEP        netip.Addr // the next hop, of a Multicast the end of the tunnel
 	VNI         uint32     // the first label, not shifted
 	Targets     []Target
-	Unsupported bool   // is for another encapsulation than VXLAN, or another way of flooding than one copy to each
-	Sequence    uint32 // of MAC mobility; absent is 0
-	Sticky      bool   // the MAC shall not move
+	Unsupported bool   // it is not for VXLAN, or not for ingress replication
+	Sequence    uint32 // of MAC mobility; 0 if the route has none
+	Sticky      bool   // the MAC must not move
 }
 
-// Equal says whether two routes tell the same.
+// Equal reports whether two routes are the same.
 func (r Route) Equal(o Route) bool {
 	return r.Key == o.Key && r.VTEP == o.VTEP && r.VNI == o.VNI && slices.Equal(r.Targets, o.Targets) &&
 		r.Unsupported == o.Unsupported && r.Sequence == o.Sequence && r.Sticky == o.Sticky

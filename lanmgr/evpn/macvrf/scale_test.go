@@ -9,7 +9,7 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/evpn/macvrf"
 )
 
-// A thousand nodes with ten MACs each: how long the table takes, and how large it is.
+// Measures how long the table takes for a thousand nodes with ten MACs each, and how large it is.
 func TestThousandNodes(t *testing.T) {
 	var before, after runtime.MemStats
 	runtime.GC()
@@ -18,7 +18,8 @@ func TestThousandNodes(t *testing.T) {
 	began := time.Now()
 	at := func(i, m int) macvrf.Route {
 		return route(macvrf.MACIP, 2, func(r *macvrf.Route) {
-			r.RD, r.VTEP = macvrf.RD{1: 1, 4: byte(i >> 8), 5: byte(i)}, netip.AddrFrom4([4]byte{10, 1, byte(i >> 8), byte(i)})
+			r.RD = macvrf.RD{1: 1, 4: byte(i >> 8), 5: byte(i)}
+			r.VTEP = netip.AddrFrom4([4]byte{10, 1, byte(i >> 8), byte(i)})
 			r.MAC = macvrf.MAC{2, byte(m), byte(i >> 8), byte(i), 1, 1}
 		})
 	}
@@ -46,41 +47,46 @@ func TestThousandNodes(t *testing.T) {
 		n.Forwarding(222)
 		n.Advertised()
 	}
-	t.Logf("11,000 routes: %v, %d KiB; one more move: %v", all, (after.HeapAlloc-before.HeapAlloc)>>10, time.Since(began)/moves)
+	t.Logf("11,000 routes: %v, %d KiB; one more move: %v",
+		all, (after.HeapAlloc-before.HeapAlloc)>>10, time.Since(began)/moves)
 }
 
-// A router may tell very many routes that cannot be used. One is named for all, the same one as long as it is told, and none else is looked at.
-func TestOfTenThousandRefusedRoutesOneIsNamed(t *testing.T) {
+// A router may advertise very many routes that cannot be used. Refused names one of them, the same one until it is
+// withdrawn, and does not go through the others.
+func TestOneOfManyRefusedRoutesIsNamed(t *testing.T) {
 	n := nodes(1)[0]
 	bad := func(i int) macvrf.Route {
-		return route(macvrf.MACIP, 2, func(r *macvrf.Route) { r.VNI, r.MAC = 223, macvrf.MAC{2, 0, 0, 0, byte(i >> 8), byte(i)} })
+		return route(macvrf.MACIP, 2, func(r *macvrf.Route) {
+			r.VNI, r.MAC = 223, macvrf.MAC{2, 0, 0, 0, byte(i >> 8), byte(i)}
+		})
 	}
 	n.Import(began, bad(1))
-	one, all := n.Refused(222)
-	if all != 1 || one.Reason != macvrf.OtherVNI {
-		t.Fatalf("%d refused, %v", all, one)
+	sample, total := n.Refused(222)
+	if total != 1 || sample.Reason != macvrf.OtherVNI {
+		t.Fatalf("%d refused, %v", total, sample)
 	}
-	of := func() time.Duration {
-		const often = 1000
+	measure := func() time.Duration {
+		const calls = 1000
 		began := time.Now()
-		for range often {
+		for range calls {
 			n.Refused(222)
 		}
-		return time.Since(began) / often
+		return time.Since(began) / calls
 	}
-	ofOne := of()
+	first := measure()
 	for i := range 10_000 {
 		n.Import(began, bad(i))
 	}
-	t.Logf("to name one of 10,000 takes %v, of one %v", of(), ofOne)
-	if same, all := n.Refused(222); all != 10_000 || same.Route.Key != one.Route.Key {
-		t.Errorf("of %d %v is named, was %v", all, same, one)
+	t.Logf("naming one of 10,000 takes %v, of one %v", measure(), first)
+	if same, total := n.Refused(222); total != 10_000 || same.Route.Key != sample.Route.Key {
+		t.Errorf("of %d routes %v is named, was %v", total, same, sample)
 	}
-	if made := testing.AllocsPerRun(10, func() { n.Refused(222) }); made > 0 {
-		t.Errorf("to name one %v things are made", made)
+	if allocations := testing.AllocsPerRun(10, func() { n.Refused(222) }); allocations > 0 {
+		t.Errorf("Refused allocates %v times", allocations)
 	}
-	n.Withdraw(began, one.Route.Key)
-	if other, all := n.Refused(222); all != 9_999 || other.Route.Key == one.Route.Key || other.Reason != macvrf.OtherVNI {
-		t.Errorf("of %d %v is named, which is told no more", all, other)
+	n.Withdraw(began, sample.Route.Key)
+	other, total := n.Refused(222)
+	if total != 9_999 || other.Route.Key == sample.Route.Key || other.Reason != macvrf.OtherVNI {
+		t.Errorf("of %d routes %v is named, which is withdrawn", total, other)
 	}
 }
