@@ -7,31 +7,35 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/evpn/macvrf"
 )
 
-// adjRIBsIn is what each peer has told, and what of it counts. A route outlives its session: it is stale until it is told again, and goes
-// where all has been told again, another peer that knows takes it back, or nobody has told it for long. So it does not depend on what
-// a peer knows of graceful restart, nor when a reflector that has just started says that it has told everything.
+// adjRIBsIn holds the Adj-RIB-In of each peer, and the best route of each key.
+//
+// A route outlives its session: it is stale until it is received again. It is deleted once a peer has sent all its
+// routes again without it, once another peer that has sent all withdraws it, or after StaleTime. So it does not matter
+// what a peer knows of graceful restart, nor when a reflector that has just started sends its End-of-RIB.
 type adjRIBsIn struct {
 	peers   map[netip.Addr]*adjRIBIn
 	best    map[macvrf.Key]macvrf.Route
-	changed map[macvrf.Key]bool // may count for something else since changes
+	changed map[macvrf.Key]bool // keys whose best route may have changed since the last call of changes
 	serial  uint64
 }
 
-// adjRIBIn is what one peer has told.
+// adjRIBIn holds the routes received from one peer.
 type adjRIBIn struct {
 	up         bool
-	staleUntil time.Time // what is stale goes then; zero: nothing is
+	staleUntil time.Time // stale routes are deleted then; zero: there are none
 	routes     map[macvrf.Key]receivedRoute
 }
 
 type receivedRoute struct {
 	macvrf.Route
 	stale  bool
-	serial uint64 // later ones have larger
+	serial uint64 // larger in routes received later
 }
 
 func newAdjRIBsIn() *adjRIBsIn {
-	return &adjRIBsIn{peers: map[netip.Addr]*adjRIBIn{}, best: map[macvrf.Key]macvrf.Route{}, changed: map[macvrf.Key]bool{}}
+	return &adjRIBsIn{
+		peers: map[netip.Addr]*adjRIBIn{}, best: map[macvrf.Key]macvrf.Route{}, changed: map[macvrf.Key]bool{},
+	}
 }
 
 func (r *adjRIBsIn) peer(address netip.Addr) *adjRIBIn {
@@ -43,14 +47,15 @@ func (r *adjRIBsIn) peer(address netip.Addr) *adjRIBIn {
 	return p
 }
 
+// add records a route that a peer advertises.
 func (r *adjRIBsIn) add(from netip.Addr, route macvrf.Route) {
 	r.serial++
 	r.peer(from).routes[route.Key] = receivedRoute{Route: route, serial: r.serial}
 	r.changed[route.Key] = true
 }
 
-// withdraw is a route that is taken back. A peer that has told all that it has to tell speaks for those that are lost, too: with a node
-// dies the reflector that was on it.
+// withdraw records that a peer withdraws a route. If the peer has sent all its routes, the stale routes of other peers
+// with that key are deleted, too: when a node dies, the reflector that was on it cannot withdraw the node's routes.
 func (r *adjRIBsIn) withdraw(from netip.Addr, key macvrf.Key, now time.Time) {
 	p := r.peer(from)
 	delete(p.routes, key)
@@ -65,27 +70,28 @@ func (r *adjRIBsIn) withdraw(from netip.Addr, key macvrf.Key, now time.Time) {
 	}
 }
 
-// synced says whether the peer is there and has told all that it has to tell.
+// synced reports whether the peer is up and has sent all its routes.
 func (p *adjRIBIn) synced(now time.Time) bool { return p.up && !p.staleUntil.After(now) }
 
-// sessionUp is the start of a session: all is told again within Settling.
+// sessionUp records the start of a session: the peer sends all its routes again within SyncTime.
 func (r *adjRIBsIn) sessionUp(from netip.Addr, now time.Time) {
 	p := r.peer(from)
 	p.up, p.staleUntil = true, now.Add(SyncTime)
 }
 
-// sessionDown is its end, or the end of the peer. What was told stays for Kept, and for longer while no peer is there to tell better.
+// sessionDown records the end of a session, or that the peer was removed. Its routes stay for StaleTime, and longer
+// while no other peer is up.
 func (r *adjRIBsIn) sessionDown(from netip.Addr, now time.Time) {
 	p := r.peer(from)
 	p.up, p.staleUntil = false, now.Add(StaleTime)
-	for key, h := range p.routes {
-		h.stale = true
-		p.routes[key] = h
+	for key, route := range p.routes {
+		route.stale = true
+		p.routes[key] = route
 		r.changed[key] = true
 	}
 }
 
-// expire takes away what is stale and was not told again in time, and says when there is more to take away; zero: that is not known.
+// expire deletes stale routes whose time is over. It returns when the next ones are due; zero: that is not known.
 func (r *adjRIBsIn) expire(now time.Time) (next time.Time) {
 	for address, p := range r.peers {
 		switch {
@@ -106,15 +112,15 @@ func (r *adjRIBsIn) expire(now time.Time) (next time.Time) {
 
 func (r *adjRIBsIn) deleteStale(p *adjRIBIn) {
 	p.staleUntil = time.Time{}
-	for key, h := range p.routes {
-		if h.stale {
+	for key, route := range p.routes {
+		if route.stale {
 			delete(p.routes, key)
 			r.changed[key] = true
 		}
 	}
 }
 
-// anySynced says whether there is a peer that has told all that it has to tell.
+// anySynced reports whether some peer is up and has sent all its routes.
 func (r *adjRIBsIn) anySynced(now time.Time) bool {
 	for _, p := range r.peers {
 		if p.synced(now) {
@@ -124,20 +130,20 @@ func (r *adjRIBsIn) anySynced(now time.Time) bool {
 	return false
 }
 
-// allSynced says whether all has been told once that the peers which are there have to tell.
+// allSynced reports whether a peer is up, and all that are have sent their routes.
 func (r *adjRIBsIn) allSynced() bool {
-	settled := false
+	synced := false
 	for _, p := range r.peers {
 		if p.up && !p.staleUntil.IsZero() {
 			return false
 		}
-		settled = settled || p.up
+		synced = synced || p.up
 	}
-	return settled
+	return synced
 }
 
-// changes are what counts now and did not, or not so, at the last call, and what counts no more.
-func (r *adjRIBsIn) changes() (routes []macvrf.Route, gone []macvrf.Key) {
+// changes returns the best routes that are new or differ since its last call, and the keys that have no route any more.
+func (r *adjRIBsIn) changes() (routes []macvrf.Route, withdrawn []macvrf.Key) {
 	for key := range r.changed {
 		best, ok := r.bestRoute(key)
 		old, had := r.best[key]
@@ -148,25 +154,34 @@ func (r *adjRIBsIn) changes() (routes []macvrf.Route, gone []macvrf.Key) {
 			routes = append(routes, best)
 		case had:
 			delete(r.best, key)
-			gone = append(gone, key)
+			withdrawn = append(withdrawn, key)
 		}
 	}
 	clear(r.changed)
-	return routes, gone
+	return routes, withdrawn
 }
 
-// bestRoute is which of the routes with that key counts: they are all of one router, told by several. One that is not stale comes
-// before one that is, then the higher sequence, then the later one.
+// bestRoute selects one of the routes with a key. All are of one router, received from several peers. A route that is
+// not stale is better than a stale one, then the one with the higher sequence, then the one received later.
 func (r *adjRIBsIn) bestRoute(key macvrf.Key) (best macvrf.Route, ok bool) {
 	var b receivedRoute
 	for _, p := range r.peers {
-		h, told := p.routes[key]
+		route, received := p.routes[key]
 		switch {
-		case !told:
-		case !ok, h.stale != b.stale && b.stale, h.stale == b.stale && h.Sequence > b.Sequence,
-			h.stale == b.stale && h.Sequence == b.Sequence && h.serial > b.serial:
-			b, ok = h, true
+		case !received:
+		case !ok, route.betterThan(b):
+			b, ok = route, true
 		}
 	}
 	return b.Route, ok
+}
+
+func (route receivedRoute) betterThan(other receivedRoute) bool {
+	switch {
+	case route.stale != other.stale:
+		return other.stale
+	case route.Sequence != other.Sequence:
+		return route.Sequence > other.Sequence
+	}
+	return route.serial > other.serial
 }

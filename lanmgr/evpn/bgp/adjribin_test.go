@@ -13,15 +13,15 @@ import (
 )
 
 var (
-	began      = time.Unix(1_800_000_000, 0)
-	one, two   = netip.MustParseAddr("192.0.2.101"), netip.MustParseAddr("192.0.2.102")
-	stationAt  = macvrf.Key{Type: macvrf.MACIP, RD: macvrf.RD{1: 1, 7: 1}, MAC: macvrf.MAC{2}}
-	anotherOne = macvrf.Key{Type: macvrf.MACIP, RD: macvrf.RD{1: 1, 7: 1}, MAC: macvrf.MAC{2, 1}}
+	began     = time.Unix(1_800_000_000, 0)
+	one, two  = netip.MustParseAddr("192.0.2.101"), netip.MustParseAddr("192.0.2.102")
+	firstKey  = macvrf.Key{Type: macvrf.MACIP, RD: macvrf.RD{1: 1, 7: 1}, MAC: macvrf.MAC{2}}
+	secondKey = macvrf.Key{Type: macvrf.MACIP, RD: macvrf.RD{1: 1, 7: 1}, MAC: macvrf.MAC{2, 1}}
 )
 
 func after(d time.Duration) time.Time { return began.Add(d) }
 
-func withNumber(k macvrf.Key, n uint32) macvrf.Route { return macvrf.Route{Key: k, Sequence: n} }
+func withSequence(k macvrf.Key, n uint32) macvrf.Route { return macvrf.Route{Key: k, Sequence: n} }
 
 func keysOf(r *adjRIBsIn) (keys []macvrf.Key) {
 	r.changes()
@@ -32,47 +32,47 @@ func keysOf(r *adjRIBsIn) (keys []macvrf.Key) {
 	return keys
 }
 
-func TestWhatALostPeerToldStaysUntilAllIsToldAgain(t *testing.T) {
+func TestRoutesOfLostPeerStayUntilItHasSentAllAgain(t *testing.T) {
 	r := newAdjRIBsIn()
 	r.sessionUp(one, began)
 	if r.allSynced() {
-		t.Error("settled before anything was told")
+		t.Error("synced before anything was received")
 	}
-	r.add(one, withNumber(stationAt, 0))
-	r.add(one, withNumber(anotherOne, 0))
+	r.add(one, withSequence(firstKey, 0))
+	r.add(one, withSequence(secondKey, 0))
 	if next := r.expire(began); !next.Equal(after(SyncTime)) {
 		t.Errorf("next is %v", next)
 	}
 	r.expire(after(SyncTime))
 	if !r.allSynced() {
-		t.Error("is not settled")
+		t.Error("is not synced")
 	}
 	r.sessionDown(one, after(time.Minute))
 	r.expire(after(time.Hour))
 	if got := keysOf(r); len(got) != 2 {
-		t.Errorf("nobody was there to tell better, and %v is left", got)
+		t.Errorf("no peer was up to withdraw any, and %v is left", got)
 	}
 	r.sessionUp(one, after(time.Hour))
-	r.add(one, withNumber(stationAt, 0))
+	r.add(one, withSequence(firstKey, 0))
 	r.expire(after(time.Hour + SyncTime - time.Second))
 	if got := keysOf(r); len(got) != 2 {
-		t.Errorf("%v is left before all was told again", got)
+		t.Errorf("%v is left before all was sent again", got)
 	}
 	r.expire(after(time.Hour + SyncTime))
-	if got := keysOf(r); !slices.Equal(got, []macvrf.Key{stationAt}) {
-		t.Errorf("%v is left, one was not told again", got)
+	if got := keysOf(r); !slices.Equal(got, []macvrf.Key{firstKey}) {
+		t.Errorf("%v is left, one was not sent again", got)
 	}
 }
 
-func TestWhatALostPeerToldGoesWhereOthersTellNothingOfIt(t *testing.T) {
+func TestStaleRoutesAreDeletedOnceAnotherPeerHasSentAll(t *testing.T) {
 	r := newAdjRIBsIn()
 	r.sessionUp(one, began)
-	r.add(one, withNumber(stationAt, 0))
+	r.add(one, withSequence(firstKey, 0))
 	r.sessionDown(one, began)
-	r.sessionUp(two, after(StaleTime)) // it is new and has not told everything yet
+	r.sessionUp(two, after(StaleTime)) // it has not sent all yet
 	r.expire(after(StaleTime + SyncTime/2))
 	if got := keysOf(r); len(got) != 1 {
-		t.Errorf("%v is left while the other still tells", got)
+		t.Errorf("%v is left while the other still sends", got)
 	}
 	r.expire(after(StaleTime + SyncTime))
 	if got := keysOf(r); len(got) > 0 || len(r.peers) != 1 {
@@ -80,92 +80,104 @@ func TestWhatALostPeerToldGoesWhereOthersTellNothingOfIt(t *testing.T) {
 	}
 }
 
-// Both have told of two stations, one of them is lost, and then a peer takes back the first.
-func TestWhatALostPeerToldGoesWhereAnotherTakesItBack(t *testing.T) {
-	kept, gone := []macvrf.Key{stationAt, anotherOne}, []macvrf.Key{anotherOne}
+// Both peers have sent two routes, and one session is lost. Then a peer withdraws the first route.
+func TestStaleRouteIsDeletedWhenSyncedPeerWithdrawsIt(t *testing.T) {
+	both, second := []macvrf.Key{firstKey, secondKey}, []macvrf.Key{secondKey}
 	for _, c := range []struct {
 		what    string
 		happens func(*adjRIBsIn)
 		want    []macvrf.Key
 	}{
-		{"one that is settled", func(r *adjRIBsIn) { r.withdraw(two, stationAt, after(time.Minute)) }, gone},
-		{"nobody, for the lost one was cut off alone", func(*adjRIBsIn) {}, kept},
-		{"one that has restarted, and may not have heard of it yet", func(r *adjRIBsIn) {
+		{"one that is synced", func(r *adjRIBsIn) { r.withdraw(two, firstKey, after(time.Minute)) }, second},
+		{"none", func(*adjRIBsIn) {}, both},
+		{"one that has restarted, and may not have received it yet", func(r *adjRIBsIn) {
 			r.sessionDown(two, after(time.Minute))
 			r.sessionUp(two, after(time.Minute))
-			r.add(two, withNumber(stationAt, 0))
-			r.withdraw(two, stationAt, after(time.Minute+SyncTime-time.Second))
-		}, kept},
-		{"the same one a moment later, when it is settled", func(r *adjRIBsIn) {
+			r.add(two, withSequence(firstKey, 0))
+			r.withdraw(two, firstKey, after(time.Minute+SyncTime-time.Second))
+		}, both},
+		{"the same one a moment later, when it is synced", func(r *adjRIBsIn) {
 			r.sessionDown(two, after(time.Minute))
 			r.sessionUp(two, after(time.Minute))
-			r.add(two, withNumber(stationAt, 0))
-			r.add(two, withNumber(anotherOne, 0))
-			r.withdraw(two, stationAt, after(time.Minute+SyncTime))
-		}, gone},
-		{"one that is settled, and the lost one is back and has told it again", func(r *adjRIBsIn) {
+			r.add(two, withSequence(firstKey, 0))
+			r.add(two, withSequence(secondKey, 0))
+			r.withdraw(two, firstKey, after(time.Minute+SyncTime))
+		}, second},
+		{"one that is synced, after the lost one is back and has sent it again", func(r *adjRIBsIn) {
 			r.sessionUp(one, after(time.Minute))
-			r.add(one, withNumber(stationAt, 0))
-			r.withdraw(two, stationAt, after(time.Minute))
-		}, kept},
-		{"one that is settled, and the lost one is back and tells it afterwards", func(r *adjRIBsIn) {
+			r.add(one, withSequence(firstKey, 0))
+			r.withdraw(two, firstKey, after(time.Minute))
+		}, both},
+		{"one that is synced, before the lost one is back and sends it again", func(r *adjRIBsIn) {
 			r.sessionUp(one, after(time.Minute))
-			r.withdraw(two, stationAt, after(time.Minute))
-			r.add(one, withNumber(stationAt, 0))
-		}, kept},
-		{"one that is settled, and the lost one is back and has not told it yet", func(r *adjRIBsIn) {
+			r.withdraw(two, firstKey, after(time.Minute))
+			r.add(one, withSequence(firstKey, 0))
+		}, both},
+		{"one that is synced, while the lost one is back and has not sent it yet", func(r *adjRIBsIn) {
 			r.sessionUp(one, after(time.Minute))
-			r.withdraw(two, stationAt, after(time.Minute))
-		}, gone},
+			r.withdraw(two, firstKey, after(time.Minute))
+		}, second},
 	} {
 		r := newAdjRIBsIn()
 		for _, p := range []netip.Addr{one, two} {
 			r.sessionUp(p, began)
-			r.add(p, withNumber(stationAt, 0))
-			r.add(p, withNumber(anotherOne, 0))
+			r.add(p, withSequence(firstKey, 0))
+			r.add(p, withSequence(secondKey, 0))
 		}
 		r.expire(after(SyncTime))
 		r.sessionDown(one, after(SyncTime))
 		c.happens(r)
 		if got := keysOf(r); !slices.Equal(got, c.want) {
-			t.Errorf("%s: %v is left, want %v", c.what, got, c.want)
+			t.Errorf("withdrawn by %s: %v is left, want %v", c.what, got, c.want)
 		}
 	}
 }
 
-func TestOfSeveralPeersTheOneThatIsThereCounts(t *testing.T) {
+func TestRouteOfConnectedPeerIsBest(t *testing.T) {
 	r := newAdjRIBsIn()
 	r.sessionUp(one, began)
 	r.sessionUp(two, began)
-	r.add(one, withNumber(stationAt, 3))
-	r.add(two, withNumber(stationAt, 2)) // later, but not as new
+	r.add(one, withSequence(firstKey, 3))
+	r.add(two, withSequence(firstKey, 2)) // later, but not as new
 	if routes, _ := r.changes(); len(routes) != 1 || routes[0].Sequence != 3 {
-		t.Errorf("%v counts", routes)
+		t.Errorf("%v is best", routes)
 	}
 	r.sessionDown(one, began)
 	if routes, _ := r.changes(); len(routes) != 1 || routes[0].Sequence != 2 {
-		t.Errorf("%v counts, though the peer is lost that told the other", routes)
+		t.Errorf("%v is best after the session with the other peer was lost", routes)
 	}
-	r.add(two, withNumber(stationAt, 2))
-	if routes, gone := r.changes(); len(routes)+len(gone) > 0 {
-		t.Errorf("%v %v, and nothing has changed", routes, gone)
+	r.add(two, withSequence(firstKey, 2))
+	if routes, withdrawn := r.changes(); len(routes)+len(withdrawn) > 0 {
+		t.Errorf("%v %v, and nothing has changed", routes, withdrawn)
 	}
-	r.withdraw(two, stationAt, began)
-	if routes, gone := r.changes(); len(routes) != 1 || len(gone) > 0 {
-		t.Errorf("%v and %v", routes, gone)
+	r.withdraw(two, firstKey, began)
+	if routes, withdrawn := r.changes(); len(routes) != 1 || len(withdrawn) > 0 {
+		t.Errorf("%v and %v", routes, withdrawn)
 	}
-	r.withdraw(one, stationAt, began)
-	if _, gone := r.changes(); !slices.Equal(gone, []macvrf.Key{stationAt}) {
-		t.Errorf("%v has gone", gone)
+	r.withdraw(one, firstKey, began)
+	if _, withdrawn := r.changes(); !slices.Equal(withdrawn, []macvrf.Key{firstKey}) {
+		t.Errorf("%v is withdrawn", withdrawn)
 	}
 }
 
-// Whatever comes over a session becomes routes, or nothing; and what of them becomes entries is what a VXLAN can have.
+// Any UPDATE becomes routes or nothing, and routes become only entries that a VXLAN can have.
 func FuzzUpdate(f *testing.F) {
+	targets := []macvrf.Target{macvrf.NewTarget(65000, 222)}
 	for _, r := range []macvrf.Route{
-		{Key: macvrf.Key{Type: macvrf.MACIP, RD: macvrf.RD{1: 1, 7: 1}, MAC: macvrf.MAC{2, 0, 0, 0, 0, 9}}, VTEP: one, VNI: 222, Targets: []macvrf.Target{macvrf.NewTarget(65000, 222)}, Sequence: 7},
-		{Key: macvrf.Key{Type: macvrf.MACIP, RD: macvrf.RD{1: 1, 7: 1}, MAC: macvrf.MAC{2}, IP: netip.MustParseAddr("fd00::1")}, VTEP: netip.MustParseAddr("2001:db8::1"), VNI: 222},
-		{Key: macvrf.Key{Type: macvrf.Multicast, RD: macvrf.RD{1: 1, 7: 1}, IP: two}, VTEP: two, VNI: 222, Targets: []macvrf.Target{macvrf.NewTarget(65000, 222)}},
+		{
+			Key:  macvrf.Key{Type: macvrf.MACIP, RD: macvrf.RD{1: 1, 7: 1}, MAC: macvrf.MAC{2, 0, 0, 0, 0, 9}},
+			VTEP: one, VNI: 222, Targets: targets, Sequence: 7,
+		},
+		{
+			Key: macvrf.Key{
+				Type: macvrf.MACIP, RD: macvrf.RD{1: 1, 7: 1}, MAC: macvrf.MAC{2}, IP: netip.MustParseAddr("fd00::1"),
+			},
+			VTEP: netip.MustParseAddr("2001:db8::1"), VNI: 222,
+		},
+		{
+			Key:  macvrf.Key{Type: macvrf.Multicast, RD: macvrf.RD{1: 1, 7: 1}, IP: two},
+			VTEP: two, VNI: 222, Targets: targets,
+		},
 	} {
 		p, err := pathOf(r)
 		if err != nil {
@@ -201,7 +213,7 @@ func FuzzUpdate(f *testing.F) {
 					continue
 				}
 				if key, ok := keyOf(withdrawal(p)); !ok || key != r.Key {
-					t.Errorf("withdrawn as %v, told as %v", key, r.Key)
+					t.Errorf("withdrawn as %v, advertised as %v", key, r.Key)
 				}
 				table.Import(began, r)
 			}

@@ -9,7 +9,7 @@ import (
 	"github.com/osrg/gobgp/v4/pkg/server"
 )
 
-// newServer returns a server that says no more than what is wrong: what it calls information is a line for every step of a session.
+// newServer returns a server that logs warnings and errors only: gobgp logs each step of a session at level info.
 func newServer(log *slog.Logger) *server.BgpServer {
 	return server.NewBgpServer(server.LoggerOption(slog.New(warningHandler{log.Handler()}), nil))
 }
@@ -23,6 +23,7 @@ func (w warningHandler) Enabled(ctx context.Context, level slog.Level) bool {
 func (w warningHandler) WithAttrs(attrs []slog.Attr) slog.Handler {
 	return warningHandler{w.Handler.WithAttrs(attrs)}
 }
+
 func (w warningHandler) WithGroup(name string) slog.Handler {
 	return warningHandler{w.Handler.WithGroup(name)}
 }
@@ -38,15 +39,16 @@ func timers(hold time.Duration) *api.Timers {
 	}}
 }
 
-// gracefulRestart has others keep our routes for so long when a session is lost.
+// gracefulRestart asks peers to keep our routes for that time after a session is lost (RFC 4724).
 func gracefulRestart(restart time.Duration) *api.GracefulRestart {
 	return &api.GracefulRestart{Enabled: true, RestartTime: uint32(restart / time.Second)}
 }
 
-// families is EVPN alone.
+// families returns EVPN as the only address family.
 func families() []*api.AfiSafi {
+	family := &api.Family{Afi: api.Family_AFI_L2VPN, Safi: api.Family_SAFI_EVPN}
 	return []*api.AfiSafi{{
-		Config:            &api.AfiSafiConfig{Family: &api.Family{Afi: api.Family_AFI_L2VPN, Safi: api.Family_SAFI_EVPN}, Enabled: true},
+		Config:            &api.AfiSafiConfig{Family: family, Enabled: true},
 		MpGracefulRestart: &api.MpGracefulRestart{Config: &api.MpGracefulRestartConfig{Enabled: true}},
 	}}
 }

@@ -13,7 +13,7 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/evpn/macvrf"
 )
 
-// rawRouter is one at an address of the loopback device that opens sessions in order, and then sends these bytes.
+// rawRouter listens at a loopback address, opens BGP sessions correctly, and then sends these messages.
 func rawRouter(t *testing.T, at netip.AddrPort, messages ...[]byte) {
 	t.Helper()
 	l, err := net.Listen("tcp", at.String())
@@ -30,7 +30,7 @@ func rawRouter(t *testing.T, at netip.AddrPort, messages ...[]byte) {
 			}
 			go func() {
 				defer conn.Close()
-				_ = open(conn, at.Addr(), messages) // what comes of it is the speaker's to say
+				_ = open(conn, at.Addr(), messages) // the speaker says what becomes of the session
 				_, _ = io.Copy(io.Discard, conn)
 			}()
 		}
@@ -42,9 +42,10 @@ func rawRouter(t *testing.T, at netip.AddrPort, messages ...[]byte) {
 }
 
 func open(conn net.Conn, id netip.Addr, messages [][]byte) error {
-	hello, err := packet.NewBGPOpenMessage(as, 90, id, []packet.OptionParameterInterface{packet.NewOptionParameterCapability([]packet.ParameterCapabilityInterface{
+	capabilities := packet.NewOptionParameterCapability([]packet.ParameterCapabilityInterface{
 		packet.NewCapMultiProtocol(packet.RF_EVPN), packet.NewCapFourOctetASNumber(as),
-	})})
+	})
+	hello, err := packet.NewBGPOpenMessage(as, 90, id, []packet.OptionParameterInterface{capabilities})
 	if err != nil {
 		return err
 	}
@@ -64,11 +65,12 @@ func open(conn net.Conn, id netip.Addr, messages [][]byte) error {
 	return nil
 }
 
-// attribute is a path attribute whose length is as long as it says.
+// attribute returns a path attribute with a correct length.
 func attribute(flags, kind byte, value []byte) []byte {
 	return append([]byte{flags, kind, byte(len(value))}, value...)
 }
 
+// join concatenates byte slices.
 func join(parts ...[]byte) (all []byte) {
 	for _, p := range parts {
 		all = append(all, p...)
@@ -76,7 +78,7 @@ func join(parts ...[]byte) (all []byte) {
 	return all
 }
 
-// update is an UPDATE with these path attributes.
+// update returns an UPDATE message with these path attributes.
 func update(attributes ...[]byte) []byte {
 	all := join(attributes...)
 	body := binary.BigEndian.AppendUint16([]byte{0, 0}, uint16(len(all))) // no withdrawn routes
@@ -89,11 +91,13 @@ func update(attributes ...[]byte) []byte {
 	return join(header, []byte{packet.BGP_MSG_UPDATE}, body)
 }
 
-// What is right of an UPDATE with one route.
+// The correct parts of an UPDATE with one route.
 var (
-	origin, asPath, localPref = attribute(0x40, 1, []byte{0}), attribute(0x40, 2, nil), attribute(0x40, 5, []byte{0, 0, 0, 100})
-	targets                   = attribute(0xc0, 16, []byte{0, 2, as >> 8, as & 0xff, 0, 0, 0, 222, 3, 0xc, 0, 0, 0, 0, 0, 8})
-	nextHop                   = []byte{4, 192, 0, 2, 77, 0}
+	origin    = attribute(0x40, 1, []byte{0})
+	asPath    = attribute(0x40, 2, nil)
+	localPref = attribute(0x40, 5, []byte{0, 0, 0, 100})
+	targets   = attribute(0xc0, 16, []byte{0, 2, as >> 8, as & 0xff, 0, 0, 0, 222, 3, 0xc, 0, 0, 0, 0, 0, 8})
+	nextHop   = []byte{4, 192, 0, 2, 77, 0}
 )
 
 func reach(nextHop, nlri []byte) []byte {
@@ -101,33 +105,39 @@ func reach(nextHop, nlri []byte) []byte {
 }
 
 func macIP(mac byte) []byte {
-	return join([]byte{2, 33, 0, 1, 127, 0, 0, 77, 0, 222}, make([]byte, 10+4), []byte{48, 2, 0, 0, 0, 77, mac, 0, 0, 0, 222})
+	rd, ethernetSegmentAndTag := []byte{0, 1, 127, 0, 0, 77, 0, 222}, make([]byte, 10+4)
+	return join([]byte{2, 33}, rd, ethernetSegmentAndTag, []byte{48, 2, 0, 0, 0, 77, mac, 0, 0, 0, 222})
 }
 
 func good(mac byte) []byte {
 	return update(origin, asPath, localPref, targets, reach(nextHop, macIP(mac)))
 }
 
-// with is a copy that has another byte there.
+// with returns a copy with another byte at one place.
 func with(b []byte, at int, value byte) []byte {
 	b = append([]byte{}, b...)
 	b[at] = value
 	return b
 }
 
-// A router tells what is no route. It ends its own session, which says why, or that route; what another tells stays, and nothing is made of it.
-func TestWhatIsNoRouteHarmsNobodyElse(t *testing.T) {
+// A malformed UPDATE ends the session of its sender, with a reason, or is ignored. Routes of others stay, and none
+// comes from it.
+func TestMalformedUpdateAffectsNoOtherSession(t *testing.T) {
 	t.Parallel()
 	port := freePort(t)
 	startReflector(t, port, "")
+	withReach := func(nextHop, nlri []byte, more ...[]byte) []byte {
+		return update(append([][]byte{origin, asPath, localPref, targets, reach(nextHop, nlri)}, more...)...)
+	}
+	halfCommunity, cutOffTunnel := attribute(0xc0, 16, []byte{0, 2, 0, 0}), attribute(0xc0, 22, []byte{0, 6})
 	bad := map[string][]byte{
-		"longer than it is":            update(origin, asPath, localPref, targets, reach(nextHop, with(macIP(9), 1, 200))),
-		"cut off":                      update(origin, asPath, localPref, targets, reach(nextHop, macIP(9)[:7])),
-		"a MAC of 40 bits":             update(origin, asPath, localPref, targets, reach(nextHop, with(macIP(9), 24, 40))),
-		"an IP address of 17 bits":     update(origin, asPath, localPref, targets, reach(nextHop, with(macIP(9), 31, 17))),
-		"a next hop of three octets":   update(origin, asPath, localPref, targets, reach([]byte{3, 192, 0, 2, 0}, macIP(9))),
-		"a tunnel that is cut off":     update(origin, asPath, localPref, targets, reach(nextHop, macIP(9)), attribute(0xc0, 22, []byte{0, 6})),
-		"half a community":             update(origin, asPath, localPref, attribute(0xc0, 16, []byte{0, 2, 0, 0}), reach(nextHop, macIP(9))),
+		"a length beyond the end":      withReach(nextHop, with(macIP(9), 1, 200)),
+		"cut off":                      withReach(nextHop, macIP(9)[:7]),
+		"a MAC of 40 bits":             withReach(nextHop, with(macIP(9), 24, 40)),
+		"an IP address of 17 bits":     withReach(nextHop, with(macIP(9), 31, 17)),
+		"a next hop of three octets":   withReach([]byte{3, 192, 0, 2, 0}, macIP(9)),
+		"a tunnel that is cut off":     withReach(nextHop, macIP(9), cutOffTunnel),
+		"half a community":             update(origin, asPath, localPref, halfCommunity, reach(nextHop, macIP(9))),
 		"attributes beyond the end":    with(good(9), 22, 255),
 		"no origin":                    update(asPath, localPref, targets, reach(nextHop, macIP(9))),
 		"another marker than all ones": with(good(9), 3, 0),
@@ -138,11 +148,12 @@ func TestWhatIsNoRouteHarmsNobodyElse(t *testing.T) {
 		at := netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, next}), port)
 		rawRouter(t, at, message, good(next))
 		names[at.Addr()] = name
-		peers, next = append(peers, bgp.Peer{Address: at.Addr(), Port: port, AS: as, Source: netip.MustParseAddr("127.0.0.2")}), next+1
+		peers = append(peers, bgp.Peer{Address: at.Addr(), Port: port, AS: as, Source: peers[0].Source})
+		next++
 	}
-	other := speak(t, 3, peerAt(port, 3))
+	other := startSpeaker(t, 3, peerAt(port, 3))
 	other.set(t, flood(3), route(3, nil))
-	s := speak(t, 2, peers...)
+	s := startSpeaker(t, 2, peers...)
 	has := func(mac byte) bool {
 		key := route(77, func(r *macvrf.Route) { r.MAC = macvrf.MAC{2, 0, 0, 0, 77, mac} }).Key
 		r, ok := s.routes[key]
@@ -150,12 +161,12 @@ func TestWhatIsNoRouteHarmsNobodyElse(t *testing.T) {
 	}
 	for _, p := range peers[1:] {
 		name := names[p.Address]
-		s.await(t, "what comes of a route with "+name, func() bool {
+		s.await(t, "the session to end or the next route, after "+name, func() bool {
 			_, lost := s.lost[p.Address]
 			return lost || has(p.Address.As4()[3])
 		})
 	}
-	s.await(t, "the others' routes", func() bool { _, ok := s.routes[flood(3).Key]; return ok && has(8) })
+	s.await(t, "the routes of the others", func() bool { _, ok := s.routes[flood(3).Key]; return ok && has(8) })
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, p := range peers[1:] {
@@ -163,22 +174,22 @@ func TestWhatIsNoRouteHarmsNobodyElse(t *testing.T) {
 		if why, lost := s.lost[p.Address]; lost {
 			t.Logf("%s: the session ends, %s", name, why)
 			if why == "" || name == "nothing wrong" {
-				t.Errorf("%s: it says %q", name, why)
+				t.Errorf("%s: the session is down because of %q", name, why)
 			}
 		} else {
-			t.Logf("%s: the session stands", name)
+			t.Logf("%s: the session stays up", name)
 		}
 	}
 	if why, lost := s.lost[peers[0].Address]; lost {
 		t.Errorf("the reflector's session was lost: %s", why)
 	}
 	if has(9) {
-		t.Error("something was made of what is no route")
+		t.Error("a route came from a malformed UPDATE")
 	}
 	for key := range s.routes {
 		if key.RD == flood(3).RD || key.MAC[4] == 77 {
 			continue
 		}
-		t.Errorf("it has %v", key)
+		t.Errorf("there is a route %v", key)
 	}
 }

@@ -9,7 +9,7 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/evpn/macvrf"
 )
 
-// pathOf is one of our routes as it is sent. Labels bear the VNI as it is (RFC 8365, 5.1.3).
+// pathOf converts a route for gobgp. Labels have the VNI unshifted (RFC 8365, 5.1.3).
 func pathOf(r macvrf.Route) (*apiutil.Path, error) {
 	rd := bgp.GetRouteDistinguisher(r.RD[:])
 	attrs := []bgp.PathAttributeInterface{bgp.NewPathAttributeOrigin(bgp.BGP_ORIGIN_ATTR_TYPE_IGP)}
@@ -26,13 +26,15 @@ func pathOf(r macvrf.Route) (*apiutil.Path, error) {
 	switch r.Type {
 	case macvrf.Multicast:
 		nlri, err = bgp.NewEVPNMulticastEthernetTagRoute(rd, r.Tag, r.IP)
-		attrs = append(attrs, bgp.NewPathAttributePmsiTunnel(bgp.PMSI_TUNNEL_TYPE_INGRESS_REPL, false, r.VNI, &bgp.IngressReplTunnelID{Value: r.VTEP}))
+		attrs = append(attrs, bgp.NewPathAttributePmsiTunnel(
+			bgp.PMSI_TUNNEL_TYPE_INGRESS_REPL, false, r.VNI, &bgp.IngressReplTunnelID{Value: r.VTEP}))
 	case macvrf.MACIP:
-		nlri, err = bgp.NewEVPNMacIPAdvertisementRoute(rd, bgp.EthernetSegmentIdentifier{}, r.Tag, r.MAC.String(), r.IP, []uint32{r.VNI})
-		// Also where it is 0, or gobgp would add one (fixupApiPath in pkg/server/server.go).
+		nlri, err = bgp.NewEVPNMacIPAdvertisementRoute(
+			rd, bgp.EthernetSegmentIdentifier{}, r.Tag, r.MAC.String(), r.IP, []uint32{r.VNI})
+		// It has sequence 0, too: gobgp would choose one for a path without (fixupApiPath in pkg/server/server.go).
 		communities = append(communities, bgp.NewMacMobilityExtended(r.Sequence, r.Sticky))
 	default:
-		err = fmt.Errorf("no route of type %d is told", r.Type)
+		err = fmt.Errorf("routes of type %d cannot be advertised", r.Type)
 	}
 	if err != nil {
 		return nil, err
@@ -45,18 +47,19 @@ func pathOf(r macvrf.Route) (*apiutil.Path, error) {
 	return &apiutil.Path{Family: bgp.RF_EVPN, Nlri: nlri, Attrs: attrs}, nil
 }
 
-// withdrawal is the end of a route. It bears no attributes: gobgp would compare them with what it has.
+// withdrawal returns the path that withdraws p. It has no attributes: gobgp would compare them with those it has.
 func withdrawal(p *apiutil.Path) *apiutil.Path {
 	return &apiutil.Path{Family: p.Family, Nlri: p.Nlri, Withdrawal: true}
 }
 
-// routeOf reads a route; ok is false for one of a kind that does not matter to a LAN. What is wrong with it otherwise is for the
-// table to say.
+// routeOf converts a path that was received. ok is false for a route type that no LAN uses. Whether a LAN can use the
+// route is for the MAC-VRF to decide.
 func routeOf(p *apiutil.Path) (r macvrf.Route, ok bool) {
 	if r.Key, ok = keyOf(p); !ok {
 		return r, false
 	}
-	if mac, isMAC := p.Nlri.(*bgp.EVPNNLRI).RouteTypeData.(*bgp.EVPNMacIPAdvertisementRoute); isMAC && len(mac.Labels) > 0 {
+	data := p.Nlri.(*bgp.EVPNNLRI).RouteTypeData // keyOf has checked the type
+	if mac, isMAC := data.(*bgp.EVPNMacIPAdvertisementRoute); isMAC && len(mac.Labels) > 0 {
 		r.VNI = mac.Labels[0]
 	}
 	for _, attr := range p.Attrs {
@@ -80,7 +83,7 @@ func routeOf(p *apiutil.Path) (r macvrf.Route, ok bool) {
 	return r, true
 }
 
-// readCommunities reads what a route's extended communities tell. Without one that names an encapsulation it is the one that is
+// readCommunities reads the extended communities of a route. A route without an encapsulation has the one that is
 // configured (RFC 8365, 5.1.3): VXLAN.
 func readCommunities(r *macvrf.Route, communities []bgp.ExtendedCommunityInterface) {
 	named, vxlan := false, false
@@ -102,7 +105,7 @@ func readCommunities(r *macvrf.Route, communities []bgp.ExtendedCommunityInterfa
 	r.Unsupported = r.Unsupported || named && !vxlan
 }
 
-// keyOf reads what tells a route from others; a withdrawal has little more.
+// keyOf returns the key of a path. A withdrawal has little more.
 func keyOf(p *apiutil.Path) (k macvrf.Key, ok bool) {
 	nlri, ok := p.Nlri.(*bgp.EVPNNLRI)
 	if !ok {

@@ -11,33 +11,34 @@ import (
 	"github.com/osrg/gobgp/v4/pkg/server"
 )
 
-// Reflector passes every node's routes on to every other (RFC 4456): what it hears it tells as it is.
+// Reflector sends the routes of each node to all others, unchanged (RFC 4456).
 type Reflector struct {
 	AS       uint32
-	RouterID netip.Addr     // an IPv4 address, nobody else's
-	Listen   netip.AddrPort // :: is all addresses, 0.0.0.0 those of IPv4
-	From     []netip.Prefix // sessions from elsewhere are refused; none: from anywhere
+	RouterID netip.Addr     // an IPv4 address that no other router has as its ID
+	Listen   netip.AddrPort // :: is all addresses, 0.0.0.0 all IPv4 addresses
+	From     []netip.Prefix // where nodes may connect from; empty: from anywhere
 	HoldTime time.Duration  // 0: HoldTime
 	Password string         // of TCP MD5 (RFC 2385); empty: none
-	// Passwords are later ones, for where there is one: sessions that stand go on.
+	// Passwords delivers later passwords. Sessions that are up go on.
 	Passwords <-chan string
-	// OnListen is told, as soon as nodes can connect, how to ask how much there is to do; nil: nobody is. An error of it ends Run.
+	// OnListen is called once nodes can connect, with a function that counts sessions and routes. Its error ends Run.
+	// It may be nil.
 	OnListen func(count func(context.Context) (Count, error)) error
 	Log      *slog.Logger
 }
 
-// Count is how much a reflector has to do.
+// Count counts what a reflector holds.
 type Count struct {
 	Sessions int // that are up
-	Routes   int // that it was told, those kept of nodes that are away included
+	Routes   int // received, those kept for nodes that are away included
 }
 
-// peerGroup is the peer group of whoever connects.
+// peerGroup names the peer group of all nodes.
 const peerGroup = "nodes"
 
-// Run reflects until ctx ends. Sessions and port end with the process, without a word, so that nodes keep what it has told: gobgp's own end
-// drops one node after the other, and withdraws what those have told from the nodes that are still there (deleteNeighbor in
-// pkg/server/server.go).
+// Run reflects routes until ctx ends. It does not stop gobgp's server: sessions and port end with the process, without
+// a notification, so that nodes keep the routes. The server's own stop drops one node after the other, and withdraws
+// the routes of those dropped from those that are still connected (deleteNeighbor in pkg/server/server.go).
 func (r Reflector) Run(ctx context.Context) error {
 	srv := newServer(r.Log)
 	served := make(chan struct{})
@@ -50,7 +51,7 @@ func (r Reflector) Run(ctx context.Context) error {
 		srv.Stop()
 		<-served
 		if ctx.Err() != nil {
-			err = nil // it is not to start any more
+			err = nil // the failure comes from the end of ctx
 		}
 		return err
 	}
@@ -62,7 +63,7 @@ func (r Reflector) Run(ctx context.Context) error {
 			if _, err := srv.UpdatePeerGroup(ctx, &api.UpdatePeerGroupRequest{PeerGroup: r.clients()}); err != nil {
 				return fmt.Errorf("change the password: %w", err)
 			}
-			if err := r.accept(ctx, srv); err != nil { // it is the listener's, too
+			if err := r.accept(ctx, srv); err != nil { // sets the password of the listening socket, too
 				return err
 			}
 		}
@@ -71,7 +72,7 @@ func (r Reflector) Run(ctx context.Context) error {
 
 func (r Reflector) start(ctx context.Context, srv *server.BgpServer) error {
 	addresses := []string{r.Listen.Addr().String()}
-	if r.Listen.Addr() == netip.IPv6Unspecified() { // one socket for both would have no passwords for IPv4
+	if r.Listen.Addr() == netip.IPv6Unspecified() { // one socket for both IP versions would have no passwords for IPv4
 		addresses = append(addresses, netip.IPv4Unspecified().String())
 	}
 	err := srv.StartBgp(ctx, &api.StartBgpRequest{Global: &api.Global{
@@ -86,7 +87,7 @@ func (r Reflector) start(ctx context.Context, srv *server.BgpServer) error {
 	return r.accept(ctx, srv)
 }
 
-// clients is what whoever connects has to be.
+// clients returns the peer group of the nodes.
 func (r Reflector) clients() *api.PeerGroup {
 	return &api.PeerGroup{
 		Conf:            &api.PeerGroupConf{PeerGroupName: peerGroup, PeerAsn: r.AS, AuthPassword: r.Password},
@@ -98,14 +99,15 @@ func (r Reflector) clients() *api.PeerGroup {
 	}
 }
 
-// accept takes connections from where nodes are, with the password.
+// accept accepts connections of nodes that have the password.
 func (r Reflector) accept(ctx context.Context, srv *server.BgpServer) error {
 	from := r.From
 	if len(from) == 0 {
 		from = []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0"), netip.MustParsePrefix("::/0")}
 	}
 	for _, prefix := range from {
-		if err := srv.AddDynamicNeighbor(ctx, &api.AddDynamicNeighborRequest{DynamicNeighbor: &api.DynamicNeighbor{Prefix: prefix.String(), PeerGroup: peerGroup}}); err != nil {
+		neighbors := &api.DynamicNeighbor{Prefix: prefix.String(), PeerGroup: peerGroup}
+		if err := srv.AddDynamicNeighbor(ctx, &api.AddDynamicNeighborRequest{DynamicNeighbor: neighbors}); err != nil {
 			return fmt.Errorf("accept nodes from %s: %w", prefix, err)
 		}
 	}
@@ -120,7 +122,9 @@ func count(ctx context.Context, srv *server.BgpServer) (c Count, err error) {
 	}); err != nil {
 		return c, fmt.Errorf("count the sessions: %w", err)
 	}
-	table, err := srv.GetTable(ctx, &api.GetTableRequest{TableType: api.TableType_TABLE_TYPE_GLOBAL, Family: families()[0].Config.Family})
+	table, err := srv.GetTable(ctx, &api.GetTableRequest{
+		TableType: api.TableType_TABLE_TYPE_GLOBAL, Family: families()[0].Config.Family,
+	})
 	if err != nil {
 		return c, fmt.Errorf("count the routes: %w", err)
 	}
