@@ -19,14 +19,14 @@ import (
 )
 
 const (
-	minMTU     = 68    // bytes; the least that IPv4 allows (RFC 791), and Linux for an Ethernet link (ETH_MIN_MTU)
-	maxMTU     = 65535 // bytes; the most that Linux allows for a veth (ETH_MAX_MTU)
+	minMTU     = 68    // bytes; the minimum of IPv4 (RFC 791), and of Linux for an Ethernet link (ETH_MIN_MTU)
+	maxMTU     = 65535 // bytes; the maximum of Linux for a veth (ETH_MAX_MTU)
 	maxSpoke   = 13    // characters: a link name has at most 15, and the spoke's links add a suffix of two
 	maxPool    = 9     // characters: its ports' names add an underscore and a number below 500
 	defaultTap = 107   // owner and group of the tap: qemu's in KubeVirt's images
 )
 
-// netConf is the network configuration as it is written, by the names of its keys.
+// netConf is the network configuration in JSON.
 type netConf struct {
 	CNIVersion string `json:"cniVersion"`
 	Name       string `json:"name"`
@@ -39,7 +39,7 @@ type netConf struct {
 	Pool     string `json:"pool"`
 	DeviceID string `json:"deviceID"`
 
-	VXLANID *uint32 `json:"vxlanId"` // of type megalos, with master
+	VXLANID *uint32 `json:"vxlanId"` // for type megalos, like master
 	Master  string  `json:"master"`
 
 	MTU         *int    `json:"mtu"`
@@ -64,32 +64,32 @@ type netConf struct {
 	ValidAttachments []types.GCAttachment `json:"cni.dev/valid-attachments"`
 }
 
-// attachment is one request, validated: which spoke of which LAN, and for whom.
+// attachment is a validated request: which spoke of which LAN, and which sandbox.
 type attachment struct {
 	version string // of CNI, for the result
 	network string // name of the network in the runtime's configuration
 
 	lan       segment.LAN
-	netns     string // the LAN's, by name
-	netnsPath string // for people
-	spoke     string // of a pool the port that kubelet allocated, if that is known
+	netns     string // name of the LAN's network namespace
+	netnsPath string // its path, for error messages
+	spoke     string // in a pool, the port that kubelet allocated; empty if that is unknown
 	pool      string // empty for a single spoke
 	kind      segment.Kind
-	ipam      string // type of the IPAM plugin; empty for none
-	config    []byte // as it came, for the IPAM plugin
-	vni       uint32 // of a network of type megalos; 0 for a LAN's own
-	master    string // the underlay device that such a network names; empty: that of the default route
+	ipam      string // type of the IPAM plugin; empty: none
+	config    []byte // the unchanged configuration, for the IPAM plugin
+	vni       uint32 // for type megalos; else 0
+	master    string // for type megalos: the underlay device; empty: that of the default route
 
 	claimID   string
 	sandbox   string // container ID
 	podNetns  string // path
 	ifname    string
-	pathList  string // where IPAM plugins are
-	arguments string // CNI_ARGS as it came
+	pathList  string // CNI_PATH, where IPAM plugins are
+	arguments string // CNI_ARGS, unchanged
 	env       []string
 }
 
-// String names the attachment's spoke in a sentence.
+// String names the attachment's spoke for error messages.
 func (a attachment) String() string {
 	if a.vni != 0 {
 		return fmt.Sprintf("VNI %d", a.vni)
@@ -100,10 +100,10 @@ func (a attachment) String() string {
 	return fmt.Sprintf("spoke %q of LAN %s", a.spoke, a.lan)
 }
 
-// spokeOrPool is what the attachment's resource, NADs and variables are named after: the spoke or the pool.
+// spokeOrPool returns the name that the attachment's resource, NADs and variables have: the pool's, else the spoke's.
 func (a attachment) spokeOrPool() string { return cmp.Or(a.pool, a.spoke) }
 
-// matches says whether a spoke is the attachment's or, of a pool, one of its ports.
+// matches reports whether a spoke is the attachment's or a port of its pool.
 func (a attachment) matches(spoke string) bool {
 	if a.pool == "" {
 		return spoke == a.spoke
@@ -112,16 +112,16 @@ func (a attachment) matches(spoke string) bool {
 	return ok && pool == a.pool
 }
 
-// existsIn says whether a LAN as the node has it has the attachment's spoke or any port of its pool.
+// existsIn reports whether the record has the attachment's spoke or any port of its pool.
 func (a attachment) existsIn(record segment.Segment) bool {
 	return slices.ContainsFunc(record.Spokes, a.matches)
 }
 
-// request is an attachment with how it is to be made.
+// request is an attachment with the properties of its interface.
 type request struct {
 	attachment
 	deviceID string
-	mac      net.HardwareAddr // nil: what is derived
+	mac      net.HardwareAddr // nil: derived from LAN and spoke
 	mtu      int              // bytes; 0: the LAN's
 	promisc  bool
 	owner    uint32 // of the tap
@@ -129,13 +129,13 @@ type request struct {
 	dns      types.DNS
 	pod      pod
 
-	prevResult json.RawMessage // as it came
+	prevResult json.RawMessage // unchanged
 }
 
-// pod is who asks, as the runtime says; all empty when it is not Kubernetes.
+// pod identifies the pod, from CNI_ARGS; all fields are empty outside of Kubernetes.
 type pod struct{ namespace, name, uid string }
 
-// decode reads the configuration. After an error about one key, what could be read of the others is there.
+// decode reads the configuration. After an error about one key, the result has the other keys.
 func decode(config []byte) (netConf, error) {
 	var w netConf
 	err := json.Unmarshal(config, &w)
@@ -143,12 +143,13 @@ func decode(config []byte) (netConf, error) {
 		return w, nil
 	}
 	if wrong, ok := errors.AsType[*json.UnmarshalTypeError](err); ok {
-		return w, fail(types.ErrInvalidNetworkConfig, "network configuration: key %q cannot be a JSON %s", wrong.Field, wrong.Value)
+		return w, fail(types.ErrInvalidNetworkConfig,
+			"network configuration: key %q cannot be a JSON %s", wrong.Field, wrong.Value)
 	}
-	return w, fail(types.ErrDecodingFailure, "network configuration is not the JSON it should be: %v", err)
+	return w, fail(types.ErrDecodingFailure, "network configuration is not valid JSON: %v", err)
 }
 
-// attachment validates what names the attachment: all that DEL, GC and STATUS need.
+// attachment validates the keys that DEL, GC and STATUS need.
 func (p *Plugin) attachment(w netConf, args *skel.CmdArgs) (attachment, error) {
 	a := attachment{
 		version: w.CNIVersion, network: w.Name,
@@ -158,10 +159,11 @@ func (p *Plugin) attachment(w netConf, args *skel.CmdArgs) (attachment, error) {
 		pathList: args.Path, arguments: args.Args, env: p.host.Env,
 	}
 	if a.version == "" {
-		a.version = "0.1.0" // what the specification takes it for
+		a.version = "0.1.0" // the default of the specification
 	}
-	if !slices.Contains(version.All.SupportedVersions(), a.version) {
-		return a, fail(types.ErrIncompatibleCNIVersion, "cniVersion %q is none of %s", a.version, strings.Join(version.All.SupportedVersions(), ", "))
+	if all := version.All.SupportedVersions(); !slices.Contains(all, a.version) {
+		return a, fail(types.ErrIncompatibleCNIVersion,
+			"cniVersion %q is none of %s", a.version, strings.Join(all, ", "))
 	}
 	if w.Type == megalos {
 		return a.onDemandAttachment(w, p.host.Run)
@@ -175,7 +177,7 @@ func (p *Plugin) attachment(w netConf, args *skel.CmdArgs) (attachment, error) {
 	a.netnsPath = filepath.Join(p.host.Run, "netns", a.netns)
 	switch {
 	case a.pool != "" && a.spoke != "":
-		return a, invalid("pool", w.Pool, "is there beside a spoke: an attachment is to one of them")
+		return a, invalid("pool", w.Pool, "is set beside a spoke: an attachment has one of the two")
 	case a.pool != "" && !isName(a.pool, maxPool):
 		return a, invalid("pool", w.Pool, "is not the name of a pool: 1 to %d of a-z, 0-9, - and .", maxPool)
 	case a.pool == "" && !isName(a.spoke, maxSpoke):
@@ -193,7 +195,7 @@ func (p *Plugin) attachment(w netConf, args *skel.CmdArgs) (attachment, error) {
 	return a, err
 }
 
-// ipamType validates the IPAM section as far as it is ours to judge.
+// ipamType validates the IPAM section as far as k8slan needs it, and returns the IPAM plugin's name.
 func (a attachment) ipamType(w netConf) (string, error) {
 	if len(w.IPAM) == 0 {
 		return "", nil
@@ -203,15 +205,16 @@ func (a attachment) ipamType(w netConf) (string, error) {
 		return "", invalid("ipam.type", string(w.IPAM["type"]), "is not the name of an IPAM plugin")
 	}
 	if plugin == w.Type {
-		return "", invalid("ipam.type", plugin, "is this plugin, which gives no addresses")
+		return "", invalid("ipam.type", plugin, "is this plugin, which allocates no addresses")
 	}
 	if a.kind == segment.Macvtap {
-		return "", invalid("ipam.type", plugin, "has no place with kind macvtap: addresses would be the pod's, and the guest behind the tap would never see them; give them inside the guest")
+		return "", invalid("ipam.type", plugin, "cannot be used with kind macvtap: the addresses would be the pod's, "+
+			"and the guest behind the tap would not have them; set them inside the guest")
 	}
 	return plugin, nil
 }
 
-// request validates the whole of what ADD and CHECK are asked for.
+// request validates the whole configuration, for ADD and CHECK.
 func (p *Plugin) request(args *skel.CmdArgs) (request, error) {
 	w, err := decode(args.StdinData)
 	if err != nil {
@@ -223,7 +226,8 @@ func (p *Plugin) request(args *skel.CmdArgs) (request, error) {
 	}
 	if a.ipam == "" {
 		if _, err := (&current.Result{}).GetAsVersion(a.version); err != nil {
-			return request{}, fail(types.ErrIncompatibleCNIVersion, "cniVersion %s cannot tell of an interface without addresses; use 0.3.0 or later", a.version)
+			return request{}, fail(types.ErrIncompatibleCNIVersion,
+				"a result of cniVersion %s cannot have an interface without addresses; use 0.3.0 or later", a.version)
 		}
 	}
 	env, err := parseArgs(args.Args)
@@ -250,10 +254,10 @@ func (p *Plugin) request(args *skel.CmdArgs) (request, error) {
 	return r, nil
 }
 
-// mac is the address that is asked for most directly: of this pod by the runtime, of this pod by the user's cni-args,
-// of every pod of the network. Nil where none is.
+// mac returns the MAC that is set for this pod by the runtime, else by the user's cni-args, else for the whole network.
+// It returns nil if none is set.
 func (w netConf) mac(fromEnv string) (net.HardwareAddr, error) {
-	for _, asked := range []struct {
+	for _, source := range []struct {
 		key, value string
 		code       uint
 	}{
@@ -262,24 +266,25 @@ func (w netConf) mac(fromEnv string) (net.HardwareAddr, error) {
 		{"args.cni.mac", w.Args.CNI.MAC, types.ErrInvalidNetworkConfig},
 		{"mac", w.MAC, types.ErrInvalidNetworkConfig},
 	} {
-		if asked.value == "" {
+		if source.value == "" {
 			continue
 		}
-		return parseMAC(asked.key, asked.value, asked.code)
+		return parseMAC(source.key, source.value, source.code)
 	}
 	return nil, nil
 }
 
-// parseMAC reads the address of one Ethernet interface: 48 bits, neither a group's nor zero.
+// parseMAC reads the address of one Ethernet interface: 48 bits, unicast and not zero.
 func parseMAC(key, value string, code uint) (net.HardwareAddr, error) {
 	mac, err := net.ParseMAC(value)
 	if err != nil || len(mac) != 6 || mac[0]&1 != 0 || slices.Equal(mac, make(net.HardwareAddr, 6)) {
-		return nil, fail(code, "%s: %q is not the address of one Ethernet interface, such as 02:6b:5c:10:00:01", key, value)
+		return nil, fail(code,
+			"%s: %q is not the address of one Ethernet interface, such as 02:6b:5c:10:00:01", key, value)
 	}
 	return mac, nil
 }
 
-// mtu is the MTU that is asked for, of this pod before that of every pod; 0 where none is.
+// mtu returns the MTU that is set for this pod, else for the whole network. It returns 0 if none is set.
 func (w netConf) mtu() (int, error) {
 	key, mtu := "args.cni.mtu", w.Args.CNI.MTU
 	if mtu == nil {
@@ -294,11 +299,11 @@ func (w netConf) mtu() (int, error) {
 	return *mtu, nil
 }
 
-// parseArgs reads the keys of CNI_ARGS that matter here. Multus repeats what it got from the runtime, but each must have
-// one value: who could add another K8S_POD_NAMESPACE would choose whose pod this is.
+// parseArgs reads the keys of CNI_ARGS that the plugin uses. Multus repeats keys from the runtime, but each must have
+// one value: a user who could add another K8S_POD_NAMESPACE would choose the namespace that the plugin checks.
 func parseArgs(args string) (map[string]string, error) {
 	known := map[string]func(string) bool{
-		"MAC":               func(string) bool { return true }, // with the other MACs
+		"MAC":               func(string) bool { return true }, // checked in netConf.mac
 		"K8S_POD_NAMESPACE": isObjectName,
 		"K8S_POD_NAME":      isObjectName,
 		"K8S_POD_UID":       isObjectName,
@@ -317,16 +322,19 @@ func parseArgs(args string) (map[string]string, error) {
 			continue
 		}
 		if before, twice := env[key]; twice && before != value {
-			return nil, fail(types.ErrInvalidEnvironmentVariables, "CNI_ARGS: %s is there twice, as %q and %q", key, before, value)
+			return nil, fail(types.ErrInvalidEnvironmentVariables,
+				"CNI_ARGS: %s has two values, %q and %q", key, before, value)
 		}
 		if value != "" && !valid(value) {
-			return nil, fail(types.ErrInvalidEnvironmentVariables, "CNI_ARGS: %s=%q is not a name in Kubernetes", key, value)
+			return nil, fail(types.ErrInvalidEnvironmentVariables,
+				"CNI_ARGS: %s=%q is not a name that Kubernetes allows", key, value)
 		}
 		env[key] = value
 	}
 	return env, nil
 }
 
+// invalid returns the error for a key whose value is missing or not valid.
 func invalid(key, value, format string, args ...any) error {
 	if value == "" {
 		return fail(types.ErrInvalidNetworkConfig, "network configuration has no %q", key)
@@ -334,19 +342,19 @@ func invalid(key, value, format string, args ...any) error {
 	return fail(types.ErrInvalidNetworkConfig, "%s: %q %s", key, value, fmt.Sprintf(format, args...))
 }
 
-// isPathElement says whether a name stays in the folder it is put into, and in one word of a log line.
+// isPathElement reports whether a name is one path element without blanks.
 func isPathElement(s string) bool {
 	return s != "" && len(s) <= 255 && s != "." && s != ".." && !strings.ContainsFunc(s, func(r rune) bool {
 		return r == '/' || r <= ' ' || r == 0x7f || r == '\uFFFD'
 	})
 }
 
-// isObjectName says whether Kubernetes could have an object of that name (a DNS subdomain, RFC 1123).
+// isObjectName reports whether a Kubernetes object could have that name (a DNS subdomain, RFC 1123).
 func isObjectName(s string) bool {
 	letter := func(r rune) bool { return 'a' <= r && r <= 'z' || '0' <= r && r <= '9' }
 	return s != "" && len(s) <= 253 && letter(rune(s[0])) && letter(rune(s[len(s)-1])) &&
 		!strings.ContainsFunc(s, func(r rune) bool { return !letter(r) && r != '-' && r != '.' })
 }
 
-// isName says whether a LAN could have a spoke or pool of that name: NADs and links are named after it.
+// isName reports whether a spoke or pool could have that name. NADs and links contain it.
 func isName(s string, longest int) bool { return len(s) <= longest && isObjectName(s) }

@@ -24,20 +24,21 @@ const (
 	CodeNameTaken                     // the pod already has an interface of that name
 	CodeSameSandbox                   // the pod already has this spoke under another interface name
 	CodeAttach                        // the kernel refused a step of the attachment
-	CodeIPAM                          // the IPAM plugin could not be run, or gave an answer that cannot be used
-	CodeChanged                       // CHECK: the attachment is not any more what ADD made
+	CodeIPAM                          // the IPAM plugin could not be run, or its result cannot be used
+	CodeChanged                       // CHECK: the attachment differs from what ADD made
 	CodeCDI                           // the CDI file could not be written or removed
 	CodeNoOrdinal                     // the pool derives MACs from ordinals, and the pod has none
 )
 
-// Reason is what an error of the plugin is counted as.
+// Reason returns the reason under which the daemon counts an error of the plugin.
 func Reason(err error) report.Reason {
-	said, ok := errors.AsType[*types.Error](err)
+	cniErr, ok := errors.AsType[*types.Error](err)
 	if !ok {
 		return report.Other
 	}
-	switch said.Code {
-	case types.ErrIncompatibleCNIVersion, types.ErrInvalidEnvironmentVariables, types.ErrDecodingFailure, types.ErrInvalidNetworkConfig, CodeNoOrdinal:
+	switch cniErr.Code {
+	case types.ErrIncompatibleCNIVersion, types.ErrInvalidEnvironmentVariables, types.ErrDecodingFailure,
+		types.ErrInvalidNetworkConfig, CodeNoOrdinal:
 		return report.Configuration
 	case types.ErrInvalidNetNS:
 		return report.Netns
@@ -65,15 +66,15 @@ func Reason(err error) report.Reason {
 	return report.Other
 }
 
-// fail is a CNI error with a sentence.
+// fail returns a CNI error with a code and a sentence.
 func fail(code uint, format string, args ...any) error {
 	return types.NewError(code, fmt.Sprintf(format, args...), "")
 }
 
-// explain turns an error of the node into a CNI error whose sentence says what to do.
+// explain returns the CNI error for an error of the node; its sentence says what to do.
 func (a attachment) explain(err error) error {
-	if said, ok := errors.AsType[*types.Error](err); ok { // it is one: the spoke was refused
-		return said
+	if cniErr, ok := errors.AsType[*types.Error](err); ok { // from admit
+		return cniErr
 	}
 	switch {
 	case errors.Is(err, kernel.ErrNoLAN):
@@ -81,11 +82,14 @@ func (a attachment) explain(err error) error {
 	case errors.Is(err, kernel.ErrNoSpoke):
 		return a.noSpoke(CodeNoSpoke)
 	case errors.Is(err, segment.ErrNoOrdinal):
-		return fail(CodeNoOrdinal, "%s: %v; attach the pods of a StatefulSet, or take macBy: ordinal out of the pool", a, err)
+		return fail(CodeNoOrdinal,
+			"%s: %v; attach the pods of a StatefulSet, or remove macBy: ordinal from the pool", a, err)
 	case errors.Is(err, kernel.ErrNameTaken):
-		return fail(CodeNameTaken, "%s: the pod already has an interface %q; ask for another name, as in %s@<name>", a, a.ifname, a.network)
+		return fail(CodeNameTaken,
+			"%s: the pod already has an interface %q; request another name, as in %s@<name>", a, a.ifname, a.network)
 	case errors.Is(err, kernel.ErrSameSandbox):
-		return fail(CodeSameSandbox, "%s is already attached to this pod; a spoke takes one interface: add another spoke to the LAN for the second", a)
+		return fail(CodeSameSandbox, "%s is already attached to this pod, and a spoke has one interface: "+
+			"add another spoke to the LAN for the second", a)
 	case errors.Is(err, fs.ErrNotExist):
 		return fail(types.ErrInvalidNetNS, "%s: %v", a, err)
 	case errors.Is(err, context.DeadlineExceeded):
@@ -94,33 +98,36 @@ func (a attachment) explain(err error) error {
 	return fail(CodeAttach, "%s: %v", a, err)
 }
 
+// noLAN is the error for a LAN that is not on this node.
 func (a attachment) noLAN(code uint) error {
 	if a.vni != 0 {
 		return fail(code, "%s is not on this node any more (no %s)", a, a.netnsPath)
 	}
-	return fail(code, "LAN %s is not on this node (no %s): was it deleted, or is the daemon still starting? kubectl get lan -n %s %s",
-		a.lan, a.netnsPath, a.lan.Namespace, a.lan.Name)
+	return fail(code, "LAN %s is not on this node (no %s): was it deleted, or is the daemon still starting? "+
+		"See kubectl get lan -n %s %s", a.lan, a.netnsPath, a.lan.Namespace, a.lan.Name)
 }
 
+// noSpoke is the error for a spoke or port that the LAN does not have on this node.
 func (a attachment) noSpoke(code uint) error {
 	if a.pool != "" {
-		return fail(code, "LAN %s has no pool %q with a port %q on this node: is it in spec.spokePools, not refused, and not made smaller? kubectl describe lan -n %s %s",
+		return fail(code, "LAN %s has no pool %q with a port %q on this node: is it in spec.spokePools, not refused, "+
+			"and not made smaller? See kubectl describe lan -n %s %s",
 			a.lan, a.pool, a.spoke, a.lan.Namespace, a.lan.Name)
 	}
-	return fail(code, "LAN %s has no spoke %q on this node: is it in spec.spokes, and not refused? kubectl describe lan -n %s %s",
-		a.lan, a.spoke, a.lan.Namespace, a.lan.Name)
+	return fail(code, "LAN %s has no spoke %q on this node: is it in spec.spokes, and not refused? "+
+		"See kubectl describe lan -n %s %s", a.lan, a.spoke, a.lan.Namespace, a.lan.Name)
 }
 
-// undo is what takes back the steps that were done, the last first.
+// undo is a stack of steps that undo what was done.
 type undo []func(context.Context) error
 
-// run takes everything back and adds to err what could not be.
+// run runs the steps, the last first, and adds their errors to err.
 func (u undo) run(ctx context.Context, err error) error {
-	var left []error
+	var failed []error
 	for i := len(u) - 1; i >= 0; i-- {
-		left = append(left, u[i](ctx))
+		failed = append(failed, u[i](ctx))
 	}
-	rest := errors.Join(left...)
+	rest := errors.Join(failed...)
 	if rest == nil {
 		return err
 	}

@@ -7,14 +7,15 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
-// FuzzConfig sends the plugin whatever it likes while another pod is attached. Each verb either does its work or gives
-// a CNI error with code and sentence, and in that case nothing has changed.
+// FuzzConfig calls the plugin with arbitrary input while another pod is attached. Each verb either succeeds, or
+// returns a CNI error with a code and a sentence and changes nothing.
 func FuzzConfig(f *testing.F) {
 	const kubernetes = "K8S_POD_NAMESPACE=default;K8S_POD_NAME=a"
 	for _, seed := range []string{
 		config(nil),
 		config(keys{"kind": "macvtap", "owner": 0, "promiscMode": true}),
-		config(keys{"cniVersion": "1.1.0", "cni.dev/valid-attachments": []keys{{"containerID": "other", "ifname": "net1"}}}),
+		config(keys{"cniVersion": "1.1.0",
+			"cni.dev/valid-attachments": []keys{{"containerID": "other", "ifname": "net1"}}}),
 		config(keys{"cniVersion": "1.1.0", "cni.dev/valid-attachments": []any{nil, 1, "x"}}),
 		config(keys{"cniVersion": ""}),
 		config(keys{"cniVersion": "0.2.0"}),
@@ -23,10 +24,14 @@ func FuzzConfig(f *testing.F) {
 		config(keys{"spoke": "srl", "deviceID": []string{"srl"}}),
 		config(keys{"ipam": keys{"type": "host-local"}}),
 		config(keys{"ipam": keys{"type": nil}, "dns": []int{1}}),
-		config(keys{"runtimeConfig": keys{"mac": "02:00:00:00:00:01"}, "args": keys{"cni": keys{"mac": 3, "mtu": 1e9}}}),
-		config(keys{"prevResult": keys{"cniVersion": "0.4.0", "interfaces": []any{nil}, "ips": []any{nil}, "routes": []any{nil}}}),
-		config(keys{"prevResult": keys{"cniVersion": "1.0.0", "interfaces": []keys{{"name": "net1", "sandbox": "/netns/1", "mac": "ff:ff:ff:ff:ff:ff"}}}}),
-		config(keys{"prevResult": keys{"interfaces": []keys{{"name": "net1", "sandbox": "/netns/1"}}, "ips": []keys{{"address": "::ffff:10.0.0.1/120"}}}}),
+		config(keys{"runtimeConfig": keys{"mac": "02:00:00:00:00:01"},
+			"args": keys{"cni": keys{"mac": 3, "mtu": 1e9}}}),
+		config(keys{"prevResult": keys{"cniVersion": "0.4.0",
+			"interfaces": []any{nil}, "ips": []any{nil}, "routes": []any{nil}}}),
+		config(keys{"prevResult": keys{"cniVersion": "1.0.0",
+			"interfaces": []keys{{"name": "net1", "sandbox": "/netns/1", "mac": "ff:ff:ff:ff:ff:ff"}}}}),
+		config(keys{"prevResult": keys{"interfaces": []keys{{"name": "net1", "sandbox": "/netns/1"}},
+			"ips": []keys{{"address": "::ffff:10.0.0.1/120"}}}}),
 		config(keys{"prevResult": "text"}),
 		`{"name":"a","cniVersion":"1.1.0","KIND":"veth","kind":"macvtap","ns":null,"spoke":{},"lan":[]}`,
 		`{"name":"a","prevResult":{"IPs":[null],"ips":[{}]}}`,
@@ -37,7 +42,8 @@ func FuzzConfig(f *testing.F) {
 			f.Add(uint8(verb), seed, "c1", "net1", kubernetes)
 		}
 	}
-	for _, args := range []string{"", ";;;", "=", "MAC", "MAC=", "MAC=x", "MAC=02:00:00:00:00:01;MAC=02:00:00:00:00:02", "K8S_POD_NAMESPACE=../x", "K8S_POD_NAME=a b=c"} {
+	for _, args := range []string{"", ";;;", "=", "MAC", "MAC=",
+		"MAC=x", "MAC=02:00:00:00:00:01;MAC=02:00:00:00:00:02", "K8S_POD_NAMESPACE=../x", "K8S_POD_NAME=a b=c"} {
 		f.Add(uint8(0), config(nil), "c1", "net1", args)
 	}
 	for _, ifname := range []string{"", ".", "..", "a/b", "a b", "sixteen-letters-", "net1\n", "\xff"} {
@@ -60,11 +66,12 @@ func FuzzConfig(f *testing.F) {
 		case err != nil && (err.Msg == "" || err.Code == 0):
 			t.Errorf("%+v: an error without code and sentence: %+v", c, err)
 		case (err == nil || err.Code == cni.CodeIPAM) && (c.verb == "ADD" || c.verb == "DEL" || c.verb == "GC"):
-			// DEL and GC release what they can also when an IPAM plugin is missing.
+			// DEL and GC release what they can, even if the IPAM plugin is missing.
 		case h.String() != before:
-			t.Errorf("%+v: %v, and yet changed\n%s\ninto\n%s", c, err, before, h)
+			t.Errorf("%+v: %v, but it changed\n%s\ninto\n%s", c, err, before, h)
 		}
-		if other, ok := h.node.claims["knlvrf/vm"]; c.verb != "GC" && c.verb != "ADD" && (!ok || other.ID != segment.ClaimID("other", "net1")) {
+		if other, ok := h.node.claims["knlvrf/vm"]; c.verb != "GC" && c.verb != "ADD" &&
+			(!ok || other.ID != segment.ClaimID("other", "net1")) {
 			t.Errorf("%+v: another pod lost its spoke", c)
 		}
 	})

@@ -21,9 +21,9 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/kernel"
 )
 
-// delegate hands a verb on to the IPAM plugin, with the configuration as it came, and returns what it answers.
-// The specification's own package for this, pkg/invoke, links OpenTelemetry and TLS: 2 MB and a seventh of the time
-// of every ADD, with IPAM or without.
+// delegate runs the IPAM plugin with a verb and the unchanged configuration, and returns its output.
+// It does not use CNI's own package for this, pkg/invoke, because that links OpenTelemetry and TLS: 2 MB, and a seventh
+// of the time of every ADD, with IPAM or without.
 func (a attachment) delegate(ctx context.Context, verb string) ([]byte, error) {
 	path, err := a.findIPAM()
 	if err != nil {
@@ -38,13 +38,16 @@ func (a attachment) delegate(ctx context.Context, verb string) ([]byte, error) {
 	if err == nil {
 		return stdout.Bytes(), nil
 	}
-	var said types.Error
-	if json.Unmarshal(stdout.Bytes(), &said) == nil && said.Msg != "" {
-		return nil, types.NewError(said.Code, fmt.Sprintf("%s: IPAM plugin %s: %s", a, a.ipam, said.Msg), said.Details)
+	var cniErr types.Error
+	if json.Unmarshal(stdout.Bytes(), &cniErr) == nil && cniErr.Msg != "" {
+		return nil, types.NewError(cniErr.Code,
+			fmt.Sprintf("%s: IPAM plugin %s: %s", a, a.ipam, cniErr.Msg), cniErr.Details)
 	}
-	return nil, fail(CodeIPAM, "%s: IPAM plugin %s: %s: %v %s", a, a.ipam, verb, err, strings.TrimSpace(stderr.String()))
+	return nil, fail(CodeIPAM, "%s: IPAM plugin %s: %s: %v %s",
+		a, a.ipam, verb, err, strings.TrimSpace(stderr.String()))
 }
 
+// findIPAM returns the path of the IPAM plugin in CNI_PATH.
 func (a attachment) findIPAM() (string, error) {
 	for _, dir := range filepath.SplitList(a.pathList) {
 		path := filepath.Join(dir, a.ipam)
@@ -56,10 +59,11 @@ func (a attachment) findIPAM() (string, error) {
 			return "", fail(CodeIPAM, "%s: IPAM plugin %s: %v", a, a.ipam, err)
 		}
 	}
-	return "", fail(CodeIPAM, "%s: no IPAM plugin %q in %s of this node: install it there, or change ipam.type", a, a.ipam, a.pathList)
+	return "", fail(CodeIPAM,
+		"%s: no IPAM plugin %q in %s of this node: install it there, or change ipam.type", a, a.ipam, a.pathList)
 }
 
-// allocate has the IPAM plugin allocate the addresses of the attachment.
+// allocate lets the IPAM plugin allocate the addresses of the attachment.
 func (a attachment) allocate(ctx context.Context) (*current.Result, error) {
 	answer, err := a.delegate(ctx, "ADD")
 	if err != nil {
@@ -75,7 +79,7 @@ func (a attachment) allocate(ctx context.Context) (*current.Result, error) {
 	return result, nil
 }
 
-// parseResult reads a CNI result of the version it says, or else of the configuration's.
+// parseResult reads a CNI result. A result without a version has that of the configuration.
 func (a attachment) parseResult(data []byte) (*current.Result, error) {
 	var head struct {
 		CNIVersion              string
@@ -88,7 +92,7 @@ func (a attachment) parseResult(data []byte) (*current.Result, error) {
 	if data[0] != '{' {
 		return nil, fmt.Errorf("it is %s", data)
 	}
-	// The library's conversions between versions take for granted that no element is null.
+	// The library panics on a null element when it converts between versions.
 	if slices.Contains(slices.Concat(head.Interfaces, head.IPs, head.Routes), nil) {
 		return nil, errors.New("an interface, address or route is null")
 	}
@@ -107,11 +111,11 @@ func (a attachment) parseResult(data []byte) (*current.Result, error) {
 	return current.NewResultFromResult(result)
 }
 
-// addressingOf is what an IPAM result means for the pod's interface. A route without a gateway goes by the first
-// gateway of its family, as in the reference plugins.
+// addressingOf returns the addresses and routes that an IPAM result has for the pod's interface. A route without a
+// gateway gets the first gateway of its family, as in the reference plugins.
 func addressingOf(result *current.Result) (kernel.Addressing, error) {
 	var want kernel.Addressing
-	gateways := map[bool]netip.Addr{} // by "is IPv4"
+	gateways := map[bool]netip.Addr{} // the key is true for IPv4
 	for _, ip := range result.IPs {
 		prefix, err := toPrefix(ip.Address)
 		if err != nil {

@@ -13,19 +13,19 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
-// memoryNode is a node whose kernel is a few maps.
+// memoryNode is a Node that keeps everything in maps.
 type memoryNode struct {
-	lans      map[string]segment.Segment   // by netns
-	pods      map[string]map[string]string // by netns path: interface → spoke
-	claims    map[string]heldClaim         // by netns/spoke
-	addresses map[string][]netip.Prefix    // by netns path/interface
-	routes    map[string][]kernel.Route    // by netns path/interface
-	underlays kernel.Underlays
-	busy      error // what every change answers, if set
-	refuse    error // what SetAddresses answers, if set
+	lans       map[string]segment.Segment   // by netns
+	pods       map[string]map[string]string // by netns path: interface → spoke
+	claims     map[string]claimed           // by netns/spoke
+	addresses  map[string][]netip.Prefix    // by netns path/interface
+	routes     map[string][]kernel.Route    // by netns path/interface
+	underlays  kernel.Underlays
+	changeErr  error // if set, every change returns it
+	addressErr error // if set, SetAddresses returns it
 }
 
-type heldClaim struct {
+type claimed struct {
 	segment.Claim
 	request kernel.ClaimRequest
 }
@@ -33,7 +33,7 @@ type heldClaim struct {
 func newMemoryNode(lans ...segment.Segment) *memoryNode {
 	n := &memoryNode{
 		lans: map[string]segment.Segment{}, pods: map[string]map[string]string{},
-		claims: map[string]heldClaim{}, addresses: map[string][]netip.Prefix{}, routes: map[string][]kernel.Route{},
+		claims: map[string]claimed{}, addresses: map[string][]netip.Prefix{}, routes: map[string][]kernel.Route{},
 	}
 	for _, s := range lans {
 		n.lans[s.Netns] = s
@@ -41,7 +41,7 @@ func newMemoryNode(lans ...segment.Segment) *memoryNode {
 	return n
 }
 
-// String tells all that could change, in order.
+// String prints everything that a call could change, sorted.
 func (n *memoryNode) String() string {
 	var lines []string
 	for key, c := range n.claims {
@@ -83,10 +83,11 @@ func (n *memoryNode) Claim(ctx context.Context, r kernel.ClaimRequest) (kernel.A
 	pod, ok := n.pods[r.PodNetns]
 	_, nameTaken := pod[r.Interface]
 	switch {
-	case n.busy != nil:
-		return kernel.Attachment{}, n.busy
+	case n.changeErr != nil:
+		return kernel.Attachment{}, n.changeErr
 	case !ok:
-		return kernel.Attachment{}, fmt.Errorf("open the pod's network namespace: %w", &fs.PathError{Op: "open", Path: r.PodNetns, Err: fs.ErrNotExist})
+		return kernel.Attachment{}, fmt.Errorf("open the pod's network namespace: %w",
+			&fs.PathError{Op: "open", Path: r.PodNetns, Err: fs.ErrNotExist})
 	case !segment.IsOnDemand(r.Spoke) && !slices.Contains(lan.Spokes, r.Spoke):
 		return kernel.Attachment{}, kernel.ErrNoSpoke
 	case nameTaken:
@@ -104,7 +105,7 @@ func (n *memoryNode) Claim(ctx context.Context, r kernel.ClaimRequest) (kernel.A
 	if r.MTU == 0 {
 		r.MTU = lan.MTU
 	}
-	n.claims[key] = heldClaim{request: r, Claim: segment.Claim{
+	n.claims[key] = claimed{request: r, Claim: segment.Claim{
 		ID: r.ID(), Spoke: r.Spoke, Kind: r.Kind, Sandbox: r.Sandbox, Interface: r.Interface,
 		PodNamespace: r.PodNamespace, Pod: r.Pod, PodUID: r.PodUID, Network: r.Network, MAC: r.MAC,
 	}}
@@ -124,8 +125,8 @@ func (n *memoryNode) end(key string) {
 }
 
 func (n *memoryNode) Release(ctx context.Context, netns, spoke, claimID string) error {
-	if n.busy != nil {
-		return n.busy
+	if n.changeErr != nil {
+		return n.changeErr
 	}
 	if key := netns + "/" + spoke; n.claims[key].ID == claimID {
 		n.end(key)
@@ -160,8 +161,8 @@ func (n *memoryNode) CheckClaim(_ context.Context, r kernel.ClaimRequest) error 
 }
 
 func (n *memoryNode) SetAddresses(_ context.Context, podNetns, ifname string, want kernel.Addressing) error {
-	if n.refuse != nil {
-		return n.refuse
+	if n.addressErr != nil {
+		return n.addressErr
 	}
 	n.addresses[podNetns+"/"+ifname] = want.Addresses
 	n.routes[podNetns+"/"+ifname] = want.Routes

@@ -1,7 +1,7 @@
 // Package cni attaches a pod or a VM to its spoke when the container runtime asks, and detaches it again.
 //
-// It needs neither the daemon nor the API server: the network configuration says which LAN and spoke, the node's record
-// of the LAN says who may attach, and the claim is made in the kernel.
+// It needs neither the daemon nor the API server: the network configuration names the LAN and the spoke, the node's
+// record of the LAN says which pods may attach, and the claim is made in the kernel.
 package cni
 
 import (
@@ -27,7 +27,7 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
-// Node is what the plugin needs of the node it runs on; *kernel.Node is one.
+// Node is the node that the plugin runs on; *kernel.Node implements it.
 type Node interface {
 	Record(netns string) (segment.Segment, error)
 	Records() ([]segment.Segment, error)
@@ -37,9 +37,9 @@ type Node interface {
 	Claims(ctx context.Context, netns string) ([]segment.Claim, error)
 	CheckClaim(ctx context.Context, req kernel.ClaimRequest) error
 
-	// SetAddresses gives the pod's interface addresses and routes, and waits until they can be used.
+	// SetAddresses adds addresses and routes to the pod's interface, and waits until they can be used.
 	SetAddresses(ctx context.Context, podNetns, ifname string, want kernel.Addressing) error
-	// Addresses are those that the pod's interface has.
+	// Addresses returns the addresses of the pod's interface.
 	Addresses(ctx context.Context, podNetns, ifname string) ([]netip.Prefix, error)
 }
 
@@ -49,20 +49,20 @@ type Plugin struct {
 	host Host
 }
 
-// Host is what the plugin finds around it.
+// Host is the plugin's environment: folders, variables and output.
 type Host struct {
-	Run    string    // folder of what lives as long as the node is up: for people only, the Node finds things by itself
+	Run    string    // k8slan's folder for what lasts until the node reboots; error messages name paths in it
 	CDI    string    // folder of CDI devices, one file per attachment, which the container runtime reads
-	Env    []string  // environment that IPAM plugins get, beside what the specification gives them
-	Stdout io.Writer // where results go
+	Env    []string  // environment of IPAM plugins, in addition to the variables that CNI specifies
+	Stdout io.Writer // where results are written
 
-	Report func(report.Outcome) // hears what became of each ADD and DEL; nil: nobody does
+	Report func(report.Outcome) // receives the outcome of each ADD and DEL; nil: outcomes are not reported
 }
 
-// New makes the plugin of a node.
+// New returns the plugin of a node.
 func New(node Node, host Host) *Plugin { return &Plugin{node: node, host: host} }
 
-// Funcs are the plugin's verbs as skel calls them; none of them goes on after ctx is done.
+// Funcs returns the plugin's verbs as skel calls them. Each ends when ctx ends.
 func (p *Plugin) Funcs(ctx context.Context) skel.CNIFuncs {
 	with := func(verb func(context.Context, *skel.CmdArgs) error) func(*skel.CmdArgs) error {
 		return func(args *skel.CmdArgs) error { return verb(ctx, args) }
@@ -73,12 +73,15 @@ func (p *Plugin) Funcs(ctx context.Context) skel.CNIFuncs {
 	}
 }
 
-// reported has a verb told of once it has answered.
-func (p *Plugin) reported(name report.Verb, verb func(context.Context, *skel.CmdArgs, *report.Outcome) error) func(context.Context, *skel.CmdArgs) error {
+// verb is a verb whose outcome is reported.
+type verb func(ctx context.Context, args *skel.CmdArgs, o *report.Outcome) error
+
+// reported returns a verb that sends its outcome to the daemon when it is done.
+func (p *Plugin) reported(name report.Verb, verb verb) func(context.Context, *skel.CmdArgs) error {
 	return func(ctx context.Context, args *skel.CmdArgs) error {
-		o, began := report.Outcome{Verb: name}, time.Now()
+		o, start := report.Outcome{Verb: name}, time.Now()
 		err := verb(ctx, args, &o)
-		o.Took = time.Since(began)
+		o.Took = time.Since(start)
 		if err != nil && o.Reason == "" {
 			o.Reason = Reason(err)
 		}
@@ -89,7 +92,7 @@ func (p *Plugin) reported(name report.Verb, verb func(context.Context, *skel.Cmd
 	}
 }
 
-// undoTimeout is how long taking back a failed ADD may last, whatever became of ADD's own time.
+// undoTimeout limits the undoing of a failed ADD. It is independent of ADD's own time limit.
 const undoTimeout = 10 * time.Second
 
 func (p *Plugin) add(ctx context.Context, args *skel.CmdArgs, o *report.Outcome) error {
@@ -99,7 +102,9 @@ func (p *Plugin) add(ctx context.Context, args *skel.CmdArgs, o *report.Outcome)
 	}
 	o.Kind = r.kind
 	if isOwnNetns(r.podNetns) {
-		return fail(types.ErrInvalidNetNS, "%s: CNI_NETNS %s is the node's own network namespace: a pod with hostNetwork gets no interface in a LAN", r, r.podNetns)
+		return fail(types.ErrInvalidNetNS,
+			"%s: CNI_NETNS %s is the node's own network namespace: a pod with hostNetwork gets no interface in a LAN",
+			r, r.podNetns)
 	}
 	var steps undo
 	result, err := p.attach(ctx, r, &steps, o)
@@ -114,15 +119,15 @@ func (p *Plugin) add(ctx context.Context, args *skel.CmdArgs, o *report.Outcome)
 	return steps.run(ctx, err)
 }
 
-// isOwnNetns says whether a path stands for the namespace this process is in. One that cannot be read does not:
-// the claim will say what is wrong with it.
+// isOwnNetns reports whether a path is the namespace that this process is in. It returns false for a path that cannot
+// be read: the claim then fails with the cause.
 func isOwnNetns(path string) bool {
 	pod, podErr := os.Stat(path)
 	own, ownErr := os.Stat("/proc/self/ns/net")
 	return podErr == nil && ownErr == nil && os.SameFile(pod, own)
 }
 
-// admit says whether the node's record of the LAN and kubelet's allocation let the pod have the spoke.
+// admit returns an error if the node's record of the LAN or kubelet's allocation does not let the pod have the spoke.
 func (r request) admit(record segment.Segment) error {
 	if r.vni != 0 {
 		return r.admitOnDemand(record)
@@ -132,7 +137,7 @@ func (r request) admit(record segment.Segment) error {
 		return err
 	case !record.Allows(r.pod.namespace) && r.pod.namespace == "":
 		return fail(types.ErrInvalidEnvironmentVariables,
-			"LAN %s is not open to all namespaces, and CNI_ARGS has no K8S_POD_NAMESPACE to say which one asks", r.lan)
+			"LAN %s is not open to all namespaces, and CNI_ARGS has no K8S_POD_NAMESPACE that names the pod's", r.lan)
 	case !record.Allows(r.pod.namespace):
 		return fail(CodeForbidden, "LAN %s is not open to namespace %s; its owner can add %s to spec.allowedNamespaces",
 			r.lan, r.pod.namespace, r.pod.namespace)
@@ -140,26 +145,29 @@ func (r request) admit(record segment.Segment) error {
 		return r.noSpoke(CodeNoSpoke)
 	case r.deviceID == "":
 		return fail(CodeNoDevice, "%s: kubelet allocated no macvtap.k8slan.io/k8slan-veth-%s to this pod. "+
-			"Either none of its containers has it in resources.limits: add it there; or it was bound to a node that didn't offer it: see kubectl get lan -n %s %s",
+			"Either none of its containers has it in resources.limits: add it there; "+
+			"or the pod is bound to a node that did not advertise it: see kubectl get lan -n %s %s",
 			r, r.spokeOrPool(), r.lan.Namespace, r.lan.Name)
 	case !r.matches(r.deviceID):
 		return fail(CodeWrongDevice, "%s: kubelet allocated the device of spoke %q to this pod; "+
-			"the annotation k8s.v1.cni.cncf.io/resourceName of this network must be macvtap.k8slan.io/k8slan-veth-%s", r, r.deviceID, r.spokeOrPool())
+			"the annotation k8s.v1.cni.cncf.io/resourceName of this network must be macvtap.k8slan.io/k8slan-veth-%s",
+			r, r.deviceID, r.spokeOrPool())
 	case r.mtu > record.MTU:
 		return fail(types.ErrInvalidNetworkConfig, "%s: mtu %d is more than the LAN carries: %d", r, r.mtu, record.MTU)
 	}
 	return nil
 }
 
-// checkLAN says whether a record is that of the attachment's LAN.
+// checkLAN returns an error if a record belongs to another LAN than the attachment's.
 func (a attachment) checkLAN(record segment.Segment) error {
 	if record.LAN.Namespace != a.lan.Namespace || record.LAN.Name != a.lan.Name {
-		return fail(types.ErrInvalidNetworkConfig, "ns: %q is the network namespace of LAN %s, not of %s as lan says", a.netns, record.LAN, a.lan)
+		return fail(types.ErrInvalidNetworkConfig,
+			"ns: %q is the network namespace of LAN %s, not of %s as lan says", a.netns, record.LAN, a.lan)
 	}
 	return nil
 }
 
-// record reads what the node has on record of the LAN. Where it has nothing, the error has the code missing.
+// record reads the node's record of the LAN. If there is none, the error has the code missing.
 func (p *Plugin) record(a attachment, missing uint) (segment.Segment, error) {
 	record, err := p.node.Record(a.netns)
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, kernel.ErrNoLAN) {
@@ -171,7 +179,7 @@ func (p *Plugin) record(a attachment, missing uint) (segment.Segment, error) {
 	return record, a.checkLAN(record)
 }
 
-// attach makes the attachment; steps takes back what it has done so far, o says how it came about.
+// attach makes the attachment. It adds an undo step to steps for each thing it does, and fills in o.
 func (p *Plugin) attach(ctx context.Context, r request, steps *undo, o *report.Outcome) (*current.Result, error) {
 	var err error
 	if r.attachment, err = p.locate(r.attachment); err != nil {
@@ -198,8 +206,8 @@ func (p *Plugin) attach(ctx context.Context, r request, steps *undo, o *report.O
 			return nil, err
 		}
 	}
-	// The bridge's end of the link is told of without a sandbox, though it is in the LAN's network namespace:
-	// Multus takes every interface with a sandbox for one of the pod's.
+	// The result lists the bridge's end of the link without a sandbox, although it is in the LAN's network namespace:
+	// Multus assumes that every interface with a sandbox is in the pod.
 	result.Interfaces = []*current.Interface{
 		{Name: made.HostInterface, Mtu: made.MTU},
 		{Name: r.ifname, Mac: made.MAC.String(), Mtu: made.MTU, Sandbox: r.podNetns},
@@ -208,9 +216,9 @@ func (p *Plugin) attach(ctx context.Context, r request, steps *undo, o *report.O
 		ip.Interface = current.Int(1)
 	}
 	if r.vni != 0 {
-		return result, nil // kubelet allocated nothing: there is no device's name
+		return result, nil // kubelet allocated nothing, so there is no CDI device
 	}
-	// Last, so that the device's name means something only when all of it is there.
+	// The CDI device is written last, so that the runtime finds it only when the attachment is complete.
 	*steps = append(*steps, func(context.Context) error { return cdi.Remove(p.host.CDI, r.spoke, r.claimID) })
 	if err := cdi.Write(p.host.CDI, r.device(made)); err != nil {
 		return nil, fail(CodeCDI, "%s: %v", r, err)
@@ -218,15 +226,17 @@ func (p *Plugin) attach(ctx context.Context, r request, steps *undo, o *report.O
 	return result, nil
 }
 
-// assignAddresses has the IPAM plugin allocate addresses and gives them to the pod's interface.
-func (p *Plugin) assignAddresses(ctx context.Context, r request, steps *undo, o *report.Outcome) (*current.Result, error) {
+// assignAddresses lets the IPAM plugin allocate addresses and adds them to the pod's interface.
+func (p *Plugin) assignAddresses(
+	ctx context.Context, r request, steps *undo, o *report.Outcome,
+) (*current.Result, error) {
 	*steps = append(*steps, func(ctx context.Context) error {
 		_, err := r.delegate(ctx, "DEL")
 		return err
 	})
 	result, err := r.allocate(ctx)
 	if err != nil {
-		o.Reason = report.IPAM // whatever the code that the IPAM plugin chose
+		o.Reason = report.IPAM // whichever code the IPAM plugin returned
 		return nil, err
 	}
 	if r.dns.IsEmpty() {
@@ -243,10 +253,12 @@ func (p *Plugin) assignAddresses(ctx context.Context, r request, steps *undo, o 
 	return result, nil
 }
 
+// print writes the result in the version of CNI that the configuration has.
 func (p *Plugin) print(result *current.Result, version string) error {
 	converted, err := result.GetAsVersion(version)
 	if err != nil {
-		return fail(types.ErrIncompatibleCNIVersion, "the result cannot be told in cniVersion %s: %v", version, err)
+		return fail(types.ErrIncompatibleCNIVersion,
+			"the result cannot be converted to cniVersion %s: %v", version, err)
 	}
 	if err := converted.PrintTo(p.host.Stdout); err != nil {
 		return fail(types.ErrIOFailure, "the result cannot be written: %v", err)
@@ -254,7 +266,7 @@ func (p *Plugin) print(result *current.Result, version string) error {
 	return nil
 }
 
-// claim is the request in the kernel's terms.
+// claim returns the request as package kernel takes it.
 func (r request) claim() kernel.ClaimRequest {
 	return kernel.ClaimRequest{
 		Netns: r.netns, Spoke: r.spoke, Kind: r.kind,
@@ -265,7 +277,7 @@ func (r request) claim() kernel.ClaimRequest {
 	}
 }
 
-// device is what the spoke's CDI name means for this attachment: some environment variables and, for a macvtap, its tap.
+// device returns the CDI device of this attachment: some environment variables and, for a macvtap, its tap.
 func (r request) device(made kernel.Attachment) cdi.Device {
 	prefix := "K8SLAN_" + envName(r.spokeOrPool()) + "_"
 	d := cdi.Device{
@@ -278,14 +290,14 @@ func (r request) device(made kernel.Attachment) cdi.Device {
 		},
 	}
 	if r.kind == segment.Macvtap {
-		d.Path = fmt.Sprintf("/dev/tap%d", made.Index) // where libvirt looks for it, and QEMU's users
+		d.Path = fmt.Sprintf("/dev/tap%d", made.Index) // where libvirt and users of QEMU expect it
 		d.Major, d.Minor, d.UID, d.GID = made.TapMajor, made.TapMinor, r.owner, r.group
 		d.Env = append(d.Env, prefix+"TAP="+d.Path)
 	}
 	return d
 }
 
-// envName is the name of a spoke or pool as part of an environment variable's.
+// envName returns the name of a spoke or pool as part of an environment variable's name.
 func envName(spoke string) string {
 	return strings.Map(func(r rune) rune {
 		if r == '-' || r == '.' {
@@ -295,13 +307,13 @@ func envName(spoke string) string {
 	}, strings.ToUpper(spoke))
 }
 
-// del takes the attachment away. What is not there is not an error, and that includes everything that a configuration
-// which ADD refuses could have made: kubelet repeats a failed DEL for ever, and the pod would never go.
+// del removes the attachment. It succeeds if there is nothing to remove, and also for a configuration that ADD refuses:
+// kubelet repeats a failed DEL for ever, so the pod would never be deleted.
 func (p *Plugin) del(ctx context.Context, args *skel.CmdArgs, o *report.Outcome) error {
 	w, _ := decode(args.StdinData)
 	a, err := p.attachment(w, args)
 	if err != nil {
-		return nil //nolint:nilerr // as said above
+		return nil //nolint:nilerr // see above
 	}
 	o.Kind = a.kind
 	var failed []error
@@ -311,11 +323,11 @@ func (p *Plugin) del(ctx context.Context, args *skel.CmdArgs, o *report.Outcome)
 			failed = append(failed, err)
 		}
 	}
-	places, err := p.candidates(a)
+	candidates, err := p.candidates(a)
 	if err != nil {
 		failed = append(failed, err)
 	}
-	for _, a := range places {
+	for _, a := range candidates {
 		if err := p.releaseClaim(ctx, a); err != nil {
 			failed = append(failed, err)
 		}
@@ -323,8 +335,8 @@ func (p *Plugin) del(ctx context.Context, args *skel.CmdArgs, o *report.Outcome)
 	return joinErrors(failed)
 }
 
-// releaseClaim takes the attachment's claim away. Where the runtime doesn't say which port of a pool it is on, the kernel
-// knows; a claim that is gone from there is the daemon's to clean up after.
+// releaseClaim releases the attachment's claim. If the runtime does not say which port of a pool it is on, releaseClaim
+// finds the port in the kernel. The daemon cleans up after a claim that is no longer in the kernel.
 func (p *Plugin) releaseClaim(ctx context.Context, a attachment) error {
 	if a.spoke != "" {
 		return p.release(ctx, a, a.spoke, a.claimID)
@@ -341,7 +353,7 @@ func (p *Plugin) releaseClaim(ctx context.Context, a attachment) error {
 	return nil
 }
 
-// claimsOf are those of the attachment's LAN; none where it is not on this node.
+// claimsOf returns the claims in the attachment's LAN, and none if the LAN is not on this node.
 func (p *Plugin) claimsOf(ctx context.Context, a attachment) ([]segment.Claim, error) {
 	claims, err := p.node.Claims(ctx, a.netns)
 	if err != nil && !errors.Is(err, kernel.ErrNoLAN) && !errors.Is(err, fs.ErrNotExist) {
@@ -350,7 +362,7 @@ func (p *Plugin) claimsOf(ctx context.Context, a attachment) ([]segment.Claim, e
 	return claims, nil
 }
 
-// release takes one claim away: the device's name first, so that it never means a device that is gone.
+// release removes one claim. The CDI device goes first, so that it never refers to a deleted link.
 func (p *Plugin) release(ctx context.Context, a attachment, spoke, claimID string) error {
 	if err := cdi.Remove(p.host.CDI, spoke, claimID); err != nil {
 		return fail(CodeCDI, "%s: %v", a, err)
@@ -362,7 +374,7 @@ func (p *Plugin) release(ctx context.Context, a attachment, spoke, claimID strin
 	return nil
 }
 
-// joinErrors makes one CNI error of several, with the code of the first.
+// joinErrors returns one CNI error for several, with the code of the first.
 func joinErrors(failed []error) error {
 	if len(failed) < 2 {
 		return errors.Join(failed...)
@@ -400,10 +412,11 @@ func (p *Plugin) check(ctx context.Context, args *skel.CmdArgs) error {
 	return p.checkAddresses(ctx, r, addresses)
 }
 
-// fromPrevResult is the request with what ADD's result says came of it, and the addresses that ADD gave.
+// fromPrevResult returns the request with the MAC and MTU of ADD's result, and the addresses in that result.
 func (r request) fromPrevResult() (request, []netip.Prefix, error) {
 	if len(r.prevResult) == 0 || string(r.prevResult) == "null" {
-		return r, nil, fail(types.ErrInvalidNetworkConfig, `network configuration has no "prevResult" for CHECK to compare with`)
+		return r, nil, fail(types.ErrInvalidNetworkConfig,
+			`network configuration has no "prevResult" for CHECK to compare with`)
 	}
 	prev, err := r.parseResult(r.prevResult)
 	if err != nil {
@@ -413,7 +426,8 @@ func (r request) fromPrevResult() (request, []netip.Prefix, error) {
 		return i != nil && i.Name == r.ifname && i.Sandbox == r.podNetns
 	})
 	if at < 0 {
-		return r, nil, fail(types.ErrInvalidNetworkConfig, "prevResult has no interface %q in sandbox %s", r.ifname, r.podNetns)
+		return r, nil, fail(types.ErrInvalidNetworkConfig,
+			"prevResult has no interface %q in sandbox %s", r.ifname, r.podNetns)
 	}
 	if mac := prev.Interfaces[at].Mac; mac != "" {
 		if r.mac, err = parseMAC("prevResult", mac, types.ErrInvalidNetworkConfig); err != nil {
@@ -430,7 +444,7 @@ func (r request) fromPrevResult() (request, []netip.Prefix, error) {
 	return r, want.Addresses, nil
 }
 
-// checkAddresses says which of the addresses the pod's interface has lost.
+// checkAddresses returns an error if the pod's interface has lost one of the addresses.
 func (p *Plugin) checkAddresses(ctx context.Context, r request, want []netip.Prefix) error {
 	if len(want) == 0 {
 		return nil
@@ -462,11 +476,11 @@ func (p *Plugin) gc(ctx context.Context, args *skel.CmdArgs) error {
 			failed = append(failed, err)
 		}
 	}
-	places, err := p.candidates(a)
+	candidates, err := p.candidates(a)
 	if err != nil {
 		failed = append(failed, err)
 	}
-	for _, a := range places {
+	for _, a := range candidates {
 		claims, err := p.claimsOf(ctx, a)
 		if err != nil {
 			failed = append(failed, err)
@@ -480,14 +494,14 @@ func (p *Plugin) gc(ctx context.Context, args *skel.CmdArgs) error {
 	return joinErrors(failed)
 }
 
-// stale are the claims of the attachment's network that are none of the valid ones.
-// The two networks of a spoke differ in kind, and each is collected with the attachments of its own.
+// stale returns the claims of the attachment's network that are not valid any more. The runtime calls GC for each
+// network with the attachments of that network only.
 func stale(claims []segment.Claim, a attachment, valid []types.GCAttachment) []segment.Claim {
 	keep := map[string]bool{}
 	for _, v := range valid {
 		keep[segment.ClaimID(v.ContainerID, v.IfName)] = true
 	}
-	return slices.DeleteFunc(claims, func(c segment.Claim) bool { return !a.isClaimedBy(c) || keep[c.ID] })
+	return slices.DeleteFunc(claims, func(c segment.Claim) bool { return !a.isOfNetwork(c) || keep[c.ID] })
 }
 
 func (p *Plugin) status(ctx context.Context, args *skel.CmdArgs) error {
@@ -509,7 +523,8 @@ func (p *Plugin) status(ctx context.Context, args *skel.CmdArgs) error {
 	case !a.existsIn(record):
 		return a.noSpoke(types.ErrPluginNotAvailable)
 	case record.VXLAN.UnderlayIndex == 0:
-		return fail(types.ErrLimitedConnectivity, "LAN %s: this node has no underlay device %q, so that its pods here reach no other node; kubectl describe lan -n %s %s",
+		return fail(types.ErrLimitedConnectivity, "LAN %s: this node has no underlay device %q, "+
+			"so the LAN's pods here reach no other node; see kubectl describe lan -n %s %s",
 			a.lan, record.VXLAN.Underlay, a.lan.Namespace, a.lan.Name)
 	case a.ipam != "":
 		_, err := a.delegate(ctx, "STATUS")

@@ -30,26 +30,27 @@ var lab = segment.Segment{
 	Spokes: []string{"db_0", "srl", "vm", "web_0", "web_1"}, MACByOrdinal: []string{"db"}, Node: "worker1",
 }
 
-// host is a node with the LAN lab and some pods, and the plugin on it.
+// host is a node with the LAN lab, some pods and the plugin.
 type host struct {
-	t      *testing.T
-	node   *memoryNode
-	cdi    string
-	bin    string // CNI_PATH
-	runDir string
-	stdout io.Writer
-	told   []report.Outcome
+	t        *testing.T
+	node     *memoryNode
+	cdi      string
+	bin      string // CNI_PATH
+	runDir   string
+	stdout   io.Writer
+	outcomes []report.Outcome
 }
 
 func newHost(t *testing.T) *host {
-	h := &host{t: t, node: newMemoryNode(lab), cdi: filepath.Join(t.TempDir(), "cdi"), bin: t.TempDir(), runDir: "/run/k8slan"}
+	h := &host{t: t, node: newMemoryNode(lab),
+		cdi: filepath.Join(t.TempDir(), "cdi"), bin: t.TempDir(), runDir: "/run/k8slan"}
 	for _, pod := range []string{"/netns/1", "/netns/2"} {
 		h.node.pods[pod] = map[string]string{}
 	}
 	return h
 }
 
-// call is one run of the plugin by a runtime.
+// call is one call of the plugin by a runtime.
 type call struct {
 	verb      string
 	container string
@@ -59,10 +60,11 @@ type call struct {
 	config    string
 }
 
-// pod1 is what Multus sends for a pod in the LAN's own namespace.
+// pod1 returns the call that Multus makes for a pod in the LAN's own namespace.
 func pod1(verb, config string) call {
-	return call{verb, "c1", "/netns/1", "net1", "IgnoreUnknown=true;K8S_POD_NAMESPACE=default;K8S_POD_NAME=srl-1;K8S_POD_INFRA_CONTAINER_ID=c1;K8S_POD_UID=1-2" +
-		";K8S_POD_NAMESPACE=default;K8S_POD_NAME=srl-1", config} // Multus repeats what it got from the runtime
+	return call{verb, "c1", "/netns/1", "net1",
+		"IgnoreUnknown=true;K8S_POD_NAMESPACE=default;K8S_POD_NAME=srl-1;K8S_POD_INFRA_CONTAINER_ID=c1;" +
+			"K8S_POD_UID=1-2;K8S_POD_NAMESPACE=default;K8S_POD_NAME=srl-1", config} // Multus repeats the runtime's keys
 }
 
 func pod2(verb, config string) call {
@@ -100,7 +102,7 @@ func (h *host) run(c call) (string, *types.Error) {
 	}
 	plugin := cni.New(h.node, cni.Host{
 		Run: h.runDir, CDI: h.cdi, Stdout: stdout,
-		Report: func(o report.Outcome) { h.told = append(h.told, o) },
+		Report: func(o report.Outcome) { h.outcomes = append(h.outcomes, o) },
 	})
 	e := skel.PluginMainFuncsWithError(plugin.Funcs(h.t.Context()), cniversion.All, "")
 	return out.String(), e
@@ -115,7 +117,7 @@ func (h *host) mustRun(c call) string {
 	return out
 }
 
-// mustFail runs a call that must be refused with that code, in words that contain want, and change nothing.
+// mustFail runs a call that must fail with that code and a message that contains want, and must change nothing.
 func (h *host) mustFail(c call, code uint, want string) {
 	h.t.Helper()
 	before := h.String()
@@ -127,16 +129,16 @@ func (h *host) mustFail(c call, code uint, want string) {
 		h.t.Errorf("%s: code %d: %v\nwant code %d: %s", c.verb, err.Code, err, code, want)
 	}
 	if after := h.String(); after != before {
-		h.t.Errorf("%s was refused and yet changed\n%s\ninto\n%s", c.verb, before, after)
+		h.t.Errorf("%s failed, but it changed\n%s\ninto\n%s", c.verb, before, after)
 	}
 }
 
-// String is everything that the plugin could change.
+// String prints everything that the plugin could change.
 func (h *host) String() string {
 	return h.node.String() + "\n" + strings.Join(h.devices(), "\n")
 }
 
-// devices are the CDI files, as they are.
+// devices returns the names and contents of the CDI files.
 func (h *host) devices() []string {
 	paths, err := filepath.Glob(filepath.Join(h.cdi, "*"))
 	if err != nil {
@@ -153,7 +155,8 @@ func (h *host) devices() []string {
 	return files
 }
 
-// config is a network configuration as the controller writes it and Multus sends it, with keys set or (nil) removed.
+// config returns a network configuration as the controller writes it and Multus sends it, with keys set or (nil)
+// removed.
 func config(set map[string]any) string {
 	c := map[string]any{
 		"cniVersion": "1.0.0", "name": "k8slan-veth-srl", "type": "k8slan",
@@ -175,7 +178,7 @@ func config(set map[string]any) string {
 
 type keys = map[string]any
 
-// pooled are the keys of a pool's configuration for which kubelet has allocated that port.
+// pooled returns the keys of a pool's configuration for which kubelet has allocated that port.
 func pooled(pool string, port any) keys { return keys{"pool": pool, "spoke": nil, "deviceID": port} }
 
 type result struct {
@@ -217,14 +220,15 @@ func TestPodGetsItsSpoke(t *testing.T) {
 		if version >= "1" && pod.MTU != 1422 {
 			t.Errorf("%s: MTU %d", version, pod.MTU)
 		}
-		want := fmt.Sprintf("claim knlvrf/srl %s veth default/srl-1 if=net1 mac=%s mtu=1422 promisc=false\npod /netns/1 net1 srl []", link.Name, mac)
+		want := fmt.Sprintf("claim knlvrf/srl %s veth default/srl-1 if=net1 mac=%s mtu=1422 promisc=false\n"+
+			"pod /netns/1 net1 srl []", link.Name, mac)
 		if h.node.String() != want {
 			t.Errorf("node has\n%s\nwant\n%s", h.node, want)
 		}
 	}
 }
 
-// device is the part of a CDI file that a container notices.
+// device is the part of a CDI file that changes a container.
 type device struct {
 	Name           string
 	ContainerEdits struct {
@@ -278,7 +282,8 @@ func TestCDIDeviceOfAVMIsItsTap(t *testing.T) {
 		c.set["kind"] = "macvtap"
 		h.mustRun(pod1("ADD", config(c.set)))
 		d := h.device("macvtap.k8slan.io-spoke_srl_" + segment.ClaimID("c1", "net1") + ".json")
-		if len(d.ContainerEdits.DeviceNodes) != 1 || !slices.Contains(d.ContainerEdits.Env, "K8SLAN_SRL_TAP=/dev/tap17") {
+		if len(d.ContainerEdits.DeviceNodes) != 1 ||
+			!slices.Contains(d.ContainerEdits.Env, "K8SLAN_SRL_TAP=/dev/tap17") {
 			t.Fatalf("device %+v", d)
 		}
 		tap := d.ContainerEdits.DeviceNodes[0]
@@ -288,8 +293,13 @@ func TestCDIDeviceOfAVMIsItsTap(t *testing.T) {
 	}
 }
 
-func TestMACThatIsAskedForMostDirectlyWins(t *testing.T) {
-	const env, runtime, annotation, network = "02:00:00:00:00:01", "02:00:00:00:00:02", "02:00:00:00:00:03", "02:00:00:00:00:04"
+func TestMostSpecificMACWins(t *testing.T) {
+	const (
+		env        = "02:00:00:00:00:01"
+		runtime    = "02:00:00:00:00:02"
+		annotation = "02:00:00:00:00:03"
+		network    = "02:00:00:00:00:04"
+	)
 	all := keys{"mac": network, "args": keys{"cni": keys{"mac": annotation}}, "runtimeConfig": keys{"mac": runtime}}
 	for _, c := range []struct {
 		name, args string
@@ -314,7 +324,7 @@ func TestMACThatIsAskedForMostDirectlyWins(t *testing.T) {
 	}
 }
 
-func TestMTUAndPromiscuousAreAsAskedFor(t *testing.T) {
+func TestMTUAndPromiscuousModeAreSet(t *testing.T) {
 	for _, c := range []struct {
 		set  keys
 		want string
@@ -345,66 +355,143 @@ func TestBadRequestIsRefusedWithASentence(t *testing.T) {
 		want string
 	}{
 		{name: "no kind", set: keys{"kind": nil}, code: network, want: `network configuration has no "kind"`},
-		{name: "unknown kind", set: keys{"kind": "ipvlan"}, code: network, want: `kind: "ipvlan" is neither "veth" nor "macvtap"`},
+		{
+			name: "unknown kind", set: keys{"kind": "ipvlan"}, code: network,
+			want: `kind: "ipvlan" is neither "veth" nor "macvtap"`,
+		},
 		{name: "no ns", set: keys{"ns": nil}, code: network, want: `has no "ns"`},
-		{name: "ns leaves its folder", set: keys{"ns": "../../proc/1/ns/net"}, code: network, want: "is not the name of a network namespace"},
-		{name: "ns is the folder above", set: keys{"ns": ".."}, code: network, want: "is not the name of a network namespace"},
+		{
+			name: "ns leaves its folder", set: keys{"ns": "../../proc/1/ns/net"}, code: network,
+			want: "is not the name of a network namespace",
+		},
+		{
+			name: "ns is the folder above", set: keys{"ns": ".."}, code: network,
+			want: "is not the name of a network namespace",
+		},
 		{name: "ns is a number", set: keys{"ns": 7}, code: network, want: `key "ns" cannot be a JSON number`},
 		{name: "no spoke", set: keys{"spoke": nil}, code: network, want: `has no "spoke"`},
-		{name: "spoke leaves its folder", set: keys{"spoke": "../x"}, code: network, want: "is not the name of a spoke"},
+		{
+			name: "spoke leaves its folder", set: keys{"spoke": "../x"}, code: network,
+			want: "is not the name of a spoke",
+		},
 		{name: "spoke too long", set: keys{"spoke": "spine-router-01"}, code: network, want: "1 to 13 of"},
-		{name: "LAN without a namespace", set: keys{"lan": "lab"}, code: network, want: "is not the namespace/name of a LAN"},
-		{name: "group MAC", set: keys{"mac": "01:00:5e:00:00:01"}, code: network, want: "mac: \"01:00:5e:00:00:01\" is not the address of one Ethernet interface"},
+		{
+			name: "LAN without a namespace", set: keys{"lan": "lab"}, code: network,
+			want: "is not the namespace/name of a LAN",
+		},
+		{
+			name: "group MAC", set: keys{"mac": "01:00:5e:00:00:01"}, code: network,
+			want: "mac: \"01:00:5e:00:00:01\" is not the address of one Ethernet interface",
+		},
 		{name: "zero MAC", set: keys{"mac": "00:00:00:00:00:00"}, code: network, want: "is not the address of one"},
-		{name: "EUI-64", set: keys{"runtimeConfig": keys{"mac": "02:00:00:00:00:00:00:01"}}, code: network, want: "runtimeConfig.mac"},
+		{
+			name: "EUI-64", set: keys{"runtimeConfig": keys{"mac": "02:00:00:00:00:00:00:01"}}, code: network,
+			want: "runtimeConfig.mac",
+		},
 		{name: "MAC in CNI_ARGS", args: ";MAC=abc", code: env, want: `CNI_ARGS MAC: "abc"`},
 		{name: "MTU too small", set: keys{"mtu": 67}, code: network, want: `mtu: "67" is not an MTU`},
-		{name: "MTU negative", set: keys{"args": keys{"cni": keys{"mtu": -1}}}, code: network, want: `args.cni.mtu: "-1"`},
-		{name: "MTU beyond the LAN's", set: keys{"mtu": 1423}, code: network, want: "mtu 1423 is more than the LAN carries: 1422"},
+		{
+			name: "MTU negative", set: keys{"args": keys{"cni": keys{"mtu": -1}}}, code: network,
+			want: `args.cni.mtu: "-1"`,
+		},
+		{
+			name: "MTU beyond the LAN's", set: keys{"mtu": 1423}, code: network,
+			want: "mtu 1423 is more than the LAN carries: 1422",
+		},
 		{name: "MTU as text", set: keys{"mtu": "1400"}, code: network, want: `key "mtu" cannot be a JSON string`},
 		{name: "owner negative", set: keys{"owner": -1}, code: network, want: `key "owner" cannot be a JSON number -1`},
-		{name: "IPAM without type", set: keys{"ipam": keys{"subnet": "10.0.0.0/8"}}, code: network, want: `has no "ipam.type"`},
-		{name: "IPAM by path", set: keys{"ipam": keys{"type": "../sh"}}, code: network, want: "is not the name of an IPAM plugin"},
+		{
+			name: "IPAM without type", set: keys{"ipam": keys{"subnet": "10.0.0.0/8"}}, code: network,
+			want: `has no "ipam.type"`,
+		},
+		{
+			name: "IPAM by path", set: keys{"ipam": keys{"type": "../sh"}}, code: network,
+			want: "is not the name of an IPAM plugin",
+		},
 		{name: "IPAM by itself", set: keys{"ipam": keys{"type": "k8slan"}}, code: network, want: "is this plugin"},
-		{name: "IPAM for a VM", set: keys{"kind": "macvtap", "ipam": keys{"type": "host-local"}}, code: network, want: "give them inside the guest"},
-		{name: "IPAM is text", set: keys{"ipam": "host-local"}, code: network, want: `key "ipam" cannot be a JSON string`},
+		{
+			name: "IPAM for a VM", set: keys{"kind": "macvtap", "ipam": keys{"type": "host-local"}}, code: network,
+			want: "set them inside the guest",
+		},
+		{
+			name: "IPAM is text", set: keys{"ipam": "host-local"}, code: network,
+			want: `key "ipam" cannot be a JSON string`,
+		},
 		{name: "CNI_ARGS no pair", args: ";oops", code: env, want: `"oops" is not key=value`},
-		{name: "second namespace", args: ";K8S_POD_NAMESPACE=blue", code: env, want: "K8S_POD_NAMESPACE is there twice"},
-		{name: "version without interfaces", set: keys{"cniVersion": "0.2.0"}, code: types.ErrIncompatibleCNIVersion, want: "use 0.3.0 or later"},
-		{name: "version of the future", set: keys{"cniVersion": "9.0.0"}, code: types.ErrIncompatibleCNIVersion, want: "incompatible CNI versions"},
+		{
+			name: "second namespace", args: ";K8S_POD_NAMESPACE=blue", code: env,
+			want: "K8S_POD_NAMESPACE has two values",
+		},
+		{
+			name: "version without interfaces", set: keys{"cniVersion": "0.2.0"}, code: types.ErrIncompatibleCNIVersion,
+			want: "use 0.3.0 or later",
+		},
+		{
+			name: "version of the future", set: keys{"cniVersion": "9.0.0"}, code: types.ErrIncompatibleCNIVersion,
+			want: "incompatible CNI versions",
+		},
 		{
 			name: "no device", set: keys{"deviceID": nil}, code: cni.CodeNoDevice,
-			want: `spoke "srl" of LAN default/lab: kubelet allocated no macvtap.k8slan.io/k8slan-veth-srl to this pod. Either none of its containers has it in resources.limits: add it there; or it was bound to a node that didn't offer it: see kubectl get lan`,
+			want: `spoke "srl" of LAN default/lab: kubelet allocated no macvtap.k8slan.io/k8slan-veth-srl to this ` +
+				`pod. Either none of its containers has it in resources.limits: add it there; or the pod is bound ` +
+				`to a node that did not advertise it: see kubectl get lan`,
 		},
-		{name: "another spoke's device", set: keys{"deviceID": "vm"}, code: cni.CodeWrongDevice, want: `allocated the device of spoke "vm"`},
+		{
+			name: "another spoke's device", set: keys{"deviceID": "vm"}, code: cni.CodeWrongDevice,
+			want: `allocated the device of spoke "vm"`,
+		},
 		{
 			name: "LAN not on the node", set: keys{"ns": "other"}, code: types.ErrTryAgainLater,
-			want: "LAN default/lab is not on this node (no /run/k8slan/netns/other): was it deleted, or is the daemon still starting? kubectl get lan -n default lab",
+			want: "LAN default/lab is not on this node (no /run/k8slan/netns/other): was it deleted, or is the " +
+				"daemon still starting? See kubectl get lan -n default lab",
 		},
-		{name: "netns of another LAN", set: keys{"lan": "default/core"}, code: network, want: `"knlvrf" is the network namespace of LAN default/lab, not of default/core`},
-		{name: "a spoke and a pool", set: keys{"pool": "web"}, code: network, want: `pool: "web" is there beside a spoke`},
-		{name: "pool leaves its folder", set: keys{"pool": "../x", "spoke": nil}, code: network, want: "is not the name of a pool"},
+		{
+			name: "netns of another LAN", set: keys{"lan": "default/core"}, code: network,
+			want: `"knlvrf" is the network namespace of LAN default/lab, not of default/core`,
+		},
+		{
+			name: "a spoke and a pool", set: keys{"pool": "web"}, code: network,
+			want: `pool: "web" is set beside a spoke`,
+		},
+		{
+			name: "pool leaves its folder", set: keys{"pool": "../x", "spoke": nil}, code: network,
+			want: "is not the name of a pool",
+		},
 		{name: "pool too long", set: keys{"pool": "abcdefghij", "spoke": nil}, code: network, want: "1 to 9 of"},
-		{name: "a port for a spoke", set: keys{"spoke": "web_0", "deviceID": "web_0"}, code: network, want: "is not the name of a spoke"},
-		{name: "unknown pool", set: pooled("edge", "edge_0"), code: cni.CodeNoSpoke, want: `LAN default/lab has no pool "edge"`},
+		{
+			name: "a port for a spoke", set: keys{"spoke": "web_0", "deviceID": "web_0"}, code: network,
+			want: "is not the name of a spoke",
+		},
+		{
+			name: "unknown pool", set: pooled("edge", "edge_0"), code: cni.CodeNoSpoke,
+			want: `LAN default/lab has no pool "edge"`,
+		},
 		{
 			name: "no device of the pool", set: pooled("web", nil), code: cni.CodeNoDevice,
 			want: `pool "web" of LAN default/lab: kubelet allocated no macvtap.k8slan.io/k8slan-veth-web to this pod`,
 		},
 		{
 			name: "a device of another pool", set: pooled("web", "db_0"), code: cni.CodeWrongDevice,
-			want: `allocated the device of spoke "db_0" to this pod; the annotation k8s.v1.cni.cncf.io/resourceName of this network must be macvtap.k8slan.io/k8slan-veth-web`,
+			want: `allocated the device of spoke "db_0" to this pod; the annotation k8s.v1.cni.cncf.io/resourceName ` +
+				`of this network must be macvtap.k8slan.io/k8slan-veth-web`,
 		},
-		{name: "a spoke's device for a pool", set: pooled("web", "srl"), code: cni.CodeWrongDevice, want: `allocated the device of spoke "srl"`},
 		{
-			name: "a port that the pool has lost", set: pooled("web", "web_2"), code: cni.CodeNoSpoke,
-			want: `LAN default/lab has no pool "web" with a port "web_2" on this node: is it in spec.spokePools, not refused, and not made smaller?`,
+			name: "a spoke's device for a pool", set: pooled("web", "srl"), code: cni.CodeWrongDevice,
+			want: `allocated the device of spoke "srl"`,
+		},
+		{
+			name: "a port beyond the pool's size", set: pooled("web", "web_2"), code: cni.CodeNoSpoke,
+			want: `LAN default/lab has no pool "web" with a port "web_2" on this node: is it in spec.spokePools, not ` +
+				`refused, and not made smaller?`,
 		},
 		{
 			name: "no ordinal", set: pooled("db", "db_0"), code: cni.CodeNoOrdinal,
 			want: `the pod has no ordinal: pool db derives MACs from it, and the pod is called "nameless"`,
 		},
-		{name: "unknown spoke", set: keys{"spoke": "edge", "deviceID": "edge"}, code: cni.CodeNoSpoke, want: `LAN default/lab has no spoke "edge" on this node`},
+		{
+			name: "unknown spoke", set: keys{"spoke": "edge", "deviceID": "edge"}, code: cni.CodeNoSpoke,
+			want: `LAN default/lab has no spoke "edge" on this node`,
+		},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			h := newHost(t)
@@ -418,7 +505,7 @@ func TestBadRequestIsRefusedWithASentence(t *testing.T) {
 	}
 }
 
-func TestWhatIsNotJSONIsRefused(t *testing.T) {
+func TestInvalidJSONIsRefused(t *testing.T) {
 	for _, text := range []string{"", "{", "[]", "null", `"x"`, `{"name":"x"`, "\x00"} {
 		for _, verb := range []string{"ADD", "DEL", "CHECK", "GC", "STATUS"} {
 			_, err := newHost(t).run(pod1(verb, text))
@@ -437,17 +524,18 @@ func TestPodGetsThePortThatKubeletAllocated(t *testing.T) {
 		t.Errorf("result %+v, node has\n%s", r, h.node)
 	}
 	d := h.device("macvtap.k8slan.io-spoke_web_1_" + segment.ClaimID("c1", "net1") + ".json")
-	want := []string{"K8SLAN_WEB_LAN=default/lab", "K8SLAN_WEB_INTERFACE=net1", "K8SLAN_WEB_MAC=" + mac, "K8SLAN_WEB_MTU=1422"}
+	want := []string{"K8SLAN_WEB_LAN=default/lab",
+		"K8SLAN_WEB_INTERFACE=net1", "K8SLAN_WEB_MAC=" + mac, "K8SLAN_WEB_MTU=1422"}
 	if d.Name != "web_1" || !slices.Equal(d.ContainerEdits.Env, want) {
 		t.Errorf("device %+v", d)
 	}
 	h.mustRun(pod2("ADD", config(pooled("web", "web_0"))))
 	if n := len(h.devices()); n != 2 {
-		t.Errorf("%d CDI devices of two ports", n)
+		t.Errorf("two ports have %d CDI devices", n)
 	}
 }
 
-func TestMACByOrdinalIsThatOfThePodsNumber(t *testing.T) {
+func TestMACByOrdinalFollowsThePodsNumber(t *testing.T) {
 	h := newHost(t)
 	want, err := lab.PodMAC("db_0", "srl-1")
 	if err != nil {
@@ -458,8 +546,10 @@ func TestMACByOrdinalIsThatOfThePodsNumber(t *testing.T) {
 	}
 }
 
-func TestDELFindsThePortThoughNobodyTellsIt(t *testing.T) {
-	for name, set := range map[string]keys{"told": pooled("web", "web_1"), "not told": pooled("web", nil), "told another": pooled("web", "srl")} {
+func TestDELFindsThePortWithoutItsDeviceID(t *testing.T) {
+	for name, set := range map[string]keys{
+		"with it": pooled("web", "web_1"), "without it": pooled("web", nil), "with another": pooled("web", "srl"),
+	} {
 		t.Run(name, func(t *testing.T) {
 			h := newHost(t)
 			h.mustRun(pod2("ADD", config(pooled("web", "web_0"))))
@@ -468,7 +558,7 @@ func TestDELFindsThePortThoughNobodyTellsIt(t *testing.T) {
 			for range 2 {
 				h.mustRun(pod1("DEL", config(set)))
 				if h.String() != before {
-					t.Fatalf("left:\n%s\nwant\n%s", h, before)
+					t.Fatalf("remains:\n%s\nwant\n%s", h, before)
 				}
 			}
 			delete(h.node.lans, "knlvrf")
@@ -477,7 +567,7 @@ func TestDELFindsThePortThoughNobodyTellsIt(t *testing.T) {
 	}
 }
 
-func TestGCOfAPoolReleasesItsPortsAlone(t *testing.T) {
+func TestGCOfAPoolReleasesOnlyItsPorts(t *testing.T) {
 	h := newHost(t)
 	h.mustRun(pod2("ADD", config(nil)))
 	before := h.String()
@@ -494,16 +584,20 @@ func TestGCOfAPoolReleasesItsPortsAlone(t *testing.T) {
 		}
 	}
 	if h.mustRun(gc("web")); h.String() != before {
-		t.Errorf("left:\n%s", h)
+		t.Errorf("remains:\n%s", h)
 	}
-	h.mustRun(call{verb: "STATUS", config: config(keys{"cniVersion": "1.1.0", "pool": "web", "spoke": nil, "deviceID": nil})})
-	h.mustFail(call{verb: "STATUS", config: config(keys{"cniVersion": "1.1.0", "pool": "edge", "spoke": nil, "deviceID": nil})},
-		types.ErrPluginNotAvailable, `has no pool "edge"`)
+	status := func(pool string) call {
+		return call{
+			verb: "STATUS", config: config(keys{"cniVersion": "1.1.0", "pool": pool, "spoke": nil, "deviceID": nil}),
+		}
+	}
+	h.mustRun(status("web"))
+	h.mustFail(status("edge"), types.ErrPluginNotAvailable, `has no pool "edge"`)
 }
 
-func TestInterfaceThatIsThereIsNotReplaced(t *testing.T) {
+func TestExistingInterfaceIsNotReplaced(t *testing.T) {
 	h := newHost(t)
-	h.node.pods["/netns/1"]["net1"] = "somebody's"
+	h.node.pods["/netns/1"]["net1"] = "another plugin's"
 	h.mustFail(pod1("ADD", config(nil)), cni.CodeNameTaken, `the pod already has an interface "net1"`)
 }
 
@@ -515,7 +609,7 @@ func TestOneSandboxGetsASpokeOnce(t *testing.T) {
 	h.mustFail(again, cni.CodeSameSandbox, "is already attached to this pod")
 }
 
-func TestPodWithoutItsNamespaceOnTheNodeIsRefused(t *testing.T) {
+func TestPodWithoutNetworkNamespaceIsRefused(t *testing.T) {
 	add := pod1("ADD", config(nil))
 	add.netns = "/netns/gone"
 	newHost(t).mustFail(add, types.ErrInvalidNetNS, "the pod's network namespace")
@@ -529,7 +623,7 @@ func TestHostNetworkGetsNoInterface(t *testing.T) {
 	h.mustFail(add, types.ErrInvalidNetNS, "is the node's own network namespace")
 }
 
-func TestForeignNamespaceNeedsTheOwnersConsent(t *testing.T) {
+func TestOtherNamespaceNeedsAllowedNamespaces(t *testing.T) {
 	from := func(namespace string) call {
 		add := pod1("ADD", config(nil))
 		add.args = "K8S_POD_NAME=spy;K8S_POD_NAMESPACE=" + namespace
@@ -542,7 +636,8 @@ func TestForeignNamespaceNeedsTheOwnersConsent(t *testing.T) {
 		h.node.lans["knlvrf"] = s
 		return h
 	}
-	open().mustFail(from("blue"), cni.CodeForbidden, "LAN default/lab is not open to namespace blue; its owner can add blue to spec.allowedNamespaces")
+	open().mustFail(from("blue"), cni.CodeForbidden,
+		"LAN default/lab is not open to namespace blue; its owner can add blue to spec.allowedNamespaces")
 	open("green").mustFail(from("blue"), cni.CodeForbidden, "not open to namespace blue")
 	open("green").mustFail(from(""), types.ErrInvalidEnvironmentVariables, "CNI_ARGS has no K8S_POD_NAMESPACE")
 	open("blue").mustRun(from("blue"))
@@ -550,7 +645,7 @@ func TestForeignNamespaceNeedsTheOwnersConsent(t *testing.T) {
 	open("*").mustRun(from(""))
 }
 
-func TestSuccessorTakesOverAndTheLateDELDoesNotHurtIt(t *testing.T) {
+func TestNewPodTakesOverAndTheOldPodsDELLeavesItAttached(t *testing.T) {
 	for _, old := range []string{"veth", "macvtap"} {
 		for _, successor := range []string{"veth", "macvtap"} {
 			t.Run(old+" to "+successor, func(t *testing.T) {
@@ -558,11 +653,11 @@ func TestSuccessorTakesOverAndTheLateDELDoesNotHurtIt(t *testing.T) {
 				h.mustRun(pod1("ADD", config(keys{"kind": old})))
 				h.mustRun(pod2("ADD", config(keys{"kind": successor})))
 				if n := len(h.devices()); n != 1 {
-					t.Errorf("%d CDI devices of one spoke: the runtime would take none of them", n)
+					t.Errorf("one spoke has %d CDI devices: the runtime would use none of them", n)
 				}
 				want := h.String()
 				if !strings.Contains(want, "srl-2") {
-					t.Fatalf("not taken over:\n%s", want)
+					t.Fatalf("the spoke is not taken over:\n%s", want)
 				}
 				h.mustRun(pod1("DEL", config(keys{"kind": old})))
 				if h.String() != want {
@@ -573,14 +668,14 @@ func TestSuccessorTakesOverAndTheLateDELDoesNotHurtIt(t *testing.T) {
 	}
 }
 
-func TestDELSucceedsHoweverOften(t *testing.T) {
+func TestDELCanBeRepeated(t *testing.T) {
 	h := newHost(t)
 	empty := h.String()
 	h.mustRun(pod1("ADD", config(nil)))
 	for range 3 {
 		h.mustRun(pod1("DEL", config(nil)))
 		if h.String() != empty {
-			t.Fatalf("left:\n%s", h)
+			t.Fatalf("remains:\n%s", h)
 		}
 	}
 }
@@ -593,7 +688,7 @@ func TestDELNeedsNeitherNetnsNorLANNorValidConfig(t *testing.T) {
 	del.netns, del.args = "", ""
 	h.mustRun(del)
 	if h.String() != empty {
-		t.Errorf("left:\n%s", h)
+		t.Errorf("remains:\n%s", h)
 	}
 	delete(h.node.lans, "knlvrf")
 	h.mustRun(del)
@@ -602,25 +697,25 @@ func TestDELNeedsNeitherNetnsNorLANNorValidConfig(t *testing.T) {
 	}
 }
 
-func TestFailedDELIsToldAndCanBeRepeated(t *testing.T) {
+func TestFailedDELReturnsAnErrorAndCanBeRepeated(t *testing.T) {
 	h := newHost(t)
 	empty := h.String()
 	h.mustRun(pod1("ADD", config(nil)))
-	h.node.busy = errors.New("RTNETLINK: no buffer space")
+	h.node.changeErr = errors.New("RTNETLINK: no buffer space")
 	if _, err := h.run(pod1("DEL", config(nil))); err == nil || err.Code != cni.CodeAttach {
 		t.Errorf("DEL: %v", err)
 	}
-	h.node.busy = nil
+	h.node.changeErr = nil
 	h.mustRun(pod1("DEL", config(nil)))
 	if h.String() != empty {
-		t.Errorf("left:\n%s", h)
+		t.Errorf("remains:\n%s", h)
 	}
 }
 
 func TestFailedADDLeavesNothing(t *testing.T) {
 	t.Run("kernel", func(t *testing.T) {
 		h := newHost(t)
-		h.node.busy = errors.New("RTNETLINK: no buffer space")
+		h.node.changeErr = errors.New("RTNETLINK: no buffer space")
 		h.mustFail(pod1("ADD", config(nil)), cni.CodeAttach, "no buffer space")
 	})
 	t.Run("CDI folder", func(t *testing.T) {
@@ -640,7 +735,7 @@ func TestFailedADDLeavesNothing(t *testing.T) {
 	})
 }
 
-// checkConfig is a configuration with the result that ADD gave.
+// checkConfig returns a configuration with the result of ADD.
 func checkConfig(set keys, out string) string {
 	whole := keys{"prevResult": json.RawMessage(out)}
 	for key, value := range set {
@@ -657,10 +752,13 @@ func TestCHECKFindsWhatChanged(t *testing.T) {
 
 	mac := segment.MAC(lab.LAN, "srl").String()
 	h.mustFail(pod1("CHECK", config(nil)), types.ErrInvalidNetworkConfig, `has no "prevResult"`)
-	h.mustFail(pod1("CHECK", checkConfig(nil, strings.ReplaceAll(out, mac, "02:00:00:00:00:09"))), cni.CodeChanged, "not 02:00:00:00:00:09")
+	h.mustFail(pod1("CHECK", checkConfig(nil, strings.ReplaceAll(out, mac, "02:00:00:00:00:09"))),
+		cni.CodeChanged, "not 02:00:00:00:00:09")
 	h.mustFail(pod1("CHECK", checkConfig(nil, strings.ReplaceAll(out, "1422", "1400"))), cni.CodeChanged, "not 1400")
-	h.mustFail(pod1("CHECK", checkConfig(nil, strings.ReplaceAll(out, `"net1"`, `"net2"`))), types.ErrInvalidNetworkConfig, `no interface "net1"`)
-	h.mustFail(pod1("CHECK", checkConfig(nil, `{"cniVersion":"0.4.0","interfaces":[null]}`)), types.ErrInvalidNetworkConfig, "null")
+	h.mustFail(pod1("CHECK", checkConfig(nil, strings.ReplaceAll(out, `"net1"`, `"net2"`))),
+		types.ErrInvalidNetworkConfig, `no interface "net1"`)
+	h.mustFail(pod1("CHECK", checkConfig(nil, `{"cniVersion":"0.4.0","interfaces":[null]}`)),
+		types.ErrInvalidNetworkConfig, "null")
 	h.mustFail(pod1("CHECK", checkConfig(nil, `[]`)), types.ErrInvalidNetworkConfig, "prevResult cannot be read")
 
 	h.mustRun(pod2("ADD", config(nil)))
@@ -669,7 +767,7 @@ func TestCHECKFindsWhatChanged(t *testing.T) {
 	h.mustFail(pod1("CHECK", checkConfig(nil, out)), types.ErrTryAgainLater, "is not on this node")
 }
 
-func TestGCReleasesWhatIsNotValidAnyMore(t *testing.T) {
+func TestGCReleasesClaimsThatAreNotValid(t *testing.T) {
 	gc := func(set keys, valid ...types.GCAttachment) call {
 		if valid == nil {
 			valid = []types.GCAttachment{}
@@ -682,7 +780,8 @@ func TestGCReleasesWhatIsNotValidAnyMore(t *testing.T) {
 	h.mustRun(pod1("ADD", config(nil)))
 	attached := h.String()
 	for _, c := range []call{
-		gc(keys{}, types.GCAttachment{ContainerID: "c9", IfName: "net1"}, types.GCAttachment{ContainerID: "c1", IfName: "net1"}),
+		gc(keys{}, types.GCAttachment{ContainerID: "c9", IfName: "net1"},
+			types.GCAttachment{ContainerID: "c1", IfName: "net1"}),
 		gc(keys{"spoke": "vm"}),     // another spoke's network
 		gc(keys{"kind": "macvtap"}), // the spoke's other network
 		gc(keys{"ns": "other"}),     // not on this node
@@ -693,7 +792,7 @@ func TestGCReleasesWhatIsNotValidAnyMore(t *testing.T) {
 	}
 	h.mustRun(gc(keys{}, types.GCAttachment{ContainerID: "c1", IfName: "net2"}))
 	if h.String() != empty {
-		t.Errorf("left:\n%s", h)
+		t.Errorf("remains:\n%s", h)
 	}
 }
 
@@ -731,11 +830,13 @@ func TestVERSIONIsAnswered(t *testing.T) {
 	}
 }
 
-// installIPAM puts an IPAM plugin into the host's CNI_PATH that keeps a diary of what it is asked, and answers ADD.
-func (h *host) installIPAM(answer string) (diary func() string) {
-	log := filepath.Join(h.bin, "diary")
-	script := fmt.Sprintf("#!/bin/sh\necho $CNI_COMMAND $CNI_CONTAINERID $CNI_IFNAME >>%s\ncase $CNI_COMMAND in ADD) %s;; esac\n", log, answer)
-	if err := os.WriteFile(filepath.Join(h.bin, "diarist"), []byte(script), 0o755); err != nil {
+// installIPAM installs an IPAM plugin in the host's CNI_PATH. It answers ADD, and appends each call to a log that calls
+// returns.
+func (h *host) installIPAM(answer string) (calls func() string) {
+	log := filepath.Join(h.bin, "log")
+	script := fmt.Sprintf("#!/bin/sh\necho $CNI_COMMAND $CNI_CONTAINERID $CNI_IFNAME >>%s\n"+
+		"case $CNI_COMMAND in ADD) %s;; esac\n", log, answer)
+	if err := os.WriteFile(filepath.Join(h.bin, "test-ipam"), []byte(script), 0o755); err != nil {
 		h.t.Fatal(err)
 	}
 	return func() string {
@@ -747,13 +848,14 @@ func (h *host) installIPAM(answer string) (diary func() string) {
 	}
 }
 
-const twoAddresses = `echo '{"cniVersion":"1.0.0","ips":[{"address":"10.1.2.3/24","gateway":"10.1.2.1"},{"address":"fd00::5/64"}],` +
+const twoAddresses = `echo '{"cniVersion":"1.0.0",` +
+	`"ips":[{"address":"10.1.2.3/24","gateway":"10.1.2.1"},{"address":"fd00::5/64"}],` +
 	`"routes":[{"dst":"0.0.0.0/0"},{"dst":"fd01::/16","gw":"fd00::1","mtu":1300}]}'`
 
-func TestIPAMGivesThePodAddresses(t *testing.T) {
+func TestIPAMAllocatesThePodsAddresses(t *testing.T) {
 	h := newHost(t)
-	diary := h.installIPAM(twoAddresses)
-	network := keys{"ipam": keys{"type": "diarist"}}
+	calls := h.installIPAM(twoAddresses)
+	network := keys{"ipam": keys{"type": "test-ipam"}}
 	out := h.mustRun(pod1("ADD", config(network)))
 	r := parse(t, out)
 	if len(r.IPs) != 2 || r.IPs[0].Address != "10.1.2.3/24" || *r.IPs[0].Interface != 1 || *r.IPs[1].Interface != 1 {
@@ -770,19 +872,19 @@ func TestIPAMGivesThePodAddresses(t *testing.T) {
 	h.mustFail(pod1("CHECK", checkConfig(network, out)), cni.CodeChanged, "has lost its address 10.1.2.3/24")
 	h.mustRun(pod1("DEL", config(network)))
 	h.mustRun(pod1("DEL", config(network)))
-	if got := diary(); got != "ADD c1 net1, CHECK c1 net1, CHECK c1 net1, DEL c1 net1, DEL c1 net1" {
-		t.Errorf("IPAM was asked: %s", got)
+	if got := calls(); got != "ADD c1 net1, CHECK c1 net1, CHECK c1 net1, DEL c1 net1, DEL c1 net1" {
+		t.Errorf("calls of the IPAM plugin: %s", got)
 	}
 }
 
-func TestIPAMSeesGCAndSTATUS(t *testing.T) {
+func TestIPAMReceivesGCAndSTATUS(t *testing.T) {
 	h := newHost(t)
-	diary := h.installIPAM("")
-	network := config(keys{"cniVersion": "1.1.0", "ipam": keys{"type": "diarist"}})
+	calls := h.installIPAM("")
+	network := config(keys{"cniVersion": "1.1.0", "ipam": keys{"type": "test-ipam"}})
 	h.mustRun(call{verb: "STATUS", config: network})
 	h.mustRun(call{verb: "GC", config: network})
-	if got := diary(); got != "STATUS, GC" {
-		t.Errorf("IPAM was asked: %s", got)
+	if got := calls(); got != "STATUS, GC" {
+		t.Errorf("calls of the IPAM plugin: %s", got)
 	}
 }
 
@@ -790,20 +892,20 @@ func TestOldResultVersionsCarryAddresses(t *testing.T) {
 	for _, version := range []string{"0.1.0", "0.2.0", "0.3.0", "0.4.0"} {
 		h := newHost(t)
 		h.installIPAM(twoAddresses)
-		out := h.mustRun(pod1("ADD", config(keys{"cniVersion": version, "ipam": keys{"type": "diarist"}})))
+		out := h.mustRun(pod1("ADD", config(keys{"cniVersion": version, "ipam": keys{"type": "test-ipam"}})))
 		if !strings.Contains(out, "10.1.2.3/24") {
 			t.Errorf("%s: %s", version, out)
 		}
 	}
 }
 
-func TestAddressesAreGivenBackWhenADDFails(t *testing.T) {
+func TestAddressesAreReleasedWhenADDFails(t *testing.T) {
 	h := newHost(t)
-	diary := h.installIPAM(twoAddresses)
-	h.node.refuse = kernel.ErrNameTaken
-	h.mustFail(pod1("ADD", config(keys{"ipam": keys{"type": "diarist"}})), cni.CodeNameTaken, "")
-	if got := diary(); got != "ADD c1 net1, DEL c1 net1" {
-		t.Errorf("IPAM was asked: %s", got)
+	calls := h.installIPAM(twoAddresses)
+	h.node.addressErr = kernel.ErrNameTaken
+	h.mustFail(pod1("ADD", config(keys{"ipam": keys{"type": "test-ipam"}})), cni.CodeNameTaken, "")
+	if got := calls(); got != "ADD c1 net1, DEL c1 net1" {
+		t.Errorf("calls of the IPAM plugin: %s", got)
 	}
 }
 
@@ -813,7 +915,10 @@ func TestIPAMFailureIsPassedOn(t *testing.T) {
 		code         uint
 		want         string
 	}{
-		{"its own error", `echo '{"code":110,"msg":"no address left"}'; exit 1`, 110, "IPAM plugin diarist: no address left"},
+		{
+			"its own error", `echo '{"code":110,"msg":"no address left"}'; exit 1`, 110,
+			"IPAM plugin test-ipam: no address left",
+		},
 		{"a crash", "echo help >&2; exit 2", cni.CodeIPAM, "exit status 2 help"},
 		{"no address", `echo '{"cniVersion":"1.0.0"}'`, cni.CodeIPAM, "gave no address"},
 		{"nothing", "true", cni.CodeIPAM, "cannot be read"},
@@ -825,24 +930,25 @@ func TestIPAMFailureIsPassedOn(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			h := newHost(t)
 			h.installIPAM(c.answer)
-			h.mustFail(pod1("ADD", config(keys{"ipam": keys{"type": "diarist"}})), c.code, c.want)
+			h.mustFail(pod1("ADD", config(keys{"ipam": keys{"type": "test-ipam"}})), c.code, c.want)
 		})
 	}
-	newHost(t).mustFail(pod1("ADD", config(keys{"ipam": keys{"type": "host-local"}})), cni.CodeIPAM, `no IPAM plugin "host-local" in`)
+	newHost(t).mustFail(pod1("ADD", config(keys{"ipam": keys{"type": "host-local"}})),
+		cni.CodeIPAM, `no IPAM plugin "host-local" in`)
 }
 
-func TestIPAMAnswerWithoutVersionIsOfTheConfigurations(t *testing.T) {
+func TestIPAMResultWithoutVersionHasThatOfTheConfiguration(t *testing.T) {
 	h := newHost(t)
 	h.installIPAM(`echo ' { "ips":[{"address":"10.0.0.1/8"}] } '`)
-	out := h.mustRun(pod1("ADD", config(keys{"ipam": keys{"type": "diarist"}})))
+	out := h.mustRun(pod1("ADD", config(keys{"ipam": keys{"type": "test-ipam"}})))
 	if r := parse(t, out); len(r.IPs) != 1 || r.IPs[0].Address != "10.0.0.1/8" {
 		t.Errorf("result %s", out)
 	}
 }
 
-func TestWhatBecameOfEachAttachmentIsTold(t *testing.T) {
+func TestOutcomeOfEachAttachmentIsReported(t *testing.T) {
 	add, vm := config(nil), config(keys{"kind": "macvtap"})
-	ipam := config(keys{"ipam": keys{"type": "diarist"}})
+	ipam := config(keys{"ipam": keys{"type": "test-ipam"}})
 	for _, c := range []struct {
 		name string
 		do   func(h *host)
@@ -859,20 +965,21 @@ func TestWhatBecameOfEachAttachmentIsTold(t *testing.T) {
 			report.Outcome{Verb: report.Add, Kind: segment.Veth, Reason: report.NoDevice},
 		},
 		{
-			"no sense", func(h *host) { h.mustFail(pod1("ADD", config(keys{"kind": "x"})), types.ErrInvalidNetworkConfig, "") },
+			"invalid configuration",
+			func(h *host) { h.mustFail(pod1("ADD", config(keys{"kind": "x"})), types.ErrInvalidNetworkConfig, "") },
 			report.Outcome{Verb: report.Add, Reason: report.Configuration},
 		},
 		{
 			"no LAN", func(h *host) { h.mustFail(pod1("ADD", config(keys{"ns": "x"})), types.ErrTryAgainLater, "") },
 			report.Outcome{Verb: report.Add, Kind: segment.Veth, Reason: report.Unavailable},
 		},
-		{"the IPAM plugin's own code, which is one of ours", func(h *host) {
+		{"an IPAM plugin's code that is also one of k8slan's", func(h *host) {
 			h.installIPAM(`echo '{"code":102,"msg":"no address left"}'; exit 1`)
 			h.mustFail(pod1("ADD", ipam), 102, "")
 		}, report.Outcome{Verb: report.Add, Kind: segment.Veth, Reason: report.IPAM}},
 		{"DEL that the kernel refuses", func(h *host) {
 			h.mustRun(pod1("ADD", add))
-			h.node.busy = errors.New("RTNETLINK: no buffer space")
+			h.node.changeErr = errors.New("RTNETLINK: no buffer space")
 			if _, err := h.run(pod1("DEL", add)); err == nil {
 				h.t.Error("DEL succeeded")
 			}
@@ -881,27 +988,30 @@ func TestWhatBecameOfEachAttachmentIsTold(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			h := newHost(t)
 			c.do(h)
-			last := h.told[len(h.told)-1]
+			last := h.outcomes[len(h.outcomes)-1]
 			if last.Took <= 0 {
-				t.Errorf("it took %v", last.Took)
+				t.Errorf("Took is %v", last.Took)
 			}
 			if last.Took = 0; last != c.want {
-				t.Errorf("told %+v, want %+v", last, c.want)
+				t.Errorf("reported %+v, want %+v", last, c.want)
 			}
 		})
 	}
 	h := newHost(t)
 	h.mustRun(call{verb: "STATUS", config: config(keys{"cniVersion": "1.1.0"})})
-	if len(h.told) > 0 {
-		t.Errorf("told of STATUS: %+v", h.told)
+	if len(h.outcomes) > 0 {
+		t.Errorf("STATUS was reported: %+v", h.outcomes)
 	}
 }
 
-// Whatever the plugin says has a reason of its own to be counted under.
+// Each error code of the plugin is counted under a reason.
 func TestEveryErrorCodeHasAReason(t *testing.T) {
 	for code := cni.CodeNoDevice; code <= cni.CodeCDI; code++ {
-		if code != cni.CodeChanged && cni.Reason(types.NewError(code, "", "")) == report.Other { // CHECK is not told of
-			t.Errorf("code %d is counted as nothing in particular", code)
+		if code == cni.CodeChanged { // CHECK is not reported
+			continue
+		}
+		if cni.Reason(types.NewError(code, "", "")) == report.Other {
+			t.Errorf("code %d has no reason of its own", code)
 		}
 	}
 }

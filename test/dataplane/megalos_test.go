@@ -322,7 +322,7 @@ func TestAVNIOfALANIsThatLAN(t *testing.T) {
 		pod.mac = "02:aa:00:00:00:01"
 		config := megalos("red", 5004)
 		if owner == "other" {
-			pod.mustFail(t, "ADD", config, cni.CodeForbidden, "VNI 5004 is that of LAN other/owned-other, which is not open to namespace")
+			pod.mustFail(t, "ADD", config, cni.CodeForbidden, "VNI 5004 belongs to LAN other/owned-other, which is not open to namespace")
 			s.AllowedNamespaces = []string{"default"}
 			m.runs(t, s)
 		}

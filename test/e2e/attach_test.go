@@ -72,7 +72,7 @@ func TestPodWithoutTheDeviceFailsWithASentence(t *testing.T) {
 	l.create(g)
 	l.awaitEvent("nolimit", "FailedCreatePodSandBox",
 		`spoke "nolimit" of LAN `+l.namespace+`/nolimit: kubelet allocated no macvtap.k8slan.io/k8slan-veth-nolimit to this pod. `+
-			`Either none of its containers has it in resources.limits: add it there; or it was bound to a node that didn't offer it: see kubectl get lan`)
+			`Either none of its containers has it in resources.limits: add it there; or the pod is bound to a node that did not advertise it: see kubectl get lan`)
 }
 
 func TestPodOfAnotherNamespaceCannotAttachUnlessTheLANIsOpenToIt(t *testing.T) {

@@ -340,7 +340,7 @@ func TestKatharaPodsOutliveTheChartsOption(t *testing.T) {
 		l.try(bed.awaitInstalled(ctx))
 	})
 	l.create(l.device("r3", worker1, asked{Name: "red"}))
-	l.awaitEvent("r3", "FailedCreatePodSandBox", fmt.Sprintf("VNI %d: this node takes no more pods on networks of type megalos", vni))
+	l.awaitEvent("r3", "FailedCreatePodSandBox", fmt.Sprintf("VNI %d: networks of type megalos are disabled on this node", vni))
 	guests = append(guests, guest{Name: "r3"})
 	for _, g := range guests {
 		l.delete(&corev1.Pod{}, g.Name)
@@ -367,7 +367,7 @@ func TestKatharaPodsAskForTheVNIOfALAN(t *testing.T) {
 	thief := blue.device("thief", worker2, asked{Name: "stolen", MAC: "02:aa:00:00:00:09"})
 	blue.create(thief)
 	blue.awaitEvent("thief", "FailedCreatePodSandBox",
-		fmt.Sprintf(`VNI %d is that of LAN %s/owned, which is not open to namespace "%s"; its owner can add that to spec.allowedNamespaces, or choose another vxlanId`, vni, l.namespace, blue.namespace))
+		fmt.Sprintf(`VNI %d belongs to LAN %s/owned, which is not open to namespace "%s"; its owner can add that to spec.allowedNamespaces, or choose another vxlanId`, vni, l.namespace, blue.namespace))
 	l.edit("owned", func(s *v1beta1.LANSpec) { s.AllowedNamespaces = []string{blue.namespace} })
 	blue.awaitRunning("thief")
 	s := station{lab: blue, pod: "thief", node: worker2, link: "net0"}
