@@ -9,10 +9,10 @@ import (
 	"github.com/fsnotify/fsnotify"
 )
 
-// dirWatch watches a directory or, while that is not there, its nearest ancestor that is.
+// dirWatch watches a directory or, while that does not exist, its nearest existing ancestor.
 type dirWatch struct {
 	dir     string
-	watched string
+	watched string // the directory or an ancestor
 	watcher *fsnotify.Watcher
 }
 
@@ -32,14 +32,14 @@ func (w *dirWatch) events() <-chan fsnotify.Event { return w.watcher.Events }
 func (w *dirWatch) errors() <-chan error          { return w.watcher.Errors }
 func (w *dirWatch) close()                        { _ = w.watcher.Close() }
 
-// follow moves the watch when event made it possible or necessary, and reports whether it did.
+// follow moves the watch if the event makes that possible or necessary, and reports whether it moved it.
 func (w *dirWatch) follow(event fsnotify.Event) (bool, error) {
-	gone := event.Name == w.watched && (event.Has(fsnotify.Remove) || event.Has(fsnotify.Rename))
-	if !gone && w.watched == w.dir {
+	removed := event.Name == w.watched && (event.Has(fsnotify.Remove) || event.Has(fsnotify.Rename))
+	if !removed && w.watched == w.dir {
 		return false, nil
 	}
-	if gone {
-		// A renamed directory would be watched on under its old name.
+	if removed {
+		// Without this, a renamed directory would stay watched under its old name.
 		if err := w.watcher.Remove(w.watched); err != nil && !errors.Is(err, fsnotify.ErrNonExistentWatch) {
 			return false, err
 		}
@@ -50,8 +50,8 @@ func (w *dirWatch) follow(event fsnotify.Event) (bool, error) {
 	return w.watched != before, err
 }
 
-// watchNearest watches dir or its nearest ancestor. What appears between looking and watching is not missed: it
-// looks again after each step.
+// watchNearest watches dir or its nearest existing ancestor. It repeats that until nothing changes, so that it does not
+// miss a directory that is created between the check and the watch.
 func (w *dirWatch) watchNearest() error {
 	for {
 		nearest, err := nearestDir(w.dir)
@@ -77,7 +77,7 @@ func (w *dirWatch) watchNearest() error {
 	}
 }
 
-// nearestDir is dir if it exists, else its nearest ancestor.
+// nearestDir returns dir if it exists, else its nearest existing ancestor.
 func nearestDir(dir string) (string, error) {
 	for {
 		_, err := os.Stat(dir)

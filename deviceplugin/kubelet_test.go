@@ -17,9 +17,9 @@ import (
 	pluginapi "k8s.io/kubelet/pkg/apis/deviceplugin/v1beta1"
 )
 
-// fakeKubelet does what kubelet's device manager does with its plugins (pkg/kubelet/cm/devicemanager of
-// Kubernetes 1.36): it wipes the sockets when it starts, dials back while it registers, and looks a client up by
-// its resource's name when a stream ends, which drops a new client if the old one's end comes late.
+// fakeKubelet imitates kubelet's device manager (pkg/kubelet/cm/devicemanager of Kubernetes 1.36): it removes all
+// sockets when it starts, connects to a plugin during registration, and looks up a client by resource name when a
+// stream ends. So it drops a new client if the stream of the old one ends late.
 type fakeKubelet struct {
 	pluginapi.UnimplementedRegistrationServer
 	dir    string
@@ -33,7 +33,7 @@ type fakeKubelet struct {
 	seen    map[string]resource
 }
 
-// resource is what the fake kubelet knows of one resource.
+// resource is the fake kubelet's state of one resource.
 type resource struct {
 	Registrations int
 	Connected     bool
@@ -46,7 +46,7 @@ type kubeletClient struct {
 	api  pluginapi.DevicePluginClient
 }
 
-// startKubelet starts a kubelet on dir, which must be there.
+// startKubelet starts a kubelet on dir, which must exist.
 func startKubelet(t testing.TB, dir string) *fakeKubelet {
 	t.Helper()
 	k, err := newFakeKubelet(dir)
@@ -97,7 +97,7 @@ func wipeSockets(dir string) error {
 	return nil
 }
 
-// stop ends this kubelet; it may be called again.
+// stop stops this kubelet; it may be called again.
 func (k *fakeKubelet) stop() {
 	k.server.Stop()
 	<-k.served
@@ -116,7 +116,8 @@ func (k *fakeKubelet) Register(_ context.Context, request *pluginapi.RegisterReq
 		k.update(request.ResourceName, func(r *resource) { r.Registrations++ })
 		return nil, refuse
 	}
-	conn, err := grpc.NewClient("unix:"+filepath.Join(k.dir, request.Endpoint), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	conn, err := grpc.NewClient("unix:"+filepath.Join(k.dir, request.Endpoint),
+		grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
 		return nil, err
 	}
@@ -148,7 +149,7 @@ func (k *fakeKubelet) watch(name string, client *kubeletClient) {
 			})
 		}
 	}
-	// By name, as kubelet does it: this may be a later client.
+	// Look up by name, as kubelet does: this may be a later client.
 	k.mu.Lock()
 	current := k.clients[name]
 	delete(k.clients, name)
@@ -175,16 +176,16 @@ func (k *fakeKubelet) setRefuse(err error) {
 	k.refuse = err
 }
 
-// patience is how long a test waits for what takes moments.
+// patience is how long a test waits for something that usually takes milliseconds.
 const patience = 20 * time.Second
 
-// await waits until the resource is as wanted, and returns it.
+// await waits until want is true for the resource, and returns it.
 func (k *fakeKubelet) await(t testing.TB, name string, want func(resource) bool) resource {
 	t.Helper()
 	return k.awaitAll(t, func(all map[string]resource) bool { return want(all[name]) })[name]
 }
 
-// awaitAll waits until all the resources together are as wanted, and returns them.
+// awaitAll waits until want is true for all resources, and returns them.
 func (k *fakeKubelet) awaitAll(t testing.TB, want func(map[string]resource) bool) map[string]resource {
 	t.Helper()
 	deadline := time.After(patience)
@@ -198,7 +199,7 @@ func (k *fakeKubelet) awaitAll(t testing.TB, want func(map[string]resource) bool
 		select {
 		case <-changed:
 		case <-deadline:
-			t.Fatalf("kubelet waited in vain; it knows %+v", seen)
+			t.Fatalf("timeout; kubelet has %+v", seen)
 		}
 	}
 }
@@ -217,7 +218,7 @@ func (k *fakeKubelet) allocate(name string, ids ...string) (*pluginapi.AllocateR
 	})
 }
 
-// prefer asks which of the free devices to take, as kubelet does where a plugin wants it.
+// prefer calls GetPreferredAllocation for the free devices, as kubelet does if the plugin's options say so.
 func (k *fakeKubelet) prefer(name string, size int32, free, must []string) ([]string, error) {
 	k.mu.Lock()
 	client := k.clients[name]
@@ -229,10 +230,12 @@ func (k *fakeKubelet) prefer(name string, size int32, free, must []string) ([]st
 		return nil, err
 	}
 	if !options.GetPreferredAllocationAvailable {
-		return nil, errors.New("the plugin doesn't want to be asked")
+		return nil, errors.New("the plugin's options do not have GetPreferredAllocation")
 	}
 	response, err := client.api.GetPreferredAllocation(ctx, &pluginapi.PreferredAllocationRequest{
-		ContainerRequests: []*pluginapi.ContainerPreferredAllocationRequest{{AvailableDeviceIDs: free, MustIncludeDeviceIDs: must, AllocationSize: size}},
+		ContainerRequests: []*pluginapi.ContainerPreferredAllocationRequest{
+			{AvailableDeviceIDs: free, MustIncludeDeviceIDs: must, AllocationSize: size},
+		},
 	})
 	if err != nil {
 		return nil, err
@@ -240,7 +243,8 @@ func (k *fakeKubelet) prefer(name string, size int32, free, must []string) ([]st
 	return response.ContainerResponses[0].DeviceIDs, nil
 }
 
-func offered(spoke, health string) func(resource) bool {
+// lists returns whether kubelet lists a spoke's one device with that health.
+func lists(spoke, health string) func(resource) bool {
 	return func(r resource) bool {
 		return r.Connected && len(r.Devices) == 1 && r.Devices[spoke] == health
 	}

@@ -15,9 +15,9 @@ import (
 	"github.com/k8slan/k8slan/deviceplugin"
 )
 
-// kubeletEnv makes the test binary a kubelet on the directory it names, in a process of its own, so that its
-// memory is not counted as ours. For each number of resources on its standard input it answers with a line when it
-// knows that many, the first being zero, and ends with its input.
+// kubeletEnv names a directory. The test binary then runs a fake kubelet there, in a process of its own, so that the
+// kubelet's memory is not counted. It reads numbers from standard input, the first of which is zero, and prints a line
+// each time it lists that many resources. It ends when its standard input ends.
 const kubeletEnv = "K8SLAN_TEST_KUBELET"
 
 func TestMain(m *testing.M) {
@@ -42,7 +42,7 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// awaitNumber waits until so many resources are connected and listed.
+// awaitNumber waits until that many resources are connected and listed.
 func (k *fakeKubelet) awaitNumber(number int) {
 	for {
 		k.mu.Lock()
@@ -60,7 +60,7 @@ func (k *fakeKubelet) awaitNumber(number int) {
 	}
 }
 
-// startKubeletProcess returns a function that waits until that kubelet lists a number of resources.
+// startKubeletProcess starts a fake kubelet, and returns a function that waits until it lists a number of resources.
 func startKubeletProcess(t *testing.T, dir string) (await func(number int)) {
 	t.Helper()
 	cmd := exec.Command(os.Args[0])
@@ -97,7 +97,7 @@ func startKubeletProcess(t *testing.T, dir string) (await func(number int)) {
 	return await
 }
 
-// resident is the process's resident memory in bytes, garbage given back.
+// resident returns the process's resident memory in bytes, after a garbage collection.
 func resident(t *testing.T) int64 {
 	t.Helper()
 	debug.FreeOSMemory()
@@ -116,20 +116,20 @@ func resident(t *testing.T) int64 {
 }
 
 func TestASpokeCostsAtMost60KiB(t *testing.T) {
-	const spokes, limit = 1000, 60 << 10
+	const number, limit = 1000, 60 << 10
 	dir := pluginDir(t)
 	await := startKubeletProcess(t, dir)
-	offer := []deviceplugin.Spoke{{Name: "first", Healthy: true}}
-	plugins, _ := run(t, dir, offer...)
+	spokes := []deviceplugin.Spoke{{Name: "first", Healthy: true}}
+	plugins, _ := run(t, dir, spokes...)
 	await(1)
 	before := resident(t)
-	for n := range spokes {
-		offer = append(offer, deviceplugin.Spoke{Name: fmt.Sprint("s", n), Healthy: true})
+	for n := range number {
+		spokes = append(spokes, deviceplugin.Spoke{Name: fmt.Sprint("s", n), Healthy: true})
 	}
-	plugins.Set(offer)
-	await(1 + spokes)
-	each := (resident(t) - before) / spokes
-	t.Logf("%d bytes for each of %d spokes", each, spokes)
+	plugins.Set(spokes)
+	await(1 + number)
+	each := (resident(t) - before) / number
+	t.Logf("%d bytes for each of %d spokes", each, number)
 	if each > limit {
 		t.Errorf("a spoke costs %d bytes, want at most %d", each, limit)
 	}

@@ -6,42 +6,46 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
-	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"strings"
 	"sync/atomic"
 	"time"
 
+	"k8s.io/apimachinery/pkg/util/wait"
 	pluginapi "k8s.io/kubelet/pkg/apis/deviceplugin/v1beta1"
 
 	"github.com/k8slan/k8slan/crd/v1beta1"
+	"github.com/k8slan/k8slan/lanmgr/notify"
+	"github.com/k8slan/k8slan/lanmgr/retry"
 )
 
-const (
-	kubeletSocket = "kubelet.sock"
+const kubeletSocket = "kubelet.sock"
 
-	firstDelay = 50 * time.Millisecond // before trying again after a failure, doubled with each
-	maxDelay   = 10 * time.Second
-)
+// backoff is the delay between attempts: at first 25 to 50 ms, at most 5 to 10 s. The jitter keeps a thousand spokes
+// from retrying at the same moment.
+var backoff = wait.Backoff{Duration: 25 * time.Millisecond, Factor: 2, Jitter: 1, Steps: 64, Cap: 5 * time.Second}
+
+// stableAfter is how long a plugin has to run until its next failure counts as the first.
+const stableAfter = 10 * time.Second
 
 var errStreamEnded = errors.New("kubelet ended its connection to the device plugin")
 
-// socketOf is the file name of a spoke's socket.
-func socketOf(spoke string) string { return "k8slan-" + spoke + ".sock" }
-
-// Sockets is the pattern of the names of all spokes' sockets.
+// Sockets is the pattern of the file names of all spokes' sockets.
 const Sockets = "k8slan-*.sock"
+
+// socketOf returns the file name of a spoke's socket.
+func socketOf(spoke string) string { return "k8slan-" + spoke + ".sock" }
 
 // spokeOf is the inverse of socketOf.
 func spokeOf(socket string) (string, bool) {
-	rest, ours := strings.CutPrefix(socket, "k8slan-")
-	spoke, ok := strings.CutSuffix(rest, ".sock")
-	return spoke, ours && ok
+	rest, hasPrefix := strings.CutPrefix(socket, "k8slan-")
+	spoke, hasSuffix := strings.CutSuffix(rest, ".sock")
+	return spoke, hasPrefix && hasSuffix
 }
 
-// plugin is the device plugin of one spoke or pool. It has its own life: it serves and registers, for as long as it
-// takes and as often as kubelet needs it, until its context ends.
+// plugin is the device plugin of one spoke or pool. It serves its socket and registers with each kubelet until its
+// context ends.
 type plugin struct {
 	name       string
 	socket     string // path of the plugin's own socket
@@ -49,53 +53,46 @@ type plugin struct {
 	advertised *advertisement
 	log        *slog.Logger
 	cancel     context.CancelFunc
-	dirChanged chan struct{} // one slot: something happened in the plugin directory, look again
+	dirChanged notify.Flag // the plugin directory changed: check the sockets
 	registered atomic.Bool
 }
 
-func newPlugin(dir string, offered Spoke, kubelet *registrar, log *slog.Logger) *plugin {
+func newPlugin(dir string, spoke Spoke, kubelet *registrar, log *slog.Logger) *plugin {
 	return &plugin{
-		name:       offered.Name,
-		socket:     filepath.Join(dir, socketOf(offered.Name)),
+		name:       spoke.Name,
+		socket:     filepath.Join(dir, socketOf(spoke.Name)),
 		kubelet:    kubelet,
-		advertised: newAdvertisement(offered),
+		advertised: newAdvertisement(spoke),
 		log:        log,
-		dirChanged: make(chan struct{}, 1),
+		dirChanged: notify.New(),
 	}
 }
 
-func (s *plugin) notify() {
-	select {
-	case s.dirChanged <- struct{}{}:
-	default:
-	}
-}
-
-// run repeats runOnce until ctx ends. A failure is logged when it is news.
-func (s *plugin) run(ctx context.Context) {
-	delay, last := firstDelay, ""
+// run repeats runOnce until ctx ends. It logs a failure that differs from the last one.
+func (p *plugin) run(ctx context.Context) {
+	timer := retry.NewTimer(backoff)
+	defer timer.Stop()
 	for ctx.Err() == nil {
-		kubelet, err := s.awaitKubelet(ctx)
+		kubelet, err := p.awaitKubelet(ctx)
 		if err == nil {
 			start := time.Now()
-			err = s.runOnce(ctx, kubelet)
-			if time.Since(start) > maxDelay {
-				delay, last = firstDelay, "" // it went well for long: this is a new trouble
+			err = p.runOnce(ctx, kubelet)
+			if time.Since(start) > stableAfter {
+				timer.Succeeded()
 			}
 		}
 		if err == nil || ctx.Err() != nil {
 			continue
 		}
-		if err.Error() != last {
-			last = err.Error()
-			s.log.Log(ctx, level(err), "spoke not registered with kubelet, trying again", "err", err)
+		if timer.Failed(err) {
+			p.log.Log(ctx, level(err), "spoke not registered with kubelet, trying again", "err", err)
 		}
-		s.backOff(ctx, kubelet, delay)
-		delay = min(2*delay, maxDelay)
+		p.awaitRetry(ctx, timer.C, kubelet)
 	}
 }
 
-// level: a kubelet that hangs up is most likely restarting, and dispatch says so once for all spokes.
+// level returns the log level of a failure. A kubelet that ends its connections is probably restarting, which dispatch
+// logs once for all spokes.
 func level(err error) slog.Level {
 	if errors.Is(err, errStreamEnded) {
 		return slog.LevelDebug
@@ -103,31 +100,32 @@ func level(err error) slog.Level {
 	return slog.LevelWarn
 }
 
-// runOnce serves, registers with the kubelet that is there, and watches both sockets. It returns nil when all that
-// is to be done again with another kubelet or another socket, or when ctx ends.
-func (s *plugin) runOnce(ctx context.Context, kubelet socketID) error {
+// runOnce serves the socket, registers with the given kubelet and watches both sockets. It returns nil if it has to be
+// repeated with another kubelet or another socket, or if ctx ends.
+func (p *plugin) runOnce(ctx context.Context, kubelet socketID) error {
 	// A kubelet that starts removes all sockets here before it makes its own (server.Start in
-	// pkg/kubelet/cm/devicemanager/plugin/v1beta1/server.go). One that is made while the dead one's socket is still there could be removed
-	// between its registration and kubelet's call, for which kubelet would wait 10 s.
-	if err := s.kubelet.dial(); err != nil {
+	// pkg/kubelet/cm/devicemanager/plugin/v1beta1/server.go). If the plugin made its socket while that of the dead
+	// kubelet is still here, the new kubelet could remove it between registration and its own call, and would then
+	// wait 10 s.
+	if err := p.kubelet.dial(); err != nil {
 		return err
 	}
-	server, err := serve(s.socket, s.advertised)
+	server, err := serve(p.socket, p.advertised)
 	if err != nil {
 		return err
 	}
 	defer server.stop()
-	err = s.kubelet.register(ctx, &pluginapi.RegisterRequest{
+	err = p.kubelet.register(ctx, &pluginapi.RegisterRequest{
 		Version:      pluginapi.Version,
-		Endpoint:     filepath.Base(s.socket),
-		ResourceName: v1beta1.Resource(s.name),
+		Endpoint:     filepath.Base(p.socket),
+		ResourceName: v1beta1.Resource(p.name),
 	})
 	if err != nil {
 		return err
 	}
-	s.registered.Store(true)
-	defer s.registered.Store(false)
-	s.log.Info("spoke registered with kubelet")
+	p.registered.Store(true)
+	defer p.registered.Store(false)
+	p.log.Info("spoke registered with kubelet")
 	for {
 		select {
 		case <-ctx.Done():
@@ -135,26 +133,26 @@ func (s *plugin) runOnce(ctx context.Context, kubelet socketID) error {
 		case <-server.streamEnded:
 			return errStreamEnded
 		case <-server.stopped:
-			return fmt.Errorf("device plugin socket %s stopped accepting connections", s.socket)
-		case <-s.dirChanged:
-			if again, err := s.outdated(server, kubelet); again || err != nil {
+			return fmt.Errorf("device plugin socket %s stopped accepting connections", p.socket)
+		case <-p.dirChanged:
+			if outdated, err := p.outdated(server, kubelet); outdated || err != nil {
 				return err
 			}
 		}
 	}
 }
 
-// outdated reports whether another kubelet is there than the one registered with, or kubelet could not reach the
-// server any more. Without a kubelet nothing is outdated: what is connected stays connected.
-func (s *plugin) outdated(server *server, registered socketID) (bool, error) {
-	kubelet, err := statSocket(s.kubelet.socket)
+// outdated reports whether the kubelet differs from the registered one, or the plugin's own socket was removed or
+// replaced. It returns false while there is no kubelet: open connections stay open.
+func (p *plugin) outdated(server *server, registered socketID) (bool, error) {
+	kubelet, err := statSocket(p.kubelet.socket)
 	if errors.Is(err, fs.ErrNotExist) {
 		return false, nil
 	}
 	if err != nil {
 		return false, err
 	}
-	own, err := statSocket(s.socket)
+	own, err := statSocket(p.socket)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return false, err
 	}
@@ -162,39 +160,37 @@ func (s *plugin) outdated(server *server, registered socketID) (bool, error) {
 }
 
 // awaitKubelet waits until kubelet's registration socket exists.
-func (s *plugin) awaitKubelet(ctx context.Context) (socketID, error) {
+func (p *plugin) awaitKubelet(ctx context.Context) (socketID, error) {
 	for {
-		kubelet, err := statSocket(s.kubelet.socket)
+		kubelet, err := statSocket(p.kubelet.socket)
 		if !errors.Is(err, fs.ErrNotExist) {
 			return kubelet, err
 		}
 		select {
 		case <-ctx.Done():
 			return socketID{}, ctx.Err()
-		case <-s.dirChanged:
+		case <-p.dirChanged:
 		}
 	}
 }
 
-// backOff waits for about delay, or until another kubelet is there.
-func (s *plugin) backOff(ctx context.Context, failed socketID, delay time.Duration) {
-	timer := time.NewTimer(delay/2 + rand.N(delay/2)) // a thousand spokes don't try in step
-	defer timer.Stop()
+// awaitRetry waits until the retry is due, or until there is another kubelet than the one that failed.
+func (p *plugin) awaitRetry(ctx context.Context, due <-chan time.Time, failed socketID) {
 	for {
 		select {
 		case <-ctx.Done():
 			return
-		case <-timer.C:
+		case <-due:
 			return
-		case <-s.dirChanged:
-			if kubelet, err := statSocket(s.kubelet.socket); err == nil && !kubelet.same(failed) {
+		case <-p.dirChanged:
+			if kubelet, err := statSocket(p.kubelet.socket); err == nil && !kubelet.same(failed) {
 				return
 			}
 		}
 	}
 }
 
-// socketID tells a socket file from a later one of the same name. The zero value is no socket.
+// socketID distinguishes a socket file from a later one of the same name. The zero value is no socket.
 type socketID struct{ info os.FileInfo }
 
 func statSocket(path string) (socketID, error) {
@@ -205,7 +201,7 @@ func statSocket(path string) (socketID, error) {
 	return socketID{info}, nil
 }
 
-// same compares the inode, and the time of creation because inodes are used again.
+// same compares the inodes and, because inodes are reused, the times of creation.
 func (a socketID) same(b socketID) bool {
 	if a.info == nil || b.info == nil {
 		return a.info == b.info

@@ -1,4 +1,5 @@
-// Package deviceplugin offers each spoke and each pool to kubelet as a resource of its own, through one device plugin for each.
+// Package deviceplugin advertises each spoke and each pool to kubelet as a resource of its own, through one device
+// plugin for each.
 package deviceplugin
 
 import (
@@ -13,20 +14,21 @@ import (
 
 	"github.com/fsnotify/fsnotify"
 
+	"github.com/k8slan/k8slan/lanmgr/notify"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
-// Dir is kubelet's plugin directory where its root directory is the usual one.
+// Dir is kubelet's plugin directory if kubelet has its default root directory.
 const Dir = "/var/lib/kubelet/device-plugins"
 
-// Spoke is one spoke, or one pool, as this node offers it.
+// Spoke is one spoke, or one pool, as this node advertises it.
 type Spoke struct {
 	Name    string
 	Ports   int  // of a pool; 0 for a single spoke
-	Healthy bool // a pod may have it now
+	Healthy bool // a pod can attach to it now
 }
 
-// devices are the IDs of the devices that kubelet gets to choose from: the spokes' names.
+// devices returns the IDs of the devices from which kubelet chooses: the name of the spoke, or those of the ports.
 func (s Spoke) devices() []string {
 	if s.Ports == 0 {
 		return []string{s.Name}
@@ -38,82 +40,82 @@ func (s Spoke) devices() []string {
 	return ids
 }
 
-// Plugins are the device plugins of one node, one for each spoke on offer.
+// Plugins are the device plugins of one node, one for each advertised spoke.
 type Plugins struct {
 	dir     string
 	log     *slog.Logger
 	kubelet *registrar
-	changed chan struct{} // one slot: the offer changed, or a plugin has ended
+	changed notify.Flag // the advertised spokes changed, or a plugin has ended
 
 	mu         sync.Mutex
 	advertised map[string]Spoke   // by name
-	running    map[string]*plugin // those that have not ended, offered or not
+	running    map[string]*plugin // all that have not ended, advertised or not
 }
 
-// New makes the device plugins of the node whose kubelet has its plugin directory at dir, an absolute path.
-// dir may not be there yet. Nothing is offered before Set and Run.
+// New returns the device plugins of the node whose kubelet has its plugin directory at dir, an absolute path.
+// dir need not exist yet. Nothing is advertised before Set and Run.
 func New(dir string, log *slog.Logger) *Plugins {
 	dir = filepath.Clean(dir)
 	return &Plugins{
 		dir:     dir,
 		log:     log,
 		kubelet: newRegistrar(filepath.Join(dir, kubeletSocket)),
-		changed: make(chan struct{}, 1),
+		changed: notify.New(),
 		running: make(map[string]*plugin),
 	}
 }
 
-// OnRegistration has told hear how each registration with kubelet ended, nil for well. It is called before Run.
-func (p *Plugins) OnRegistration(told func(error)) { p.kubelet.onRegistration = told }
+// OnRegistration sets a function that receives the result of each registration with kubelet. Call it before Run.
+func (p *Plugins) OnRegistration(receive func(error)) { p.kubelet.onRegistration = receive }
 
-// Registered is how many spokes, and ports of pools, on offer kubelet knows.
+// Registered returns how many advertised spokes, and ports of advertised pools, are registered with kubelet.
 func (p *Plugins) Registered() int {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	registered := 0
-	for name, offer := range p.advertised {
+	for name, spoke := range p.advertised {
 		if p.isRegistered(name) {
-			registered += max(offer.Ports, 1)
+			registered += max(spoke.Ports, 1)
 		}
 	}
 	return registered
 }
 
 func (p *Plugins) isRegistered(name string) bool {
-	s := p.running[name]
-	return s != nil && s.registered.Load()
+	plugin := p.running[name]
+	return plugin != nil && plugin.registered.Load()
 }
 
-// Set says which spokes are on offer from now on; it replaces the last set and never blocks.
-func (p *Plugins) Set(offered []Spoke) {
-	set := make(map[string]Spoke, len(offered))
-	for _, s := range offered {
+// Set replaces the advertised spokes. It never blocks.
+func (p *Plugins) Set(spokes []Spoke) {
+	set := make(map[string]Spoke, len(spokes))
+	for _, s := range spokes {
 		set[s.Name] = s
 	}
 	p.mu.Lock()
 	p.advertised = set
 	p.mu.Unlock()
-	p.signal()
+	p.changed.Set()
 }
 
-// Ready is nil when kubelet knows every spoke on offer.
+// Ready returns nil if every advertised spoke is registered with kubelet.
 func (p *Plugins) Ready() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	unknown := 0
+	missing := 0
 	for name := range p.advertised {
 		if !p.isRegistered(name) {
-			unknown++
+			missing++
 		}
 	}
-	if unknown > 0 {
-		return fmt.Errorf("%d of %d spokes are not registered with kubelet yet", unknown, len(p.advertised))
+	if missing > 0 {
+		return fmt.Errorf("%d of %d spokes are not registered with kubelet yet", missing, len(p.advertised))
 	}
 	return nil
 }
 
-// Run offers what is Set until ctx ends; then it ends every plugin and returns nil. An error means that the
-// plugin directory cannot be watched.
+// Run advertises the spokes of Set until ctx ends; then it stops every plugin and returns nil. It returns an error if
+// the plugin directory cannot be watched.
 func (p *Plugins) Run(ctx context.Context) error {
 	watch, err := newDirWatch(p.dir)
 	if err != nil {
@@ -142,68 +144,63 @@ func (p *Plugins) Run(ctx context.Context) error {
 			if !errors.Is(err, fsnotify.ErrEventOverflow) {
 				return fmt.Errorf("watch kubelet's plugin directory %s: %w", p.dir, err)
 			}
-			p.notifyAll() // events were lost: everybody looks for himself
+			p.notifyAll() // events were lost, so every plugin checks its sockets
 		}
 	}
 }
 
-// reconcile starts the plugins that are offered and ends those that are not. One that is offered again before it
-// has ended is started when it has: two servers of one resource must never overlap (see server.end).
+// reconcile starts the plugins of advertised spokes and stops the others. If a spoke is advertised again before its
+// plugin has ended, the new plugin starts only after that: two servers of one resource must never overlap (see
+// server.stop).
 func (p *Plugins) reconcile(ctx context.Context, plugins *sync.WaitGroup) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for name, s := range p.running {
+	for name, plugin := range p.running {
 		if _, ok := p.advertised[name]; !ok {
-			s.cancel()
+			plugin.cancel()
 		}
 	}
-	for name, offer := range p.advertised {
-		if s := p.running[name]; s != nil {
-			s.advertised.set(offer)
+	for name, spoke := range p.advertised {
+		if plugin := p.running[name]; plugin != nil {
+			plugin.advertised.set(spoke)
 			continue
 		}
 		pluginCtx, cancel := context.WithCancel(ctx)
-		s := newPlugin(p.dir, offer, p.kubelet, p.log.With("spoke", name))
-		s.cancel = cancel
-		p.running[name] = s
+		plugin := newPlugin(p.dir, spoke, p.kubelet, p.log.With("spoke", name))
+		plugin.cancel = cancel
+		p.running[name] = plugin
 		plugins.Go(func() {
-			defer p.forget(s)
-			s.run(pluginCtx)
+			defer p.forget(plugin)
+			plugin.run(pluginCtx)
 		})
 	}
 }
 
-func (p *Plugins) forget(s *plugin) {
-	s.cancel()
+// forget removes a plugin that has ended.
+func (p *Plugins) forget(plugin *plugin) {
+	plugin.cancel()
 	p.mu.Lock()
-	delete(p.running, s.name)
+	delete(p.running, plugin.name)
 	p.mu.Unlock()
-	p.signal()
+	p.changed.Set()
 }
 
-func (p *Plugins) signal() {
-	select {
-	case p.changed <- struct{}{}:
-	default:
-	}
-}
-
-// dispatch tells the plugins that an event concerns to look again; what they then do rests on what they see.
+// dispatch notifies the plugins that an event concerns. Each plugin then checks the sockets itself.
 func (p *Plugins) dispatch(watch *dirWatch, event fsnotify.Event) error {
-	followed, err := watch.follow(event)
+	moved, err := watch.follow(event)
 	if err != nil {
 		return err
 	}
 	name := filepath.Base(event.Name)
 	switch {
-	case followed, name == kubeletSocket && event.Has(fsnotify.Create):
-		p.log.Info("kubelet's plugin directory or socket is new, registering what is offered")
+	case moved, name == kubeletSocket && event.Has(fsnotify.Create):
+		p.log.Info("kubelet's plugin directory or socket is new, registering all spokes")
 		p.notifyAll()
 	case event.Has(fsnotify.Remove), event.Has(fsnotify.Rename):
 		p.mu.Lock()
 		defer p.mu.Unlock()
 		if spoke, ok := spokeOf(name); ok && p.running[spoke] != nil {
-			p.running[spoke].notify()
+			p.running[spoke].dirChanged.Set()
 		}
 	}
 	return nil
@@ -212,12 +209,12 @@ func (p *Plugins) dispatch(watch *dirWatch, event fsnotify.Event) error {
 func (p *Plugins) notifyAll() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for _, s := range p.running {
-		s.notify()
+	for _, plugin := range p.running {
+		plugin.dirChanged.Set()
 	}
 }
 
-// removeStaleSockets removes the sockets that an earlier run left behind because it was killed.
+// removeStaleSockets removes the sockets of an earlier run that was killed.
 func (p *Plugins) removeStaleSockets() error {
 	entries, err := os.ReadDir(p.dir)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -227,7 +224,7 @@ func (p *Plugins) removeStaleSockets() error {
 		return err
 	}
 	for _, entry := range entries {
-		if _, ours := spokeOf(entry.Name()); !ours || entry.Type() != fs.ModeSocket {
+		if _, isSpoke := spokeOf(entry.Name()); !isSpoke || entry.Type() != fs.ModeSocket {
 			continue
 		}
 		if err := os.Remove(filepath.Join(p.dir, entry.Name())); err != nil && !errors.Is(err, fs.ErrNotExist) {

@@ -29,17 +29,19 @@ const (
 )
 
 // run runs plugins on dir until the test ends or the returned function is called.
-func run(t testing.TB, dir string, offer ...deviceplugin.Spoke) (*deviceplugin.Plugins, func()) {
+func run(t testing.TB, dir string, spokes ...deviceplugin.Spoke) (*deviceplugin.Plugins, func()) {
 	t.Helper()
-	return runWatched(t, dir, nil, offer...)
+	return runWatched(t, dir, nil, spokes...)
 }
 
-// runWatched is run with somebody who hears of registrations.
-func runWatched(t testing.TB, dir string, told func(error), offer ...deviceplugin.Spoke) (*deviceplugin.Plugins, func()) {
+// runWatched is run with a function that receives the result of each registration.
+func runWatched(
+	t testing.TB, dir string, onRegistration func(error), spokes ...deviceplugin.Spoke,
+) (*deviceplugin.Plugins, func()) {
 	t.Helper()
 	plugins := deviceplugin.New(dir, slog.New(slog.NewTextHandler(&testLog{t: t}, nil)))
-	plugins.OnRegistration(told)
-	plugins.Set(offer)
+	plugins.OnRegistration(onRegistration)
+	plugins.Set(spokes)
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error)
 	go func() { done <- plugins.Run(ctx) }()
@@ -53,7 +55,7 @@ func runWatched(t testing.TB, dir string, told func(error), offer ...deviceplugi
 	return plugins, stop
 }
 
-// testLog hands each line to the test.
+// testLog writes each line to the test's log.
 type testLog struct{ t testing.TB }
 
 func (l *testLog) Write(line []byte) (int, error) {
@@ -61,7 +63,7 @@ func (l *testLog) Write(line []byte) (int, error) {
 	return len(line), nil
 }
 
-// pluginDir is shorter than t.TempDir: a socket's path has at most 107 bytes.
+// pluginDir returns a directory with a shorter path than t.TempDir: a socket's path has at most 107 bytes.
 func pluginDir(t testing.TB) string {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "dp")
@@ -72,27 +74,28 @@ func pluginDir(t testing.TB) string {
 	return dir
 }
 
-func TestASpokeIsOfferedAsOneDeviceOfItsName(t *testing.T) {
+func TestASpokeIsOneDeviceWithItsName(t *testing.T) {
 	dir := pluginDir(t)
 	kubelet := startKubelet(t, dir)
 	run(t, dir, deviceplugin.Spoke{Name: "srl", Healthy: true}, deviceplugin.Spoke{Name: "vm"})
 
-	kubelet.await(t, srl, offered("srl", pluginapi.Healthy))
-	kubelet.await(t, vm, offered("vm", pluginapi.Unhealthy))
+	kubelet.await(t, srl, lists("srl", pluginapi.Healthy))
+	kubelet.await(t, vm, lists("vm", pluginapi.Unhealthy))
 }
 
-func TestKubeletHearsOfChangesOnly(t *testing.T) {
+func TestKubeletReceivesOnlyChanges(t *testing.T) {
 	dir := pluginDir(t)
 	kubelet := startKubelet(t, dir)
 	plugins, _ := run(t, dir, deviceplugin.Spoke{Name: "srl"})
-	kubelet.await(t, srl, offered("srl", pluginapi.Unhealthy))
+	kubelet.await(t, srl, lists("srl", pluginapi.Unhealthy))
 
 	plugins.Set([]deviceplugin.Spoke{{Name: "srl"}, {Name: "vm"}})
-	kubelet.await(t, vm, offered("vm", pluginapi.Unhealthy))
+	kubelet.await(t, vm, lists("vm", pluginapi.Unhealthy))
 	plugins.Set([]deviceplugin.Spoke{{Name: "srl", Healthy: true}, {Name: "vm"}})
-	r := kubelet.await(t, srl, offered("srl", pluginapi.Healthy))
+	r := kubelet.await(t, srl, lists("srl", pluginapi.Healthy))
 	if r.Messages != 2 || r.Registrations != 1 {
-		t.Errorf("kubelet got %d messages and %d registrations for one change of health, want 2 and 1", r.Messages, r.Registrations)
+		t.Errorf("kubelet received %d messages and %d registrations for one change of health, want 2 and 1",
+			r.Messages, r.Registrations)
 	}
 }
 
@@ -100,7 +103,7 @@ func TestAllocateNamesTheDeviceInCDI(t *testing.T) {
 	dir := pluginDir(t)
 	kubelet := startKubelet(t, dir)
 	run(t, dir, deviceplugin.Spoke{Name: "srl", Healthy: true})
-	kubelet.await(t, srl, offered("srl", pluginapi.Healthy))
+	kubelet.await(t, srl, lists("srl", pluginapi.Healthy))
 
 	response, err := kubelet.allocate(srl, "srl")
 	if err != nil {
@@ -114,12 +117,12 @@ func TestAllocateNamesTheDeviceInCDI(t *testing.T) {
 	}
 }
 
-func TestAllocateRefusesWhatIsNotOnOffer(t *testing.T) {
+func TestAllocateRefusesUnhealthyAndUnknownDevices(t *testing.T) {
 	dir := pluginDir(t)
 	kubelet := startKubelet(t, dir)
 	run(t, dir, deviceplugin.Spoke{Name: "srl", Healthy: true}, deviceplugin.Spoke{Name: "vm"})
-	kubelet.await(t, srl, offered("srl", pluginapi.Healthy))
-	kubelet.await(t, vm, offered("vm", pluginapi.Unhealthy))
+	kubelet.await(t, srl, lists("srl", pluginapi.Healthy))
+	kubelet.await(t, vm, lists("vm", pluginapi.Unhealthy))
 
 	for _, c := range []struct {
 		name, resource, id string
@@ -127,7 +130,7 @@ func TestAllocateRefusesWhatIsNotOnOffer(t *testing.T) {
 		sentence           string
 	}{
 		{"unhealthy", vm, "vm", codes.Unavailable, `spoke "vm" is not ready on this node`},
-		{"another's device", srl, "vm", codes.NotFound, `kubelet asked for "vm"`},
+		{"another spoke's device", srl, "vm", codes.NotFound, `kubelet asked for "vm"`},
 	} {
 		_, err := kubelet.allocate(c.resource, c.id)
 		if status.Code(err) != c.code || !strings.Contains(err.Error(), c.sentence) {
@@ -136,24 +139,25 @@ func TestAllocateRefusesWhatIsNotOnOffer(t *testing.T) {
 	}
 }
 
-func TestARestartedKubeletGetsEverySpokeAgain(t *testing.T) {
+func TestEverySpokeRegistersAgainWhenKubeletRestarts(t *testing.T) {
 	dir := pluginDir(t)
 	kubelet := startKubelet(t, dir)
-	plugins, _ := run(t, dir, deviceplugin.Spoke{Name: "srl", Healthy: true}, deviceplugin.Spoke{Name: "vm", Healthy: true})
-	kubelet.await(t, srl, offered("srl", pluginapi.Healthy))
-	kubelet.await(t, vm, offered("vm", pluginapi.Healthy))
+	plugins, _ := run(t, dir,
+		deviceplugin.Spoke{Name: "srl", Healthy: true}, deviceplugin.Spoke{Name: "vm", Healthy: true})
+	kubelet.await(t, srl, lists("srl", pluginapi.Healthy))
+	kubelet.await(t, vm, lists("vm", pluginapi.Healthy))
 
 	for range 3 {
 		kubelet.stop()
 		plugins.Set([]deviceplugin.Spoke{{Name: "srl", Healthy: true}, {Name: "vm"}})
 		kubelet = startKubelet(t, dir)
-		kubelet.await(t, srl, offered("srl", pluginapi.Healthy))
-		kubelet.await(t, vm, offered("vm", pluginapi.Unhealthy))
+		kubelet.await(t, srl, lists("srl", pluginapi.Healthy))
+		kubelet.await(t, vm, lists("vm", pluginapi.Unhealthy))
 	}
 }
 
-// A kubelet that was killed leaves its socket, on which nobody answers.
-func TestAKilledKubeletIsAwaited(t *testing.T) {
+// A killed kubelet leaves its socket, which refuses connections.
+func TestPluginsWaitForTheSuccessorOfAKilledKubelet(t *testing.T) {
 	dir := pluginDir(t)
 	listener, err := net.Listen("unix", filepath.Join(dir, "kubelet.sock"))
 	if err != nil {
@@ -166,30 +170,30 @@ func TestAKilledKubeletIsAwaited(t *testing.T) {
 	run(t, dir, deviceplugin.Spoke{Name: "srl", Healthy: true})
 
 	kubelet := startKubelet(t, dir)
-	kubelet.await(t, srl, offered("srl", pluginapi.Healthy))
+	kubelet.await(t, srl, lists("srl", pluginapi.Healthy))
 }
 
-func TestKubeletMayComeAfterThePlugins(t *testing.T) {
+func TestKubeletMayStartAfterThePlugins(t *testing.T) {
 	dir := filepath.Join(pluginDir(t), "kubelet", "device-plugins")
 	plugins, _ := run(t, dir, deviceplugin.Spoke{Name: "srl", Healthy: true})
 	if plugins.Ready() == nil {
-		t.Error("Ready before there is a kubelet")
+		t.Error("Ready returns nil although there is no kubelet")
 	}
 	if err := os.MkdirAll(dir, 0o750); err != nil {
 		t.Fatal(err)
 	}
 	kubelet := startKubelet(t, dir)
-	kubelet.await(t, srl, offered("srl", pluginapi.Healthy))
+	kubelet.await(t, srl, lists("srl", pluginapi.Healthy))
 }
 
-func TestAPluginDirectoryMadeAnewIsFound(t *testing.T) {
+func TestARecreatedPluginDirectoryIsFound(t *testing.T) {
 	dir := filepath.Join(pluginDir(t), "device-plugins")
 	if err := os.Mkdir(dir, 0o750); err != nil {
 		t.Fatal(err)
 	}
 	kubelet := startKubelet(t, dir)
 	run(t, dir, deviceplugin.Spoke{Name: "srl", Healthy: true})
-	kubelet.await(t, srl, offered("srl", pluginapi.Healthy))
+	kubelet.await(t, srl, lists("srl", pluginapi.Healthy))
 
 	kubelet.stop()
 	if err := os.RemoveAll(dir); err != nil {
@@ -199,7 +203,7 @@ func TestAPluginDirectoryMadeAnewIsFound(t *testing.T) {
 		t.Fatal(err)
 	}
 	kubelet = startKubelet(t, dir)
-	kubelet.await(t, srl, offered("srl", pluginapi.Healthy))
+	kubelet.await(t, srl, lists("srl", pluginapi.Healthy))
 }
 
 func TestARefusedRegistrationIsRepeated(t *testing.T) {
@@ -217,69 +221,75 @@ func TestARefusedRegistrationIsRepeated(t *testing.T) {
 	}, deviceplugin.Spoke{Name: "srl", Healthy: true})
 	kubelet.await(t, srl, func(r resource) bool { return r.Registrations >= 3 })
 	if plugins.Ready() == nil {
-		t.Error("Ready though kubelet refuses")
+		t.Error("Ready returns nil although kubelet refuses")
 	}
 	if n := plugins.Registered(); n != 0 {
-		t.Errorf("%d are registered though kubelet refuses", n)
+		t.Errorf("%d are registered although kubelet refuses", n)
 	}
 
 	kubelet.setRefuse(nil)
-	r := kubelet.await(t, srl, offered("srl", pluginapi.Healthy))
+	r := kubelet.await(t, srl, lists("srl", pluginapi.Healthy))
 	select {
-	case <-accepted: // kubelet asks what is offered before its answer has come
+	case <-accepted: // kubelet lists the devices before the plugin receives the result of its registration
 	case <-time.After(patience):
-		t.Fatal("not told of the registration")
+		t.Fatal("the successful registration is not reported")
 	}
 	stop()
 	if refused.Load() != int32(r.Registrations-1) || len(accepted) != 0 {
-		t.Errorf("told of %d refusals and %d more registrations; kubelet counts %d tries", refused.Load(), len(accepted), r.Registrations)
+		t.Errorf("%d refusals and %d more registrations are reported; kubelet counts %d attempts",
+			refused.Load(), len(accepted), r.Registrations)
 	}
 }
 
-func TestASocketDeletedByHandIsMadeAgain(t *testing.T) {
+func TestADeletedSocketIsMadeAgain(t *testing.T) {
 	dir := pluginDir(t)
 	kubelet := startKubelet(t, dir)
 	run(t, dir, deviceplugin.Spoke{Name: "srl", Healthy: true})
-	kubelet.await(t, srl, offered("srl", pluginapi.Healthy))
+	kubelet.await(t, srl, lists("srl", pluginapi.Healthy))
 
 	for n := 2; n < 6; n++ {
 		if err := os.Remove(filepath.Join(dir, "k8slan-srl.sock")); err != nil {
 			t.Fatal(err)
 		}
-		kubelet.await(t, srl, func(r resource) bool { return r.Registrations >= n && offered("srl", pluginapi.Healthy)(r) })
+		kubelet.await(t, srl, func(r resource) bool {
+			return r.Registrations >= n && lists("srl", pluginapi.Healthy)(r)
+		})
 		if _, err := os.Stat(filepath.Join(dir, "k8slan-srl.sock")); err != nil {
 			t.Fatal(err)
 		}
 	}
 }
 
-func TestARemovedSpokeLeavesKubelet(t *testing.T) {
+func TestARemovedSpokeIsUnregistered(t *testing.T) {
 	dir := pluginDir(t)
 	kubelet := startKubelet(t, dir)
-	plugins, _ := run(t, dir, deviceplugin.Spoke{Name: "srl", Healthy: true}, deviceplugin.Spoke{Name: "vm", Healthy: true})
-	kubelet.await(t, srl, offered("srl", pluginapi.Healthy))
-	kubelet.await(t, vm, offered("vm", pluginapi.Healthy))
+	plugins, _ := run(t, dir,
+		deviceplugin.Spoke{Name: "srl", Healthy: true}, deviceplugin.Spoke{Name: "vm", Healthy: true})
+	kubelet.await(t, srl, lists("srl", pluginapi.Healthy))
+	kubelet.await(t, vm, lists("vm", pluginapi.Healthy))
 
 	plugins.Set([]deviceplugin.Spoke{{Name: "srl", Healthy: true}})
 	kubelet.await(t, vm, func(r resource) bool { return !r.Connected })
-	if r := kubelet.await(t, srl, offered("srl", pluginapi.Healthy)); r.Registrations != 1 {
-		t.Errorf("the spoke that stays was registered %d times", r.Registrations)
+	if r := kubelet.await(t, srl, lists("srl", pluginapi.Healthy)); r.Registrations != 1 {
+		t.Errorf("the other spoke was registered %d times", r.Registrations)
 	}
 	if _, err := os.Stat(filepath.Join(dir, "k8slan-vm.sock")); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("socket of the removed spoke: %v", err)
 	}
 }
 
-// Kubelet drops the new client of a resource if the old one's stream ends after it: no such overlap, and a spoke
-// that comes back at once stays.
-func TestASpokeThatComesBackAtOnceStays(t *testing.T) {
+// Kubelet drops the new client of a resource if the stream of the old client ends later. The plugins avoid that
+// overlap.
+func TestASpokeThatIsAdvertisedAgainAtOnceStaysRegistered(t *testing.T) {
 	dir := pluginDir(t)
 	kubelet := startKubelet(t, dir)
 	plugins, _ := run(t, dir, deviceplugin.Spoke{Name: "srl", Healthy: true})
 	for n := 1; n <= 20; n++ {
-		r := kubelet.await(t, srl, func(r resource) bool { return r.Registrations >= n && offered("srl", pluginapi.Healthy)(r) })
+		r := kubelet.await(t, srl, func(r resource) bool {
+			return r.Registrations >= n && lists("srl", pluginapi.Healthy)(r)
+		})
 		if r.Registrations > n {
-			t.Fatalf("registered %d times after %d returns: kubelet dropped a client", r.Registrations, n-1)
+			t.Fatalf("%d registrations after %d removals: kubelet dropped a client", r.Registrations, n-1)
 		}
 		plugins.Set(nil)
 		kubelet.await(t, srl, func(r resource) bool { return !r.Connected })
@@ -287,19 +297,19 @@ func TestASpokeThatComesBackAtOnceStays(t *testing.T) {
 	}
 }
 
-func TestReadyOnceKubeletKnowsEverySpoke(t *testing.T) {
+func TestReadyWhenEverySpokeIsRegistered(t *testing.T) {
 	dir := pluginDir(t)
 	plugins, _ := run(t, dir)
 	if err := plugins.Ready(); err != nil {
-		t.Errorf("not ready with nothing on offer: %v", err)
+		t.Errorf("Ready = %v without spokes, want nil", err)
 	}
 	plugins.Set([]deviceplugin.Spoke{{Name: "srl", Healthy: true}, {Name: "vm"}})
 	if err := plugins.Ready(); err == nil || !strings.Contains(err.Error(), "2 of 2") {
 		t.Errorf("Ready = %v, want 2 of 2 unregistered", err)
 	}
 	kubelet := startKubelet(t, dir)
-	kubelet.await(t, vm, offered("vm", pluginapi.Unhealthy))
-	kubelet.await(t, srl, offered("srl", pluginapi.Healthy))
+	kubelet.await(t, vm, lists("vm", pluginapi.Unhealthy))
+	kubelet.await(t, srl, lists("srl", pluginapi.Healthy))
 }
 
 func TestSocketsOfAnEarlierRunAreRemoved(t *testing.T) {
@@ -318,37 +328,37 @@ func TestSocketsOfAnEarlierRunAreRemoved(t *testing.T) {
 	leave("k8slan-old.sock")
 	leave("other.sock")
 	run(t, dir, deviceplugin.Spoke{Name: "srl", Healthy: true})
-	kubelet.await(t, srl, offered("srl", pluginapi.Healthy))
+	kubelet.await(t, srl, lists("srl", pluginapi.Healthy))
 
 	if _, err := os.Stat(filepath.Join(dir, "k8slan-old.sock")); !errors.Is(err, os.ErrNotExist) {
-		t.Errorf("our old socket: %v", err)
+		t.Errorf("socket of the earlier run: %v", err)
 	}
 	if _, err := os.Stat(filepath.Join(dir, "other.sock")); err != nil {
 		t.Errorf("another plugin's socket: %v", err)
 	}
 }
 
-func TestNothingIsLeftWhenItStops(t *testing.T) {
+func TestNoSocketRemainsWhenPluginsStop(t *testing.T) {
 	dir := pluginDir(t)
 	kubelet := startKubelet(t, dir)
 	_, stop := run(t, dir, deviceplugin.Spoke{Name: "srl", Healthy: true})
-	kubelet.await(t, srl, offered("srl", pluginapi.Healthy))
+	kubelet.await(t, srl, lists("srl", pluginapi.Healthy))
 	stop()
 	kubelet.await(t, srl, func(r resource) bool { return !r.Connected })
 	left, err := filepath.Glob(filepath.Join(dir, "k8slan-*"))
 	if err != nil || len(left) > 0 {
-		t.Errorf("left: %v, %v", left, err)
+		t.Errorf("remaining sockets: %v, %v", left, err)
 	}
 }
 
 func TestAThousandSpokesSurviveAKubeletRestart(t *testing.T) {
 	dir := pluginDir(t)
 	kubelet := startKubelet(t, dir)
-	var offer []deviceplugin.Spoke
+	var spokes []deviceplugin.Spoke
 	for n := range 1000 {
-		offer = append(offer, deviceplugin.Spoke{Name: fmt.Sprint("s", n), Healthy: true})
+		spokes = append(spokes, deviceplugin.Spoke{Name: fmt.Sprint("s", n), Healthy: true})
 	}
-	_, stop := run(t, dir, offer...)
+	_, stop := run(t, dir, spokes...)
 	all := func(seen map[string]resource) bool {
 		connected := 0
 		for _, r := range seen {
@@ -356,7 +366,7 @@ func TestAThousandSpokesSurviveAKubeletRestart(t *testing.T) {
 				connected++
 			}
 		}
-		return connected == len(offer)
+		return connected == len(spokes)
 	}
 	start := time.Now()
 	kubelet.awaitAll(t, all)
@@ -365,7 +375,7 @@ func TestAThousandSpokesSurviveAKubeletRestart(t *testing.T) {
 	kubelet = startKubelet(t, dir)
 	start = time.Now()
 	seen := kubelet.awaitAll(t, all)
-	t.Logf("and in %v after a restart", time.Since(start))
+	t.Logf("%v after a restart", time.Since(start))
 	for name, r := range seen {
 		if r.Messages != 1 {
 			t.Errorf("%s: %d messages, want 1", name, r.Messages)
@@ -376,7 +386,7 @@ func TestAThousandSpokesSurviveAKubeletRestart(t *testing.T) {
 
 const web = "macvtap.k8slan.io/k8slan-veth-web"
 
-// pool is what kubelet knows of a pool: so many ports, all of that health.
+// pool returns whether kubelet lists that many ports of a pool, all with that health.
 func pool(name string, ports int, health string) func(resource) bool {
 	return func(r resource) bool {
 		for number := range ports {
@@ -394,18 +404,18 @@ func TestAPoolIsOneResourceWithADevicePerPort(t *testing.T) {
 	plugins, _ := run(t, dir, deviceplugin.Spoke{Name: "web", Ports: 11})
 	kubelet.await(t, web, pool("web", 11, pluginapi.Unhealthy))
 	messages := 1
-	for _, offer := range []deviceplugin.Spoke{
-		{Name: "web", Ports: 11, Healthy: true}, {Name: "web", Ports: 500, Healthy: true}, {Name: "web", Ports: 1, Healthy: true},
-	} {
-		plugins.Set([]deviceplugin.Spoke{offer})
-		plugins.Set([]deviceplugin.Spoke{offer})
-		r := kubelet.await(t, web, pool("web", offer.Ports, pluginapi.Healthy))
+	for _, ports := range []int{11, 500, 1} {
+		spokes := []deviceplugin.Spoke{{Name: "web", Ports: ports, Healthy: true}}
+		plugins.Set(spokes)
+		plugins.Set(spokes)
+		r := kubelet.await(t, web, pool("web", ports, pluginapi.Healthy))
 		if messages++; r.Messages != messages || r.Registrations != 1 {
-			t.Errorf("with %+v kubelet has got %d messages in %d registrations, want %d in 1", offer, r.Messages, r.Registrations, messages)
+			t.Errorf("with %d ports kubelet received %d messages in %d registrations, want %d in 1",
+				ports, r.Messages, r.Registrations, messages)
 		}
 	}
 	plugins.Set([]deviceplugin.Spoke{{Name: "web", Healthy: true}})
-	kubelet.await(t, web, offered("web", pluginapi.Healthy))
+	kubelet.await(t, web, lists("web", pluginapi.Healthy))
 }
 
 func TestPortsAreAllocatedByTheirCDINames(t *testing.T) {
@@ -419,28 +429,32 @@ func TestPortsAreAllocatedByTheirCDINames(t *testing.T) {
 		t.Fatal(err)
 	}
 	devices := response.ContainerResponses[0].CdiDevices
-	if len(devices) != 2 || devices[0].Name != "macvtap.k8slan.io/spoke=web_10" || devices[1].Name != "macvtap.k8slan.io/spoke=web_2" {
+	if len(devices) != 2 || devices[0].Name != "macvtap.k8slan.io/spoke=web_10" ||
+		devices[1].Name != "macvtap.k8slan.io/spoke=web_2" {
 		t.Errorf("CDI devices are %v", devices)
 	}
 	for _, id := range []string{"web_11", "web", "db_0"} {
-		if _, err := kubelet.allocate(web, id); status.Code(err) != codes.NotFound || !strings.Contains(err.Error(), `pool "web" has the ports web_0 to web_10`) {
+		_, err := kubelet.allocate(web, id)
+		if status.Code(err) != codes.NotFound ||
+			!strings.Contains(err.Error(), `pool "web" has the ports web_0 to web_10`) {
 			t.Errorf("%s: %v", id, err)
 		}
 	}
 	plugins.Set([]deviceplugin.Spoke{{Name: "web", Ports: 11}})
 	kubelet.await(t, web, pool("web", 11, pluginapi.Unhealthy))
 	if _, err := kubelet.allocate(web, "web_0"); status.Code(err) != codes.Unavailable {
-		t.Errorf("a port that cannot be had: %v", err)
+		t.Errorf("an unhealthy port: %v", err)
 	}
 }
 
-// A pool that is made smaller loses its highest ports.
-func TestKubeletIsToldToTakeTheLowestPorts(t *testing.T) {
+// A pool that is made smaller loses its highest ports, so kubelet allocates the lowest ones first.
+func TestTheLowestPortsArePreferred(t *testing.T) {
 	dir := pluginDir(t)
 	kubelet := startKubelet(t, dir)
-	run(t, dir, deviceplugin.Spoke{Name: "web", Ports: 11, Healthy: true}, deviceplugin.Spoke{Name: "srl", Healthy: true})
+	run(t, dir, deviceplugin.Spoke{Name: "web", Ports: 11, Healthy: true},
+		deviceplugin.Spoke{Name: "srl", Healthy: true})
 	kubelet.await(t, web, pool("web", 11, pluginapi.Healthy))
-	kubelet.await(t, srl, offered("srl", pluginapi.Healthy))
+	kubelet.await(t, srl, lists("srl", pluginapi.Healthy))
 	for _, c := range []struct {
 		free, must []string
 		size       int32
@@ -457,6 +471,6 @@ func TestKubeletIsToldToTakeTheLowestPorts(t *testing.T) {
 		}
 	}
 	if got, err := kubelet.prefer(srl, 1, []string{"srl"}, nil); err != nil || !slices.Equal(got, []string{"srl"}) {
-		t.Errorf("of a single spoke: %v, %v", got, err)
+		t.Errorf("for a single spoke: %v, %v", got, err)
 	}
 }

@@ -13,31 +13,31 @@ import (
 )
 
 const (
-	// registrationsAtOnce keeps a thousand spokes from calling kubelet all at one time.
-	registrationsAtOnce = 16
-	// registerTimeout is longer than kubelet waits for the plugin that it dials while it registers it: 10 s
+	// maxRegistrations limits the registrations at one time, so that a thousand spokes do not call kubelet all at once.
+	maxRegistrations = 16
+	// registerTimeout is longer than kubelet waits for a plugin to which it connects during registration: 10 s
 	// (dial in pkg/kubelet/cm/devicemanager/plugin/v1beta1/client.go).
 	registerTimeout = 15 * time.Second
 )
 
-// registrar registers plugins with kubelet. Registrations at one time share a connection; none is kept at rest.
+// registrar registers plugins with kubelet. Registrations at one time share a connection; the last one closes it.
 type registrar struct {
-	onRegistration func(error) // hears how each registration ended; nil: nobody does
+	onRegistration func(error) // receives the result of each registration; nil: none
 	socket         string      // path of kubelet's registration socket
 	slots          chan struct{}
 
 	mu     sync.Mutex
-	shared *sharedConn // nil when nobody registers
+	shared *sharedConn // nil while no registration runs
 }
 
-// sharedConn is a connection to kubelet and how many registrations use it.
+// sharedConn is a connection to kubelet and the number of registrations that use it.
 type sharedConn struct {
 	conn  *grpc.ClientConn
 	users int
 }
 
 func newRegistrar(socket string) *registrar {
-	return &registrar{socket: socket, slots: make(chan struct{}, registrationsAtOnce)}
+	return &registrar{socket: socket, slots: make(chan struct{}, maxRegistrations)}
 }
 
 // register returns when kubelet has connected to the plugin's socket and accepted its resource.
@@ -49,14 +49,14 @@ func (r *registrar) register(ctx context.Context, request *pluginapi.RegisterReq
 	}
 	defer func() { <-r.slots }()
 
-	l, err := r.connect()
+	shared, err := r.connect()
 	if err != nil {
 		return fmt.Errorf("connect to kubelet at %s: %w", r.socket, err)
 	}
 	ctx, cancel := context.WithTimeout(ctx, registerTimeout)
 	defer cancel()
-	_, err = pluginapi.NewRegistrationClient(l.conn).Register(ctx, request)
-	r.disconnect(l, err != nil)
+	_, err = pluginapi.NewRegistrationClient(shared.conn).Register(ctx, request)
+	r.disconnect(shared, err != nil)
 	if r.onRegistration != nil {
 		r.onRegistration(err)
 	}
@@ -66,7 +66,7 @@ func (r *registrar) register(ctx context.Context, request *pluginapi.RegisterReq
 	return nil
 }
 
-// dial is nil if a kubelet takes connections.
+// dial returns an error if no kubelet accepts connections.
 func (r *registrar) dial() error {
 	conn, err := net.Dial("unix", r.socket)
 	if err != nil {
@@ -75,6 +75,7 @@ func (r *registrar) dial() error {
 	return conn.Close()
 }
 
+// connect returns the shared connection, and opens it for its first user.
 func (r *registrar) connect() (*sharedConn, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -89,15 +90,15 @@ func (r *registrar) connect() (*sharedConn, error) {
 	return r.shared, nil
 }
 
-// disconnect closes the connection with its last user. A failed one is not given to new users.
-func (r *registrar) disconnect(l *sharedConn, failed bool) {
+// disconnect closes the connection after its last user. New users do not get a connection that failed.
+func (r *registrar) disconnect(shared *sharedConn, failed bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	l.users--
-	if r.shared == l && (failed || l.users == 0) {
+	shared.users--
+	if r.shared == shared && (failed || shared.users == 0) {
 		r.shared = nil
 	}
-	if l.users == 0 {
-		_ = l.conn.Close() // it only fails when closed before
+	if shared.users == 0 {
+		_ = shared.conn.Close() // it fails only if it is closed already
 	}
 }

@@ -31,18 +31,10 @@ func NewTimer(b wait.Backoff) *Timer {
 
 // Failed sets the timer to the next delay. It reports whether the failure differs from the last one, so that it is worth a log line.
 func (t *Timer) Failed(err error) (isNew bool) {
-	t.timer.Reset(t.delay())
+	t.timer.Reset(t.next.Step())
 	isNew = err.Error() != t.last
 	t.last = err.Error()
 	return isNew
-}
-
-// delay returns the next delay. A Backoff whose cap is reached has no steps left and would return its base without jitter.
-func (t *Timer) delay() time.Duration {
-	if t.next.Steps <= 0 {
-		return t.start.Cap
-	}
-	return t.next.Step()
 }
 
 // Succeeded stops the timer and begins with the first delay again.

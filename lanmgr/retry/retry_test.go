@@ -38,6 +38,30 @@ func TestDelaysDoubleUpToTheCapAndStartAgainAfterSuccess(t *testing.T) {
 	})
 }
 
+func TestJitterLengthensEveryDelay(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const jitter = 1
+		b := wait.Backoff{Duration: time.Second, Factor: 2, Jitter: jitter, Steps: 64, Cap: 2 * time.Second}
+		timer := retry.NewTimer(b)
+		defer timer.Stop()
+		<-timer.C // due at once
+		different := map[time.Duration]bool{}
+		for i := range 20 {
+			timer.Failed(errors.New("no"))
+			start := time.Now()
+			<-timer.C
+			got, base := time.Since(start), time.Second*time.Duration(min(i+1, 2))
+			if got < base || got > base*(1+jitter) {
+				t.Errorf("delay %d is %v, want %v to %v", i, got, base, base*(1+jitter))
+			}
+			different[got] = true
+		}
+		if len(different) < 10 {
+			t.Errorf("20 delays have only %d values", len(different))
+		}
+	})
+}
+
 func TestLoopLogsAFailureOnceAndGoesOn(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
