@@ -8,10 +8,11 @@ import (
 
 	"github.com/k8slan/k8slan/lanmgr/evpn/macvrf"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
+	"github.com/k8slan/k8slan/lanmgr/retry"
 )
 
-// watchBindings hears in each LAN with somebody attached here who has which address, until ctx ends.
-func (f *Instance) watchBindings(ctx context.Context) {
+// watchBindings watches the IP–MAC bindings of each LAN that has a claim on this node, until ctx ends.
+func (e *Instance) watchBindings(ctx context.Context) {
 	var watches sync.WaitGroup
 	defer watches.Wait()
 	stops := map[string]context.CancelFunc{}
@@ -21,7 +22,7 @@ func (f *Instance) watchBindings(ctx context.Context) {
 		}
 	}()
 	for {
-		claimed := f.claimedLANs()
+		claimed := e.claimedLANs()
 		for netns, stop := range stops {
 			if !claimed[netns] {
 				stop()
@@ -32,22 +33,22 @@ func (f *Instance) watchBindings(ctx context.Context) {
 			if stops[netns] == nil {
 				watch, stop := context.WithCancel(ctx)
 				stops[netns] = stop
-				watches.Go(func() { f.watchLANBindings(watch, netns) })
+				watches.Go(func() { e.watchLANBindings(watch, netns) })
 			}
 		}
 		select {
 		case <-ctx.Done():
 			return
-		case <-f.claimsChanged:
+		case <-e.claimsChanged:
 		}
 	}
 }
 
-func (f *Instance) claimedLANs() map[string]bool {
-	f.mu.Lock()
-	defer f.mu.Unlock()
+func (e *Instance) claimedLANs() map[string]bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
 	claimed := map[string]bool{}
-	for netns, lan := range f.lans {
+	for netns, lan := range e.lans {
 		if lan.Claimed {
 			claimed[netns] = true
 		}
@@ -55,47 +56,31 @@ func (f *Instance) claimedLANs() map[string]bool {
 	return claimed
 }
 
-// addressRest is how long it takes to try again to hear a LAN.
-const addressRest = 10 * time.Second
-
-func (f *Instance) watchLANBindings(ctx context.Context, netns string) {
-	rest := time.NewTimer(addressRest)
-	defer rest.Stop()
-	tell := kernel.Bindings{
-		Bound:     func(mac [6]byte, ip netip.Addr) { f.bind(netns, mac, ip) },
-		Recreated: func() { f.relist(netns) },
+func (e *Instance) watchLANBindings(ctx context.Context, netns string) {
+	events := kernel.Bindings{
+		Bound:     func(mac [6]byte, ip netip.Addr) { e.bind(netns, mac, ip) },
+		Recreated: func() { e.relist(netns) },
 	}
-	for said := false; ; said = true {
-		err := f.Kernel.WatchBindings(ctx, netns, tell)
-		if ctx.Err() != nil {
-			return
-		}
-		if !said {
-			f.Log.Warn("cannot hear which addresses stations have, others are told MACs alone; trying again", "netns", netns, "err", err)
-		}
-		rest.Reset(addressRest)
-		select {
-		case <-ctx.Done():
-			return
-		case <-rest.C:
-		}
-	}
+	retry.Loop(ctx, retry.Default, e.Log.With("netns", netns),
+		"cannot watch which addresses hosts have, MACs are advertised without them; trying again",
+		func(ctx context.Context, _ func()) error { return e.Kernel.WatchBindings(ctx, netns, events) })
 }
 
-// bind takes in that a station has an address; most are known.
-func (f *Instance) bind(netns string, mac [6]byte, ip netip.Addr) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	vni, ok := f.vnis[netns]
+// bind handles the event that a host has shown an address. Most are known.
+func (e *Instance) bind(netns string, mac [6]byte, ip netip.Addr) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	vni, ok := e.vnis[netns]
 	if !ok {
 		return
 	}
-	told, full := f.table.Bind(time.Now(), vni, mac, ip)
-	if full && !f.bindingsFull[netns] {
-		f.bindingsFull[netns] = true
-		f.Log.Warn("a station shows more addresses than are told of one MAC or LAN: others find the rest by flooding", "netns", netns, "mac", macvrf.MAC(mac), "address", ip)
+	changed, full := e.table.Bind(time.Now(), vni, mac, ip)
+	if full && !e.bindingsFull[netns] {
+		e.bindingsFull[netns] = true
+		e.Log.Warn("a host has more addresses than are advertised of one MAC or LAN, ARP for the others is flooded",
+			"netns", netns, "mac", macvrf.MAC(mac), "address", ip)
 	}
-	if told {
-		f.publish()
+	if changed {
+		e.publish()
 	}
 }

@@ -17,18 +17,18 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
-// bridges is what the bridges of a node's LANs tell.
+// bridges fakes the bridges of a node's LANs.
 type bridges struct {
-	mu    sync.Mutex
-	there map[string][][6]byte
-	tell  kernel.FDBEvents
-	ready chan struct{}
-	shows chan *kernel.Bindings // of each LAN, when it is heard from then on; nil when it is no more
+	mu      sync.Mutex
+	macs    map[string][][6]byte // by netns
+	events  kernel.FDBEvents
+	ready   chan struct{}
+	watches chan *kernel.Bindings // receives the events of each watch that begins, and nil when it ends
 }
 
-func (b *bridges) WatchFDB(ctx context.Context, tell kernel.FDBEvents) error {
-	tell.Overflow()
-	b.tell = tell
+func (b *bridges) WatchFDB(ctx context.Context, events kernel.FDBEvents) error {
+	events.Overflow()
+	b.events = events
 	close(b.ready)
 	<-ctx.Done()
 	return nil
@@ -37,24 +37,24 @@ func (b *bridges) WatchFDB(ctx context.Context, tell kernel.FDBEvents) error {
 func (b *bridges) LocalMACs(netns string) ([][6]byte, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	return b.there[netns], nil
+	return b.macs[netns], nil
 }
 
-func (b *bridges) WatchBindings(ctx context.Context, netns string, tell kernel.Bindings) error {
-	b.shows <- &tell
+func (b *bridges) WatchBindings(ctx context.Context, netns string, events kernel.Bindings) error {
+	b.watches <- &events
 	<-ctx.Done()
-	b.shows <- nil
+	b.watches <- nil
 	return nil
 }
 
-// member is a node of a fabric with LANs.
+// member is a node that takes part in EVPN.
 type member struct {
 	*evpn.Instance
 	*bridges
 	vtep netip.Addr
 }
 
-// reflector runs one at a port of the address.
+// reflector runs a reflector at a free port of the address.
 func reflector(t *testing.T, address string) netip.AddrPort {
 	t.Helper()
 	l, err := net.Listen("tcp", address+":0")
@@ -77,8 +77,8 @@ func reflector(t *testing.T, address string) netip.AddrPort {
 	return at
 }
 
-// fabricOf runs a reflector and nodes that speak with it.
-func fabricOf(t *testing.T, nodes int) []member {
+// newMembers runs a reflector and nodes with sessions to it.
+func newMembers(t *testing.T, nodes int) []member {
 	t.Helper()
 	at := reflector(t, "127.0.0.1")
 	var members []member
@@ -88,15 +88,20 @@ func fabricOf(t *testing.T, nodes int) []member {
 	return members
 }
 
-// newMember runs a node that speaks with the peers; its number is in its addresses.
+// newMember runs a node with sessions to the peers. Its addresses contain its number.
 func newMember(t *testing.T, number byte, peers ...bgp.Peer) member {
 	t.Helper()
-	m := member{bridges: &bridges{there: map[string][][6]byte{}, ready: make(chan struct{}), shows: make(chan *kernel.Bindings, 10)}, vtep: netip.AddrFrom4([4]byte{192, 0, 2, 2 + number})}
+	b := &bridges{
+		macs: map[string][][6]byte{}, ready: make(chan struct{}), watches: make(chan *kernel.Bindings, 10),
+	}
+	m := member{bridges: b, vtep: netip.AddrFrom4([4]byte{192, 0, 2, 2 + number})}
 	source := netip.AddrFrom4([4]byte{127, 0, 0, 2 + number})
 	for i := range peers {
 		peers[i].Source = source
 	}
-	m.Instance = evpn.New(evpn.Config{AS: 65000, RouterID: source, Kernel: m.bridges, Log: slog.New(slog.DiscardHandler), Peers: peers})
+	m.Instance = evpn.New(evpn.Config{
+		AS: 65000, RouterID: source, Kernel: b, Log: slog.New(slog.DiscardHandler), Peers: peers,
+	})
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error)
 	go func() { ended <- m.Run(ctx) }()
@@ -110,25 +115,25 @@ func newMember(t *testing.T, number byte, peers ...bgp.Peer) member {
 	return m
 }
 
-// has says that the node has the LAN, that somebody is attached or not, and which MACs pods have.
-func (m member) has(claimed bool, pods ...macvrf.MAC) {
+// setLAN gives the node the LAN, with a claim or without, and with pods that have these MACs.
+func (m member) setLAN(claimed bool, pods ...macvrf.MAC) {
 	m.Set(map[string]macvrf.LAN{"lab": {VNI: 222, VTEP: m.vtep, Claimed: claimed, Attached: pods}})
 }
 
-// await waits until the LAN's segment is to be so.
-func (m member) await(t *testing.T, what string, so func(segment.Segment) bool) {
+// await waits until the condition is true of the LAN's desired segment.
+func (m member) await(t *testing.T, what string, condition func(segment.Segment) bool) {
 	t.Helper()
 	deadline := time.After(time.Minute)
 	for {
 		s := segment.Segment{Netns: "lab", VXLAN: segment.VXLAN{VNI: 222}}
 		m.Fill(&s)
-		if so(s) {
+		if condition(s) {
 			return
 		}
 		select {
 		case <-m.Changed():
 		case <-deadline:
-			t.Fatalf("waited for %s in vain; is to be %+v, sessions %+v", what, s, m.Sessions())
+			t.Fatalf("waited in vain for %s; have %+v, sessions %+v", what, s, m.Sessions())
 		}
 	}
 }
@@ -139,186 +144,190 @@ func behind(mac [6]byte, vtep netip.Addr) func(segment.Segment) bool {
 	}
 }
 
-// What is attached to one node is known to the other, a pod at once, a VM when it speaks; and each is known where it moves to.
-func TestNodesTellEachOtherWhoIsWhere(t *testing.T) {
+// A pod is advertised when it is attached, a VM when the bridge learns its MAC; both are advertised where they move to.
+func TestMACsAreAdvertisedToOtherNodes(t *testing.T) {
 	pod, vm, late := [6]byte{2, 1}, [6]byte{2, 2}, [6]byte{2, 3}
-	nodes := fabricOf(t, 2)
+	nodes := newMembers(t, 2)
 	a, b := nodes[0], nodes[1]
-	a.there["lab"] = [][6]byte{late} // spoke before the daemon started
-	b.has(false)
-	a.has(true, pod)
-	b.await(t, "the pod and who had spoken", func(s segment.Segment) bool {
-		return slices.Equal(s.Remotes, []netip.Addr{a.vtep}) && behind(pod, a.vtep)(s) && behind(late, a.vtep)(s) && len(s.FDB) == 2
+	a.macs["lab"] = [][6]byte{late} // learned before the daemon started
+	b.setLAN(false)
+	a.setLAN(true, pod)
+	b.await(t, "the pod and the MAC that was learned before", func(s segment.Segment) bool {
+		return slices.Equal(s.Remotes, []netip.Addr{a.vtep}) &&
+			behind(pod, a.vtep)(s) && behind(late, a.vtep)(s) && len(s.FDB) == 2
 	})
 	if c, ok := b.Count("lab"); !ok || c != (macvrf.Count{Used: 3, Remote: 2}) {
-		t.Errorf("of the LAN there is %+v, %t", c, ok)
+		t.Errorf("the count is %+v, %t", c, ok)
 	}
 	if _, ok := b.Count("other"); ok {
-		t.Error("there is a count of a LAN that is not here")
+		t.Error("there is a count of a LAN that the node takes no part in")
 	}
-	a.await(t, "nobody: the other node has no pod", func(s segment.Segment) bool { return len(s.Remotes) == 0 && s.Remotes != nil })
+	a.await(t, "no remotes, because the other node has no claim", func(s segment.Segment) bool {
+		return len(s.Remotes) == 0 && s.Remotes != nil
+	})
 	began := time.Now()
-	a.tell.Learned("lab", vm)
+	a.events.Learned("lab", vm)
 	b.await(t, "the VM", behind(vm, a.vtep))
-	t.Logf("from its first frame's event to the other node's wish: %v", time.Since(began))
-	b.has(true)
-	b.tell.Learned("lab", vm)
-	a.await(t, "the VM elsewhere", behind(vm, b.vtep))
-	a.tell.Removed("lab", vm)
-	b.await(t, "the VM here", func(s segment.Segment) bool { return len(s.FDB) == 2 })
-	a.tell.Removed("lab", late)
-	b.await(t, "one gone", func(s segment.Segment) bool { return len(s.FDB) == 1 })
-	a.has(false)
-	b.await(t, "all gone", func(s segment.Segment) bool { return len(s.FDB) == 0 && len(s.Remotes) == 0 })
+	t.Logf("from the event of its first frame to the other node's Fill: %v", time.Since(began))
+	b.setLAN(true)
+	b.events.Learned("lab", vm)
+	a.await(t, "the VM on the other node", behind(vm, b.vtep))
+	a.events.Removed("lab", vm)
+	b.await(t, "the VM on this node only", func(s segment.Segment) bool { return len(s.FDB) == 2 })
+	a.events.Removed("lab", late)
+	b.await(t, "one MAC removed", func(s segment.Segment) bool { return len(s.FDB) == 1 })
+	a.setLAN(false)
+	b.await(t, "all removed", func(s segment.Segment) bool { return len(s.FDB) == 0 && len(s.Remotes) == 0 })
 }
 
-// Addresses are heard in a LAN while somebody is attached there, and told.
-func TestAddressesAreHeardWhereSomebodyIsAttached(t *testing.T) {
-	nodes := fabricOf(t, 1)
+// Addresses are advertised, too.
+func TestBindingsAreWatchedWhileALANHasClaims(t *testing.T) {
+	nodes := newMembers(t, 1)
 	a := nodes[0]
 	pod := macvrf.MAC{2, 1}
-	a.has(false)
-	a.has(true, pod)
-	tell := <-a.shows
+	a.setLAN(false)
+	a.setLAN(true, pod)
+	events := <-a.watches
 	for range 2 {
-		tell.Bound(pod, netip.MustParseAddr("10.0.0.1"))
+		events.Bound(pod, netip.MustParseAddr("10.0.0.1"))
 	}
 	if c, _ := a.Count("lab"); c.Advertised != 3 {
 		t.Errorf("%+v, want a route with the address beside two others", c)
 	}
-	a.has(false)
-	if <-a.shows != nil {
-		t.Error("the LAN is heard a second time")
+	a.setLAN(false)
+	if <-a.watches != nil {
+		t.Error("the LAN is watched a second time")
 	}
 }
 
-// A LAN that was made anew between two looks has other stations, though neither its VNI nor who is attached has changed.
-func TestALANMadeAnewIsAskedWhoIsThere(t *testing.T) {
-	gone, vm := [6]byte{2, 2}, [6]byte{2, 3}
-	nodes := fabricOf(t, 2)
+// A LAN that was recreated between two observations has other MACs, although its VNI and claims are the same.
+func TestRecreatedLANIsListedAgain(t *testing.T) {
+	old, vm := [6]byte{2, 2}, [6]byte{2, 3}
+	nodes := newMembers(t, 2)
 	a, b := nodes[0], nodes[1]
-	a.there["lab"] = [][6]byte{gone}
-	b.has(false)
-	a.has(true)
-	b.await(t, "who is there at first", behind(gone, a.vtep))
-	tell := <-a.shows
+	a.macs["lab"] = [][6]byte{old}
+	b.setLAN(false)
+	a.setLAN(true)
+	b.await(t, "the old MAC", behind(old, a.vtep))
+	events := <-a.watches
 	a.mu.Lock()
-	a.there["lab"] = [][6]byte{vm}
+	a.macs["lab"] = [][6]byte{vm}
 	a.mu.Unlock()
-	tell.Recreated()
-	b.await(t, "who is there now, alone", func(s segment.Segment) bool { return behind(vm, a.vtep)(s) && len(s.FDB) == 1 })
+	events.Recreated()
+	b.await(t, "only the new MAC", func(s segment.Segment) bool { return behind(vm, a.vtep)(s) && len(s.FDB) == 1 })
 }
 
-// A LAN that leaves EVPN with its pods, for another discovery, is told of for a while; one whose pods have gone first is not.
-func TestALANThatLeavesEVPNIsToldOfForAWhile(t *testing.T) {
+// The routes of a LAN that leaves EVPN with claims linger; those of a LAN without claims do not.
+func TestRoutesOfALANLingerWhenItLeavesEVPN(t *testing.T) {
 	pod := [6]byte{2, 1}
-	nodes := fabricOf(t, 2)
+	nodes := newMembers(t, 2)
 	a, b := nodes[0], nodes[1]
-	b.has(false)
-	a.has(true, pod)
+	b.setLAN(false)
+	a.setLAN(true, pod)
 	b.await(t, "the pod", behind(pod, a.vtep))
 	a.Set(nil)
 	left := time.Now()
-	b.await(t, "nobody", func(s segment.Segment) bool { return len(s.FDB) == 0 && len(s.Remotes) == 0 })
+	b.await(t, "no routes", func(s segment.Segment) bool { return len(s.FDB) == 0 && len(s.Remotes) == 0 })
 	if took := time.Since(left); took < 4*time.Second {
-		t.Errorf("the LAN is told of for %s after it has left", took)
+		t.Errorf("the routes lingered for %s", took)
 	}
-	a.has(true, pod)
+	a.setLAN(true, pod)
 	b.await(t, "the pod again", behind(pod, a.vtep))
-	a.has(false)
+	a.setLAN(false)
 	left = time.Now()
 	a.Set(nil)
-	b.await(t, "nobody again", func(s segment.Segment) bool { return len(s.FDB) == 0 && len(s.Remotes) == 0 })
+	b.await(t, "no routes again", func(s segment.Segment) bool { return len(s.FDB) == 0 && len(s.Remotes) == 0 })
 	if took := time.Since(left); took > 4*time.Second {
-		t.Errorf("a LAN without pods is told of for %s after it has left", took)
+		t.Errorf("the routes of a LAN without claims lingered for %s", took)
 	}
 }
 
-// A reflector that moves is followed, and what it had told stays: it is told again.
-func TestAReflectorThatMovesIsFollowed(t *testing.T) {
+// The routes from a reflector that moves stay, because it sends them again.
+func TestRoutesSurviveAMovedReflector(t *testing.T) {
 	a := newMember(t, 0)
 	if !a.Problems("lab").NoPeers {
-		t.Error("without peers the node is not alone")
+		t.Error("without peers NoPeers is false")
 	}
 	first, second := reflector(t, "127.0.0.1"), reflector(t, "127.0.0.9")
-	b := newMember(t, 1, bgp.Peer{Address: first.Addr(), Port: first.Port(), AS: 65000}, bgp.Peer{Address: second.Addr(), Port: second.Port(), AS: 65000})
+	b := newMember(t, 1, bgp.Peer{Address: first.Addr(), Port: first.Port(), AS: 65000},
+		bgp.Peer{Address: second.Addr(), Port: second.Port(), AS: 65000})
 	mac, later := macvrf.MAC{2, 1}, macvrf.MAC{2, 2}
-	b.has(true, mac)
-	a.has(true)
-	follow := func(at ...netip.AddrPort) {
+	b.setLAN(true, mac)
+	a.setLAN(true)
+	setReflectors := func(at ...netip.AddrPort) {
 		t.Helper()
 		if err := a.SetReflectors(t.Context(), at); err != nil {
 			t.Fatal(err)
 		}
 	}
-	follow(first)
-	a.await(t, "what the first has told", behind(mac, b.vtep))
-	follow(second)
+	setReflectors(first)
+	a.await(t, "routes from the first", behind(mac, b.vtep))
+	setReflectors(second)
 	lost := false
-	b.has(true, mac, later)
-	a.await(t, "what the second has told", func(s segment.Segment) bool {
+	b.setLAN(true, mac, later)
+	a.await(t, "routes from the second", func(s segment.Segment) bool {
 		lost = lost || !behind(mac, b.vtep)(s)
 		return behind(later, b.vtep)(s)
 	})
 	if lost {
-		t.Error("what the first had told was lost on the way")
+		t.Error("a route from the first was lost meanwhile")
 	}
-	if sessions := a.Sessions(); len(sessions) != 1 || sessions[0].Peer.Address != second.Addr() || a.Problems("lab").NoPeers {
+	sessions := a.Sessions()
+	if len(sessions) != 1 || sessions[0].Peer.Address != second.Addr() || a.Problems("lab").NoPeers {
 		t.Errorf("sessions %+v", sessions)
 	}
 }
 
-// While nobody has told everything yet, nothing that stands is to go.
-func TestWhatIsHeardIsPartialAtFirst(t *testing.T) {
-	a := fabricOf(t, 1)[0]
+// While peers have not sent all routes, the kernel's other entries must stay.
+func TestSegmentIsPartialUntilPeersHaveSentAll(t *testing.T) {
+	a := newMembers(t, 1)[0]
 	s := segment.Segment{Netns: "lab", VXLAN: segment.VXLAN{VNI: 222}}
 	if a.Fill(&s); s.Remotes != nil || s.FDB != nil {
-		t.Errorf("of a LAN that is not here %+v is known", s)
+		t.Errorf("Fill changes a LAN that the node takes no part in: %+v", s)
 	}
-	a.has(true)
+	a.setLAN(true)
 	a.await(t, "a partial list", func(s segment.Segment) bool { return s.Partial && s.FDB != nil })
-	a.await(t, "a whole one", func(s segment.Segment) bool { return !s.Partial && s.FDB != nil })
+	a.await(t, "a complete one", func(s segment.Segment) bool { return !s.Partial && s.FDB != nil })
 }
 
-// A MAC on two nodes, a route that cannot be used and sessions that are all down are told.
-func TestWhatIsWrongIsTold(t *testing.T) {
-	nodes := fabricOf(t, 2)
+func TestProblemsNameDuplicatesAndRefusedRoutes(t *testing.T) {
+	nodes := newMembers(t, 2)
 	a, b := nodes[0], nodes[1]
-	a.has(true)
-	b.has(true)
+	a.setLAN(true)
+	b.setLAN(true)
 	mac := [6]byte{2, 9}
 	a.await(t, "the other node", func(s segment.Segment) bool { return len(s.Remotes) == 1 })
 	b.await(t, "the other node", func(s segment.Segment) bool { return len(s.Remotes) == 1 })
 	for range 20 {
-		a.tell.Learned("lab", mac)
-		b.tell.Learned("lab", mac)
+		a.events.Learned("lab", mac)
+		b.events.Learned("lab", mac)
 	}
 	deadline := time.After(time.Minute)
 	for len(a.Problems("lab").Duplicates) == 0 && len(b.Problems("lab").Duplicates) == 0 {
 		select {
 		case <-a.Changed():
-			a.tell.Learned("lab", mac)
+			a.events.Learned("lab", mac)
 		case <-b.Changed():
-			b.tell.Learned("lab", mac)
+			b.events.Learned("lab", mac)
 		case <-deadline:
-			t.Fatal("a MAC that speaks on both is not told")
+			t.Fatal("a MAC that both nodes learn is no duplicate")
 		}
 	}
-	b.Set(map[string]macvrf.LAN{"lab": {VNI: 222, VTEP: a.vtep, Claimed: true}}) // it has our address
-	a.await(t, "nobody", func(segment.Segment) bool {
-		trouble := a.Problems("lab")
-		return trouble.Refusals > 0 && trouble.Refused.Reason == macvrf.OwnVTEP
+	b.Set(map[string]macvrf.LAN{"lab": {VNI: 222, VTEP: a.vtep, Claimed: true}}) // the VTEP of a
+	a.await(t, "a refused route", func(segment.Segment) bool {
+		problems := a.Problems("lab")
+		return problems.Refusals > 0 && problems.Refused.Reason == macvrf.OwnVTEP
 	})
-	if trouble := a.Problems("lab"); len(trouble.Down) > 0 {
-		t.Errorf("sessions %v", trouble.Down)
+	if problems := a.Problems("lab"); len(problems.Down) > 0 {
+		t.Errorf("sessions %v", problems.Down)
 	}
 }
 
-func TestAWishThatIsTheSameWakesNobody(t *testing.T) {
+func TestSettingTheSameLANsChangesNothing(t *testing.T) {
 	m := member{Instance: evpn.New(evpn.Config{
 		AS: 65000, RouterID: netip.MustParseAddr("192.0.2.1"), Kernel: &bridges{}, Log: slog.New(slog.DiscardHandler),
 	}), vtep: netip.MustParseAddr("192.0.2.1")}
-	woken := func() bool {
+	changed := func() bool {
 		select {
 		case <-m.Changed():
 			return true
@@ -326,12 +335,12 @@ func TestAWishThatIsTheSameWakesNobody(t *testing.T) {
 			return false
 		}
 	}
-	m.has(true, macvrf.MAC{2})
-	if !woken() {
-		t.Error("a new LAN wakes nobody")
+	m.setLAN(true, macvrf.MAC{2})
+	if !changed() {
+		t.Error("a new LAN changes nothing")
 	}
-	m.has(true, macvrf.MAC{2})
-	if woken() {
-		t.Error("the same LAN wakes somebody")
+	m.setLAN(true, macvrf.MAC{2})
+	if changed() {
+		t.Error("the same LAN is a change")
 	}
 }
