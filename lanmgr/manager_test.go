@@ -293,7 +293,7 @@ func TestAttachedSegmentStaysUntilItsPodIsGone(t *testing.T) {
 
 	m.Set(nil)
 	rs := await(t, m, "leaving", func(rs []lanmgr.Report) bool { return len(rs) == 1 && rs[0].Leaving })
-	if !slices.Equal(rs[0].Withdrawn, []string{"x"}) || !rs[0].Built {
+	if !slices.Equal(rs[0].Unwanted, []string{"x"}) || !rs[0].Built {
 		t.Errorf("report of a leaving segment: %+v", rs[0])
 	}
 	leaving := func() bool {
