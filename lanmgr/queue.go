@@ -16,7 +16,7 @@ type entry struct {
 	want   *segment.Segment // nil: not wanted
 	report *Report          // nil: the segment was not observed yet, or nothing of it was left
 
-	seen       bool // observed since want last changed in more than tables
+	seen       bool // report is of an observation after want last changed in more than tables
 	initial    bool // present or wanted at start-up, not yet observed
 	dirty      bool // to be reconciled
 	tablesOnly bool // of a dirty one: only remotes, FDB or neighbours changed
@@ -92,9 +92,7 @@ func (m *Manager) listLeftovers() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	for _, netns := range names {
-		e := m.entry(netns)
-		e.seen = false
-		m.enqueue(e)
+		m.enqueue(m.entry(netns))
 	}
 	for _, d := range devices {
 		if d.Netns != "" {

@@ -61,7 +61,7 @@ func (m *Manager) finish(t task, r result) {
 	}
 	e := m.entry(t.netns)
 	e.initial = false
-	e.seen = r.known && (e.want == t.want || e.tablesOnly)
+	e.seen = r.known
 	switch {
 	case r.gone:
 		m.forget(e, r.took)
@@ -81,7 +81,7 @@ func (m *Manager) forget(e *entry, took time.Duration) {
 	// those waits while it holds the kernel's lock for all links (br_multicast_dev_del in net/bridge/br_multicast.c).
 	m.pause = time.Now().Add(2 * took)
 	m.failures.Forget(e.netns)
-	e.report, e.notBefore = nil, time.Time{}
+	e.report = nil
 	if e.want == nil {
 		delete(m.segments, e.netns) // with what its own teardown queued
 	}
