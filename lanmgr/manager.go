@@ -23,7 +23,8 @@ type Kernel interface {
 	List() ([]string, error)
 	// Observe reads the state of a segment.
 	Observe(ctx context.Context, netns string) (segment.State, error)
-	// Reconcile locks a segment, observes it and applies what decide returns. It returns the operations that it applied.
+	// Reconcile locks a segment, observes it and applies what decide returns. It returns the operations that it
+	// applied.
 	Reconcile(ctx context.Context, netns string, decide func(segment.State) []segment.Op) ([]segment.Op, error)
 	// Apply locks a segment and applies operations to it without observing it.
 	Apply(ctx context.Context, netns string, ops []segment.Op) error
@@ -76,11 +77,12 @@ type Manager struct {
 // New returns a manager that does nothing before its first Set and Run. It removes CDI devices in cdiDir that no claim
 // needs any longer.
 func New(k Kernel, cdiDir string, log *slog.Logger) *Manager {
+	delays := retry.Default
 	m := &Manager{
 		kernel: k, cdiDir: cdiDir, log: log, changed: notify.New(),
 		started:  make(chan struct{}),
 		queue:    workqueue.NewTypedDelayingQueue[string](),
-		failures: workqueue.NewTypedItemExponentialFailureRateLimiter[string](retry.Default.Duration, retry.Default.Cap),
+		failures: workqueue.NewTypedItemExponentialFailureRateLimiter[string](delays.Duration, delays.Cap),
 		segments: map[string]*entry{},
 	}
 	m.start = sync.OnceFunc(func() { close(m.started) })

@@ -179,7 +179,9 @@ func TestLANIsRemovedOnlyOnceAnObservationShowedIt(t *testing.T) {
 	if m.Removed(a.LAN, a.Netns) {
 		t.Error("a LAN is removed before the next observation")
 	}
-	await(t, m, "the segment to be leaving", only(func(r lanmgr.Report) bool { return r.Leaving && len(r.Claims) == 1 }))
+	await(t, m, "the segment to be leaving", only(func(r lanmgr.Report) bool {
+		return r.Leaving && len(r.Claims) == 1
+	}))
 	if m.Removed(a.LAN, a.Netns) {
 		t.Error("a LAN with a claim is removed")
 	}
@@ -217,7 +219,7 @@ func TestLANIsNotRemovedWhileItsSegmentIsBeingBuilt(t *testing.T) {
 		await(t, m, "the LAN to be removed", func([]lanmgr.Report) bool { return m.Removed(second.LAN, second.Netns) })
 		k.set(func() {
 			if r := k.states["default.a"].Record; !built || r != nil && r.LAN == second.LAN {
-				t.Errorf("with the next LAN %s, the second was built: %t, is removed, and the record is %+v", what, built, r)
+				t.Errorf("with the next LAN %s, the second is removed; it was built: %t, the record is %+v", what, built, r)
 			}
 		})
 	}
@@ -385,7 +387,8 @@ func TestUnfinishedAttachIsNotDamage(t *testing.T) {
 	}
 }
 
-// If the claims of a segment that cannot be observed were not reported, the controller would give its ns to another LAN.
+// If the claims of a segment that cannot be observed were not reported, the controller would give its ns to another
+// LAN.
 func TestClaimsAreReportedWhileTheSegmentCannotBeObserved(t *testing.T) {
 	k := &fakeKernel{states: map[string]segment.State{}}
 	m, _ := start(t, k)
@@ -421,7 +424,10 @@ func TestSegmentWithoutARecordIsRemovedWithItsLastClaim(t *testing.T) {
 	}
 	k.change("default.old", func(s *segment.State) { s.Links[0].Promisc = 0 })
 	m.Enqueue("default.old")
-	await(t, m, "the segment to be removed", func([]lanmgr.Report) bool { names, _ := k.List(); return len(names) == 0 })
+	await(t, m, "the segment to be removed", func([]lanmgr.Report) bool {
+		names, _ := k.List()
+		return len(names) == 0
+	})
 }
 
 // withTables returns a segment whose VXLAN has so many remotes and MACs.

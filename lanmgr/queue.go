@@ -27,8 +27,8 @@ type entry struct {
 const (
 	// sweepEvery is how often every segment is reconciled without a cause: the kernel reports no change of a sysctl.
 	sweepEvery = time.Minute
-	// minRest and maxRest limit how long a segment rests after it was reconciled, which makes one observation of a burst
-	// of changes. In between, it rests four times as long as that took. Repairs are promised within a second.
+	// minRest and maxRest limit how long a segment rests after it was reconciled, so that a burst of changes takes one
+	// observation. Within the limits, it rests four times as long as that took. Repairs are promised within a second.
 	minRest = 10 * time.Millisecond
 	maxRest = 400 * time.Millisecond
 	// leftovers is queued in place of a netns to list what an earlier run left.

@@ -58,7 +58,7 @@ func TestNothingIsDoneBeforeTheFirstSet(t *testing.T) {
 		m, _ := start(t, k)
 		m.Enqueue("default.old")
 		if o := during(time.Hour); len(o) > 0 || k.lists > 0 || k.operations > 0 {
-			t.Errorf("before the first Set there were %d lists, the observations %v and %d operations", k.lists, o, k.operations)
+			t.Errorf("before the first Set: %d lists, the observations %v, %d operations", k.lists, o, k.operations)
 		}
 		if m.Removed(old.LAN, old.Netns) || m.Observed() {
 			t.Error("before the first Set the LAN is removed, or all is observed")
@@ -151,7 +151,8 @@ func TestSegmentThatAlwaysChangesDelaysNoOther(t *testing.T) {
 			m.Enqueue("default.c")
 			<-time.After(time.Millisecond)
 		}
-		if names := netnsOf(during(100 * time.Millisecond)); !slices.Equal(names[:3], []string{"default.a", "default.b", "default.c"}) {
+		names := netnsOf(during(100 * time.Millisecond))
+		if !slices.Equal(names[:3], []string{"default.a", "default.b", "default.c"}) {
 			t.Errorf("the segments are observed in the order %v", names)
 		}
 	})
@@ -254,7 +255,7 @@ func TestSegmentIsNotObservedAgainWhenItsRestWasCutShort(t *testing.T) {
 	})
 }
 
-// Tables are written while the segment rests, and do not end the wait for an observation that is due for another reason.
+// Tables are written while the segment rests. They do not end its wait for an observation.
 func TestTablesAreWrittenDuringARest(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		k := &fakeKernel{states: map[string]segment.State{}}
