@@ -23,7 +23,7 @@ import (
 
 // A network function that reads frames raw takes a frame as it is: TCP and UDP checksums that are left to hardware are
 // wrong for it, and a frame larger than the MTU is none.
-func TestARawReaderSeesFinishedChecksums(t *testing.T) {
+func TestRawReaderReceivesFinishedChecksums(t *testing.T) {
 	t.Parallel()
 	a, b := twoNodes(t)
 	within, across := a, b
@@ -256,7 +256,7 @@ func (r *reader) wait(t *testing.T) seen {
 }
 
 // A guest with the common virtio driver leaves its checksums to the host, and takes frames from it that are unfinished.
-func TestARawReaderInAVMOrBesideOneSeesFinishedChecksums(t *testing.T) {
+func TestRawReaderInOrBesideAVMReceivesFinishedChecksums(t *testing.T) {
 	t.Parallel()
 	a, b := twoNodes(t)
 	for i, c := range []struct {
@@ -345,7 +345,7 @@ func unfinishedUDP(dst, src net.HardwareAddr) []byte {
 
 // What is edited while a pod is attached holds for what the LAN's side does, at once and both ways, and what somebody
 // switches by hand is switched back. A LAN for which nobody wished it is asked nothing.
-func TestChecksumsFollowAnEditAndAreRepaired(t *testing.T) {
+func TestChecksumSettingFollowsAnEditAndIsRepaired(t *testing.T) {
 	t.Parallel()
 	a, _ := twoNodes(t)
 	on := a.withUnderlay(t, lan("edited", 160, "reader", "speaker"))
@@ -379,7 +379,7 @@ func TestChecksumsFollowAnEditAndAreRepaired(t *testing.T) {
 }
 
 // A daemon that was killed halfway through taking the wish back goes on with it.
-func TestChecksumsAreSwitchedBackAfterAKill(t *testing.T) {
+func TestChecksumSettingIsUndoneAfterAKill(t *testing.T) {
 	t.Parallel()
 	a, _ := twoNodes(t)
 	on := a.withUnderlay(t, lan("halfway", 161, "reader"))
@@ -400,7 +400,7 @@ func TestChecksumsAreSwitchedBackAfterAKill(t *testing.T) {
 }
 
 // A VM's standing pair that is made anew in a take-over is like the old one.
-func TestATakenOverPairFinishesChecksums(t *testing.T) {
+func TestTakenOverPairFinishesChecksums(t *testing.T) {
 	t.Parallel()
 	netlab.NeedDevices(t)
 	a, _ := twoNodes(t)

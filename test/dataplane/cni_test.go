@@ -39,13 +39,13 @@ var pluginBinary = sync.OnceValues(func() (string, error) {
 	return path, nil
 })
 
-// sandbox is a pod's sandbox, and how a runtime speaks of it to the plugin.
+// sandbox is a pod's sandbox as a runtime describes it to the plugin.
 type sandbox struct {
 	netlab.Namespace
 	node   node
 	id     string
 	ifname string
-	mac    string // that CNI_ARGS asks for; empty: none
+	mac    string // the MAC address in CNI_ARGS; empty: none
 }
 
 func (n node) sandbox(t *testing.T) sandbox {
@@ -66,7 +66,7 @@ func network(s segment.Segment, spoke string, kind segment.Kind, add keys) keys 
 	return config
 }
 
-// pooled is the same for a pool of which kubelet has allocated that port.
+// pooled is the same for a pool port that kubelet has allocated.
 func pooled(s segment.Segment, port string, kind segment.Kind) keys {
 	pool, _, _ := segment.PoolOf(port)
 	config := network(s, pool, kind, keys{"pool": pool, "deviceID": port})
@@ -74,10 +74,10 @@ func pooled(s segment.Segment, port string, kind segment.Kind) keys {
 	return config
 }
 
-// spokeOf is the spoke or port that a network is about.
+// spokeOf is the spoke or pool port that a network configuration names.
 func spokeOf(config keys) string { return cmp.Or(config["spoke"], config["deviceID"]).(string) }
 
-// call runs the plugin's binary on the sandbox's node, as a runtime does. It may run on any goroutine.
+// call runs the plugin's binary on the sandbox's node, as a runtime does. Any goroutine may call it.
 func (s sandbox) call(verb string, config keys) ([]byte, error) {
 	stdin, err := json.Marshal(config)
 	if err != nil {
@@ -86,7 +86,7 @@ func (s sandbox) call(verb string, config keys) ([]byte, error) {
 	return s.send(verb, stdin)
 }
 
-// send is call with whatever on standard input.
+// send is call with any bytes on standard input.
 func (s sandbox) send(verb string, stdin []byte) ([]byte, error) {
 	cmd, err := s.command(verb)
 	if err != nil {
@@ -100,12 +100,12 @@ func (s sandbox) send(verb string, stdin []byte) ([]byte, error) {
 	}
 	said := &types.Error{}
 	if json.Unmarshal(stdout.Bytes(), said) != nil || said.Code == 0 || said.Msg == "" {
-		return nil, fmt.Errorf("%s gave no CNI error: %w: %s%s", verb, err, &stdout, &stderr)
+		return nil, fmt.Errorf("%s returned no CNI error: %w: %s%s", verb, err, &stdout, &stderr)
 	}
 	return nil, said
 }
 
-// command is the plugin as a runtime starts it.
+// command returns the plugin's command as a runtime starts it.
 func (s sandbox) command(verb string) (*exec.Cmd, error) {
 	binary, err := pluginBinary()
 	if err != nil {
@@ -117,7 +117,8 @@ func (s sandbox) command(verb string) (*exec.Cmd, error) {
 		args += ";MAC=" + s.mac
 	}
 	cmd.Env = []string{
-		"CNI_COMMAND=" + verb, "CNI_CONTAINERID=" + s.id, "CNI_NETNS=" + s.Path, "CNI_IFNAME=" + s.ifname, "CNI_PATH=" + s.node.plugins(),
+		"CNI_COMMAND=" + verb, "CNI_CONTAINERID=" + s.id, "CNI_NETNS=" + s.Path, "CNI_IFNAME=" + s.ifname,
+		"CNI_PATH=" + s.node.plugins(),
 		"CNI_ARGS=" + args,
 		"K8SLAN_RUN_DIR=" + s.node.Run, "K8SLAN_CDI_DIR=" + s.node.CDI,
 	}
@@ -133,7 +134,7 @@ func (s sandbox) mustCall(t *testing.T, verb string, config keys) []byte {
 	return out
 }
 
-// mustFail wants a CNI error of that code, in words that contain sentence.
+// mustFail expects a CNI error with that code and a text that contains sentence.
 func (s sandbox) mustFail(t *testing.T, verb string, config keys, code uint, sentence string) {
 	t.Helper()
 	_, err := s.call(verb, config)
@@ -143,7 +144,7 @@ func (s sandbox) mustFail(t *testing.T, verb string, config keys, code uint, sen
 	}
 }
 
-// add attaches the sandbox and returns where it speaks and what the plugin printed.
+// add attaches the sandbox and returns its wire and what the plugin printed.
 func (s sandbox) add(t *testing.T, lan segment.Segment, config keys) (netlab.Wire, []byte) {
 	t.Helper()
 	if config["kind"] == segment.Macvtap {
@@ -158,7 +159,7 @@ func (s sandbox) add(t *testing.T, lan segment.Segment, config keys) (netlab.Wir
 	return wire, out
 }
 
-// speak opens the pod's link or, with the numbers of the CDI file, the VM's tap.
+// speak opens the pod's link, or the VM's tap by the device numbers in the CDI file.
 func (s sandbox) speak(t *testing.T, config keys) (netlab.Wire, error) {
 	t.Helper()
 	if config["kind"] != segment.Macvtap {
@@ -172,7 +173,7 @@ func (s sandbox) speak(t *testing.T, config keys) (netlab.Wire, error) {
 	return netlab.OpenTap(t, tap.Major, tap.Minor), nil
 }
 
-// tap is the device node that the runtime would make in the VM's container.
+// tap is the device node that the runtime makes in the VM's container.
 type tap struct {
 	Path         string
 	Major, Minor uint32
@@ -189,17 +190,19 @@ func (s sandbox) tap(config keys) (tap, error) {
 			ContainerEdits struct{ DeviceNodes []tap }
 		}
 	}
-	if err := json.Unmarshal(b, &spec); err != nil || len(spec.Devices) != 1 || len(spec.Devices[0].ContainerEdits.DeviceNodes) != 1 {
+	err = json.Unmarshal(b, &spec)
+	if err != nil || len(spec.Devices) != 1 || len(spec.Devices[0].ContainerEdits.DeviceNodes) != 1 {
 		return tap{}, fmt.Errorf("CDI file %s: %w", b, err)
 	}
 	return spec.Devices[0].ContainerEdits.DeviceNodes[0], nil
 }
 
 func (s sandbox) deviceFile(config keys) string {
-	return filepath.Join(s.node.CDI, fmt.Sprintf("macvtap.k8slan.io-spoke_%s_%s.json", spokeOf(config), segment.ClaimID(s.id, s.ifname)))
+	name := fmt.Sprintf("macvtap.k8slan.io-spoke_%s_%s.json", spokeOf(config), segment.ClaimID(s.id, s.ifname))
+	return filepath.Join(s.node.CDI, name)
 }
 
-// devices are the CDI devices on the node.
+// devices returns the CDI devices on the node.
 func (n node) devices(t *testing.T) []cdi.Device {
 	t.Helper()
 	devices, err := cdi.List(n.CDI)
@@ -209,7 +212,7 @@ func (n node) devices(t *testing.T) []cdi.Device {
 	return devices
 }
 
-// links is what a segment's links are, but for the VXLAN, which stays up until the daemon sees that nobody needs it.
+// links describes a segment's links without the VXLAN, which stays up until the daemon sees that no claim needs it.
 func (n node) links(t *testing.T, s segment.Segment) string {
 	t.Helper()
 	have := n.observe(t, s)
@@ -217,7 +220,7 @@ func (n node) links(t *testing.T, s segment.Segment) string {
 	return describe(have)
 }
 
-// nodeWithLAN is one node with a LAN of two spokes.
+// nodeWithLAN makes a node that has a LAN with two spokes.
 func nodeWithLAN(t *testing.T) (node, segment.Segment) {
 	t.Helper()
 	h := addNode(t, netlab.NewUnderlay(t, underlayMTU), "worker1")
@@ -232,7 +235,7 @@ func TestPluginAttachesPodsAndVMs(t *testing.T) {
 	empty := h.links(t, s)
 	podNetwork, vmNetwork := network(s, "srl", segment.Veth, nil), network(s, "vm", segment.Macvtap, nil)
 	pod, vm := h.sandbox(t), h.sandbox(t)
-	vm.ifname = "pod37a8eec1ce1" // as KubeVirt calls it
+	vm.ifname = "pod37a8eec1ce1" // KubeVirt's name
 	podWire, podResult := pod.add(t, s, podNetwork)
 	vmWire, vmResult := vm.add(t, s, vmNetwork)
 
@@ -246,9 +249,11 @@ func TestPluginAttachesPodsAndVMs(t *testing.T) {
 		if err := json.Unmarshal(a.out, &result); err != nil || len(result.Interfaces) != 2 {
 			t.Fatalf("result %s: %v", a.out, err)
 		}
-		want := current.Interface{Name: a.ifname, Mac: segment.MAC(s.LAN, a.spoke).String(), Mtu: lanMTU, Sandbox: a.Path}
+		want := current.Interface{
+			Name: a.ifname, Mac: segment.MAC(s.LAN, a.spoke).String(), Mtu: lanMTU, Sandbox: a.Path,
+		}
 		if *result.Interfaces[1] != want {
-			t.Errorf("result says %+v, want %+v", *result.Interfaces[1], want)
+			t.Errorf("result has %+v, want %+v", *result.Interfaces[1], want)
 		}
 		expectLink(t, a.Namespace, a.ifname, want.Mac, lanMTU)
 		a.mustCall(t, "CHECK", with(a.config, keys{"prevResult": json.RawMessage(a.out)}))
@@ -296,13 +301,14 @@ func with(config, add keys) keys {
 	return config
 }
 
-func TestPluginGivesTheMACMTUAndOwnerThatAreAskedFor(t *testing.T) {
+func TestPluginSetsRequestedMACMTUAndOwner(t *testing.T) {
 	t.Parallel()
 	h, s := nodeWithLAN(t)
 	const mac = "02:00:5e:00:53:01"
 	for _, kind := range []segment.Kind{segment.Veth, segment.Macvtap} {
 		config := network(s, "srl", kind, keys{
-			"runtimeConfig": keys{"mac": mac}, "args": keys{"cni": keys{"mtu": 1280}}, "owner": 1000, "group": 1001, "promiscMode": true,
+			"runtimeConfig": keys{"mac": mac}, "args": keys{"cni": keys{"mtu": 1280}},
+			"owner": 1000, "group": 1001, "promiscMode": true,
 		})
 		pod := h.sandbox(t)
 		pod.mustCall(t, "ADD", config)
@@ -333,7 +339,8 @@ func TestPluginRefusesBadInputAndChangesNothing(t *testing.T) {
 	sb := h.sandbox(t)
 
 	bad := map[string][]byte{
-		"nothing": nil, "no JSON": []byte("\xff\xfe{"), "null": []byte("null"), "a list": []byte("[]"), "empty": []byte("{}"),
+		"nothing": nil, "no JSON": []byte("\xff\xfe{"), "null": []byte("null"), "a list": []byte("[]"),
+		"empty": []byte("{}"),
 	}
 	for name, add := range map[string]keys{
 		"a path for a netns":            {"ns": "../../proc/1/ns"},
@@ -375,7 +382,8 @@ func TestPluginRefusesBadInputAndChangesNothing(t *testing.T) {
 			}
 		}
 	}
-	if now := h.devices(t); !slices.EqualFunc(now, devices, func(a, b cdi.Device) bool { return a.ClaimID == b.ClaimID }) {
+	sameClaim := func(a, b cdi.Device) bool { return a.ClaimID == b.ClaimID }
+	if now := h.devices(t); !slices.EqualFunc(now, devices, sameClaim) {
 		t.Errorf("CDI devices were %+v and are %+v", devices, now)
 	}
 	if left := sb.Links(t); !slices.Equal(left, []string{"lo"}) && len(left) != 0 {
@@ -383,7 +391,7 @@ func TestPluginRefusesBadInputAndChangesNothing(t *testing.T) {
 	}
 }
 
-func TestPluginLeavesAnInterfaceOfThatNameAlone(t *testing.T) {
+func TestAddFailsWhenPodHasThatInterface(t *testing.T) {
 	t.Parallel()
 	h, s := nodeWithLAN(t)
 	pod := h.sandbox(t)
@@ -400,7 +408,7 @@ func TestPluginLeavesAnInterfaceOfThatNameAlone(t *testing.T) {
 	}
 }
 
-func TestPluginRefusesAPodWithoutANetnsOfItsOwn(t *testing.T) {
+func TestAddFailsWithoutAPodNetns(t *testing.T) {
 	t.Parallel()
 	h, s := nodeWithLAN(t)
 	before := h.links(t, s)
@@ -410,7 +418,8 @@ func TestPluginRefusesAPodWithoutANetnsOfItsOwn(t *testing.T) {
 		pod.mustFail(t, "ADD", network(s, "srl", kind, nil), types.ErrInvalidNetNS, "the pod's network namespace")
 	}
 	pod.Path = h.Path
-	pod.mustFail(t, "ADD", network(s, "srl", segment.Veth, nil), types.ErrInvalidNetNS, "the node's own network namespace")
+	pod.mustFail(t, "ADD", network(s, "srl", segment.Veth, nil), types.ErrInvalidNetNS,
+		"the node's own network namespace")
 	if links := h.Links(t); !slices.Equal(links, []string{netlab.UnderlayDevice}) {
 		t.Errorf("the node's own namespace has %v", links)
 	}
@@ -419,40 +428,7 @@ func TestPluginRefusesAPodWithoutANetnsOfItsOwn(t *testing.T) {
 	}
 }
 
-func TestPluginLetsASuccessorTakeOver(t *testing.T) {
-	t.Parallel()
-	for _, old := range []segment.Kind{segment.Veth, segment.Macvtap} {
-		for _, successor := range []segment.Kind{segment.Veth, segment.Macvtap} {
-			t.Run(fmt.Sprintf("%s to %s", old, successor), func(t *testing.T) {
-				t.Parallel()
-				h, s := nodeWithLAN(t)
-				other := h.attach(t, s, "vm", segment.Veth)
-				dying, dyingNetwork := h.sandbox(t), network(s, "srl", old, nil)
-				dyingWire, _ := dying.add(t, s, dyingNetwork)
-				crosses(t, dyingWire, other, frames.Stream(nil, segment.MAC(s.LAN, "srl"), 1, 1))
-				young, youngNetwork := h.sandbox(t), network(s, "srl", successor, nil)
-				wire, out := young.add(t, s, youngNetwork)
-				if links := dying.Links(t); len(links) != 0 {
-					t.Errorf("the old pod still has %v", links)
-				}
-				if devices := h.devices(t); len(devices) != 1 || devices[0].ClaimID != segment.ClaimID(young.id, ifname) {
-					t.Errorf("CDI devices %v", devices)
-				}
-				for range 2 { // before and after the old pod's DEL
-					young.mustCall(t, "CHECK", with(youngNetwork, keys{"prevResult": json.RawMessage(out)}))
-					crosses(t, wire, other, frames.Stream(nil, segment.MAC(s.LAN, "srl"), 1, 2))
-					crosses(t, other, wire, frames.Stream(nil, other.MAC, 1, 3))
-					dying.mustCall(t, "DEL", dyingNetwork)
-				}
-				if devices := h.devices(t); len(devices) != 1 {
-					t.Errorf("CDI devices %v", devices)
-				}
-			})
-		}
-	}
-}
-
-func TestPluginCHECKFindsWhatSomebodyChanged(t *testing.T) {
+func TestCheckFindsWhatWasChanged(t *testing.T) {
 	t.Parallel()
 	h, s := nodeWithLAN(t)
 	for _, kind := range []segment.Kind{segment.Veth, segment.Macvtap} {
@@ -466,7 +442,7 @@ func TestPluginCHECKFindsWhatSomebodyChanged(t *testing.T) {
 			}, "has the address 02:00:5e:00:53:01"},
 			{"MTU", func(h *netlink.Handle, l netlink.Link) error { return h.LinkSetMTU(l, 1000) }, "has the MTU 1000"},
 			{"down", (*netlink.Handle).LinkSetDown, "is down"},
-			{"gone", (*netlink.Handle).LinkDel, ""},
+			{"deleted", (*netlink.Handle).LinkDel, ""},
 		} {
 			t.Run(fmt.Sprintf("%s %s", kind, c.name), func(t *testing.T) {
 				pod, config := h.sandbox(t), network(s, "srl", kind, nil)
@@ -488,7 +464,7 @@ func TestPluginCHECKFindsWhatSomebodyChanged(t *testing.T) {
 	}
 }
 
-func TestPluginGCAndSTATUS(t *testing.T) {
+func TestPluginGCAndStatus(t *testing.T) {
 	t.Parallel()
 	h, s := nodeWithLAN(t)
 	empty := h.links(t, s)
@@ -508,11 +484,12 @@ func TestPluginGCAndSTATUS(t *testing.T) {
 		t.Errorf("left:\n%s\nwant\n%s", links, empty)
 	}
 	absent := lan("absent", 9, "srl")
-	stays.mustFail(t, "STATUS", network(absent, "srl", segment.Veth, nil), types.ErrPluginNotAvailable, "is not on this node")
+	stays.mustFail(t, "STATUS", network(absent, "srl", segment.Veth, nil), types.ErrPluginNotAvailable,
+		"is not on this node")
 	stays.mustFail(t, "ADD", network(absent, "srl", segment.Veth, nil), types.ErrTryAgainLater, "is not on this node")
 }
 
-func TestPluginBuildsAStandingPairThatIsMissing(t *testing.T) {
+func TestAddCreatesAMissingStandingPair(t *testing.T) {
 	t.Parallel()
 	h, s := nodeWithLAN(t)
 	other := h.attach(t, s, "vm", segment.Veth)
@@ -532,8 +509,8 @@ func TestPluginBuildsAStandingPairThatIsMissing(t *testing.T) {
 	}
 }
 
-// Somebody takes the name of a LAN's namespace away: a pod that comes before the daemon has given it back is told to wait.
-func TestPluginWaitsForANamespaceThatHasLostItsName(t *testing.T) {
+// The name of a LAN's namespace is unmounted: a pod that comes before the daemon has restored it has to try again.
+func TestAddIsRetriedUntilTheNamespaceHasItsName(t *testing.T) {
 	t.Parallel()
 	h, s := nodeWithLAN(t)
 	other := h.attach(t, s, "vm", segment.Veth)
@@ -548,17 +525,19 @@ func TestPluginWaitsForANamespaceThatHasLostItsName(t *testing.T) {
 	crosses(t, wire, other, frames.Stream(nil, segment.MAC(s.LAN, "srl"), 1, 1))
 }
 
-// plugins is where the node has other CNI plugins.
+// plugins is the node's directory of other CNI plugins.
 func (n node) plugins() string { return filepath.Join(filepath.Dir(n.Path), "plugins") }
 
-// installIPAM puts an IPAM plugin on the node that gives these addresses and does not mind who has them already.
+// installIPAM installs an IPAM plugin on the node that returns these addresses to every caller.
 func (n node) installIPAM(t *testing.T, addresses ...string) keys {
 	t.Helper()
 	var ips []keys
 	for _, a := range addresses {
 		ips = append(ips, keys{"address": a})
 	}
-	answer, err := json.Marshal(keys{"cniVersion": "1.1.0", "ips": ips, "routes": []keys{{"dst": "198.51.100.0/24", "gw": "192.0.2.254"}}})
+	answer, err := json.Marshal(keys{
+		"cniVersion": "1.1.0", "ips": ips, "routes": []keys{{"dst": "198.51.100.0/24", "gw": "192.0.2.254"}},
+	})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -572,7 +551,7 @@ func (n node) installIPAM(t *testing.T, addresses ...string) keys {
 	return keys{"ipam": keys{"type": "fixed"}}
 }
 
-func TestPluginGivesAddressesThatCanBeUsedAtOnce(t *testing.T) {
+func TestPluginSetsAddressesUsableAtOnce(t *testing.T) {
 	t.Parallel()
 	h, s := nodeWithLAN(t)
 	empty := h.links(t, s)
@@ -598,10 +577,11 @@ func TestPluginGivesAddressesThatCanBeUsedAtOnce(t *testing.T) {
 	check := with(config, keys{"prevResult": json.RawMessage(out)})
 	pod.mustCall(t, "CHECK", check)
 
-	t.Run("of which none may be in use in the LAN", func(t *testing.T) {
+	t.Run("an address that is in use is refused", func(t *testing.T) {
 		before := h.links(t, s)
 		second := h.sandbox(t)
-		second.mustFail(t, "ADD", network(s, "vm", segment.Veth, keys{"ipam": config["ipam"]}), cni.CodeAttach, "2001:db8::1 is in use in the LAN")
+		second.mustFail(t, "ADD", network(s, "vm", segment.Veth, keys{"ipam": config["ipam"]}), cni.CodeAttach,
+			"2001:db8::1 is in use in the LAN")
 		if links := second.Links(t); len(links) != 0 {
 			t.Errorf("the second pod has %v", links)
 		}
@@ -628,7 +608,7 @@ func TestPluginGivesAddressesThatCanBeUsedAtOnce(t *testing.T) {
 	}
 }
 
-func TestPluginAttaches64AtOnceWhere1000SpokesAreOnOffer(t *testing.T) {
+func Test64PodsAttachAtOnceBeside1000Spokes(t *testing.T) {
 	t.Parallel()
 	netlab.NeedDevices(t)
 	const attachments, spokes = 64, 500
@@ -642,7 +622,7 @@ func TestPluginAttaches64AtOnceWhere1000SpokesAreOnOffer(t *testing.T) {
 		lans = append(lans, h.withUnderlay(t, s))
 		h.reconcile(t, lans[i])
 	}
-	// Every second of a LAN's attachments is a VM; the spokes lie all over the LAN.
+	// Every second attachment of a LAN is a VM; the spokes are spread over the LAN.
 	var pods []sandbox
 	var configs []keys
 	for i := range attachments {
@@ -693,7 +673,8 @@ func TestPluginAttaches64AtOnceWhere1000SpokesAreOnOffer(t *testing.T) {
 		if err := wire.Send(frame); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := netlab.Await(wires[next], frameTimeout, func(got []byte) bool { return bytes.Equal(got, frame) }); err != nil {
+		sent := func(got []byte) bool { return bytes.Equal(got, frame) }
+		if _, err := netlab.Await(wires[next], frameTimeout, sent); err != nil {
 			t.Fatalf("%s to %s: %v", configs[i]["spoke"], configs[next]["spoke"], err)
 		}
 	}

@@ -18,7 +18,7 @@ import (
 	"github.com/k8slan/k8slan/test/netlab"
 )
 
-// describe is the segment as somebody sees it who comes new to the node.
+// describe describes the segment as a new process observes it.
 func (n node) describe(t *testing.T, s segment.Segment) string {
 	t.Helper()
 	k := n.newKernel(t)
@@ -28,7 +28,7 @@ func (n node) describe(t *testing.T, s segment.Segment) string {
 	return describe(have)
 }
 
-// killedAfter decides like decide, and stops after so many steps.
+// killedAfter decides like decide and returns only the first steps.
 func killedAfter(steps int, decide func(segment.State) []segment.Op) func(segment.State) []segment.Op {
 	return func(have segment.State) []segment.Op {
 		ops := decide(have)
@@ -36,7 +36,7 @@ func killedAfter(steps int, decide func(segment.State) []segment.Op) func(segmen
 	}
 }
 
-// expectNothing wants no trace of any LAN on the node.
+// expectNothing expects no trace of any LAN on the node.
 func expectNothing(t *testing.T, n node) {
 	t.Helper()
 	must(t, filepath.WalkDir(n.Run, func(path string, d fs.DirEntry, err error) error {
@@ -59,7 +59,7 @@ type walker struct {
 	segment.Segment
 	rng   *rand.Rand
 	links *netlink.Handle
-	lost  bool // the namespace has no name: only who has it in hand can give it back
+	lost  bool // the namespace has no name: only a process that has it open can restore it
 }
 
 const (
@@ -67,8 +67,8 @@ const (
 	walkSteps = 80
 )
 
-// From whatever state, the difference to what is wanted leads there.
-func TestEveryDamagedStateLeadsBackToTheWholeOne(t *testing.T) {
+// The difference from any state to the desired state leads to the desired state.
+func TestEveryDamagedStateIsRepaired(t *testing.T) {
 	t.Parallel()
 	a, _ := twoNodes(t)
 	s := a.withUnderlay(t, lan("walked", 102, "one", "two"))
@@ -89,7 +89,7 @@ func TestEveryDamagedStateLeadsBackToTheWholeOne(t *testing.T) {
 			a.kernel = k
 		}
 		if !converges(t, k, s, w.rng) {
-			t.Fatalf("step %d: %q does not lead to a state that stays", step, story)
+			t.Fatalf("step %d: %q does not lead to a stable state", step, story)
 		}
 		if got := a.describe(t, s); got != whole {
 			t.Fatalf("step %d: %q leads to\n%s\nwant\n%s", step, story, got, whole)
@@ -99,7 +99,7 @@ func TestEveryDamagedStateLeadsBackToTheWholeOne(t *testing.T) {
 	expectNothing(t, a)
 }
 
-// converges reconciles, cut short once in a while, until nothing is left to do.
+// converges reconciles, sometimes cut short, until nothing is left to do.
 func converges(t *testing.T, k *kernel.Node, s segment.Segment, rng *rand.Rand) bool {
 	t.Helper()
 	want := func(have segment.State) []segment.Op { return segment.Diff(s, have) }
@@ -114,11 +114,11 @@ func converges(t *testing.T, k *kernel.Node, s segment.Segment, rng *rand.Rand) 
 	return false
 }
 
-// damage does one random thing to the LAN and says what. What cannot be done in the present state is left undone.
+// damage does one random thing to the LAN and describes it. It does nothing where the state does not allow it.
 func (w *walker) damage() string {
 	links, err := w.links.LinkList()
 	if err != nil {
-		return fmt.Sprintf("no list of links: %v", err)
+		return fmt.Sprintf("cannot list the links: %v", err)
 	}
 	links = slices.DeleteFunc(links, func(l netlink.Link) bool { return l.Attrs().Name == "lo" })
 	var link netlink.Link = &netlink.GenericLink{LinkAttrs: netlink.LinkAttrs{Name: "nothing"}}
@@ -140,11 +140,12 @@ func (w *walker) damage() string {
 			return "group_fwd_mask of " + name, w.links.LinkSetBRSlaveGroupFwdMask(link, uint16(w.rng.IntN(8)<<3))
 		},
 		func() (string, error) { return "name of " + spoke + " moved to " + name, w.moveName(spoke, link) },
-		func() (string, error) { return "pair of a spoke that is gone", w.add("gone_b", "gone_p") },
+		func() (string, error) { return "pair of a removed spoke", w.add("gone_b", "gone_p") },
 		func() (string, error) { return "an attach that got as far as a link", w.add(w.claimID(), "pod-end") },
 		func() (string, error) {
 			id := w.claimID()
-			return "an attach that got as far as a name", w.addNamed(id, "pod-end", segment.Claim{ID: id, Kind: segment.Veth, Spoke: spoke})
+			c := segment.Claim{ID: id, Kind: segment.Veth, Spoke: spoke}
+			return "an attach that got as far as a name", w.addNamed(id, "pod-end", c)
 		},
 		func() (string, error) {
 			return "a VM's claim on " + spoke + " without a macvtap", w.claimPlug(spoke)
@@ -186,7 +187,7 @@ func (w *walker) claimID() string {
 	return segment.ClaimID(fmt.Sprint("sandbox", w.rng.IntN(3)), ifname)
 }
 
-// up leaves the link of an attach that never finished alone: to be up is what would finish it.
+// up does not set up the link of an unfinished attach, because that would finish it.
 func (w *walker) up(link netlink.Link) error {
 	if segment.IsClaimID(link.Attrs().Name) {
 		return errors.New("it is of an attach")
@@ -227,7 +228,8 @@ func (w *walker) claimPlug(spoke string) error {
 	}
 	id := w.claimID()
 	if w.rng.IntN(2) == 0 {
-		if err := w.links.LinkSetAlias(plug, segment.Claim{ID: id, Kind: segment.Macvtap, Spoke: spoke}.Alias()); err != nil {
+		c := segment.Claim{ID: id, Kind: segment.Macvtap, Spoke: spoke}
+		if err := w.links.LinkSetAlias(plug, c.Alias()); err != nil {
 			return err
 		}
 	}

@@ -24,12 +24,12 @@ import (
 	"github.com/k8slan/k8slan/test/netlab"
 )
 
-// tries is how often a LAN is deleted while a pod attaches; make soak has a thousand of them.
+// tries is how often a LAN is deleted while a pod attaches; make soak has 1000.
 var tries = flag.Int("tries", 100, "how often a LAN is deleted while a pod attaches, of each kind half")
 
-// A LAN is deleted in the very moment in which a pod attaches, many times. Either the pod is attached, and the LAN stays,
-// whole, until it is detached; or it is refused, and nothing is left. The node never says that a LAN is gone while a pod has it.
-// Each time the next LAN takes ns, VNI and spokes at once.
+// A LAN is deleted at the moment in which a pod attaches, many times. Either the pod is attached and the LAN stays
+// whole until the pod is detached, or the pod is refused and nothing is left. The manager never reports a LAN as
+// removed while a pod has it. Each time the next LAN has the same ns, VNI and spokes.
 func TestLANIsDeletedWhileAPodAttaches(t *testing.T) {
 	t.Parallel()
 	const lanes, seed = 2, 20261121
@@ -47,8 +47,10 @@ func TestLANIsDeletedWhileAPodAttaches(t *testing.T) {
 			for i := range races {
 				pod := netlab.NewPod(t)
 				races[i] = race{
-					sharedWant: w, kind: kind, pod: pod, links: pod.Netlink(t), rng: rand.New(rand.NewPCG(seed, uint64(i))), head: 50 * time.Millisecond,
-					lan: a.withUnderlay(t, lan(fmt.Sprintf("raced%d", i), uint32(500+i), fmt.Sprintf("r%d", i), fmt.Sprintf("s%d", i))),
+					sharedWant: w, kind: kind, pod: pod, links: pod.Netlink(t),
+					rng: rand.New(rand.NewPCG(seed, uint64(i))), head: 50 * time.Millisecond,
+					lan: a.withUnderlay(t, lan(fmt.Sprintf("raced%d", i), uint32(500+i),
+						fmt.Sprintf("r%d", i), fmt.Sprintf("s%d", i))),
 				}
 				running.Go(func() { races[i].run(t, each) })
 			}
@@ -70,14 +72,14 @@ func TestLANIsDeletedWhileAPodAttaches(t *testing.T) {
 	}
 }
 
-// sharedWant is what a node should have, of which several decide a part each.
+// sharedWant is a node's desired state, to which each race contributes its LAN.
 type sharedWant struct {
 	managed
 	mu   sync.Mutex
 	want map[string]segment.Segment // by netns
 }
 
-// add wants one LAN more.
+// add adds a LAN to the desired state.
 func (w *sharedWant) add(s segment.Segment) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -85,7 +87,7 @@ func (w *sharedWant) add(s segment.Segment) {
 	w.Set(slices.Collect(maps.Values(w.want)))
 }
 
-// drop wants one LAN less.
+// drop removes a LAN from the desired state.
 func (w *sharedWant) drop(s segment.Segment) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -93,7 +95,7 @@ func (w *sharedWant) drop(s segment.Segment) {
 	w.Set(slices.Collect(maps.Values(w.want)))
 }
 
-// race is that of one LAN, and one pod's network namespace, again and again.
+// race deletes one LAN while one pod attaches, again and again.
 type race struct {
 	*sharedWant
 	lan   segment.Segment
@@ -104,12 +106,12 @@ type race struct {
 
 	attached, refused int
 
-	// head is the head start of the deletion. It grows with each pod that was attached and shrinks with each that was refused, so
-	// that most tries are about the moment in which the LAN is taken away.
+	// head is the head start of the deletion. It grows with each pod that was attached and shrinks with each that was
+	// refused, so that most tries are close to the moment in which the LAN is removed.
 	head time.Duration
 }
 
-// run is one try after the other, each with a LAN of a new UID.
+// run tries so many times, each time with a LAN of a new UID.
 func (r *race) run(t *testing.T, tries int) {
 	for number := range tries {
 		s := r.lan
@@ -122,7 +124,7 @@ func (r *race) run(t *testing.T, tries int) {
 	}
 }
 
-// once makes the LAN, and deletes it while the pod attaches.
+// once creates the LAN and deletes it while the pod attaches.
 func (r *race) once(t *testing.T, s segment.Segment, sandbox string) error {
 	r.add(s)
 	if err := r.awaitReport(s, "the LAN to stand", func(report lanmgr.Report) bool {
@@ -146,19 +148,21 @@ func (r *race) once(t *testing.T, s segment.Segment, sandbox string) error {
 	if err != nil {
 		return err
 	}
-	if err := r.awaitReport(s, "the LAN to be gone", func(lanmgr.Report) bool { return r.Removed(s.LAN, s.Netns) }); err != nil {
+	removed := func(lanmgr.Report) bool { return r.Removed(s.LAN, s.Netns) }
+	if err := r.awaitReport(s, "the LAN to be removed", removed); err != nil {
 		return err
 	}
 	if have, err := r.observeAfresh(t, s); err != nil || have.Exists || have.Record != nil {
-		return fmt.Errorf("it is said to be gone, but there is %s, %w", describe(have), err)
+		return fmt.Errorf("reported as removed, but there is %s, %w", describe(have), err)
 	}
 	return r.expectPodLinks(0)
 }
 
-// expectAttached wants the LAN as whole as it was, for as long as the pod has it.
+// expectAttached expects the LAN to stay whole until the pod is detached.
 func (r *race) expectAttached(t *testing.T, s segment.Segment, sandbox string) error {
 	if err := r.awaitReport(s, "the LAN to be leaving", func(report lanmgr.Report) bool {
-		return report.Leaving && report.Segment.LAN == s.LAN && len(report.Claims) == 1 && report.Claims[0].OfSandbox(sandbox)
+		return report.Leaving && report.Segment.LAN == s.LAN &&
+			len(report.Claims) == 1 && report.Claims[0].OfSandbox(sandbox)
 	}); err != nil {
 		return err
 	}
@@ -174,12 +178,12 @@ func (r *race) expectAttached(t *testing.T, s segment.Segment, sandbox string) e
 		return err
 	}
 	if r.Removed(s.LAN, s.Netns) {
-		return errors.New("it is said to be gone while a pod is attached")
+		return errors.New("reported as removed while a pod is attached")
 	}
 	return r.call(t, "DEL", s, sandbox)
 }
 
-// expectRefused wants that the pod got nothing, and the reason in words.
+// expectRefused expects a CNI error and no interface in the pod.
 func (r *race) expectRefused(t *testing.T, s segment.Segment, sandbox string, refusal error) error {
 	if said, ok := errors.AsType[*types.Error](refusal); !ok || said.Code != types.ErrTryAgainLater {
 		return fmt.Errorf("refused with %w", refusal)
@@ -188,24 +192,24 @@ func (r *race) expectRefused(t *testing.T, s segment.Segment, sandbox string, re
 		return err
 	}
 	if r.rng.IntN(2) == 0 {
-		return nil // a runtime that asks for no DEL
+		return nil // a runtime that calls no DEL
 	}
 	return r.call(t, "DEL", s, sandbox)
 }
 
-// expectPodLinks counts the pod's links.
+// expectPodLinks expects that many links in the pod, beside loopback.
 func (r *race) expectPodLinks(count int) error {
 	links, err := r.links.LinkList()
 	if err != nil {
 		return err
 	}
-	if have := len(links) - 1; have != count { // without lo
+	if have := len(links) - 1; have != count {
 		return fmt.Errorf("the pod has %d interfaces, want %d: %v", have, count, links)
 	}
 	return nil
 }
 
-// awaitReport waits until what the manager reports of the segment fits; the zero Report stands for none.
+// awaitReport waits until the manager's report of the segment is as described; the zero Report stands for none.
 func (r *race) awaitReport(s segment.Segment, what string, fits func(lanmgr.Report) bool) error {
 	again, deadline := time.NewTicker(time.Millisecond), time.After(20*frameTimeout)
 	defer again.Stop()
@@ -227,14 +231,14 @@ func (r *race) awaitReport(s segment.Segment, what string, fits func(lanmgr.Repo
 	}
 }
 
-// observeAfresh reads the segment as somebody who comes new to the node, and has no namespace of an earlier try in hand.
+// observeAfresh observes the segment as a new process does, which has no namespace of an earlier try open.
 func (r *race) observeAfresh(t *testing.T, s segment.Segment) (segment.State, error) {
 	k := kernel.New(kernel.Paths{Run: r.node.Run, HostNetns: r.Path})
 	defer k.Close()
 	return k.Observe(t.Context(), s.Netns)
 }
 
-// call is one run of the CNI plugin, which knows nothing but what it reads on the node.
+// call runs the CNI plugin, which knows only what it reads on the node.
 func (r *race) call(t *testing.T, verb string, s segment.Segment, sandbox string) error {
 	k := kernel.New(kernel.Paths{Run: r.node.Run, HostNetns: r.Path})
 	defer k.Close()

@@ -43,7 +43,7 @@ func neighborDiscovery(kind byte, dst, src net.HardwareAddr, source, to, target 
 
 // What stations on a node show by ARP and neighbour discovery is heard, also where it goes to one other alone; what others show who are not on this
 // node is not, nor is anything behind a VLAN tag.
-func TestAddressesOfStationsAreHeard(t *testing.T) {
+func TestBindingsOfLocalHostsAreSnooped(t *testing.T) {
 	t.Parallel()
 	a, b, onA, onB := unicastHosts(t, families["IPv4"], 441)
 	onB.Spokes = []string{"three"} // with a MAC of its own
@@ -134,7 +134,7 @@ func TestAddressesOfStationsAreHeard(t *testing.T) {
 }
 
 // What a pod shows to have is told with its MAC, and no more once the pod is gone; FRR tells the same of its own.
-func TestAddressesAreToldWithMACs(t *testing.T) {
+func TestBindingsAreAdvertisedWithMACs(t *testing.T) {
 	t.Parallel()
 	a, _, s, _ := unicastHosts(t, families["IPv4"], 442)
 	a.reconcile(t, withEVPN(s))

@@ -205,7 +205,7 @@ func awaitUpdate(t *testing.T, updates <-chan netlink.NeighUpdate, what string, 
 }
 
 // Two daemons and a reflector: a pod is known to the other node as soon as it is attached, and a VM is followed when it moves.
-func TestTwoDaemonsTellEachOtherByBGP(t *testing.T) {
+func TestTwoDaemonsExchangeRoutes(t *testing.T) {
 	t.Parallel()
 	a, b, onA, onB := unicastHosts(t, families["IPv4"], 421)
 	a.reconcile(t, withEVPN(onA))
@@ -262,7 +262,7 @@ func TestTwoDaemonsTellEachOtherByBGP(t *testing.T) {
 }
 
 // A VM moves while its first incarnation still runs silently: every node follows its first frame within 5 ms, and nobody else loses one.
-func TestEveryNodeFollowsAVMAtOnce(t *testing.T) {
+func TestEveryNodeFollowsAMovedVMWithin5ms(t *testing.T) {
 	netlab.NeedDevices(t)
 	a, b, onA, onB := unicastHosts(t, families["IPv4"], 423)
 	c := addNode(t, a.underlay, "worker3")
@@ -309,7 +309,7 @@ func TestEveryNodeFollowsAVMAtOnce(t *testing.T) {
 }
 
 // A node speaks BGP beside another router of its own, for it listens nowhere.
-func TestANodeSpeaksBesideAnotherRouter(t *testing.T) {
+func TestDaemonDoesNotListenForBGP(t *testing.T) {
 	other, err := net.Listen("tcp", ":179")
 	must(t, err)
 	defer other.Close()
@@ -356,7 +356,7 @@ func listening(t *testing.T) (at []string) {
 }
 
 // A reflector that goes and comes back, and a daemon that restarts, cost no frame.
-func TestTrafficGoesOnWhileReflectorAndDaemonRestart(t *testing.T) {
+func TestReflectorAndDaemonRestartWithoutLoss(t *testing.T) {
 	t.Parallel()
 	a, b, onA, onB := unicastHosts(t, families["IPv6"], 422)
 	a.reconcile(t, withEVPN(onA))

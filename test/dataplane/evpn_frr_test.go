@@ -59,7 +59,7 @@ func (sp *speaker) awaitRemote(t *testing.T, vtep netip.Addr, macs ...net.Hardwa
 }
 
 // FRR is a VTEP of the LAN: packets go both ways, a MAC moves there and back, and either side comes back from a restart.
-func TestFRRIsInTheLAN(t *testing.T) {
+func TestFRRIsAVTEP(t *testing.T) {
 	t.Parallel()
 	a, _, s, _ := unicastHosts(t, families["IPv4"], 431)
 	a.reconcile(t, withEVPN(s))
@@ -117,7 +117,7 @@ func TestFRRIsInTheLAN(t *testing.T) {
 }
 
 // A LAN has a route target and an RD of its own, as FRR has it; both are changed while it runs, and nothing is lost.
-func TestFRRAndTheLANHaveATargetOfTheirOwn(t *testing.T) {
+func TestRouteTargetsAndRDChangeWithoutLoss(t *testing.T) {
 	t.Parallel()
 	a, _, s, _ := unicastHosts(t, families["IPv4"], 436)
 	s.Routes = segment.Routes{Import: []string{"64512:7"}, Export: []string{"4200000000:7"}, RD: 7}
@@ -159,7 +159,7 @@ func TestFRRAndTheLANHaveATargetOfTheirOwn(t *testing.T) {
 
 // FRR is the reflector of two nodes. They keep what it has told while it restarts; of a node whose daemon restarts it says at once that
 // it is gone.
-func TestFRRIsTheReflector(t *testing.T) {
+func TestFRRReflectsRoutes(t *testing.T) {
 	t.Parallel()
 	a, b, onA, onB := unicastHosts(t, families["IPv4"], 432)
 	a.reconcile(t, withEVPN(onA))
@@ -214,7 +214,7 @@ func TestFRRIsTheReflector(t *testing.T) {
 }
 
 // gobgpd is the reflector of two nodes, whose VTEPs are of either IP version: neither its restart nor a daemon's costs a frame.
-func TestGoBGPIsTheReflector(t *testing.T) {
+func TestGoBGPReflectsRoutes(t *testing.T) {
 	t.Parallel()
 	for name, f := range families {
 		t.Run(name, func(t *testing.T) {
@@ -250,7 +250,7 @@ func TestGoBGPIsTheReflector(t *testing.T) {
 
 // FRR 8.4 closes the session over a route with an IPv6 VTEP. It is told none, the session stands, and the LAN says so; who can take
 // them is told them.
-func TestFRRIsToldNoIPv6VTEP(t *testing.T) {
+func TestRoutesWithIPv6VTEPsAreNotAdvertisedToFRR(t *testing.T) {
 	t.Parallel()
 	a, b, onA, onB := unicastHosts(t, families["IPv6"], 435)
 	a.reconcile(t, withEVPN(onA))

@@ -19,7 +19,7 @@ import (
 )
 
 // Ten thousand MACs beside the one that changes: it alone is written.
-func TestOneMACMoreIsOneWrite(t *testing.T) {
+func TestOneMoreMACIsOneWrite(t *testing.T) {
 	t.Parallel()
 	a, _, s, _ := unicastHosts(t, families["IPv4"], 431)
 	s = withEVPN(s)
@@ -61,7 +61,7 @@ func TestOneMACMoreIsOneWrite(t *testing.T) {
 }
 
 // A thousand nodes with ten MACs each: all of it arrives, and a VM that moves among them is followed as ever.
-func TestAThousandNodesWithTenMACsEach(t *testing.T) {
+func TestThousandNodesWithTenMACsEach(t *testing.T) {
 	t.Parallel()
 	a, b, onA, onB := unicastHosts(t, families["IPv4"], 432)
 	a.reconcile(t, withEVPN(onA))

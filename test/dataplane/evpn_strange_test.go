@@ -49,7 +49,7 @@ func (sp *speaker) awaitUp(t *testing.T, peer bgp.Peer) {
 
 // FRR is in an AS of its own, beyond a router, and asks for a password: it is in the LAN, and the nodes, which are in one AS, hear of each other
 // by it alone.
-func TestFRRIsInAnotherAS(t *testing.T) {
+func TestFRRInAnotherAS(t *testing.T) {
 	t.Parallel()
 	a, b, onA, onB := unicastHosts(t, families["IPv4"], 436)
 	a.reconcile(t, withEVPN(onA))
@@ -106,7 +106,7 @@ func TestFRRIsInAnotherAS(t *testing.T) {
 
 // FRR and the node do not agree on AS or password: the session's state says so, and what goes by another peer loses nothing. Once they agree
 // there is a session.
-func TestFRRIsNotAgreedWith(t *testing.T) {
+func TestSessionNeedsTheSameASAndPassword(t *testing.T) {
 	t.Parallel()
 	a, b, onA, onB := unicastHosts(t, families["IPv4"], 437)
 	a.reconcile(t, withEVPN(onA))
@@ -153,7 +153,7 @@ func TestFRRIsNotAgreedWith(t *testing.T) {
 }
 
 // FRR tells a LAN's routes with another VNI: they are not used, the LAN says so, and its other members and another LAN lose nothing.
-func TestFRRTellsAnotherVNI(t *testing.T) {
+func TestRoutesWithAnotherVNIAreRefused(t *testing.T) {
 	t.Parallel()
 	a, b, onA, onB := unicastHosts(t, families["IPv4"], 438)
 	a.reconcile(t, withEVPN(onA))
@@ -181,7 +181,7 @@ func TestFRRTellsAnotherVNI(t *testing.T) {
 }
 
 // A MAC speaks behind FRR and on a node: both take it for a duplicate and say so, and who is beside it loses nothing.
-func TestFRRAndANodeClaimOneMAC(t *testing.T) {
+func TestDuplicateMACIsReported(t *testing.T) {
 	t.Parallel()
 	a, _, s, _ := unicastHosts(t, families["IPv4"], 440)
 	a.reconcile(t, withEVPN(s))

@@ -38,7 +38,7 @@ func expectAnswer(t *testing.T, asks, hears *host, question []byte, mac net.Hard
 
 // With suppression a node answers for who is known on others, and what is not known is asked for everywhere. It is switched while the LAN runs, and
 // leaves nothing.
-func TestANodeAnswersForStationsOnOthers(t *testing.T) {
+func TestNodeAnswersARPAndNDForRemoteHosts(t *testing.T) {
 	t.Parallel()
 	a, b, onA, onB := unicastHosts(t, families["IPv4"], 443)
 	onA, onB = withEVPN(onA), withEVPN(onB)
@@ -136,7 +136,7 @@ func TestANodeAnswersForStationsOnOthers(t *testing.T) {
 }
 
 // A bridge whose MTU is too small for IPv6 has none, as in a kernel without it, and gets it with its MTU.
-func TestABridgeTooSmallForIPv6LacksIt(t *testing.T) {
+func TestBridgeWithASmallMTUHasNoIPv6(t *testing.T) {
 	t.Parallel()
 	h, _, s, _ := unicastHosts(t, families["IPv4"], 445)
 	s = withEVPN(s)
@@ -154,7 +154,7 @@ func TestABridgeTooSmallForIPv6LacksIt(t *testing.T) {
 }
 
 // What a pod shows on one node, another with suppression knows of its bridge, as long as the pod is there.
-func TestNeighborsAreToldByBGP(t *testing.T) {
+func TestNeighborsFollowRoutes(t *testing.T) {
 	t.Parallel()
 	a, b, onA, onB := unicastHosts(t, families["IPv4"], 444)
 	onB.VXLAN.SuppressNeighbors = true

@@ -201,7 +201,7 @@ func (n *evpnNode) learned(t *testing.T) (entries []netlink.Neigh) {
 	return entries
 }
 
-func TestEVPNLANCarriesTheCatalog(t *testing.T) {
+func TestEVPNLANCarriesEveryFrame(t *testing.T) {
 	t.Parallel()
 	for name, f := range families {
 		t.Run(name, func(t *testing.T) {
@@ -230,7 +230,7 @@ func TestEVPNLANCarriesTheCatalog(t *testing.T) {
 }
 
 // A VM moves: its second incarnation waits on the other node, and then speaks. What is for it goes there at once, and back.
-func TestAVMIsFollowedWhenItSpeaks(t *testing.T) {
+func TestEVPNFollowsAMovedVM(t *testing.T) {
 	t.Parallel()
 	fab, a, b := evpnHosts(t, families["IPv4"], 411)
 	here, there := fab.attach(t, a, "one", segment.Macvtap), fab.attach(t, b, "two", segment.Macvtap)
@@ -267,7 +267,7 @@ func TestAVMIsFollowedWhenItSpeaks(t *testing.T) {
 }
 
 // A LAN changes between learning and being told while it runs: the links stay, and nothing that goes from pod to pod is lost.
-func TestALANChangesToEVPNUnderTraffic(t *testing.T) {
+func TestLANChangesToEVPNWithoutLoss(t *testing.T) {
 	t.Parallel()
 	fab, a, b := evpnHosts(t, families["IPv4"], 412)
 	one, two := fab.attach(t, a, "one", segment.Veth), fab.attach(t, b, "two", segment.Veth)
@@ -299,7 +299,7 @@ func TestALANChangesToEVPNUnderTraffic(t *testing.T) {
 }
 
 // A LAN that has not left learning yet tells of nobody who is behind its VXLAN: the node would take them for its own.
-func TestWhoIsBehindAVXLANThatLearnsIsNotHere(t *testing.T) {
+func TestMACsBehindALearningVXLANAreNotLocal(t *testing.T) {
 	t.Parallel()
 	a, b, onA, onB := unicastHosts(t, families["IPv4"], 414)
 	a.reconcile(t, onA)
@@ -341,7 +341,7 @@ func TestWhoIsBehindAVXLANThatLearnsIsNotHere(t *testing.T) {
 }
 
 // What an earlier run has told and nobody tells now goes, but not before all is known.
-func TestWhatAnEarlierRunToldIsPutRight(t *testing.T) {
+func TestEntriesOfAnEarlierRunAreRemoved(t *testing.T) {
 	t.Parallel()
 	a, _, s, _ := unicastHosts(t, families["IPv6"], 413)
 	s = withEVPN(s)
@@ -374,7 +374,7 @@ func TestWhatAnEarlierRunToldIsPutRight(t *testing.T) {
 }
 
 // Another process reads from the kernel where a LAN has which MAC: on which spoke of the node, or behind whom. In a LAN that learns, too.
-func TestWhereMACsAreIsReadFromTheKernel(t *testing.T) {
+func TestMACsAreReadFromTheKernel(t *testing.T) {
 	t.Parallel()
 	f := families["IPv6"]
 	have := func(h node, s segment.Segment, want ...segment.MACEntry) {
@@ -424,7 +424,7 @@ func TestWhereMACsAreIsReadFromTheKernel(t *testing.T) {
 }
 
 // A MAC that comes back to a node and leaves at once, before what the VXLAN is told has changed in between, is followed as well.
-func TestAMACThatShowsItselfForAMomentIsFollowed(t *testing.T) {
+func TestMACThatReturnsForAMomentIsFollowed(t *testing.T) {
 	t.Parallel()
 	netlab.NeedDevices(t)
 	a, b, onA, onB := unicastHosts(t, families["IPv4"], 414)

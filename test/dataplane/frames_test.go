@@ -8,9 +8,9 @@ import (
 	"github.com/k8slan/k8slan/test/netlab"
 )
 
-// Each frame is told by its own bytes, so a receiver wants exactly what was sent, VLAN tags where they were, and not
-// one frame more.
-func TestEveryFrameOfTheCatalogPassesBetweenPods(t *testing.T) {
+// Every frame has bytes of its own, so the receiver expects exactly what was sent, with VLAN tags in place, and no
+// frame besides.
+func TestEveryFramePassesBetweenPods(t *testing.T) {
 	t.Parallel()
 	a, b := twoNodes(t)
 	s := lan("frames", 222, "a1", "a2", "b1")
@@ -30,7 +30,7 @@ func TestEveryFrameOfTheCatalogPassesBetweenPods(t *testing.T) {
 	})
 }
 
-func TestEveryFrameOfTheCatalogPassesIntoAndOutOfATap(t *testing.T) {
+func TestEveryFramePassesBetweenVMsAndPods(t *testing.T) {
 	t.Parallel()
 	a, b := twoNodes(t)
 	s := lan("taps", 223, "pod", "vm", "far")
@@ -73,7 +73,7 @@ func catalogCrosses(t *testing.T, from, to *host) {
 	}
 }
 
-// doubleTaggedCrosses sends what a packet socket is not allowed to: two tags around a payload of the full MTU.
+// doubleTaggedCrosses sends what a packet socket cannot send: two tags around a payload of the full MTU.
 func doubleTaggedCrosses(t *testing.T, from, to *host) {
 	t.Helper()
 	var full []byte
@@ -85,7 +85,7 @@ func doubleTaggedCrosses(t *testing.T, from, to *host) {
 	t.Run("full-mtu-qinq", func(t *testing.T) { crosses(t, from, to, frames.Tag(full, frames.Dot1AD, 200)) })
 }
 
-func TestLANsWithDifferentVNIsNeverHearEachOther(t *testing.T) {
+func TestLANsWithDifferentVNIsAreSeparate(t *testing.T) {
 	t.Parallel()
 	a, b := twoNodes(t)
 	one, other := lan("one", 31, "one-a", "one-b"), lan("other", 32, "other-a", "other-b")
@@ -97,12 +97,12 @@ func TestLANsWithDifferentVNIsNeverHearEachOther(t *testing.T) {
 	otherA, otherB := a.attach(t, other, "other-a", segment.Veth), b.attach(t, other, "other-b", segment.Veth)
 	catalogCrosses(t, oneA, oneB)
 	catalogCrosses(t, oneB, oneA)
-	// The first thing that the other LAN's pods hear is what they say themselves.
+	// The first frame that the other LAN's pods receive is their own.
 	crosses(t, otherA, otherB, frames.Stream(nil, otherA.MAC, 1, 1))
 	crosses(t, otherB, otherA, frames.Stream(nil, otherB.MAC, 1, 2))
 }
 
-func TestPodGetsTheNameMACAndMTUItAskedFor(t *testing.T) {
+func TestClaimSetsRequestedNameMACAndMTU(t *testing.T) {
 	t.Parallel()
 	a, b := twoNodes(t)
 	s := lan("asked", 40, "plain", "asked")
@@ -122,7 +122,7 @@ func TestPodGetsTheNameMACAndMTUItAskedFor(t *testing.T) {
 	}
 	expectLink(t, pod, "e1-1", asked.MAC.String(), 1280)
 	if err := a.kernel.CheckClaim(t.Context(), asked); err != nil {
-		t.Errorf("check of what was just made: %v", err)
+		t.Errorf("CHECK after ADD: %v", err)
 	}
 }
 

@@ -18,7 +18,7 @@ import (
 	"github.com/k8slan/k8slan/test/netlab"
 )
 
-func TestPodsOnTwoNodesSpeakTCPOverIPv4AndIPv6(t *testing.T) {
+func TestTCPBetweenNodes(t *testing.T) {
 	t.Parallel()
 	a, b := twoNodes(t)
 	s := lan("ip", 111, "one", "two", "three")
@@ -31,9 +31,9 @@ func TestPodsOnTwoNodesSpeakTCPOverIPv4AndIPv6(t *testing.T) {
 	for _, address := range []string{"10.77.0.2", "fd77::2"} {
 		t.Run(address, func(t *testing.T) { expectTCP(t, one, two, address) })
 	}
-	// Duplicate address detection asks over both nodes, and hears the answer.
+	// Duplicate address detection asks on both nodes and gets the answer.
 	if err := b.setPodAddresses(t, three, "fd77::1/64"); err == nil {
-		t.Error("an address that a pod on the other node has was given out again")
+		t.Error("a pod got an address that a pod on the other node has")
 	}
 }
 
@@ -46,7 +46,7 @@ func (n node) setPodAddresses(t *testing.T, h *host, prefixes ...string) error {
 	return n.kernel.SetAddresses(t.Context(), h.Path, ifname, want)
 }
 
-// expectTCP sends a megabyte from one pod to the other and wants it back.
+// expectTCP sends a megabyte from one pod to the other and expects the same megabyte back.
 func expectTCP(t *testing.T, from, to *host, address string) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 4*frameTimeout)
@@ -68,7 +68,7 @@ func expectTCP(t *testing.T, from, to *host, address string) {
 	deadline, _ := ctx.Deadline()
 	must(t, conn.SetDeadline(deadline))
 	sent, got := make([]byte, 1<<20), make([]byte, 1<<20)
-	_, _ = rand.Read(sent) // never fails
+	_, _ = rand.Read(sent) // it never fails
 	wrote := make(chan error, 1)
 	go func() {
 		_, err := conn.Write(sent)
@@ -77,13 +77,13 @@ func expectTCP(t *testing.T, from, to *host, address string) {
 	_, err := io.ReadFull(conn, got)
 	must(t, errors.Join(err, <-wrote))
 	if !bytes.Equal(got, sent) {
-		t.Error("what came back is not what was sent")
+		t.Error("the other pod sent back other bytes")
 	}
 	conn.Close()
 	must(t, <-echoed)
 }
 
-// echo sends back what the first caller says.
+// echo accepts one connection and sends back what comes in.
 func echo(listener net.Listener) error {
 	conn, err := listener.Accept()
 	if err != nil {
@@ -94,8 +94,8 @@ func echo(listener net.Listener) error {
 	return err
 }
 
-// Where the underlay has IPv4 only, a group of that family does; the overhead is 20 bytes less.
-func TestLANOverAnIPv4GroupCarriesTheCatalog(t *testing.T) {
+// An underlay with IPv4 only needs a group of that family; the overhead is 20 bytes smaller.
+func TestIPv4GroupCarriesEveryFrame(t *testing.T) {
 	t.Parallel()
 	a, b := twoNodes(t)
 	s := lan("four", 112, "one", "two")

@@ -38,11 +38,11 @@ func TestMain(m *testing.M) {
 	netlab.Main(m, stopSidecars)
 }
 
-// parallel is how many parallel tests run at a time. They wait for the kernel and for timers more than they compute, so there
-// are more of them than processors.
+// parallel is how many parallel tests run at a time. They wait for the kernel and for timers more than they compute, so
+// there are more of them than processors.
 const parallel = 8
 
-// setParallel has so many tests run, unless the command line has -parallel.
+// setParallel sets that number, unless the command line has -parallel.
 func setParallel() error {
 	const name = "test.parallel"
 	flag.Parse()
@@ -55,16 +55,16 @@ func setParallel() error {
 }
 
 const (
-	// underlayMTU is that of the network between the nodes, lanMTU what is left of it for a LAN: 70 bytes of
+	// underlayMTU is the MTU of the network between the nodes, and lanMTU what is left of it for a LAN: 70 bytes of
 	// Ethernet, IPv6, UDP and VXLAN headers, and 8 for two VLAN tags.
 	underlayMTU = 1500
 	lanMTU      = underlayMTU - 78
 
-	// frameTimeout is how long a test waits for what should come at once.
+	// frameTimeout is how long a test waits for a frame or an event that should come at once.
 	frameTimeout = 3 * time.Second
 
-	// daemonTimeout is how long it waits for what the daemon does: all of a machine's namespaces share one lock, and who
-	// removes many at once has it for seconds.
+	// daemonTimeout is how long a test waits for what the daemon does. All namespaces of a machine share one lock,
+	// which the removal of many namespaces holds for seconds.
 	daemonTimeout = 30 * time.Second
 )
 
@@ -75,7 +75,7 @@ type node struct {
 	underlay *netlab.Underlay
 }
 
-// twoNodes makes an underlay and two nodes on it.
+// twoNodes makes an underlay with two nodes.
 func twoNodes(t *testing.T) (a, b node) {
 	t.Helper()
 	underlay := netlab.NewUnderlay(t, underlayMTU)
@@ -89,7 +89,7 @@ func addNode(t *testing.T, underlay *netlab.Underlay, name string) node {
 	return h
 }
 
-// newKernel is a k8slan process that starts on the node: it knows nothing but what it reads there.
+// newKernel returns what a k8slan process has when it starts on the node: it knows only what it reads there.
 func (n node) newKernel(t *testing.T) *kernel.Node {
 	t.Helper()
 	k := kernel.New(kernel.Paths{Run: n.Run, HostNetns: n.Path})
@@ -97,7 +97,7 @@ func (n node) newKernel(t *testing.T) *kernel.Node {
 	return k
 }
 
-// lan is a LAN, but for the node it is on.
+// lan is a LAN without what differs between nodes.
 func lan(name string, vni uint32, spokes ...string) segment.Segment {
 	return segment.Segment{
 		LAN:        segment.LAN{Namespace: "default", Name: name, UID: "uid-" + name},
@@ -113,7 +113,7 @@ func lan(name string, vni uint32, spokes ...string) segment.Segment {
 	}
 }
 
-// withUnderlay is a LAN on this node, whose underlay device has its number here.
+// withUnderlay returns the LAN as this node should have it: with the ifindex of the node's underlay device.
 func (n node) withUnderlay(t *testing.T, s segment.Segment) segment.Segment {
 	t.Helper()
 	device, err := n.Netlink(t).LinkByName(netlab.UnderlayDevice)
@@ -124,7 +124,7 @@ func (n node) withUnderlay(t *testing.T, s segment.Segment) segment.Segment {
 	return s
 }
 
-// reconcile brings a LAN in order on the node once, as the manager does whenever it looks, and says what it did.
+// reconcile reconciles the LAN on the node once, as the manager does, and returns the operations it applied.
 func (n node) reconcile(t *testing.T, s segment.Segment) []segment.Op {
 	t.Helper()
 	return reconcileWith(t, n.kernel, s.Netns, func(have segment.State) []segment.Op { return segment.Diff(s, have) })
@@ -139,12 +139,12 @@ func reconcileWith(t *testing.T, k *kernel.Node, name string, decide func(segmen
 	return ops
 }
 
-// lanNetns is a LAN's namespace on the node.
+// lanNetns returns the LAN's network namespace on the node.
 func (n node) lanNetns(s segment.Segment) netlab.Namespace {
 	return netlab.At(n.Run + "/netns/" + s.Netns)
 }
 
-// host is a pod or a VM on a LAN, and where it speaks.
+// host is a pod or a VM on a LAN, with the wire on which it sends and receives.
 type host struct {
 	netlab.Namespace
 	netlab.Wire
@@ -152,10 +152,10 @@ type host struct {
 	request kernel.ClaimRequest
 }
 
-// ifname is what the pods' interfaces are called.
+// ifname is the name of the pods' interfaces.
 const ifname = "net1"
 
-// attach brings a new pod or VM to a spoke, as the CNI plugin does.
+// attach attaches a new pod or VM to a spoke, as the CNI plugin does, and opens its wire.
 func (n node) attach(t *testing.T, s segment.Segment, spoke string, kind segment.Kind) *host {
 	t.Helper()
 	st := n.claim(t, s, spoke, kind)
@@ -163,7 +163,7 @@ func (n node) attach(t *testing.T, s segment.Segment, spoke string, kind segment
 	return st
 }
 
-// claim attaches without anybody who speaks: before a VM's QEMU has started.
+// claim attaches a pod or VM whose wire is not open: a VM before its QEMU has started.
 func (n node) claim(t *testing.T, s segment.Segment, spoke string, kind segment.Kind) *host {
 	t.Helper()
 	st := &host{Namespace: netlab.NewPod(t)}
@@ -177,12 +177,13 @@ func (n node) claim(t *testing.T, s segment.Segment, spoke string, kind segment.
 
 func request(s segment.Segment, spoke string, kind segment.Kind, pod netlab.Namespace) kernel.ClaimRequest {
 	return kernel.ClaimRequest{
-		Netns: s.Netns, Spoke: spoke, Kind: kind, Sandbox: path.Base(path.Dir(pod.Path)), Interface: ifname, PodNetns: pod.Path,
+		Netns: s.Netns, Spoke: spoke, Kind: kind, Sandbox: path.Base(path.Dir(pod.Path)),
+		Interface: ifname, PodNetns: pod.Path,
 		PodNamespace: s.LAN.Namespace, Pod: spoke, PodUID: "uid-of-" + spoke,
 	}
 }
 
-// openWire opens the pod's link, or the VM's tap.
+// openWire opens the pod's link, or the VM's tap, and waits until it carries frames.
 func (h *host) openWire(t *testing.T, lan netlab.Namespace) {
 	t.Helper()
 	if h.request.Kind == segment.Macvtap {
@@ -194,7 +195,7 @@ func (h *host) openWire(t *testing.T, lan netlab.Namespace) {
 	lan.AwaitCarrier(t, h.HostInterface)
 }
 
-// release detaches the station, as the CNI plugin does for a pod that goes.
+// release detaches the host, as the CNI plugin does for a pod that ends.
 func (n node) release(t *testing.T, h *host) {
 	t.Helper()
 	if err := n.kernel.Release(t.Context(), h.request.Netns, h.request.Spoke, h.ClaimID); err != nil {
@@ -202,7 +203,7 @@ func (n node) release(t *testing.T, h *host) {
 	}
 }
 
-// crosses sends a frame and wants exactly that frame at the other end, and nothing else.
+// crosses sends a frame and expects exactly that frame, and no other before it, at the other end.
 func crosses(t *testing.T, from, to netlab.Wire, frame []byte) {
 	t.Helper()
 	if err := from.Send(frame); err != nil {
@@ -213,11 +214,11 @@ func crosses(t *testing.T, from, to netlab.Wire, frame []byte) {
 		t.Fatalf("frame of %d bytes: %v", len(frame), err)
 	}
 	if !bytes.Equal(got, frame) {
-		t.Fatalf("heard\n%x, want\n%x", got, frame)
+		t.Fatalf("received\n%x, want\n%x", got, frame)
 	}
 }
 
-// isDropped sends a frame and wants that the other end hears only what is sent after it.
+// isDropped sends a frame and expects only the frame that is sent after it at the other end.
 func isDropped(t *testing.T, from, to netlab.Wire, frame []byte) {
 	t.Helper()
 	if err := from.Send(frame); err != nil {
@@ -226,12 +227,12 @@ func isDropped(t *testing.T, from, to netlab.Wire, frame []byte) {
 	crosses(t, from, to, frames.Stream(nil, segment.MAC(segment.LAN{}, "after"), 1, 1))
 }
 
-// next takes the next frame, whatever it is.
+// next receives the next frame, whatever it is.
 func next(w netlab.Wire, within time.Duration) ([]byte, error) {
 	return netlab.Await(w, within, func([]byte) bool { return true })
 }
 
-// expectSilence listens until the context ends and wants to hear nothing that matters.
+// expectSilence receives until the context ends and expects no frame that matters.
 func expectSilence(ctx context.Context, w netlab.Wire, matters func(frame []byte) bool) error {
 	for {
 		frame, err := w.Receive(ctx)
@@ -241,14 +242,14 @@ func expectSilence(ctx context.Context, w netlab.Wire, matters func(frame []byte
 		case err != nil:
 			return err
 		case matters(frame):
-			return fmt.Errorf("heard %x", frame)
+			return fmt.Errorf("received %x", frame)
 		}
 	}
 }
 
 func anything([]byte) bool { return true }
 
-// read reads a file as a thread in the node's namespace sees it.
+// read reads a file on a thread that is in the node's namespace.
 func (n node) read(t *testing.T, file string) (content string) {
 	t.Helper()
 	if err := n.Do(func() error {
@@ -266,7 +267,7 @@ func exists(file string) bool {
 	return err == nil
 }
 
-// read reads a file that the kernel made up.
+// read reads a file of a pseudo file system.
 func read(t *testing.T, file string) string {
 	t.Helper()
 	b, err := os.ReadFile(file)

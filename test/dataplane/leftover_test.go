@@ -16,8 +16,8 @@ import (
 	"github.com/k8slan/k8slan/test/netlab"
 )
 
-// A daemon may be killed after it made the file of a namespace and before it mounted the namespace there, or the other way round.
-func TestAFileWithoutItsNamespaceIsRemoved(t *testing.T) {
+// A daemon may be killed between creating a namespace's file and mounting the namespace there, or the other way round.
+func TestNamespaceFileWithoutItsNamespaceIsRemoved(t *testing.T) {
 	t.Parallel()
 	a, _ := twoNodes(t)
 	m := a.manage(t)
@@ -31,8 +31,8 @@ func TestAFileWithoutItsNamespaceIsRemoved(t *testing.T) {
 	}
 }
 
-// The container runtime waits for the plugin, and the plugin for whoever has the lock of the LAN: not for ever.
-func TestAnAttachDoesNotWaitForTheLockForEver(t *testing.T) {
+// The runtime waits for the plugin, and the plugin for the lock of the LAN, but only until its context ends.
+func TestClaimEndsWithItsContextWhileLocked(t *testing.T) {
 	t.Parallel()
 	a, _ := twoNodes(t)
 	s := a.withUnderlay(t, lan("locked", 121, "spoke"))
@@ -46,27 +46,28 @@ func TestAnAttachDoesNotWaitForTheLockForEver(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	if _, err := a.kernel.Claim(ctx, st.request); !errors.Is(err, context.Canceled) {
-		t.Errorf("claim with the lock taken: %v", err)
+		t.Errorf("claim while another process has the lock: %v", err)
 	}
 	holder.Close()
 	if _, err := a.kernel.Claim(t.Context(), st.request); err != nil {
-		t.Errorf("claim with the lock free again: %v", err)
+		t.Errorf("claim after the lock is free: %v", err)
 	}
 }
 
-// An attach that comes when the LAN has just gone leaves no lock of it.
-func TestAnAttachToNoLANLeavesNothing(t *testing.T) {
+// An attach to a LAN that was just removed leaves no lock file.
+func TestClaimOfAnAbsentLANLeavesNothing(t *testing.T) {
 	t.Parallel()
 	a, _ := twoNodes(t)
 	s := lan("none", 122, "spoke")
-	if _, err := a.kernel.Claim(t.Context(), request(s, "spoke", segment.Veth, netlab.NewPod(t))); !errors.Is(err, kernel.ErrNoLAN) {
+	r := request(s, "spoke", segment.Veth, netlab.NewPod(t))
+	if _, err := a.kernel.Claim(t.Context(), r); !errors.Is(err, kernel.ErrNoLAN) {
 		t.Errorf("claim: %v", err)
 	}
 	expectNothing(t, a)
 }
 
-// Spokes that are removed together go together: one by one each would take 16 ms, in which nobody else can attach.
-func TestManySpokesRemovedAtOnceLeaveTheOthersAlone(t *testing.T) {
+// Many spokes are removed in one step: one by one each would take 16 ms, in which no other pod can attach.
+func TestManySpokesAreRemovedAtOnce(t *testing.T) {
 	t.Parallel()
 	a, _ := twoNodes(t)
 	var spokes []string
@@ -81,7 +82,7 @@ func TestManySpokesRemovedAtOnceLeaveTheOthersAlone(t *testing.T) {
 	goes := a.attach(t, many, spokes[20], segment.Veth)
 	bothWays(t, stays, goes)
 	a.reconcile(t, few)
-	bothWays(t, stays, goes) // removed, but attached
+	bothWays(t, stays, goes) // the spoke of one is removed, but it is attached
 	a.release(t, stays)
 	a.release(t, goes)
 	a.reconcile(t, few)
@@ -90,8 +91,8 @@ func TestManySpokesRemovedAtOnceLeaveTheOthersAlone(t *testing.T) {
 	}
 }
 
-// The sandbox of a pod that is gone stays, and nobody detaches it: the daemon does, when kubelet no longer has the pod.
-func TestAClaimIsEndedThoughItsSandboxStays(t *testing.T) {
+// A pod's sandbox stays and no DEL comes: the daemon ends the claim when kubelet no longer has the pod.
+func TestClaimIsEndedThoughItsSandboxStays(t *testing.T) {
 	t.Parallel()
 	netlab.NeedDevices(t)
 	h, s := nodeWithLAN(t)
@@ -112,6 +113,6 @@ func TestAClaimIsEndedThoughItsSandboxStays(t *testing.T) {
 			t.Errorf("%s: left are %v and\n%s\nwant\n%s", kind, devices, now, empty)
 		}
 		m.awaitReports(t, "no claim", func(reports []lanmgr.Report) bool { return len(reports[0].Claims) == 0 })
-		must(t, m.Release(t.Context(), s.Netns, claims[0])) // it ended meanwhile
+		must(t, m.Release(t.Context(), s.Netns, claims[0])) // the claim has ended already
 	}
 }

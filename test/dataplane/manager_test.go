@@ -16,16 +16,16 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
-// managed is a node with the daemon's manager at work.
+// managed is a node on which the daemon's manager runs.
 type managed struct {
 	node
 	*lanmgr.Manager
-	daemon *kernel.Node // the process's own
+	daemon *kernel.Node // that of the daemon's process
 	stop   func()
 }
 
-// manage starts the daemon's manager on the node, as a new process would: with a kernel of its own. It ends with the
-// test, or earlier by stop.
+// manage starts the daemon's manager on the node as a new process would: with a kernel.Node of its own. It ends with
+// the test, or earlier by stop.
 func (n node) manage(t *testing.T) managed {
 	t.Helper()
 	k := kernel.New(kernel.Paths{Run: n.Run, HostNetns: n.Path})
@@ -52,18 +52,18 @@ func (n node) manage(t *testing.T) managed {
 	return m
 }
 
-// runs sets what the node should have and returns when it has all of it.
+// runs sets what the node should have and returns when the node has all of it.
 func (m managed) runs(t *testing.T, want ...segment.Segment) {
 	t.Helper()
 	m.Set(want)
-	m.awaitReports(t, "what is wanted to be built", func(reports []lanmgr.Report) bool {
+	m.awaitReports(t, "the desired segments", func(reports []lanmgr.Report) bool {
 		return len(reports) == len(want) && !slices.ContainsFunc(reports, func(r lanmgr.Report) bool {
 			return !r.Built || r.Leaving || !slices.ContainsFunc(want, r.Segment.Equal)
 		})
 	})
 }
 
-// awaitReports returns when the manager's reports fit.
+// awaitReports returns when the manager's reports are as described.
 func (m managed) awaitReports(t *testing.T, what string, fit func([]lanmgr.Report) bool) {
 	t.Helper()
 	deadline := time.After(daemonTimeout)
@@ -76,8 +76,8 @@ func (m managed) awaitReports(t *testing.T, what string, fit func([]lanmgr.Repor
 	}
 }
 
-// awaitState returns when the segment on the node fits, and how long that took. Not every change has an event of its
-// own, so it looks again and again.
+// awaitState returns when the segment on the node is as described, and how long that took. Not every change has an
+// event of its own, so it polls.
 func (n node) awaitState(t *testing.T, s segment.Segment, what string, fits func(segment.State) bool) time.Duration {
 	t.Helper()
 	began := time.Now()
@@ -107,8 +107,8 @@ func (n node) observe(t *testing.T, s segment.Segment) segment.State {
 	return have
 }
 
-// describe writes a segment's state as text that is the same for two segments that do the same: links by their names
-// instead of their numbers, and without what is somebody else's.
+// describe returns a segment's state as text that is the same for two segments that behave the same: it has names in
+// place of ifindexes, and nothing that k8slan did not make.
 func describe(s segment.State) string {
 	names := map[int]string{}
 	for _, l := range s.Links {
@@ -130,7 +130,7 @@ func describe(s segment.State) string {
 	return strings.Join(lines, "\n")
 }
 
-// mac is the address of a link that others see; those of bridges, ports and VXLANs are random.
+// mac is the MAC address of a link where others see it; those of bridges, ports and VXLANs are random.
 func mac(l segment.Link) string {
 	if strings.HasSuffix(l.Name, "_p") {
 		return l.MAC.String()

@@ -124,7 +124,7 @@ func (sp *speaker) awaitNothing(t *testing.T) {
 
 // Two networks and three pods on two nodes, as Kathará makes them: the LANs are apart, MACs are as asked for, and with the last pod all is gone. A daemon that
 // is away meanwhile keeps nobody from attaching.
-func TestKatharaPodsMeetByVNI(t *testing.T) {
+func TestKatharaPodsConnectByVNI(t *testing.T) {
 	t.Parallel()
 	a, b := twoNodes(t)
 	f := families["IPv4"]
@@ -206,7 +206,7 @@ func TestKatharaPodsMeetByVNI(t *testing.T) {
 }
 
 // A LAN that goes and comes again between two looks of the daemon is heard, asked who is there, and the old one let go.
-func TestAVNIThatIsMadeAnewIsHeard(t *testing.T) {
+func TestRecreatedVNIIsWatched(t *testing.T) {
 	h := addNode(t, netlab.NewUnderlay(t, underlayMTU), "worker1")
 	h.addUnderlayAddress(t, netip.PrefixFrom(families["IPv4"].vteps[0], 24))
 	red, s, pod, daemon := megalos("red", 5006), onDemandSegment(5006), h.sandbox(t), h.newKernel(t)
@@ -287,7 +287,7 @@ func TestAVNIThatIsMadeAnewIsHeard(t *testing.T) {
 }
 
 // Without any daemon the plugin makes the LAN, joins it, and takes it away.
-func TestAVNINeedsNoDaemonOnItsNode(t *testing.T) {
+func TestOnDemandSegmentNeedsNoDaemon(t *testing.T) {
 	t.Parallel()
 	h := addNode(t, netlab.NewUnderlay(t, underlayMTU), "worker1")
 	h.addUnderlayAddress(t, netip.PrefixFrom(families["IPv4"].vteps[0], 24))
@@ -309,7 +309,7 @@ func TestAVNINeedsNoDaemonOnItsNode(t *testing.T) {
 }
 
 // A VNI that a LAN object has is that LAN: open to its own namespace and those that it names.
-func TestAVNIOfALANIsThatLAN(t *testing.T) {
+func TestVNIOfALANIsThatLAN(t *testing.T) {
 	t.Parallel()
 	a, _ := twoNodes(t)
 	a.addUnderlayAddress(t, netip.PrefixFrom(families["IPv4"].vteps[0], 24))
@@ -352,7 +352,7 @@ func TestAVNIOfALANIsThatLAN(t *testing.T) {
 }
 
 // Wherever ADD or DEL is killed, the next pod attaches, and with the last DEL nothing is left; with a daemon or without.
-func TestAVNIWhosePluginIsKilled(t *testing.T) {
+func TestOnDemandPluginKilledAtEveryStep(t *testing.T) {
 	t.Parallel()
 	for _, verb := range []string{"ADD", "DEL"} {
 		t.Run(verb, func(t *testing.T) {

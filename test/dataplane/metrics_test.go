@@ -85,7 +85,7 @@ func eventually(t *testing.T, what string, fits func() bool) {
 	}
 }
 
-func TestMetricsTellWhatHappensOnANode(t *testing.T) {
+func TestMetricsCountWhatHappensOnANode(t *testing.T) {
 	t.Parallel()
 	h, s := nodeWithLAN(t)
 	c := h.startMetered(t)

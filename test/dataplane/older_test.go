@@ -148,7 +148,7 @@ func versions(t *testing.T) []string {
 	return versions
 }
 
-func TestWhatAnOlderVersionLeftIsAdoptedUntouched(t *testing.T) {
+func TestSegmentsOfOlderVersionsAreAdopted(t *testing.T) {
 	t.Parallel()
 	for _, version := range versions(t) {
 		t.Run(version, func(t *testing.T) {
@@ -160,7 +160,7 @@ func TestWhatAnOlderVersionLeftIsAdoptedUntouched(t *testing.T) {
 }
 
 // After a way back to this version: what a newer one wrote beside is passed over.
-func TestWhatANewerVersionLeftIsAdoptedUntouched(t *testing.T) {
+func TestSegmentsOfANewerVersionAreAdopted(t *testing.T) {
 	t.Parallel()
 	o := olderNode(t, versions(t)[0])
 	for _, file := range []string{o.Run + "/lan/" + o.Netns + ".json", o.deviceFileOf(o.pod), o.deviceFileOf(o.vm)} {

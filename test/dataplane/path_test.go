@@ -55,7 +55,7 @@ func expectProbe(t *testing.T, one, two probe.Endpoint, well bool, there, back s
 	}
 }
 
-func TestAProbeSaysWhatPassesAndWhereTheRestIsLost(t *testing.T) {
+func TestProbeReportsWhatPassesAndWhereFramesAreLost(t *testing.T) {
 	t.Parallel()
 	const all = "every kind of frame passes, packets of up to 1422 bytes, up to 4 VLAN tags and maybe more"
 	for _, c := range []struct {
@@ -129,7 +129,7 @@ func TestAProbeSaysWhatPassesAndWhereTheRestIsLost(t *testing.T) {
 	}
 }
 
-func TestAProbeSaysWhoseChecksumsArriveUnfinished(t *testing.T) {
+func TestProbeReportsUnfinishedChecksums(t *testing.T) {
 	t.Parallel()
 	a, _ := twoNodes(t)
 	s := lan("sums", 251, "plain", "raw")

@@ -70,7 +70,7 @@ func broadcasts(t *testing.T, all ...*poolMember) {
 	}
 }
 
-func TestAPoolIsResizedUnderItsPodsAndVMs(t *testing.T) {
+func TestPoolIsResizedWhilePodsAndVMsAreAttached(t *testing.T) {
 	t.Parallel()
 	a, b := twoNodes(t)
 	ma, mb := a.manage(t), b.manage(t)
@@ -159,7 +159,7 @@ func TestResizingAPoolLosesNoFrame(t *testing.T) {
 	}
 }
 
-func TestMACsByOrdinalAreThoseOfThePods(t *testing.T) {
+func TestMACsByOrdinalAreEqualOnAllNodes(t *testing.T) {
 	t.Parallel()
 	a, b := twoNodes(t)
 	var macs []string

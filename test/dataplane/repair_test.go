@@ -149,7 +149,7 @@ func faults() []fault {
 }
 
 // Whatever somebody does by hand, the LAN is soon as it would be if nobody had, and frames pass again.
-func TestManagerRepairsWhateverSomebodyBreaks(t *testing.T) {
+func TestManagerRepairsEveryFault(t *testing.T) {
 	a, b := twoNodes(t)
 	m := a.manage(t)
 	s := lan("broken", 91, "pod", "waiting")
@@ -224,7 +224,7 @@ func TestSpokeIsRepairedWhenAVMsPlugIsDeleted(t *testing.T) {
 }
 
 // What stands is left alone: looking again changes nothing, and sends no event to anybody who watches.
-func TestSegmentThatStandsIsLeftAlone(t *testing.T) {
+func TestReconcilingABuiltSegmentChangesNothing(t *testing.T) {
 	t.Parallel()
 	a, _ := twoNodes(t)
 	s := a.withUnderlay(t, lan("stands", 93, "pod", "vm", "waiting"))

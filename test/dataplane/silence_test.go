@@ -22,7 +22,7 @@ import (
 // new (router solicitations at 0, 4 and 8 s, MLD reports within 1 s, DAD within 2 s).
 const silenceWindow = 4500 * time.Millisecond
 
-func TestLANSaysNothingByItself(t *testing.T) {
+func TestLANSendsNothingByItself(t *testing.T) {
 	t.Parallel()
 	a, b := twoNodes(t)
 	idle, waiting := lan("idle", 51, "nobody", "listener"), lan("waiting", 52, "vm", "listener")
@@ -75,7 +75,7 @@ func isVXLAN(frame []byte) bool {
 		binary.BigEndian.Uint16(frame[udp+2:]) == 4789
 }
 
-func TestNodesOwnNamespaceShowsNoLinkOfOurs(t *testing.T) {
+func TestHostNamespaceHasNoLinkOfALAN(t *testing.T) {
 	t.Parallel()
 	a, _ := twoNodes(t)
 	m := a.manage(t)
@@ -99,7 +99,7 @@ func TestNodesOwnNamespaceShowsNoLinkOfOurs(t *testing.T) {
 
 // Somebody switches IPv6 on for a plug alone. It speaks with the address of the VM that it waits for, and that may be
 // running on another node: the bridge must not believe it for longer than that lasts.
-func TestAPlugThatSpokeIsSilencedAndForgotten(t *testing.T) {
+func TestPlugThatSentIsSilencedAndForgotten(t *testing.T) {
 	t.Parallel()
 	a, _ := twoNodes(t)
 	m := a.manage(t)
@@ -175,7 +175,7 @@ func (n node) hasJoined(t *testing.T) bool {
 	return false
 }
 
-func TestLANIsTransparentByItsSettings(t *testing.T) {
+func TestSettingsMakeALANTransparent(t *testing.T) {
 	t.Parallel()
 	a, _ := twoNodes(t)
 	s := a.withUnderlay(t, lan("clear", 55, "pod", "vm"))

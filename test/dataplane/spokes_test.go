@@ -8,7 +8,7 @@ import (
 	"github.com/k8slan/k8slan/test/frames"
 )
 
-func TestEditingSpokesLosesNoFrameOfTheOthers(t *testing.T) {
+func TestEditingSpokesLosesNoFrameOfOthers(t *testing.T) {
 	t.Parallel()
 	a, b := twoNodes(t)
 	ma, mb := a.manage(t), b.manage(t)
@@ -17,7 +17,7 @@ func TestEditingSpokesLosesNoFrameOfTheOthers(t *testing.T) {
 	mb.runs(t, b.withUnderlay(t, base))
 	left, near := a.attach(t, base, "left", segment.Veth), a.attach(t, base, "near", segment.Veth)
 	right := b.attach(t, base, "right", segment.Veth)
-	// Both ends are known before, so that no frame is told to more than one port.
+	// Both MACs are learned before, so that no frame is flooded.
 	crosses(t, left, right, frames.Stream(nil, left.MAC, 9, 0))
 	if _, err := next(near, frameTimeout); err != nil {
 		t.Fatal(err)
@@ -63,7 +63,7 @@ func TestRestartingTheDaemonLosesNoFrame(t *testing.T) {
 	back.expectAll(t)
 }
 
-func TestWithdrawnSpokeStaysUntilItsPodIsGone(t *testing.T) {
+func TestRemovedSpokeStaysUntilItsPodEnds(t *testing.T) {
 	t.Parallel()
 	a, _ := twoNodes(t)
 	m := a.manage(t)

@@ -179,7 +179,7 @@ func expectNext(t *testing.T, h *host, frame []byte) {
 	}
 }
 
-func TestOnlyMembersAreHeard(t *testing.T) {
+func TestStrictLANAcceptsOnlyMembers(t *testing.T) {
 	t.Parallel()
 	for name, f := range families {
 		t.Run(name, func(t *testing.T) {
@@ -262,7 +262,7 @@ func TestOnlyMembersAreHeard(t *testing.T) {
 }
 
 // A LAN with a group can be strict, too: its members send from the addresses that the underlay device has for that.
-func TestAStrictLANWithAGroupHearsItsMembers(t *testing.T) {
+func TestStrictLANWithAGroupAcceptsOnlyMembers(t *testing.T) {
 	t.Parallel()
 	a, b := twoNodes(t)
 	s := lan("group", 313, "one", "two")
@@ -294,7 +294,7 @@ func TestAStrictLANWithAGroupHearsItsMembers(t *testing.T) {
 }
 
 // A thousand others come and go, the daemon starts again, and the LAN's own members lose nothing.
-func TestMembersChangeUnderTraffic(t *testing.T) {
+func TestMembersChangeWithoutLoss(t *testing.T) {
 	t.Parallel()
 	for name, f := range families {
 		t.Run(name, func(t *testing.T) {
@@ -330,7 +330,7 @@ func TestMembersChangeUnderTraffic(t *testing.T) {
 }
 
 // What somebody does to the table is undone, and a ruleset that is flushed comes back.
-func TestAChangedFilterIsPutRight(t *testing.T) {
+func TestChangedFilterIsRepaired(t *testing.T) {
 	t.Parallel()
 	a, _, s, _ := unicastHosts(t, families["IPv4"], 315)
 	filter, _ := a.filter(t)
@@ -423,7 +423,7 @@ func (n node) ruleset(t *testing.T) (lines []string) {
 }
 
 // A member beside a thousand is one element; the others are not touched.
-func TestOneMemberMoreIsOneElement(t *testing.T) {
+func TestOneMoreMemberIsOneElement(t *testing.T) {
 	t.Parallel()
 	a, _, s, _ := unicastHosts(t, families["IPv4"], 316)
 	var members []netip.Addr

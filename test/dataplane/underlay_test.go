@@ -12,7 +12,7 @@ import (
 	"github.com/k8slan/k8slan/test/netlab"
 )
 
-func TestLANComesBackWithItsUnderlay(t *testing.T) {
+func TestLANReturnsWithItsUnderlay(t *testing.T) {
 	t.Parallel()
 	a, b := twoNodes(t)
 	ma, mb := a.manage(t), b.manage(t)
@@ -30,10 +30,10 @@ func TestLANComesBackWithItsUnderlay(t *testing.T) {
 		_, ok := have.Link(s.VXLAN.Name)
 		return !ok
 	})
-	gone := s // what the daemon then wants: the node has no such device
+	gone := s // the desired state without the device
 	gone.VXLAN.UnderlayIndex = 0
 	ma.runs(t, gone)
-	crosses(t, here, near, frames.Stream(nil, here.MAC, 2, 1)) // within the node nothing is amiss
+	crosses(t, here, near, frames.Stream(nil, here.MAC, 2, 1)) // frames within the node still pass
 
 	a.PlugIn(t)
 	again := a.withUnderlay(t, s)
@@ -41,14 +41,14 @@ func TestLANComesBackWithItsUnderlay(t *testing.T) {
 	a.AwaitCarrier(t, netlab.UnderlayDevice)
 	crosses(t, here, far, frames.Stream(nil, here.MAC, 2, 2))
 	crosses(t, far, here, frames.Stream(nil, far.MAC, 2, 3))
-	// All but the number of the new device is as it was.
+	// Only the ifindex of the new device differs.
 	old, now := fmt.Sprintf("UnderlayIndex:%d}", index), fmt.Sprintf("UnderlayIndex:%d}", again.VXLAN.UnderlayIndex)
 	if got, want := describe(a.observe(t, s)), strings.Replace(before, old, now, 1); got != want {
 		t.Errorf("the segment is\n%s\nwant\n%s", got, want)
 	}
 }
 
-// drain drops what a wire has heard so far.
+// drain drops the frames that a wire has received so far.
 func drain(t *testing.T, w netlab.Wire) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())

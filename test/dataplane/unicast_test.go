@@ -71,7 +71,7 @@ func (n node) addUnderlayAddress(t *testing.T, p netip.Prefix) {
 	must(t, n.Netlink(t).AddrAdd(device, addr))
 }
 
-func TestUnicastLANCarriesTheCatalog(t *testing.T) {
+func TestUnicastLANCarriesEveryFrame(t *testing.T) {
 	t.Parallel()
 	for name, f := range families {
 		t.Run(name, func(t *testing.T) {
@@ -92,7 +92,7 @@ func TestUnicastLANCarriesTheCatalog(t *testing.T) {
 }
 
 // A remote beside a thousand is one write; the others are not touched.
-func TestOneRemoteMoreIsOneWrite(t *testing.T) {
+func TestOneMoreRemoteIsOneWrite(t *testing.T) {
 	t.Parallel()
 	a, _, s, _ := unicastHosts(t, families["IPv4"], 302)
 	s.Remotes = nil
@@ -155,7 +155,7 @@ func TestOneRemoteMoreIsOneWrite(t *testing.T) {
 }
 
 // Remotes that are not known are left alone, those of an empty list are not.
-func TestUnknownRemotesAreLeftAlone(t *testing.T) {
+func TestUnknownRemotesAreKept(t *testing.T) {
 	t.Parallel()
 	a, _, s, _ := unicastHosts(t, families["IPv6"], 303)
 	a.reconcile(t, s)
@@ -170,7 +170,7 @@ func TestUnknownRemotesAreLeftAlone(t *testing.T) {
 }
 
 // A node has another address: its silent pod is found there, though it was learnt to be behind the old one.
-func TestWhatWasLearntBehindARemoteGoesWithIt(t *testing.T) {
+func TestMACsLearnedBehindARemoteAreRemovedWithIt(t *testing.T) {
 	t.Parallel()
 	for name, f := range families {
 		t.Run(name, func(t *testing.T) {
@@ -191,7 +191,7 @@ func TestWhatWasLearntBehindARemoteGoesWithIt(t *testing.T) {
 
 // A LAN changes between multicast and unicast of one family while it runs: the VXLANs stay, and with them what goes from pod to
 // pod. What is flooded is lost from when one node has left the group until the other has.
-func TestALANChangesItsDiscoveryUnderTraffic(t *testing.T) {
+func TestDiscoveryChangesWithoutLoss(t *testing.T) {
 	t.Parallel()
 	a, b, onA, onB := unicastHosts(t, families["IPv6"], 304)
 	multicast := func(s segment.Segment) segment.Segment {
@@ -240,7 +240,7 @@ func TestALANChangesItsDiscoveryUnderTraffic(t *testing.T) {
 }
 
 // A VXLAN that was made without a group joins it when it gets one, and another one after that.
-func TestAVXLANJoinsTheGroupThatItGets(t *testing.T) {
+func TestVXLANJoinsItsNewGroup(t *testing.T) {
 	t.Parallel()
 	for name, f := range families {
 		t.Run(name, func(t *testing.T) {
@@ -264,7 +264,7 @@ func TestAVXLANJoinsTheGroupThatItGets(t *testing.T) {
 }
 
 // A change back to multicast that was broken off leaves no remote behind.
-func TestABrokenChangeOfDiscoveryIsFinished(t *testing.T) {
+func TestInterruptedChangeOfDiscoveryIsFinished(t *testing.T) {
 	t.Parallel()
 	a, _, s, _ := unicastHosts(t, families["IPv6"], 305)
 	multicast := s
@@ -298,7 +298,7 @@ func (n node) remotes(t *testing.T, s segment.Segment) (remotes []netip.Addr) {
 }
 
 // A remote that somebody deletes, or adds, is put right.
-func TestRemotesChangedByHandArePutRight(t *testing.T) {
+func TestRemotesChangedByHandAreRepaired(t *testing.T) {
 	a, _, s, _ := unicastHosts(t, families["IPv4"], 306)
 	m := a.manage(t)
 	m.runs(t, s)

@@ -10,7 +10,7 @@ import (
 
 var testSrc = mac(0x02, 0, 0, 0, 0, 0x0a)
 
-func TestEveryFrameOfTheCatalogCanBeToldFromTheOthers(t *testing.T) {
+func TestEveryFrameOfTheCatalogIsUnique(t *testing.T) {
 	names, contents := map[string]bool{}, map[string]string{}
 	for _, f := range Catalog(testSrc, 1400) {
 		if names[f.Name] {
@@ -93,7 +93,7 @@ func TestTagGoesOutsideOfOtherTags(t *testing.T) {
 	}
 }
 
-func TestFilterWantsWhatItSays(t *testing.T) {
+func TestFilterMatchesItsFields(t *testing.T) {
 	frame := ethernet(unknown, testSrc, ethertype(typeLLDP), []byte("payload"))
 	for name, c := range map[string]struct {
 		filter Filter
@@ -120,7 +120,7 @@ func TestFilterWantsWhatItSays(t *testing.T) {
 	}
 }
 
-func TestCounterTellsLossDuplicatesAndReordering(t *testing.T) {
+func TestCounterCountsLossDuplicatesAndReordering(t *testing.T) {
 	began := time.Now()
 	at := func(i int) time.Time { return began.Add(time.Duration(i) * time.Second) }
 	for name, c := range map[string]struct {

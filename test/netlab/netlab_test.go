@@ -20,7 +20,7 @@ import (
 
 func TestMain(m *testing.M) { Main(m) }
 
-func TestTestsSeeNoneOfTheMachinesLinksAndARunOfTheirOwn(t *testing.T) {
+func TestTestsHaveLinksAndRunOfTheirOwn(t *testing.T) {
 	links, err := netlink.LinkList()
 	if err != nil {
 		t.Fatal(err)
@@ -44,7 +44,7 @@ func TestTestsSeeNoneOfTheMachinesLinksAndARunOfTheirOwn(t *testing.T) {
 	}
 }
 
-func TestNamespaceGoesWithItsTest(t *testing.T) {
+func TestNamespaceEndsWithItsTest(t *testing.T) {
 	var path string
 	t.Run("one test", func(t *testing.T) {
 		ns := New(t, "short")
@@ -66,7 +66,7 @@ func TestNamespaceGoesWithItsTest(t *testing.T) {
 	}
 }
 
-func TestDoRunsInTheNamespaceAndLeavesTheCallerWhereItWas(t *testing.T) {
+func TestDoRunsInTheNamespaceAndTheCallerStays(t *testing.T) {
 	ns := New(t, "there")
 	before, err := os.Readlink("/proc/thread-self/ns/net")
 	if err != nil {
@@ -135,7 +135,7 @@ func TestWireKeepsVLANTagsWhereTheyWere(t *testing.T) {
 	}
 }
 
-func TestWireDoesNotHearItself(t *testing.T) {
+func TestWireDoesNotReceiveItsOwnFrames(t *testing.T) {
 	one, other := NewPod(t), NewPod(t)
 	connect(t, one, other)
 	wire := one.Open(t, "cable")
