@@ -1,583 +1,715 @@
 package dataplane
 
 import (
-	"context"
-	"errors"
 	"fmt"
-	"io"
-	"maps"
 	"net"
 	"net/http"
 	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strings"
-	"sync"
-	"syscall"
 	"testing"
 	"time"
 
+	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
-	authenticationv1 "k8s.io/api/authentication/v1"
-	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	kuberuntime "k8s.io/apimachinery/pkg/runtime"
-	"k8s.io/client-go/tools/clientcmd"
-	clientcmdapi "k8s.io/client-go/tools/clientcmd/api"
-	"sigs.k8s.io/controller-runtime/pkg/client"
 
-	"github.com/k8slan/k8slan/lanmgr/kernel"
-	"github.com/k8slan/k8slan/test/cluster/apiserver"
-	"github.com/k8slan/k8slan/test/netlab"
+	"github.com/k8slan/k8slan/lanmgr/segment"
+	"github.com/k8slan/k8slan/test/frames"
 )
 
-// sidecars is what the pods with sidecars of all tests share.
-type sidecars struct {
-	binary string            // the program as it is shipped
-	server *apiserver.Server // a real one, on the loopback device of the tests
-	api    client.Client
-}
-
-// sharedSidecars is made by the first test that needs it, and stopped after the last test.
-var sharedSidecars struct {
-	once sync.Once
-	sidecars
-	err error
-}
-
-// startSidecars returns what the sidecars of all tests share. The sidecars run with NET_ADMIN as their only capability.
-func startSidecars(t *testing.T) *sidecars {
-	t.Helper()
-	netlab.NeedRoot(t, "only root can leave a process NET_ADMIN alone")
-	s := &sharedSidecars
-	s.once.Do(func() { s.err = s.start(context.Background()) })
-	must(t, s.err)
-	return &s.sidecars
-}
-
-func stopSidecars() {
-	if server := sharedSidecars.server; server != nil {
-		server.Stop()
-	}
-}
-
-func (s *sidecars) start(ctx context.Context) error {
-	s.binary = "/run/k8slan" // the tests' own /run
-	build := exec.CommandContext(ctx, "go", "build", "-trimpath", "-ldflags", "-s -w", "-o", s.binary, "github.com/k8slan/k8slan/cmd/k8slan")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		return fmt.Errorf("build k8slan: %w\n%s", err, out)
-	}
-	kubernetes, err := netlab.Component(ctx, "kubernetes")
-	if err != nil {
-		return err
-	}
-	etcd, err := netlab.Component(ctx, "etcd")
-	if err != nil {
-		return err
-	}
-	if s.server, err = apiserver.Start(ctx, apiserver.Config{Kubernetes: kubernetes, Etcd: etcd}); err != nil {
-		return err
-	}
-	scheme := kuberuntime.NewScheme()
-	err = errors.Join(corev1.AddToScheme(scheme), discoveryv1.AddToScheme(scheme), rbacv1.AddToScheme(scheme), authenticationv1.AddToScheme(scheme))
-	if err != nil {
-		return err
-	}
-	s.api, err = client.New(s.server.Client, client.Options{Scheme: scheme})
-	return err
-}
-
-// team is pods on one network, and a namespace of the API server with a service account that may do what the docs tell to let it.
-type team struct {
-	*sidecars
-	underlay   *netlab.Underlay
-	namespace  string
-	kubeconfig string
-	pods       []*pod
-}
-
-// pod is one with a container beside the sidecar.
-type pod struct {
-	*netlab.Node
-	team       *team
-	ipv4, ipv6 netip.Addr
-	dir        string // of its configuration and logs
-	relay      *relay // its way to the API server
-}
-
-// podAddresses are those of pod n of a team, from 1 on. The frames of the catalog ask for none of them.
-func podAddresses(n int) (ipv4, ipv6 netip.Addr) {
-	return netip.AddrFrom4([4]byte{198, 51, 100, byte(n)}), netip.MustParseAddr(fmt.Sprintf("2001:db8:1::%x", n))
-}
-
-// pods makes a team of so many pods.
-func (s *sidecars) pods(t *testing.T, count int) *team {
-	t.Helper()
-	namespace := &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{GenerateName: "sidecar-"}}
-	must(t, s.api.Create(t.Context(), namespace))
-	tm := &team{sidecars: s, underlay: netlab.NewUnderlay(t, underlayMTU), namespace: namespace.Name}
-	tm.kubeconfig = tm.account(t, "lan", rbacv1.PolicyRule{
-		APIGroups: []string{"discovery.k8s.io"}, Resources: []string{"endpointslices"}, Verbs: []string{"list", "watch"},
-	})
-	for n := range count {
-		tm.pods = append(tm.pods, tm.pod(t, n+1))
-	}
-	return tm
-}
-
-// pod makes pod n, from 1 on, whose name ends in n-1 as those of a StatefulSet do.
-func (tm *team) pod(t *testing.T, n int) *pod {
-	t.Helper()
-	p := &pod{Node: tm.underlay.Join(t, fmt.Sprintf("lan-%d", n-1)), team: tm, dir: t.TempDir()}
-	p.ipv4, p.ipv6 = podAddresses(n)
-	h := node{Node: p.Node}
-	h.addUnderlayAddress(t, netip.PrefixFrom(p.ipv4, 24))
-	h.addUnderlayAddress(t, netip.PrefixFrom(p.ipv6, 64))
-	p.Sysctl(t, "net/ipv6/conf/default/disable_ipv6", "1") // the test's frames are the only ones in the LAN
-	p.relay = p.relayTo(t, tm.serverAddress(), tm.serverAddress(), netip.Addr{})
-	return p
-}
-
-// account makes a service account that may do this in the namespace, and returns its kubeconfig.
-func (tm *team) account(t *testing.T, name string, rules ...rbacv1.PolicyRule) string {
-	t.Helper()
-	meta := metav1.ObjectMeta{Namespace: tm.namespace, Name: name}
-	account, token := &corev1.ServiceAccount{ObjectMeta: meta}, &authenticationv1.TokenRequest{}
-	must(t, tm.api.Create(t.Context(), account))
-	must(t, tm.api.SubResource("token").Create(t.Context(), account, token))
-	tm.allow(t, name, rules...)
-	config := clientcmdapi.NewConfig()
-	config.Clusters["api"] = &clientcmdapi.Cluster{Server: tm.server.Client.Host, InsecureSkipTLSVerify: true}
-	config.AuthInfos["pod"] = &clientcmdapi.AuthInfo{Token: token.Status.Token}
-	config.Contexts["api"] = &clientcmdapi.Context{Cluster: "api", AuthInfo: "pod"}
-	config.CurrentContext = "api"
-	file := filepath.Join(t.TempDir(), name)
-	must(t, clientcmd.WriteToFile(*config, file))
-	return file
-}
-
-// allow lets a service account of the namespace do this there.
-func (tm *team) allow(t *testing.T, account string, rules ...rbacv1.PolicyRule) {
-	t.Helper()
-	if len(rules) == 0 {
-		return
-	}
-	meta := metav1.ObjectMeta{Namespace: tm.namespace, Name: account}
-	must(t, tm.api.Create(t.Context(), &rbacv1.Role{ObjectMeta: meta, Rules: rules}))
-	must(t, tm.api.Create(t.Context(), &rbacv1.RoleBinding{
-		ObjectMeta: meta, RoleRef: rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "Role", Name: account},
-		Subjects: []rbacv1.Subject{{Kind: rbacv1.ServiceAccountKind, Namespace: tm.namespace, Name: account}},
-	}))
-}
-
-// relay is how a pod reaches a server on the test's loopback device, at an address in its own namespace. Without it the server is away.
-type relay struct {
-	from     netlab.Namespace
-	at, to   string
-	dialer   net.Dialer
-	listener net.Listener
-	mu       sync.Mutex
-	conns    []net.Conn
-	tasks    sync.WaitGroup
-}
-
-func (s *sidecars) serverAddress() string {
-	return strings.TrimPrefix(s.server.Client.Host, "https://")
-}
-
-// relayTo makes one to a server, which sees it come from source.
-func (p *pod) relayTo(t *testing.T, at, to string, source netip.Addr) *relay {
-	t.Helper()
-	r := &relay{from: p.Namespace, at: at, to: to}
-	if source.IsValid() {
-		r.dialer.LocalAddr = net.TCPAddrFromAddrPort(netip.AddrPortFrom(source, 0))
-	}
-	r.open(t)
-	t.Cleanup(r.close)
-	return r
-}
-
-func (r *relay) open(t *testing.T) {
-	t.Helper()
-	must(t, r.from.Do(func() (err error) {
-		r.listener, err = net.Listen("tcp", r.at)
-		return err
-	}))
-	l := r.listener
-	r.tasks.Go(func() {
-		for {
-			conn, err := l.Accept()
-			if err != nil {
-				return // it is closed
+// Three pods of a dual-stack Service, over either family.
+func TestSidecarsOfThreePodsAreOneLAN(t *testing.T) {
+	t.Parallel()
+	s := startSidecars(t)
+	for family, overhead := range map[string]int{"ipv4": 50, "ipv6": 70} {
+		t.Run(family, func(t *testing.T) {
+			t.Parallel()
+			tm := s.pods(t, 3)
+			tm.service(t, "lan")
+			sidecars := tm.startAll(t, settings{"KL_IP_FAMILY": family, "KL_VXLAN_ADDRESSES": "192.168.69.{ordinal+1}/24,fd69::{ordinal+1:x}/64"})
+			for _, p := range tm.pods {
+				for n := range tm.pods {
+					ping(t, p.Namespace, fmt.Sprintf("192.168.69.%d", n+1))
+					ping(t, p.Namespace, fmt.Sprintf("fd69::%x", n+1))
+				}
+				if mtu := p.link(t, kubelan).Attrs().MTU; mtu != underlayMTU-overhead {
+					t.Errorf("the MTU of %s is %d", p.Name, mtu)
+				}
+				if code, body, err := p.get("/config"); err != nil || code != http.StatusOK || !strings.Contains(body, `"vni":6969`) {
+					t.Errorf("/config of %s answers %d %s, %v", p.Name, code, body, err)
+				}
 			}
-			r.tasks.Go(func() { r.pass(conn) })
-		}
-	})
-}
-
-func (r *relay) pass(near net.Conn) {
-	defer near.Close()
-	far, err := r.dialer.Dial("tcp", r.to)
-	if err != nil {
-		return
-	}
-	defer far.Close()
-	r.mu.Lock()
-	r.conns = append(r.conns, near, far)
-	r.mu.Unlock()
-	var back sync.WaitGroup
-	back.Go(func() {
-		_, _ = io.Copy(near, far) // until one of both ends
-		near.Close()
-	})
-	_, _ = io.Copy(far, near)
-	far.Close()
-	back.Wait()
-}
-
-// close ends what stands, too.
-func (r *relay) close() {
-	r.listener.Close()
-	r.mu.Lock()
-	for _, c := range r.conns {
-		c.Close()
-	}
-	r.mu.Unlock()
-	r.tasks.Wait()
-}
-
-// slice writes an EndpointSlice of a Service.
-func (tm *team) slice(t *testing.T, name, service string, endpoints ...discoveryv1.Endpoint) {
-	t.Helper()
-	slice := &discoveryv1.EndpointSlice{
-		ObjectMeta:  metav1.ObjectMeta{Namespace: tm.namespace, Name: name, Labels: map[string]string{discoveryv1.LabelServiceName: service}},
-		AddressType: discoveryv1.AddressTypeIPv4, Endpoints: endpoints,
-	}
-	if len(endpoints) > 0 && netip.MustParseAddr(endpoints[0].Addresses[0]).Is6() {
-		slice.AddressType = discoveryv1.AddressTypeIPv6
-	}
-	err := tm.api.Create(t.Context(), slice)
-	if err != nil && client.IgnoreAlreadyExists(err) == nil {
-		var old discoveryv1.EndpointSlice
-		must(t, tm.api.Get(t.Context(), client.ObjectKeyFromObject(slice), &old))
-		old.Endpoints = endpoints
-		err = tm.api.Update(t.Context(), &old)
-	}
-	must(t, err)
-}
-
-// ready are endpoints of pods that are.
-func ready(all ...netip.Addr) (endpoints []discoveryv1.Endpoint) { return endpointsOf(true, all...) }
-
-func endpointsOf(ready bool, all ...netip.Addr) (endpoints []discoveryv1.Endpoint) {
-	for _, a := range all {
-		endpoints = append(endpoints, discoveryv1.Endpoint{Addresses: []string{a.String()}, Conditions: discoveryv1.EndpointConditions{Ready: &ready}})
-	}
-	return endpoints
-}
-
-// service has the team's pods be the endpoints of a dual-stack Service, in a slice for each family.
-func (tm *team) service(t *testing.T, name string) {
-	t.Helper()
-	var ipv4, ipv6 []netip.Addr
-	for _, p := range tm.pods {
-		ipv4, ipv6 = append(ipv4, p.ipv4), append(ipv6, p.ipv6)
-	}
-	tm.slice(t, name+"-4", name, ready(ipv4...)...)
-	tm.slice(t, name+"-6", name, ready(ipv6...)...)
-}
-
-// sidecar is a running one.
-type sidecar struct {
-	pod     *pod
-	process *os.Process
-	log     string
-	ended   chan struct{}
-	err     error // once it has ended
-}
-
-// settings are a configuration by environment variables.
-type settings map[string]string
-
-// with are the settings and more.
-func (s settings) with(more settings) settings {
-	all := maps.Clone(s)
-	maps.Copy(all, more)
-	return all
-}
-
-// settings are those that a sidecar of the pod has where a test wants nothing else.
-func (p *pod) settings() settings {
-	return settings{
-		"KL_NAMESPACE": p.team.namespace, "KL_POD": p.Name, "KL_IP": p.ipv4.String() + "," + p.ipv6.String(), "KL_SERVICES": "lan",
-		"KL_VXLAN_ADDRESSES": "192.168.69.{ordinal+1}/24", "KUBECONFIG": p.team.kubeconfig,
-	}
-}
-
-// configFile is where the pod's configuration file is, if it has one.
-func (p *pod) configFile() string { return filepath.Join(p.dir, "config", "kubelan.yaml") }
-
-// configure writes the configuration file as kubelet does: in one step.
-func (p *pod) configure(t *testing.T, text string) {
-	t.Helper()
-	must(t, os.MkdirAll(filepath.Dir(p.configFile()), 0o755))
-	next := filepath.Join(p.dir, "next")
-	must(t, os.WriteFile(next, []byte(text), 0o644))
-	must(t, os.Rename(next, p.configFile()))
-}
-
-// start starts a sidecar in the pod, with NET_ADMIN alone.
-func (p *pod) start(t *testing.T, s settings, args ...string) *sidecar {
-	t.Helper()
-	log, err := os.CreateTemp(p.dir, "log-")
-	must(t, err)
-	defer log.Close()
-	args = append([]string{"--bounding-set=-all,+net_admin", "--inh-caps=-all,+net_admin", "--no-new-privs", p.team.binary, "sidecar"}, args...)
-	if exists(p.configFile()) {
-		args = append(args, "--config="+p.configFile())
-	}
-	cmd := exec.Command("setpriv", args...)
-	cmd.Dir = p.dir
-	cmd.Env = []string{"PATH=" + os.Getenv("PATH")}
-	for name, value := range s {
-		cmd.Env = append(cmd.Env, name+"="+value)
-	}
-	cmd.Stdout, cmd.Stderr = log, log
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	sc := &sidecar{pod: p, log: log.Name(), ended: make(chan struct{})}
-	started := make(chan error, 1)
-	go func() {
-		defer close(sc.ended)
-		runtime.LockOSThread() // the program would die with the thread that started it
-		defer runtime.UnlockOSThread()
-		err := p.Do(func() error {
-			if err := cmd.Start(); err != nil {
-				return err
+			for _, sc := range sidecars {
+				sc.stop(t)
+				if links := sc.pod.Links(t); !slices.Equal(links, []string{"eth1"}) {
+					t.Errorf("%s is left with %v", sc.pod.Name, links)
+				}
 			}
-			sc.process = cmd.Process
-			started <- nil
-			sc.err = cmd.Wait()
-			return nil
+			for _, sc := range tm.startAll(t, settings{"KL_IP_FAMILY": family, "KL_VXLAN_ADDRESSES": ""}) {
+				defer sc.stop(t)
+			}
+			one, two := tm.pods[0].station(t), tm.pods[1].station(t)
+			everythingCrosses(t, one, two)
+			everythingCrosses(t, two, one)
 		})
-		if err != nil {
-			started <- err
+	}
+}
+
+// everythingCrosses sends every kind of frame, VLAN tags within the MTU. There is no bridge that stops any.
+func everythingCrosses(t *testing.T, from, to *host) {
+	t.Helper()
+	const tag = 4
+	for _, f := range append(frames.Catalog(from.MAC, from.MTU-tag), frames.Catalog(from.MAC, from.MTU)...) {
+		if len(f.Bytes) <= 14+from.MTU {
+			t.Run(f.Name, func(t *testing.T) { crosses(t, from, to, f.Bytes) })
 		}
-	}()
-	must(t, <-started)
-	t.Cleanup(func() {
-		sc.kill()
-		if t.Failed() {
-			t.Logf("the sidecar of %s said:\n%s", p.Name, sc.logText(t))
+	}
+}
+
+// An address counts once, in however many slices and Services it is, and goes with the last.
+func TestSidecarJoinsServicesAndSlices(t *testing.T) {
+	t.Parallel()
+	s := startSidecars(t)
+	tm := s.pods(t, 1)
+	p := tm.pods[0]
+	one, two, three := netip.MustParseAddr("198.51.100.11"), netip.MustParseAddr("198.51.100.12"), netip.MustParseAddr("198.51.100.13")
+	tm.slice(t, "a-1", "a", ready(p.ipv4, one, two)...)
+	tm.slice(t, "a-2", "a", ready(two, three)...)
+	tm.slice(t, "b-1", "b", ready(three, one)...)
+	tm.slice(t, "c-1", "c", ready(netip.MustParseAddr("198.51.100.99"))...) // of a Service that is not asked for
+	sc := p.start(t, p.settings().with(settings{"KL_SERVICES": "a," + tm.namespace + "/b", "KL_PEERS": "198.51.100.11,198.51.100.50," + p.ipv6.String()}))
+	static := netip.MustParseAddr("198.51.100.50")
+	p.awaitRemotes(t, one, two, three, static)
+	updates := tables(t, p.Namespace)
+	tm.slice(t, "a-1", "a", ready(two, p.ipv4)...)         // one is in b and in peers still, and the order is another
+	tm.slice(t, "b-1", "b", ready(one)...)                 // three is in a-2
+	tm.slice(t, "a-2", "a", ready(three)...)               // two is in a-1
+	tm.slice(t, "b-1", "b", ready(one, one.Next())...)     // which is two
+	tm.slice(t, "a-1", "a", endpointsOf(false, p.ipv4)...) // two is in b now
+	tm.slice(t, "b-1", "b")
+	expectEntries(t, updates, remoteEvent{unix.RTM_DELNEIGH, two})
+	p.awaitRemotes(t, one, three, static)
+	if said := sc.logText(t); strings.Contains(said, "level=ERROR") || strings.Contains(said, "level=WARN") {
+		t.Errorf("it said\n%s", said)
+	}
+}
+
+// remoteEvent is a remote that a table is told, or told no more.
+type remoteEvent struct {
+	kind   uint16
+	remote netip.Addr
+}
+
+// expectEntries wants that what a VXLAN was told next of remotes is this, and nothing besides.
+func expectEntries(t *testing.T, updates <-chan netlink.NeighUpdate, want ...remoteEvent) {
+	t.Helper()
+	late := time.After(daemonTimeout)
+	var got []remoteEvent
+	for len(got) < len(want) {
+		select {
+		case u := <-updates:
+			if a, ok := netip.AddrFromSlice(u.IP); ok && u.Family == unix.AF_BRIDGE && slices.Equal(u.HardwareAddr, make([]byte, 6)) {
+				got = append(got, remoteEvent{u.Type, a.Unmap()})
+			}
+		case <-late:
+			t.Fatalf("the table was told %v, want %v", got, want)
 		}
+	}
+	if !slices.Equal(got, want) {
+		t.Errorf("the table was told %v, want %v", got, want)
+	}
+}
+
+func TestSidecarOfAServiceWithAThousandPods(t *testing.T) {
+	t.Parallel()
+	s := startSidecars(t)
+	const pods, perSlice = 1000, 100
+	tm := s.pods(t, 2)
+	a, b := tm.pods[0], tm.pods[1]
+	endpoints := []netip.Addr{a.ipv4, b.ipv4}
+	for i := range pods {
+		endpoints = append(endpoints, netip.AddrFrom4([4]byte{10, 9, byte(i / 250), byte(1 + i%250)}))
+	}
+	for _, p := range tm.pods { // or each frame that is flooded asks for the way a thousand times
+		must(t, p.Netlink(t).RouteAdd(&netlink.Route{Dst: &net.IPNet{IP: net.IPv4(10, 0, 0, 0), Mask: net.CIDRMask(8, 32)}, Type: unix.RTN_BLACKHOLE}))
+	}
+	slice := func(n int) {
+		tm.slice(t, fmt.Sprint("lan-", n), "lan", ready(endpoints[n*perSlice:min(len(endpoints), (n+1)*perSlice)]...)...)
+	}
+	for n := range (len(endpoints) + perSlice - 1) / perSlice {
+		slice(n)
+	}
+	began := time.Now()
+	sc := a.start(t, a.settings())
+	a.awaitRemotes(t, endpoints[1:]...)
+	t.Logf("%d remotes within %v of the start, %s resident", len(endpoints)-1, time.Since(began).Round(time.Millisecond), memory(t, sc.process))
+	b.start(t, b.settings())
+	b.awaitRemotes(t, append([]netip.Addr{a.ipv4}, endpoints[2:]...)...)
+
+	one, two := a.station(t), b.station(t)
+	crosses(t, one, two, frames.Stream(nil, one.MAC, 1, 1))
+	crosses(t, two, one, frames.Stream(nil, two.MAC, 1, 1))
+	stream := startStream(t, 2, one, two)
+	updates := tables(t, a.Namespace)
+	for i := range 5 {
+		gone, come := endpoints[500+i], netip.AddrFrom4([4]byte{10, 9, 200, byte(1 + i)})
+		began := time.Now()
+		endpoints[500+i] = come
+		slice((500 + i) / perSlice)
+		expectEntries(t, updates, remoteEvent{unix.RTM_NEWNEIGH, come}, remoteEvent{unix.RTM_DELNEIGH, gone})
+		t.Logf("one goes and one comes: %v with the API server's write", time.Since(began).Round(time.Millisecond))
+	}
+	endpoints[3] = endpoints[2] // twice: it is one less
+	slice(0)
+	expectEntries(t, updates, remoteEvent{unix.RTM_DELNEIGH, netip.AddrFrom4([4]byte{10, 9, 0, 2})})
+	stream.expectAll(t)
+}
+
+// memory is what a process has resident, as the kernel words it.
+func memory(t *testing.T, p *os.Process) string {
+	t.Helper()
+	for line := range strings.Lines(read(t, fmt.Sprintf("/proc/%d/status", p.Pid))) {
+		if size, ok := strings.CutPrefix(line, "VmRSS:"); ok {
+			return strings.TrimSpace(size)
+		}
+	}
+	t.Fatal("the kernel does not tell its memory")
+	return ""
+}
+
+// A pod that comes, goes or becomes ready does not disturb what the others send each other, and one that has gone gets no more frames
+// within a second.
+func TestSidecarFollowsPodsWithoutLoss(t *testing.T) {
+	s := startSidecars(t)
+	tm := s.pods(t, 3)
+	a, b, c := tm.pods[0], tm.pods[1], tm.pods[2]
+	set := func(endpoints ...discoveryv1.Endpoint) { tm.slice(t, "lan-1", "lan", endpoints...) }
+	set(ready(a.ipv4, b.ipv4, c.ipv4)...)
+	tm.startAll(t, settings{"KL_READY_ONLY": "true"})
+	one, two, three := a.station(t), b.station(t), c.station(t)
+	crosses(t, one, two, frames.Stream(nil, one.MAC, 9, 1))
+	crosses(t, two, one, frames.Stream(nil, two.MAC, 9, 2))
+	updates := tables(t, a.Namespace)
+	known, flood := *two, *two
+	flood.Attachment.MAC = nil
+	streams := []*stream{startStream(t, 1, one, &known), startStream(t, 2, two, one)}
+	for range 5 {
+		set(append(ready(b.ipv4, a.ipv4), endpointsOf(false, c.ipv4)...)...)
+		began := time.Now()
+		expectEntries(t, updates, remoteEvent{unix.RTM_DELNEIGH, c.ipv4})
+		if took := time.Since(began); took > time.Second {
+			t.Errorf("a pod that has gone was sent to for %v", took)
+		}
+		set(ready(c.ipv4, b.ipv4, a.ipv4)...)
+		expectEntries(t, updates, remoteEvent{unix.RTM_NEWNEIGH, c.ipv4})
+		set(ready(a.ipv4, c.ipv4, b.ipv4)...)
+	}
+	for _, s := range streams {
+		s.expectAll(t)
+	}
+	// What is flooded, too.
+	set(ready(a.ipv4, b.ipv4)...)
+	expectEntries(t, updates, remoteEvent{unix.RTM_DELNEIGH, c.ipv4})
+	drain(t, three.Wire)
+	flooded := startStream(t, 3, one, &flood)
+	for range 5 {
+		set(endpointsOf(true, b.ipv4)...)
+		set(ready(a.ipv4, b.ipv4)...)
+	}
+	flooded.expectAll(t)
+	if frame, err := next(three.Wire, 100*time.Millisecond); err == nil {
+		t.Errorf("a pod that has gone heard %x", frame)
+	}
+}
+
+func TestSidecarWithStaticPeersNeedsNoAPIServer(t *testing.T) {
+	t.Parallel()
+	s := startSidecars(t)
+	tm := s.pods(t, 2)
+	for i, p := range tm.pods {
+		p.relay.close()
+		mine := p.settings().with(settings{"KL_PEERS": tm.pods[1-i].ipv4.String()})
+		if i == 0 { // the other asks for Services, too, and does not get to know them
+			mine["KL_SERVICES"], mine["KUBECONFIG"] = "", ""
+		}
+		p.start(t, mine)
+	}
+	for i, p := range tm.pods {
+		p.awaitRemotes(t, tm.pods[1-i].ipv4)
+		p.awaitHealth(t, http.StatusNoContent)
+	}
+	ping(t, tm.pods[0].Namespace, "192.168.69.2")
+}
+
+// Of a configuration that changes, what stays goes on undisturbed.
+func TestSidecarAppliesAChangedConfiguration(t *testing.T) {
+	t.Parallel()
+	s := startSidecars(t)
+	tm := s.pods(t, 2)
+	a, b := tm.pods[0], tm.pods[1]
+	tm.service(t, "lan")
+	said := filepath.Join(a.dir, "hooks")
+	config := func(more string) string {
+		return "services: [lan]\nhooks:\n  up: [sh, -c, 'echo up >> " + said + "']\n" + more
+	}
+	a.configure(t, config(""))
+	mine := a.settings()
+	delete(mine, "KL_SERVICES")
+	sc := a.start(t, mine)
+	b.start(t, b.settings())
+	for _, p := range tm.pods {
+		p.awaitRemotes(t, tm.others(p, false)...)
+	}
+	index := a.index(t)
+	one, two := a.station(t), b.station(t)
+	crosses(t, one, two, frames.Stream(nil, one.MAC, 9, 1))
+	crosses(t, two, one, frames.Stream(nil, two.MAC, 9, 2))
+	there, back := startStream(t, 1, one, two), startStream(t, 2, two, one)
+	more := netip.MustParseAddr("198.51.100.77")
+	a.configure(t, config("peers: [198.51.100.77]\n"))
+	a.awaitRemotes(t, b.ipv4, more)
+	a.configure(t, config("log_level: debug\n"))
+	a.awaitRemotes(t, b.ipv4)
+	sc.awaitLog(t, "level=DEBUG", "198.51.100.77")
+	a.configure(t, config("  change: [sh, -c, 'echo $SERVICE $IPS $DELETED $IFACE >> "+said+"']\nready_only: true\n"))
+	sc.awaitLog(t, "configuration changed")
+	tm.slice(t, "lan-1", "lan", ready(more)...)
+	eventuallySlow(t, "the change hook to run", func() bool {
+		return strings.Contains(fileText(t, said), tm.namespace+"/lan 198.51.100.77 false kubelan\n")
 	})
-	return sc
-}
+	tm.slice(t, "lan-1", "lan")
+	eventuallySlow(t, "the change hook to run", func() bool {
+		return strings.Contains(fileText(t, said), tm.namespace+"/lan 198.51.100.77 true kubelan\n")
+	})
 
-// kill ends it so that it can do nothing about it; stop has it end in order, and wants that it does.
-func (sc *sidecar) kill() {
-	_ = sc.process.Kill() // it may have ended
-	<-sc.ended
-}
+	for _, wrong := range []string{"services: [lan]\nvxlan: {vni: 0}\n", "nonsense: 1\n", "services: [lan"} {
+		before := sc.countLog(t, "all stays as it was")
+		a.configure(t, wrong)
+		eventuallySlow(t, "the mistake to be told", func() bool { return sc.countLog(t, "all stays as it was") == before+1 })
+	}
+	sc.awaitLog(t, `vxlan.vni: \"0\" is no number from 1 to 16777215`)
+	a.staysHealthy(t)
+	there.expectAll(t)
+	back.expectAll(t)
+	if now := a.index(t); now != index {
+		t.Errorf("the interface has number %d, it had %d", now, index)
+	}
 
-func (sc *sidecar) stop(t *testing.T) {
-	t.Helper()
-	_ = sc.process.Signal(unix.SIGTERM) // it may have ended
-	sc.awaitEnd(t)
-	if sc.err != nil {
-		t.Errorf("the sidecar of %s: %v\n%s", sc.pod.Name, sc.err, sc.logText(t))
+	a.configure(t, config("vxlan: {vni: 7000}\n"))
+	eventuallySlow(t, "another interface", func() bool { now := a.index(t); return now != 0 && now != index })
+	a.awaitRemotes(t, b.ipv4)
+	b.configure(t, "") // too late: it was started without a file
+	if l := a.link(t, kubelan).(*netlink.Vxlan); l.VxlanId != 7000 {
+		t.Errorf("the VNI is %d", l.VxlanId)
+	}
+	eventuallySlow(t, "the up hook to run again", func() bool { return strings.Count(fileText(t, said), "up\n") == 2 })
+	a.configure(t, config("vxlan: {vni: 7000, interface: lan0}\n"))
+	eventuallySlow(t, "the interface to have another name", func() bool { return slices.Equal(a.Links(t), []string{"eth1", "lan0"}) })
+	sc.stop(t)
+	if links := a.Links(t); !slices.Equal(links, []string{"eth1"}) {
+		t.Errorf("%s is left with %v", a.Name, links)
 	}
 }
 
-func (sc *sidecar) awaitEnd(t *testing.T) {
+// fileText is what a file has, nothing where there is none.
+func fileText(t *testing.T, file string) string {
 	t.Helper()
-	select {
-	case <-sc.ended:
-	case <-time.After(daemonTimeout):
-		t.Fatalf("the sidecar of %s does not end:\n%s", sc.pod.Name, sc.logText(t))
+	b, err := os.ReadFile(file)
+	if !os.IsNotExist(err) {
+		must(t, err)
 	}
-}
-
-func (sc *sidecar) logText(t *testing.T) string {
-	t.Helper()
-	b, err := os.ReadFile(sc.log)
-	must(t, err)
 	return string(b)
 }
 
-// awaitLog waits until it has said a line with these words, and returns it.
-func (sc *sidecar) awaitLog(t *testing.T, words ...string) (line string) {
-	t.Helper()
-	eventuallySlow(t, fmt.Sprintf("%s to say %q", sc.pod.Name, words), func() bool {
-		for l := range strings.Lines(sc.logText(t)) {
-			if hasAll(l, words...) {
-				line = l
-				return true
+func TestSidecarWithStrictPeersDropsNonMembers(t *testing.T) {
+	t.Parallel()
+	s := startSidecars(t)
+	for family, ipv6 := range map[string]bool{"ipv4": false, "ipv6": true} {
+		t.Run(family, func(t *testing.T) {
+			t.Parallel()
+			tm := s.pods(t, 3)
+			stranger := tm.pods[2]
+			tm.pods = tm.pods[:2]
+			tm.service(t, "lan")
+			sidecars := tm.startAll(t, settings{"KL_IP_FAMILY": family, "KL_STRICT_PEERS": "true"})
+			a, b := tm.pods[0], tm.pods[1]
+			one, two := a.station(t), b.station(t)
+			from, to := stranger.ipv4, a.ipv4
+			if ipv6 {
+				from, to = stranger.ipv6, a.ipv6
+			}
+			lan := segment.Segment{VXLAN: segment.VXLAN{VNI: 6969, Port: 4789}}
+			send := node{Node: stranger.Node}.sender(t, from, to, lan)
+			eventuallySlow(t, "strangers to be dropped", func() bool {
+				send(nonMemberFrame(1))
+				frame, err := next(one.Wire, 100*time.Millisecond)
+				return err != nil && frame == nil
+			})
+			drain(t, one.Wire)
+			for seq := range uint64(100) {
+				send(nonMemberFrame(seq))
+			}
+			crosses(t, two, one, frames.Stream(one.MAC, two.MAC, 1, 1)) // and nothing of the stranger before it
+			sidecars[0].stop(t)
+			must(t, node{Node: a.Node}.nft(t, func(c *nftables.Conn) error {
+				tables, err := c.ListTables()
+				if len(tables) > 0 {
+					t.Errorf("the filter is left: %s", tables[0].Name)
+				}
+				return err
+			}))
+		})
+	}
+}
+
+// Two sidecars of a pod leave each other's interface and filter alone, however one of them ends.
+func TestTwoSidecarsInOnePod(t *testing.T) {
+	t.Parallel()
+	s := startSidecars(t)
+	tm := s.pods(t, 2)
+	tm.service(t, "lan")
+	second := settings{"KL_VXLAN_INTERFACE": "lan2", "KL_VXLAN_VNI": "6970", "KL_HTTP_ADDRESS": ":8182", "KL_VXLAN_ADDRESSES": "192.168.70.{ordinal+1}/24"}
+	tm.startAll(t, settings{"KL_STRICT_PEERS": "true"})
+	var others []*sidecar
+	for _, p := range tm.pods {
+		others = append(others, p.start(t, p.settings().with(second).with(settings{"KL_STRICT_PEERS": "true"})))
+	}
+	a, b := tm.pods[0], tm.pods[1]
+	reach := func() {
+		eventuallySlow(t, "the second LAN", func() bool {
+			return a.Do(exec.Command("ping", "-c", "1", "-W", "1", "192.168.70.2").Run) == nil
+		})
+		ping(t, a.Namespace, "192.168.69.2")
+		ping(t, b.Namespace, "192.168.70.1")
+	}
+	reach()
+	one, two := a.station(t), b.station(t)
+	crosses(t, two, one, frames.Stream(nil, two.MAC, 9, 1))
+	stream := startStream(t, 1, two, one)
+	others[0].kill()
+	others[0] = a.start(t, a.settings().with(second)) // not strict any more
+	reach()
+	others[1].stop(t)
+	if links := b.Links(t); !slices.Equal(links, []string{"eth1", kubelan}) {
+		t.Errorf("%s is left with %v", b.Name, links)
+	}
+	stream.expectAll(t)
+	eventuallySlow(t, "one filter to be left in each pod", func() bool {
+		for _, p := range tm.pods {
+			var names []string
+			must(t, node{Node: p.Node}.nft(t, func(c *nftables.Conn) error {
+				tables, err := c.ListTables()
+				for _, table := range tables {
+					names = append(names, table.Name)
+				}
+				return err
+			}))
+			if !slices.Equal(names, []string{"k8slan-" + kubelan}) {
+				return false
 			}
 		}
-		return false
-	})
-	return line
-}
-
-// countLog is how often it has said a line with these words.
-func (sc *sidecar) countLog(t *testing.T, words ...string) (count int) {
-	t.Helper()
-	for l := range strings.Lines(sc.logText(t)) {
-		if hasAll(l, words...) {
-			count++
-		}
-	}
-	return count
-}
-
-// expectFailure wants that it ends with code 1, and with one line that has these words as its last.
-func (sc *sidecar) expectFailure(t *testing.T, words ...string) {
-	t.Helper()
-	sc.awaitEnd(t)
-	var exit *exec.ExitError
-	if !errors.As(sc.err, &exit) || exit.ExitCode() != 1 {
-		t.Errorf("it ended with %v, want code 1", sc.err)
-	}
-	said := strings.Split(strings.TrimSpace(sc.logText(t)), "\n")
-	if last := said[len(said)-1]; !strings.HasPrefix(last, "k8slan: ") || !hasAll(last, words...) || strings.Count(sc.logText(t), "k8slan: ") != 1 {
-		t.Errorf("it said\n%s\nwant one line k8slan: … with %q", strings.Join(said, "\n"), words)
-	}
-}
-
-// get asks the sidecar at its address.
-func (p *pod) get(path string) (code int, body string, err error) {
-	c := http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{
-		DisableKeepAlives: true,
-		DialContext: func(ctx context.Context, network, address string) (conn net.Conn, err error) {
-			err = p.Do(func() (err error) {
-				conn, err = (&net.Dialer{}).DialContext(ctx, network, address)
-				return err
-			})
-			return conn, err
-		},
-	}}
-	answer, err := c.Get("http://127.0.0.1:8181" + path)
-	if err != nil {
-		return 0, "", err
-	}
-	defer answer.Body.Close()
-	b, err := io.ReadAll(answer.Body)
-	return answer.StatusCode, strings.TrimSpace(string(b)), err
-}
-
-// awaitHealth waits until /health answers this, with these words.
-func (p *pod) awaitHealth(t *testing.T, want int, words ...string) {
-	t.Helper()
-	eventuallySlow(t, fmt.Sprintf("%s to answer /health with %d, %q", p.Name, want, words), func() bool {
-		code, body, err := p.get("/health")
-		return err == nil && code == want && hasAll(body, words...)
+		return true
 	})
 }
 
-// staysHealthy wants /health to be well now.
-func (p *pod) staysHealthy(t *testing.T) {
-	t.Helper()
-	if code, body, err := p.get("/health"); err != nil || code != http.StatusNoContent {
-		t.Errorf("/health of %s answers %d %s, %v", p.Name, code, body, err)
+func TestRestartedSidecarAdoptsItsInterface(t *testing.T) {
+	t.Parallel()
+	s := startSidecars(t)
+	tm := s.pods(t, 2)
+	tm.service(t, "lan")
+	a, b := tm.pods[0], tm.pods[1]
+	ups := filepath.Join(a.dir, "ups")
+	hook := settings{"KL_HOOKS_UP": `["sh", "-c", "echo up >> ` + ups + `; ip addr add 10.66.0.1/24 dev $IFACE"]`}
+	sc := a.start(t, a.settings().with(hook))
+	b.start(t, b.settings())
+	a.awaitRemotes(t, b.ipv4)
+	b.awaitRemotes(t, a.ipv4)
+	a.awaitHealth(t, http.StatusNoContent)
+	one, two := a.station(t), b.station(t)
+	crosses(t, one, two, frames.Stream(nil, one.MAC, 9, 1))
+	crosses(t, two, one, frames.Stream(nil, two.MAC, 9, 2))
+	there, back := startStream(t, 1, one, two), startStream(t, 2, two, one)
+	index := a.index(t)
+	stale := netip.MustParseAddr("198.51.100.88")
+	for range 3 {
+		tm.slice(t, "stale", "lan", ready(stale)...)
+		a.awaitRemotes(t, b.ipv4, stale)
+		sc.kill()
+		tm.slice(t, "stale", "lan")
+		sc = a.start(t, a.settings().with(hook))
+		a.awaitRemotes(t, b.ipv4)
+		a.awaitHealth(t, http.StatusNoContent)
 	}
+	// While the API server is away, what stands goes on, and is healthy.
+	sc.kill()
+	a.relay.close()
+	sc = a.start(t, a.settings().with(hook))
+	a.awaitHealth(t, http.StatusNoContent)
+	a.awaitRemotes(t, b.ipv4)
+	there.expectAll(t)
+	back.expectAll(t)
+	if now := a.index(t); now != index {
+		t.Errorf("the interface has number %d, it had %d", now, index)
+	}
+	if text := fileText(t, ups); text != "up\n" {
+		t.Errorf("the up hook has run %q", text)
+	}
+	a.relay.open(t)
+	ping(t, a.Namespace, "192.168.69.2")
+
+	// What does not fit is made anew, and prepared again.
+	sc.kill()
+	sc = a.start(t, a.settings().with(hook).with(settings{"KL_VXLAN_PORT": "8472"}))
+	eventuallySlow(t, "another interface", func() bool { now := a.index(t); return now != 0 && now != index })
+	a.awaitRemotes(t, b.ipv4)
+	a.awaitHealth(t, http.StatusNoContent)
+	if text := fileText(t, ups); text != "up\nup\n" {
+		t.Errorf("the up hook has run %q", text)
+	}
+	sc.stop(t)
+
+	// One that was killed before its up hook was done.
+	slow := settings{"KL_HOOKS_UP": `["sh", "-c", "echo up >> ` + ups + `; test -e ` + ups + `.done || sleep 60"]`}
+	sc = a.start(t, a.settings().with(slow))
+	eventuallySlow(t, "the up hook to run", func() bool { return fileText(t, ups) == "up\nup\nup\n" })
+	if code, body, err := a.get("/health"); err != nil || code != http.StatusInternalServerError {
+		t.Errorf("before the hook is done /health answers %d %s, %v", code, body, err)
+	}
+	if remotes := a.remotes(t); len(remotes) > 0 {
+		t.Errorf("before the hook is done there are remotes: %v", remotes)
+	}
+	sc.kill()
+	must(t, os.WriteFile(ups+".done", nil, 0o644))
+	sc = a.start(t, a.settings().with(slow))
+	a.awaitRemotes(t, b.ipv4)
+	if text := fileText(t, ups); text != "up\nup\nup\nup\n" {
+		t.Errorf("the up hook has run %q", text)
+	}
+	sc.stop(t)
 }
 
-const kubelan = "kubelan"
-
-// link is the pod's interface; nil if it has none.
-func (p *pod) link(t *testing.T, name string) netlink.Link {
-	t.Helper()
-	l, err := p.Netlink(t).LinkByName(name)
-	if errors.As(err, &netlink.LinkNotFoundError{}) {
-		return nil
-	}
-	must(t, err)
-	return l
-}
-
-// index is the number of the pod's interface, which is another if it was made anew; 0 if there is none.
-func (p *pod) index(t *testing.T) int {
-	t.Helper()
-	if l := p.link(t, kubelan); l != nil {
-		return l.Attrs().Index
-	}
-	return 0
-}
-
-// remotes are those of the pod's interface, each as often as it is there, sorted.
-func (p *pod) remotes(t *testing.T) (remotes []netip.Addr) {
-	t.Helper()
-	l := p.link(t, kubelan)
-	if l == nil {
-		return nil
-	}
-	entries, err := p.Netlink(t).NeighList(l.Attrs().Index, unix.AF_BRIDGE)
-	must(t, err)
-	for _, e := range entries {
-		if a, ok := netip.AddrFromSlice(e.IP); ok && slices.Equal(e.HardwareAddr, make([]byte, 6)) {
-			remotes = append(remotes, a.Unmap())
+func TestSidecarKeepsForeignInterfaces(t *testing.T) {
+	t.Parallel()
+	s := startSidecars(t)
+	tm := s.pods(t, 1)
+	tm.service(t, "lan")
+	a := tm.pods[0]
+	h := a.Netlink(t)
+	t.Run("the name", func(t *testing.T) {
+		other := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: kubelan}, PeerName: "peer"}
+		must(t, h.LinkAdd(other))
+		index := a.index(t)
+		sc := a.start(t, a.settings())
+		sc.awaitLog(t, "there is an interface kubelan already, a veth; choose another name")
+		a.awaitHealth(t, http.StatusInternalServerError, "there is an interface kubelan already")
+		if a.index(t) != index || a.link(t, kubelan).Type() != "veth" {
+			t.Error("it was not left alone")
 		}
-	}
-	slices.SortFunc(remotes, netip.Addr.Compare)
-	return remotes
-}
-
-// awaitRemotes waits until the pod sends to these and no others.
-func (p *pod) awaitRemotes(t *testing.T, want ...netip.Addr) {
-	t.Helper()
-	want = slices.SortedFunc(slices.Values(want), netip.Addr.Compare)
-	eventuallySlow(t, fmt.Sprintf("%s to send to %v", p.Name, want), func() bool { return slices.Equal(p.remotes(t), want) })
-}
-
-// host is where the pod's application speaks on the LAN.
-func (p *pod) station(t *testing.T) *host {
-	t.Helper()
-	l := p.link(t, kubelan)
-	return &host{Namespace: p.Namespace, Wire: p.Open(t, kubelan), Attachment: kernel.Attachment{MAC: l.Attrs().HardwareAddr, MTU: l.Attrs().MTU}}
-}
-
-// ping wants that what is in a namespace reaches an address.
-func ping(t *testing.T, from netlab.Namespace, address string) {
-	t.Helper()
-	var out []byte
-	err := from.Do(func() (err error) {
-		out, err = exec.Command("ping", "-c", "1", "-W", "3", address).CombinedOutput()
-		return err
+		must(t, h.LinkDel(other))
+		a.awaitHealth(t, http.StatusNoContent)
+		sc.stop(t)
+		must(t, h.LinkAdd(other))
+		sc = a.start(t, a.settings())
+		sc.awaitLog(t, "choose another name")
+		sc.stop(t)
+		if l := a.link(t, kubelan); l == nil || l.Type() != "veth" {
+			t.Error("it was taken away")
+		}
+		must(t, h.LinkDel(a.link(t, kubelan)))
 	})
-	if err != nil {
-		t.Errorf("%s does not reach %s: %v\n%s", from.Path, address, err, out)
-	}
-}
-
-// startAll starts a sidecar in each pod, and returns when each sends to all others over that family.
-func (tm *team) startAll(t *testing.T, more settings) (all []*sidecar) {
-	t.Helper()
-	for _, p := range tm.pods {
-		all = append(all, p.start(t, p.settings().with(more)))
-	}
-	for _, p := range tm.pods {
-		p.awaitRemotes(t, tm.others(p, more["KL_IP_FAMILY"] == "ipv6")...)
-		p.awaitHealth(t, http.StatusNoContent)
-	}
-	return all
-}
-
-func (tm *team) others(p *pod, ipv6 bool) (others []netip.Addr) {
-	for _, o := range tm.pods {
-		switch {
-		case o == p:
-		case ipv6:
-			others = append(others, o.ipv6)
-		default:
-			others = append(others, o.ipv4)
+	t.Run("the VNI", func(t *testing.T) {
+		other := &netlink.Vxlan{LinkAttrs: netlink.LinkAttrs{Name: "other"}, VxlanId: 6969, Port: 4789}
+		must(t, h.LinkAdd(other))
+		sc := a.start(t, a.settings())
+		sc.awaitLog(t, "VNI 6969", "UDP port 4789", "in use")
+		a.awaitHealth(t, http.StatusInternalServerError, "VNI 6969")
+		if n := sc.countLog(t, "level=ERROR"); n != 1 {
+			t.Errorf("it said so in %d lines:\n%s", n, sc.logText(t))
 		}
+		must(t, h.LinkDel(other))
+		a.awaitHealth(t, http.StatusNoContent)
+		sc.stop(t)
+	})
+}
+
+func TestSidecarRunsHooks(t *testing.T) {
+	t.Parallel()
+	s := startSidecars(t)
+	tm := s.pods(t, 1)
+	tm.service(t, "lan")
+	a := tm.pods[0]
+	for what, hook := range map[string]struct {
+		command string
+		words   []string
+	}{
+		"fails":        {`["sh", "-c", "echo no such thing >&2; exit 3"]`, []string{"hook up", "exit status 3", "no such thing"}},
+		"hangs":        {`["sh", "-c", "sleep 600 & sleep 600"]`, []string{"hook up", "took longer than 1s"}},
+		"is not there": {`["/no/such/program"]`, []string{"hook up", "/no/such/program"}},
+	} {
+		t.Run("up "+what, func(t *testing.T) {
+			sc := a.start(t, a.settings().with(settings{"KL_HOOKS_UP": hook.command, "KL_HOOKS_TIMEOUT": "1s"}))
+			sc.expectFailure(t, hook.words...)
+			if links := a.Links(t); !slices.Equal(links, []string{"eth1"}) {
+				t.Errorf("%s is left with %v", a.Name, links)
+			}
+		})
+		t.Run("change "+what, func(t *testing.T) {
+			sc := a.start(t, a.settings().with(settings{"KL_HOOKS_CHANGE": hook.command, "KL_HOOKS_TIMEOUT": "1s", "KL_PEERS": "198.51.100.9"}))
+			peer := netip.MustParseAddr("198.51.100.5")
+			a.awaitRemotes(t, netip.MustParseAddr("198.51.100.9"))
+			tm.slice(t, "more", "lan", ready(peer)...)
+			words := slices.Clone(hook.words)
+			words[0] = "hook change"
+			sc.awaitLog(t, words...)
+			a.awaitRemotes(t, netip.MustParseAddr("198.51.100.9"), peer)
+			a.awaitHealth(t, http.StatusNoContent)
+			tm.slice(t, "more", "lan")
+			a.awaitRemotes(t, netip.MustParseAddr("198.51.100.9"))
+			sc.stop(t)
+		})
 	}
-	return others
+}
+
+func TestSidecarReportsWrongConfigurations(t *testing.T) {
+	t.Parallel()
+	s := startSidecars(t)
+	tm := s.pods(t, 1)
+	a := tm.pods[0]
+	for what, wrong := range map[string]struct {
+		file  string
+		env   settings
+		words []string
+	}{
+		"unknown key":        {"services: [lan]\nvxlan: {vnii: 3}", nil, []string{"kubelan.yaml", "vxlan.vnii: unknown key"}},
+		"no YAML":            {"services: [lan", nil, []string{"kubelan.yaml", "is no YAML"}},
+		"bad address":        {"", settings{"KL_IP": "198.51.1"}, []string{`ip: "198.51.1" is no IP address`}},
+		"somebody's address": {"", settings{"KL_IP": "198.51.100.9"}, nil},
+		"bad service name":   {"", settings{"KL_SERVICES": "a/b/c"}, []string{"services:", `"a/b/c"`}},
+		"no services":        {"", settings{"KL_SERVICES": ""}, []string{"services: there are none"}},
+		"VNI out of range":   {"", settings{"KL_VXLAN_VNI": "16777216"}, []string{`vxlan.vni: "16777216" is no number from 1 to 16777215`}},
+		"port out of range":  {"", settings{"KL_VXLAN_PORT": "0"}, []string{"vxlan.port:"}},
+		"MTU out of range":   {"", settings{"KL_VXLAN_MTU": "12"}, []string{"vxlan.mtu:"}},
+		"interface name":     {"", settings{"KL_VXLAN_INTERFACE": "much-too-long-a-name"}, []string{"vxlan.interface:"}},
+		"log level":          {"", settings{"KL_LOG_LEVEL": "loud"}, []string{"log_level:", "loud"}},
+		"http address":       {"", settings{"KL_HTTP_ADDRESS": "here"}, []string{"http_address:", "here"}},
+		"address in use":     {"", settings{"KL_HTTP_ADDRESS": s.serverAddress()}, []string{"http_address", "address already in use"}},
+		"no ordinal":         {"", settings{"KL_POD": "web"}, []string{"vxlan.addresses:", `"web"`}},
+		"no API server":      {"", settings{"KUBECONFIG": ""}, []string{"find the API server"}},
+		"kubeconfig":         {"", settings{"KUBECONFIG": "/no/such/file"}, []string{"/no/such/file"}},
+	} {
+		t.Run(what, func(t *testing.T) {
+			if wrong.file != "" {
+				a.configure(t, wrong.file)
+				defer os.Remove(a.configFile())
+			}
+			sc := a.start(t, a.settings().with(wrong.env))
+			if wrong.words == nil { // it may become the pod's: tried again
+				sc.awaitLog(t, "no interface of the pod has the address 198.51.100.9")
+				a.awaitHealth(t, http.StatusInternalServerError, "198.51.100.9")
+				sc.stop(t)
+				return
+			}
+			sc.expectFailure(t, wrong.words...)
+			if links := a.Links(t); !slices.Equal(links, []string{"eth1"}) {
+				t.Errorf("%s is left with %v", a.Name, links)
+			}
+		})
+	}
+	t.Run("missing file", func(t *testing.T) {
+		a.start(t, a.settings(), "--config=/no/such/file").expectFailure(t, "/no/such/file")
+	})
+	t.Run("file without rights", func(t *testing.T) {
+		a.start(t, a.settings(), "--config=/").expectFailure(t, "read the configuration", "/")
+	})
+}
+
+// outage is how long the API server is away: the sidecar tries to reach it seven times.
+const outage = 6 * time.Second
+
+// An API server that is away takes nothing from a LAN, and is waited for at the start.
+func TestSidecarWithoutAPIServer(t *testing.T) {
+	t.Parallel()
+	s := startSidecars(t)
+	tm := s.pods(t, 2)
+	tm.service(t, "lan")
+	a, b := tm.pods[0], tm.pods[1]
+	a.relay.close()
+	sc := a.start(t, a.settings())
+	b.start(t, b.settings())
+	sc.awaitLog(t, "level=ERROR", "watch the EndpointSlices, trying again", "connection refused")
+	a.awaitHealth(t, http.StatusInternalServerError, "connection refused")
+	if a.index(t) == 0 {
+		t.Error("there is no interface")
+	}
+	a.relay.open(t)
+	a.awaitRemotes(t, b.ipv4)
+	b.awaitRemotes(t, a.ipv4)
+	a.awaitHealth(t, http.StatusNoContent)
+	one, two := a.station(t), b.station(t)
+	crosses(t, one, two, frames.Stream(nil, one.MAC, 9, 1))
+	crosses(t, two, one, frames.Stream(nil, two.MAC, 9, 2))
+	there, back := startStream(t, 1, one, two), startStream(t, 2, two, one)
+	updates := tables(t, a.Namespace)
+	a.relay.close()
+	b.relay.close()
+	come := netip.MustParseAddr("198.51.100.5")
+	tm.slice(t, "more", "lan", ready(come)...)
+	<-time.After(outage)
+	there.expectAll(t)
+	back.expectAll(t)
+	a.staysHealthy(t)
+	if lines := sc.countLog(t, "level=ERROR"); lines > 3 {
+		t.Errorf("it said %d lines of trouble:\n%s", lines, sc.logText(t))
+	}
+	a.relay.open(t)
+	expectEntries(t, updates, remoteEvent{unix.RTM_NEWNEIGH, come})
+	sc.awaitLog(t, "the API server tells of endpoints again")
+}
+
+// Who may not read EndpointSlices is told what to do, and goes on once it may.
+func TestSidecarWithoutRightsToEndpointSlices(t *testing.T) {
+	t.Parallel()
+	s := startSidecars(t)
+	tm := s.pods(t, 1)
+	a := tm.pods[0]
+	tm.slice(t, "lan-1", "lan", ready(netip.MustParseAddr("198.51.100.5"))...)
+	sc := a.start(t, a.settings().with(settings{"KUBECONFIG": tm.account(t, "poor")}))
+	sc.awaitLog(t, "level=ERROR", "needs a Role with list and watch of endpointslices", tm.namespace)
+	a.awaitHealth(t, http.StatusInternalServerError, "needs a Role with list and watch of endpointslices")
+	tm.allow(t, "poor", rbacv1.PolicyRule{APIGroups: []string{"discovery.k8s.io"}, Resources: []string{"endpointslices"}, Verbs: []string{"list", "watch"}})
+	a.awaitHealth(t, http.StatusNoContent)
+	a.awaitRemotes(t, netip.MustParseAddr("198.51.100.5"))
+}
+
+// A sidecar warns after half a minute in which it sent frames and none arrived.
+func TestSidecarWarnsWhenNoFramesArrive(t *testing.T) {
+	t.Parallel()
+	tm := startSidecars(t).pods(t, 2)
+	a, b := tm.pods[0], tm.pods[1]
+	unanswered := a.start(t, a.settings().with(settings{"KL_SERVICES": "", "KL_PEERS": b.ipv4.String()}))
+	other := b.start(t, b.settings().with(settings{"KL_SERVICES": "", "KL_PEERS": a.ipv4.String(), "KL_VXLAN_VNI": "6970"}))
+	a.awaitHealth(t, http.StatusNoContent)
+	b.awaitHealth(t, http.StatusNoContent)
+	from := a.station(t)
+	awaitWithin(t, 2*daemonTimeout, "the warning", func() bool {
+		if err := from.Send(frames.Stream(nil, from.MAC, 1, 1)); err != nil {
+			t.Error(err)
+		}
+		return unanswered.countLog(t, "level=WARN", "frames are sent, but none has arrived yet", "NetworkPolicy", "port=4789", "vni=6969") == 1
+	})
+	a.staysHealthy(t)
+	if said := other.logText(t); strings.Contains(said, "level=WARN") { // it sends nothing
+		t.Errorf("the other sidecar logged\n%s", said)
+	}
+	other.stop(t)
+	b.start(t, b.settings().with(settings{"KL_SERVICES": "", "KL_PEERS": a.ipv4.String()}))
+	b.awaitHealth(t, http.StatusNoContent)
+	crosses(t, b.station(t), from, frames.Stream(nil, b.link(t, kubelan).Attrs().HardwareAddr, 1, 2))
+	unanswered.awaitLog(t, "level=INFO", "frames arrive")
 }
