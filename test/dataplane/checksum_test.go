@@ -21,23 +21,24 @@ import (
 	"github.com/k8slan/k8slan/test/netlab"
 )
 
-// A network function that reads frames raw takes a frame as it is: TCP and UDP checksums that are left to hardware are
-// wrong for it, and a frame larger than the MTU is none.
+// A network function that reads raw frames takes a frame as it is: TCP and UDP checksums that are left to hardware are
+// wrong for it, and it cannot use a frame larger than the MTU.
 func TestRawReaderReceivesFinishedChecksums(t *testing.T) {
 	t.Parallel()
 	a, b := twoNodes(t)
-	within, across := a, b
+	within := map[string]node{"within a node": a}
+	both := map[string]node{"within a node": a, "across nodes": b}
 	for i, c := range []struct {
 		name       string
 		off        []string
 		nodes      map[string]node // of the speaker
 		unfinished bool
 	}{
-		{"on for all", nil, map[string]node{"within a node": within, "across nodes": across}, true}, // what the others are compared with
-		{"off for the reader", []string{"reader"}, map[string]node{"within a node": within, "across nodes": across}, false},
-		{"off for both", []string{"reader", "speaker"}, map[string]node{"within a node": within, "across nodes": across}, false},
-		// Not across nodes: what comes finished there is put together again by generic receive offload.
-		{"off for the speaker", []string{"speaker"}, map[string]node{"within a node": within}, false},
+		{"on for all", nil, both, true}, // the others are compared with this
+		{"off for the reader", []string{"reader"}, both, false},
+		{"off for both", []string{"reader", "speaker"}, both, false},
+		// Not across nodes: generic receive offload merges there what arrives with finished checksums.
+		{"off for the speaker", []string{"speaker"}, within, false},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			s := lan(fmt.Sprintf("raw%d", i), 140+uint32(i), "reader", "speaker")
@@ -58,16 +59,16 @@ func TestRawReaderReceivesFinishedChecksums(t *testing.T) {
 	}
 }
 
-// addPodAddresses gives a pod addresses on the LAN.
+// addPodAddresses adds addresses on the LAN to a pod.
 func (h node) addPodAddresses(t *testing.T, st *host, n int) {
 	t.Helper()
-	st.Sysctl(t, "net/ipv6/conf/"+ifname+"/accept_dad", "0") // nobody else has it
+	st.Sysctl(t, "net/ipv6/conf/"+ifname+"/accept_dad", "0") // no other pod has them
 	must(t, h.setPodAddresses(t, st, fmt.Sprintf("10.77.0.%d/24", n), fmt.Sprintf("fd77::%d/64", n)))
 	st.AwaitCarrier(t, ifname)
 }
 
-// expectRaw has two pods speak TCP and UDP, and wants that a raw reader in the second sees unfinished frames among it,
-// or none.
+// expectRaw sends TCP and UDP from one pod to another and expects a raw reader in the second to receive unfinished
+// frames, or none.
 func expectRaw(t *testing.T, from, to *host, unfinished bool) {
 	t.Helper()
 	for _, address := range []string{"10.77.0.1", "fd77::1"} {
@@ -77,21 +78,22 @@ func expectRaw(t *testing.T, from, to *host, unfinished bool) {
 			must(t, from.Do(func() error { return sendUDP(address) }))
 			seen := r.wait(t)
 			if got := seen.unfinished+seen.large > 0; got != unfinished {
-				t.Errorf("the reader saw %+v; frames that are unfinished or too large: %t, want %t", seen, got, unfinished)
+				t.Errorf("the reader received %+v; frames that are unfinished or too large: %t, want %t",
+					seen, got, unfinished)
 			}
 			if seen.wrong > seen.unfinished {
-				t.Errorf("the reader saw %+v: checksums are wrong that the kernel calls finished", seen)
+				t.Errorf("the reader received %+v: the kernel calls wrong checksums finished", seen)
 			}
 		})
 	}
 }
 
-// datagrams is how much sendUDP sends, in bytes.
+// datagrams is how many bytes sendUDP sends.
 const datagrams = 11_000
 
-// sendUDP sends datagrams to the discard port, one as large as a sender may leave to be cut.
+// sendUDP sends datagrams to the discard port, one of them as large as a sender may leave to be segmented.
 func sendUDP(address string) error {
-	conn, err := net.ListenUDP("udp", nil) // not connected, so that no answer is in the way of the second one
+	conn, err := net.ListenUDP("udp", nil) // not connected, so that an ICMP answer does not block the second datagram
 	if err != nil {
 		return err
 	}
@@ -114,13 +116,13 @@ func sendUDP(address string) error {
 	return nil
 }
 
-// seen is what a raw reader saw.
+// seen counts the frames that a raw reader received.
 type seen struct {
-	tcp        int // frames
-	udp        int // bytes of payload
-	unfinished int // of which the kernel says so
-	wrong      int // whose checksum is not that of what they carry
-	large      int // than the MTU
+	tcp        int // frames with TCP
+	udp        int // bytes of UDP payload
+	unfinished int // frames with checksums that the kernel calls unfinished
+	wrong      int // frames with wrong checksums
+	large      int // frames larger than the MTU
 }
 
 // add counts one frame.
@@ -145,7 +147,8 @@ func (s *seen) add(frame []byte, unfinished bool) {
 	}
 }
 
-// checksum says whether the TCP or UDP checksum of a frame is right, and how many bytes it is of; another frame's protocol is 0.
+// checksum returns the protocol of a frame, the length that the TCP or UDP checksum covers, and whether the checksum is
+// right; the protocol is 0 for other frames.
 func checksum(frame []byte) (protocol, length int, ok bool) {
 	packet := frame[14:]
 	var pseudo, payload []byte
@@ -177,7 +180,7 @@ func sum(s uint32, b []byte) uint32 {
 	return s
 }
 
-// reader is a raw reader at work in a pod.
+// reader reads raw frames in a pod.
 type reader struct {
 	file *os.File
 	seen seen
@@ -185,8 +188,8 @@ type reader struct {
 	done chan struct{} // closed when it has ended
 }
 
-// readRaw reads what comes into the pod with a packet socket, as a network function does, until there were so many
-// bytes of UDP: they are sent last.
+// readRaw reads what comes into the pod with a packet socket, as a network function does, until so many bytes of UDP
+// came, which are sent last.
 func (h *host) readRaw(t *testing.T, udp int) *reader {
 	t.Helper()
 	var fd int
@@ -244,18 +247,18 @@ func (r *reader) run(conn syscall.RawConn, udp int) error {
 	return nil
 }
 
-// wait returns what the reader saw when it has seen it all.
+// wait returns the count when the last bytes have come.
 func (r *reader) wait(t *testing.T) seen {
 	t.Helper()
 	must(t, r.file.SetReadDeadline(time.Now().Add(frameTimeout)))
 	<-r.done
 	if r.err != nil {
-		t.Fatalf("the reader saw %+v: %v", r.seen, r.err)
+		t.Fatalf("the reader received %+v: %v", r.seen, r.err)
 	}
 	return r.seen
 }
 
-// A guest with the common virtio driver leaves its checksums to the host, and takes frames from it that are unfinished.
+// A guest with the common virtio driver leaves its checksums to the host and accepts unfinished frames from it.
 func TestRawReaderInOrBesideAVMReceivesFinishedChecksums(t *testing.T) {
 	t.Parallel()
 	a, b := twoNodes(t)
@@ -289,7 +292,7 @@ func TestRawReaderInOrBesideAVMReceivesFinishedChecksums(t *testing.T) {
 					r := pod.readRaw(t, unfinishedSize)
 					must(t, tap.SendUnfinished(unfinishedUDP(pod.MAC, vm.MAC), 14+20, 6))
 					if seen := r.wait(t); (seen.unfinished == 1) != c.outOfVM || (seen.wrong == 1) != c.outOfVM {
-						t.Errorf("the reader beside the VM saw %+v; unfinished: want %t", seen, c.outOfVM)
+						t.Errorf("the reader beside the VM received %+v; unfinished: want %t", seen, c.outOfVM)
 					}
 				})
 			}
@@ -297,7 +300,7 @@ func TestRawReaderInOrBesideAVMReceivesFinishedChecksums(t *testing.T) {
 	}
 }
 
-// knows lets a pod send to somebody who answers no ARP.
+// knows adds a neighbor entry to a pod, for a host that does not answer ARP.
 func (h *host) knows(t *testing.T, ip string, mac net.HardwareAddr) {
 	t.Helper()
 	links := h.Netlink(t)
@@ -308,7 +311,7 @@ func (h *host) knows(t *testing.T, ip string, mac net.HardwareAddr) {
 	}))
 }
 
-// expectGuest takes what sendUDP sent out of a tap.
+// expectGuest receives what sendUDP sent from a tap.
 func expectGuest(t *testing.T, tap netlab.OffloadTap, unfinished bool) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), frameTimeout)
@@ -317,18 +320,18 @@ func expectGuest(t *testing.T, tap netlab.OffloadTap, unfinished bool) {
 	for s.udp < datagrams {
 		frame, left, err := tap.ReceiveUnfinished(ctx)
 		if err != nil {
-			t.Fatalf("the guest saw %+v: %v", s, err)
+			t.Fatalf("the guest received %+v: %v", s, err)
 		}
 		s.add(frame, left)
 	}
 	if got := s.unfinished+s.large > 0; got != unfinished || s.wrong > s.unfinished {
-		t.Errorf("the guest saw %+v; unfinished: want %t", s, unfinished)
+		t.Errorf("the guest received %+v; unfinished: want %t", s, unfinished)
 	}
 }
 
 const unfinishedSize = 64 // bytes
 
-// unfinishedUDP is a datagram whose checksum is that of its pseudo header alone.
+// unfinishedUDP is a datagram that has the checksum of its pseudo header only.
 func unfinishedUDP(dst, src net.HardwareAddr) []byte {
 	const size = unfinishedSize
 	payload := make([]byte, size)
@@ -343,8 +346,8 @@ func unfinishedUDP(dst, src net.HardwareAddr) []byte {
 	return append(append(append(frame, ip...), udp...), payload...)
 }
 
-// What is edited while a pod is attached holds for what the LAN's side does, at once and both ways, and what somebody
-// switches by hand is switched back. A LAN for which nobody wished it is asked nothing.
+// An edit while a pod is attached applies to the LAN's side at once, in both directions, and a change by hand is
+// undone. The settings of a LAN without the option are not read.
 func TestChecksumSettingFollowsAnEditAndIsRepaired(t *testing.T) {
 	t.Parallel()
 	a, _ := twoNodes(t)
@@ -370,15 +373,15 @@ func TestChecksumSettingFollowsAnEditAndIsRepaired(t *testing.T) {
 	expectRaw(t, speaker, reader, true)
 	for _, l := range a.observe(t, on).Links {
 		if l.TxChecksum != segment.TxChecksumUnknown {
-			t.Errorf("%s was asked", l.Name)
+			t.Errorf("the setting of %s was read", l.Name)
 		}
 		if !a.feature(t, on, l.Name, "tx-checksum-ip-generic") {
-			t.Errorf("%s leaves no checksums to hardware any more", l.Name)
+			t.Errorf("%s does not leave checksums to hardware any more", l.Name)
 		}
 	}
 }
 
-// A daemon that was killed halfway through taking the wish back goes on with it.
+// A daemon that was killed while it undid the option finishes that.
 func TestChecksumSettingIsUndoneAfterAKill(t *testing.T) {
 	t.Parallel()
 	a, _ := twoNodes(t)
@@ -389,17 +392,18 @@ func TestChecksumSettingIsUndoneAfterAKill(t *testing.T) {
 	ops := segment.Diff(on, a.observe(t, off))
 	for k := range ops {
 		a.reconcile(t, off)
-		reconcileWith(t, a.kernel, on.Netns, killedAfter(k, func(have segment.State) []segment.Op { return segment.Diff(on, have) }))
+		undo := diffTo(on)
+		reconcileWith(t, a.kernel, on.Netns, killedAfter(k, undo))
 		a.reconcile(t, on)
 		for _, link := range []string{segment.PortName("reader"), segment.PlugName("reader")} {
 			if !a.feature(t, on, link, "tx-checksum-ip-generic") {
-				t.Errorf("killed at step %d of %v: %s leaves no checksums to hardware", k, ops, link)
+				t.Errorf("killed at step %d of %v: %s does not leave checksums to hardware", k, ops, link)
 			}
 		}
 	}
 }
 
-// A VM's standing pair that is made anew in a take-over is like the old one.
+// The standing pair that a take-over recreates for a VM has the settings of the old one.
 func TestTakenOverPairFinishesChecksums(t *testing.T) {
 	t.Parallel()
 	netlab.NeedDevices(t)
@@ -410,7 +414,7 @@ func TestTakenOverPairFinishesChecksums(t *testing.T) {
 	a.claim(t, s, "vm", segment.Macvtap)
 	a.claim(t, s, "vm", segment.Macvtap)
 	if ops := a.reconcile(t, s); len(ops) != 0 {
-		t.Errorf("after a take-over there was to do: %v", ops)
+		t.Errorf("after a take-over the daemon did %v", ops)
 	}
 }
 

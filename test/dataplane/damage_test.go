@@ -102,7 +102,7 @@ func TestEveryDamagedStateIsRepaired(t *testing.T) {
 // converges reconciles, sometimes cut short, until nothing is left to do.
 func converges(t *testing.T, k *kernel.Node, s segment.Segment, rng *rand.Rand) bool {
 	t.Helper()
-	want := func(have segment.State) []segment.Op { return segment.Diff(s, have) }
+	want := diffTo(s)
 	if rng.IntN(2) == 0 {
 		reconcileWith(t, k, s.Netns, killedAfter(rng.IntN(6), want))
 	}

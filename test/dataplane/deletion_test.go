@@ -226,7 +226,7 @@ func (r *race) awaitReport(s segment.Segment, what string, fits func(lanmgr.Repo
 		select {
 		case <-again.C:
 		case <-deadline:
-			return fmt.Errorf("waited for %s; the manager reports %+v", what, here)
+			return fmt.Errorf("timed out waiting for %s; the manager reports %+v", what, here)
 		}
 	}
 }

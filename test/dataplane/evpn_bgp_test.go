@@ -27,7 +27,7 @@ import (
 	"github.com/k8slan/k8slan/test/netlab"
 )
 
-// reflectorAt has this program be a reflector on that address and port.
+// reflectorAt is an environment variable that makes this program a reflector on that address and port.
 const reflectorAt = "K8SLAN_TEST_REFLECTOR"
 
 func runReflector(at string) int {
@@ -35,7 +35,8 @@ func runReflector(at string) int {
 	defer stop()
 	listen, err := netip.ParseAddrPort(at)
 	if err == nil {
-		err = bgp.Reflector{AS: 65000, RouterID: listen.Addr(), Listen: listen, Log: slog.New(slog.DiscardHandler)}.Run(ctx)
+		log := slog.New(slog.DiscardHandler)
+		err = bgp.Reflector{AS: 65000, RouterID: listen.Addr(), Listen: listen, Log: log}.Run(ctx)
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
@@ -44,10 +45,10 @@ func runReflector(at string) int {
 	return 0
 }
 
-// reflector is a reflector that can be stopped and started, on the loopback device of the test.
+// reflector is a reflector that can be stopped and started, on the loopback device of the tests.
 type reflector struct {
 	at   netip.AddrPort
-	stop func() // in order
+	stop func() // by SIGTERM
 }
 
 func startReflector(t *testing.T, at netip.AddrPort) *reflector {
@@ -60,35 +61,37 @@ func startReflector(t *testing.T, at netip.AddrPort) *reflector {
 	return &reflector{at, start(t, "env", reflectorAt+"="+at.String(), self).term}
 }
 
-// speaker is a node whose LAN is joined to EVPN as the daemon does it: the manager makes what the fabric tells.
+// speaker is a node that runs the daemon's manager and EVPN instance for one LAN.
 type speaker struct {
 	managed
 	instance *evpn.Instance
 	s        segment.Segment
-	routes   chan<- segment.Routes // are as told here from then on
+	routes   chan<- segment.Routes // new route targets and RD
 	end      func()
 }
 
-// startSpeaker starts a daemon on the node, which is number n of its fabric.
+// startSpeaker starts a speaker with one session, to a reflector; n is the speaker's number.
 func (h node) startSpeaker(t *testing.T, s segment.Segment, n byte, reflector netip.AddrPort) *speaker {
 	t.Helper()
 	return h.startSpeakerTo(t, s, n, reflectorPeer(n, reflector))
 }
 
-// reflectorPeer is a reflector on the loopback device, as a speaker of that number sees it.
+// reflectorPeer is a reflector on the loopback device, as the speaker with that number connects to it.
 func reflectorPeer(n byte, at netip.AddrPort) bgp.Peer {
-	return bgp.Peer{Address: at.Addr(), Port: at.Port(), AS: 65000, Source: netip.AddrFrom4([4]byte{127, 0, 0, 1 + n}), IPv6VTEPs: true}
+	source := netip.AddrFrom4([4]byte{127, 0, 0, 1 + n})
+	return bgp.Peer{Address: at.Addr(), Port: at.Port(), AS: 65000, Source: source, IPv6VTEPs: true}
 }
 
-// startSpeakerTo starts one that speaks with these.
+// startSpeakerTo starts a speaker with these peers.
 func (h node) startSpeakerTo(t *testing.T, s segment.Segment, n byte, peers ...bgp.Peer) *speaker {
 	t.Helper()
 	routes := make(chan segment.Routes)
 	sp := &speaker{managed: h.manage(t), s: withEVPN(s), routes: routes}
 	sp.s.Remotes, sp.s.FDB, sp.s.Neighbors = nil, nil, nil
-	h.observe(t, s) // its kernel hears a namespace from when it first saw it
+	h.observe(t, s) // its kernel reports events of a namespace from the first observation on
 	sp.instance = evpn.New(evpn.Config{
-		AS: 65000, RouterID: netip.AddrFrom4([4]byte{127, 0, 0, 1 + n}), Kernel: h.kernel, Peers: peers, Log: slog.New(slog.DiscardHandler),
+		AS: 65000, RouterID: netip.AddrFrom4([4]byte{127, 0, 0, 1 + n}), Kernel: h.kernel, Peers: peers,
+		Log: slog.New(slog.DiscardHandler),
 	})
 	sp.Set([]segment.Segment{sp.s})
 	ctx, cancel := context.WithCancel(context.Background())
@@ -145,29 +148,34 @@ func targets(t *testing.T, texts []string) (targets []macvrf.Target) {
 	return targets
 }
 
-// awaitSettled waits until the daemon has heard all that there is: from then on what is told no more is deleted.
+// awaitSettled waits until the daemon has imported all routes: from then on it deletes entries that are withdrawn.
 func (sp *speaker) awaitSettled(t *testing.T) {
 	t.Helper()
-	eventuallySlow(t, "all to be heard", func() bool {
+	eventually(t, "all routes to be imported", func() bool {
 		s := sp.s
 		sp.instance.Fill(&s)
 		return s.Remotes != nil && !s.Partial
 	})
 }
 
-// awaitStaleRoutesRemoved waits until each session is up and the time is over after which a speaker removes what the peer
-// no longer advertises.
-func (sp *speaker) awaitStaleRoutesRemoved(t *testing.T) {
+// awaitStaleRoutesRemoved waits until each session has come up after that time, and the speaker has had the time after
+// which it removes what the peer no longer advertises.
+func (sp *speaker) awaitStaleRoutesRemoved(t *testing.T, after time.Time) {
 	t.Helper()
-	for _, s := range sp.instance.Sessions() {
-		sp.awaitUp(t, s.Peer)
-	}
-	for _, s := range sp.instance.Sessions() {
-		<-time.After(time.Until(s.Since.Add(bgp.SyncTime + 100*time.Millisecond)))
-	}
+	var last time.Time
+	eventually(t, "the sessions to be up again", func() bool {
+		for _, s := range sp.instance.Sessions() {
+			if !s.Up || s.Since.Before(after) {
+				return false
+			}
+			last = s.Since
+		}
+		return true
+	})
+	<-time.After(time.Until(last.Add(bgp.SyncTime + 100*time.Millisecond)))
 }
 
-// tables hears what becomes of a LAN's tables on a node until the test ends.
+// tables returns the changes of a LAN's tables on a node until the test ends.
 func (n node) tables(t *testing.T, s segment.Segment) <-chan netlink.NeighUpdate {
 	t.Helper()
 	return tables(t, n.lanNetns(s))
@@ -181,15 +189,19 @@ func tables(t *testing.T, ns netlab.Namespace) <-chan netlink.NeighUpdate {
 	return updates
 }
 
-// awaitEntry waits until a VXLAN is told that a MAC is behind a remote.
+// awaitEntry waits for a VXLAN's FDB entry that has a MAC behind a VTEP.
 func awaitEntry(t *testing.T, updates <-chan netlink.NeighUpdate, mac net.HardwareAddr, vtep netip.Addr) time.Time {
 	t.Helper()
-	return awaitUpdate(t, updates, fmt.Sprintf("%s to be told to be behind %s", mac, vtep), func(u netlink.NeighUpdate) bool {
-		return u.Type == unix.RTM_NEWNEIGH && u.Flags&netlink.NTF_SELF != 0 && slices.Equal(u.HardwareAddr, mac) && u.IP.Equal(vtep.AsSlice())
+	what := fmt.Sprintf("an entry for %s behind %s", mac, vtep)
+	return awaitUpdate(t, updates, what, func(u netlink.NeighUpdate) bool {
+		return u.Type == unix.RTM_NEWNEIGH && u.Flags&netlink.NTF_SELF != 0 &&
+			slices.Equal(u.HardwareAddr, mac) && u.IP.Equal(vtep.AsSlice())
 	})
 }
 
-func awaitUpdate(t *testing.T, updates <-chan netlink.NeighUpdate, what string, fits func(netlink.NeighUpdate) bool) time.Time {
+func awaitUpdate(
+	t *testing.T, updates <-chan netlink.NeighUpdate, what string, fits func(netlink.NeighUpdate) bool,
+) time.Time {
 	t.Helper()
 	deadline := time.After(daemonTimeout)
 	for {
@@ -199,19 +211,31 @@ func awaitUpdate(t *testing.T, updates <-chan netlink.NeighUpdate, what string, 
 				return time.Now()
 			}
 		case <-deadline:
-			t.Fatalf("waited for %s in vain", what)
+			t.Fatalf("timed out waiting for %s", what)
 		}
 	}
 }
 
-// Two daemons and a reflector: a pod is known to the other node as soon as it is attached, and a VM is followed when it moves.
+// logTimes logs how long something took, and returns the median.
+func logTimes(t *testing.T, what string, took []time.Duration) (median time.Duration) {
+	t.Helper()
+	slices.Sort(took)
+	median = took[len(took)/2]
+	t.Logf("%s: median %v, worst %v", what, median, took[len(took)-1])
+	return median
+}
+
+// Two daemons exchange routes by a reflector: the other node has a pod's MAC as soon as the pod is attached, and
+// follows a VM that moves.
 func TestTwoDaemonsExchangeRoutes(t *testing.T) {
 	t.Parallel()
 	a, b, onA, onB := unicastHosts(t, families["IPv4"], 421)
 	a.reconcile(t, withEVPN(onA))
 	b.reconcile(t, withEVPN(onB))
 	reflector := startReflector(t, netip.AddrPort{})
-	onNode := map[bool]*speaker{true: a.startSpeaker(t, onA, 1, reflector.at), false: b.startSpeaker(t, onB, 2, reflector.at)}
+	onNode := map[bool]*speaker{
+		true: a.startSpeaker(t, onA, 1, reflector.at), false: b.startSpeaker(t, onB, 2, reflector.at),
+	}
 	two := b.attach(t, onB, "two", segment.Veth)
 	a.awaitState(t, onA, "the other node", func(have segment.State) bool {
 		l, _ := have.Link(onA.VXLAN.Name)
@@ -226,17 +250,16 @@ func TestTwoDaemonsExchangeRoutes(t *testing.T) {
 		one.openWire(t, a.lanNetns(onA))
 		crosses(t, one, two, frames.Stream(nil, one.Attachment.MAC, 1, 1))
 		a.release(t, one)
-		b.awaitState(t, onB, "the pod to be gone", func(have segment.State) bool {
+		b.awaitState(t, onB, "the pod's MAC to be removed", func(have segment.State) bool {
 			l, _ := have.Link(onB.VXLAN.Name)
 			return len(l.VXLAN.FDB) == 0
 		})
 	}
-	slices.Sort(took)
-	t.Logf("from attach, right after a detach, to the other node's table: median %v, worst %v", took[len(took)/2], took[len(took)-1])
+	logTimes(t, "from attach, right after a detach, to the other node's table", took)
 
 	here, there := a.attach(t, onA, "one", segment.Macvtap), b.attach(t, onB, "two", segment.Macvtap)
 	took = nil
-	for i := range byte(32) { // the VM of each MAC starts here, and then moves
+	for i := range byte(32) { // the VM with each MAC starts here and then moves
 		mac := net.HardwareAddr{2, 0xbb, 0, 0, 1, i}
 		for _, first := range []bool{true, false} {
 			from, updates, vtep := here, atB, onA.VXLAN.Local
@@ -250,8 +273,7 @@ func TestTwoDaemonsExchangeRoutes(t *testing.T) {
 			}
 		}
 	}
-	slices.Sort(took)
-	t.Logf("from a VM's first frame on another node to the table of that which it left: median %v, worst %v", took[len(took)/2], took[len(took)-1])
+	logTimes(t, "from a VM's first frame on another node to the table of the node that it left", took)
 	for _, sp := range onNode {
 		for _, s := range sp.instance.Sessions() {
 			if !s.Up {
@@ -261,7 +283,8 @@ func TestTwoDaemonsExchangeRoutes(t *testing.T) {
 	}
 }
 
-// A VM moves while its first incarnation still runs silently: every node follows its first frame within 5 ms, and nobody else loses one.
+// A VM moves while its first incarnation is still there and silent: every node follows its first frame within 5 ms, and
+// other hosts lose no frame.
 func TestEveryNodeFollowsAMovedVMWithin5ms(t *testing.T) {
 	netlab.NeedDevices(t)
 	a, b, onA, onB := unicastHosts(t, families["IPv4"], 423)
@@ -269,7 +292,7 @@ func TestEveryNodeFollowsAMovedVMWithin5ms(t *testing.T) {
 	vtep := netip.MustParseAddr("192.0.2.3")
 	c.addUnderlayAddress(t, netip.PrefixFrom(vtep, families["IPv4"].bits))
 	onC := c.withUnderlay(t, unicast(onA, vtep))
-	onC.Spokes = []string{"three"} // with a MAC of its own
+	onC.Spokes = []string{"three"} // it has a MAC of its own
 	reflector := startReflector(t, netip.AddrPort{})
 	for i, n := range []struct {
 		node
@@ -299,16 +322,15 @@ func TestEveryNodeFollowsAMovedVMWithin5ms(t *testing.T) {
 		took = append(took, time.Since(began))
 		reachesInTime(t, far, second, frames.Stream(mac, far.MAC, 4, uint64(i)))
 	}
-	slices.Sort(took)
-	t.Logf("from a VM's first frame on another node to the tables of all: median %v, worst %v", took[len(took)/2], took[len(took)-1])
-	if median := took[len(took)/2]; median > 5*time.Millisecond {
+	median := logTimes(t, "from a VM's first frame on another node to the tables of all nodes", took)
+	if median > 5*time.Millisecond {
 		t.Errorf("median %v, want 5 ms at most", median)
 	}
 	there.expectAll(t)
 	back.expectAll(t)
 }
 
-// A node speaks BGP beside another router of its own, for it listens nowhere.
+// The daemon connects and listens on no port, so the node can run another BGP router.
 func TestDaemonDoesNotListenForBGP(t *testing.T) {
 	other, err := net.Listen("tcp", ":179")
 	must(t, err)
@@ -316,23 +338,23 @@ func TestDaemonDoesNotListenForBGP(t *testing.T) {
 	a, _, s, _ := unicastHosts(t, families["IPv4"], 424)
 	a.reconcile(t, withEVPN(s))
 	speaker := a.startSpeaker(t, s, 1, startReflector(t, netip.AddrPort{}).at)
-	eventuallySlow(t, "the session", func() bool {
+	eventually(t, "the session", func() bool {
 		sessions := speaker.instance.Sessions()
 		return len(sessions) == 1 && sessions[0].Up
 	})
 	if at, want := listening(t), []string{other.Addr().String()}; !slices.Equal(at, want) {
-		t.Errorf("with a speaker this process listens at %v, without it at %v", at, want)
+		t.Errorf("with a speaker this process listens on %v, without it on %v", at, want)
 	}
 }
 
-// listening is where this process has listening TCP sockets in the network namespace of the test.
+// listening returns where this process has listening TCP sockets in the network namespace of the test.
 func listening(t *testing.T) (at []string) {
 	t.Helper()
 	own := map[string]bool{}
 	fds, err := os.ReadDir("/proc/self/fd")
 	must(t, err)
 	for _, fd := range fds {
-		if to, err := os.Readlink("/proc/self/fd/" + fd.Name()); err == nil { // the folder itself was one
+		if to, err := os.Readlink("/proc/self/fd/" + fd.Name()); err == nil { // the directory itself was open
 			own[to] = true
 		}
 	}
@@ -355,7 +377,7 @@ func listening(t *testing.T) (at []string) {
 	return at
 }
 
-// A reflector that goes and comes back, and a daemon that restarts, cost no frame.
+// A reflector and a daemon restart, and no frame is lost.
 func TestReflectorAndDaemonRestartWithoutLoss(t *testing.T) {
 	t.Parallel()
 	a, b, onA, onB := unicastHosts(t, families["IPv6"], 422)
@@ -376,17 +398,18 @@ func TestReflectorAndDaemonRestartWithoutLoss(t *testing.T) {
 	known(b, onB)
 	second.awaitSettled(t)
 	there, back := startStream(t, 1, one, two), startStream(t, 2, two, one)
+	restarted := time.Now()
 	reflector.stop()
 	again := startReflector(t, reflector.at)
 	first.end()
 	first = a.startSpeaker(t, onA, 1, again.at)
-	first.awaitStaleRoutesRemoved(t)
-	second.awaitStaleRoutesRemoved(t)
+	first.awaitStaleRoutesRemoved(t, restarted)
+	second.awaitStaleRoutesRemoved(t, restarted)
 	there.expectAll(t)
 	back.expectAll(t)
 	known(a, onA)
 	known(b, onB)
-	updates, mac := b.tables(t, onB), net.HardwareAddr{2, 0xbb, 0, 0, 2, 1} // what is new is told as well
+	updates, mac := b.tables(t, onB), net.HardwareAddr{2, 0xbb, 0, 0, 2, 1} // a new MAC is advertised as well
 	must(t, one.Send(frames.Stream(nil, mac, 1, 1)))
 	awaitEntry(t, updates, mac, onA.VXLAN.Local)
 }

@@ -19,15 +19,18 @@ import (
 
 var broadcast = net.HardwareAddr{0xff, 0xff, 0xff, 0xff, 0xff, 0xff}
 
-// arp is an ARP packet of that operation: 1 asks, 2 answers.
+// arp is an ARP packet with that operation: 1 is a request, 2 a reply.
 func arp(operation byte, dst, src net.HardwareAddr, sender, target string) []byte {
-	return slices.Concat(dst, src, []byte{8, 6, 0, 1, 8, 0, 6, 4, 0, operation}, src, netip.MustParseAddr(sender).AsSlice(), dst, netip.MustParseAddr(target).AsSlice())
+	return slices.Concat(dst, src, []byte{8, 6, 0, 1, 8, 0, 6, 4, 0, operation},
+		src, netip.MustParseAddr(sender).AsSlice(), dst, netip.MustParseAddr(target).AsSlice())
 }
 
-// neighborDiscovery is a message of that type: 135 asks, 136 answers; the option bears the sender's MAC.
+// neighborDiscovery is an ICMPv6 message of that type: 135 is a solicitation, 136 an advertisement; the option has the
+// sender's MAC.
 func neighborDiscovery(kind byte, dst, src net.HardwareAddr, source, to, target string) []byte {
 	from, at := netip.MustParseAddr(source).AsSlice(), netip.MustParseAddr(to).AsSlice()
-	message := slices.Concat([]byte{kind, 0, 0, 0, 0x60, 0, 0, 0}, netip.MustParseAddr(target).AsSlice(), []byte{kind - 134, 1}, src)
+	message := slices.Concat([]byte{kind, 0, 0, 0, 0x60, 0, 0, 0}, netip.MustParseAddr(target).AsSlice(),
+		[]byte{kind - 134, 1}, src)
 	sum := uint32(len(message) + 58)
 	for _, part := range [][]byte{from, at, message} {
 		for i := 0; i < len(part); i += 2 {
@@ -41,45 +44,46 @@ func neighborDiscovery(kind byte, dst, src net.HardwareAddr, source, to, target 
 	return slices.Concat(dst, src, []byte{0x86, 0xdd, 0x60, 0, 0, 0, 0, byte(len(message)), 58, 255}, from, at, message)
 }
 
-// What stations on a node show by ARP and neighbour discovery is heard, also where it goes to one other alone; what others show who are not on this
-// node is not, nor is anything behind a VLAN tag.
+// The node snoops the bindings of its own hosts from ARP and neighbor discovery, also from frames to one other host. It
+// snoops no bindings of hosts on other nodes, and nothing behind a VLAN tag.
 func TestBindingsOfLocalHostsAreSnooped(t *testing.T) {
 	t.Parallel()
 	a, b, onA, onB := unicastHosts(t, families["IPv4"], 441)
-	onB.Spokes = []string{"three"} // with a MAC of its own
+	onB.Spokes = []string{"three"} // it has a MAC of its own
 	a.reconcile(t, onA)
 	b.reconcile(t, onB)
-	pod, vm, far := a.attach(t, onA, "one", segment.Veth), a.attach(t, onA, "two", segment.Macvtap), b.attach(t, onB, "three", segment.Veth)
+	pod, vm := a.attach(t, onA, "one", segment.Veth), a.attach(t, onA, "two", segment.Macvtap)
+	far := b.attach(t, onB, "three", segment.Veth)
 	a.observe(t, onA)
 	type shown struct {
 		mac string
 		ip  string
 	}
-	heard := make(chan shown, 100)
+	bound := make(chan shown, 100)
 	ctx, stop := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
 	go func() {
 		ended <- a.kernel.WatchBindings(ctx, onA.Netns, kernel.Bindings{Bound: func(mac [6]byte, ip netip.Addr) {
-			heard <- shown{net.HardwareAddr(mac[:]).String(), ip.String()}
+			bound <- shown{net.HardwareAddr(mac[:]).String(), ip.String()}
 		}, Recreated: func() {}})
 	}()
 	until := func(what string, send func()) (all []shown) {
 		t.Helper()
-		again := time.NewTicker(50 * time.Millisecond) // it is heard from some time after the start
+		again := time.NewTicker(50 * time.Millisecond) // snooping begins some time after the start
 		defer again.Stop()
 		last := shown{pod.MAC.String(), "10.0.0.99"}
 		send()
 		for deadline := time.After(daemonTimeout); ; {
 			must(t, pod.Send(arp(1, broadcast, pod.MAC, last.ip, last.ip)))
 			select {
-			case s := <-heard:
+			case s := <-bound:
 				if s == last {
 					return all
 				}
 				all = append(all, s)
 			case <-again.C:
 			case <-deadline:
-				t.Fatalf("waited for %s in vain", what)
+				t.Fatalf("timed out waiting for %s", what)
 			}
 		}
 	}
@@ -87,7 +91,7 @@ func TestBindingsOfLocalHostsAreSnooped(t *testing.T) {
 	untilQuiet := time.NewTimer(200 * time.Millisecond)
 	for quiet := false; !quiet; {
 		select {
-		case <-heard:
+		case <-bound:
 		case <-untilQuiet.C:
 			quiet = true
 		}
@@ -111,15 +115,17 @@ func TestBindingsOfLocalHostsAreSnooped(t *testing.T) {
 			arp(1, broadcast, pod.MAC, "0.0.0.0", "10.0.0.4"),
 			frames.Tag(arp(1, broadcast, pod.MAC, "10.0.0.5", "10.0.0.2"), 0x8100, 7),
 			frames.Tag(arp(1, broadcast, pod.MAC, "10.0.0.5", "10.0.0.2"), 0x88a8, 7),
-			neighborDiscovery(135, net.HardwareAddr{0x33, 0x33, 0xff, 0, 0, 2}, pod.MAC, "fd00::1", "ff02::1:ff00:2", "fd00::2"),
-			neighborDiscovery(135, net.HardwareAddr{0x33, 0x33, 0xff, 0, 0, 2}, pod.MAC, "::", "ff02::1:ff00:2", "fd00::9"),
+			neighborDiscovery(135, solicited(2), pod.MAC, "fd00::1", "ff02::1:ff00:2", "fd00::2"),
+			neighborDiscovery(135, solicited(2), pod.MAC, "::", "ff02::1:ff00:2", "fd00::9"),
 			neighborDiscovery(136, far.MAC, pod.MAC, "fd00::2", "fd00::51", "fd00::2"),
 		} {
 			must(t, pod.Send(frame))
 		}
 		reachesInTime(t, vm, pod, arp(2, pod.MAC, vm.MAC, "10.0.0.7", "10.0.0.1"))
 	})
-	slices.SortFunc(all, func(x, y shown) int { return cmp.Or(strings.Compare(x.mac, y.mac), strings.Compare(x.ip, y.ip)) })
+	slices.SortFunc(all, func(x, y shown) int {
+		return cmp.Or(strings.Compare(x.mac, y.mac), strings.Compare(x.ip, y.ip))
+	})
 	all = slices.Compact(all)
 	p, v := pod.MAC.String(), vm.MAC.String()
 	want := []shown{{p, "10.0.0.1"}, {p, "10.0.0.2"}, {p, "10.0.0.3"}, {p, "fd00::1"}, {p, "fd00::2"}, {v, "10.0.0.7"}}
@@ -127,13 +133,13 @@ func TestBindingsOfLocalHostsAreSnooped(t *testing.T) {
 		want = slices.Concat(want[5:], want[:5])
 	}
 	if !slices.Equal(all, want) {
-		t.Errorf("heard %v,\n want %v", all, want)
+		t.Errorf("bindings are %v,\n want %v", all, want)
 	}
 	stop()
 	must(t, <-ended)
 }
 
-// What a pod shows to have is told with its MAC, and no more once the pod is gone; FRR tells the same of its own.
+// A pod's bindings are advertised with its MAC until the pod is detached; FRR advertises its own in the same way.
 func TestBindingsAreAdvertisedWithMACs(t *testing.T) {
 	t.Parallel()
 	a, _, s, _ := unicastHosts(t, families["IPv4"], 442)
@@ -150,10 +156,13 @@ func TestBindingsAreAdvertisedWithMACs(t *testing.T) {
 	must(t, there.Send(arp(1, broadcast, there.MAC, "10.77.0.3", "10.77.0.1")))
 	reachesInTime(t, here, there, arp(2, there.MAC, here.MAC, "10.77.0.1", "10.77.0.3"))
 	reachesInTime(t, here, there, neighborDiscovery(136, there.MAC, here.MAC, "fd77::1", "fd77::3", "fd77::1"))
-	router.awaitOutput(t, "show bgp l2vpn evpn route", "[2]:[0]:[48]:["+here.MAC.String()+"]\n", address(here.MAC, "10.77.0.1"), address(here.MAC, "fd77::1"))
+	router.awaitOutput(t, "show bgp l2vpn evpn route", "[2]:[0]:[48]:["+here.MAC.String()+"]\n",
+		address(here.MAC, "10.77.0.1"), address(here.MAC, "fd77::1"))
 	router.awaitOutput(t, "show evpn arp-cache vni 442", "10.77.0.1", "fd77::1", here.MAC.String())
-	reachesInTime(t, here, there, arp(1, broadcast, here.MAC, "10.77.0.2", "10.77.0.3")) // another
+	reachesInTime(t, here, there, arp(1, broadcast, here.MAC, "10.77.0.2", "10.77.0.3")) // one more address
 	router.awaitOutput(t, "show bgp l2vpn evpn route", address(here.MAC, "10.77.0.1"), address(here.MAC, "10.77.0.2"))
 	a.release(t, here)
-	eventuallySlow(t, "FRR to forget the pod", func() bool { return !hasAll(router.show(t, "show bgp l2vpn evpn route"), here.MAC.String()) })
+	eventually(t, "FRR to remove the pod's routes", func() bool {
+		return !hasAll(router.show(t, "show bgp l2vpn evpn route"), here.MAC.String())
+	})
 }

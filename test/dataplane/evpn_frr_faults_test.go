@@ -14,16 +14,16 @@ import (
 	"github.com/k8slan/k8slan/test/frames"
 )
 
-// awaitDown waits until the daemon says that it has no session with the peer, and these words of why.
+// awaitDown waits until the daemon reports the session with the peer as down, for a reason with these words.
 func (sp *speaker) awaitDown(t *testing.T, peer bgp.Peer, words ...string) {
 	t.Helper()
 	last := ""
 	defer func() {
 		if t.Failed() {
-			t.Logf("it says: %s", last)
+			t.Logf("the reason is: %s", last)
 		}
 	}()
-	eventuallySlow(t, fmt.Sprintf("%q of the session with %s", words, peer), func() bool {
+	eventually(t, fmt.Sprintf("%q of the session with %s", words, peer), func() bool {
 		for _, s := range sp.instance.Sessions() {
 			if s.Peer.Address == peer.Address && !s.Up {
 				last = s.Why
@@ -37,7 +37,7 @@ func (sp *speaker) awaitDown(t *testing.T, peer bgp.Peer, words ...string) {
 
 func (sp *speaker) awaitUp(t *testing.T, peer bgp.Peer) {
 	t.Helper()
-	eventuallySlow(t, "the session with "+peer.String(), func() bool {
+	eventually(t, "the session with "+peer.String(), func() bool {
 		for _, s := range sp.instance.Sessions() {
 			if s.Peer.Address == peer.Address && s.Up {
 				return true
@@ -47,14 +47,15 @@ func (sp *speaker) awaitUp(t *testing.T, peer bgp.Peer) {
 	})
 }
 
-// FRR is in an AS of its own, beyond a router, and asks for a password: it is in the LAN, and the nodes, which are in one AS, hear of each other
-// by it alone.
+// FRR is in another AS, behind a router, and requires a password. It is a VTEP of the LAN, and the nodes, which are in
+// one AS, get each other's routes from it.
 func TestFRRInAnotherAS(t *testing.T) {
 	t.Parallel()
 	a, b, onA, onB := unicastHosts(t, families["IPv4"], 436)
 	a.reconcile(t, withEVPN(onA))
 	b.reconcile(t, withEVPN(onB))
-	router := startFRRWith(t, a, frrConfig{as: 65001, peerAS: 65000, role: asVTEP, behindRouter: true, nodes: ` neighbor nodes password secret
+	router := startFRRWith(t, a, frrConfig{
+		as: 65001, peerAS: 65000, role: asVTEP, behindRouter: true, nodes: ` neighbor nodes password secret
  neighbor nodes ebgp-multihop 2
  no bgp ebgp-requires-policy
 `})
@@ -73,7 +74,8 @@ func TestFRRInAnotherAS(t *testing.T) {
 	one, two := a.attach(t, onA, "one", segment.Veth), b.attach(t, onB, "two", segment.Veth)
 	first.awaitUp(t, peer(1))
 	second.awaitUp(t, peer(2))
-	router.awaitOutput(t, fmt.Sprintf("show bgp neighbors %s json", peer(1).Source), `"bgpTimerConfiguredHoldTimeMsecs":9000`)
+	router.awaitOutput(t, fmt.Sprintf("show bgp neighbors %s json", peer(1).Source),
+		`"bgpTimerConfiguredHoldTimeMsecs":9000`)
 	must(t, there.Send(frames.Stream(nil, there.MAC, 1, 1)))
 	has := func(sp *speaker, vtep netip.Addr, mac net.HardwareAddr) {
 		t.Helper()
@@ -89,7 +91,9 @@ func TestFRRInAnotherAS(t *testing.T) {
 	}
 	has(first, router.vtep, there.MAC)
 	has(second, router.vtep, there.MAC)
-	router.awaitOutput(t, "show bgp l2vpn evpn route", "[3]:[0]:[32]:["+onA.VXLAN.Local.String()+"]", "[2]:[0]:[48]:["+one.MAC.String()+"]", "RT:65000:436 ET:8", "RT:65001:436")
+	router.awaitOutput(t, "show bgp l2vpn evpn route",
+		"[3]:[0]:[32]:["+onA.VXLAN.Local.String()+"]", "[2]:[0]:[48]:["+one.MAC.String()+"]",
+		"RT:65000:436 ET:8", "RT:65001:436")
 	has(first, onB.VXLAN.Local, two.MAC)
 	has(second, onA.VXLAN.Local, one.MAC)
 	for i, s := range []*host{one, two} {
@@ -99,19 +103,22 @@ func TestFRRInAnotherAS(t *testing.T) {
 	reachesInTime(t, one, two, frames.Stream(two.MAC, one.MAC, 4, 1))
 	for _, sp := range []*speaker{first, second} {
 		if trouble := sp.instance.Problems(sp.s.Netns); trouble.Refusals > 0 {
-			t.Errorf("refused: %d, %v", trouble.Refusals, trouble.Refused)
+			t.Errorf("%d routes are refused: %v", trouble.Refusals, trouble.Refused)
 		}
 	}
 }
 
-// FRR and the node do not agree on AS or password: the session's state says so, and what goes by another peer loses nothing. Once they agree
-// there is a session.
+// FRR and the node have different ASes or passwords: the session's state reports that, and traffic by the routes of
+// another peer loses no frame. With the same ones there is a session.
 func TestSessionNeedsTheSameASAndPassword(t *testing.T) {
 	t.Parallel()
 	a, b, onA, onB := unicastHosts(t, families["IPv4"], 437)
 	a.reconcile(t, withEVPN(onA))
 	b.reconcile(t, withEVPN(onB))
-	router, reflector := startFRRWith(t, a, frrConfig{as: 65000, peerAS: 65000, role: asVTEP, nodes: " neighbor nodes password secret\n"}), startReflector(t, netip.AddrPort{})
+	router := startFRRWith(t, a, frrConfig{
+		as: 65000, peerAS: 65000, role: asVTEP, nodes: " neighbor nodes password secret\n",
+	})
+	reflector := startReflector(t, netip.AddrPort{})
 	defer router.logState(t)
 	peer, own := router.peer(1), reflectorPeer(1, reflector.at)
 	first, second := a.startSpeakerTo(t, onA, 1, peer, own), b.startSpeaker(t, onB, 2, reflector.at)
@@ -135,11 +142,11 @@ func TestSessionNeedsTheSameASAndPassword(t *testing.T) {
 	peer.AS = 65000
 	must(t, first.instance.SetPeers(t.Context(), []bgp.Peer{peer, own}, ""))
 	first.awaitUp(t, peer)
-	router.vtysh(t, "configure", "router bgp 65000", "neighbor nodes remote-as 65009") // it closes the session
+	router.vtysh(t, "configure", "router bgp 65000", "neighbor nodes remote-as 65009") // this closes the session
 	first.awaitDown(t, peer)
 	router.vtysh(t, "configure", "router bgp 65000", "neighbor nodes remote-as 65000")
 	first.awaitUp(t, peer)
-	// Each side gets another password, the node first: it counts when FRR has it, too.
+	// Each side gets another password, the node first: it counts once FRR has it, too.
 	peer.Password = "second"
 	must(t, first.instance.SetPeers(t.Context(), []bgp.Peer{peer, own}, ""))
 	router.vtysh(t, "configure", "router bgp 65000", "neighbor nodes password second")
@@ -152,35 +159,43 @@ func TestSessionNeedsTheSameASAndPassword(t *testing.T) {
 	}
 }
 
-// FRR tells a LAN's routes with another VNI: they are not used, the LAN says so, and its other members and another LAN lose nothing.
+// FRR advertises a LAN's routes with another VNI: they are not imported, the LAN reports that, and neither its other
+// members nor another LAN lose a frame.
 func TestRoutesWithAnotherVNIAreRefused(t *testing.T) {
 	t.Parallel()
 	a, b, onA, onB := unicastHosts(t, families["IPv4"], 438)
 	a.reconcile(t, withEVPN(onA))
 	b.reconcile(t, withEVPN(onB))
-	router, reflector := startFRRWith(t, a, frrConfig{as: 65000, peerAS: 65000, role: asVTEP + "  vni 439\n   route-target export 65000:438\n  exit-vni\n"}), startReflector(t, netip.AddrPort{})
+	router := startFRRWith(t, a, frrConfig{
+		as: 65000, peerAS: 65000, role: asVTEP + "  vni 439\n   route-target export 65000:438\n  exit-vni\n",
+	})
+	reflector := startReflector(t, netip.AddrPort{})
 	defer router.logState(t)
-	first, second := a.startSpeakerTo(t, onA, 1, router.peer(1), reflectorPeer(1, reflector.at)), b.startSpeaker(t, onB, 2, reflector.at)
+	first := a.startSpeakerTo(t, onA, 1, router.peer(1), reflectorPeer(1, reflector.at))
+	second := b.startSpeaker(t, onB, 2, reflector.at)
 	one, two := a.attach(t, onA, "one", segment.Veth), b.attach(t, onB, "two", segment.Veth)
 	first.awaitRemote(t, onB.VXLAN.Local, two.MAC)
 	second.awaitRemote(t, onA.VXLAN.Local, one.MAC)
 	there, back := startStream(t, 1, one, two), startStream(t, 2, two, one)
 	other := onA
 	other.VXLAN.VNI = 439
-	stranger := router.attach(t, other)
-	eventuallySlow(t, "the LAN to say so", func() bool {
+	foreign := router.attach(t, other)
+	eventually(t, "the LAN to report that", func() bool {
 		trouble := first.instance.Problems(onA.Netns)
-		return trouble.Refusals > 0 && trouble.Refused.Reason == macvrf.OtherVNI && trouble.Refused.Route.VTEP == router.vtep
+		return trouble.Refusals > 0 && trouble.Refused.Reason == macvrf.OtherVNI &&
+			trouble.Refused.Route.VTEP == router.vtep
 	})
-	must(t, stranger.Send(frames.Stream(nil, stranger.MAC, 3, 1)))
-	eventuallySlow(t, "the LAN to refuse the MAC, too", func() bool { return first.instance.Problems(onA.Netns).Refusals == 2 })
-	t.Logf("the LAN says: %s", first.instance.Problems(onA.Netns).Refused)
+	must(t, foreign.Send(frames.Stream(nil, foreign.MAC, 3, 1)))
+	eventually(t, "the LAN to refuse the MAC, too", func() bool {
+		return first.instance.Problems(onA.Netns).Refusals == 2
+	})
+	t.Logf("the LAN reports: %s", first.instance.Problems(onA.Netns).Refused)
 	there.expectAll(t)
 	back.expectAll(t)
-	first.awaitRemote(t, onB.VXLAN.Local, two.MAC) // and nobody else
+	first.awaitRemote(t, onB.VXLAN.Local, two.MAC) // and no other remote
 }
 
-// A MAC speaks behind FRR and on a node: both take it for a duplicate and say so, and who is beside it loses nothing.
+// Hosts behind FRR and on a node send with one MAC: both report it as a duplicate, and other hosts lose no frame.
 func TestDuplicateMACIsReported(t *testing.T) {
 	t.Parallel()
 	a, _, s, _ := unicastHosts(t, families["IPv4"], 440)
@@ -192,17 +207,18 @@ func TestDuplicateMACIsReported(t *testing.T) {
 	here, vm := a.attach(t, s, "one", segment.Veth), a.attach(t, s, "two", segment.Macvtap)
 	must(t, there.Send(frames.Stream(nil, there.MAC, 1, 1)))
 	node.awaitRemote(t, router.vtep, there.MAC)
-	router.awaitOutput(t, fmt.Sprintf("show evpn mac vni 440 mac %s", here.MAC), "Remote VTEP: "+s.VXLAN.Local.String())
+	router.awaitOutput(t, fmt.Sprintf("show evpn mac vni 440 mac %s", here.MAC),
+		"Remote VTEP: "+s.VXLAN.Local.String())
 	out, in := startStream(t, 2, here, there), startStream(t, 3, there, here)
 	mac := net.HardwareAddr{2, 0xbb, 0, 0, 7, 1}
 	said := func() bool { return len(node.instance.Problems(s.Netns).Duplicates) == 1 }
 	atFRR := func() string { return router.show(t, "show evpn mac vni 440 mac "+mac.String()) }
-	eventuallySlow(t, "the node to take it for a duplicate", func() bool {
+	eventually(t, "the node to report a duplicate", func() bool {
 		must(t, vm.Send(frames.Stream(mac, mac, 4, 1)))
 		must(t, there.Send(frames.Stream(mac, mac, 4, 2)))
 		return said() && strings.Contains(atFRR(), "Duplicate")
 	})
-	t.Logf("%s is on two; FRR says\n%s", node.instance.Problems(s.Netns).Duplicates, atFRR())
+	t.Logf("%s is on two nodes; FRR shows\n%s", node.instance.Problems(s.Netns).Duplicates, atFRR())
 	out.expectAll(t)
 	in.expectAll(t)
 }

@@ -17,7 +17,7 @@ import (
 	"github.com/k8slan/k8slan/test/netlab"
 )
 
-// reachesInTime sends a frame until it is heard at the other end, whatever else is heard there: what a router tells takes its time.
+// reachesInTime sends a frame again and again until it arrives at the other end: a router's routes take some time.
 func reachesInTime(t *testing.T, from, to netlab.Wire, frame []byte) {
 	t.Helper()
 	for deadline := time.Now().Add(daemonTimeout); ; {
@@ -32,18 +32,21 @@ func reachesInTime(t *testing.T, from, to netlab.Wire, frame []byte) {
 	}
 }
 
-// awaitMove waits until a bridge is told that a MAC is behind the VXLAN. The VXLAN's half of the entry tells less: it may stay as it was
+// awaitMove waits for the bridge's entry that has a MAC behind the VXLAN. The VXLAN's own entry says less: it may stay
 // while the MAC is on a port of the bridge.
-func awaitMove(t *testing.T, ns netlab.Namespace, vxlan string, updates <-chan netlink.NeighUpdate, mac net.HardwareAddr) time.Time {
+func awaitMove(
+	t *testing.T, ns netlab.Namespace, vxlan string, updates <-chan netlink.NeighUpdate, mac net.HardwareAddr,
+) time.Time {
 	t.Helper()
 	link, err := ns.Netlink(t).LinkByName(vxlan)
 	must(t, err)
 	return awaitUpdate(t, updates, fmt.Sprintf("%s to be behind %s", mac, vxlan), func(u netlink.NeighUpdate) bool {
-		return u.Type == unix.RTM_NEWNEIGH && u.LinkIndex == link.Attrs().Index && u.Flags&netlink.NTF_SELF == 0 && bytes.Equal(u.HardwareAddr, mac)
+		return u.Type == unix.RTM_NEWNEIGH && u.LinkIndex == link.Attrs().Index && u.Flags&netlink.NTF_SELF == 0 &&
+			bytes.Equal(u.HardwareAddr, mac)
 	})
 }
 
-// awaitRemote waits until a node has one other, which is at that VTEP, and these MACs behind it.
+// awaitRemote waits until the node has that VTEP as its only remote, and these MACs behind it.
 func (sp *speaker) awaitRemote(t *testing.T, vtep netip.Addr, macs ...net.HardwareAddr) {
 	t.Helper()
 	sp.awaitState(t, sp.s, fmt.Sprintf("%s with %s", vtep, macs), func(have segment.State) bool {
@@ -58,7 +61,7 @@ func (sp *speaker) awaitRemote(t *testing.T, vtep netip.Addr, macs ...net.Hardwa
 	})
 }
 
-// FRR is a VTEP of the LAN: packets go both ways, a MAC moves there and back, and either side comes back from a restart.
+// FRR is a VTEP of the LAN: frames pass both ways, a MAC moves there and back, and each side can restart.
 func TestFRRIsAVTEP(t *testing.T) {
 	t.Parallel()
 	a, _, s, _ := unicastHosts(t, families["IPv4"], 431)
@@ -71,7 +74,8 @@ func TestFRRIsAVTEP(t *testing.T) {
 	must(t, there.Send(frames.Stream(nil, there.MAC, 1, 1)))
 	node.awaitRemote(t, router.vtep, there.MAC)
 	self := s.VXLAN.Local.String()
-	router.awaitOutput(t, "show bgp l2vpn evpn route", "[3]:[0]:[32]:["+self+"]", "[2]:[0]:[48]:["+here.MAC.String()+"]", "RT:65000:431 ET:8")
+	router.awaitOutput(t, "show bgp l2vpn evpn route",
+		"[3]:[0]:[32]:["+self+"]", "[2]:[0]:[48]:["+here.MAC.String()+"]", "RT:65000:431 ET:8")
 	router.awaitOutput(t, fmt.Sprintf("show evpn mac vni 431 mac %s", here.MAC), "Remote VTEP: "+self)
 	reachesInTime(t, here, there, frames.Stream(there.MAC, here.MAC, 2, 1))
 	reachesInTime(t, there, here, frames.Stream(here.MAC, there.MAC, 2, 2))
@@ -79,7 +83,7 @@ func TestFRRIsAVTEP(t *testing.T) {
 
 	mac := net.HardwareAddr{2, 0xbb, 0, 0, 4, 1}
 	atNode, atFRR := a.tables(t, s), tables(t, router.Namespace)
-	for i := range uint64(2) { // FRR takes a MAC for a duplicate after five moves
+	for i := range uint64(2) { // after five moves FRR treats a MAC as a duplicate
 		began := time.Now()
 		must(t, vm.Send(frames.Stream(nil, mac, 3, 2*i)))
 		toFRR := awaitMove(t, router.Namespace, "vx", atFRR, mac).Sub(began)
@@ -88,7 +92,7 @@ func TestFRRIsAVTEP(t *testing.T) {
 		must(t, there.Send(frames.Stream(nil, mac, 3, 2*i+1)))
 		toNode := awaitMove(t, a.lanNetns(s), s.VXLAN.Name, atNode, mac).Sub(began)
 		reachesInTime(t, here, there, frames.Stream(mac, here.MAC, 4, 2*i+1))
-		t.Logf("from a MAC's first frame on our node to FRR's table %v, and back %v", toFRR, toNode)
+		t.Logf("from a MAC's first frame on the node to FRR's table %v, and back %v", toFRR, toNode)
 	}
 	router.awaitOutput(t, "show bgp l2vpn evpn route type macip", "MM:3")
 
@@ -106,7 +110,8 @@ func TestFRRIsAVTEP(t *testing.T) {
 		router.awaitOutput(t, fmt.Sprintf("show evpn mac vni 431 mac %s", here.MAC), "Remote VTEP: "+self)
 		reachesInTime(t, here, there, frames.Stream(there.MAC, here.MAC, 7, 1))
 		reachesInTime(t, there, here, frames.Stream(here.MAC, there.MAC, 7, 2))
-		t.Logf("while %s restarts, frames at %d a second are lost: to FRR %d, from FRR %d", what, rate, out.finish().Lost, in.finish().Lost)
+		t.Logf("while %s restarts, frames at %d a second are lost: to FRR %d, from FRR %d",
+			what, rate, out.finish().Lost, in.finish().Lost)
 	}
 
 	must(t, a.setPodAddresses(t, here, "10.77.0.1/24", "fd77::1/64"))
@@ -116,7 +121,7 @@ func TestFRRIsAVTEP(t *testing.T) {
 	}
 }
 
-// A LAN has a route target and an RD of its own, as FRR has it; both are changed while it runs, and nothing is lost.
+// A LAN has a route target and an RD of its own, as FRR has. Both change while the LAN is in use, and no frame is lost.
 func TestRouteTargetsAndRDChangeWithoutLoss(t *testing.T) {
 	t.Parallel()
 	a, _, s, _ := unicastHosts(t, families["IPv4"], 436)
@@ -134,7 +139,8 @@ func TestRouteTargetsAndRDChangeWithoutLoss(t *testing.T) {
 	here := a.attach(t, s, "one", segment.Veth)
 	must(t, there.Send(frames.Stream(nil, there.MAC, 1, 1)))
 	node.awaitRemote(t, router.vtep, there.MAC)
-	router.awaitOutput(t, "show bgp l2vpn evpn route", "Route Distinguisher: 127.0.0.2:7", "RT:4200000000:7 ET:8", "ET:8 RT:64512:7")
+	router.awaitOutput(t, "show bgp l2vpn evpn route",
+		"Route Distinguisher: 127.0.0.2:7", "RT:4200000000:7 ET:8", "ET:8 RT:64512:7")
 	router.awaitOutput(t, fmt.Sprintf("show evpn mac vni 436 mac %s", here.MAC), "Remote VTEP: "+s.VXLAN.Local.String())
 	reachesInTime(t, here, there, frames.Stream(there.MAC, here.MAC, 2, 1))
 	reachesInTime(t, there, here, frames.Stream(here.MAC, there.MAC, 2, 2))
@@ -147,9 +153,10 @@ func TestRouteTargetsAndRDChangeWithoutLoss(t *testing.T) {
 		{Import: []string{"64512:7", "65000:1"}, Export: []string{"64512:8"}, RD: 431},
 	} {
 		node.routes <- step
-		router.awaitOutput(t, "show bgp l2vpn evpn route", fmt.Sprintf("Route Distinguisher: 127.0.0.2:%d", step.RD), "RT:"+step.Export[len(step.Export)-1])
+		router.awaitOutput(t, "show bgp l2vpn evpn route",
+			fmt.Sprintf("Route Distinguisher: 127.0.0.2:%d", step.RD), "RT:"+step.Export[len(step.Export)-1])
 	}
-	eventuallySlow(t, "FRR to forget the old ones", func() bool {
+	eventually(t, "FRR to remove the old routes", func() bool {
 		shown := router.show(t, "show bgp l2vpn evpn route")
 		return !hasAll(shown, "127.0.0.2:7") && !hasAll(shown, "4200000000:7")
 	})
@@ -157,8 +164,8 @@ func TestRouteTargetsAndRDChangeWithoutLoss(t *testing.T) {
 	in.expectAll(t)
 }
 
-// FRR is the reflector of two nodes. They keep what it has told while it restarts; of a node whose daemon restarts it says at once that
-// it is gone.
+// FRR reflects the routes of two nodes. They keep the routes while FRR restarts; FRR withdraws the routes of a node
+// whose daemon restarts at once.
 func TestFRRReflectsRoutes(t *testing.T) {
 	t.Parallel()
 	a, b, onA, onB := unicastHosts(t, families["IPv4"], 432)
@@ -174,7 +181,8 @@ func TestFRRReflectsRoutes(t *testing.T) {
 		second.awaitRemote(t, onA.VXLAN.Local, one.MAC)
 	}
 	known()
-	router.awaitOutput(t, "show bgp l2vpn evpn", "[2]:[0]:[48]:["+one.MAC.String()+"]", "[2]:[0]:[48]:["+two.MAC.String()+"]",
+	router.awaitOutput(t, "show bgp l2vpn evpn",
+		"[2]:[0]:[48]:["+one.MAC.String()+"]", "[2]:[0]:[48]:["+two.MAC.String()+"]",
 		"[3]:[0]:[32]:["+onA.VXLAN.Local.String()+"]", "[3]:[0]:[32]:["+onB.VXLAN.Local.String()+"]")
 	vmA := a.claim(t, onA, "two", segment.Macvtap)
 	vmA.openWire(t, a.lanNetns(onA))
@@ -186,14 +194,14 @@ func TestFRRReflectsRoutes(t *testing.T) {
 		must(t, vmA.Send(frames.Stream(nil, mac, 9, 1)))
 		took = append(took, awaitEntry(t, updates, mac, onA.VXLAN.Local).Sub(began))
 	}
-	slices.Sort(took)
-	t.Logf("from a MAC's first frame to the other node's table: median %v, worst %v", took[len(took)/2], took[len(took)-1])
+	logTimes(t, "from a MAC's first frame to the other node's table", took)
 
 	there, back := startStream(t, 1, one, two), startStream(t, 2, two, one)
+	restarted := time.Now()
 	router.bgpd.kill()
 	router.bgpd.start(t)
-	first.awaitStaleRoutesRemoved(t)
-	second.awaitStaleRoutesRemoved(t)
+	first.awaitStaleRoutesRemoved(t, restarted)
+	second.awaitStaleRoutesRemoved(t, restarted)
 	there.expectAll(t)
 	back.expectAll(t)
 	second.awaitRemote(t, onA.VXLAN.Local, one.MAC)
@@ -202,18 +210,22 @@ func TestFRRReflectsRoutes(t *testing.T) {
 	there, back = startStream(t, 3, one, two), startStream(t, 4, two, one)
 	began := time.Now()
 	first.end()
-	eventuallySlow(t, "FRR to drop the node's routes", func() bool { return !hasAll(router.show(t, "show bgp l2vpn evpn"), one.MAC.String()) })
+	eventually(t, "FRR to remove the node's routes", func() bool {
+		return !hasAll(router.show(t, "show bgp l2vpn evpn"), one.MAC.String())
+	})
 	kept := time.Since(began)
 	first = a.startSpeakerTo(t, onA, 1, router.peer(1))
 	first.awaitUp(t, router.peer(1))
 	first.awaitRemote(t, onB.VXLAN.Local, two.MAC)
 	second.awaitRemote(t, onA.VXLAN.Local, one.MAC)
-	t.Logf("FRR keeps a node's routes for %v after its daemon has ended; while that restarts, frames at %d a second are lost: from its node %d, to its node %d",
+	t.Logf("FRR keeps a node's routes for %v after its daemon has ended; while the daemon restarts, "+
+		"frames at %d a second are lost: from its node %d, to its node %d",
 		kept, rate, there.finish().Lost, back.finish().Lost)
 	crosses(t, one, two, frames.Stream(two.MAC, one.MAC, 5, 1))
 }
 
-// gobgpd is the reflector of two nodes, whose VTEPs are of either IP version: neither its restart nor a daemon's costs a frame.
+// gobgpd reflects the routes of two nodes with VTEPs of either IP version. It restarts, a daemon restarts, and no frame
+// is lost.
 func TestGoBGPReflectsRoutes(t *testing.T) {
 	t.Parallel()
 	for name, f := range families {
@@ -230,26 +242,28 @@ func TestGoBGPReflectsRoutes(t *testing.T) {
 			catalogCrosses(t, one, two)
 			second.awaitSettled(t)
 			there, back := startStream(t, 1, one, two), startStream(t, 2, two, one)
+			restarted := time.Now()
 			reflector.kill()
 			reflector.start(t)
 			first.end()
 			first = a.startSpeaker(t, onA, 1, at)
-			first.awaitStaleRoutesRemoved(t)
-			second.awaitStaleRoutesRemoved(t)
+			first.awaitStaleRoutesRemoved(t, restarted)
+			second.awaitStaleRoutesRemoved(t, restarted)
 			there.expectAll(t)
 			back.expectAll(t)
 			first.awaitRemote(t, onB.VXLAN.Local, two.MAC)
 			second.awaitRemote(t, onA.VXLAN.Local, one.MAC)
-			updates, mac := b.tables(t, onB), net.HardwareAddr{2, 0xbb, 0, 0, 6, 1} // what is new is told as well
+			updates, mac := b.tables(t, onB), net.HardwareAddr{2, 0xbb, 0, 0, 6, 1} // a new MAC is advertised as well
 			began := time.Now()
 			must(t, one.Send(frames.Stream(nil, mac, 3, 1)))
-			t.Logf("from a MAC's first frame to the other node's table: %v", awaitEntry(t, updates, mac, onA.VXLAN.Local).Sub(began))
+			took := awaitEntry(t, updates, mac, onA.VXLAN.Local).Sub(began)
+			t.Logf("from a MAC's first frame to the other node's table: %v", took)
 		})
 	}
 }
 
-// FRR 8.4 closes the session over a route with an IPv6 VTEP. It is told none, the session stands, and the LAN says so; who can take
-// them is told them.
+// FRR 8.4 closes the session over a route with an IPv6 VTEP. No such route is advertised to it, the session stays up,
+// and the LAN reports that; peers that accept such routes get them.
 func TestRoutesWithIPv6VTEPsAreNotAdvertisedToFRR(t *testing.T) {
 	t.Parallel()
 	a, b, onA, onB := unicastHosts(t, families["IPv6"], 435)
@@ -267,11 +281,11 @@ func TestRoutesWithIPv6VTEPsAreNotAdvertisedToFRR(t *testing.T) {
 	if shown := router.show(t, "show bgp l2vpn evpn"); !hasAll(shown, "No prefixes displayed") {
 		t.Errorf("FRR has\n%s", shown)
 	}
-	eventuallySlow(t, "the LAN to say so", func() bool {
+	eventually(t, "the LAN to report that", func() bool {
 		withheld := first.instance.Problems(onA.Netns).Withheld
 		return len(withheld) == 1 && withheld[0] == router.peer(1)
 	})
 	if withheld := second.instance.Problems(onB.Netns).Withheld; len(withheld) > 0 {
-		t.Errorf("with our reflector alone, routes are withheld from %v", withheld)
+		t.Errorf("a node with the other reflector only withholds routes from %v", withheld)
 	}
 }

@@ -16,13 +16,13 @@ import (
 	"github.com/k8slan/k8slan/test/netlab"
 )
 
-// solicited is the group of MACs that a solicitation for fd00::<last octets> goes to.
+// solicited is the group MAC that a solicitation for fd00::<last octets> is sent to.
 func solicited(last byte) net.HardwareAddr { return net.HardwareAddr{0x33, 0x33, 0xff, 0, 0, last} }
 
-// expectAnswer wants a question to be answered on the node, with that MAC at the end of an answer that holds the words.
-func expectAnswer(t *testing.T, asks, hears *host, question []byte, mac net.HardwareAddr, words ...[]byte) {
+// expectAnswer expects the node to answer a question, with an answer that holds the MAC and the words.
+func expectAnswer(t *testing.T, asks, other *host, question []byte, mac net.HardwareAddr, words ...[]byte) {
 	t.Helper()
-	isDropped(t, asks, hears, question)
+	isDropped(t, asks, other, question)
 	_, err := netlab.Await(asks, frameTimeout, func(got []byte) bool {
 		for _, w := range append(words, mac) {
 			if !bytes.Contains(got, w) {
@@ -36,8 +36,8 @@ func expectAnswer(t *testing.T, asks, hears *host, question []byte, mac net.Hard
 	}
 }
 
-// With suppression a node answers for who is known on others, and what is not known is asked for everywhere. It is switched while the LAN runs, and
-// leaves nothing.
+// With suppression a node answers for hosts on other nodes that it knows, and floods questions for all others. It is
+// switched on and off while the LAN is in use, and leaves nothing.
 func TestNodeAnswersARPAndNDForRemoteHosts(t *testing.T) {
 	t.Parallel()
 	a, b, onA, onB := unicastHosts(t, families["IPv4"], 443)
@@ -47,35 +47,40 @@ func TestNodeAnswersARPAndNDForRemoteHosts(t *testing.T) {
 	b.reconcile(t, onB)
 	one, two := a.attach(t, onA, "one", segment.Veth), b.attach(t, onB, "two", segment.Veth)
 	far := [6]byte(two.MAC)
-	onA.FDB, onB.FDB = []segment.FDBEntry{{MAC: far, VTEP: onB.VXLAN.Local}}, []segment.FDBEntry{{MAC: [6]byte(one.MAC), VTEP: onA.VXLAN.Local}}
+	onA.FDB = []segment.FDBEntry{{MAC: far, VTEP: onB.VXLAN.Local}}
+	onB.FDB = []segment.FDBEntry{{MAC: [6]byte(one.MAC), VTEP: onA.VXLAN.Local}}
 	a.reconcile(t, onA)
 	b.reconcile(t, onB)
 	off, on := onA, onA
 	on.VXLAN.SuppressNeighbors = true
-	on.Neighbors = []segment.Neighbor{{IP: netip.MustParseAddr("10.0.0.2"), MAC: far}, {IP: netip.MustParseAddr("fd00::2"), MAC: far}}
+	on.Neighbors = []segment.Neighbor{
+		{IP: netip.MustParseAddr("10.0.0.2"), MAC: far}, {IP: netip.MustParseAddr("fd00::2"), MAC: far},
+	}
 	allowed := func(ops []segment.Op) {
 		t.Helper()
 		for _, op := range ops {
 			switch op.(type) {
-			case segment.WriteRecord, segment.SetSuppress, segment.SetNeighborDiscovery, segment.AddNeighbors, segment.DelNeighbors:
+			case segment.WriteRecord, segment.SetSuppress, segment.SetNeighborDiscovery,
+				segment.AddNeighbors, segment.DelNeighbors:
 			default:
 				t.Errorf("did %s", op)
 			}
 		}
 	}
-	asks4, asks6 := arp(1, broadcast, one.MAC, "10.0.0.1", "10.0.0.2"), neighborDiscovery(135, solicited(2), one.MAC, "fd00::1", "ff02::1:ff00:2", "fd00::2")
+	asks4 := arp(1, broadcast, one.MAC, "10.0.0.1", "10.0.0.2")
+	asks6 := neighborDiscovery(135, solicited(2), one.MAC, "fd00::1", "ff02::1:ff00:2", "fd00::2")
 	crosses(t, one, two, asks4)
 	crosses(t, one, two, asks6)
 
 	allowed(a.reconcile(t, on))
 	if ops := a.reconcile(t, on); len(ops) > 0 {
-		t.Errorf("a second look finds to do: %v", ops)
+		t.Errorf("reconciling again did %v", ops)
 	}
 	expectAnswer(t, one, two, asks4, two.MAC, []byte{8, 6, 0, 1, 8, 0, 6, 4, 0, 2}, []byte{10, 0, 0, 2})
 	expectAnswer(t, one, two, asks6, two.MAC, []byte{136, 0}, netip.MustParseAddr("fd00::2").AsSlice())
 	crosses(t, one, two, arp(1, broadcast, one.MAC, "10.0.0.1", "10.0.0.3"))
 	crosses(t, one, two, neighborDiscovery(135, solicited(3), one.MAC, "fd00::1", "ff02::1:ff00:3", "fd00::3"))
-	isDropped(t, one, two, arp(1, broadcast, one.MAC, "10.0.0.1", "10.0.0.1")) // nobody has asked
+	isDropped(t, one, two, arp(1, broadcast, one.MAC, "10.0.0.1", "10.0.0.1")) // gratuitous ARP
 	vxlan := func() uint64 {
 		link, err := a.lanNetns(on).Netlink(t).LinkByName(on.VXLAN.Name)
 		must(t, err)
@@ -88,19 +93,20 @@ func TestNodeAnswersARPAndNDForRemoteHosts(t *testing.T) {
 	}
 	expectAnswer(t, one, two, asks6, two.MAC, []byte{136, 0})
 	if over := vxlan() - sent; over != 1 {
-		t.Errorf("200 questions and what came after them are %d packets on the underlay, want 1", over)
+		t.Errorf("200 questions and the one after them are %d packets on the underlay, want 1", over)
 	}
-	quiet, cancel := context.WithTimeout(t.Context(), 1500*time.Millisecond) // a report of groups would come within a second
+	const report = 1500 * time.Millisecond // the kernel would send a report of groups within a second
+	quiet, cancel := context.WithTimeout(t.Context(), report)
 	defer cancel()
 	must(t, expectSilence(quiet, two, func(frame []byte) bool { return !bytes.Equal(frame[6:12], one.MAC) }))
 
-	a.kernel = a.newKernel(t) // another daemon, which knows nothing yet
+	a.kernel = a.newKernel(t) // another daemon, which has no routes yet
 	nothing, partial := on, on
 	nothing.Remotes, nothing.FDB, nothing.Neighbors = nil, nil, nil
 	partial.Neighbors, partial.FDB, partial.Partial = []segment.Neighbor{}, []segment.FDBEntry{}, true
 	for _, s := range []segment.Segment{nothing, partial} {
 		if ops := a.reconcile(t, s); len(ops) > 0 {
-			t.Errorf("before all is known did %v", ops)
+			t.Errorf("before all routes are imported did %v", ops)
 		}
 	}
 	expectAnswer(t, one, two, asks6, two.MAC, []byte{136, 0})
@@ -127,7 +133,8 @@ func TestNodeAnswersARPAndNDForRemoteHosts(t *testing.T) {
 	must(t, err)
 	left, err := a.lanNetns(off).Netlink(t).NeighList(link.Attrs().Index, 0)
 	must(t, err)
-	if port.Suppress || bridge.IPv6 || slices.ContainsFunc(left, func(n netlink.Neigh) bool { return len(n.HardwareAddr) > 0 }) {
+	hasMAC := func(n netlink.Neigh) bool { return len(n.HardwareAddr) > 0 }
+	if port.Suppress || bridge.IPv6 || slices.ContainsFunc(left, hasMAC) {
 		t.Errorf("left: suppression %t, IPv6 %t, neighbours %v", port.Suppress, bridge.IPv6, left)
 	}
 	crosses(t, one, two, asks4)
@@ -135,7 +142,7 @@ func TestNodeAnswersARPAndNDForRemoteHosts(t *testing.T) {
 	crosses(t, one, two, frames.Stream(two.MAC, one.MAC, 3, 1))
 }
 
-// A bridge whose MTU is too small for IPv6 has none, as in a kernel without it, and gets it with its MTU.
+// A bridge whose MTU is too small for IPv6 has no IPv6, as in a kernel without it, and gets it with a larger MTU.
 func TestBridgeWithASmallMTUHasNoIPv6(t *testing.T) {
 	t.Parallel()
 	h, _, s, _ := unicastHosts(t, families["IPv4"], 445)
@@ -145,15 +152,17 @@ func TestBridgeWithASmallMTUHasNoIPv6(t *testing.T) {
 		s.MTU = mtu
 		h.reconcile(t, s)
 		if ops := h.reconcile(t, s); len(ops) > 0 {
-			t.Errorf("MTU %d: a second look finds to do: %v", mtu, ops)
+			t.Errorf("MTU %d: reconciling again did %v", mtu, ops)
 		}
-		if bridge, _ := h.observe(t, s).Link(s.Bridge); bridge.LacksIPv6 != (mtu < 1280) || bridge.IPv6 == bridge.LacksIPv6 {
+		bridge, _ := h.observe(t, s).Link(s.Bridge)
+		if bridge.LacksIPv6 != (mtu < 1280) || bridge.IPv6 == bridge.LacksIPv6 {
 			t.Errorf("MTU %d: lacks IPv6 %t, has it on %t", mtu, bridge.LacksIPv6, bridge.IPv6)
 		}
 	}
 }
 
-// What a pod shows on one node, another with suppression knows of its bridge, as long as the pod is there.
+// A node with suppression has the bindings of a pod on another node in its bridge's neighbor table while the pod is
+// attached.
 func TestNeighborsFollowRoutes(t *testing.T) {
 	t.Parallel()
 	a, b, onA, onB := unicastHosts(t, families["IPv4"], 444)
@@ -175,7 +184,10 @@ func TestNeighborsFollowRoutes(t *testing.T) {
 		})
 	}
 	mac := [6]byte(one.MAC)
-	neighbors(segment.Neighbor{IP: netip.MustParseAddr("10.0.0.1"), MAC: mac}, segment.Neighbor{IP: netip.MustParseAddr("fd00::1"), MAC: mac})
+	neighbors(
+		segment.Neighbor{IP: netip.MustParseAddr("10.0.0.1"), MAC: mac},
+		segment.Neighbor{IP: netip.MustParseAddr("fd00::1"), MAC: mac},
+	)
 	second.awaitSettled(t)
 	expectAnswer(t, two, one, arp(1, broadcast, two.MAC, "10.0.0.2", "10.0.0.1"), one.MAC, []byte{10, 0, 0, 1})
 	a.release(t, one)

@@ -2,6 +2,7 @@ package dataplane
 
 import (
 	"context"
+	"fmt"
 	"maps"
 	"net"
 	"net/netip"
@@ -20,15 +21,15 @@ import (
 	"github.com/k8slan/k8slan/test/netlab"
 )
 
-// mesh is nodes that tell each other at once what their tables have to tell: EVPN without the sessions.
+// mesh is nodes that import each other's routes at once: EVPN without BGP sessions.
 type mesh struct {
 	t     *testing.T
 	mu    sync.Mutex
 	nodes []*evpnNode
-	done  chan struct{} // closed and made anew whenever the nodes have done what follows from an event
+	done  chan struct{} // closed and made again whenever the nodes have handled an event
 }
 
-// evpnNode is a node whose LAN is told where MACs are.
+// evpnNode is a node whose LAN's FDB is written from its MAC-VRF.
 type evpnNode struct {
 	node
 	table      *macvrf.Table
@@ -37,7 +38,7 @@ type evpnNode struct {
 	advertised map[macvrf.Key]macvrf.Route
 }
 
-// evpnHosts makes two nodes, and the LAN built on both; their kernels' events are followed until the test ends.
+// evpnHosts makes two nodes that have the LAN; the mesh handles their kernels' events until the test ends.
 func evpnHosts(t *testing.T, f family, vni uint32) (*mesh, *evpnNode, *evpnNode) {
 	t.Helper()
 	a, b, onA, onB := unicastHosts(t, f, vni)
@@ -64,7 +65,7 @@ func evpnHosts(t *testing.T, f family, vni uint32) (*mesh, *evpnNode, *evpnNode)
 	return fab, fab.nodes[0], fab.nodes[1]
 }
 
-// withEVPN is a unicast LAN that is told where MACs are, and does not know any yet.
+// withEVPN returns a unicast LAN without data-plane learning and with empty tables.
 func withEVPN(s segment.Segment) segment.Segment {
 	s.VXLAN.NoLearning, s.Remotes, s.FDB = true, []netip.Addr{}, []segment.FDBEntry{}
 	return s
@@ -72,7 +73,9 @@ func withEVPN(s segment.Segment) segment.Segment {
 
 func (f *mesh) events(n *evpnNode) kernel.FDBEvents {
 	return kernel.FDBEvents{
-		Learned: func(_ string, mac [6]byte) { f.handle(func(now time.Time) { n.table.LearnLocal(now, n.lan.VNI, mac) }) },
+		Learned: func(_ string, mac [6]byte) {
+			f.handle(func(now time.Time) { n.table.LearnLocal(now, n.lan.VNI, mac) })
+		},
 		Removed: func(_ string, mac [6]byte) {
 			f.handle(func(now time.Time) { n.table.ForgetLocal(now, n.lan.VNI, mac) })
 		},
@@ -92,7 +95,7 @@ func (f *mesh) events(n *evpnNode) kernel.FDBEvents {
 	}
 }
 
-// handle has the nodes do what follows from an event.
+// handle applies an event to the tables, exchanges routes until none changes, and reconciles the nodes.
 func (f *mesh) handle(event func(now time.Time)) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -134,7 +137,7 @@ func (f *mesh) handle(event func(now time.Time)) {
 			continue
 		}
 		n.want = want
-		_, err := n.kernel.Reconcile(f.t.Context(), want.Netns, func(have segment.State) []segment.Op { return segment.Diff(want, have) })
+		_, err := n.kernel.Reconcile(f.t.Context(), want.Netns, diffTo(want))
 		if err != nil && f.t.Context().Err() == nil {
 			f.t.Error(err)
 		}
@@ -143,7 +146,7 @@ func (f *mesh) handle(event func(now time.Time)) {
 	f.done = make(chan struct{})
 }
 
-// await waits until it is so.
+// await waits until so returns true after an event.
 func (f *mesh) await(t *testing.T, what string, so func() bool) {
 	t.Helper()
 	deadline := time.After(daemonTimeout)
@@ -157,12 +160,12 @@ func (f *mesh) await(t *testing.T, what string, so func() bool) {
 		select {
 		case <-done:
 		case <-deadline:
-			t.Fatalf("waited for %s in vain", what)
+			t.Fatalf("timed out waiting for %s", what)
 		}
 	}
 }
 
-// attach attaches a pod or a VM; a pod's MAC is told from then on.
+// attach attaches a pod or a VM; a pod's MAC is advertised from then on.
 func (f *mesh) attach(t *testing.T, n *evpnNode, spoke string, kind segment.Kind) *host {
 	t.Helper()
 	st := n.attach(t, n.want, spoke, kind)
@@ -176,7 +179,7 @@ func (f *mesh) attach(t *testing.T, n *evpnNode, spoke string, kind segment.Kind
 	return st
 }
 
-// vtepOf says where a node's segment has a MAC.
+// vtepOf returns the VTEP behind which the node's segment has a MAC.
 func (n *evpnNode) vtepOf(mac []byte) netip.Addr {
 	for _, e := range n.want.FDB {
 		if slices.Equal(e.MAC[:], mac) {
@@ -186,7 +189,7 @@ func (n *evpnNode) vtepOf(mac []byte) netip.Addr {
 	return netip.Addr{}
 }
 
-// learned are the MACs that the VXLAN or its bridge's port has learnt from frames.
+// learned returns the MACs that the VXLAN, or the bridge on the VXLAN's port, learned from frames.
 func (n *evpnNode) learned(t *testing.T) (entries []netlink.Neigh) {
 	t.Helper()
 	link, err := n.lanNetns(n.want).Netlink(t).LinkByName(n.want.VXLAN.Name)
@@ -209,11 +212,11 @@ func TestEVPNLANCarriesEveryFrame(t *testing.T) {
 			fab, a, b := evpnHosts(t, f, 401)
 			one, two := fab.attach(t, a, "one", segment.Veth), fab.attach(t, b, "two", segment.Veth)
 			if at := a.vtepOf(two.Attachment.MAC); at != b.lan.VTEP {
-				t.Errorf("a pod that has not spoken is behind %v, want %v", at, b.lan.VTEP)
+				t.Errorf("a pod that has sent nothing is behind %v, want %v", at, b.lan.VTEP)
 			}
 			for _, n := range fab.nodes {
 				if ops := n.reconcile(t, n.want); len(ops) > 0 {
-					t.Errorf("a second look finds to do: %v", ops)
+					t.Errorf("reconciling again did %v", ops)
 				}
 			}
 			catalogCrosses(t, one, two)
@@ -221,21 +224,22 @@ func TestEVPNLANCarriesEveryFrame(t *testing.T) {
 			vm := fab.attach(t, b, "two", segment.Macvtap)
 			doubleTaggedCrosses(t, vm, one)
 			for _, n := range fab.nodes {
-				if learnt := n.learned(t); len(learnt) > 0 {
-					t.Errorf("%s has learnt %v", n.Name, learnt)
+				if learned := n.learned(t); len(learned) > 0 {
+					t.Errorf("%s has learned %v", n.Name, learned)
 				}
 			}
 		})
 	}
 }
 
-// A VM moves: its second incarnation waits on the other node, and then speaks. What is for it goes there at once, and back.
+// A VM moves: its second incarnation waits on the other node, and then sends. The nodes send to it there from then on,
+// and back.
 func TestEVPNFollowsAMovedVM(t *testing.T) {
 	t.Parallel()
 	fab, a, b := evpnHosts(t, families["IPv4"], 411)
 	here, there := fab.attach(t, a, "one", segment.Macvtap), fab.attach(t, b, "two", segment.Macvtap)
 	mac := []byte{2, 0xbb, 0, 0, 0, 1}
-	alone := func() bool {
+	duplicate := func() bool {
 		return len(a.table.Duplicates(411)) == 1 && len(b.table.Duplicates(411)) == 1
 	}
 	var took []time.Duration
@@ -247,33 +251,33 @@ func TestEVPNFollowsAMovedVM(t *testing.T) {
 		began := time.Now()
 		must(t, speaks.Send(frames.Stream(nil, mac, 1, uint64(i))))
 		followed := false
-		fab.await(t, "the other node to know", func() bool {
+		fab.await(t, "the other node's entry", func() bool {
 			followed = other.vtepOf(mac) == speaksAt.lan.VTEP && !speaksAt.vtepOf(mac).IsValid()
-			return followed || alone()
+			return followed || duplicate()
 		})
 		if !followed {
 			break
 		}
 		took = append(took, time.Since(began))
 	}
-	slices.Sort(took)
-	t.Logf("from its first frame to the other node's table, %d times: median %v, worst %v", len(took), took[len(took)/2], took[len(took)-1])
-	// It speaks on both without end: each node keeps its own.
+	logTimes(t, fmt.Sprintf("from its first frame to the other node's table, %d times", len(took)), took)
+	// Both incarnations go on sending: each node keeps the MAC as its own.
 	fab.mu.Lock()
 	defer fab.mu.Unlock()
-	if !alone() || a.vtepOf(mac).IsValid() || b.vtepOf(mac).IsValid() {
-		t.Errorf("duplicates %v and %v, behind %v and %v", a.table.Duplicates(411), b.table.Duplicates(411), a.vtepOf(mac), b.vtepOf(mac))
+	if !duplicate() || a.vtepOf(mac).IsValid() || b.vtepOf(mac).IsValid() {
+		t.Errorf("duplicates %v and %v, behind %v and %v",
+			a.table.Duplicates(411), b.table.Duplicates(411), a.vtepOf(mac), b.vtepOf(mac))
 	}
 }
 
-// A LAN changes between learning and being told while it runs: the links stay, and nothing that goes from pod to pod is lost.
+// A LAN in use changes between learning and EVPN: the links stay, and no frame between pods is lost.
 func TestLANChangesToEVPNWithoutLoss(t *testing.T) {
 	t.Parallel()
 	fab, a, b := evpnHosts(t, families["IPv4"], 412)
 	one, two := fab.attach(t, a, "one", segment.Veth), fab.attach(t, b, "two", segment.Veth)
 	crosses(t, two, one, frames.Stream(nil, two.MAC, 9, 1))
 	crosses(t, one, two, frames.Stream(nil, one.MAC, 9, 1))
-	fab.mu.Lock() // the nodes are changed by hand
+	fab.mu.Lock() // this test changes the nodes itself
 	defer fab.mu.Unlock()
 	learning := func(n *evpnNode) segment.Segment {
 		s := n.want
@@ -282,7 +286,8 @@ func TestLANChangesToEVPNWithoutLoss(t *testing.T) {
 	}
 	there, back := startStream(t, 1, one, two), startStream(t, 2, two, one)
 	for range 20 {
-		for _, s := range []func(*evpnNode) segment.Segment{learning, func(n *evpnNode) segment.Segment { return n.want }} {
+		evpn := func(n *evpnNode) segment.Segment { return n.want }
+		for _, s := range []func(*evpnNode) segment.Segment{learning, evpn} {
 			for _, n := range fab.nodes {
 				for _, op := range n.reconcile(t, s(n)) {
 					switch op.(type) {
@@ -298,30 +303,31 @@ func TestLANChangesToEVPNWithoutLoss(t *testing.T) {
 	back.expectAll(t)
 }
 
-// A LAN that has not left learning yet tells of nobody who is behind its VXLAN: the node would take them for its own.
+// While a LAN still learns, the node does not report MACs behind the VXLAN as local.
 func TestMACsBehindALearningVXLANAreNotLocal(t *testing.T) {
 	t.Parallel()
 	a, b, onA, onB := unicastHosts(t, families["IPv4"], 414)
 	a.reconcile(t, onA)
 	b.reconcile(t, onB)
 	one, two := a.attach(t, onA, "one", segment.Veth), b.attach(t, onB, "two", segment.Veth)
-	a.reconcile(t, onA) // a look, after which the VXLAN's port is known
+	a.reconcile(t, onA) // from now on the kernel knows the VXLAN's port
 	seen := make(chan [6]byte, 64)
 	ctx, stop := context.WithCancel(t.Context())
 	defer stop()
-	heard := make(chan struct{})
+	ready := make(chan struct{})
 	var watch sync.WaitGroup
 	defer watch.Wait()
 	defer stop()
 	watch.Go(func() {
 		err := a.kernel.WatchFDB(ctx, kernel.FDBEvents{
-			Learned: func(_ string, mac [6]byte) { seen <- mac }, Removed: func(string, [6]byte) {}, Overflow: func() { close(heard) },
+			Learned: func(_ string, mac [6]byte) { seen <- mac }, Removed: func(string, [6]byte) {},
+			Overflow: func() { close(ready) },
 		})
 		if err != nil {
 			t.Error(err)
 		}
 	})
-	<-heard
+	<-ready
 	from := func(mac byte) []byte { return frames.Stream(nil, net.HardwareAddr{2, 0, 0, 0, 4, mac}, 9, 1) }
 	crosses(t, two, one, from(2))
 	crosses(t, one, two, from(1))
@@ -329,18 +335,18 @@ func TestMACsBehindALearningVXLANAreNotLocal(t *testing.T) {
 		select {
 		case mac := <-seen:
 			if mac == [6]byte{2, 0, 0, 0, 4, 2} {
-				t.Fatalf("%x, who is behind the VXLAN, is told to be here", mac)
+				t.Fatalf("%x, which is behind the VXLAN, is reported as local", mac)
 			}
 			if mac == [6]byte{2, 0, 0, 0, 4, 1} {
 				return
 			}
 		case <-time.After(frameTimeout):
-			t.Fatal("who speaks here is not told of")
+			t.Fatal("the local MAC is not reported")
 		}
 	}
 }
 
-// What an earlier run has told and nobody tells now goes, but not before all is known.
+// Entries of an earlier run that no route has now are removed, but not before all routes are imported.
 func TestEntriesOfAnEarlierRunAreRemoved(t *testing.T) {
 	t.Parallel()
 	a, _, s, _ := unicastHosts(t, families["IPv6"], 413)
@@ -356,11 +362,11 @@ func TestEntriesOfAnEarlierRunAreRemoved(t *testing.T) {
 	fewer := s
 	fewer.Remotes, fewer.FDB, fewer.Partial = []netip.Addr{}, s.FDB[:10], true
 	if ops := a.reconcile(t, fewer); len(ops) > 0 {
-		t.Errorf("did %v before all is known", ops)
+		t.Errorf("before all routes are imported did %v", ops)
 	}
 	fewer.Partial = false
 	if ops := a.reconcile(t, fewer); len(ops) != 2 {
-		t.Errorf("did %v, want remotes and MACs to go", ops)
+		t.Errorf("did %v, want it to delete remotes and MACs", ops)
 	}
 	have, ok := a.observe(t, s).Link(s.VXLAN.Name)
 	if !ok || len(have.VXLAN.FDB) != 10 || len(have.VXLAN.Remotes) > 0 {
@@ -373,7 +379,8 @@ func TestEntriesOfAnEarlierRunAreRemoved(t *testing.T) {
 	}
 }
 
-// Another process reads from the kernel where a LAN has which MAC: on which spoke of the node, or behind whom. In a LAN that learns, too.
+// Another process reads from the kernel where a LAN has which MAC: on a spoke of the node, or behind a VTEP. It does so
+// for a LAN that learns, too.
 func TestMACsAreReadFromTheKernel(t *testing.T) {
 	t.Parallel()
 	f := families["IPv6"]
@@ -383,7 +390,7 @@ func TestMACsAreReadFromTheKernel(t *testing.T) {
 		must(t, err)
 		for i := range places {
 			if places[i].LastSeen > time.Minute {
-				t.Errorf("%+v has been silent for a minute", places[i])
+				t.Errorf("%+v was last seen a minute ago", places[i])
 			}
 			places[i].LastSeen = 0
 		}
@@ -396,23 +403,25 @@ func TestMACsAreReadFromTheKernel(t *testing.T) {
 			t.Errorf("%s has %+v, want %d", h.Name, places, len(want))
 		}
 	}
-	t.Run("told", func(t *testing.T) {
+	t.Run("EVPN", func(t *testing.T) {
 		fab, a, b := evpnHosts(t, f, 421)
 		pod, vm := fab.attach(t, a, "one", segment.Veth), fab.attach(t, b, "two", segment.Macvtap)
 		have(a.node, a.want)
 		have(b.node, b.want, segment.MACEntry{MAC: pod.Attachment.MAC.String(), VTEP: f.vteps[0]})
 		crosses(t, pod, vm, frames.Stream(nil, pod.Attachment.MAC, 9, 1))
 		must(t, vm.Send(frames.Stream(nil, []byte{2, 0xbb, 0, 0, 0, 2}, 9, 2)))
-		fab.await(t, "the VM to be known", func() bool { return a.vtepOf([]byte{2, 0xbb, 0, 0, 0, 2}) == f.vteps[1] })
+		fab.await(t, "the VM's MAC", func() bool { return a.vtepOf([]byte{2, 0xbb, 0, 0, 0, 2}) == f.vteps[1] })
 		have(a.node, a.want,
-			segment.MACEntry{MAC: pod.Attachment.MAC.String(), Spoke: "one"}, segment.MACEntry{MAC: "02:bb:00:00:00:02", VTEP: f.vteps[1]})
+			segment.MACEntry{MAC: pod.Attachment.MAC.String(), Spoke: "one"},
+			segment.MACEntry{MAC: "02:bb:00:00:00:02", VTEP: f.vteps[1]})
 		have(b.node, b.want,
-			segment.MACEntry{MAC: pod.Attachment.MAC.String(), VTEP: f.vteps[0]}, segment.MACEntry{MAC: "02:bb:00:00:00:02", Spoke: "two"})
+			segment.MACEntry{MAC: pod.Attachment.MAC.String(), VTEP: f.vteps[0]},
+			segment.MACEntry{MAC: "02:bb:00:00:00:02", Spoke: "two"})
 		if _, err := a.newKernel(t).MACs(t.Context(), "never"); err == nil {
 			t.Error("a LAN that is not on the node has MACs")
 		}
 	})
-	t.Run("learnt", func(t *testing.T) {
+	t.Run("learning", func(t *testing.T) {
 		a, b, onA, onB := unicastHosts(t, f, 422)
 		a.reconcile(t, onA)
 		b.reconcile(t, onB)
@@ -423,7 +432,7 @@ func TestMACsAreReadFromTheKernel(t *testing.T) {
 	})
 }
 
-// A MAC that comes back to a node and leaves at once, before what the VXLAN is told has changed in between, is followed as well.
+// A MAC that returns to a node and leaves at once, before the VXLAN's entries change in between, is followed as well.
 func TestMACThatReturnsForAMomentIsFollowed(t *testing.T) {
 	t.Parallel()
 	netlab.NeedDevices(t)
@@ -435,7 +444,8 @@ func TestMACThatReturnsForAMomentIsFollowed(t *testing.T) {
 	for h, s := range map[node]segment.Segment{a: onA, b: onB} {
 		h.reconcile(t, s)
 	}
-	one, vm, two := a.attach(t, onA, "one", segment.Veth), a.attach(t, onA, "two", segment.Macvtap), b.attach(t, onB, "two", segment.Veth)
+	one, vm := a.attach(t, onA, "one", segment.Veth), a.attach(t, onA, "two", segment.Macvtap)
+	two := b.attach(t, onB, "two", segment.Veth)
 	a.reconcile(t, onA)
 	b.reconcile(t, onB)
 	crosses(t, one, two, frames.Stream(mac[:], one.MAC, 1, 1))
@@ -444,13 +454,13 @@ func TestMACThatReturnsForAMomentIsFollowed(t *testing.T) {
 		t.Fatal(err)
 	}
 	if ops := a.reconcile(t, onA); len(ops) > 0 {
-		t.Errorf("a wish that does not know of the MAC here did %v", ops)
+		t.Errorf("a desired state from before the MAC was local did %v", ops)
 	}
 	crosses(t, one, vm, frames.Stream(mac[:], one.MAC, 1, 3))
 	onA.FDB[0].Local = true
 	a.reconcile(t, onA)
 	crosses(t, one, two, frames.Stream(mac[:], one.MAC, 1, 4))
 	if ops := a.reconcile(t, onA); len(ops) > 0 {
-		t.Errorf("a second look finds to do: %v", ops)
+		t.Errorf("reconciling again did %v", ops)
 	}
 }

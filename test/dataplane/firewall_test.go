@@ -25,10 +25,11 @@ import (
 	"github.com/k8slan/k8slan/test/netlab"
 )
 
-// filter starts a daemon's filter of strangers on the node.
+// filter starts the daemon's filter on the node.
 func (n node) filter(t *testing.T) (f *firewall.Filter, stop func()) {
 	t.Helper()
-	f = firewall.New(n.Path, firewall.TableName, slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelWarn})))
+	log := slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelWarn}))
+	f = firewall.New(n.Path, firewall.TableName, log)
 	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
 	ended := make(chan error, 1)
 	go func() { ended <- f.Run(ctx) }()
@@ -40,9 +41,10 @@ func (n node) filter(t *testing.T) (f *firewall.Filter, stop func()) {
 	return f, stop
 }
 
-// strict is the LAN as its filter knows it.
+// strict returns a LAN as the filter gets it, with these members.
 func strict(s segment.Segment, members ...netip.Addr) firewall.LAN {
-	return firewall.LAN{Name: s.LAN.String(), Port: s.VXLAN.Port, VNI: s.VXLAN.VNI, Members: append([]netip.Addr{}, members...)}
+	members = append([]netip.Addr{}, members...)
+	return firewall.LAN{Name: s.LAN.String(), Port: s.VXLAN.Port, VNI: s.VXLAN.VNI, Members: members}
 }
 
 // nft calls f with a connection to the node's nftables.
@@ -60,7 +62,7 @@ var table = &nftables.Table{Name: "k8slan", Family: nftables.TableFamilyINet}
 
 func setOf(name string) *nftables.Set { return &nftables.Set{Table: table, Name: name} }
 
-// elements counts those of a set; -1 where there is none.
+// elements counts the elements of a set; -1 if there is no such set.
 func (n node) elements(t *testing.T, set string) int {
 	t.Helper()
 	count := -1
@@ -77,7 +79,7 @@ func (n node) elements(t *testing.T, set string) int {
 	return count
 }
 
-// drops are the packets of strangers that the LAN's filter has dropped; -1 where there is none.
+// drops counts the packets of non-members that the filter has dropped for the LAN; -1 if it has no such LAN.
 func drops(f *firewall.Filter, s segment.Segment) int {
 	packets, ok := f.Dropped()[s.LAN.String()]
 	if !ok {
@@ -86,18 +88,19 @@ func drops(f *firewall.Filter, s segment.Segment) int {
 	return int(packets)
 }
 
-// encapsulated is a frame as the payload of a VXLAN's UDP packet (RFC 7348, section 5).
+// encapsulated returns a frame as the payload of a VXLAN's UDP packet (RFC 7348, section 5).
 func encapsulated(vni uint32, frame []byte) []byte {
 	b := binary.BigEndian.AppendUint32([]byte{0x08, 0, 0, 0}, vni<<8)
 	return append(b, frame...)
 }
 
-// sender returns what sends VXLAN packets from one address of the node to another, as a VXLAN would.
+// sender returns a function that sends VXLAN packets from one address of the node to another.
 func (n node) sender(t *testing.T, from, to netip.Addr, s segment.Segment) func(frame []byte) {
 	t.Helper()
 	var c *net.UDPConn
 	must(t, n.Do(func() (err error) {
-		c, err = net.DialUDP("udp", net.UDPAddrFromAddrPort(netip.AddrPortFrom(from, 0)), net.UDPAddrFromAddrPort(netip.AddrPortFrom(to, s.VXLAN.Port)))
+		local, remote := netip.AddrPortFrom(from, 0), netip.AddrPortFrom(to, s.VXLAN.Port)
+		c, err = net.DialUDP("udp", net.UDPAddrFromAddrPort(local), net.UDPAddrFromAddrPort(remote))
 		return err
 	}))
 	t.Cleanup(func() { c.Close() })
@@ -108,7 +111,7 @@ func (n node) sender(t *testing.T, from, to netip.Addr, s segment.Segment) func(
 	}
 }
 
-// fragments sends a VXLAN packet in two IPv6 fragments, of which the first has nothing but the UDP header.
+// fragments sends a VXLAN packet in two IPv6 fragments; the first has only the UDP header.
 func (n node) fragments(t *testing.T, from, to netip.Addr, s segment.Segment, frame []byte) {
 	t.Helper()
 	payload := encapsulated(s.VXLAN.VNI, frame)
@@ -117,7 +120,8 @@ func (n node) fragments(t *testing.T, from, to netip.Addr, s segment.Segment, fr
 	udp = binary.BigEndian.AppendUint16(udp, uint16(8+len(payload)))
 	udp = append(udp, 0, 0)
 	udp = append(udp, payload...)
-	pseudo := slices.Concat(from.AsSlice(), to.AsSlice(), binary.BigEndian.AppendUint32(nil, uint32(len(udp))), []byte{0, 0, 0, unix.IPPROTO_UDP}, udp)
+	pseudo := slices.Concat(from.AsSlice(), to.AsSlice(), binary.BigEndian.AppendUint32(nil, uint32(len(udp))),
+		[]byte{0, 0, 0, unix.IPPROTO_UDP}, udp)
 	binary.BigEndian.PutUint16(udp[6:], onesComplement(pseudo))
 	packet := func(offset int, more bool, part []byte) []byte {
 		b := []byte{0x60, 0, 0, 0}
@@ -164,18 +168,18 @@ func onesComplement(b []byte) uint16 {
 	return ^uint16(sum)
 }
 
-// nonMemberFrame is a frame to everybody.
+// nonMemberFrame is a broadcast frame of a host behind a non-member.
 func nonMemberFrame(seq uint64) []byte {
-	return frames.Stream(nil, segment.MAC(segment.LAN{}, "stranger"), 66, seq)
+	return frames.Stream(nil, segment.MAC(segment.LAN{}, "non-member"), 66, seq)
 }
 
-// expectNext wants the next frame at a station to be that one.
+// expectNext expects the next frame that a host receives to be that one.
 func expectNext(t *testing.T, h *host, frame []byte) {
 	t.Helper()
 	got, err := next(h, frameTimeout)
 	must(t, err)
 	if !slices.Equal(got, frame) {
-		t.Fatalf("heard\n%x, want\n%x", got, frame)
+		t.Fatalf("received\n%x, want\n%x", got, frame)
 	}
 }
 
@@ -191,16 +195,16 @@ func TestStrictLANAcceptsOnlyMembers(t *testing.T) {
 			b.reconcile(t, onB)
 			one, two := a.attach(t, onA, "one", segment.Veth), b.attach(t, onB, "two", segment.Veth)
 			three := a.attach(t, open, "three", segment.Veth)
-			other := addNode(t, a.underlay, "stranger")
+			other := addNode(t, a.underlay, "nonmember")
 			address := f.vteps[1].Next().Next()
 			other.addUnderlayAddress(t, netip.PrefixFrom(address, f.bits))
 			send, sendOpen := other.sender(t, address, f.vteps[0], onA), other.sender(t, address, f.vteps[0], open)
 			sendFragments := func(frame []byte) { other.fragments(t, address, f.vteps[0], onA, frame) }
-			if address.Is4() { // the kernel puts them together in any case
+			if address.Is4() { // the kernel always reassembles IPv4
 				sendFragments = send
 			}
 
-			// Without a filter a stranger is heard.
+			// Without a filter the frames of a non-member are accepted.
 			send(nonMemberFrame(1))
 			expectNext(t, one, nonMemberFrame(1))
 			sendFragments(nonMemberFrame(2))
@@ -215,16 +219,18 @@ func TestStrictLANAcceptsOnlyMembers(t *testing.T) {
 			for i := range uint64(10) {
 				send(nonMemberFrame(i))
 			}
-			eventually(t, "the strangers' packets to be dropped", func() bool { return drops(filter, onA) >= 10 })
+			eventually(t, "the packets of the non-member to be dropped", func() bool {
+				return drops(filter, onA) >= 10
+			})
 			crosses(t, two, one, frames.Stream(nil, two.MAC, 9, 1))
 			crosses(t, one, two, frames.Stream(two.MAC, one.MAC, 9, 1))
-			sendOpen(nonMemberFrame(3)) // to a LAN that hears all
+			sendOpen(nonMemberFrame(3)) // to a LAN that is not strict
 			expectNext(t, three, nonMemberFrame(3))
 
-			// It is the address that counts: the LAN's own node is a stranger once others are the members.
+			// The address counts: a node of the LAN is a non-member when others are the members.
 			filter.Set([]firewall.LAN{strict(onA, f.vteps[1].Next(), f.vteps[1].Next().Next().Next())})
 			before := drops(filter, onA)
-			eventually(t, "the other node to be a stranger", func() bool {
+			eventually(t, "the other node to be a non-member", func() bool {
 				must(t, two.Send(frames.Stream(nil, two.MAC, 9, 2)))
 				return drops(filter, onA) > before
 			})
@@ -232,20 +238,21 @@ func TestStrictLANAcceptsOnlyMembers(t *testing.T) {
 			set := map[bool]string{true: "members4", false: "members6"}[address.Is4()]
 			eventually(t, "the one member", func() bool { return a.elements(t, set) == 1 })
 			must(t, two.Send(frames.Stream(nil, two.MAC, 9, 3)))
-			_, err := netlab.Await(one, frameTimeout, func(frame []byte) bool { return slices.Equal(frame, frames.Stream(nil, two.MAC, 9, 3)) })
+			again := frames.Stream(nil, two.MAC, 9, 3)
+			_, err := netlab.Await(one, frameTimeout, func(frame []byte) bool { return slices.Equal(frame, again) })
 			must(t, err)
 
-			// The daemon is away, and back: the count goes on.
+			// The filter drops and counts while the daemon does not run, and before it knows the members.
 			count := drops(filter, onA)
 			stop()
 			send(nonMemberFrame(4))
 			filter, stop = a.filter(t)
-			filter.Set([]firewall.LAN{{Name: onA.LAN.String(), Port: onA.VXLAN.Port, VNI: onA.VXLAN.VNI}}) // members are not known yet
+			filter.Set([]firewall.LAN{{Name: onA.LAN.String(), Port: onA.VXLAN.Port, VNI: onA.VXLAN.VNI}})
 			eventually(t, "the packet to be counted", func() bool { return drops(filter, onA) == count+1 })
 			crosses(t, two, one, frames.Stream(nil, two.MAC, 9, 4))
 
 			filter.Set(nil)
-			eventually(t, "the filter to be gone", func() bool { return a.elements(t, "lans") == -1 })
+			eventually(t, "the filter to be removed", func() bool { return a.elements(t, "lans") == -1 })
 			send(nonMemberFrame(5))
 			expectNext(t, one, nonMemberFrame(5))
 			stop()
@@ -261,7 +268,7 @@ func TestStrictLANAcceptsOnlyMembers(t *testing.T) {
 	}
 }
 
-// A LAN with a group can be strict, too: its members send from the addresses that the underlay device has for that.
+// A LAN with a group can be strict, too: its members send from the addresses of the underlay device.
 func TestStrictLANWithAGroupAcceptsOnlyMembers(t *testing.T) {
 	t.Parallel()
 	a, b := twoNodes(t)
@@ -278,22 +285,23 @@ func TestStrictLANWithAGroupAcceptsOnlyMembers(t *testing.T) {
 	crosses(t, two, one, frames.Stream(nil, two.MAC, 9, 1))
 	crosses(t, one, two, frames.Stream(two.MAC, one.MAC, 9, 1))
 
-	other := addNode(t, a.underlay, "stranger")
+	other := addNode(t, a.underlay, "nonmember")
 	device, err := other.Netlink(t).LinkByName(netlab.UnderlayDevice)
 	must(t, err)
 	var c *net.UDPConn
 	must(t, other.Do(func() (err error) {
-		c, err = net.DialUDP("udp6", nil, &net.UDPAddr{IP: net.ParseIP("ff02::14"), Port: 4789, Zone: device.Attrs().Name})
+		group := &net.UDPAddr{IP: net.ParseIP("ff02::14"), Port: 4789, Zone: device.Attrs().Name}
+		c, err = net.DialUDP("udp6", nil, group)
 		return err
 	}))
 	defer c.Close()
 	_, err = c.Write(encapsulated(313, nonMemberFrame(1)))
 	must(t, err)
-	eventually(t, "the stranger's packet to be dropped", func() bool { return drops(filter, onA) == 1 })
+	eventually(t, "the non-member's packet to be dropped", func() bool { return drops(filter, onA) == 1 })
 	crosses(t, two, one, frames.Stream(nil, two.MAC, 9, 2))
 }
 
-// A thousand others come and go, the daemon starts again, and the LAN's own members lose nothing.
+// A thousand other members change, the daemon restarts, and the LAN's hosts lose no frame.
 func TestMembersChangeWithoutLoss(t *testing.T) {
 	t.Parallel()
 	for name, f := range families {
@@ -301,7 +309,7 @@ func TestMembersChangeWithoutLoss(t *testing.T) {
 			t.Parallel()
 			a, _, onA, _, one, two := unicastPods(t, f, 314)
 			filter, stop := a.filter(t)
-			crosses(t, two, one, frames.Stream(nil, two.MAC, 9, 1)) // both are known from now on
+			crosses(t, two, one, frames.Stream(nil, two.MAC, 9, 1)) // both MACs are learned
 			crosses(t, one, two, frames.Stream(nil, one.MAC, 9, 1))
 			there, back := startStream(t, 1, one, two), startStream(t, 2, two, one)
 			for round := range 10 {
@@ -310,9 +318,11 @@ func TestMembersChangeWithoutLoss(t *testing.T) {
 					members = append(members, netip.AddrFrom4([4]byte{10, byte(round), byte(i / 250), byte(i % 250)}))
 				}
 				filter.Set([]firewall.LAN{strict(onA, members...)})
-				eventually(t, "the members", func() bool { return a.elements(t, "members4")+a.elements(t, "members6") == len(members) })
+				eventually(t, "the members", func() bool {
+					return a.elements(t, "members4")+a.elements(t, "members6") == len(members)
+				})
 				switch round {
-				case 3: // strict no more, and again
+				case 3: // strictPeers is switched off and on
 					filter.Set(nil)
 					eventually(t, "no filter", func() bool { return a.elements(t, "lans") == -1 })
 				case 6:
@@ -329,12 +339,14 @@ func TestMembersChangeWithoutLoss(t *testing.T) {
 	}
 }
 
-// What somebody does to the table is undone, and a ruleset that is flushed comes back.
+// Changes of the table by hand are undone, and a ruleset that is flushed is restored.
 func TestChangedFilterIsRepaired(t *testing.T) {
 	t.Parallel()
 	a, _, s, _ := unicastHosts(t, families["IPv4"], 315)
 	filter, _ := a.filter(t)
-	members := []netip.Addr{netip.MustParseAddr("192.0.2.2"), netip.MustParseAddr("192.0.2.3"), netip.MustParseAddr("2001:db8::2")}
+	members := []netip.Addr{
+		netip.MustParseAddr("192.0.2.2"), netip.MustParseAddr("192.0.2.3"), netip.MustParseAddr("2001:db8::2"),
+	}
 	filter.Set([]firewall.LAN{strict(s, members...)})
 	eventually(t, "the filter", func() bool { return drops(filter, s) == 0 })
 	whole := a.ruleset(t)
@@ -374,12 +386,14 @@ func TestChangedFilterIsRepaired(t *testing.T) {
 			began = time.Now()
 			return conn.Flush()
 		}))
-		eventually(t, "the filter to be right again after: "+c.name, func() bool { return slices.Equal(a.ruleset(t), whole) })
-		t.Logf("%s: right again after %v", c.name, time.Since(began))
+		eventually(t, "the filter to be repaired after: "+c.name, func() bool {
+			return slices.Equal(a.ruleset(t), whole)
+		})
+		t.Logf("%s: repaired after %v", c.name, time.Since(began))
 	}
 }
 
-// ruleset is the table as text, sorted, but for the handles; nil between two steps of its making.
+// ruleset returns the table as sorted text without handles; nil between two steps of its construction.
 func (n node) ruleset(t *testing.T) (lines []string) {
 	t.Helper()
 	err := n.nft(t, func(c *nftables.Conn) error {
@@ -422,7 +436,7 @@ func (n node) ruleset(t *testing.T) (lines []string) {
 	return lines
 }
 
-// A member beside a thousand is one element; the others are not touched.
+// One member beside a thousand is added as one element; the others are not written.
 func TestOneMoreMemberIsOneElement(t *testing.T) {
 	t.Parallel()
 	a, _, s, _ := unicastHosts(t, families["IPv4"], 316)
@@ -460,7 +474,7 @@ func TestOneMoreMemberIsOneElement(t *testing.T) {
 	eventually(t, "the member", func() bool { return a.elements(t, "members4") == 1001 })
 	t.Logf("one more: %v", time.Since(began))
 	filter.Set([]firewall.LAN{strict(s, members...)})
-	eventually(t, "the member to be gone", func() bool { return a.elements(t, "members4") == 1000 })
+	eventually(t, "the member to be removed", func() bool { return a.elements(t, "members4") == 1000 })
 	c.Close()
 	var kinds []int
 	for e := range events {
@@ -469,6 +483,6 @@ func TestOneMoreMemberIsOneElement(t *testing.T) {
 		}
 	}
 	if want := []int{unix.NFT_MSG_NEWSETELEM, unix.NFT_MSG_DELSETELEM}; !slices.Equal(kinds, want) {
-		t.Errorf("the kernel tells of %v, want %v", kinds, want)
+		t.Errorf("the kernel's events are %v, want %v", kinds, want)
 	}
 }

@@ -27,25 +27,25 @@ import (
 	"github.com/k8slan/k8slan/test/netlab"
 )
 
-// killCase is a process that is killed at each of its steps in turn, and the node it runs on.
+// killCase is a process that is killed at each of its steps in turn, and its node.
 type killCase struct {
 	node
-	segment.Segment // as the node is to have it afterwards
+	segment.Segment // what the node should have afterwards
 	cmd             *exec.Cmd
-	stdin           any          // as JSON
-	earlier         []attachment // pods that were there before, or half so
-	fails           bool         // a plugin's process that ends with an error by itself
-	keepsLAN        bool         // the LAN: it is as a new one, and the next process may have it
+	stdin           any          // is encoded as JSON
+	earlier         []attachment // pods that were attached before, or half attached
+	fails           bool         // the plugin's process ends with an error by itself
+	keepsLAN        bool         // the LAN is like a new one afterwards, and the next process can use it
 }
 
-// attachment is a sandbox with the network it is or was to be attached to.
+// attachment is a sandbox with the network that it is, or was to be, attached to.
 type attachment struct {
 	sandbox
 	config keys
 }
 
-// Whatever the daemon or the plugin was about to change when it was killed: the daemon that comes next leads the node
-// to where it should be, a pod can attach and speak, and once it has gone nothing is left of it all.
+// Wherever the daemon or the plugin was killed: the next daemon brings the node to the desired state, a pod can attach
+// and send, and after its DEL nothing is left of either.
 func TestKilledAtEveryStep(t *testing.T) {
 	t.Parallel()
 	netlab.NeedDevices(t)
@@ -56,7 +56,7 @@ func TestKilledAtEveryStep(t *testing.T) {
 		"ADD of a pod with addresses":          addWithAddresses,
 		"ADD of a pod that is refused":         addRefused(segment.Veth),
 		"ADD of a VM that is refused":          addRefused(segment.Macvtap),
-		"ADD where the standing pair is gone":  addWithoutPair,
+		"ADD without a standing pair":          addWithoutPair,
 		"take-over of a pod by a pod":          takeOver(segment.Veth, segment.Veth),
 		"take-over of a pod by a VM":           takeOver(segment.Veth, segment.Macvtap),
 		"take-over of a VM by a pod":           takeOver(segment.Macvtap, segment.Veth),
@@ -68,7 +68,7 @@ func TestKilledAtEveryStep(t *testing.T) {
 		"LAN repaired":                         repaired,
 		"LAN in unicast":                       inUnicast,
 		"LAN back in multicast":                inMulticastAgain,
-		"LAN of pods that are gone":            abandoned,
+		"LAN of pods without DEL":              abandoned,
 		"LAN in another's place":               replaced,
 		"LAN removed":                          removed,
 	} {
@@ -84,7 +84,7 @@ func killAtEveryStep(t *testing.T, prepare func(*testing.T, node) killCase) {
 	for at := 0; ; at++ {
 		h.kernel = h.newKernel(t)
 		d := prepare(t, h)
-		h.kernel.Close() // what it has in hand is nothing a new process has
+		h.kernel.Close() // a new process has none of its open namespaces
 		d.kernel = h.newKernel(t)
 		steps, killed := d.run(t, at)
 		story := "lived"
@@ -96,8 +96,8 @@ func killAtEveryStep(t *testing.T, prepare func(*testing.T, node) killCase) {
 			return
 		}
 		if !killed {
-			// Every step it takes was one at which it was killed. It may take fewer than others did: on a busy machine the
-			// manager looks once more.
+			// It was killed at each step that it takes. It may take fewer steps than before: on a busy machine the
+			// manager observes once more.
 			if len(steps) == 0 || len(steps) > at {
 				t.Fatalf("killed %d times, but takes %d steps: %v", at, len(steps), steps)
 			}
@@ -107,7 +107,7 @@ func killAtEveryStep(t *testing.T, prepare func(*testing.T, node) killCase) {
 	}
 }
 
-// run is the life and death of the process.
+// run runs the process and kills it at that step.
 func (d killCase) run(t *testing.T, killAt int) (steps []step, killed bool) {
 	t.Helper()
 	stdin, err := json.Marshal(d.stdin)
@@ -135,7 +135,7 @@ func (d killCase) run(t *testing.T, killAt int) (steps []step, killed bool) {
 	return steps, killed
 }
 
-// recovers is life after the process.
+// recovers runs the next daemon, and expects the node to be as if no process had been killed.
 func (d killCase) recovers(t *testing.T, story string, number int) {
 	t.Helper()
 	defer func() {
@@ -148,7 +148,7 @@ func (d killCase) recovers(t *testing.T, story string, number int) {
 	if len(d.earlier) > 0 || number%5 == 0 {
 		d.attachAndDetach(t, number)
 		m.runs(t, d.Segment)
-	} else { // frames are carried by the standing pairs, which is enough of a LAN alone, and sooner done
+	} else { // the standing pairs carry frames, too; this is faster
 		inside := d.lanNetns(d.Segment)
 		for _, spoke := range []string{"srl", "peer"} {
 			inside.AwaitCarrier(t, segment.PortName(spoke))
@@ -161,7 +161,8 @@ func (d killCase) recovers(t *testing.T, story string, number int) {
 		there.Close()
 	}
 	d.awaitState(t, d.Segment, "the segment to be as a new one", func(have segment.State) bool {
-		return len(segment.Diff(d.Segment, have)) == 0 && len(have.Claims()) == 0 && len(have.Links) == 2+2*len(d.Spokes)
+		return len(segment.Diff(d.Segment, have)) == 0 && len(have.Claims()) == 0 &&
+			len(have.Links) == 2+2*len(d.Spokes)
 	})
 	d.reconcilesWithoutEvents(t)
 	d.expectFiles(t, "lan/"+d.Netns+".json", "lock/"+d.Netns, "netns/"+d.Netns)
@@ -171,21 +172,21 @@ func (d killCase) recovers(t *testing.T, story string, number int) {
 		return
 	}
 	m.Set(nil)
-	m.awaitReports(t, "nothing", func(reports []lanmgr.Report) bool { return len(reports) == 0 })
+	m.awaitReports(t, "no segment", func(reports []lanmgr.Report) bool { return len(reports) == 0 })
 	m.stop()
 	d.kernel.Close()
 	d.expectFiles(t)
 	expectNothing(t, d.node)
 }
 
-// attachAndDetach attaches a pod, which can speak, and detaches it and those that were there before.
+// attachAndDetach attaches a pod, expects it to send and receive, and detaches it and the earlier ones.
 func (d killCase) attachAndDetach(t *testing.T, number int) {
 	t.Helper()
 	inside := d.lanNetns(d.Segment)
 	inside.AwaitCarrier(t, segment.PortName("peer"))
 	inside.AwaitCarrier(t, segment.PlugName("peer"))
 	there := inside.Open(t, segment.PlugName("peer"))
-	// The old pod's DEL comes first or last, and a pod or a VM follows, by turns: which it is must not matter.
+	// By turns the DEL of the earlier pod comes first or last, and a pod or a VM follows.
 	if number/2%2 == 1 {
 		for _, old := range d.earlier {
 			old.mustCall(t, "DEL", old.config)
@@ -194,7 +195,8 @@ func (d killCase) attachAndDetach(t *testing.T, number int) {
 			t.Errorf("after DEL there is %v (%v)", left, err)
 		}
 	}
-	young := attachment{d.sandbox(t), network(d.Segment, "srl", []segment.Kind{segment.Veth, segment.Macvtap}[number%2], nil)}
+	kind := []segment.Kind{segment.Veth, segment.Macvtap}[number%2]
+	young := attachment{d.sandbox(t), network(d.Segment, "srl", kind, nil)}
 	here, _ := young.add(t, d.Segment, young.config)
 	for _, when := range []string{"before", "after"} {
 		reaches(t, here, there, frames.Stream(nil, segment.MAC(d.LAN, "srl"), 1, 1))
@@ -207,15 +209,15 @@ func (d killCase) attachAndDetach(t *testing.T, number int) {
 	}
 	here.Close()
 	there.Close()
-	for _, gone := range append(d.earlier, young) {
-		gone.mustCall(t, "DEL", gone.config)
-		if links := gone.Links(t); len(links) != 0 {
+	for _, a := range append(d.earlier, young) {
+		a.mustCall(t, "DEL", a.config)
+		if links := a.Links(t); len(links) != 0 {
 			t.Errorf("after DEL the pod has %v", links)
 		}
 	}
 }
 
-// reaches sends a frame and waits for it at the other end, among whatever a pod that is going may have said.
+// reaches sends a frame and waits for it at the other end, where other frames may come before.
 func reaches(t *testing.T, from, to netlab.Wire, frame []byte) {
 	t.Helper()
 	must(t, from.Send(frame))
@@ -223,7 +225,7 @@ func reaches(t *testing.T, from, to netlab.Wire, frame []byte) {
 	must(t, err)
 }
 
-// expectFiles wants these files below Run and none of CDI.
+// expectFiles expects these files below Run, and no file of CDI.
 func (d killCase) expectFiles(t *testing.T, want ...string) {
 	t.Helper()
 	have := []string{}
@@ -239,41 +241,42 @@ func (d killCase) expectFiles(t *testing.T, want ...string) {
 		}))
 	}
 	if !slices.Equal(have, want) {
-		t.Errorf("on the node are %q, want %q", have, want)
+		t.Errorf("the node has the files %q, want %q", have, want)
 	}
 }
 
-// reconcilesWithoutEvents wants a look by a new process that finds nothing to do and of which rtnetlink says nothing.
-// What earlier changes have left to say may come late (linkwatch, up to a second), so the look is repeated then.
+// reconcilesWithoutEvents expects that a new process has nothing to do and that rtnetlink reports nothing meanwhile.
+// Events of earlier changes may come up to a second late (linkwatch), so it tries again.
 func (d killCase) reconcilesWithoutEvents(t *testing.T) {
 	t.Helper()
-	for range 30 {
-		ears := []*eventSocket{d.watchEvents(t, d.Namespace), d.watchEvents(t, d.lanNetns(d.Segment))}
+	for deadline := time.Now().Add(frameTimeout); time.Now().Before(deadline); {
+		sockets := []*eventSocket{d.watchEvents(t, d.Namespace), d.watchEvents(t, d.lanNetns(d.Segment))}
 		k := d.newKernel(t)
-		ops := reconcileWith(t, k, d.Netns, func(have segment.State) []segment.Op { return segment.Diff(d.Segment, have) })
+		ops := reconcileWith(t, k, d.Netns, diffTo(d.Segment))
 		k.Close()
 		if len(ops) != 0 {
-			t.Fatalf("to do once more: %v", ops)
+			t.Fatalf("reconciling again did %v", ops)
 		}
-		heard := false
-		for _, ear := range ears {
-			heard = ear.sawEvents(t) || heard
+		events := false
+		for _, socket := range sockets {
+			events = socket.sawEvents(t) || events
 		}
-		if !heard {
+		if !events {
 			return
 		}
 	}
-	t.Error("each time that nothing was to be done, rtnetlink had events")
+	t.Error("rtnetlink reported events each time that a new process reconciled")
 }
 
-// eventSocket hears all that rtnetlink tells of a namespace.
+// eventSocket receives every event of rtnetlink in a namespace.
 type eventSocket struct{ file *os.File }
 
 func (n node) watchEvents(t *testing.T, ns netlab.Namespace) *eventSocket {
 	t.Helper()
 	var fd int
 	must(t, ns.Do(func() (err error) {
-		if fd, err = unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_ROUTE); err != nil {
+		const kind = unix.SOCK_RAW | unix.SOCK_CLOEXEC | unix.SOCK_NONBLOCK
+		if fd, err = unix.Socket(unix.AF_NETLINK, kind, unix.NETLINK_ROUTE); err != nil {
 			return err
 		}
 		return unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK, Groups: ^uint32(0)})
@@ -281,11 +284,12 @@ func (n node) watchEvents(t *testing.T, ns netlab.Namespace) *eventSocket {
 	return &eventSocket{os.NewFile(uintptr(fd), "rtnetlink")}
 }
 
-// sawEvents says whether there was anything, and is done.
+// sawEvents reports whether there was an event, and closes the socket.
 func (e *eventSocket) sawEvents(t *testing.T) bool {
 	t.Helper()
 	defer e.file.Close()
-	must(t, e.file.SetReadDeadline(time.Now().Add(2*time.Millisecond))) // what the look caused is there already
+	// The events of the reconciliation are there already.
+	must(t, e.file.SetReadDeadline(time.Now().Add(2*time.Millisecond)))
 	n, err := e.file.Read(make([]byte, 1<<16))
 	if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
 		t.Fatal(err)
@@ -317,11 +321,11 @@ func add(kind segment.Kind, txChecksumOff []string, extra keys) func(*testing.T,
 
 func addWithAddresses(t *testing.T, n node) killCase {
 	d := add(segment.Veth, nil, n.installIPAM(t, "192.0.2.1/24", "2001:db8::1/64"))(t, n)
-	d.earlier[0].Sysctl(t, "net/ipv6/conf/default/accept_dad", "0") // nobody else has it
+	d.earlier[0].Sysctl(t, "net/ipv6/conf/default/accept_dad", "0") // no other pod has the address
 	return d
 }
 
-// addRefused is an ADD that has to take everything back at its last step.
+// addRefused is an ADD that fails at its last step and has to undo all others.
 func addRefused(kind segment.Kind) func(*testing.T, node) killCase {
 	return func(t *testing.T, h node) killCase {
 		d := add(kind, nil, nil)(t, h)
@@ -342,7 +346,7 @@ func addWithoutPair(t *testing.T, n node) killCase {
 	return d
 }
 
-// attachByPlugin attaches a pod or VM to the LAN as it is.
+// attachByPlugin attaches a pod or VM to a LAN that the node has.
 func (n node) attachByPlugin(t *testing.T, s segment.Segment, spoke string, kind segment.Kind) attachment {
 	t.Helper()
 	a := attachment{n.sandbox(t), network(s, spoke, kind, nil)}
@@ -368,21 +372,22 @@ func del(kind segment.Kind) func(*testing.T, node) killCase {
 	}
 }
 
-// Environment of a process that is the daemon: where it keeps its things.
+// These environment variables make this program the daemon and name its directories.
 const (
 	daemonRun = "K8SLAN_TEST_RUN"
 	daemonCDI = "K8SLAN_TEST_CDI"
 )
 
-// runDaemon is such a process. It has the manager make what standard input says, and ends when that is there.
+// runDaemon is the daemon's process. Its manager reconciles the segments that standard input lists, and the process
+// ends when the node has them.
 func runDaemon() int {
-	var wishes []wantedSegment
-	if err := json.NewDecoder(os.Stdin).Decode(&wishes); err != nil {
+	var input []wantedSegment
+	if err := json.NewDecoder(os.Stdin).Decode(&input); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 2
 	}
 	var want []segment.Segment
-	for _, w := range wishes {
+	for _, w := range input {
 		w.Segment.Remotes = w.Remotes
 		want = append(want, w.Segment)
 	}
@@ -400,7 +405,8 @@ func runDaemon() int {
 			if len(want) == 0 {
 				left, _ = k.List()
 			}
-			if len(left) == 0 && len(reports) == len(want) && !slices.ContainsFunc(reports, func(r lanmgr.Report) bool { return !r.Built || r.Leaving }) {
+			unbuilt := func(r lanmgr.Report) bool { return !r.Built || r.Leaving }
+			if len(left) == 0 && len(reports) == len(want) && !slices.ContainsFunc(reports, unbuilt) {
 				cancel()
 				if err := <-ended; err != nil {
 					fmt.Fprintln(os.Stderr, err)
@@ -415,18 +421,18 @@ func runDaemon() int {
 	}
 }
 
-// daemonProcess is the daemon's process on a node, which makes that LAN or, without one, takes away what is there.
+// daemonProcess is the daemon's process on a node. It builds these segments; without one it removes what the node has.
 func (n node) daemonProcess(want segment.Segment, made ...segment.Segment) killCase {
 	cmd := exec.Command("/proc/self/exe")
 	cmd.Env = append(os.Environ(), daemonRun+"="+n.Run, daemonCDI+"="+n.CDI)
-	wishes := []wantedSegment{}
+	input := []wantedSegment{}
 	for _, s := range made {
-		wishes = append(wishes, wantedSegment{s, s.Remotes})
+		input = append(input, wantedSegment{s, s.Remotes})
 	}
-	return killCase{node: n, Segment: want, cmd: cmd, stdin: wishes}
+	return killCase{node: n, Segment: want, cmd: cmd, stdin: input}
 }
 
-// wantedSegment is a segment with what its record does not have.
+// wantedSegment is a segment with the fields that its record lacks.
 type wantedSegment struct {
 	segment.Segment
 	Remotes []netip.Addr `json:"remotes"`
@@ -438,7 +444,7 @@ func built(t *testing.T, n node) killCase {
 	return n.daemonProcess(s, s)
 }
 
-// edited changes all that can be changed, with a pod attached.
+// edited changes every field that can change, while a pod is attached.
 func edited(t *testing.T, n node) killCase {
 	from := n.killable(t)
 	from.Spokes = append(from.Spokes, "w-one", "w-two")
@@ -455,28 +461,33 @@ func edited(t *testing.T, n node) killCase {
 	return d
 }
 
-// inUnicast takes a LAN in use from its group to remotes.
+// killableVTEPs are the VTEPs of the LAN of these tests in unicast, its own first.
+var killableVTEPs = []netip.Addr{
+	netip.MustParseAddr("2001:db8::1"), netip.MustParseAddr("2001:db8::2"), netip.MustParseAddr("2001:db8::3"),
+}
+
+// inUnicast changes a LAN in use from its group to remotes.
 func inUnicast(t *testing.T, n node) killCase {
 	from := n.killable(t)
 	n.reconcile(t, from)
 	pod := n.attachByPlugin(t, from, "srl", segment.Veth)
-	to := unicast(from, netip.MustParseAddr("2001:db8::1"), netip.MustParseAddr("2001:db8::2"), netip.MustParseAddr("2001:db8::3"))
+	to := unicast(from, killableVTEPs[0], killableVTEPs[1:]...)
 	d := n.daemonProcess(to, to)
 	d.earlier = []attachment{pod}
 	return d
 }
 
-// inMulticastAgain takes it back.
+// inMulticastAgain changes it back.
 func inMulticastAgain(t *testing.T, n node) killCase {
 	to := n.killable(t)
-	n.reconcile(t, unicast(to, netip.MustParseAddr("2001:db8::1"), netip.MustParseAddr("2001:db8::2"), netip.MustParseAddr("2001:db8::3")))
+	n.reconcile(t, unicast(to, killableVTEPs[0], killableVTEPs[1:]...))
 	pod := n.attachByPlugin(t, to, "srl", segment.Veth)
 	d := n.daemonProcess(to, to)
 	d.earlier = []attachment{pod}
 	return d
 }
 
-// repaired mends what somebody did to a LAN.
+// repaired repairs changes by hand.
 func repaired(t *testing.T, n node) killCase {
 	s := n.killable(t)
 	s.TxChecksumOff = []string{"peer"}
@@ -505,7 +516,7 @@ func repaired(t *testing.T, n node) killCase {
 	return d
 }
 
-// abandoned clears up behind pods whose DEL never came.
+// abandoned removes the claims of pods whose DEL never came.
 func abandoned(t *testing.T, n node) killCase {
 	s := n.killable(t)
 	n.reconcile(t, s)
@@ -519,7 +530,7 @@ func abandoned(t *testing.T, n node) killCase {
 	return n.daemonProcess(s, s)
 }
 
-// replaced makes a LAN where another one has the name of its namespace.
+// replaced builds a LAN where another LAN has the name of its namespace.
 func replaced(t *testing.T, n node) killCase {
 	s := n.killable(t)
 	other := s

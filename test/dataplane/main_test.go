@@ -127,7 +127,12 @@ func (n node) withUnderlay(t *testing.T, s segment.Segment) segment.Segment {
 // reconcile reconciles the LAN on the node once, as the manager does, and returns the operations it applied.
 func (n node) reconcile(t *testing.T, s segment.Segment) []segment.Op {
 	t.Helper()
-	return reconcileWith(t, n.kernel, s.Netns, func(have segment.State) []segment.Op { return segment.Diff(s, have) })
+	return reconcileWith(t, n.kernel, s.Netns, diffTo(s))
+}
+
+// diffTo decides on the operations that lead to the LAN's desired state.
+func diffTo(want segment.Segment) func(segment.State) []segment.Op {
+	return func(have segment.State) []segment.Op { return segment.Diff(want, have) }
 }
 
 func reconcileWith(t *testing.T, k *kernel.Node, name string, decide func(segment.State) []segment.Op) []segment.Op {

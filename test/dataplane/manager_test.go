@@ -71,7 +71,7 @@ func (m managed) awaitReports(t *testing.T, what string, fit func([]lanmgr.Repor
 		select {
 		case <-m.Changed():
 		case <-deadline:
-			t.Fatalf("waited for %s on %s; reports are %+v", what, m.Name, m.Reports())
+			t.Fatalf("timed out waiting for %s on %s; reports are %+v", what, m.Name, m.Reports())
 		}
 	}
 }
@@ -92,7 +92,7 @@ func (n node) awaitState(t *testing.T, s segment.Segment, what string, fits func
 			return time.Since(began)
 		}
 		if time.Since(began) > daemonTimeout {
-			t.Fatalf("waited for %s on %s; %s is\n%s", what, n.Name, s.Netns, describe(have))
+			t.Fatalf("timed out waiting for %s on %s; %s is\n%s", what, n.Name, s.Netns, describe(have))
 		}
 		<-again.C
 	}

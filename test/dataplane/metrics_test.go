@@ -6,7 +6,6 @@ import (
 	"log/slog"
 	"net/netip"
 	"testing"
-	"time"
 
 	"github.com/containernetworking/cni/pkg/types"
 	"github.com/prometheus/client_golang/prometheus"
@@ -20,18 +19,21 @@ import (
 	"github.com/k8slan/k8slan/test/frames"
 )
 
-// meteredNode is a node with the daemon's manager at work, and its metrics.
+// meteredNode is a node on which the daemon's manager runs, with its metrics.
 type meteredNode struct {
 	managed
 	registry *prometheus.Registry
 }
 
-// startMetered starts the manager with its metrics, which also hear the CNI plugin.
+// startMetered starts the manager with its metrics, which also count the reports of the CNI plugin.
 func (n node) startMetered(t *testing.T) meteredNode {
 	t.Helper()
 	c := meteredNode{managed: n.manage(t), registry: prometheus.NewRegistry()}
-	m := metrics.New(metrics.Sources{Reports: c.Reports, Registered: func() int { return 0 }, Dropped: firewall.New(n.Path, firewall.TableName, slog.New(slog.DiscardHandler)).Dropped})
-	c.Manager.OnObserve = m.Observed // nothing is looked at before the first Set
+	drop := firewall.New(n.Path, firewall.TableName, slog.New(slog.DiscardHandler))
+	m := metrics.New(metrics.Sources{
+		Reports: c.Reports, Registered: func() int { return 0 }, Dropped: drop.Dropped,
+	})
+	c.Manager.OnObserve = m.Observed // the manager observes nothing before the first Set
 	must(t, c.registry.Register(m))
 	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
 	ended := make(chan struct{})
@@ -46,7 +48,8 @@ func (n node) startMetered(t *testing.T) meteredNode {
 	return c
 }
 
-// value is that of one series, "name" or "name label=value …", or how many a histogram has counted; -1 where there is no such series.
+// value returns the value of a series, "name" or "name label=value …", or the count of a histogram; -1 if there is no
+// such series.
 func (c meteredNode) value(t *testing.T, series string) float64 {
 	t.Helper()
 	families, err := c.registry.Gather()
@@ -65,24 +68,10 @@ func (c meteredNode) value(t *testing.T, series string) float64 {
 	return -1
 }
 
-// awaitSeries returns when a series is at least so much.
+// awaitSeries returns when a series has at least that value.
 func (c meteredNode) awaitSeries(t *testing.T, series string, least float64) {
 	t.Helper()
 	eventually(t, fmt.Sprintf("%s to be %v", series, least), func() bool { return c.value(t, series) >= least })
-}
-
-// eventually looks again and again: a counter tells nobody that it has moved.
-func eventually(t *testing.T, what string, fits func() bool) {
-	t.Helper()
-	again, deadline := time.NewTicker(5*time.Millisecond), time.After(daemonTimeout)
-	defer again.Stop()
-	for !fits() {
-		select {
-		case <-again.C:
-		case <-deadline:
-			t.Fatalf("waited for %s", what)
-		}
-	}
 }
 
 func TestMetricsCountWhatHappensOnANode(t *testing.T) {
@@ -108,7 +97,8 @@ func TestMetricsCountWhatHappensOnANode(t *testing.T) {
 	c.awaitSeries(t, "k8slan_attach_duration_seconds kind=macvtap result=succeeded", 1)
 	h.sandbox(t).mustFail(t, "ADD", with(podNetwork, keys{"deviceID": ""}), cni.CodeNoDevice, "allocated no")
 	c.awaitSeries(t, "k8slan_attach_failures_total reason=no_device", 1)
-	h.sandbox(t).mustFail(t, "ADD", with(podNetwork, keys{"ns": "nowhere"}), types.ErrTryAgainLater, "is not on this node")
+	nowhere := with(podNetwork, keys{"ns": "nowhere"})
+	h.sandbox(t).mustFail(t, "ADD", nowhere, types.ErrTryAgainLater, "is not on this node")
 	c.awaitSeries(t, "k8slan_attach_failures_total reason=unavailable", 1)
 
 	before := c.value(t, learnt)
@@ -134,13 +124,16 @@ func TestMetricsCountWhatHappensOnANode(t *testing.T) {
 	c.awaitSeries(t, "k8slan_takeovers_total", 1)
 	next.mustCall(t, "DEL", podNetwork)
 	c.awaitSeries(t, detached, 1)
-	h.sandbox(t).mustFail(t, "DEL", with(podNetwork, keys{"ipam": keys{"type": "no-such-plugin"}}), cni.CodeIPAM, "no-such-plugin")
+	absent := with(podNetwork, keys{"ipam": keys{"type": "no-such-plugin"}})
+	h.sandbox(t).mustFail(t, "DEL", absent, cni.CodeIPAM, "no-such-plugin")
 	c.awaitSeries(t, "k8slan_detach_failures_total reason=ipam", 1)
-	c.awaitReports(t, "the VM alone to be attached", func(reports []lanmgr.Report) bool { return len(reports[0].Claims) == 1 && reports[0].Built })
+	c.awaitReports(t, "the VM's claim only", func(reports []lanmgr.Report) bool {
+		return len(reports[0].Claims) == 1 && reports[0].Built
+	})
 
 	repairs := "k8slan_repairs_total operation=AddPair"
 	if v := c.value(t, repairs); v > 0 {
-		t.Errorf("%v repairs before anything was broken", v)
+		t.Errorf("%v repairs before anything was damaged", v)
 	}
 	built := max(0, c.value(t, "k8slan_operations_total operation=AddPair"))
 	inside := h.lanNetns(s).Netlink(t)
@@ -154,10 +147,10 @@ func TestMetricsCountWhatHappensOnANode(t *testing.T) {
 
 	vtep := netip.MustParseAddr("192.0.2.1")
 	h.addUnderlayAddress(t, netip.PrefixFrom(vtep, 24))
-	told := c.value(t, repairs)
+	repaired := c.value(t, repairs)
 	c.Set([]segment.Segment{unicast(s, vtep, netip.MustParseAddr("192.0.2.2"), netip.MustParseAddr("192.0.2.3"))})
 	c.awaitSeries(t, remotes, 2)
-	if v := c.value(t, repairs); v != told {
-		t.Errorf("%v repairs, %v before the LAN was given remotes", v, told)
+	if v := c.value(t, repairs); v != repaired {
+		t.Errorf("%v repairs, %v before the LAN got remotes", v, repaired)
 	}
 }

@@ -28,12 +28,15 @@ import (
 	"github.com/k8slan/k8slan/test/netlab"
 )
 
-// megalos is a network as Kathará writes it.
+// megalos is a network as Kathará configures it.
 func megalos(name string, vni uint32) keys {
-	return keys{"cniVersion": "0.3.0", "name": name, "type": "megalos", "suffix": name, "vxlanId": vni, "master": netlab.UnderlayDevice}
+	return keys{
+		"cniVersion": "0.3.0", "name": name, "type": "megalos",
+		"suffix": name, "vxlanId": vni, "master": netlab.UnderlayDevice,
+	}
 }
 
-// onDemandSegment is what a node has of a VNI, as far as tests name it.
+// onDemandSegment is the segment that a node has for a VNI, as far as tests name its parts.
 func onDemandSegment(vni uint32) segment.Segment {
 	return segment.Segment{
 		Netns: fmt.Sprintf("megalos-%d", vni), Bridge: fmt.Sprintf("br%d", vni),
@@ -41,14 +44,17 @@ func onDemandSegment(vni uint32) segment.Segment {
 	}
 }
 
-// startOnDemandDaemon starts what a daemon does for LANs that no object wants: those with a pod are kept and joined to EVPN. The node is number n of its fabric.
+// startOnDemandDaemon starts the daemon's part for segments without a LAN object: those with a pod are kept and join
+// EVPN. n is the node's number.
 func (h node) startOnDemandDaemon(t *testing.T, n byte, reflector netip.AddrPort) *speaker {
 	t.Helper()
 	source := netip.AddrFrom4([4]byte{127, 0, 0, 1 + n})
 	m := h.manage(t)
 	fab := evpn.New(evpn.Config{
 		AS: 65000, RouterID: source, Kernel: m.daemon, Log: slog.New(slog.DiscardHandler),
-		Peers: []bgp.Peer{{Address: reflector.Addr(), Port: reflector.Port(), AS: 65000, Source: source, IPv6VTEPs: true}},
+		Peers: []bgp.Peer{{
+			Address: reflector.Addr(), Port: reflector.Port(), AS: 65000, Source: source, IPv6VTEPs: true,
+		}},
 	})
 	m.Set(nil)
 	ctx, cancel := context.WithCancel(context.Background())
@@ -96,7 +102,7 @@ func (h node) startOnDemandDaemon(t *testing.T, n byte, reflector netip.AddrPort
 	return sp
 }
 
-// attachToVNI attaches an interface of a pod with a MAC, and speaks there.
+// attachToVNI attaches an interface of a pod, with a MAC, and opens it.
 func (s sandbox) attachToVNI(t *testing.T, lan segment.Segment, config keys) netlab.Wire {
 	t.Helper()
 	out := s.mustCall(t, "ADD", config)
@@ -105,25 +111,25 @@ func (s sandbox) attachToVNI(t *testing.T, lan segment.Segment, config keys) net
 		Interfaces []struct{ Name, MAC, Sandbox string }
 	}
 	if err := json.Unmarshal(out, &result); err != nil || len(result.Interfaces) != 2 || result.CNIVersion != "0.3.0" {
-		t.Fatalf("ADD says %s", out)
+		t.Fatalf("ADD returned %s", out)
 	}
 	if got := result.Interfaces[1]; got.Name != s.ifname || got.MAC != s.mac || got.Sandbox != s.Path {
-		t.Fatalf("attached as %+v, asked for %s as %s", got, s.mac, s.ifname)
+		t.Fatalf("attached as %+v, requested were %s and %s", got, s.mac, s.ifname)
 	}
 	s.AwaitCarrier(t, s.ifname)
 	s.node.lanNetns(lan).AwaitCarrier(t, result.Interfaces[0].Name)
 	return s.Open(t, s.ifname)
 }
 
-// awaitNothing waits until the daemon has seen that there is no LAN any more, and wants nothing to be left on the node.
+// awaitNothing waits until the daemon has removed all segments, and expects that nothing is left on the node.
 func (sp *speaker) awaitNothing(t *testing.T) {
 	t.Helper()
 	sp.awaitReports(t, "nothing", func(r []lanmgr.Report) bool { return len(r) == 0 })
 	expectNothing(t, sp.node)
 }
 
-// Two networks and three pods on two nodes, as Kathará makes them: the LANs are apart, MACs are as asked for, and with the last pod all is gone. A daemon that
-// is away meanwhile keeps nobody from attaching.
+// Two networks and three pods on two nodes, as Kathará makes them: the LANs are separate, MACs are as requested, and
+// with the last pod everything is removed. A pod can attach while the daemon does not run.
 func TestKatharaPodsConnectByVNI(t *testing.T) {
 	t.Parallel()
 	a, b := twoNodes(t)
@@ -138,8 +144,10 @@ func TestKatharaPodsConnectByVNI(t *testing.T) {
 	r1red, r2, r3 := a.sandbox(t), b.sandbox(t), b.sandbox(t)
 	r1blue := r1red
 	r1blue.ifname = "net2"
-	r1red.mac, r1blue.mac, r2.mac, r3.mac = "02:aa:00:00:00:01", "02:aa:00:00:00:02", "02:aa:00:00:00:03", "02:aa:00:00:00:04"
-	onRed, onBlue := r1red.attachToVNI(t, onDemandSegment(5001), red), r1blue.attachToVNI(t, onDemandSegment(70002), blue)
+	r1red.mac, r1blue.mac = "02:aa:00:00:00:01", "02:aa:00:00:00:02"
+	r2.mac, r3.mac = "02:aa:00:00:00:03", "02:aa:00:00:00:04"
+	onRed := r1red.attachToVNI(t, onDemandSegment(5001), red)
+	onBlue := r1blue.attachToVNI(t, onDemandSegment(70002), blue)
 	farRed, farBlue := r2.attachToVNI(t, onDemandSegment(5001), red), r3.attachToVNI(t, onDemandSegment(70002), blue)
 	knows := func(h node, vni uint32, macs int) {
 		t.Helper()
@@ -162,15 +170,16 @@ func TestKatharaPodsConnectByVNI(t *testing.T) {
 		crosses(t, onRed, farRed, frames.Stream(nil, mac(r1red.mac), 1, 1))
 		crosses(t, farRed, onRed, frames.Stream(nil, mac(r2.mac), 1, 2))
 		crosses(t, farBlue, onBlue, frames.Stream(nil, mac(r3.mac), 1, 3))
-		crosses(t, onBlue, farBlue, frames.Stream(nil, mac(r1blue.mac), 1, 4)) // each hears its own LAN alone: what crosses is the next frame
+		// Each pod receives frames of its own LAN only: the next frame is the one that was sent to it.
+		crosses(t, onBlue, farBlue, frames.Stream(nil, mac(r1blue.mac), 1, 4))
 	}
 	talk()
 
 	onA.end()
 	r4 := a.sandbox(t)
 	r4.mac = "02:aa:00:00:00:05"
-	alone := r4.attachToVNI(t, onDemandSegment(5001), red)
-	crosses(t, alone, onRed, frames.Stream(mac(r1red.mac), mac(r4.mac), 1, 5))
+	late := r4.attachToVNI(t, onDemandSegment(5001), red)
+	crosses(t, late, onRed, frames.Stream(mac(r1red.mac), mac(r4.mac), 1, 5))
 	talk()
 	onA = a.startOnDemandDaemon(t, 1, reflector.at)
 	knows(b, 5001, 2)
@@ -186,7 +195,7 @@ func TestKatharaPodsConnectByVNI(t *testing.T) {
 	onA.awaitNothing(t)
 	onB.awaitNothing(t)
 
-	for range 10 { // another pod comes when the daemon has hardly seen the last one go
+	for range 10 { // another pod attaches right after the last one was detached
 		r1red.attachToVNI(t, onDemandSegment(5001), red).Close()
 		r1red.mustCall(t, "DEL", red)
 	}
@@ -198,14 +207,15 @@ func TestKatharaPodsConnectByVNI(t *testing.T) {
 	knows(b, 5001, 1)
 	link, err := lost.Netlink(t).LinkByName(lost.ifname)
 	must(t, err)
-	must(t, lost.Netlink(t).LinkDel(link)) // as when the pod's namespace goes, and nobody calls DEL
+	must(t, lost.Netlink(t).LinkDel(link)) // as when the pod's namespace is removed without DEL
 	onA.awaitNothing(t)
 	knows(b, 5001, 0)
 	r2.mustCall(t, "DEL", red)
 	onB.awaitNothing(t)
 }
 
-// A LAN that goes and comes again between two looks of the daemon is heard, asked who is there, and the old one let go.
+// A segment that is removed and made again between two observations is watched and its MACs are read; the old namespace
+// is closed.
 func TestRecreatedVNIIsWatched(t *testing.T) {
 	h := addNode(t, netlab.NewUnderlay(t, underlayMTU), "worker1")
 	h.addUnderlayAddress(t, netip.PrefixFrom(families["IPv4"].vteps[0], 24))
@@ -218,7 +228,7 @@ func TestRecreatedVNIIsWatched(t *testing.T) {
 		must(t, unix.Stat(h.lanNetns(s).Path, &st))
 		return wire, fmt.Sprintf("net:[%d]", st.Ino)
 	}
-	shown, anew := make(chan netip.Addr, 100), make(chan struct{}, 1)
+	shown, recreated := make(chan netip.Addr, 100), make(chan struct{}, 1)
 	ctx, stop := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
 	go func() {
@@ -226,15 +236,15 @@ func TestRecreatedVNIIsWatched(t *testing.T) {
 			Bound: func(_ [6]byte, ip netip.Addr) {
 				select {
 				case shown <- ip:
-				default: // the test has heard enough
+				default: // the test needs no more
 				}
 			},
-			Recreated: func() { anew <- struct{}{} },
+			Recreated: func() { recreated <- struct{}{} },
 		})
 	}()
 	shows := func(wire netlab.Wire, address string) {
 		t.Helper()
-		again := time.NewTicker(50 * time.Millisecond) // it is heard from some time after the look
+		again := time.NewTicker(50 * time.Millisecond) // snooping begins some time after the observation
 		defer again.Stop()
 		for deadline := time.After(daemonTimeout); ; {
 			must(t, wire.Send(arp(1, broadcast, net.HardwareAddr{2, 0xaa, 0, 0, 0, 1}, address, address)))
@@ -245,7 +255,7 @@ func TestRecreatedVNIIsWatched(t *testing.T) {
 				}
 			case <-again.C:
 			case <-deadline:
-				t.Fatalf("%s was not heard", address)
+				t.Fatalf("%s was not snooped", address)
 			}
 		}
 	}
@@ -260,19 +270,19 @@ func TestRecreatedVNIIsWatched(t *testing.T) {
 	pod.mustCall(t, "DEL", red)
 	wire, now := join()
 	if old == now {
-		t.Fatalf("both are %s", now)
+		t.Fatalf("both namespaces are %s", now)
 	}
 	look()
 	select {
-	case <-anew:
+	case <-recreated:
 	case <-time.After(daemonTimeout):
-		t.Fatal("nobody says that the LAN was made anew")
+		t.Fatal("the recreated segment is not reported")
 	}
 	shows(wire, "10.0.0.2")
 	macs, err := daemon.LocalMACs(s.Netns)
 	must(t, err)
 	if len(macs) != 1 || macs[0] != [6]byte{2, 0xaa, 0, 0, 0, 1} {
-		t.Errorf("on the LAN are %x", macs)
+		t.Errorf("the LAN has the MACs %x", macs)
 	}
 	fds, err := os.ReadDir("/proc/self/fd")
 	must(t, err)
@@ -286,7 +296,7 @@ func TestRecreatedVNIIsWatched(t *testing.T) {
 	pod.mustCall(t, "DEL", red)
 }
 
-// Without any daemon the plugin makes the LAN, joins it, and takes it away.
+// Without a daemon the plugin builds the segment, attaches pods to it, and removes it.
 func TestOnDemandSegmentNeedsNoDaemon(t *testing.T) {
 	t.Parallel()
 	h := addNode(t, netlab.NewUnderlay(t, underlayMTU), "worker1")
@@ -302,13 +312,13 @@ func TestOnDemandSegmentNeedsNoDaemon(t *testing.T) {
 	crosses(t, here, there, frames.Stream(nil, src, 1, 1))
 	one.mustCall(t, "DEL", red)
 	if have := h.observe(t, onDemandSegment(5003)); len(have.Claims()) != 1 {
-		t.Errorf("after the first DEL there are %v", have.Claims())
+		t.Errorf("after the first DEL the claims are %v", have.Claims())
 	}
 	two.mustCall(t, "DEL", red)
 	expectNothing(t, h)
 }
 
-// A VNI that a LAN object has is that LAN: open to its own namespace and those that it names.
+// The VNI of a LAN object is that LAN: open to the LAN's own namespace and to those that the LAN allows.
 func TestVNIOfALANIsThatLAN(t *testing.T) {
 	t.Parallel()
 	a, _ := twoNodes(t)
@@ -322,7 +332,8 @@ func TestVNIOfALANIsThatLAN(t *testing.T) {
 		pod.mac = "02:aa:00:00:00:01"
 		config := megalos("red", 5004)
 		if owner == "other" {
-			pod.mustFail(t, "ADD", config, cni.CodeForbidden, "VNI 5004 belongs to LAN other/owned-other, which is not open to namespace")
+			pod.mustFail(t, "ADD", config, cni.CodeForbidden,
+				"VNI 5004 belongs to LAN other/owned-other, which is not open to namespace")
 			s.AllowedNamespaces = []string{"default"}
 			m.runs(t, s)
 		}
@@ -330,9 +341,13 @@ func TestVNIOfALANIsThatLAN(t *testing.T) {
 		wire := pod.attachToVNI(t, s, config)
 		crosses(t, wire, spoke, frames.Stream(nil, net.HardwareAddr{2, 0xaa, 0, 0, 0, 1}, 1, 1))
 		m.Enqueue(s.Netns)
-		m.awaitReports(t, "two claims", func(r []lanmgr.Report) bool { return len(r) == 1 && len(r[0].Claims) == 2 && r[0].Built })
+		m.awaitReports(t, "two claims", func(r []lanmgr.Report) bool {
+			return len(r) == 1 && len(r[0].Claims) == 2 && r[0].Built
+		})
 		m.Set(nil)
-		m.awaitReports(t, "leaving", func(r []lanmgr.Report) bool { return len(r) == 1 && r[0].Leaving && r[0].Built })
+		m.awaitReports(t, "leaving", func(r []lanmgr.Report) bool {
+			return len(r) == 1 && r[0].Leaving && r[0].Built
+		})
 		late := a.sandbox(t)
 		late.mac = "02:aa:00:00:00:02"
 		late.mustFail(t, "ADD", config, types.ErrTryAgainLater, "which is leaving this node")
@@ -346,12 +361,13 @@ func TestVNIOfALANIsThatLAN(t *testing.T) {
 			return len(have.Claims()) == 0 && len(segment.Diff(s, have)) == 0
 		})
 		m.Set(nil)
-		m.awaitReports(t, "nothing", func(r []lanmgr.Report) bool { return len(r) == 0 })
+		m.awaitReports(t, "no segment", func(r []lanmgr.Report) bool { return len(r) == 0 })
 		m.stop()
 	}
 }
 
-// Wherever ADD or DEL is killed, the next pod attaches, and with the last DEL nothing is left; with a daemon or without.
+// Wherever ADD or DEL is killed, the next pod attaches, and after the last DEL nothing is left; with a daemon or
+// without.
 func TestOnDemandPluginKilledAtEveryStep(t *testing.T) {
 	t.Parallel()
 	for _, verb := range []string{"ADD", "DEL"} {
@@ -374,7 +390,7 @@ func TestOnDemandPluginKilledAtEveryStep(t *testing.T) {
 				if at%2 == 1 { // a daemon starts where the plugin was killed
 					m := h.manage(t)
 					m.Set(nil)
-					m.awaitReports(t, "all to be looked at", func([]lanmgr.Report) bool { return m.Observed() })
+					m.awaitReports(t, "the first observations", func([]lanmgr.Report) bool { return m.Observed() })
 					m.stop()
 				}
 				wire := next.attachToVNI(t, onDemandSegment(5005), config)

@@ -15,7 +15,7 @@ import (
 	"github.com/k8slan/k8slan/test/netlab"
 )
 
-// pool is a LAN with a pool of that size beside a spoke, on this node.
+// pool returns a LAN on this node that has a spoke and a pool of that size.
 func (n node) pool(t *testing.T, name string, vni uint32, size int) segment.Segment {
 	t.Helper()
 	s := n.withUnderlay(t, lan(name, vni, "srl"))
@@ -27,7 +27,7 @@ func (n node) pool(t *testing.T, name string, vni uint32, size int) segment.Segm
 	return s
 }
 
-// attachToPort attaches a new sandbox to a port through the CNI plugin.
+// attachToPort attaches a new sandbox to a port of a pool by the CNI plugin.
 func (n node) attachToPort(t *testing.T, s segment.Segment, port string, kind segment.Kind) *poolMember {
 	t.Helper()
 	m := &poolMember{sandbox: n.sandbox(t), config: pooled(s, port, kind)}
@@ -51,7 +51,7 @@ type poolMember struct {
 	mac    string
 }
 
-// broadcasts sends a frame from each of some members to all of the others, which hear it once.
+// broadcasts sends a frame from each member and expects all others to receive it once.
 func broadcasts(t *testing.T, all ...*poolMember) {
 	t.Helper()
 	for i, from := range all {
@@ -64,7 +64,7 @@ func broadcasts(t *testing.T, all ...*poolMember) {
 				continue
 			}
 			if got, err := next(to.Wire, frameTimeout); err != nil || !slices.Equal(got, frame) {
-				t.Fatalf("member %d heard %x of %d, %v; want %x", j, got, i, err, frame)
+				t.Fatalf("member %d received %x from member %d, %v; want %x", j, got, i, err, frame)
 			}
 		}
 	}
@@ -83,7 +83,7 @@ func TestPoolIsResizedWhilePodsAndVMsAreAttached(t *testing.T) {
 	sa, sb := size(3)
 	pod, twin := a.attachToPort(t, sa, "web_0", segment.Veth), b.attachToPort(t, sb, "web_0", segment.Veth)
 	if pod.mac == twin.mac {
-		t.Errorf("the ports of one number on two nodes have one MAC, %s", pod.mac)
+		t.Errorf("ports with one number on two nodes have one MAC, %s", pod.mac)
 	}
 	vm := b.attachToPort(t, sb, "web_2", segment.Macvtap)
 	broadcasts(t, pod, twin, vm)
@@ -94,14 +94,15 @@ func TestPoolIsResizedWhilePodsAndVMsAreAttached(t *testing.T) {
 
 	sa, _ = size(1)
 	broadcasts(t, pod, twin, vm, late)
-	a.sandbox(t).mustFail(t, "ADD", pooled(sa, "web_1", segment.Veth), cni.CodeNoSpoke, `no pool "web" with a port "web_1"`)
+	a.sandbox(t).mustFail(t, "ADD", pooled(sa, "web_1", segment.Veth), cni.CodeNoSpoke,
+		`no pool "web" with a port "web_1"`)
 	for node, withdrawn := range map[*node]string{&a: "web_11", &b: "web_2"} {
 		if have := node.observe(t, sa); len(ports(have)) != 2 || !slices.Contains(ports(have), withdrawn) {
 			t.Errorf("%s has the ports %v, want web_0 and %s", node.Name, ports(have), withdrawn)
 		}
 	}
 
-	// Multus may have lost what it knew of the pod: then the kernel says which port it has.
+	// Multus may have lost its cache of the pod: then the kernel says which port the pod has.
 	late.mustCall(t, "DEL", with(late.config, keys{"deviceID": ""}))
 	vm.mustCall(t, "DEL", with(vm.config, keys{"deviceID": ""}))
 	for _, node := range []node{a, b} {
@@ -109,7 +110,7 @@ func TestPoolIsResizedWhilePodsAndVMsAreAttached(t *testing.T) {
 			return slices.Equal(ports(have), []string{"web_0"})
 		})
 		if devices := node.devices(t); len(devices) != 1 {
-			t.Errorf("%s has the CDI devices %v, want that of web_0 alone", node.Name, devices)
+			t.Errorf("%s has the CDI devices %v, want only that of web_0", node.Name, devices)
 		}
 	}
 	broadcasts(t, pod, twin)
@@ -120,12 +121,12 @@ func TestPoolIsResizedWhilePodsAndVMsAreAttached(t *testing.T) {
 	twin.mustCall(t, "DEL", twin.config)
 	for _, node := range []node{a, b} {
 		if devices := node.devices(t); len(devices) != 0 {
-			t.Errorf("%s: left are %v", node.Name, devices)
+			t.Errorf("%s: devices are left: %v", node.Name, devices)
 		}
 	}
 }
 
-// ports are the ports of pools that stand, sorted.
+// ports returns the ports of pools that have a standing pair, sorted.
 func ports(have segment.State) []string {
 	var names []string
 	for _, l := range have.Links {
@@ -184,11 +185,11 @@ func TestMACsByOrdinalAreEqualOnAllNodes(t *testing.T) {
 		macs = append(macs, made.MAC.String())
 	}
 	if macs[0] != macs[1] {
-		t.Errorf("pods of one ordinal on two nodes have the MACs %v", macs)
+		t.Errorf("pods with one ordinal on two nodes have the MACs %v", macs)
 	}
 	s := a.pool(t, "ordinal", 142, 2)
 	_, err := a.sandbox(t).call("ADD", pooled(s, "db_0", segment.Veth))
 	if said, ok := errors.AsType[*types.Error](err); !ok || said.Code != cni.CodeNoSpoke {
-		t.Errorf("a pool that is not there: %v", err)
+		t.Errorf("a pool that is not on the node: %v", err)
 	}
 }

@@ -15,7 +15,7 @@ import (
 	"github.com/k8slan/k8slan/test/netlab"
 )
 
-// startEndpoint starts a probe's station of a spoke.
+// startEndpoint starts a probe's endpoint on a spoke.
 func (n node) startEndpoint(t *testing.T, s segment.Segment, spoke string) probe.Endpoint {
 	t.Helper()
 	orders, order := io.Pipe()
@@ -29,13 +29,14 @@ func (n node) startEndpoint(t *testing.T, s segment.Segment, spoke string) probe
 	t.Cleanup(func() {
 		_, _ = order.Close(), says.Close()
 		if err := <-end; err != nil && !strings.Contains(err.Error(), io.ErrClosedPipe.Error()) {
-			t.Errorf("the station of %s: %v", spoke, err)
+			t.Errorf("the endpoint of %s: %v", spoke, err)
 		}
 	})
 	return probe.Endpoint{Node: n.Name, Orders: order, Messages: says}
 }
 
-// expectProbe wants a probe to say these words of the way from one to two and of the way back, and that all is well, or not.
+// expectProbe expects a probe to report these words about the path from one to two and about the path back, and whether
+// all is well.
 func expectProbe(t *testing.T, one, two probe.Endpoint, well bool, there, back string) {
 	t.Helper()
 	forth, home, err := probe.Run(t.Context(), one, two)
@@ -50,7 +51,7 @@ func expectProbe(t *testing.T, one, two probe.Endpoint, well bool, there, back s
 		said := strings.Join(sentences, "\n")
 		t.Log(said)
 		if ok != well || !strings.Contains(said, c.want) {
-			t.Errorf("the probe says, all is well %t:\n%s\nwant, %t, %q", ok, said, well, c.want)
+			t.Errorf("all is well %t, and the probe reports:\n%s\nwant %t, %q", ok, said, well, c.want)
 		}
 	}
 }
@@ -69,26 +70,34 @@ func TestProbeReportsWhatPassesAndWhereFramesAreLost(t *testing.T) {
 			fault: func(*testing.T, node, node, segment.Segment, *host) {},
 		},
 		{
-			name: "the MTU of the network between the nodes is too small", there: "packets of up to 1334 bytes pass, longer ones do not", back: "raise it, or set spec.mtu to 1326",
+			name:  "the MTU of the network between the nodes is too small",
+			there: "packets of up to 1334 bytes pass, longer ones do not", back: "raise it, or set spec.mtu to 1326",
 			fault: func(t *testing.T, a, b node, _ segment.Segment, _ *host) {
-				setLink(t, a.underlay.Netlink(t), b.Port(), func(h *netlink.Handle, l netlink.Link) error { return h.LinkSetMTU(l, 1400) })
+				setLink(t, a.underlay.Netlink(t), b.Port(), func(h *netlink.Handle, l netlink.Link) error {
+					return h.LinkSetMTU(l, 1400)
+				})
 			},
 		},
 		{
-			name: "a pod's interface is down", there: "Interface net1 in pod default/two is down", back: "Set it up inside the pod",
+			name:  "a pod's interface is down",
+			there: "Interface net1 in pod default/two is down", back: "Set it up inside the pod",
 			fault: func(t *testing.T, _, b node, s segment.Segment, pod *host) {
-				setLink(t, pod.Netlink(t), ifname, func(h *netlink.Handle, l netlink.Link) error { return h.LinkSetDown(l) })
+				setLink(t, pod.Netlink(t), ifname, (*netlink.Handle).LinkSetDown)
 			},
 		},
 		{
-			name: "the other node has another VNI", there: "with VNI 250, but VXLAN vx250 there has VNI 999", back: "with VNI 999, but VXLAN vx250 there has VNI 250",
+			name:  "the other node has another VNI",
+			there: "with VNI 250, but VXLAN vx250 there has VNI 999",
+			back:  "with VNI 999, but VXLAN vx250 there has VNI 250",
 			fault: func(t *testing.T, _, b node, s segment.Segment, _ *host) {
 				s.VXLAN.VNI = 999
 				b.reconcile(t, b.withUnderlay(t, s))
 			},
 		},
 		{
-			name: "neither node takes the other for a member", there: "is dropped there as a stranger's: the LAN has strictPeers", back: "kubectl get lannode worker2 -o yaml",
+			name:  "neither node is a member for the other",
+			there: "is dropped there as a stranger's: the LAN has strictPeers",
+			back:  "kubectl get lannode worker2 -o yaml",
 			fault: func(t *testing.T, a, b node, s segment.Segment, _ *host) {
 				for _, h := range []node{a, b} {
 					filter, _ := h.filter(t)
@@ -98,15 +107,19 @@ func TestProbeReportsWhatPassesAndWhereFramesAreLost(t *testing.T) {
 			},
 		},
 		{
-			name: "the VXLAN is down", there: "but not to VXLAN vx250 there, which is down", back: "Lost on node worker2 between bridge br250 and VXLAN vx250, which is down",
+			name:  "the VXLAN is down",
+			there: "but not to VXLAN vx250 there, which is down",
+			back:  "Lost on node worker2 between bridge br250 and VXLAN vx250, which is down",
 			fault: func(t *testing.T, _, b node, s segment.Segment, _ *host) {
-				setLink(t, b.lanNetns(s).Netlink(t), s.VXLAN.Name, func(h *netlink.Handle, l netlink.Link) error { return h.LinkSetDown(l) })
+				setLink(t, b.lanNetns(s).Netlink(t), s.VXLAN.Name, (*netlink.Handle).LinkSetDown)
 			},
 		},
 		{
-			name: "the underlay has no carrier", there: "but eth1 of node worker2 is down or has no carrier", back: "did not leave by eth1, which has no carrier",
+			name:  "the underlay has no carrier",
+			there: "but eth1 of node worker2 is down or has no carrier",
+			back:  "did not leave by eth1, which has no carrier",
 			fault: func(t *testing.T, a, b node, _ segment.Segment, _ *host) {
-				setLink(t, a.underlay.Netlink(t), b.Port(), func(h *netlink.Handle, l netlink.Link) error { return h.LinkSetDown(l) })
+				setLink(t, a.underlay.Netlink(t), b.Port(), (*netlink.Handle).LinkSetDown)
 				b.AwaitNoCarrier(t, netlab.UnderlayDevice)
 			},
 		},
@@ -144,13 +157,14 @@ func TestProbeReportsUnfinishedChecksums(t *testing.T) {
 	}
 	for _, c := range []probe.Path{there, back} {
 		if well, said := c.Verdict(); !well {
-			t.Errorf("not all passes: %q", said)
+			t.Errorf("frames are lost: %q", said)
 		}
 	}
 	if said := probe.Checksums(there); said != "" {
 		t.Errorf("to a spoke whose txChecksum is off: %q", said)
 	}
-	if said := probe.Checksums(back); !strings.Contains(said, "come to default/plain unfinished") || !strings.Contains(said, "spokeOptions: {plain: {txChecksum: off}}") {
+	said := probe.Checksums(back)
+	if !hasAll(said, "come to default/plain unfinished", "spokeOptions: {plain: {txChecksum: off}}") {
 		t.Errorf("to a spoke whose txChecksum is on: %q", said)
 	}
 }

@@ -3,8 +3,8 @@ package dataplane
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"os"
-	"slices"
 	"testing"
 	"time"
 
@@ -17,12 +17,12 @@ import (
 	"github.com/k8slan/k8slan/test/netlab"
 )
 
-// damagedLAN is a LAN that a test does harm to, in the hands of the daemon's manager.
+// damagedLAN is a LAN that the daemon's manager repairs while a test damages it.
 type damagedLAN struct {
 	node
 	segment.Segment
 	links *netlink.Handle // in the LAN's namespace
-	pod   *host           // attached to spoke "pod"; spoke "waiting" has nobody
+	pod   *host           // it is attached to spoke "pod"; spoke "waiting" is free
 }
 
 func (b damagedLAN) link(t *testing.T, name string) netlink.Link {
@@ -41,7 +41,7 @@ func (b damagedLAN) set(t *testing.T, setting, value string) {
 	must(t, os.WriteFile(file, []byte(value), 0))
 }
 
-// must fails the test if harm could not be done.
+// must fails the test at once if there is an error.
 func must(t *testing.T, err error) {
 	t.Helper()
 	if err != nil {
@@ -52,9 +52,9 @@ func must(t *testing.T, err error) {
 type fault struct {
 	name   string
 	inject func(t *testing.T, b damagedLAN)
-	// lossless is whether frames go on unharmed.
+	// lossless means that no frame is lost.
 	lossless bool
-	// noEvent is what the kernel tells nobody of: it is repaired when the manager next looks.
+	// noEvent means that the kernel reports no event: the manager repairs it at its next observation.
 	noEvent bool
 }
 
@@ -74,7 +74,7 @@ func plugOf(spoke string) func(damagedLAN) string {
 	return func(damagedLAN) string { return segment.PlugName(spoke) }
 }
 
-// faults is what somebody may do by hand to a LAN that stands.
+// faults are changes by hand to a LAN that is built.
 func faults() []fault {
 	hs := []fault{
 		{name: "VXLAN deleted", inject: deletes(damagedLAN.vxlan)},
@@ -82,10 +82,10 @@ func faults() []fault {
 		{name: "port of a waiting spoke deleted", inject: deletes(portOf("waiting")), lossless: true},
 		{name: "plug of a waiting spoke deleted", inject: deletes(plugOf("waiting")), lossless: true},
 		{name: "port of a pod's spoke deleted", inject: deletes(portOf("pod")), lossless: true},
-		{name: "spoke's name taken off its port", lossless: true, inject: func(t *testing.T, b damagedLAN) {
+		{name: "spoke's name removed from its port", lossless: true, inject: func(t *testing.T, b damagedLAN) {
 			must(t, b.links.LinkDelAltName(b.link(t, segment.PortName("waiting")), "waiting"))
 		}},
-		{name: "spoke's name taken off a pod's link", lossless: true, inject: func(t *testing.T, b damagedLAN) {
+		{name: "spoke's name removed from a pod's link", lossless: true, inject: func(t *testing.T, b damagedLAN) {
 			must(t, b.links.LinkDelAltName(b.link(t, b.podLink()), "pod"))
 		}},
 		{name: "another VXLAN added", lossless: true, inject: func(t *testing.T, b damagedLAN) {
@@ -95,15 +95,18 @@ func faults() []fault {
 		}},
 		{name: "name of the namespace unmounted and removed", lossless: true, inject: func(t *testing.T, b damagedLAN) {
 			must(t, unix.Unmount(b.lanNetns(b.Segment).Path, unix.MNT_DETACH))
-			// The repair of the first may have been quicker than this.
-			if err := os.Remove(b.lanNetns(b.Segment).Path); !errors.Is(err, unix.EBUSY) && !errors.Is(err, unix.ENOENT) {
+			// The repair of the first may have been faster than this.
+			err := os.Remove(b.lanNetns(b.Segment).Path)
+			if !errors.Is(err, unix.EBUSY) && !errors.Is(err, unix.ENOENT) {
 				must(t, err)
 			}
 		}},
 		{name: "name of the namespace unmounted", lossless: true, inject: func(t *testing.T, b damagedLAN) {
 			must(t, unix.Unmount(b.lanNetns(b.Segment).Path, unix.MNT_DETACH))
 		}},
-		{name: "multicast snooping on", inject: func(t *testing.T, b damagedLAN) { b.set(t, "multicast_snooping", "1") }},
+		{name: "multicast snooping on", inject: func(t *testing.T, b damagedLAN) {
+			b.set(t, "multicast_snooping", "1")
+		}},
 		{name: "STP on", inject: func(t *testing.T, b damagedLAN) { b.set(t, "stp_state", "1") }},
 		{name: "IPv6 on", inject: func(t *testing.T, b damagedLAN) {
 			b.lanNetns(b.Segment).Sysctl(t, "net/ipv6/conf/all/disable_ipv6", "0")
@@ -133,22 +136,28 @@ func faults() []fault {
 		{"waiting plug", plugOf("waiting"), false},
 	} {
 		hs = append(hs,
-			fault{name: "MTU of " + l.what, inject: func(t *testing.T, b damagedLAN) { must(t, b.links.LinkSetMTU(b.link(t, l.name(b)), 1300)) }},
-			fault{name: l.what + " down", inject: func(t *testing.T, b damagedLAN) { must(t, b.links.LinkSetDown(b.link(t, l.name(b)))) }},
+			fault{name: "MTU of " + l.what, inject: func(t *testing.T, b damagedLAN) {
+				must(t, b.links.LinkSetMTU(b.link(t, l.name(b)), 1300))
+			}},
+			fault{name: l.what + " down", inject: func(t *testing.T, b damagedLAN) {
+				must(t, b.links.LinkSetDown(b.link(t, l.name(b))))
+			}},
 		)
 		if l.port {
 			hs = append(hs,
 				fault{name: "group_fwd_mask of " + l.what, lossless: true, inject: func(t *testing.T, b damagedLAN) {
 					must(t, b.links.LinkSetBRSlaveGroupFwdMask(b.link(t, l.name(b)), 0))
 				}},
-				fault{name: l.what + " out of the bridge", inject: func(t *testing.T, b damagedLAN) { must(t, b.links.LinkSetNoMaster(b.link(t, l.name(b)))) }},
+				fault{name: l.what + " out of the bridge", inject: func(t *testing.T, b damagedLAN) {
+					must(t, b.links.LinkSetNoMaster(b.link(t, l.name(b))))
+				}},
 			)
 		}
 	}
 	return hs
 }
 
-// Whatever somebody does by hand, the LAN is soon as it would be if nobody had, and frames pass again.
+// After each change by hand the LAN is soon as before, and frames pass again.
 func TestManagerRepairsEveryFault(t *testing.T) {
 	a, b := twoNodes(t)
 	m := a.manage(t)
@@ -165,13 +174,15 @@ func TestManagerRepairsEveryFault(t *testing.T) {
 			reach(t, broken.pod, far)
 			var streams []*stream
 			if h.lossless {
-				streams = append(streams, startStream(t, uint32(2*id+10), broken.pod, far), startStream(t, uint32(2*id+11), far, broken.pod))
+				streams = append(streams, startStream(t, uint32(2*id+10), broken.pod, far),
+					startStream(t, uint32(2*id+11), far, broken.pod))
 			}
 			h.inject(t, broken)
 			if h.noEvent {
 				m.Enqueue(s.Netns)
 			}
-			took = append(took, a.awaitState(t, s, "repair", func(have segment.State) bool { return describe(have) == whole }))
+			repaired := func(have segment.State) bool { return describe(have) == whole }
+			took = append(took, a.awaitState(t, s, "repair", repaired))
 			for _, s := range streams {
 				s.expectAll(t)
 			}
@@ -183,27 +194,28 @@ func TestManagerRepairsEveryFault(t *testing.T) {
 			}
 		})
 	}
-	slices.Sort(took)
-	t.Logf("%d repairs, the middle one within %v, the longest within %v", len(took), took[len(took)/2], took[len(took)-1])
-	if took[len(took)/2] > time.Second {
+	median := logTimes(t, fmt.Sprintf("%d repairs", len(took)), took)
+	if median > time.Second {
 		t.Errorf("half of the repairs took more than a second")
 	}
 }
 
-// reach is bothWays for a LAN that was harmed: it may have spoken for itself, even with the address of the other
-// station, whose standing plug is here, too. So that speaks first, and is known to be there again.
+// reach is bothWays for a LAN that was damaged: it may have sent frames itself, even with the MAC of the other host,
+// whose standing plug is on this node, too. So that host sends first, and its MAC is learned again.
 func reach(t *testing.T, one, other *host) {
 	t.Helper()
 	for _, way := range [][2]*host{{other, one}, {one, other}} {
 		frame := frames.Stream(way[1].MAC, way[0].MAC, 1, uint64(time.Now().UnixNano()))
 		must(t, way[0].Send(frame))
-		if _, err := netlab.Await(way[1], frameTimeout, func(got []byte) bool { return bytes.Equal(got, frame) }); err != nil {
+		sent := func(got []byte) bool { return bytes.Equal(got, frame) }
+		if _, err := netlab.Await(way[1], frameTimeout, sent); err != nil {
 			t.Fatal(err)
 		}
 	}
 }
 
-// A VM's macvtap goes with its plug, and no daemon can give QEMU a new one; the spoke is whole again all the same.
+// A VM's macvtap is removed with its plug, and the daemon cannot give QEMU a new one; the spoke is repaired all the
+// same.
 func TestSpokeIsRepairedWhenAVMsPlugIsDeleted(t *testing.T) {
 	t.Parallel()
 	a, b := twoNodes(t)
@@ -223,7 +235,7 @@ func TestSpokeIsRepairedWhenAVMsPlugIsDeleted(t *testing.T) {
 	bothWays(t, a.attach(t, s, "vm", segment.Macvtap), far)
 }
 
-// What stands is left alone: looking again changes nothing, and sends no event to anybody who watches.
+// Reconciling a segment that is built changes nothing and causes no event.
 func TestReconcilingABuiltSegmentChangesNothing(t *testing.T) {
 	t.Parallel()
 	a, _ := twoNodes(t)
@@ -234,21 +246,21 @@ func TestReconcilingABuiltSegmentChangesNothing(t *testing.T) {
 	a.reconcile(t, s)
 	expectNoLinkEvents(t, a, s, func() {
 		if ops := a.reconcile(t, s); len(ops) != 0 {
-			t.Errorf("looking again did %v", ops)
+			t.Errorf("reconciling again did %v", ops)
 		}
 		restarted := a.newKernel(t)
-		if ops := reconcileWith(t, restarted, s.Netns, func(have segment.State) []segment.Op { return segment.Diff(s, have) }); len(ops) != 0 {
-			t.Errorf("a daemon that starts again did %v", ops)
+		if ops := reconcileWith(t, restarted, s.Netns, diffTo(s)); len(ops) != 0 {
+			t.Errorf("a daemon that starts did %v", ops)
 		}
 	})
 }
 
-// expectNoLinkEvents wants no link to change, neither in the LAN's namespace nor in the node's own, while f runs.
+// expectNoLinkEvents expects no link to change, neither in the LAN's namespace nor in the node's own, while f runs.
 func expectNoLinkEvents(t *testing.T, n node, s segment.Segment, f func()) {
 	t.Helper()
 	places := []struct {
 		netlab.Namespace
-		link string // of those that are up
+		link string // one that is up
 	}{{n.lanNetns(s), s.Bridge}, {n.Namespace, netlab.UnderlayDevice}}
 	done := make(chan struct{})
 	defer close(done)
@@ -258,7 +270,7 @@ func expectNoLinkEvents(t *testing.T, n node, s segment.Segment, f func()) {
 	}
 	f()
 	for i, place := range places {
-		// The end is marked by a change of our own, which comes after all others.
+		// A change by this test marks the end: it comes after all others.
 		const end = "the end"
 		links := place.Netlink(t)
 		l, err := links.LinkByName(place.link)
@@ -268,16 +280,16 @@ func expectNoLinkEvents(t *testing.T, n node, s segment.Segment, f func()) {
 			select {
 			case e := <-watches[i]:
 				if ended = e.Attrs().Alias == end; !ended {
-					t.Errorf("%s: a change of %s was announced: %+v", place.Path, e.Attrs().Name, e.Attrs())
+					t.Errorf("%s: an event reports a change of %s: %+v", place.Path, e.Attrs().Name, e.Attrs())
 				}
 			case <-time.After(frameTimeout):
-				t.Fatalf("%s: the watch doesn't see its end", place.Path)
+				t.Fatalf("%s: the event at the end does not come", place.Path)
 			}
 		}
 	}
 }
 
-// watchLinks hears of every change of a link in a namespace until done is closed.
+// watchLinks returns every change of a link in a namespace until done is closed.
 func watchLinks(t *testing.T, place netlab.Namespace, done <-chan struct{}) <-chan netlink.LinkUpdate {
 	t.Helper()
 	ns, err := vnetns.GetFromPath(place.Path)

@@ -18,7 +18,6 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
-	"time"
 
 	"github.com/vishvananda/netlink"
 
@@ -29,7 +28,7 @@ import (
 	"github.com/k8slan/k8slan/test/netlab"
 )
 
-// installRouters gets the routers that others run from Debian, where there is a network still and root asks for it.
+// installRouters installs other BGP routers from Debian, as root and before the tests have a network of their own.
 func installRouters() error {
 	if os.Geteuid() != 0 || netlab.Inside() {
 		return nil
@@ -37,12 +36,12 @@ func installRouters() error {
 	return debian.Install(context.Background(), slog.Default(), "frr", "gobgpd")
 }
 
-// program is a process of somebody else's that can be killed and started again.
+// program is a process of another project that can be killed and started again.
 type program struct {
 	args   []string
 	output bytes.Buffer
-	kill   func() // at once, so that nothing is said to anybody
-	term   func() // in order
+	kill   func() // by SIGKILL
+	term   func() // by SIGTERM
 }
 
 func start(t *testing.T, args ...string) *program {
@@ -52,7 +51,7 @@ func start(t *testing.T, args ...string) *program {
 	t.Cleanup(func() {
 		p.kill()
 		if t.Failed() {
-			t.Logf("%s said:\n%s", strings.Join(p.args, " "), p.output.Bytes())
+			t.Logf("the output of %s:\n%s", strings.Join(p.args, " "), p.output.Bytes())
 		}
 	})
 	return p
@@ -66,12 +65,13 @@ func (p *program) start(t *testing.T) {
 	started, ended := make(chan error), make(chan struct{})
 	go func() {
 		defer close(ended)
-		// The process ends with the thread that has started it (PR_SET_PDEATHSIG in prctl(2)): nobody else is to have that.
+		// The process ends with the thread that started it (PR_SET_PDEATHSIG in prctl(2)), so no other goroutine may
+		// use that thread.
 		runtime.LockOSThread()
 		defer runtime.UnlockOSThread()
 		err := cmd.Start()
 		if started <- err; err == nil {
-			_ = cmd.Wait() // it is killed
+			_ = cmd.Wait() // the process is killed
 		}
 	}()
 	must(t, <-started)
@@ -84,8 +84,8 @@ func (p *program) start(t *testing.T) {
 	p.kill, p.term = func() { end(syscall.SIGKILL) }, func() { end(syscall.SIGTERM) }
 }
 
-// speakerNet is the network over which speakers reach one FRR. It is not the underlay: speakers are in the namespace of all
-// tests, so each FRR has a network of its own.
+// speakerNet is the network over which speakers reach one FRR. It is not the underlay: speakers are in the namespace of
+// all tests, so each FRR has a network of its own.
 type speakerNet byte
 
 var speakerNets atomic.Uint32 // how many there are
@@ -101,7 +101,7 @@ func (n speakerNet) speaker(number byte) netip.Addr {
 	return n.address(number)
 }
 
-// frr is Debian's FRR on a host of its own, and its part of a LAN.
+// frr is Debian's FRR on a node of its own, with its part of a LAN.
 type frr struct {
 	node
 	dir         string
@@ -112,32 +112,35 @@ type frr struct {
 	vtep        netip.Addr
 }
 
-// What FRR is: its configuration is what docs/evpn.md shows.
+// These are the roles of FRR; its configuration is that of docs/evpn.md.
 const (
 	asVTEP      = "  advertise-all-vni\n"
 	asReflector = "  neighbor nodes route-reflector-client\n"
 )
 
-// startFRR starts FRR on a host beside the nodes; role is one of the above, or both.
+// startFRR starts FRR on a node beside others; role is one of the above, or both.
 func startFRR(t *testing.T, beside node, role string) *frr {
 	t.Helper()
 	return startFRRWith(t, beside, frrConfig{as: 65000, peerAS: 65000, role: role})
 }
 
-// frrConfig is what of FRR's configuration differs from test to test.
+// frrConfig is what differs between the tests in FRR's configuration.
 type frrConfig struct {
-	as, peerAS   uint32 // the AS that it is in, and that of the nodes
-	nodes        string // lines about them
-	role         string // as above
-	behindRouter bool   // a router is between it and the speakers
+	as, peerAS   uint32 // FRR's own, and that of the nodes
+	nodes        string // more lines about the nodes
+	role         string // see above
+	behindRouter bool   // there is a router between FRR and the speakers
 }
 
 func startFRRWith(t *testing.T, beside node, c frrConfig) *frr {
 	t.Helper()
 	netlab.NeedRoot(t, "FRR needs its own user and group")
-	dir, err := os.MkdirTemp("/run", "frr-") // short: sockets are in it
+	dir, err := os.MkdirTemp("/run", "frr-") // the path is short because FRR binds sockets in it
 	must(t, err)
-	r := &frr{node: addNode(t, beside.underlay, "frr"), dir: dir, as: c.as, speakers: newSpeakerNet(), vtep: netip.MustParseAddr("192.0.2.3")}
+	r := &frr{
+		node: addNode(t, beside.underlay, "frr"), dir: dir, as: c.as, speakers: newSpeakerNet(),
+		vtep: netip.MustParseAddr("192.0.2.3"),
+	}
 	r.addUnderlayAddress(t, netip.PrefixFrom(r.vtep, families["IPv4"].bits))
 	r.at = r.speakers.frr()
 	if c.behindRouter {
@@ -160,13 +163,15 @@ func startFRRWith(t *testing.T, beside node, c frrConfig) *frr {
 	none := filepath.Join(r.dir, "zebra.conf")
 	must(t, os.WriteFile(none, nil, 0o600))
 	must(t, ownedBy("frr", r.dir, config, none))
-	// As they change their user, they would not end with the test; with a PID namespace they do. In /var/tmp they leave logs.
+	// FRR's daemons change their user, which clears PR_SET_PDEATHSIG; a PID namespace ends them with the test. They
+	// write logs to /var/tmp.
 	daemon := func(name, config string, more ...string) *program {
 		return start(t, append([]string{
 			"nsenter", "--net=" + r.Path, "--", "unshare", "--mount", "--pid", "--fork", "--kill-child", "--",
 			"sh", "-c", `mount -t tmpfs none /var/tmp && { "$@" & wait; }`, "sh",
 			"/usr/lib/frr/" + name, "-A", "127.0.0.1", "-P", "0",
-			"-f", config, "--vty_socket", r.dir, "-z", filepath.Join(r.dir, "zserv"), "-i", filepath.Join(r.dir, name+".pid"), "--log", "stdout",
+			"-f", config, "--vty_socket", r.dir, "-z", filepath.Join(r.dir, "zserv"),
+			"-i", filepath.Join(r.dir, name+".pid"), "--log", "stdout",
 		}, more...)...)
 	}
 	r.zebra = daemon("zebra", none)
@@ -176,7 +181,7 @@ func startFRRWith(t *testing.T, beside node, c frrConfig) *frr {
 	return r
 }
 
-// ownedBy gives files to a user.
+// ownedBy makes a user the owner of files.
 func ownedBy(name string, files ...string) error {
 	u, err := user.Lookup(name)
 	if err != nil {
@@ -194,10 +199,10 @@ func ownedBy(name string, files ...string) error {
 	return nil
 }
 
-// awaitVTY waits until one of FRR's daemons takes commands.
+// awaitVTY waits until one of FRR's daemons accepts commands.
 func (r *frr) awaitVTY(t *testing.T, daemon string) {
 	t.Helper()
-	eventuallySlow(t, daemon+" to take commands", func() bool {
+	eventually(t, daemon+" to take commands", func() bool {
 		c, err := net.Dial("unix", filepath.Join(r.dir, daemon+".vty"))
 		if err != nil {
 			return false
@@ -207,7 +212,7 @@ func (r *frr) awaitVTY(t *testing.T, daemon string) {
 	})
 }
 
-// placeBehindRouter has speakers reach FRR over a router that is beside it in the underlay.
+// placeBehindRouter makes speakers reach FRR by a router that is beside it in the underlay.
 func (r *frr) placeBehindRouter(t *testing.T) {
 	t.Helper()
 	hop, address := addNode(t, r.underlay, "hop"), netip.MustParseAddr("192.0.2.9")
@@ -216,12 +221,14 @@ func (r *frr) placeBehindRouter(t *testing.T) {
 	r.speakers.connect(t, hop)
 	r.at = r.vtep
 	must(t, r.Netlink(t).RouteAdd(route(r.speakers.prefix(), address)))
-	must(t, netlink.RouteAdd(route(netip.PrefixFrom(r.at, r.at.BitLen()), r.speakers.frr()))) // goes with its link
+	far := route(netip.PrefixFrom(r.at, r.at.BitLen()), r.speakers.frr())
+	must(t, netlink.RouteAdd(far)) // it is removed with its link
 }
 
 func route(to netip.Prefix, by netip.Addr) *netlink.Route {
 	to = to.Masked()
-	return &netlink.Route{Dst: &net.IPNet{IP: to.Addr().AsSlice(), Mask: net.CIDRMask(to.Bits(), to.Addr().BitLen())}, Gw: by.AsSlice()}
+	dst := &net.IPNet{IP: to.Addr().AsSlice(), Mask: net.CIDRMask(to.Bits(), to.Addr().BitLen())}
+	return &netlink.Route{Dst: dst, Gw: by.AsSlice()}
 }
 
 // connect lays a cable between a node and the namespace of all tests, with addresses for the speakers.
@@ -253,12 +260,12 @@ func addressOf(t *testing.T, a netip.Addr, bits int) *netlink.Addr {
 	return addr
 }
 
-// peer is FRR as a speaker of that number sees it.
+// peer is FRR as the speaker with that number connects to it.
 func (r *frr) peer(n byte) bgp.Peer {
 	return bgp.Peer{Address: r.at, AS: r.as, Source: r.speakers.speaker(n)}
 }
 
-// attach makes FRR's part of the LAN, as docs/evpn.md shows it, and a station on it.
+// attach makes FRR's part of the LAN, as docs/evpn.md shows it, and a host on it.
 func (r *frr) attach(t *testing.T, s segment.Segment) *host {
 	t.Helper()
 	r.Sysctl(t, "net/ipv6/conf/default/disable_ipv6", "1")
@@ -275,7 +282,9 @@ func (r *frr) attach(t *testing.T, s segment.Segment) *host {
 	snooping := false
 	bridge := &netlink.Bridge{LinkAttrs: named("br"), MulticastSnooping: &snooping}
 	must(t, h.LinkAdd(bridge))
-	vxlan := &netlink.Vxlan{LinkAttrs: named("vx"), VxlanId: int(s.VXLAN.VNI), Port: int(s.VXLAN.Port), SrcAddr: r.vtep.AsSlice()}
+	vxlan := &netlink.Vxlan{
+		LinkAttrs: named("vx"), VxlanId: int(s.VXLAN.VNI), Port: int(s.VXLAN.Port), SrcAddr: r.vtep.AsSlice(),
+	}
 	vxlan.MasterIndex = bridge.Index
 	must(t, h.LinkAdd(vxlan))
 	must(t, h.LinkSetLearning(vxlan, false))
@@ -298,22 +307,24 @@ func (r *frr) attach(t *testing.T, s segment.Segment) *host {
 	return st
 }
 
-// logState logs what FRR has, if the test has failed.
+// logState logs FRR's state if the test has failed.
 func (r *frr) logState(t *testing.T) {
 	if t.Failed() {
-		for _, command := range []string{"show bgp l2vpn evpn summary", "show bgp l2vpn evpn", "show evpn mac vni all"} {
+		for _, command := range []string{
+			"show bgp l2vpn evpn summary", "show bgp l2vpn evpn", "show evpn mac vni all",
+		} {
 			t.Logf("%s\n%s", command, r.show(t, command))
 		}
 	}
 }
 
-// show is what FRR says.
+// show returns the output of a command.
 func (r *frr) show(t *testing.T, command string) string {
 	t.Helper()
 	return r.vtysh(t, command)
 }
 
-// vtysh gives FRR commands, each in the mode that the one before has led to.
+// vtysh runs commands of FRR's shell one after the other.
 func (r *frr) vtysh(t *testing.T, commands ...string) string {
 	t.Helper()
 	args := []string{"--vty_socket", r.dir}
@@ -327,10 +338,10 @@ func (r *frr) vtysh(t *testing.T, commands ...string) string {
 	return string(out)
 }
 
-// awaitOutput waits until FRR's answer has a line with all these words, and returns the answer.
+// awaitOutput waits until the output of a command has all these words, and returns the output.
 func (r *frr) awaitOutput(t *testing.T, command string, words ...string) (answer string) {
 	t.Helper()
-	eventuallySlow(t, fmt.Sprintf("%q in %q", words, command), func() bool {
+	eventually(t, fmt.Sprintf("%q in %q", words, command), func() bool {
 		answer = r.show(t, command)
 		return hasAll(answer, words...)
 	})
@@ -344,24 +355,6 @@ func hasAll(text string, words ...string) bool {
 		}
 	}
 	return true
-}
-
-// eventuallySlow asks again and again: of this there is no event.
-func eventuallySlow(t *testing.T, what string, so func() bool) {
-	t.Helper()
-	awaitWithin(t, daemonTimeout, what, so)
-}
-
-// awaitWithin does so for what takes its time.
-func awaitWithin(t *testing.T, patience time.Duration, what string, so func() bool) {
-	t.Helper()
-	again := time.NewTicker(50 * time.Millisecond)
-	defer again.Stop()
-	for deadline := time.Now().Add(patience); !so(); <-again.C {
-		if time.Now().After(deadline) {
-			t.Fatalf("waited for %s in vain", what)
-		}
-	}
 }
 
 // startGoBGP starts Debian's gobgpd as a reflector; its configuration is what docs/evpn.md shows.
@@ -405,7 +398,7 @@ peer-group = "nodes"
 	return start(t, "gobgpd", "-f", config, "-t", "toml", "--api-hosts", api.String(), "--pprof-disable"), at
 }
 
-// lastPort is the last one that freePort returned: below those that the kernel chooses from.
+// lastPort counts the ports that freePort returned, which are below those that the kernel chooses.
 var lastPort atomic.Uint32
 
 // freePort returns an address of the loopback device and a port that no other test uses.

@@ -19,13 +19,14 @@ import (
 	"github.com/k8slan/k8slan/test/netlab"
 )
 
-// reflectorAddress is where pods reach the reflector, and the first of the addresses that it sees them come from.
+// Pods reach the reflector at reflectorAddress; the reflector sees them connect from sessionAddress and the addresses
+// after it.
 var (
 	reflectorAddress = netip.MustParseAddr("198.51.100.254")
 	sessionAddress   = netip.MustParseAddr("127.0.0.20")
 )
 
-// Two pods with sidecars and one that is attached to a spoke on a node with the daemon, in one LAN.
+// Two pods with sidecars and one pod on a spoke of a node with the daemon are in one LAN.
 func TestSidecarsJoinEVPNWithANode(t *testing.T) {
 	t.Parallel()
 	s := startSidecars(t)
@@ -37,14 +38,22 @@ func TestSidecarsJoinEVPNWithANode(t *testing.T) {
 			a, b := tm.pods[0], tm.pods[1]
 			reflector := startReflector(t, netip.AddrPort{})
 			port := int32(reflector.at.Port())
-			mine := settings{"KL_SERVICES": "", "KL_DISCOVERY": "evpn", "KL_EVPN_AS": "65000", "KL_VXLAN_VNI": fmt.Sprint(vni), "KL_IP_FAMILY": family, "KL_STRICT_PEERS": "true"}
-			if is6 { // the reflector by its address, and no API server
-				mine["KL_EVPN_PEERS"], mine["KUBECONFIG"] = fmt.Sprintf("address=%s,port=%d,ipv6-vteps", reflectorAddress, port), ""
+			mine := settings{
+				"KL_SERVICES": "", "KL_DISCOVERY": "evpn", "KL_EVPN_AS": "65000",
+				"KL_VXLAN_VNI": fmt.Sprint(vni), "KL_IP_FAMILY": family, "KL_STRICT_PEERS": "true",
+			}
+			if is6 { // with the reflector's address, and without an API server
+				mine["KL_EVPN_PEERS"] = fmt.Sprintf("address=%s,port=%d,ipv6-vteps", reflectorAddress, port)
+				mine["KUBECONFIG"] = ""
 			} else {
 				mine["KL_EVPN_REFLECTORS"] = tm.namespace + "/reflectors"
 				must(t, tm.api.Create(t.Context(), &discoveryv1.EndpointSlice{
-					ObjectMeta:  metav1.ObjectMeta{Namespace: tm.namespace, Name: "reflectors", Labels: map[string]string{discoveryv1.LabelServiceName: "reflectors"}},
-					AddressType: discoveryv1.AddressTypeIPv4, Ports: []discoveryv1.EndpointPort{{Port: &port}}, Endpoints: ready(reflectorAddress),
+					ObjectMeta: metav1.ObjectMeta{
+						Namespace: tm.namespace, Name: "reflectors",
+						Labels: map[string]string{discoveryv1.LabelServiceName: "reflectors"},
+					},
+					AddressType: discoveryv1.AddressTypeIPv4, Ports: []discoveryv1.EndpointPort{{Port: &port}},
+					Endpoints: ready(reflectorAddress),
 				}))
 			}
 			vtep := map[*pod]netip.Addr{a: a.ipv4, b: b.ipv4}
@@ -64,7 +73,8 @@ func TestSidecarsJoinEVPNWithANode(t *testing.T) {
 			one := node.attach(t, lan, "one", segment.Veth)
 			link, err := one.Netlink(t).LinkByName(ifname)
 			must(t, err)
-			must(t, one.Netlink(t).AddrAdd(link, &netlink.Addr{IPNet: &net.IPNet{IP: net.IPv4(192, 168, 69, 9), Mask: net.CIDRMask(24, 32)}}))
+			address := &net.IPNet{IP: net.IPv4(192, 168, 69, 9), Mask: net.CIDRMask(24, 32)}
+			must(t, one.Netlink(t).AddrAdd(link, &netlink.Addr{IPNet: address}))
 
 			onA := tables(t, a.Namespace)
 			running := map[*pod]*sidecar{}
@@ -86,10 +96,10 @@ func TestSidecarsJoinEVPNWithANode(t *testing.T) {
 				}
 			}
 			if entries := a.learned(t); len(entries) > 0 {
-				t.Errorf("%s has learnt %v", a.Name, entries)
+				t.Errorf("%s has learned %v", a.Name, entries)
 			}
 
-			// What is known by routes is not flooded, and a sidecar that is killed and comes back loses nothing.
+			// Frames to MACs with routes are not flooded, and no frame is lost while a killed sidecar restarts.
 			from, to := a.station(t), b.station(t)
 			there, back, node1 := startStream(t, 1, from, to), startStream(t, 2, to, from), startStream(t, 3, from, one)
 			for range 2 {
@@ -101,15 +111,16 @@ func TestSidecarsJoinEVPNWithANode(t *testing.T) {
 			back.expectAll(t)
 			node1.expectAll(t)
 
-			// One that ends takes back what it has told.
+			// A sidecar that ends withdraws its routes.
 			daemon.awaitSettled(t)
 			onNode := node.tables(t, lan)
 			began := time.Now()
 			running[b].stop(t)
 			awaitUpdate(t, onNode, "the remote to go", func(u netlink.NeighUpdate) bool {
-				return u.Type == unix.RTM_DELNEIGH && u.IP.Equal(vtep[b].AsSlice()) && slices.Equal(u.HardwareAddr, make([]byte, 6))
+				return u.Type == unix.RTM_DELNEIGH && u.IP.Equal(vtep[b].AsSlice()) &&
+					slices.Equal(u.HardwareAddr, make([]byte, 6))
 			})
-			t.Logf("the node forgot a pod %v after its sidecar was told to end", time.Since(began).Round(time.Millisecond))
+			t.Logf("the node removed a pod %v after its sidecar got SIGTERM", time.Since(began).Round(time.Millisecond))
 			a.awaitRemotes(t, local)
 			crosses(t, one, from, frames.Stream(nil, one.MAC, 5, 1))
 			daemon.end()
@@ -117,19 +128,20 @@ func TestSidecarsJoinEVPNWithANode(t *testing.T) {
 	}
 }
 
-// reach has each pod reach the reflector.
+// reach connects each pod to the reflector.
 func (tm *team) reach(t *testing.T, reflector *reflector) {
 	t.Helper()
 	for i, p := range tm.pods {
 		lo, err := p.Netlink(t).LinkByName("lo")
 		must(t, err)
-		must(t, p.Netlink(t).AddrAdd(lo, &netlink.Addr{IPNet: &net.IPNet{IP: reflectorAddress.AsSlice(), Mask: net.CIDRMask(32, 32)}}))
+		address := &net.IPNet{IP: reflectorAddress.AsSlice(), Mask: net.CIDRMask(32, 32)}
+		must(t, p.Netlink(t).AddrAdd(lo, &netlink.Addr{IPNet: address}))
 		source := netip.AddrFrom4([4]byte{127, 0, 0, sessionAddress.As4()[3] + byte(i)})
 		p.relayTo(t, netip.AddrPortFrom(reflectorAddress, reflector.at.Port()).String(), reflector.at.String(), source)
 	}
 }
 
-// Pods go from one discovery to the other one by one, and nothing is lost.
+// Pods change from one discovery to the other one after the other, and no frame is lost.
 func TestSidecarsChangeBetweenUnicastAndEVPN(t *testing.T) {
 	t.Parallel()
 	s := startSidecars(t)
@@ -139,7 +151,8 @@ func TestSidecarsChangeBetweenUnicastAndEVPN(t *testing.T) {
 	reflector := startReflector(t, netip.AddrPort{})
 	tm.reach(t, reflector)
 	unicast := "services: [lan]\nvxlan: {mtu: 1400}\n"
-	evpn := fmt.Sprintf("discovery: evpn\nevpn: {as: 65000, peers: ['address=%s,port=%d']}\nvxlan: {mtu: 1400}\n", reflectorAddress, reflector.at.Port())
+	evpn := fmt.Sprintf("discovery: evpn\nevpn: {as: 65000, peers: ['address=%s,port=%d']}\nvxlan: {mtu: 1400}\n",
+		reflectorAddress, reflector.at.Port())
 	both := evpn + "services: [lan]\n"
 	for _, p := range tm.pods {
 		p.configure(t, unicast)
@@ -157,14 +170,16 @@ func TestSidecarsChangeBetweenUnicastAndEVPN(t *testing.T) {
 	for _, step := range []struct {
 		what   string
 		config string
-		told   bool
+		evpn   bool
 	}{{"both", both, true}, {"EVPN", evpn, true}, {"both again", both, true}, {"unicast", unicast, false}} {
 		for _, p := range tm.pods {
 			p.configure(t, step.config)
 		}
 		for p, other := range map[*pod]*host{a: two, b: one} {
-			eventuallySlow(t, fmt.Sprintf("%s: %s to be told where the other is: %t", step.what, p.Name, step.told), func() bool {
-				return p.hasFDBEntry(t, other.MAC) == step.told && p.link(t, kubelan).(*netlink.Vxlan).Learning != step.told
+			what := fmt.Sprintf("%s: an entry of EVPN for the other pod on %s: %t", step.what, p.Name, step.evpn)
+			eventually(t, what, func() bool {
+				return p.hasFDBEntry(t, other.MAC) == step.evpn &&
+					p.link(t, kubelan).(*netlink.Vxlan).Learning != step.evpn
 			})
 		}
 	}
@@ -172,12 +187,12 @@ func TestSidecarsChangeBetweenUnicastAndEVPN(t *testing.T) {
 		s.expectAll(t)
 	}
 	if now := a.index(t); now != index {
-		t.Errorf("the interface has number %d, it had %d", now, index)
+		t.Errorf("the interface has ifindex %d, it had %d", now, index)
 	}
 	a.awaitRemotes(t, b.ipv4)
 }
 
-// hasFDBEntry says whether the pod's VXLAN was told where a MAC is.
+// hasFDBEntry reports whether the pod's VXLAN has an entry for a MAC that it has not learned itself.
 func (p *pod) hasFDBEntry(t *testing.T, mac net.HardwareAddr) bool {
 	t.Helper()
 	entries, err := p.Netlink(t).NeighList(p.index(t), unix.AF_BRIDGE)
@@ -187,7 +202,7 @@ func (p *pod) hasFDBEntry(t *testing.T, mac net.HardwareAddr) bool {
 	})
 }
 
-// While there is nobody to speak with, /health says so; the first pod of a LAN is well without others.
+// /health reports that no session is up; the first pod of a LAN is healthy without others.
 func TestSidecarWithoutABGPSession(t *testing.T) {
 	t.Parallel()
 	s := startSidecars(t)
@@ -196,7 +211,8 @@ func TestSidecarWithoutABGPSession(t *testing.T) {
 	at := freePort()
 	mine := a.settings().with(settings{
 		"KL_SERVICES": "", "KUBECONFIG": "", "KL_DISCOVERY": "evpn", "KL_EVPN_AS": "65000",
-		"KL_EVPN_PEERS": fmt.Sprintf("address=%s,port=%d", reflectorAddress, at.Port()), "KL_STRICT_PEERS": "true",
+		"KL_EVPN_PEERS":   fmt.Sprintf("address=%s,port=%d", reflectorAddress, at.Port()),
+		"KL_STRICT_PEERS": "true",
 	})
 	sc := a.start(t, mine)
 	a.awaitHealth(t, http.StatusInternalServerError, "no BGP session is up", reflectorAddress.String())
@@ -206,11 +222,11 @@ func TestSidecarWithoutABGPSession(t *testing.T) {
 	sc.awaitLog(t, "level=INFO", "BGP session is up")
 	sc.stop(t)
 	if links := a.Links(t); !slices.Equal(links, []string{"eth1"}) {
-		t.Errorf("%s is left with %v", a.Name, links)
+		t.Errorf("%s still has %v", a.Name, links)
 	}
 }
 
-// learned are the MACs that the pod's VXLAN has learnt by itself.
+// learned returns the MACs that the pod's VXLAN has learned from frames.
 func (p *pod) learned(t *testing.T) (macs []string) {
 	t.Helper()
 	entries, err := p.Netlink(t).NeighList(p.index(t), unix.AF_BRIDGE)

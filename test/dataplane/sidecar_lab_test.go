@@ -39,7 +39,7 @@ import (
 
 // sidecars is what the pods with sidecars of all tests share.
 type sidecars struct {
-	binary string            // the program as it is shipped
+	binary string            // the program as it is released
 	server *apiserver.Server // a real one, on the loopback device of the tests
 	api    client.Client
 }
@@ -68,8 +68,9 @@ func stopSidecars() {
 }
 
 func (s *sidecars) start(ctx context.Context) error {
-	s.binary = "/run/k8slan" // the tests' own /run
-	build := exec.CommandContext(ctx, "go", "build", "-trimpath", "-ldflags", "-s -w", "-o", s.binary, "github.com/k8slan/k8slan/cmd/k8slan")
+	s.binary = "/run/k8slan" // in the tests' own /run
+	build := exec.CommandContext(ctx, "go", "build", "-trimpath", "-ldflags", "-s -w",
+		"-o", s.binary, "github.com/k8slan/k8slan/cmd/k8slan")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
 		return fmt.Errorf("build k8slan: %w\n%s", err, out)
@@ -86,7 +87,8 @@ func (s *sidecars) start(ctx context.Context) error {
 		return err
 	}
 	scheme := kuberuntime.NewScheme()
-	err = errors.Join(corev1.AddToScheme(scheme), discoveryv1.AddToScheme(scheme), rbacv1.AddToScheme(scheme), authenticationv1.AddToScheme(scheme))
+	err = errors.Join(corev1.AddToScheme(scheme), discoveryv1.AddToScheme(scheme),
+		rbacv1.AddToScheme(scheme), authenticationv1.AddToScheme(scheme))
 	if err != nil {
 		return err
 	}
@@ -94,7 +96,8 @@ func (s *sidecars) start(ctx context.Context) error {
 	return err
 }
 
-// team is pods on one network, and a namespace of the API server with a service account that may do what the docs tell to let it.
+// team is pods on one network, and a namespace of the API server with a service account that has the rights from the
+// docs.
 type team struct {
 	*sidecars
 	underlay   *netlab.Underlay
@@ -103,28 +106,29 @@ type team struct {
 	pods       []*pod
 }
 
-// pod is one with a container beside the sidecar.
+// pod is a pod whose test speaks for the container beside the sidecar.
 type pod struct {
 	*netlab.Node
 	team       *team
 	ipv4, ipv6 netip.Addr
-	dir        string // of its configuration and logs
-	relay      *relay // its way to the API server
+	dir        string // for its configuration and logs
+	relay      *relay // its connection to the API server
 }
 
-// podAddresses are those of pod n of a team, from 1 on. The frames of the catalog ask for none of them.
+// podAddresses returns the addresses of pod n of a team, from 1 on. No frame of the catalog asks for them.
 func podAddresses(n int) (ipv4, ipv6 netip.Addr) {
 	return netip.AddrFrom4([4]byte{198, 51, 100, byte(n)}), netip.MustParseAddr(fmt.Sprintf("2001:db8:1::%x", n))
 }
 
-// pods makes a team of so many pods.
+// pods makes a team of that many pods.
 func (s *sidecars) pods(t *testing.T, count int) *team {
 	t.Helper()
 	namespace := &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{GenerateName: "sidecar-"}}
 	must(t, s.api.Create(t.Context(), namespace))
 	tm := &team{sidecars: s, underlay: netlab.NewUnderlay(t, underlayMTU), namespace: namespace.Name}
 	tm.kubeconfig = tm.account(t, "lan", rbacv1.PolicyRule{
-		APIGroups: []string{"discovery.k8s.io"}, Resources: []string{"endpointslices"}, Verbs: []string{"list", "watch"},
+		APIGroups: []string{"discovery.k8s.io"}, Resources: []string{"endpointslices"},
+		Verbs: []string{"list", "watch"},
 	})
 	for n := range count {
 		tm.pods = append(tm.pods, tm.pod(t, n+1))
@@ -132,7 +136,7 @@ func (s *sidecars) pods(t *testing.T, count int) *team {
 	return tm
 }
 
-// pod makes pod n, from 1 on, whose name ends in n-1 as those of a StatefulSet do.
+// pod makes pod n, from 1 on; its name ends in n-1 like that of a StatefulSet's pod.
 func (tm *team) pod(t *testing.T, n int) *pod {
 	t.Helper()
 	p := &pod{Node: tm.underlay.Join(t, fmt.Sprintf("lan-%d", n-1)), team: tm, dir: t.TempDir()}
@@ -145,7 +149,7 @@ func (tm *team) pod(t *testing.T, n int) *pod {
 	return p
 }
 
-// account makes a service account that may do this in the namespace, and returns its kubeconfig.
+// account makes a service account with these rights in the namespace, and returns its kubeconfig.
 func (tm *team) account(t *testing.T, name string, rules ...rbacv1.PolicyRule) string {
 	t.Helper()
 	meta := metav1.ObjectMeta{Namespace: tm.namespace, Name: name}
@@ -163,7 +167,7 @@ func (tm *team) account(t *testing.T, name string, rules ...rbacv1.PolicyRule) s
 	return file
 }
 
-// allow lets a service account of the namespace do this there.
+// allow gives a service account of the namespace these rights.
 func (tm *team) allow(t *testing.T, account string, rules ...rbacv1.PolicyRule) {
 	t.Helper()
 	if len(rules) == 0 {
@@ -177,7 +181,8 @@ func (tm *team) allow(t *testing.T, account string, rules ...rbacv1.PolicyRule) 
 	}))
 }
 
-// relay is how a pod reaches a server on the test's loopback device, at an address in its own namespace. Without it the server is away.
+// relay connects a pod to a server on the loopback device of the tests, at an address in the pod's namespace. While it
+// is closed the pod cannot reach the server.
 type relay struct {
 	from     netlab.Namespace
 	at, to   string
@@ -192,7 +197,7 @@ func (s *sidecars) serverAddress() string {
 	return strings.TrimPrefix(s.server.Client.Host, "https://")
 }
 
-// relayTo makes one to a server, which sees it come from source.
+// relayTo makes a relay to a server, which sees connections from source.
 func (p *pod) relayTo(t *testing.T, at, to string, source netip.Addr) *relay {
 	t.Helper()
 	r := &relay{from: p.Namespace, at: at, to: to}
@@ -215,7 +220,7 @@ func (r *relay) open(t *testing.T) {
 		for {
 			conn, err := l.Accept()
 			if err != nil {
-				return // it is closed
+				return // the listener is closed
 			}
 			r.tasks.Go(func() { r.pass(conn) })
 		}
@@ -234,7 +239,7 @@ func (r *relay) pass(near net.Conn) {
 	r.mu.Unlock()
 	var back sync.WaitGroup
 	back.Go(func() {
-		_, _ = io.Copy(near, far) // until one of both ends
+		_, _ = io.Copy(near, far) // until one of them ends
 		near.Close()
 	})
 	_, _ = io.Copy(far, near)
@@ -242,7 +247,7 @@ func (r *relay) pass(near net.Conn) {
 	back.Wait()
 }
 
-// close ends what stands, too.
+// close ends the connections, too.
 func (r *relay) close() {
 	r.listener.Close()
 	r.mu.Lock()
@@ -257,7 +262,9 @@ func (r *relay) close() {
 func (tm *team) slice(t *testing.T, name, service string, endpoints ...discoveryv1.Endpoint) {
 	t.Helper()
 	slice := &discoveryv1.EndpointSlice{
-		ObjectMeta:  metav1.ObjectMeta{Namespace: tm.namespace, Name: name, Labels: map[string]string{discoveryv1.LabelServiceName: service}},
+		ObjectMeta: metav1.ObjectMeta{
+			Namespace: tm.namespace, Name: name, Labels: map[string]string{discoveryv1.LabelServiceName: service},
+		},
 		AddressType: discoveryv1.AddressTypeIPv4, Endpoints: endpoints,
 	}
 	if len(endpoints) > 0 && netip.MustParseAddr(endpoints[0].Addresses[0]).Is6() {
@@ -273,17 +280,19 @@ func (tm *team) slice(t *testing.T, name, service string, endpoints ...discovery
 	must(t, err)
 }
 
-// ready are endpoints of pods that are.
+// ready returns endpoints of pods that are ready.
 func ready(all ...netip.Addr) (endpoints []discoveryv1.Endpoint) { return endpointsOf(true, all...) }
 
 func endpointsOf(ready bool, all ...netip.Addr) (endpoints []discoveryv1.Endpoint) {
 	for _, a := range all {
-		endpoints = append(endpoints, discoveryv1.Endpoint{Addresses: []string{a.String()}, Conditions: discoveryv1.EndpointConditions{Ready: &ready}})
+		endpoints = append(endpoints, discoveryv1.Endpoint{
+			Addresses: []string{a.String()}, Conditions: discoveryv1.EndpointConditions{Ready: &ready},
+		})
 	}
 	return endpoints
 }
 
-// service has the team's pods be the endpoints of a dual-stack Service, in a slice for each family.
+// service makes the team's pods the endpoints of a dual-stack Service, in one slice per family.
 func (tm *team) service(t *testing.T, name string) {
 	t.Helper()
 	var ipv4, ipv6 []netip.Addr
@@ -294,37 +303,38 @@ func (tm *team) service(t *testing.T, name string) {
 	tm.slice(t, name+"-6", name, ready(ipv6...)...)
 }
 
-// sidecar is a running one.
+// sidecar is a running sidecar.
 type sidecar struct {
 	pod     *pod
 	process *os.Process
 	log     string
 	ended   chan struct{}
-	err     error // once it has ended
+	err     error // set once it has ended
 }
 
-// settings are a configuration by environment variables.
+// settings is a configuration by environment variables.
 type settings map[string]string
 
-// with are the settings and more.
+// with returns the settings with more.
 func (s settings) with(more settings) settings {
 	all := maps.Clone(s)
 	maps.Copy(all, more)
 	return all
 }
 
-// settings are those that a sidecar of the pod has where a test wants nothing else.
+// settings are the settings that a sidecar of the pod has by default.
 func (p *pod) settings() settings {
 	return settings{
-		"KL_NAMESPACE": p.team.namespace, "KL_POD": p.Name, "KL_IP": p.ipv4.String() + "," + p.ipv6.String(), "KL_SERVICES": "lan",
+		"KL_NAMESPACE": p.team.namespace, "KL_POD": p.Name, "KL_IP": p.ipv4.String() + "," + p.ipv6.String(),
+		"KL_SERVICES":        "lan",
 		"KL_VXLAN_ADDRESSES": "192.168.69.{ordinal+1}/24", "KUBECONFIG": p.team.kubeconfig,
 	}
 }
 
-// configFile is where the pod's configuration file is, if it has one.
+// configFile is the path of the pod's configuration file, which may be absent.
 func (p *pod) configFile() string { return filepath.Join(p.dir, "config", "kubelan.yaml") }
 
-// configure writes the configuration file as kubelet does: in one step.
+// configure writes the configuration file as kubelet does: it replaces the file.
 func (p *pod) configure(t *testing.T, text string) {
 	t.Helper()
 	must(t, os.MkdirAll(filepath.Dir(p.configFile()), 0o755))
@@ -333,13 +343,14 @@ func (p *pod) configure(t *testing.T, text string) {
 	must(t, os.Rename(next, p.configFile()))
 }
 
-// start starts a sidecar in the pod, with NET_ADMIN alone.
+// start starts a sidecar in the pod, with NET_ADMIN as its only capability.
 func (p *pod) start(t *testing.T, s settings, args ...string) *sidecar {
 	t.Helper()
 	log, err := os.CreateTemp(p.dir, "log-")
 	must(t, err)
 	defer log.Close()
-	args = append([]string{"--bounding-set=-all,+net_admin", "--inh-caps=-all,+net_admin", "--no-new-privs", p.team.binary, "sidecar"}, args...)
+	privileges := []string{"--bounding-set=-all,+net_admin", "--inh-caps=-all,+net_admin", "--no-new-privs"}
+	args = append(append(privileges, p.team.binary, "sidecar"), args...)
 	if exists(p.configFile()) {
 		args = append(args, "--config="+p.configFile())
 	}
@@ -355,7 +366,7 @@ func (p *pod) start(t *testing.T, s settings, args ...string) *sidecar {
 	started := make(chan error, 1)
 	go func() {
 		defer close(sc.ended)
-		runtime.LockOSThread() // the program would die with the thread that started it
+		runtime.LockOSThread() // the program would end with the thread that started it
 		defer runtime.UnlockOSThread()
 		err := p.Do(func() error {
 			if err := cmd.Start(); err != nil {
@@ -374,13 +385,13 @@ func (p *pod) start(t *testing.T, s settings, args ...string) *sidecar {
 	t.Cleanup(func() {
 		sc.kill()
 		if t.Failed() {
-			t.Logf("the sidecar of %s said:\n%s", p.Name, sc.logText(t))
+			t.Logf("the log of %s's sidecar:\n%s", p.Name, sc.logText(t))
 		}
 	})
 	return sc
 }
 
-// kill ends it so that it can do nothing about it; stop has it end in order, and wants that it does.
+// kill ends the sidecar by SIGKILL; stop ends it by SIGTERM and expects it to succeed.
 func (sc *sidecar) kill() {
 	_ = sc.process.Kill() // it may have ended
 	<-sc.ended
@@ -411,10 +422,10 @@ func (sc *sidecar) logText(t *testing.T) string {
 	return string(b)
 }
 
-// awaitLog waits until it has said a line with these words, and returns it.
+// awaitLog waits for a log line with these words, and returns it.
 func (sc *sidecar) awaitLog(t *testing.T, words ...string) (line string) {
 	t.Helper()
-	eventuallySlow(t, fmt.Sprintf("%s to say %q", sc.pod.Name, words), func() bool {
+	eventually(t, fmt.Sprintf("%s to log %q", sc.pod.Name, words), func() bool {
 		for l := range strings.Lines(sc.logText(t)) {
 			if hasAll(l, words...) {
 				line = l
@@ -426,7 +437,7 @@ func (sc *sidecar) awaitLog(t *testing.T, words ...string) (line string) {
 	return line
 }
 
-// countLog is how often it has said a line with these words.
+// countLog counts the log lines with these words.
 func (sc *sidecar) countLog(t *testing.T, words ...string) (count int) {
 	t.Helper()
 	for l := range strings.Lines(sc.logText(t)) {
@@ -437,7 +448,7 @@ func (sc *sidecar) countLog(t *testing.T, words ...string) (count int) {
 	return count
 }
 
-// expectFailure wants that it ends with code 1, and with one line that has these words as its last.
+// expectFailure expects the sidecar to end with code 1 and a last line that has these words.
 func (sc *sidecar) expectFailure(t *testing.T, words ...string) {
 	t.Helper()
 	sc.awaitEnd(t)
@@ -446,12 +457,14 @@ func (sc *sidecar) expectFailure(t *testing.T, words ...string) {
 		t.Errorf("it ended with %v, want code 1", sc.err)
 	}
 	said := strings.Split(strings.TrimSpace(sc.logText(t)), "\n")
-	if last := said[len(said)-1]; !strings.HasPrefix(last, "k8slan: ") || !hasAll(last, words...) || strings.Count(sc.logText(t), "k8slan: ") != 1 {
-		t.Errorf("it said\n%s\nwant one line k8slan: … with %q", strings.Join(said, "\n"), words)
+	last := said[len(said)-1]
+	if !strings.HasPrefix(last, "k8slan: ") || !hasAll(last, words...) ||
+		strings.Count(sc.logText(t), "k8slan: ") != 1 {
+		t.Errorf("it logged\n%s\nwant one line k8slan: … with %q", strings.Join(said, "\n"), words)
 	}
 }
 
-// get asks the sidecar at its address.
+// get sends a request to the sidecar's HTTP server.
 func (p *pod) get(path string) (code int, body string, err error) {
 	c := http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{
 		DisableKeepAlives: true,
@@ -472,16 +485,16 @@ func (p *pod) get(path string) (code int, body string, err error) {
 	return answer.StatusCode, strings.TrimSpace(string(b)), err
 }
 
-// awaitHealth waits until /health answers this, with these words.
+// awaitHealth waits until /health answers with this code and these words.
 func (p *pod) awaitHealth(t *testing.T, want int, words ...string) {
 	t.Helper()
-	eventuallySlow(t, fmt.Sprintf("%s to answer /health with %d, %q", p.Name, want, words), func() bool {
+	eventually(t, fmt.Sprintf("%s to answer /health with %d, %q", p.Name, want, words), func() bool {
 		code, body, err := p.get("/health")
 		return err == nil && code == want && hasAll(body, words...)
 	})
 }
 
-// staysHealthy wants /health to be well now.
+// staysHealthy expects /health to report no problem now.
 func (p *pod) staysHealthy(t *testing.T) {
 	t.Helper()
 	if code, body, err := p.get("/health"); err != nil || code != http.StatusNoContent {
@@ -491,7 +504,7 @@ func (p *pod) staysHealthy(t *testing.T) {
 
 const kubelan = "kubelan"
 
-// link is the pod's interface; nil if it has none.
+// link returns the pod's interface of that name; nil if there is none.
 func (p *pod) link(t *testing.T, name string) netlink.Link {
 	t.Helper()
 	l, err := p.Netlink(t).LinkByName(name)
@@ -502,7 +515,8 @@ func (p *pod) link(t *testing.T, name string) netlink.Link {
 	return l
 }
 
-// index is the number of the pod's interface, which is another if it was made anew; 0 if there is none.
+// index returns the ifindex of the pod's LAN interface, which changes when the interface is recreated; 0 if there is
+// none.
 func (p *pod) index(t *testing.T) int {
 	t.Helper()
 	if l := p.link(t, kubelan); l != nil {
@@ -511,7 +525,7 @@ func (p *pod) index(t *testing.T) int {
 	return 0
 }
 
-// remotes are those of the pod's interface, each as often as it is there, sorted.
+// remotes returns the remotes of the pod's LAN interface, sorted, with duplicates.
 func (p *pod) remotes(t *testing.T) (remotes []netip.Addr) {
 	t.Helper()
 	l := p.link(t, kubelan)
@@ -529,21 +543,24 @@ func (p *pod) remotes(t *testing.T) (remotes []netip.Addr) {
 	return remotes
 }
 
-// awaitRemotes waits until the pod sends to these and no others.
+// awaitRemotes waits until the pod floods to these remotes and no others.
 func (p *pod) awaitRemotes(t *testing.T, want ...netip.Addr) {
 	t.Helper()
 	want = slices.SortedFunc(slices.Values(want), netip.Addr.Compare)
-	eventuallySlow(t, fmt.Sprintf("%s to send to %v", p.Name, want), func() bool { return slices.Equal(p.remotes(t), want) })
+	eventually(t, fmt.Sprintf("%s to have the remotes %v", p.Name, want), func() bool {
+		return slices.Equal(p.remotes(t), want)
+	})
 }
 
-// host is where the pod's application speaks on the LAN.
+// host returns the pod as a host on the LAN.
 func (p *pod) station(t *testing.T) *host {
 	t.Helper()
 	l := p.link(t, kubelan)
-	return &host{Namespace: p.Namespace, Wire: p.Open(t, kubelan), Attachment: kernel.Attachment{MAC: l.Attrs().HardwareAddr, MTU: l.Attrs().MTU}}
+	at := kernel.Attachment{MAC: l.Attrs().HardwareAddr, MTU: l.Attrs().MTU}
+	return &host{Namespace: p.Namespace, Wire: p.Open(t, kubelan), Attachment: at}
 }
 
-// ping wants that what is in a namespace reaches an address.
+// ping expects an address to answer a ping from a namespace.
 func ping(t *testing.T, from netlab.Namespace, address string) {
 	t.Helper()
 	var out []byte
@@ -556,7 +573,7 @@ func ping(t *testing.T, from netlab.Namespace, address string) {
 	}
 }
 
-// startAll starts a sidecar in each pod, and returns when each sends to all others over that family.
+// startAll starts a sidecar in each pod, and returns when each has all others as remotes of that family.
 func (tm *team) startAll(t *testing.T, more settings) (all []*sidecar) {
 	t.Helper()
 	for _, p := range tm.pods {

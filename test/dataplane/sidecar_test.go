@@ -23,7 +23,7 @@ import (
 	"github.com/k8slan/k8slan/test/frames"
 )
 
-// Three pods of a dual-stack Service, over either family.
+// The sidecars of three pods of a dual-stack Service make one LAN, over either family.
 func TestSidecarsOfThreePodsAreOneLAN(t *testing.T) {
 	t.Parallel()
 	s := startSidecars(t)
@@ -32,7 +32,9 @@ func TestSidecarsOfThreePodsAreOneLAN(t *testing.T) {
 			t.Parallel()
 			tm := s.pods(t, 3)
 			tm.service(t, "lan")
-			sidecars := tm.startAll(t, settings{"KL_IP_FAMILY": family, "KL_VXLAN_ADDRESSES": "192.168.69.{ordinal+1}/24,fd69::{ordinal+1:x}/64"})
+			sidecars := tm.startAll(t, settings{
+				"KL_IP_FAMILY": family, "KL_VXLAN_ADDRESSES": "192.168.69.{ordinal+1}/24,fd69::{ordinal+1:x}/64",
+			})
 			for _, p := range tm.pods {
 				for n := range tm.pods {
 					ping(t, p.Namespace, fmt.Sprintf("192.168.69.%d", n+1))
@@ -41,14 +43,15 @@ func TestSidecarsOfThreePodsAreOneLAN(t *testing.T) {
 				if mtu := p.link(t, kubelan).Attrs().MTU; mtu != underlayMTU-overhead {
 					t.Errorf("the MTU of %s is %d", p.Name, mtu)
 				}
-				if code, body, err := p.get("/config"); err != nil || code != http.StatusOK || !strings.Contains(body, `"vni":6969`) {
+				code, body, err := p.get("/config")
+				if err != nil || code != http.StatusOK || !strings.Contains(body, `"vni":6969`) {
 					t.Errorf("/config of %s answers %d %s, %v", p.Name, code, body, err)
 				}
 			}
 			for _, sc := range sidecars {
 				sc.stop(t)
 				if links := sc.pod.Links(t); !slices.Equal(links, []string{"eth1"}) {
-					t.Errorf("%s is left with %v", sc.pod.Name, links)
+					t.Errorf("%s still has %v", sc.pod.Name, links)
 				}
 			}
 			for _, sc := range tm.startAll(t, settings{"KL_IP_FAMILY": family, "KL_VXLAN_ADDRESSES": ""}) {
@@ -61,7 +64,7 @@ func TestSidecarsOfThreePodsAreOneLAN(t *testing.T) {
 	}
 }
 
-// everythingCrosses sends every kind of frame, VLAN tags within the MTU. There is no bridge that stops any.
+// everythingCrosses sends every kind of frame, with VLAN tags within the MTU. There is no bridge, so all of them pass.
 func everythingCrosses(t *testing.T, from, to *host) {
 	t.Helper()
 	const tag = 4
@@ -72,41 +75,44 @@ func everythingCrosses(t *testing.T, from, to *host) {
 	}
 }
 
-// An address counts once, in however many slices and Services it is, and goes with the last.
+// An address in several slices and Services is one remote, and is removed with the last of them.
 func TestSidecarJoinsServicesAndSlices(t *testing.T) {
 	t.Parallel()
 	s := startSidecars(t)
 	tm := s.pods(t, 1)
 	p := tm.pods[0]
-	one, two, three := netip.MustParseAddr("198.51.100.11"), netip.MustParseAddr("198.51.100.12"), netip.MustParseAddr("198.51.100.13")
+	one, two := netip.MustParseAddr("198.51.100.11"), netip.MustParseAddr("198.51.100.12")
+	three := netip.MustParseAddr("198.51.100.13")
 	tm.slice(t, "a-1", "a", ready(p.ipv4, one, two)...)
 	tm.slice(t, "a-2", "a", ready(two, three)...)
 	tm.slice(t, "b-1", "b", ready(three, one)...)
-	tm.slice(t, "c-1", "c", ready(netip.MustParseAddr("198.51.100.99"))...) // of a Service that is not asked for
-	sc := p.start(t, p.settings().with(settings{"KL_SERVICES": "a," + tm.namespace + "/b", "KL_PEERS": "198.51.100.11,198.51.100.50," + p.ipv6.String()}))
+	tm.slice(t, "c-1", "c", ready(netip.MustParseAddr("198.51.100.99"))...) // of another Service
+	sc := p.start(t, p.settings().with(settings{
+		"KL_SERVICES": "a," + tm.namespace + "/b", "KL_PEERS": "198.51.100.11,198.51.100.50," + p.ipv6.String(),
+	}))
 	static := netip.MustParseAddr("198.51.100.50")
 	p.awaitRemotes(t, one, two, three, static)
 	updates := tables(t, p.Namespace)
-	tm.slice(t, "a-1", "a", ready(two, p.ipv4)...)         // one is in b and in peers still, and the order is another
+	tm.slice(t, "a-1", "a", ready(two, p.ipv4)...)         // one is still in b and in peers, in another order
 	tm.slice(t, "b-1", "b", ready(one)...)                 // three is in a-2
 	tm.slice(t, "a-2", "a", ready(three)...)               // two is in a-1
-	tm.slice(t, "b-1", "b", ready(one, one.Next())...)     // which is two
-	tm.slice(t, "a-1", "a", endpointsOf(false, p.ipv4)...) // two is in b now
+	tm.slice(t, "b-1", "b", ready(one, one.Next())...)     // one.Next() is two
+	tm.slice(t, "a-1", "a", endpointsOf(false, p.ipv4)...) // two is now in b
 	tm.slice(t, "b-1", "b")
 	expectEntries(t, updates, remoteEvent{unix.RTM_DELNEIGH, two})
 	p.awaitRemotes(t, one, three, static)
 	if said := sc.logText(t); strings.Contains(said, "level=ERROR") || strings.Contains(said, "level=WARN") {
-		t.Errorf("it said\n%s", said)
+		t.Errorf("it logged\n%s", said)
 	}
 }
 
-// remoteEvent is a remote that a table is told, or told no more.
+// remoteEvent is an event of a remote that is added or deleted.
 type remoteEvent struct {
 	kind   uint16
 	remote netip.Addr
 }
 
-// expectEntries wants that what a VXLAN was told next of remotes is this, and nothing besides.
+// expectEntries expects these events of remotes next, and no others.
 func expectEntries(t *testing.T, updates <-chan netlink.NeighUpdate, want ...remoteEvent) {
 	t.Helper()
 	late := time.After(daemonTimeout)
@@ -114,15 +120,16 @@ func expectEntries(t *testing.T, updates <-chan netlink.NeighUpdate, want ...rem
 	for len(got) < len(want) {
 		select {
 		case u := <-updates:
-			if a, ok := netip.AddrFromSlice(u.IP); ok && u.Family == unix.AF_BRIDGE && slices.Equal(u.HardwareAddr, make([]byte, 6)) {
+			a, ok := netip.AddrFromSlice(u.IP)
+			if ok && u.Family == unix.AF_BRIDGE && slices.Equal(u.HardwareAddr, make([]byte, 6)) {
 				got = append(got, remoteEvent{u.Type, a.Unmap()})
 			}
 		case <-late:
-			t.Fatalf("the table was told %v, want %v", got, want)
+			t.Fatalf("the events are %v, want %v", got, want)
 		}
 	}
 	if !slices.Equal(got, want) {
-		t.Errorf("the table was told %v, want %v", got, want)
+		t.Errorf("the events are %v, want %v", got, want)
 	}
 }
 
@@ -136,11 +143,15 @@ func TestSidecarOfAServiceWithAThousandPods(t *testing.T) {
 	for i := range pods {
 		endpoints = append(endpoints, netip.AddrFrom4([4]byte{10, 9, byte(i / 250), byte(1 + i%250)}))
 	}
-	for _, p := range tm.pods { // or each frame that is flooded asks for the way a thousand times
-		must(t, p.Netlink(t).RouteAdd(&netlink.Route{Dst: &net.IPNet{IP: net.IPv4(10, 0, 0, 0), Mask: net.CIDRMask(8, 32)}, Type: unix.RTN_BLACKHOLE}))
+	blackhole := &netlink.Route{ // a flooded frame would otherwise send ARP for a thousand next hops
+		Dst: &net.IPNet{IP: net.IPv4(10, 0, 0, 0), Mask: net.CIDRMask(8, 32)}, Type: unix.RTN_BLACKHOLE,
+	}
+	for _, p := range tm.pods {
+		must(t, p.Netlink(t).RouteAdd(blackhole))
 	}
 	slice := func(n int) {
-		tm.slice(t, fmt.Sprint("lan-", n), "lan", ready(endpoints[n*perSlice:min(len(endpoints), (n+1)*perSlice)]...)...)
+		some := endpoints[n*perSlice : min(len(endpoints), (n+1)*perSlice)]
+		tm.slice(t, fmt.Sprint("lan-", n), "lan", ready(some...)...)
 	}
 	for n := range (len(endpoints) + perSlice - 1) / perSlice {
 		slice(n)
@@ -148,7 +159,8 @@ func TestSidecarOfAServiceWithAThousandPods(t *testing.T) {
 	began := time.Now()
 	sc := a.start(t, a.settings())
 	a.awaitRemotes(t, endpoints[1:]...)
-	t.Logf("%d remotes within %v of the start, %s resident", len(endpoints)-1, time.Since(began).Round(time.Millisecond), memory(t, sc.process))
+	t.Logf("%d remotes within %v of the start, %s resident",
+		len(endpoints)-1, time.Since(began).Round(time.Millisecond), memory(t, sc.process))
 	b.start(t, b.settings())
 	b.awaitRemotes(t, append([]netip.Addr{a.ipv4}, endpoints[2:]...)...)
 
@@ -163,15 +175,15 @@ func TestSidecarOfAServiceWithAThousandPods(t *testing.T) {
 		endpoints[500+i] = come
 		slice((500 + i) / perSlice)
 		expectEntries(t, updates, remoteEvent{unix.RTM_NEWNEIGH, come}, remoteEvent{unix.RTM_DELNEIGH, gone})
-		t.Logf("one goes and one comes: %v with the API server's write", time.Since(began).Round(time.Millisecond))
+		t.Logf("one removed and one added: %v with the API server's write", time.Since(began).Round(time.Millisecond))
 	}
-	endpoints[3] = endpoints[2] // twice: it is one less
+	endpoints[3] = endpoints[2] // a duplicate: one remote less
 	slice(0)
 	expectEntries(t, updates, remoteEvent{unix.RTM_DELNEIGH, netip.AddrFrom4([4]byte{10, 9, 0, 2})})
 	stream.expectAll(t)
 }
 
-// memory is what a process has resident, as the kernel words it.
+// memory returns a process's resident memory as the kernel prints it.
 func memory(t *testing.T, p *os.Process) string {
 	t.Helper()
 	for line := range strings.Lines(read(t, fmt.Sprintf("/proc/%d/status", p.Pid))) {
@@ -179,12 +191,12 @@ func memory(t *testing.T, p *os.Process) string {
 			return strings.TrimSpace(size)
 		}
 	}
-	t.Fatal("the kernel does not tell its memory")
+	t.Fatal("the kernel does not report its memory")
 	return ""
 }
 
-// A pod that comes, goes or becomes ready does not disturb what the others send each other, and one that has gone gets no more frames
-// within a second.
+// The other pods lose no frame when a pod is added, removed or becomes ready, and within a second no frame is sent to a
+// removed pod.
 func TestSidecarFollowsPodsWithoutLoss(t *testing.T) {
 	s := startSidecars(t)
 	tm := s.pods(t, 3)
@@ -204,7 +216,7 @@ func TestSidecarFollowsPodsWithoutLoss(t *testing.T) {
 		began := time.Now()
 		expectEntries(t, updates, remoteEvent{unix.RTM_DELNEIGH, c.ipv4})
 		if took := time.Since(began); took > time.Second {
-			t.Errorf("a pod that has gone was sent to for %v", took)
+			t.Errorf("frames were sent to a removed pod for %v", took)
 		}
 		set(ready(c.ipv4, b.ipv4, a.ipv4)...)
 		expectEntries(t, updates, remoteEvent{unix.RTM_NEWNEIGH, c.ipv4})
@@ -213,7 +225,7 @@ func TestSidecarFollowsPodsWithoutLoss(t *testing.T) {
 	for _, s := range streams {
 		s.expectAll(t)
 	}
-	// What is flooded, too.
+	// Flooded frames are not lost either.
 	set(ready(a.ipv4, b.ipv4)...)
 	expectEntries(t, updates, remoteEvent{unix.RTM_DELNEIGH, c.ipv4})
 	drain(t, three.Wire)
@@ -224,7 +236,7 @@ func TestSidecarFollowsPodsWithoutLoss(t *testing.T) {
 	}
 	flooded.expectAll(t)
 	if frame, err := next(three.Wire, 100*time.Millisecond); err == nil {
-		t.Errorf("a pod that has gone heard %x", frame)
+		t.Errorf("a removed pod received %x", frame)
 	}
 }
 
@@ -235,7 +247,7 @@ func TestSidecarWithStaticPeersNeedsNoAPIServer(t *testing.T) {
 	for i, p := range tm.pods {
 		p.relay.close()
 		mine := p.settings().with(settings{"KL_PEERS": tm.pods[1-i].ipv4.String()})
-		if i == 0 { // the other asks for Services, too, and does not get to know them
+		if i == 0 { // the other pod's sidecar has a Service, too, and cannot read it
 			mine["KL_SERVICES"], mine["KUBECONFIG"] = "", ""
 		}
 		p.start(t, mine)
@@ -247,7 +259,7 @@ func TestSidecarWithStaticPeersNeedsNoAPIServer(t *testing.T) {
 	ping(t, tm.pods[0].Namespace, "192.168.69.2")
 }
 
-// Of a configuration that changes, what stays goes on undisturbed.
+// What stays the same in a changed configuration keeps working.
 func TestSidecarAppliesAChangedConfiguration(t *testing.T) {
 	t.Parallel()
 	s := startSidecars(t)
@@ -280,44 +292,48 @@ func TestSidecarAppliesAChangedConfiguration(t *testing.T) {
 	a.configure(t, config("  change: [sh, -c, 'echo $SERVICE $IPS $DELETED $IFACE >> "+said+"']\nready_only: true\n"))
 	sc.awaitLog(t, "configuration changed")
 	tm.slice(t, "lan-1", "lan", ready(more)...)
-	eventuallySlow(t, "the change hook to run", func() bool {
+	eventually(t, "the change hook to run", func() bool {
 		return strings.Contains(fileText(t, said), tm.namespace+"/lan 198.51.100.77 false kubelan\n")
 	})
 	tm.slice(t, "lan-1", "lan")
-	eventuallySlow(t, "the change hook to run", func() bool {
+	eventually(t, "the change hook to run", func() bool {
 		return strings.Contains(fileText(t, said), tm.namespace+"/lan 198.51.100.77 true kubelan\n")
 	})
 
 	for _, wrong := range []string{"services: [lan]\nvxlan: {vni: 0}\n", "nonsense: 1\n", "services: [lan"} {
 		before := sc.countLog(t, "all stays as it was")
 		a.configure(t, wrong)
-		eventuallySlow(t, "the mistake to be told", func() bool { return sc.countLog(t, "all stays as it was") == before+1 })
+		eventually(t, "the mistake to be logged", func() bool {
+			return sc.countLog(t, "all stays as it was") == before+1
+		})
 	}
 	sc.awaitLog(t, `vxlan.vni: \"0\" is no number from 1 to 16777215`)
 	a.staysHealthy(t)
 	there.expectAll(t)
 	back.expectAll(t)
 	if now := a.index(t); now != index {
-		t.Errorf("the interface has number %d, it had %d", now, index)
+		t.Errorf("the interface has ifindex %d, it had %d", now, index)
 	}
 
 	a.configure(t, config("vxlan: {vni: 7000}\n"))
-	eventuallySlow(t, "another interface", func() bool { now := a.index(t); return now != 0 && now != index })
+	eventually(t, "another interface", func() bool { now := a.index(t); return now != 0 && now != index })
 	a.awaitRemotes(t, b.ipv4)
-	b.configure(t, "") // too late: it was started without a file
+	b.configure(t, "") // it has no effect: the sidecar was started without a file
 	if l := a.link(t, kubelan).(*netlink.Vxlan); l.VxlanId != 7000 {
 		t.Errorf("the VNI is %d", l.VxlanId)
 	}
-	eventuallySlow(t, "the up hook to run again", func() bool { return strings.Count(fileText(t, said), "up\n") == 2 })
+	eventually(t, "the up hook to run again", func() bool { return strings.Count(fileText(t, said), "up\n") == 2 })
 	a.configure(t, config("vxlan: {vni: 7000, interface: lan0}\n"))
-	eventuallySlow(t, "the interface to have another name", func() bool { return slices.Equal(a.Links(t), []string{"eth1", "lan0"}) })
+	eventually(t, "the interface to have another name", func() bool {
+		return slices.Equal(a.Links(t), []string{"eth1", "lan0"})
+	})
 	sc.stop(t)
 	if links := a.Links(t); !slices.Equal(links, []string{"eth1"}) {
-		t.Errorf("%s is left with %v", a.Name, links)
+		t.Errorf("%s still has %v", a.Name, links)
 	}
 }
 
-// fileText is what a file has, nothing where there is none.
+// fileText returns the content of a file, or nothing if there is no file.
 func fileText(t *testing.T, file string) string {
 	t.Helper()
 	b, err := os.ReadFile(file)
@@ -334,19 +350,19 @@ func TestSidecarWithStrictPeersDropsNonMembers(t *testing.T) {
 		t.Run(family, func(t *testing.T) {
 			t.Parallel()
 			tm := s.pods(t, 3)
-			stranger := tm.pods[2]
+			nonMember := tm.pods[2]
 			tm.pods = tm.pods[:2]
 			tm.service(t, "lan")
 			sidecars := tm.startAll(t, settings{"KL_IP_FAMILY": family, "KL_STRICT_PEERS": "true"})
 			a, b := tm.pods[0], tm.pods[1]
 			one, two := a.station(t), b.station(t)
-			from, to := stranger.ipv4, a.ipv4
+			from, to := nonMember.ipv4, a.ipv4
 			if ipv6 {
-				from, to = stranger.ipv6, a.ipv6
+				from, to = nonMember.ipv6, a.ipv6
 			}
 			lan := segment.Segment{VXLAN: segment.VXLAN{VNI: 6969, Port: 4789}}
-			send := node{Node: stranger.Node}.sender(t, from, to, lan)
-			eventuallySlow(t, "strangers to be dropped", func() bool {
+			send := node{Node: nonMember.Node}.sender(t, from, to, lan)
+			eventually(t, "packets of non-members to be dropped", func() bool {
 				send(nonMemberFrame(1))
 				frame, err := next(one.Wire, 100*time.Millisecond)
 				return err != nil && frame == nil
@@ -355,12 +371,12 @@ func TestSidecarWithStrictPeersDropsNonMembers(t *testing.T) {
 			for seq := range uint64(100) {
 				send(nonMemberFrame(seq))
 			}
-			crosses(t, two, one, frames.Stream(one.MAC, two.MAC, 1, 1)) // and nothing of the stranger before it
+			crosses(t, two, one, frames.Stream(one.MAC, two.MAC, 1, 1)) // no frame of the non-member comes before
 			sidecars[0].stop(t)
 			must(t, node{Node: a.Node}.nft(t, func(c *nftables.Conn) error {
 				tables, err := c.ListTables()
 				if len(tables) > 0 {
-					t.Errorf("the filter is left: %s", tables[0].Name)
+					t.Errorf("the sidecar left the filter %s", tables[0].Name)
 				}
 				return err
 			}))
@@ -368,13 +384,16 @@ func TestSidecarWithStrictPeersDropsNonMembers(t *testing.T) {
 	}
 }
 
-// Two sidecars of a pod leave each other's interface and filter alone, however one of them ends.
+// Two sidecars of a pod keep each other's interface and filter, however one of them ends.
 func TestTwoSidecarsInOnePod(t *testing.T) {
 	t.Parallel()
 	s := startSidecars(t)
 	tm := s.pods(t, 2)
 	tm.service(t, "lan")
-	second := settings{"KL_VXLAN_INTERFACE": "lan2", "KL_VXLAN_VNI": "6970", "KL_HTTP_ADDRESS": ":8182", "KL_VXLAN_ADDRESSES": "192.168.70.{ordinal+1}/24"}
+	second := settings{
+		"KL_VXLAN_INTERFACE": "lan2", "KL_VXLAN_VNI": "6970", "KL_HTTP_ADDRESS": ":8182",
+		"KL_VXLAN_ADDRESSES": "192.168.70.{ordinal+1}/24",
+	}
 	tm.startAll(t, settings{"KL_STRICT_PEERS": "true"})
 	var others []*sidecar
 	for _, p := range tm.pods {
@@ -382,7 +401,7 @@ func TestTwoSidecarsInOnePod(t *testing.T) {
 	}
 	a, b := tm.pods[0], tm.pods[1]
 	reach := func() {
-		eventuallySlow(t, "the second LAN", func() bool {
+		eventually(t, "the second LAN", func() bool {
 			return a.Do(exec.Command("ping", "-c", "1", "-W", "1", "192.168.70.2").Run) == nil
 		})
 		ping(t, a.Namespace, "192.168.69.2")
@@ -393,14 +412,14 @@ func TestTwoSidecarsInOnePod(t *testing.T) {
 	crosses(t, two, one, frames.Stream(nil, two.MAC, 9, 1))
 	stream := startStream(t, 1, two, one)
 	others[0].kill()
-	others[0] = a.start(t, a.settings().with(second)) // not strict any more
+	others[0] = a.start(t, a.settings().with(second)) // without strict peers
 	reach()
 	others[1].stop(t)
 	if links := b.Links(t); !slices.Equal(links, []string{"eth1", kubelan}) {
-		t.Errorf("%s is left with %v", b.Name, links)
+		t.Errorf("%s still has %v", b.Name, links)
 	}
 	stream.expectAll(t)
-	eventuallySlow(t, "one filter to be left in each pod", func() bool {
+	eventually(t, "one filter to be left in each pod", func() bool {
 		for _, p := range tm.pods {
 			var names []string
 			must(t, node{Node: p.Node}.nft(t, func(c *nftables.Conn) error {
@@ -446,7 +465,7 @@ func TestRestartedSidecarAdoptsItsInterface(t *testing.T) {
 		a.awaitRemotes(t, b.ipv4)
 		a.awaitHealth(t, http.StatusNoContent)
 	}
-	// While the API server is away, what stands goes on, and is healthy.
+	// While the API server is away, the sidecar keeps its remotes and is healthy.
 	sc.kill()
 	a.relay.close()
 	sc = a.start(t, a.settings().with(hook))
@@ -455,7 +474,7 @@ func TestRestartedSidecarAdoptsItsInterface(t *testing.T) {
 	there.expectAll(t)
 	back.expectAll(t)
 	if now := a.index(t); now != index {
-		t.Errorf("the interface has number %d, it had %d", now, index)
+		t.Errorf("the interface has ifindex %d, it had %d", now, index)
 	}
 	if text := fileText(t, ups); text != "up\n" {
 		t.Errorf("the up hook has run %q", text)
@@ -463,10 +482,10 @@ func TestRestartedSidecarAdoptsItsInterface(t *testing.T) {
 	a.relay.open(t)
 	ping(t, a.Namespace, "192.168.69.2")
 
-	// What does not fit is made anew, and prepared again.
+	// An interface that does not fit is recreated, and the up hook runs again.
 	sc.kill()
 	sc = a.start(t, a.settings().with(hook).with(settings{"KL_VXLAN_PORT": "8472"}))
-	eventuallySlow(t, "another interface", func() bool { now := a.index(t); return now != 0 && now != index })
+	eventually(t, "another interface", func() bool { now := a.index(t); return now != 0 && now != index })
 	a.awaitRemotes(t, b.ipv4)
 	a.awaitHealth(t, http.StatusNoContent)
 	if text := fileText(t, ups); text != "up\nup\n" {
@@ -474,10 +493,10 @@ func TestRestartedSidecarAdoptsItsInterface(t *testing.T) {
 	}
 	sc.stop(t)
 
-	// One that was killed before its up hook was done.
+	// The sidecar was killed while its up hook ran.
 	slow := settings{"KL_HOOKS_UP": `["sh", "-c", "echo up >> ` + ups + `; test -e ` + ups + `.done || sleep 60"]`}
 	sc = a.start(t, a.settings().with(slow))
-	eventuallySlow(t, "the up hook to run", func() bool { return fileText(t, ups) == "up\nup\nup\n" })
+	eventually(t, "the up hook to run", func() bool { return fileText(t, ups) == "up\nup\nup\n" })
 	if code, body, err := a.get("/health"); err != nil || code != http.StatusInternalServerError {
 		t.Errorf("before the hook is done /health answers %d %s, %v", code, body, err)
 	}
@@ -509,7 +528,7 @@ func TestSidecarKeepsForeignInterfaces(t *testing.T) {
 		sc.awaitLog(t, "there is an interface kubelan already, a veth; choose another name")
 		a.awaitHealth(t, http.StatusInternalServerError, "there is an interface kubelan already")
 		if a.index(t) != index || a.link(t, kubelan).Type() != "veth" {
-			t.Error("it was not left alone")
+			t.Error("it was changed")
 		}
 		must(t, h.LinkDel(other))
 		a.awaitHealth(t, http.StatusNoContent)
@@ -519,7 +538,7 @@ func TestSidecarKeepsForeignInterfaces(t *testing.T) {
 		sc.awaitLog(t, "choose another name")
 		sc.stop(t)
 		if l := a.link(t, kubelan); l == nil || l.Type() != "veth" {
-			t.Error("it was taken away")
+			t.Error("it was removed")
 		}
 		must(t, h.LinkDel(a.link(t, kubelan)))
 	})
@@ -530,7 +549,7 @@ func TestSidecarKeepsForeignInterfaces(t *testing.T) {
 		sc.awaitLog(t, "VNI 6969", "UDP port 4789", "in use")
 		a.awaitHealth(t, http.StatusInternalServerError, "VNI 6969")
 		if n := sc.countLog(t, "level=ERROR"); n != 1 {
-			t.Errorf("it said so in %d lines:\n%s", n, sc.logText(t))
+			t.Errorf("it logged %d errors:\n%s", n, sc.logText(t))
 		}
 		must(t, h.LinkDel(other))
 		a.awaitHealth(t, http.StatusNoContent)
@@ -548,7 +567,9 @@ func TestSidecarRunsHooks(t *testing.T) {
 		command string
 		words   []string
 	}{
-		"fails":        {`["sh", "-c", "echo no such thing >&2; exit 3"]`, []string{"hook up", "exit status 3", "no such thing"}},
+		"fails": {
+			`["sh", "-c", "echo no such thing >&2; exit 3"]`, []string{"hook up", "exit status 3", "no such thing"},
+		},
 		"hangs":        {`["sh", "-c", "sleep 600 & sleep 600"]`, []string{"hook up", "took longer than 1s"}},
 		"is not there": {`["/no/such/program"]`, []string{"hook up", "/no/such/program"}},
 	} {
@@ -556,11 +577,13 @@ func TestSidecarRunsHooks(t *testing.T) {
 			sc := a.start(t, a.settings().with(settings{"KL_HOOKS_UP": hook.command, "KL_HOOKS_TIMEOUT": "1s"}))
 			sc.expectFailure(t, hook.words...)
 			if links := a.Links(t); !slices.Equal(links, []string{"eth1"}) {
-				t.Errorf("%s is left with %v", a.Name, links)
+				t.Errorf("%s still has %v", a.Name, links)
 			}
 		})
 		t.Run("change "+what, func(t *testing.T) {
-			sc := a.start(t, a.settings().with(settings{"KL_HOOKS_CHANGE": hook.command, "KL_HOOKS_TIMEOUT": "1s", "KL_PEERS": "198.51.100.9"}))
+			sc := a.start(t, a.settings().with(settings{
+				"KL_HOOKS_CHANGE": hook.command, "KL_HOOKS_TIMEOUT": "1s", "KL_PEERS": "198.51.100.9",
+			}))
 			peer := netip.MustParseAddr("198.51.100.5")
 			a.awaitRemotes(t, netip.MustParseAddr("198.51.100.9"))
 			tm.slice(t, "more", "lan", ready(peer)...)
@@ -586,22 +609,30 @@ func TestSidecarReportsWrongConfigurations(t *testing.T) {
 		env   settings
 		words []string
 	}{
-		"unknown key":        {"services: [lan]\nvxlan: {vnii: 3}", nil, []string{"kubelan.yaml", "vxlan.vnii: unknown key"}},
-		"no YAML":            {"services: [lan", nil, []string{"kubelan.yaml", "is no YAML"}},
-		"bad address":        {"", settings{"KL_IP": "198.51.1"}, []string{`ip: "198.51.1" is no IP address`}},
-		"somebody's address": {"", settings{"KL_IP": "198.51.100.9"}, nil},
-		"bad service name":   {"", settings{"KL_SERVICES": "a/b/c"}, []string{"services:", `"a/b/c"`}},
-		"no services":        {"", settings{"KL_SERVICES": ""}, []string{"services: there are none"}},
-		"VNI out of range":   {"", settings{"KL_VXLAN_VNI": "16777216"}, []string{`vxlan.vni: "16777216" is no number from 1 to 16777215`}},
-		"port out of range":  {"", settings{"KL_VXLAN_PORT": "0"}, []string{"vxlan.port:"}},
-		"MTU out of range":   {"", settings{"KL_VXLAN_MTU": "12"}, []string{"vxlan.mtu:"}},
-		"interface name":     {"", settings{"KL_VXLAN_INTERFACE": "much-too-long-a-name"}, []string{"vxlan.interface:"}},
-		"log level":          {"", settings{"KL_LOG_LEVEL": "loud"}, []string{"log_level:", "loud"}},
-		"http address":       {"", settings{"KL_HTTP_ADDRESS": "here"}, []string{"http_address:", "here"}},
-		"address in use":     {"", settings{"KL_HTTP_ADDRESS": s.serverAddress()}, []string{"http_address", "address already in use"}},
-		"no ordinal":         {"", settings{"KL_POD": "web"}, []string{"vxlan.addresses:", `"web"`}},
-		"no API server":      {"", settings{"KUBECONFIG": ""}, []string{"find the API server"}},
-		"kubeconfig":         {"", settings{"KUBECONFIG": "/no/such/file"}, []string{"/no/such/file"}},
+		"unknown key": {
+			"services: [lan]\nvxlan: {vnii: 3}", nil, []string{"kubelan.yaml", "vxlan.vnii: unknown key"},
+		},
+		"no YAML":          {"services: [lan", nil, []string{"kubelan.yaml", "is no YAML"}},
+		"bad address":      {"", settings{"KL_IP": "198.51.1"}, []string{`ip: "198.51.1" is no IP address`}},
+		"another address":  {"", settings{"KL_IP": "198.51.100.9"}, nil},
+		"bad service name": {"", settings{"KL_SERVICES": "a/b/c"}, []string{"services:", `"a/b/c"`}},
+		"no services":      {"", settings{"KL_SERVICES": ""}, []string{"services: there are none"}},
+		"VNI out of range": {
+			"", settings{"KL_VXLAN_VNI": "16777216"},
+			[]string{`vxlan.vni: "16777216" is no number from 1 to 16777215`},
+		},
+		"port out of range": {"", settings{"KL_VXLAN_PORT": "0"}, []string{"vxlan.port:"}},
+		"MTU out of range":  {"", settings{"KL_VXLAN_MTU": "12"}, []string{"vxlan.mtu:"}},
+		"interface name":    {"", settings{"KL_VXLAN_INTERFACE": "much-too-long-a-name"}, []string{"vxlan.interface:"}},
+		"log level":         {"", settings{"KL_LOG_LEVEL": "loud"}, []string{"log_level:", "loud"}},
+		"http address":      {"", settings{"KL_HTTP_ADDRESS": "here"}, []string{"http_address:", "here"}},
+		"address in use": {
+			"", settings{"KL_HTTP_ADDRESS": s.serverAddress()},
+			[]string{"http_address", "address already in use"},
+		},
+		"no ordinal":    {"", settings{"KL_POD": "web"}, []string{"vxlan.addresses:", `"web"`}},
+		"no API server": {"", settings{"KUBECONFIG": ""}, []string{"find the API server"}},
+		"kubeconfig":    {"", settings{"KUBECONFIG": "/no/such/file"}, []string{"/no/such/file"}},
 	} {
 		t.Run(what, func(t *testing.T) {
 			if wrong.file != "" {
@@ -609,7 +640,7 @@ func TestSidecarReportsWrongConfigurations(t *testing.T) {
 				defer os.Remove(a.configFile())
 			}
 			sc := a.start(t, a.settings().with(wrong.env))
-			if wrong.words == nil { // it may become the pod's: tried again
+			if wrong.words == nil { // the pod may get the address later: the sidecar tries again
 				sc.awaitLog(t, "no interface of the pod has the address 198.51.100.9")
 				a.awaitHealth(t, http.StatusInternalServerError, "198.51.100.9")
 				sc.stop(t)
@@ -617,7 +648,7 @@ func TestSidecarReportsWrongConfigurations(t *testing.T) {
 			}
 			sc.expectFailure(t, wrong.words...)
 			if links := a.Links(t); !slices.Equal(links, []string{"eth1"}) {
-				t.Errorf("%s is left with %v", a.Name, links)
+				t.Errorf("%s still has %v", a.Name, links)
 			}
 		})
 	}
@@ -629,10 +660,10 @@ func TestSidecarReportsWrongConfigurations(t *testing.T) {
 	})
 }
 
-// outage is how long the API server is away: the sidecar tries to reach it seven times.
+// outage is how long the API server is away: meanwhile the sidecar tries seven times to reach it.
 const outage = 6 * time.Second
 
-// An API server that is away takes nothing from a LAN, and is waited for at the start.
+// A sidecar waits for the API server at its start, and keeps its remotes while the API server is away.
 func TestSidecarWithoutAPIServer(t *testing.T) {
 	t.Parallel()
 	s := startSidecars(t)
@@ -665,14 +696,14 @@ func TestSidecarWithoutAPIServer(t *testing.T) {
 	back.expectAll(t)
 	a.staysHealthy(t)
 	if lines := sc.countLog(t, "level=ERROR"); lines > 3 {
-		t.Errorf("it said %d lines of trouble:\n%s", lines, sc.logText(t))
+		t.Errorf("it logged %d errors:\n%s", lines, sc.logText(t))
 	}
 	a.relay.open(t)
 	expectEntries(t, updates, remoteEvent{unix.RTM_NEWNEIGH, come})
 	sc.awaitLog(t, "the API server tells of endpoints again")
 }
 
-// Who may not read EndpointSlices is told what to do, and goes on once it may.
+// A sidecar without rights to EndpointSlices logs what to do, and continues once it has the rights.
 func TestSidecarWithoutRightsToEndpointSlices(t *testing.T) {
 	t.Parallel()
 	s := startSidecars(t)
@@ -682,7 +713,10 @@ func TestSidecarWithoutRightsToEndpointSlices(t *testing.T) {
 	sc := a.start(t, a.settings().with(settings{"KUBECONFIG": tm.account(t, "poor")}))
 	sc.awaitLog(t, "level=ERROR", "needs a Role with list and watch of endpointslices", tm.namespace)
 	a.awaitHealth(t, http.StatusInternalServerError, "needs a Role with list and watch of endpointslices")
-	tm.allow(t, "poor", rbacv1.PolicyRule{APIGroups: []string{"discovery.k8s.io"}, Resources: []string{"endpointslices"}, Verbs: []string{"list", "watch"}})
+	tm.allow(t, "poor", rbacv1.PolicyRule{
+		APIGroups: []string{"discovery.k8s.io"}, Resources: []string{"endpointslices"},
+		Verbs: []string{"list", "watch"},
+	})
 	a.awaitHealth(t, http.StatusNoContent)
 	a.awaitRemotes(t, netip.MustParseAddr("198.51.100.5"))
 }
@@ -693,15 +727,18 @@ func TestSidecarWarnsWhenNoFramesArrive(t *testing.T) {
 	tm := startSidecars(t).pods(t, 2)
 	a, b := tm.pods[0], tm.pods[1]
 	unanswered := a.start(t, a.settings().with(settings{"KL_SERVICES": "", "KL_PEERS": b.ipv4.String()}))
-	other := b.start(t, b.settings().with(settings{"KL_SERVICES": "", "KL_PEERS": a.ipv4.String(), "KL_VXLAN_VNI": "6970"}))
+	other := b.start(t, b.settings().with(settings{
+		"KL_SERVICES": "", "KL_PEERS": a.ipv4.String(), "KL_VXLAN_VNI": "6970",
+	}))
 	a.awaitHealth(t, http.StatusNoContent)
 	b.awaitHealth(t, http.StatusNoContent)
 	from := a.station(t)
-	awaitWithin(t, 2*daemonTimeout, "the warning", func() bool {
+	eventuallyWithin(t, 2*daemonTimeout, "the warning", func() bool {
 		if err := from.Send(frames.Stream(nil, from.MAC, 1, 1)); err != nil {
 			t.Error(err)
 		}
-		return unanswered.countLog(t, "level=WARN", "frames are sent, but none has arrived yet", "NetworkPolicy", "port=4789", "vni=6969") == 1
+		return unanswered.countLog(t, "level=WARN", "frames are sent, but none has arrived yet",
+			"NetworkPolicy", "port=4789", "vni=6969") == 1
 	})
 	a.staysHealthy(t)
 	if said := other.logText(t); strings.Contains(said, "level=WARN") { // it sends nothing

@@ -18,14 +18,14 @@ import (
 	"github.com/k8slan/k8slan/test/netlab"
 )
 
-// silenceWindow is how long silence is listened to: longer than what IPv6, bridges and VXLANs say by themselves when they are
-// new (router solicitations at 0, 4 and 8 s, MLD reports within 1 s, DAD within 2 s).
+// silenceWindow is how long the test listens for frames: longer than IPv6, bridges and VXLANs take to send frames by
+// themselves when they are new (router solicitations at 0, 4 and 8 s, MLD reports within 1 s, DAD within 2 s).
 const silenceWindow = 4500 * time.Millisecond
 
 func TestLANSendsNothingByItself(t *testing.T) {
 	t.Parallel()
 	a, b := twoNodes(t)
-	idle, waiting := lan("idle", 51, "nobody", "listener"), lan("waiting", 52, "vm", "listener")
+	idle, waiting := lan("idle", 51, "unused", "listener"), lan("waiting", 52, "vm", "listener")
 	listeners := map[string]netlab.Wire{}
 	for _, s := range []segment.Segment{idle, waiting} {
 		b.reconcile(t, b.withUnderlay(t, s))
@@ -33,10 +33,10 @@ func TestLANSendsNothingByItself(t *testing.T) {
 	}
 	cables := map[string]netlab.Wire{a.Name: a.underlay.Open(t, a.Port()), b.Name: b.underlay.Open(t, b.Port())}
 
-	// From here on everything is listened to: the segments are built on the first node, and a VM is attached whose QEMU
-	// doesn't run yet.
+	// Wires are open on all sides when the first node builds the segments and a VM is attached whose QEMU does not run
+	// yet.
 	a.reconcile(t, a.withUnderlay(t, idle))
-	listeners["plug of LAN idle"] = a.lanNetns(idle).Open(t, segment.PlugName("nobody"))
+	listeners["plug of LAN idle"] = a.lanNetns(idle).Open(t, segment.PlugName("unused"))
 	a.reconcile(t, a.withUnderlay(t, waiting))
 	vm := a.claim(t, waiting, "vm", segment.Macvtap)
 
@@ -59,16 +59,16 @@ func TestLANSendsNothingByItself(t *testing.T) {
 	}
 	listening.Wait()
 
-	// The same ears hear what they should, and it is the guest's first frame.
+	// The same wires receive the guest's first frame.
 	vm.openWire(t, a.lanNetns(waiting))
 	first := frames.Stream(nil, vm.MAC, 1, 0)
 	crosses(t, vm, listeners["pod of LAN waiting"], first)
 	if _, err := netlab.Await(cables[a.Name], frameTimeout, isVXLAN); err != nil {
-		t.Errorf("underlay of %s after the guest spoke: %v", a.Name, err)
+		t.Errorf("underlay of %s after the guest's first frame: %v", a.Name, err)
 	}
 }
 
-// isVXLAN says whether a frame on the underlay is a VXLAN packet over IPv6.
+// isVXLAN reports whether a frame on the underlay is a VXLAN packet over IPv6.
 func isVXLAN(frame []byte) bool {
 	const ipv6, udp = 14, 14 + 40
 	return len(frame) > udp+8 && binary.BigEndian.Uint16(frame[12:]) == 0x86dd && frame[ipv6+6] == 17 &&
@@ -97,8 +97,8 @@ func TestHostNamespaceHasNoLinkOfALAN(t *testing.T) {
 	}
 }
 
-// Somebody switches IPv6 on for a plug alone. It speaks with the address of the VM that it waits for, and that may be
-// running on another node: the bridge must not believe it for longer than that lasts.
+// IPv6 is switched on for one plug. The plug sends with the MAC of the VM that it waits for, which may run on another
+// node: the bridge must forget the MAC at once.
 func TestPlugThatSentIsSilencedAndForgotten(t *testing.T) {
 	t.Parallel()
 	a, _ := twoNodes(t)
@@ -109,7 +109,7 @@ func TestPlugThatSentIsSilencedAndForgotten(t *testing.T) {
 	wire := inside.Open(t, plug)
 	must(t, wire.Send(frames.Stream(nil, segment.MAC(s.LAN, "vm"), 1, 1)))
 	if !a.hasLearned(t, s, segment.MAC(s.LAN, "vm")) {
-		t.Fatal("the bridge learns no address")
+		t.Fatal("the bridge learns no MAC")
 	}
 	inside.Sysctl(t, "net/ipv6/conf/"+plug+"/disable_ipv6", "0")
 	a.awaitState(t, s, "the plug to be silenced", func(have segment.State) bool {
@@ -118,7 +118,7 @@ func TestPlugThatSentIsSilencedAndForgotten(t *testing.T) {
 	})
 }
 
-// hasLearned says whether a LAN's bridge knows by which port to reach an address.
+// hasLearned reports whether a LAN's bridge has learned a MAC on the VM's port.
 func (n node) hasLearned(t *testing.T, s segment.Segment, mac net.HardwareAddr) bool {
 	t.Helper()
 	links := n.lanNetns(s).Netlink(t)
@@ -129,7 +129,7 @@ func (n node) hasLearned(t *testing.T, s segment.Segment, mac net.HardwareAddr) 
 	return slices.ContainsFunc(entries, func(e netlink.Neigh) bool { return e.HardwareAddr.String() == mac.String() })
 }
 
-// A VXLAN that is up joins its group, and then every node gets every LAN's broadcast.
+// A VXLAN that is up joins its group, so that its node gets every LAN's broadcast frames.
 func TestVXLANIsUpOnlyWhileASpokeIsClaimed(t *testing.T) {
 	t.Parallel()
 	a, _ := twoNodes(t)
@@ -163,7 +163,7 @@ func TestVXLANIsUpOnlyWhileASpokeIsClaimed(t *testing.T) {
 	expect("after the VM's release", false)
 }
 
-// hasJoined says whether the node listens to the LANs' group on its underlay device.
+// hasJoined reports whether the node's underlay device has joined the LANs' group.
 func (n node) hasJoined(t *testing.T) bool {
 	t.Helper()
 	for line := range strings.Lines(n.read(t, "/proc/thread-self/net/igmp6")) {
@@ -191,7 +191,7 @@ func TestSettingsMakeALANTransparent(t *testing.T) {
 		"net/bridge/bridge-nf-call-arptables":         "0",
 	} {
 		if strings.HasPrefix(name, "net/bridge/") && !exists("/proc/sys/"+name) {
-			continue // without br_netfilter there is nothing to switch off
+			continue // without br_netfilter there is no such setting
 		}
 		if got := inside.ReadSysctl(t, name); got != want {
 			t.Errorf("%s is %s, want %s", name, got, want)

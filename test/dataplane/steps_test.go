@@ -15,14 +15,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A step is one system call by which a process changes something that outlives it: a netlink request that is no
-// question, a file or a folder, a mount, a sysctl, a feature of a link, a lock.
+// A step is one system call by which a process changes something that outlives it: a netlink request that changes
+// something, a file or directory, a mount, a sysctl, a feature of a link, a lock.
 type step string
 
-// walk runs a process and returns the steps it was about to take. It is killed as a whole before it takes the one of
-// number killAt, from 0. All of it happens on the calling thread.
+// walk runs a process and returns the steps it was about to take. The process is killed before the step with the number
+// killAt, from 0. All of it happens on the calling thread.
 func walk(cmd *exec.Cmd, killAt int) (steps []step, killed bool, err error) {
-	// Pdeathsig and EXITKILL: the process goes with the test, however that ends.
+	// Pdeathsig and EXITKILL end the process with the test, however the test ends.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Ptrace: true, Pdeathsig: syscall.SIGKILL}
 	if err := cmd.Start(); err != nil {
 		return nil, false, err
@@ -39,7 +39,7 @@ func walk(cmd *exec.Cmd, killAt int) (steps []step, killed bool, err error) {
 	}
 	resume := func(tid int, signal unix.Signal) error {
 		err := unix.PtraceSyscall(tid, int(signal))
-		if errors.Is(err, unix.ESRCH) { // it is being killed
+		if errors.Is(err, unix.ESRCH) { // the process has been killed
 			return nil
 		}
 		return err
@@ -81,7 +81,7 @@ func walk(cmd *exec.Cmd, killAt int) (steps []step, killed bool, err error) {
 				}
 			}
 			steps = append(steps, s)
-		case stop == unix.SIGTRAP, stop == unix.SIGSTOP: // a new thread, seen from its maker and from itself
+		case stop == unix.SIGTRAP, stop == unix.SIGSTOP: // a new thread stops, and so does the thread that made it
 		default:
 			signal = stop
 		}
@@ -91,7 +91,7 @@ func walk(cmd *exec.Cmd, killAt int) (steps []step, killed bool, err error) {
 	}
 }
 
-// exitStatus is that of a process which ended by itself.
+// exitStatus is the status of a process that exited by itself.
 type exitStatus int
 
 func (s exitStatus) Error() string { return fmt.Sprintf("exit status %d", int(s)) }
@@ -106,11 +106,12 @@ type entry struct {
 	arguments [6]uint64
 }
 
-// stepOf is the step a stopped thread is about to take; "" where it is none.
+// stepOf returns the step that a stopped thread is about to take; "" for another system call.
 func stepOf(tid int) (step, error) {
 	const ptraceGetSyscallInfo, atEntry = 0x420e, 1
 	var e entry
-	_, _, errno := unix.Syscall6(unix.SYS_PTRACE, ptraceGetSyscallInfo, uintptr(tid), unsafe.Sizeof(e), uintptr(unsafe.Pointer(&e)), 0, 0)
+	_, _, errno := unix.Syscall6(unix.SYS_PTRACE, ptraceGetSyscallInfo, uintptr(tid),
+		unsafe.Sizeof(e), uintptr(unsafe.Pointer(&e)), 0, 0)
 	if errno == unix.ESRCH {
 		return "", nil
 	}
@@ -147,13 +148,14 @@ func stepOf(tid int) (step, error) {
 		return step("lock " + p.file(a[0])), nil
 	case unix.SYS_IOCTL:
 		return p.ethtool(a)
-	case unix.SYS_SENDMSG, unix.SYS_WRITEV, unix.SYS_FTRUNCATE, unix.SYS_FCHMODAT, unix.SYS_LINKAT, unix.SYS_SYMLINKAT, unix.SYS_MKNODAT:
-		return "", fmt.Errorf("system call %d is not known as a step: tell what it changes", e.number)
+	case unix.SYS_SENDMSG, unix.SYS_WRITEV, unix.SYS_FTRUNCATE, unix.SYS_FCHMODAT,
+		unix.SYS_LINKAT, unix.SYS_SYMLINKAT, unix.SYS_MKNODAT:
+		return "", fmt.Errorf("system call %d is not known as a step: add what it changes", e.number)
 	}
 	return "", nil
 }
 
-// process is a stopped thread, by its number.
+// process is a stopped thread, by its ID.
 type process int
 
 func (p process) read(address uint64, size int) ([]byte, error) {
@@ -175,7 +177,7 @@ func (p process) file(fd uint64) string {
 }
 
 func (p process) path(verb string, address uint64) (step, error) {
-	b, err := p.read(address, 1) // may be the last byte of what is mapped
+	b, err := p.read(address, 1) // it may be the last byte of a mapping
 	if err != nil {
 		return "", err
 	}
@@ -188,7 +190,7 @@ func (p process) path(verb string, address uint64) (step, error) {
 	return step(verb + " " + filepath.Clean(string(name))), nil
 }
 
-// request is a message to rtnetlink that is not a question.
+// request returns the step of a message to rtnetlink that is not a get request.
 func (p process) request(a [6]uint64) (step, error) {
 	if a[4] == 0 || a[5] < unix.SizeofSockaddrNetlink || a[2] < unix.SizeofNlMsghdr {
 		return "", nil
@@ -209,7 +211,7 @@ func (p process) request(a [6]uint64) (step, error) {
 	return step(fmt.Sprintf("rtnetlink %d of %d bytes", kind, a[2])), nil
 }
 
-// ethtool is a change of a link's features.
+// ethtool returns the step of a change of a link's features.
 func (p process) ethtool(a [6]uint64) (step, error) {
 	if a[1] != unix.SIOCETHTOOL {
 		return "", nil

@@ -17,11 +17,11 @@ import (
 	"github.com/k8slan/k8slan/test/netlab"
 )
 
-// family is what a LAN over underlays of one IP version needs.
+// family is what differs between LANs over IPv4 and IPv6.
 type family struct {
 	overhead int
 	bits     int
-	vteps    [2]netip.Addr // of the two nodes
+	vteps    [2]netip.Addr // those of the two nodes
 }
 
 var families = map[string]family{
@@ -29,7 +29,7 @@ var families = map[string]family{
 	"IPv6": {78, 64, [2]netip.Addr{netip.MustParseAddr("2001:db8::1"), netip.MustParseAddr("2001:db8::2")}},
 }
 
-// unicastHosts makes two nodes with addresses of a family, and the LAN as each of them should have it.
+// unicastHosts makes two nodes with addresses of a family, and returns the LAN as each of them should have it.
 func unicastHosts(t *testing.T, f family, vni uint32) (a, b node, onA, onB segment.Segment) {
 	t.Helper()
 	a, b = twoNodes(t)
@@ -43,7 +43,7 @@ func unicastHosts(t *testing.T, f family, vni uint32) (a, b node, onA, onB segme
 	return a, b, lans[0], lans[1]
 }
 
-// unicastPods are unicastHosts with the LAN, and a pod on each.
+// unicastPods is unicastHosts with the LAN built and a pod attached on each node.
 func unicastPods(t *testing.T, f family, vni uint32) (a, b node, onA, onB segment.Segment, one, two *host) {
 	t.Helper()
 	a, b, onA, onB = unicastHosts(t, f, vni)
@@ -52,7 +52,7 @@ func unicastPods(t *testing.T, f family, vni uint32) (a, b node, onA, onB segmen
 	return a, b, onA, onB, a.attach(t, onA, "one", segment.Veth), b.attach(t, onB, "two", segment.Veth)
 }
 
-// unicast is the LAN without a group.
+// unicast returns the LAN with remotes in place of its group.
 func unicast(s segment.Segment, local netip.Addr, remotes ...netip.Addr) segment.Segment {
 	s.VXLAN.Group, s.VXLAN.Local = netip.Addr{}, local
 	s.Remotes = append([]netip.Addr{}, remotes...)
@@ -60,7 +60,7 @@ func unicast(s segment.Segment, local netip.Addr, remotes ...netip.Addr) segment
 	return s
 }
 
-// addUnderlayAddress gives the underlay device an address that can be used at once.
+// addUnderlayAddress adds an address that can be used at once to the underlay device.
 func (n node) addUnderlayAddress(t *testing.T, p netip.Prefix) {
 	t.Helper()
 	device, err := n.Netlink(t).LinkByName(netlab.UnderlayDevice)
@@ -80,7 +80,7 @@ func TestUnicastLANCarriesEveryFrame(t *testing.T) {
 			a.reconcile(t, onA)
 			b.reconcile(t, onB)
 			if ops := append(a.reconcile(t, onA), b.reconcile(t, onB)...); len(ops) > 0 {
-				t.Errorf("a second look finds to do: %v", ops)
+				t.Errorf("reconciling again did %v", ops)
 			}
 			one, two := a.attach(t, onA, "one", segment.Veth), b.attach(t, onB, "two", segment.Veth)
 			catalogCrosses(t, one, two)
@@ -91,7 +91,7 @@ func TestUnicastLANCarriesEveryFrame(t *testing.T) {
 	}
 }
 
-// A remote beside a thousand is one write; the others are not touched.
+// One remote beside a thousand is added as one entry; the others are not written.
 func TestOneMoreRemoteIsOneWrite(t *testing.T) {
 	t.Parallel()
 	a, _, s, _ := unicastHosts(t, families["IPv4"], 302)
@@ -112,7 +112,8 @@ func TestOneMoreRemoteIsOneWrite(t *testing.T) {
 	began = time.Now()
 	for _, r := range s.Remotes {
 		must(t, handle.NeighAppend(&netlink.Neigh{
-			LinkIndex: link.Attrs().Index, Family: unix.AF_BRIDGE, Flags: netlink.NTF_SELF, State: netlink.NUD_PERMANENT,
+			LinkIndex: link.Attrs().Index, Family: unix.AF_BRIDGE,
+			Flags: netlink.NTF_SELF, State: netlink.NUD_PERMANENT,
 			HardwareAddr: make([]byte, 6), IP: r.AsSlice(),
 		}))
 	}
@@ -121,7 +122,7 @@ func TestOneMoreRemoteIsOneWrite(t *testing.T) {
 	if ops := a.reconcile(t, s); len(ops) > 0 {
 		t.Errorf("did %v", ops)
 	}
-	t.Logf("a look at them: %v", time.Since(began))
+	t.Logf("observing them: %v", time.Since(began))
 	updates, done := make(chan netlink.NeighUpdate, 4096), make(chan struct{})
 	must(t, a.lanNetns(s).Do(func() error { return netlink.NeighSubscribe(updates, done) }))
 	defer close(done)
@@ -130,11 +131,13 @@ func TestOneMoreRemoteIsOneWrite(t *testing.T) {
 	more.Remotes = append(slices.Clone(s.Remotes), netip.MustParseAddr("10.9.9.9"))
 	began = time.Now()
 	ops := a.reconcile(t, more)
-	t.Logf("one more, with the look: %v", time.Since(began))
+	t.Logf("one more, with the observation: %v", time.Since(began))
 	if len(ops) != 1 || ops[0].String() != "bridge fdb append 00:00:00:00:00:00 dev vx302 dst 10.9.9.9" {
 		t.Errorf("did %v", ops)
 	}
-	if ops := a.reconcile(t, s); len(ops) != 1 || ops[0].String() != "bridge fdb del 00:00:00:00:00:00 dev vx302 dst 10.9.9.9 && bridge fdb flush dev vx302 dst 10.9.9.9" {
+	const removal = "bridge fdb del 00:00:00:00:00:00 dev vx302 dst 10.9.9.9 && " +
+		"bridge fdb flush dev vx302 dst 10.9.9.9"
+	if ops := a.reconcile(t, s); len(ops) != 1 || ops[0].String() != removal {
 		t.Errorf("did %v", ops)
 	}
 	for _, want := range []uint16{unix.RTM_NEWNEIGH, unix.RTM_DELNEIGH} {
@@ -144,7 +147,7 @@ func TestOneMoreRemoteIsOneWrite(t *testing.T) {
 				t.Errorf("event %d for %v, want %d for 10.9.9.9", u.Type, u.IP, want)
 			}
 		case <-time.After(frameTimeout):
-			t.Fatal("the kernel tells of no change")
+			t.Fatal("the kernel reports no change")
 		}
 	}
 	select {
@@ -154,7 +157,7 @@ func TestOneMoreRemoteIsOneWrite(t *testing.T) {
 	}
 }
 
-// Remotes that are not known are left alone, those of an empty list are not.
+// Unknown remotes are kept; an empty list removes them.
 func TestUnknownRemotesAreKept(t *testing.T) {
 	t.Parallel()
 	a, _, s, _ := unicastHosts(t, families["IPv6"], 303)
@@ -169,7 +172,7 @@ func TestUnknownRemotesAreKept(t *testing.T) {
 	}
 }
 
-// A node has another address: its silent pod is found there, though it was learnt to be behind the old one.
+// A node gets another address: its silent pod is reached there, although its MAC was learned behind the old one.
 func TestMACsLearnedBehindARemoteAreRemovedWithIt(t *testing.T) {
 	t.Parallel()
 	for name, f := range families {
@@ -180,7 +183,8 @@ func TestMACsLearnedBehindARemoteAreRemovedWithIt(t *testing.T) {
 			was, is := f.vteps[1], f.vteps[1].Next()
 			device, err := b.Netlink(t).LinkByName(netlab.UnderlayDevice)
 			must(t, err)
-			must(t, b.Netlink(t).AddrDel(device, &netlink.Addr{IPNet: &net.IPNet{IP: was.AsSlice(), Mask: net.CIDRMask(f.bits, was.BitLen())}}))
+			old := &net.IPNet{IP: was.AsSlice(), Mask: net.CIDRMask(f.bits, was.BitLen())}
+			must(t, b.Netlink(t).AddrDel(device, &netlink.Addr{IPNet: old}))
 			b.addUnderlayAddress(t, netip.PrefixFrom(is, f.bits))
 			b.reconcile(t, unicast(onB, is, f.vteps[0]))
 			a.reconcile(t, unicast(onA, f.vteps[0], is))
@@ -189,8 +193,8 @@ func TestMACsLearnedBehindARemoteAreRemovedWithIt(t *testing.T) {
 	}
 }
 
-// A LAN changes between multicast and unicast of one family while it runs: the VXLANs stay, and with them what goes from pod to
-// pod. What is flooded is lost from when one node has left the group until the other has.
+// A LAN in use changes between multicast and unicast: the VXLANs stay, and no frame between pods is lost. Flooded
+// frames are lost from the time when one node has left the group until the other has.
 func TestDiscoveryChangesWithoutLoss(t *testing.T) {
 	t.Parallel()
 	a, b, onA, onB := unicastHosts(t, families["IPv6"], 304)
@@ -201,7 +205,7 @@ func TestDiscoveryChangesWithoutLoss(t *testing.T) {
 	a.reconcile(t, multicast(onA))
 	b.reconcile(t, multicast(onB))
 	one, two := a.attach(t, onA, "one", segment.Veth), b.attach(t, onB, "two", segment.Veth)
-	crosses(t, two, one, frames.Stream(nil, two.MAC, 9, 1)) // both are known from now on
+	crosses(t, two, one, frames.Stream(nil, two.MAC, 9, 1)) // both MACs are learned
 	crosses(t, one, two, frames.Stream(nil, one.MAC, 9, 1))
 	links := func() string { return describe(a.observe(t, onA)) + describe(b.observe(t, onB)) }
 	before := links()
@@ -226,7 +230,8 @@ func TestDiscoveryChangesWithoutLoss(t *testing.T) {
 		there.expectAll(t)
 		back.expectAll(t)
 	} else {
-		t.Logf("this kernel leaves and joins groups only as a VXLAN goes down and up: of 40 changes %+v, %+v", there.finish(), back.finish())
+		t.Logf("this kernel leaves and joins groups only as a VXLAN goes down and up: of 40 changes %+v, %+v",
+			there.finish(), back.finish())
 	}
 	if after := links(); after != before {
 		t.Errorf("the segments are\n%s\nwant\n%s", after, before)
@@ -236,10 +241,10 @@ func TestDiscoveryChangesWithoutLoss(t *testing.T) {
 	flood.Attachment.MAC = nil
 	flooded := startStream(t, 3, one, &flood)
 	change()
-	t.Logf("of what is flooded, in one change there and back: %+v", flooded.finish())
+	t.Logf("of the flooded frames, in one change there and back: %+v", flooded.finish())
 }
 
-// A VXLAN that was made without a group joins it when it gets one, and another one after that.
+// A VXLAN that was made without a group joins a group that it gets, and another one after that.
 func TestVXLANJoinsItsNewGroup(t *testing.T) {
 	t.Parallel()
 	for name, f := range families {
@@ -253,17 +258,20 @@ func TestVXLANJoinsItsNewGroup(t *testing.T) {
 				}
 				return s
 			}
-			for i, s := range [][2]segment.Segment{{group(onA, 20), group(onB, 20)}, {group(onA, 21), group(onB, 21)}, {onA, onB}, {group(onA, 22), group(onB, 22)}} {
+			for i, s := range [][2]segment.Segment{
+				{group(onA, 20), group(onB, 20)}, {group(onA, 21), group(onB, 21)}, {onA, onB},
+				{group(onA, 22), group(onB, 22)},
+			} {
 				a.reconcile(t, s[0])
 				b.reconcile(t, s[1])
-				crosses(t, one, two, frames.Stream(nil, one.MAC, 11, uint64(2*i))) // to an address that nobody knows
+				crosses(t, one, two, frames.Stream(nil, one.MAC, 11, uint64(2*i))) // flooded
 				crosses(t, two, one, frames.Stream(nil, two.MAC, 11, uint64(2*i+1)))
 			}
 		})
 	}
 }
 
-// A change back to multicast that was broken off leaves no remote behind.
+// An interrupted change back to multicast is finished and leaves no remote.
 func TestInterruptedChangeOfDiscoveryIsFinished(t *testing.T) {
 	t.Parallel()
 	a, _, s, _ := unicastHosts(t, families["IPv6"], 305)
@@ -272,16 +280,17 @@ func TestInterruptedChangeOfDiscoveryIsFinished(t *testing.T) {
 	for _, change := range []struct{ from, to segment.Segment }{{multicast, s}, {s, multicast}} {
 		for k := range 5 {
 			a.reconcile(t, change.from)
-			reconcileWith(t, a.kernel, s.Netns, killedAfter(k, func(have segment.State) []segment.Op { return segment.Diff(change.to, have) }))
+			reconcileWith(t, a.kernel, s.Netns, killedAfter(k, diffTo(change.to)))
 			a.reconcile(t, change.to)
-			if ops := segment.Diff(change.to, a.observe(t, change.to)); len(ops) > 0 || !slices.Equal(a.remotes(t, s), change.to.Remotes) {
+			ops := segment.Diff(change.to, a.observe(t, change.to))
+			if len(ops) > 0 || !slices.Equal(a.remotes(t, s), change.to.Remotes) {
 				t.Errorf("after %d steps: has remotes %v, to do %v", k, a.remotes(t, s), ops)
 			}
 		}
 	}
 }
 
-// remotes are those that the VXLAN's table has, the group aside.
+// remotes returns the unicast remotes in the VXLAN's table.
 func (n node) remotes(t *testing.T, s segment.Segment) (remotes []netip.Addr) {
 	t.Helper()
 	link, err := n.lanNetns(s).Netlink(t).LinkByName(s.VXLAN.Name)
@@ -297,7 +306,7 @@ func (n node) remotes(t *testing.T, s segment.Segment) (remotes []netip.Addr) {
 	return remotes
 }
 
-// A remote that somebody deletes, or adds, is put right.
+// A remote that is deleted or added by hand is repaired.
 func TestRemotesChangedByHandAreRepaired(t *testing.T) {
 	a, _, s, _ := unicastHosts(t, families["IPv4"], 306)
 	m := a.manage(t)
@@ -307,7 +316,8 @@ func TestRemotesChangedByHandAreRepaired(t *testing.T) {
 	must(t, err)
 	entry := func(ip string) *netlink.Neigh {
 		return &netlink.Neigh{
-			LinkIndex: link.Attrs().Index, Family: unix.AF_BRIDGE, Flags: netlink.NTF_SELF, State: netlink.NUD_PERMANENT,
+			LinkIndex: link.Attrs().Index, Family: unix.AF_BRIDGE,
+			Flags: netlink.NTF_SELF, State: netlink.NUD_PERMANENT,
 			HardwareAddr: make([]byte, 6), IP: netip.MustParseAddr(ip).AsSlice(),
 		}
 	}

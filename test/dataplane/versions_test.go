@@ -21,21 +21,21 @@ import (
 	"github.com/k8slan/k8slan/test/netlab"
 )
 
-// The pod and the VM of what older versions left, as their runtime knows them.
+// These are the sandboxes of the pod and the VM in the fixtures.
 const (
 	olderPod = "0a1b2c3d4e5f60718293a4b5c6d7e8f90a1b2c3d4e5f60718293a4b5c6d7e8f9"
 	olderVM  = "ffeeddccbbaa99887766554433221100ffeeddccbbaa99887766554433221100"
 )
 
-// older is a node as an older version has left it.
+// older is a node as an older version leaves it.
 type older struct {
 	node
-	segment.Segment // as that version recorded it
+	segment.Segment // from that version's record
 	pod, vm         attachment
 	version         string
 }
 
-// olderNode makes a node what that version leaves on one: by ip(8) and the bytes of its files, with nothing of today's.
+// olderNode makes a node as that version leaves it: by ip(8) and that version's files, with none of today's code.
 func olderNode(t *testing.T, version string) older {
 	t.Helper()
 	netlab.NeedDevices(t)
@@ -57,7 +57,7 @@ func olderNode(t *testing.T, version string) older {
 	return o
 }
 
-// play does the steps of a file.
+// play runs the steps of a file.
 func (o older) play(t *testing.T, file string) {
 	t.Helper()
 	places := map[string]netlab.Namespace{
@@ -79,7 +79,8 @@ func (o older) play(t *testing.T, file string) {
 		}
 		if setting, ok := strings.CutPrefix(what, "sysctl "); ok {
 			name, value, _ := strings.Cut(setting, " ")
-			if _, err := os.Stat("/proc/sys/" + name); err == nil || !strings.HasPrefix(name, "net/bridge/") { // without br_netfilter there is none
+			_, err := os.Stat("/proc/sys/" + name)
+			if err == nil || !strings.HasPrefix(name, "net/bridge/") { // br_netfilter may be absent
 				ns.Sysctl(t, name, value)
 			}
 			continue
@@ -96,7 +97,7 @@ func (o older) play(t *testing.T, file string) {
 	must(t, lines.Err())
 }
 
-// record is the LAN as that version wrote it down.
+// record returns the LAN from that version's record.
 func (o older) record(t *testing.T) (s segment.Segment) {
 	t.Helper()
 	paths, err := filepath.Glob(o.Run + "/lan/*.json")
@@ -109,7 +110,7 @@ func (o older) record(t *testing.T) (s segment.Segment) {
 	return s
 }
 
-// config is the network configuration as Multus keeps it from ADD to DEL.
+// config returns the network configuration that Multus keeps from ADD to DEL.
 func (o older) config(t *testing.T, spoke string) (config keys) {
 	t.Helper()
 	b, err := os.ReadFile(filepath.Join("testdata", o.version, "cni", spoke+".json"))
@@ -118,7 +119,7 @@ func (o older) config(t *testing.T, spoke string) (config keys) {
 	return config
 }
 
-// openWires are the old pod and the old VM, where they speak.
+// openWires opens the wires of the old pod and the old VM.
 func (o older) openWires(t *testing.T) (pod, vm *host) {
 	t.Helper()
 	devices, err := filepath.Glob(o.vm.Sysfs(t) + "/class/net/" + o.vm.ifname + "/macvtap/tap*/dev")
@@ -136,7 +137,7 @@ func (o older) openWires(t *testing.T) (pod, vm *host) {
 	return pod, vm
 }
 
-// versions are those of which there is a fixture.
+// versions returns the versions that have a fixture.
 func versions(t *testing.T) []string {
 	t.Helper()
 	entries, err := fs.ReadDir(os.DirFS("testdata"), ".")
@@ -159,7 +160,7 @@ func TestSegmentsOfOlderVersionsAreAdopted(t *testing.T) {
 	}
 }
 
-// After a way back to this version: what a newer one wrote beside is passed over.
+// After a downgrade to this version, fields that a newer version added are ignored.
 func TestSegmentsOfANewerVersionAreAdopted(t *testing.T) {
 	t.Parallel()
 	o := olderNode(t, versions(t)[0])
@@ -180,12 +181,12 @@ func TestSegmentsOfANewerVersionAreAdopted(t *testing.T) {
 
 func (o older) deviceFileOf(a attachment) string { return a.deviceFile(a.config) }
 
-// expectAdopted has today's daemon take the node over. It must change nothing, lose no frame, and today's plugin must let
-// the old pods go and new ones come.
+// expectAdopted runs today's daemon on the node. It must change nothing and lose no frame, and today's plugin must
+// detach the old pods and attach new ones.
 func (o older) expectAdopted(t *testing.T) {
 	t.Helper()
 	if index := o.withUnderlay(t, o.Segment).VXLAN.UnderlayIndex; index != o.VXLAN.UnderlayIndex {
-		t.Fatalf("the underlay device is number %d here, and the record says %d", index, o.VXLAN.UnderlayIndex)
+		t.Fatalf("the underlay device has ifindex %d, and the record has %d", index, o.VXLAN.UnderlayIndex)
 	}
 	pod, vm := o.openWires(t)
 	before := o.files(t)
@@ -203,17 +204,18 @@ func (o older) expectAdopted(t *testing.T) {
 	}
 	for _, ear := range ears {
 		if ear.sawLinkEvents(t) {
-			t.Error("rtnetlink told of a change to a link")
+			t.Error("rtnetlink reported a change of a link")
 		}
 	}
 	if after := o.files(t); after != before {
 		t.Errorf("files were\n%s\nand are\n%s", before, after)
 	}
-	if claims := o.observe(t, o.Segment).Claims(); len(claims) != 2 || claims[0].Spoke != "srl" || claims[1].Spoke != "vm" || claims[0].Pod != "srl-1" {
+	claims := o.observe(t, o.Segment).Claims()
+	if len(claims) != 2 || claims[0].Spoke != "srl" || claims[1].Spoke != "vm" || claims[0].Pod != "srl-1" {
 		t.Errorf("claims %+v", claims)
 	}
 	if ops := segment.Diff(o.Segment, o.observe(t, o.Segment)); len(ops) != 0 {
-		t.Errorf("to do: %v", ops)
+		t.Errorf("the daemon has to do %v", ops)
 	}
 
 	for _, a := range []attachment{o.pod, o.vm} {
@@ -225,7 +227,8 @@ func (o older) expectAdopted(t *testing.T) {
 	if devices := o.devices(t); len(devices) != 0 {
 		t.Errorf("CDI devices %v", devices)
 	}
-	one, other := o.attachByPlugin(t, o.Segment, "vm", segment.Veth), o.attachByPlugin(t, o.Segment, "srl", segment.Veth)
+	one := o.attachByPlugin(t, o.Segment, "vm", segment.Veth)
+	other := o.attachByPlugin(t, o.Segment, "srl", segment.Veth)
 	from, err := one.speak(t, one.config)
 	must(t, err)
 	to, err := other.speak(t, other.config)
@@ -235,7 +238,7 @@ func (o older) expectAdopted(t *testing.T) {
 	reaches(t, from, to, frames.Stream(nil, vm.MAC, 1, 1))
 }
 
-// files are the bytes of all that the node keeps in files.
+// files returns the content of all files of k8slan on the node.
 func (o older) files(t *testing.T) string {
 	t.Helper()
 	var all []string
@@ -252,8 +255,8 @@ func (o older) files(t *testing.T) string {
 	return strings.Join(all, "\n")
 }
 
-// awaitQuiet returns when rtnetlink has told of what was done before: it may keep that back for a second
-// (linkwatch_event in net/core/link_watch.c).
+// awaitQuiet returns when rtnetlink has reported earlier changes, which it may delay by a second (linkwatch_event in
+// net/core/link_watch.c).
 func (e *eventSocket) awaitQuiet(t *testing.T) {
 	t.Helper()
 	const longest = 1200 * time.Millisecond
@@ -267,8 +270,8 @@ func (e *eventSocket) awaitQuiet(t *testing.T) {
 	}
 }
 
-// sawLinkEvents says whether there was an event of a link until now, and is done.
-func (e *eventSocket) sawLinkEvents(t *testing.T) (heard bool) {
+// sawLinkEvents reports whether there was an event of a link so far, and closes the socket.
+func (e *eventSocket) sawLinkEvents(t *testing.T) (saw bool) {
 	t.Helper()
 	defer e.file.Close()
 	b := make([]byte, 1<<16)
@@ -276,13 +279,13 @@ func (e *eventSocket) sawLinkEvents(t *testing.T) (heard bool) {
 		must(t, e.file.SetReadDeadline(time.Now().Add(2*time.Millisecond)))
 		n, err := e.file.Read(b)
 		if errors.Is(err, os.ErrDeadlineExceeded) {
-			return heard
+			return saw
 		}
 		must(t, err)
 		messages, err := syscall.ParseNetlinkMessage(b[:n])
 		must(t, err)
 		for _, m := range messages {
-			heard = heard || m.Header.Type == unix.RTM_NEWLINK || m.Header.Type == unix.RTM_DELLINK
+			saw = saw || m.Header.Type == unix.RTM_NEWLINK || m.Header.Type == unix.RTM_DELLINK
 		}
 	}
 }
