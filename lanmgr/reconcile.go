@@ -225,7 +225,7 @@ func isWanted(want *segment.Segment, have segment.State) bool {
 
 // isAbsent reports whether the node has nothing of a segment.
 func isAbsent(have segment.State) bool {
-	return !have.Exists && !have.Lost && !have.Dead && have.Record == nil && len(have.Links) == 0
+	return !have.Exists && !have.LostName && !have.StaleName && have.Record == nil && len(have.Links) == 0
 }
 
 // complete reports whether a segment works with these operations still to do: VerifyClaim asks a question, and does so

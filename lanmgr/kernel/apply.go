@@ -26,7 +26,7 @@ func (n *Node) Reconcile(ctx context.Context, netnsName string, decide func(segm
 	absent := false
 	done, err := n.reconcile(ctx, netnsName, func(have segment.State) []segment.Op {
 		ops := decide(have)
-		absent = len(ops) == 0 && !have.Exists && !have.Lost && !have.Dead && have.Record == nil
+		absent = len(ops) == 0 && !have.Exists && !have.LostName && !have.StaleName && have.Record == nil
 		return ops
 	})
 	if absent { // of what isn't there, the lock shall not stay either

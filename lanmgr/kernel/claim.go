@@ -223,7 +223,7 @@ func (c *claiming) find() (complete bool, err error) {
 	if c.lan == nil {
 		s := segment.State{Netns: c.Netns}
 		lan, err := c.node.reach(&s)
-		if err != nil || lan == nil || s.Lost {
+		if err != nil || lan == nil || s.LostName {
 			if lan != nil {
 				lan.close()
 			}

@@ -226,7 +226,7 @@ func (n *Node) find(s *segment.State) (h *held, ns netns.Handle, err error) {
 			n.giveBack(h)
 			return nil, ns, fmt.Errorf("observe %s: %w", s.Netns, err)
 		}
-		s.Lost = !s.Exists
+		s.LostName = !s.Exists
 		return h, ns, nil
 	}
 	ns, err = netns.Open(n.netnsPath(s.Netns))
@@ -240,7 +240,7 @@ func (n *Node) find(s *segment.State) (h *held, ns netns.Handle, err error) {
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, ns, fmt.Errorf("observe %s: %w", s.Netns, err)
 	}
-	s.Dead = err == nil && info.Mode().IsRegular()
+	s.StaleName = err == nil && info.Mode().IsRegular()
 	return nil, ns, nil
 }
 

@@ -124,7 +124,7 @@ func (n *Node) endUnclaimed(ctx context.Context, netnsName string) error {
 		if len(have.Claims()) > 0 {
 			return nil
 		}
-		nothing = !have.Exists && !have.Lost && !have.Dead
+		nothing = !have.Exists && !have.LostName && !have.StaleName
 		return segment.Teardown(have)
 	})
 	if err == nil && nothing { // else the lock went with the namespace

@@ -39,7 +39,7 @@ func Teardown(have State) []Op {
 	if have.Record != nil {
 		ops = append(ops, RemoveRecord{have.Netns})
 	}
-	if have.Exists || have.Lost || have.Dead {
+	if have.Exists || have.LostName || have.StaleName {
 		ops = append(ops, RemoveNetns{have.Netns})
 	}
 	return ops
@@ -106,7 +106,7 @@ func (d *diff) spokes() []string {
 func (d *diff) namespace() {
 	switch {
 	case d.have.Exists:
-	case d.have.Lost:
+	case d.have.LostName:
 		d.do(RestoreNetns{d.want.Netns})
 	default:
 		d.do(CreateNetns{d.want.Netns})

@@ -154,7 +154,7 @@ func TestDiffMendsWhatIsMissingOrChanged(t *testing.T) {
 		have segment.State
 		ops  string
 	}{
-		{"name of the netns taken away", lab, func() segment.State { s := built(lab); s.Exists, s.Lost = false, true; return s }(), `ip netns attach knlvrf`},
+		{"name of the netns taken away", lab, func() segment.State { s := built(lab); s.Exists, s.LostName = false, true; return s }(), `ip netns attach knlvrf`},
 		{"br_netfilter loaded", lab, func() segment.State { s := built(lab); s.Silent = false; return s }(), segment.Silence{}.String()},
 		{"IPv6 switched on for a plug", lab, change(built(lab), "vm_p", func(l *segment.Link) { l.IPv6 = true }), segment.Silence{}.String()},
 		{"record gone", lab, func() segment.State { s := built(lab); s.Record = nil; return s }(), "record knlvrf"},

@@ -10,13 +10,13 @@ import (
 
 // State is a segment as the node's kernel has it.
 type State struct {
-	Netns  string
-	Exists bool     // its network namespace has its name
-	Lost   bool     // the name is gone or means something else, but the namespace itself is still in hand
-	Dead   bool     // the file of its name is there, but no namespace
-	Silent bool     // IPv6, but for single links', and bridge netfilter are off in it
-	Record *Segment // what the node last wanted here; nil where there is none that can be read
-	Links  []Link   // everything in the namespace but lo
+	Netns     string
+	Exists    bool     // its network namespace has its name
+	LostName  bool     // the name is gone or means something else, but the namespace itself is still in hand
+	StaleName bool     // the file of its name is there, but no namespace
+	Silent    bool     // IPv6, but for single links', and bridge netfilter are off in it
+	Record    *Segment // what the node last wanted here; nil where there is none that can be read
+	Links     []Link   // everything in the namespace but lo
 }
 
 // Link is one link as the kernel has it, in the terms that matter to a LAN.

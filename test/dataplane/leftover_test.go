@@ -25,7 +25,7 @@ func TestNamespaceFileWithoutItsNamespaceIsRemoved(t *testing.T) {
 	must(t, os.MkdirAll(filepath.Dir(file), 0o755))
 	must(t, os.WriteFile(file, nil, 0o444))
 	m.Set(nil)
-	a.awaitState(t, lan("half", 120), "nothing", func(have segment.State) bool { return !have.Dead })
+	a.awaitState(t, lan("half", 120), "nothing", func(have segment.State) bool { return !have.StaleName })
 	if exists(file) {
 		t.Errorf("%s is still there", file)
 	}
