@@ -83,7 +83,7 @@ func (f File) Read() ([]byte, error) {
 	return data, nil
 }
 
-// unixMode returns f's permissions with the bits above them as in st_mode.
+// UnixMode returns f's permissions with the bits above them as in st_mode.
 func (f File) UnixMode() int64 {
 	mode := int64(f.Mode.Perm())
 	if f.Mode&fs.ModeSticky != 0 {

@@ -1,5 +1,3 @@
-// Package lab is what surrounds k8slan on a node without Kubernetes: it words LANs as the controller would, makes
-// sandboxes, and calls CNI plugins for them as a container runtime does, each call a process of its own.
 package netlab
 
 import (

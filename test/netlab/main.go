@@ -1,4 +1,5 @@
-// Package netns lets tests build nodes, pods and the network between them out of network namespaces of their own.
+// Package netlab builds nodes, pods and the network between them out of network namespaces. It writes LANs as the
+// controller would, makes sandboxes, and calls CNI plugins as a container runtime does, each call in its own process.
 //
 // A package whose tests need it calls [Main] from its TestMain. The test binary then runs again in new network and
 // mount namespaces, and in a new user namespace where it isn't root, so that no test can touch the machine's own
