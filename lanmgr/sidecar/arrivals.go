@@ -5,19 +5,19 @@ import (
 	"time"
 )
 
-// The kernel tells of no frame that arrives, so the interface's counters are read from time to time until the first one has.
+// The kernel has no event for an arriving frame, so the interface's counters are polled.
 const (
 	pollInterval = 10 * time.Second
-	// silenceTime is how long peers may be there, and be sent to, before it is said that none is heard.
+	// silenceTime is how long frames are sent without one arriving before a warning is logged.
 	silenceTime = 30 * time.Second
 )
 
-// warnIfNothingArrives says what to look at where nothing arrives though there are peers and frames for them.
+// warnIfNothingArrives logs what to check if frames are sent to peers and none arrives.
 func (s *Sidecar) warnIfNothingArrives(ctx context.Context) error {
 	tick := time.NewTicker(pollInterval)
 	defer tick.Stop()
-	var since time.Time // there are peers, and nothing was heard
-	said := ""          // of that interface
+	var since time.Time // the interface has peers, and no frame has arrived
+	warned := ""        // the interface that a warning was logged about
 	for {
 		var now time.Time
 		select {
@@ -32,17 +32,20 @@ func (s *Sidecar) warnIfNothingArrives(ctx context.Context) error {
 		switch {
 		case err != nil || received > 0 || remotes == 0:
 			since = time.Time{}
-			if said == v.Name && received > 0 {
+			if warned == v.Name && received > 0 {
 				s.Log.Info("frames arrive", "interface", v.Name)
-				said = ""
+				warned = ""
 			}
 		case since.IsZero():
 			since = now
-		case now.Sub(since) >= silenceTime && sent > 0 && said != v.Name:
-			said = v.Name
-			s.Log.Warn("frames are sent, but none has arrived yet: see that no NetworkPolicy, and not the cluster's own network, drops this UDP port between the pods "+
-				"(another vxlan.port may help); that all have the same vxlan.vni and vxlan.port; that none of them is on its node's own network, whose port may be another's",
-				"interface", v.Name, "port", v.Port, "vni", v.VNI, "peers", remotes, "sent", sent)
+		case now.Sub(since) >= silenceTime && sent > 0 && warned != v.Name:
+			warned = v.Name
+			s.Log.Warn(silenceAdvice, "interface", v.Name, "port", v.Port, "vni", v.VNI, "peers", remotes, "sent", sent)
 		}
 	}
 }
+
+const silenceAdvice = "frames are sent, but none has arrived yet: check that neither a NetworkPolicy nor the " +
+	"cluster's own network drops this UDP port between the pods (another vxlan.port may help); that all have the " +
+	"same vxlan.vni and vxlan.port; that none of them is on its node's own network, " +
+	"where something else may have the port"

@@ -12,7 +12,7 @@ import (
 	"time"
 )
 
-func TestConfigOfKubelan(t *testing.T) {
+func TestReadOfKubelansFile(t *testing.T) {
 	c, err := Read(Sources{
 		File: []byte(`
 log_level: Debug
@@ -31,36 +31,48 @@ hooks:
   up: ['sh', '-c', 'echo "Hello, from up hook!"']
   change: [notify]
 `),
-		Env:   map[string]string{"KL_VXLAN_PORT": "4790", "KL_IP": "10.244.1.7", "KL_LOG_LEVEL": "", "KL_SERVICE_HOST": "10.96.0.9"},
+		Env: map[string]string{
+			"KL_VXLAN_PORT": "4790", "KL_IP": "10.244.1.7", "KL_LOG_LEVEL": "", "KL_SERVICE_HOST": "10.96.0.9",
+		},
 		Flags: map[string]string{"log_level": "warning"}, Hostname: "web-2",
 	})
 	want := Config{
-		LogLevel: "WARNING", HTTPAddress: ":9999", IP: []netip.Addr{netip.MustParseAddr("10.244.1.7")}, Namespace: "default", Pod: "web-2", Discovery: UnicastDiscovery,
+		LogLevel: "WARNING", HTTPAddress: ":9999", IP: []netip.Addr{netip.MustParseAddr("10.244.1.7")},
+		Namespace: "default", Pod: "web-2", Discovery: UnicastDiscovery,
 		Services: []Service{{"kube-system", "some-svc"}, {"default", "some-default-ns-svc"}},
 		VXLAN:    VXLAN{Interface: "my-lan", VNI: 16777215, Port: 4790, MTU: 1450},
-		Hooks:    Hooks{Up: []string{"sh", "-c", `echo "Hello, from up hook!"`}, Change: []string{"notify"}, Timeout: Duration(30 * time.Second)},
+		Hooks: Hooks{
+			Up: []string{"sh", "-c", `echo "Hello, from up hook!"`}, Change: []string{"notify"},
+			Timeout: Duration(30 * time.Second),
+		},
 	}
 	if err != nil || !reflect.DeepEqual(c, want) {
 		t.Errorf("%v\n%+v, want\n%+v", err, c, want)
 	}
 }
 
-func TestConfigOfTheEnvironmentAlone(t *testing.T) {
+func TestReadOfEnvironmentOnly(t *testing.T) {
 	c, err := Read(Sources{Env: map[string]string{
 		"KL_SERVICES": "web, other/db,other/db", "KL_VXLAN_MTU": "-1", "KL_HOOKS_UP": `["sh", "-c", "echo a,b"]`,
-		"KL_IP": "10.0.0.1,fd00::1", "KL_IP_FAMILY": "ipv6", "KL_READY_ONLY": "true", "KL_STRICT_PEERS": "1", "KL_PEERS": "10.1.0.9",
-		"KL_VXLAN_ADDRESSES": "192.168.69.{ordinal+1}/24,fd69::{ordinal:x}/64", "KL_VXLAN_MAC": "02:00:00:00:01:{ordinal+200:x}",
+		"KL_IP": "10.0.0.1,fd00::1", "KL_IP_FAMILY": "ipv6", "KL_READY_ONLY": "true", "KL_STRICT_PEERS": "1",
+		"KL_PEERS": "10.1.0.9", "KL_VXLAN_ADDRESSES": "192.168.69.{ordinal+1}/24,fd69::{ordinal:x}/64",
+		"KL_VXLAN_MAC": "02:00:00:00:01:{ordinal+200:x}",
 	}, Hostname: "web-31", Namespace: "mine"})
 	if err != nil {
 		t.Fatal(err)
 	}
 	want := Config{
-		LogLevel: "INFO", HTTPAddress: ":8181", IP: []netip.Addr{netip.MustParseAddr("10.0.0.1"), netip.MustParseAddr("fd00::1")}, IPFamily: "ipv6",
-		Namespace: "mine", Pod: "web-31", Discovery: UnicastDiscovery, Services: []Service{{"mine", "web"}, {"other", "db"}}, Peers: []netip.Addr{netip.MustParseAddr("10.1.0.9")},
+		LogLevel: "INFO", HTTPAddress: ":8181", IPFamily: "ipv6",
+		IP:        []netip.Addr{netip.MustParseAddr("10.0.0.1"), netip.MustParseAddr("fd00::1")},
+		Namespace: "mine", Pod: "web-31", Discovery: UnicastDiscovery,
+		Services:  []Service{{"mine", "web"}, {"other", "db"}},
+		Peers:     []netip.Addr{netip.MustParseAddr("10.1.0.9")},
 		ReadyOnly: true, StrictPeers: true,
 		VXLAN: VXLAN{
 			Interface: "kubelan", VNI: 6969, Port: 4789, MTU: -1, MAC: "02:00:00:00:01:e7",
-			Addresses: []netip.Prefix{netip.MustParsePrefix("192.168.69.32/24"), netip.MustParsePrefix("fd69::1f/64")},
+			Addresses: []netip.Prefix{
+				netip.MustParsePrefix("192.168.69.32/24"), netip.MustParsePrefix("fd69::1f/64"),
+			},
 		},
 		Hooks: Hooks{Up: []string{"sh", "-c", "echo a,b"}, Timeout: Duration(30 * time.Second)},
 	}
@@ -69,45 +81,52 @@ func TestConfigOfTheEnvironmentAlone(t *testing.T) {
 	}
 }
 
-func TestConfigOfEVPN(t *testing.T) {
+func TestReadOfEVPN(t *testing.T) {
 	secret := filepath.Join(t.TempDir(), "password")
 	if err := os.WriteFile(secret, []byte("secret\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	file := "discovery: evpn\nevpn:\n  as: 4200000000\n  peers: ['address=192.0.2.254,password-file=" + secret + "']\n  reflectors: k8slan-system/k8slan-reflector\n"
+	file := "discovery: evpn\nevpn:\n  as: 4200000000\n" +
+		"  peers: ['address=192.0.2.254,password-file=" + secret + "']\n" +
+		"  reflectors: k8slan-system/k8slan-reflector\n"
 	env := map[string]string{"KL_IP": "2001:db8::1,192.0.2.1", "KL_NAMESPACE": "default"}
 	c, err := Read(Sources{File: []byte(file), Env: env, Hostname: "web-2"})
 	if err != nil {
 		t.Fatal(err)
 	}
 	reflectors := Service{"k8slan-system", "k8slan-reflector"}
-	if c.EVPN.AS != 4200000000 || c.EVPN.Reflectors == nil || *c.EVPN.Reflectors != reflectors || c.routerID() != netip.MustParseAddr("192.0.2.1") {
-		t.Errorf("%+v by %s", c.EVPN, c.routerID())
+	if c.EVPN.AS != 4200000000 || c.EVPN.Reflectors == nil || *c.EVPN.Reflectors != reflectors ||
+		c.routerID() != netip.MustParseAddr("192.0.2.1") {
+		t.Errorf("%+v, router ID %s", c.EVPN, c.routerID())
 	}
-	if len(c.EVPN.peers) != 1 || c.EVPN.peers[0].AS != 4200000000 || c.EVPN.peers[0].Password != "secret" || !slices.Equal(c.PasswordFiles(), []string{secret}) {
-		t.Errorf("peers are %+v, files %v", c.EVPN.peers, c.PasswordFiles())
+	if len(c.EVPN.peers) != 1 || c.EVPN.peers[0].AS != 4200000000 || c.EVPN.peers[0].Password != "secret" ||
+		!slices.Equal(c.PasswordFiles(), []string{secret}) {
+		t.Errorf("peers %+v, files %v", c.EVPN.peers, c.PasswordFiles())
 	}
 	if text, err := json.Marshal(c); err != nil || strings.Contains(string(text), `"secret`) {
-		t.Errorf("everybody is told %s, %v", text, err)
+		t.Errorf("/config shows %s, %v", text, err)
 	}
-	if asked := c.watchedServices(); !slices.Equal(asked, []Service{reflectors}) {
-		t.Errorf("asks for %v", asked)
+	if watched := c.watchedServices(); !slices.Equal(watched, []Service{reflectors}) {
+		t.Errorf("watches %v", watched)
 	}
-	env["KL_EVPN_PEERS"], env["KL_EVPN_ROUTER_ID"] = "address=192.0.2.7,port=1790 address=2001:db8::9,ipv6-vteps", "10.0.0.9"
+	env["KL_EVPN_PEERS"] = "address=192.0.2.7,port=1790 address=2001:db8::9,ipv6-vteps"
+	env["KL_EVPN_ROUTER_ID"] = "10.0.0.9"
 	if c, err = Read(Sources{File: []byte(file), Env: env, Hostname: "web-2"}); err != nil {
 		t.Fatal(err)
 	}
-	if len(c.EVPN.peers) != 2 || c.EVPN.peers[0].Port != 1790 || !c.EVPN.peers[1].IPv6VTEPs || c.routerID() != netip.MustParseAddr("10.0.0.9") {
-		t.Errorf("peers are %+v by %s", c.EVPN.peers, c.routerID())
+	if len(c.EVPN.peers) != 2 || c.EVPN.peers[0].Port != 1790 || !c.EVPN.peers[1].IPv6VTEPs ||
+		c.routerID() != netip.MustParseAddr("10.0.0.9") {
+		t.Errorf("peers %+v, router ID %s", c.EVPN.peers, c.routerID())
 	}
 }
 
-// Each mistake is told in one line that names the key.
-func TestWhatIsNoConfig(t *testing.T) {
+func TestMistakesAreReportedInOneLineWithTheKey(t *testing.T) {
 	for file, want := range map[string]string{
-		"services: [a/b]\nvxlan: {vnii: 3}":                              "vxlan.vnii: unknown key",
-		"services: [a/b]\nhook: ''":                                      "hook: unknown key",
-		"services: [a/b]\nvxlan: {vni: 16777216}":                        `vxlan.vni: "16777216" is no number from 1 to 16777215`,
+		"services: [a/b]\nvxlan: {vnii: 3}": "vxlan.vnii: unknown key",
+		"services: [a/b]\nhook: ''":         "hook: unknown key",
+
+		"services: [a/b]\nvxlan: {vni: 16777216}": `vxlan.vni: "16777216" is not a number from 1 to 16777215`,
+
 		"services: [a/b]\nvxlan: {vni: 0}":                               "vxlan.vni: ",
 		"services: [a/b]\nvxlan: {port: 65536}":                          "vxlan.port: ",
 		"services: [a/b]\nvxlan: {mtu: 20}":                              "vxlan.mtu: ",
@@ -118,7 +137,7 @@ func TestWhatIsNoConfig(t *testing.T) {
 		"services: [a/b]\nvxlan: {addresses: ['10.0.0.{number}/24']}":    "vxlan.addresses: ",
 		"services: [a/b]\nvxlan: {addresses: ['10.0.0.{ordinal-1}/24']}": "vxlan.addresses: ",
 		"services: [a/b]\nvxlan: {addresses: ['10.0.0.{ordinal}/24']}":   `the pod is called "web"`,
-		"services: [a/b]\nip: 1.2.3":                                     `ip: "1.2.3" is no IP address`,
+		"services: [a/b]\nip: 1.2.3":                                     `ip: "1.2.3" is not an IP address`,
 		"services: [a/b]\nip: [1.2.3.4]\nip_family: ipv6":                "ip_family: ",
 		"services: [a/b]\nlog_level: loud":                               "log_level: ",
 		"services: [a/b]\nhttp_address: 8181":                            "http_address: ",
@@ -128,14 +147,15 @@ func TestWhatIsNoConfig(t *testing.T) {
 
 		"services: [web]":                  `services: "web" has no namespace`,
 		"services: [A/b/c]":                "services: ",
-		"services: [{name: web}]":          "services: has something else than values",
+		"services: [{name: web}]":          "services: has something other than values",
 		"services: []":                     "services: there are none, nor peers",
 		"":                                 "services: there are none, nor peers",
-		"- services":                       "is no list of keys and values",
-		"services: [a/b]\nservices: [a/c]": "is no YAML",
-		"services: [a/b":                   "is no YAML",
+		"- services":                       "is not a list of keys and values",
+		"services: [a/b]\nservices: [a/c]": "is not YAML",
+		"services: [a/b":                   "is not YAML",
 
-		"services: [a/b]\ndiscovery: multicast":                        `discovery: "multicast" is neither unicast nor evpn`,
+		"services: [a/b]\ndiscovery: multicast": `discovery: "multicast" is neither unicast nor evpn`,
+
 		"discovery: evpn\nevpn: {peers: [address=192.0.2.1]}":          "evpn.as: ",
 		"discovery: evpn\nevpn: {as: 0}":                               "evpn.as: ",
 		"discovery: evpn\nevpn: {as: 65000}":                           "evpn.peers: there are none",

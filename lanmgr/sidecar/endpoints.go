@@ -1,16 +1,17 @@
 package sidecar
 
 import (
+	"maps"
 	"net/netip"
 	"slices"
 
 	discoveryv1 "k8s.io/api/discovery/v1"
 )
 
-// endpoints are the addresses of each Service's endpoints, sorted, each once.
+// endpoints holds the addresses of each Service's endpoints, sorted and without duplicates.
 type endpoints map[Service][]netip.Addr
 
-// endpointsOf puts the parts of each Service together. Unless readyOnly, endpoints count whether they are ready or not.
+// endpointsOf returns the endpoints of these Services, with readyOnly only those that are ready.
 func endpointsOf(services []Service, parts []discoveryv1.EndpointSlice, readyOnly bool) endpoints {
 	all := make(endpoints, len(services))
 	for _, s := range services {
@@ -26,7 +27,7 @@ func endpointsOf(services []Service, parts []discoveryv1.EndpointSlice, readyOnl
 				continue
 			}
 			for _, text := range e.Addresses {
-				if a, err := netip.ParseAddr(text); err == nil { // of a slice of names it is none
+				if a, err := netip.ParseAddr(text); err == nil { // an EndpointSlice may have names instead
 					all[s] = append(all[s], a.Unmap())
 				}
 			}
@@ -38,17 +39,19 @@ func endpointsOf(services []Service, parts []discoveryv1.EndpointSlice, readyOnl
 	return all
 }
 
-// serviceOf is the Service that a part is of.
+// serviceOf returns the Service that an EndpointSlice belongs to.
 func serviceOf(part discoveryv1.EndpointSlice) Service {
 	return Service{part.Namespace, part.Labels[discoveryv1.LabelServiceName]}
 }
 
+// sorted sorts addresses in place and returns them without duplicates.
 func sorted(all []netip.Addr) []netip.Addr {
 	slices.SortFunc(all, netip.Addr.Compare)
 	return slices.Compact(all)
 }
 
-// peers are those that a pod with these addresses, of which it uses one, can send to: those of its family but itself.
+// peers returns the endpoints that a pod can send to from address: those of the same IP version that are not the pod
+// itself. own are all addresses of the pod.
 func (e endpoints) peers(address netip.Addr, own []netip.Addr) endpoints {
 	peers := make(endpoints, len(e))
 	for s, all := range e {
@@ -59,7 +62,7 @@ func (e endpoints) peers(address netip.Addr, own []netip.Addr) endpoints {
 	return peers
 }
 
-// union are the addresses of all Services, sorted, each once.
+// union returns the addresses of all Services, sorted and without duplicates.
 func (e endpoints) union() []netip.Addr {
 	all := []netip.Addr{}
 	for _, some := range e {
@@ -68,38 +71,52 @@ func (e endpoints) union() []netip.Addr {
 	return sorted(all)
 }
 
-// change is what became different of one Service's peers.
+// change says which endpoints one Service has lost or got.
 type change struct {
 	service Service
 	deleted bool
 	ips     []netip.Addr
 }
 
-// changes are those from one state to the next; of each Service those that are gone come first. A Service that is not asked for any more
-// has none.
-func changes(was, is endpoints) (all []change) {
-	services := make([]Service, 0, len(is))
-	for s := range is {
+// changes returns the changes from one set of endpoints to the next. Those that a Service has lost come before those
+// that it has got. A Service that is not in the next set has no changes.
+func changes(old, next endpoints) (all []change) {
+	services := make([]Service, 0, len(next))
+	for s := range next {
 		services = append(services, s)
 	}
 	slices.SortFunc(services, func(a, b Service) int {
 		return slices.Compare([]string{a.Namespace, a.Name}, []string{b.Namespace, b.Name})
 	})
 	for _, s := range services {
-		if gone := difference(was[s], is[s]); len(gone) > 0 {
-			all = append(all, change{s, true, gone})
+		if lost := difference(old[s], next[s]); len(lost) > 0 {
+			all = append(all, change{s, true, lost})
 		}
-		if come := difference(is[s], was[s]); len(come) > 0 {
-			all = append(all, change{s, false, come})
+		if added := difference(next[s], old[s]); len(added) > 0 {
+			all = append(all, change{s, false, added})
 		}
 	}
 	return all
 }
 
-// difference are the addresses that only the first list has; both are sorted.
+// apply returns the endpoints after a change.
+func (e endpoints) apply(c change) endpoints {
+	next := maps.Clone(e)
+	if next == nil {
+		next = endpoints{}
+	}
+	if c.deleted {
+		next[c.service] = difference(next[c.service], c.ips)
+	} else {
+		next[c.service] = sorted(append(slices.Clone(next[c.service]), c.ips...))
+	}
+	return next
+}
+
+// difference returns the addresses in all that are not in others. Both are sorted.
 func difference(all, others []netip.Addr) (rest []netip.Addr) {
 	for _, a := range all {
-		if _, there := slices.BinarySearchFunc(others, a, netip.Addr.Compare); !there {
+		if _, found := slices.BinarySearchFunc(others, a, netip.Addr.Compare); !found {
 			rest = append(rest, a)
 		}
 	}

@@ -18,26 +18,35 @@ func addrs(texts ...string) []netip.Addr {
 }
 
 func slice(namespace, service string, ready bool, texts ...string) discoveryv1.EndpointSlice {
-	s := discoveryv1.EndpointSlice{ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Labels: map[string]string{discoveryv1.LabelServiceName: service}}}
+	s := discoveryv1.EndpointSlice{ObjectMeta: metav1.ObjectMeta{
+		Namespace: namespace, Labels: map[string]string{discoveryv1.LabelServiceName: service},
+	}}
 	for _, text := range texts {
-		s.Endpoints = append(s.Endpoints, discoveryv1.Endpoint{Addresses: []string{text}, Conditions: discoveryv1.EndpointConditions{Ready: &ready}})
+		s.Endpoints = append(s.Endpoints, discoveryv1.Endpoint{
+			Addresses: []string{text}, Conditions: discoveryv1.EndpointConditions{Ready: &ready},
+		})
 	}
 	return s
 }
 
-func TestPeersAreTheEndpointsOfAllSlices(t *testing.T) {
+func TestPeersAreEndpointsOfAllSlices(t *testing.T) {
 	web, db, none := Service{"a", "web"}, Service{"b", "db"}, Service{"b", "none"}
 	parts := []discoveryv1.EndpointSlice{
 		slice("a", "web", true, "10.0.0.3", "10.0.0.1"), slice("a", "web", false, "10.0.0.2", "10.0.0.3"),
 		slice("a", "web", true, "fd00::1", "fd00::2"), slice("a", "web", true, "www.example.com"),
-		slice("b", "db", true, "10.0.0.3", "10.0.0.9"), slice("b", "web", true, "10.0.0.7"), slice("a", "", true, "10.0.0.8"),
+		slice("b", "db", true, "10.0.0.3", "10.0.0.9"), slice("b", "web", true, "10.0.0.7"),
+		slice("a", "", true, "10.0.0.8"),
 	}
 	all := endpointsOf([]Service{web, db, none}, parts, false)
-	want := endpoints{web: addrs("10.0.0.1", "10.0.0.2", "10.0.0.3", "fd00::1", "fd00::2"), db: addrs("10.0.0.3", "10.0.0.9"), none: addrs()}
+	want := endpoints{
+		web: addrs("10.0.0.1", "10.0.0.2", "10.0.0.3", "fd00::1", "fd00::2"), db: addrs("10.0.0.3", "10.0.0.9"),
+		none: addrs(),
+	}
 	if !reflect.DeepEqual(all, want) {
 		t.Errorf("%v, want %v", all, want)
 	}
-	if ready := endpointsOf([]Service{web}, parts, true)[web]; !reflect.DeepEqual(ready, addrs("10.0.0.1", "10.0.0.3", "fd00::1", "fd00::2")) {
+	ready := endpointsOf([]Service{web}, parts, true)[web]
+	if !reflect.DeepEqual(ready, addrs("10.0.0.1", "10.0.0.3", "fd00::1", "fd00::2")) {
 		t.Errorf("ready are %v", ready)
 	}
 	own := addrs("10.0.0.1", "fd00::1")
@@ -49,26 +58,27 @@ func TestPeersAreTheEndpointsOfAllSlices(t *testing.T) {
 	}
 }
 
-func TestChangesAreToldServiceByService(t *testing.T) {
+func TestChangesComeServiceByService(t *testing.T) {
 	web, db := Service{"a", "web"}, Service{"b", "db"}
-	was := endpoints{web: addrs("10.0.0.1", "10.0.0.2"), db: addrs("10.0.0.9"), Service{"c", "old"}: addrs("10.0.0.5")}
-	is := endpoints{web: addrs("10.0.0.2", "10.0.0.3"), db: addrs("10.0.0.9")}
-	all := changes(was, is)
+	old := endpoints{web: addrs("10.0.0.1", "10.0.0.2"), db: addrs("10.0.0.9"), Service{"c", "old"}: addrs("10.0.0.5")}
+	next := endpoints{web: addrs("10.0.0.2", "10.0.0.3"), db: addrs("10.0.0.9")}
+	all := changes(old, next)
 	want := []change{{web, true, addrs("10.0.0.1")}, {web, false, addrs("10.0.0.3")}}
 	if !reflect.DeepEqual(all, want) {
 		t.Errorf("%v, want %v", all, want)
 	}
 	for _, c := range all {
-		was = was.apply(c)
+		old = old.apply(c)
 	}
-	if left := changes(was, is); left != nil {
-		t.Errorf("after all of them there are %v", left)
+	if left := changes(old, next); left != nil {
+		t.Errorf("after all changes there are %v", left)
 	}
-	first := changes(nil, is)
+	first := changes(nil, next)
 	if len(first) != 2 || first[0].deleted || first[1].deleted {
-		t.Errorf("at first %v", first)
+		t.Errorf("the first changes are %v", first)
 	}
-	if got, want := changeVariables("kubelan", want[0]), []string{"IFACE=kubelan", "SERVICE=a/web", "IPS=10.0.0.1", "DELETED=true"}; !reflect.DeepEqual(got, want) {
-		t.Errorf("%q, want %q", got, want)
+	variables := []string{"IFACE=kubelan", "SERVICE=a/web", "IPS=10.0.0.1", "DELETED=true"}
+	if got := changeVariables("kubelan", want[0]); !reflect.DeepEqual(got, variables) {
+		t.Errorf("%q, want %q", got, variables)
 	}
 }

@@ -16,61 +16,55 @@ import (
 	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/selection"
+	"k8s.io/apimachinery/pkg/util/wait"
 	"k8s.io/client-go/rest"
 	toolscache "k8s.io/client-go/tools/cache"
 	"sigs.k8s.io/controller-runtime/pkg/cache"
 	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	"github.com/k8slan/k8slan/lanmgr/notify"
+	"github.com/k8slan/k8slan/lanmgr/retry"
 )
 
-// watchEndpointSlices tells the EndpointSlices of Services: once when all are known, and then at each change, until ctx ends. It asks for those
-// of these Services in their namespaces alone. fail is told why they are not to be had, and nil when they are again.
-func watchEndpointSlices(ctx context.Context, api *rest.Config, services []Service, tell func([]discoveryv1.EndpointSlice), fail func(error)) error {
+// sliceWatch watches the EndpointSlices of Services, and no others in their namespaces.
+type sliceWatch struct {
+	api      *rest.Config
+	services []Service
+	changed  func([]discoveryv1.EndpointSlice) // called with all, first when all are known
+	report   func(error)                       // called with why the API server does not send them; nil: it does again
+}
+
+// errForbidden says that the API server refuses the watch.
+var errForbidden = errors.New("forbidden")
+
+// forbiddenRetry waits at most 5 s after a refusal. Informers would wait up to a minute when the right was given long
+// ago.
+var forbiddenRetry = wait.Backoff{Duration: 50 * time.Millisecond, Factor: 2, Steps: 64, Cap: 5 * time.Second}
+
+// run watches until ctx ends. Informers try again after most failures; run does after a refusal.
+func (w sliceWatch) run(ctx context.Context) error {
+	timer := retry.NewTimer(forbiddenRetry)
+	defer timer.Stop()
 	for {
-		if err := watchOnce(ctx, api, services, tell, fail); !errors.Is(err, errForbidden) {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-timer.C:
+		}
+		err := w.once(ctx)
+		if !errors.Is(err, errForbidden) {
 			return err
 		}
+		timer.Failed(err)
 	}
 }
 
-// errForbidden is told by what was refused, and has waited.
-var errForbidden = errors.New("refused")
-
-// forbiddenWait is how long to wait after that. Informers would wait longer and longer, up to a minute, when somebody has long given the right.
-const forbiddenWait = 5 * time.Second
-
-func watchOnce(ctx context.Context, api *rest.Config, services []Service, tell func([]discoveryv1.EndpointSlice), fail func(error)) error {
-	scheme := runtime.NewScheme()
-	if err := discoveryv1.AddToScheme(scheme); err != nil {
-		return err
-	}
-	// One kind of object is not worth a question what the API server has; of it the cache wants to know its list, too.
-	mapper := meta.NewDefaultRESTMapper(nil)
-	for _, kind := range []string{"EndpointSlice", "EndpointSliceList"} {
-		mapper.Add(discoveryv1.SchemeGroupVersion.WithKind(kind), meta.RESTScopeNamespace)
-	}
-	namespaces, err := selectors(services)
-	if err != nil {
-		return err
-	}
-	changed := make(chan struct{}, 1)
-	var known atomic.Bool // all of them
-	asking, stop := context.WithCancelCause(ctx)
-	defer stop(nil)
-	api = rest.CopyConfig(api)
-	api.Wrap(func(next http.RoundTripper) http.RoundTripper { return reportingTransport{next, &known, fail} })
-	c, err := cache.New(api, cache.Options{
-		Scheme: scheme, Mapper: mapper, DefaultTransform: cache.TransformStripManagedFields(),
-		ByObject: map[client.Object]cache.ByObject{&discoveryv1.EndpointSlice{}: {Namespaces: namespaces}},
-		DefaultWatchErrorHandler: func(_ context.Context, _ *toolscache.Reflector, err error) {
-			var answer apierrors.APIStatus
-			if errors.As(err, &answer) && !apierrors.IsResourceExpired(err) && !apierrors.IsGone(err) { // those are the ends of every watch
-				fail(explain(err, services))
-			}
-			if apierrors.IsForbidden(err) {
-				time.AfterFunc(forbiddenWait, func() { stop(errForbidden) }) // without effect once all are known
-			}
-		},
-	})
+// once watches until ctx ends, or the API server refuses before all EndpointSlices are known.
+func (w sliceWatch) once(ctx context.Context) error {
+	var synced atomic.Bool
+	syncing, forbidden := context.WithCancel(ctx)
+	defer forbidden()
+	c, err := w.newCache(&synced, forbidden)
 	if err != nil {
 		return fmt.Errorf("watch the EndpointSlices: %w", err)
 	}
@@ -78,9 +72,11 @@ func watchOnce(ctx context.Context, api *rest.Config, services []Service, tell f
 	if err != nil {
 		return fmt.Errorf("watch the EndpointSlices: %w", err)
 	}
-	poke := func() { signal(changed) }
+	changed := notify.New()
 	if _, err := informer.AddEventHandler(toolscache.ResourceEventHandlerFuncs{
-		AddFunc: func(any) { poke() }, UpdateFunc: func(any, any) { poke() }, DeleteFunc: func(any) { poke() },
+		AddFunc:    func(any) { changed.Set() },
+		UpdateFunc: func(any, any) { changed.Set() },
+		DeleteFunc: func(any) { changed.Set() },
 	}); err != nil {
 		return fmt.Errorf("watch the EndpointSlices: %w", err)
 	}
@@ -91,15 +87,15 @@ func watchOnce(ctx context.Context, api *rest.Config, services []Service, tell f
 		cancel()
 		<-ended
 	}()
-	if !c.WaitForCacheSync(asking) {
+	if !c.WaitForCacheSync(syncing) {
 		if ctx.Err() != nil {
 			return nil
 		}
 		return errForbidden
 	}
-	known.Store(true)
-	fail(nil)
-	poke()
+	synced.Store(true)
+	w.report(nil)
+	changed.Set()
 	for {
 		select {
 		case <-ctx.Done():
@@ -109,30 +105,64 @@ func watchOnce(ctx context.Context, api *rest.Config, services []Service, tell f
 			if err := c.List(ctx, &parts); err != nil {
 				return fmt.Errorf("list the EndpointSlices: %w", err)
 			}
-			tell(parts.Items)
+			w.changed(parts.Items)
 		}
 	}
 }
 
-// reportingTransport hears how the API server answers: that it does not, the informers keep to themselves and try again.
+// newCache returns a cache of the EndpointSlices. It calls forbidden when the API server refuses to list or watch them.
+func (w sliceWatch) newCache(synced *atomic.Bool, forbidden func()) (cache.Cache, error) {
+	scheme := runtime.NewScheme()
+	if err := discoveryv1.AddToScheme(scheme); err != nil {
+		return nil, err
+	}
+	// A fixed mapper saves asking the API server which kinds it has. The cache looks up the list's kind, too.
+	mapper := meta.NewDefaultRESTMapper(nil)
+	for _, kind := range []string{"EndpointSlice", "EndpointSliceList"} {
+		mapper.Add(discoveryv1.SchemeGroupVersion.WithKind(kind), meta.RESTScopeNamespace)
+	}
+	namespaces, err := selectors(w.services)
+	if err != nil {
+		return nil, err
+	}
+	api := rest.CopyConfig(w.api)
+	api.Wrap(func(next http.RoundTripper) http.RoundTripper { return reportingTransport{next, synced, w.report} })
+	return cache.New(api, cache.Options{
+		Scheme: scheme, Mapper: mapper, DefaultTransform: cache.TransformStripManagedFields(),
+		ByObject: map[client.Object]cache.ByObject{&discoveryv1.EndpointSlice{}: {Namespaces: namespaces}},
+		DefaultWatchErrorHandler: func(_ context.Context, _ *toolscache.Reflector, err error) {
+			var answer apierrors.APIStatus
+			watchEnded := apierrors.IsResourceExpired(err) || apierrors.IsGone(err) // in the normal course of things
+			if errors.As(err, &answer) && !watchEnded {
+				w.report(explain(err, w.services))
+			}
+			if apierrors.IsForbidden(err) {
+				forbidden() // without effect once all are known
+			}
+		},
+	})
+}
+
+// reportingTransport reports whether the API server answers. Informers try again without reporting that it does not.
 type reportingTransport struct {
 	http.RoundTripper
 	synced *atomic.Bool
 	report func(error)
 }
 
-func (e reportingTransport) RoundTrip(r *http.Request) (*http.Response, error) {
-	answer, err := e.RoundTripper.RoundTrip(r)
+func (t reportingTransport) RoundTrip(r *http.Request) (*http.Response, error) {
+	answer, err := t.RoundTripper.RoundTrip(r)
 	switch {
 	case err != nil && r.Context().Err() == nil:
-		e.report(fmt.Errorf("watch the EndpointSlices, trying again: the API server at %s does not answer: %w", r.URL.Host, withoutPorts(err)))
-	case err == nil && answer.StatusCode < http.StatusMultipleChoices && e.synced.Load():
-		e.report(nil)
+		t.report(fmt.Errorf("watch the EndpointSlices, trying again: the API server at %s does not answer: %w",
+			r.URL.Host, withoutPorts(err)))
+	case err == nil && answer.StatusCode < http.StatusMultipleChoices && t.synced.Load():
+		t.report(nil)
 	}
 	return answer, err
 }
 
-// withoutPorts is an error without the ports of a connection, which are others at each attempt.
+// withoutPorts removes the ports of a connection from an error, because they differ at each attempt.
 func withoutPorts(err error) error {
 	if e, ok := errors.AsType[*net.OpError](err); ok {
 		return e.Err
@@ -140,7 +170,7 @@ func withoutPorts(err error) error {
 	return err
 }
 
-// selectors are the namespaces to ask, and in each for the parts of which Services.
+// selectors returns the namespaces of the Services, and for each namespace a selector of their EndpointSlices.
 func selectors(services []Service) (map[string]cache.Config, error) {
 	names := map[string][]string{}
 	for _, s := range services {
@@ -157,7 +187,7 @@ func selectors(services []Service) (map[string]cache.Config, error) {
 	return all, nil
 }
 
-// explain says what to do about an error of the API server.
+// explain adds to an error of the API server what to do about it.
 func explain(err error, services []Service) error {
 	if !apierrors.IsForbidden(err) {
 		return fmt.Errorf("watch the EndpointSlices, trying again: %w", err)
@@ -167,14 +197,7 @@ func explain(err error, services []Service) error {
 		namespaces = append(namespaces, s.Namespace)
 	}
 	slices.Sort(namespaces)
-	return fmt.Errorf("watch the EndpointSlices, trying again: the pod's service account may not; it needs a Role with list and watch of endpointslices (discovery.k8s.io) in the namespaces %v: %w",
+	return fmt.Errorf("watch the EndpointSlices, trying again: the pod's service account may not; it needs a Role "+
+		"with list and watch of endpointslices (discovery.k8s.io) in the namespaces %v: %w",
 		slices.Compact(namespaces), err)
-}
-
-// signal puts a value into a one-place channel that may have one already.
-func signal(c chan struct{}) {
-	select {
-	case c <- struct{}{}:
-	default:
-	}
 }

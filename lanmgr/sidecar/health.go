@@ -14,25 +14,12 @@ import (
 func (s *Sidecar) serve(ctx context.Context, address string) error {
 	l, err := net.Listen("tcp", address)
 	if err != nil {
-		return fmt.Errorf("answer /health and /config (http_address; another container of the pod may have it): %w", err)
+		const hint = "http_address; another container of the pod may have it"
+		return fmt.Errorf("answer /health and /config (%s): %w", hint, err)
 	}
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET /health", func(w http.ResponseWriter, _ *http.Request) {
-		if err := s.Health(); err != nil {
-			http.Error(w, err.Error(), http.StatusInternalServerError)
-			return
-		}
-		w.WriteHeader(http.StatusNoContent)
-	})
-	mux.HandleFunc("GET /config", func(w http.ResponseWriter, _ *http.Request) {
-		s.mu.Lock()
-		config := s.config
-		s.mu.Unlock()
-		w.Header().Set("Content-Type", "application/json")
-		if err := json.NewEncoder(w).Encode(config); err != nil {
-			s.Log.Warn("cannot answer /config", "err", err)
-		}
-	})
+	mux.HandleFunc("GET /health", s.answerHealth)
+	mux.HandleFunc("GET /config", s.answerConfig)
 	server := &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second}
 	defer context.AfterFunc(ctx, func() { server.Close() })()
 	if err := server.Serve(l); !errors.Is(err, http.ErrServerClosed) {
@@ -41,8 +28,26 @@ func (s *Sidecar) serve(ctx context.Context, address string) error {
 	return nil
 }
 
-// Health is what keeps the pod from the LAN; nil once it is in it. That the API server is away is no reason where the interface has peers:
-// they stay.
+func (s *Sidecar) answerHealth(w http.ResponseWriter, _ *http.Request) {
+	if err := s.Health(); err != nil {
+		http.Error(w, err.Error(), http.StatusInternalServerError)
+		return
+	}
+	w.WriteHeader(http.StatusNoContent)
+}
+
+func (s *Sidecar) answerConfig(w http.ResponseWriter, _ *http.Request) {
+	s.mu.Lock()
+	config := s.config
+	s.mu.Unlock()
+	w.Header().Set("Content-Type", "application/json")
+	if err := json.NewEncoder(w).Encode(config); err != nil {
+		s.Log.Warn("cannot answer /config", "err", err)
+	}
+}
+
+// Health returns why the pod is not in the LAN; nil: it is. While the interface has peers, an API server that does not
+// answer makes no difference: the peers stay.
 func (s *Sidecar) Health() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -50,7 +55,7 @@ func (s *Sidecar) Health() error {
 	case s.buildErr != nil:
 		return s.buildErr
 	case !s.built:
-		return errors.New("the interface is not there yet")
+		return errors.New("the interface does not exist yet")
 	case s.remotes > 0:
 		return nil
 	case s.endpointsErr != nil && (s.endpoints == nil || s.evpn != nil):

@@ -307,7 +307,7 @@ func TestSidecarAppliesAChangedConfiguration(t *testing.T) {
 			return sc.countLog(t, "all stays as it was") == before+1
 		})
 	}
-	sc.awaitLog(t, `vxlan.vni: \"0\" is no number from 1 to 16777215`)
+	sc.awaitLog(t, `vxlan.vni: \"0\" is not a number from 1 to 16777215`)
 	a.staysHealthy(t)
 	there.expectAll(t)
 	back.expectAll(t)
@@ -612,14 +612,14 @@ func TestSidecarReportsWrongConfigurations(t *testing.T) {
 		"unknown key": {
 			"services: [lan]\nvxlan: {vnii: 3}", nil, []string{"kubelan.yaml", "vxlan.vnii: unknown key"},
 		},
-		"no YAML":          {"services: [lan", nil, []string{"kubelan.yaml", "is no YAML"}},
-		"bad address":      {"", settings{"KL_IP": "198.51.1"}, []string{`ip: "198.51.1" is no IP address`}},
+		"no YAML":          {"services: [lan", nil, []string{"kubelan.yaml", "is not YAML"}},
+		"bad address":      {"", settings{"KL_IP": "198.51.1"}, []string{`ip: "198.51.1" is not an IP address`}},
 		"another address":  {"", settings{"KL_IP": "198.51.100.9"}, nil},
 		"bad service name": {"", settings{"KL_SERVICES": "a/b/c"}, []string{"services:", `"a/b/c"`}},
 		"no services":      {"", settings{"KL_SERVICES": ""}, []string{"services: there are none"}},
 		"VNI out of range": {
 			"", settings{"KL_VXLAN_VNI": "16777216"},
-			[]string{`vxlan.vni: "16777216" is no number from 1 to 16777215`},
+			[]string{`vxlan.vni: "16777216" is not a number from 1 to 16777215`},
 		},
 		"port out of range": {"", settings{"KL_VXLAN_PORT": "0"}, []string{"vxlan.port:"}},
 		"MTU out of range":  {"", settings{"KL_VXLAN_MTU": "12"}, []string{"vxlan.mtu:"}},
@@ -700,7 +700,7 @@ func TestSidecarWithoutAPIServer(t *testing.T) {
 	}
 	a.relay.open(t)
 	expectEntries(t, updates, remoteEvent{unix.RTM_NEWNEIGH, come})
-	sc.awaitLog(t, "the API server tells of endpoints again")
+	sc.awaitLog(t, "the API server sends endpoints again")
 }
 
 // A sidecar without rights to EndpointSlices logs what to do, and continues once it has the rights.
