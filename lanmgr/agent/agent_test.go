@@ -36,7 +36,7 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
-// board wakes whoever awaits something when anything happened.
+// board wakes await when something changed.
 type board struct {
 	mu      sync.Mutex
 	changed chan struct{}
@@ -62,12 +62,12 @@ func (b *board) await(t *testing.T, what string, done func() bool) {
 		select {
 		case <-changed:
 		case <-deadline:
-			t.Fatalf("waited in vain: %s", what)
+			t.Fatalf("timed out waiting for %s", what)
 		}
 	}
 }
 
-// fakeManager builds what it is told to at once, except what refuse says.
+// fakeManager builds the segments of Set at once, except those in refuse.
 type fakeManager struct {
 	*board
 	changed chan struct{}
@@ -77,8 +77,8 @@ type fakeManager struct {
 	want       []segment.Segment
 	claims     map[string][]segment.Claim // by netns
 	refuse     map[string]error           // by netns
-	hold       bool                       // reports stay as they are
-	unobserved bool                       // nothing was looked at yet
+	hold       bool                       // reports stay unchanged
+	unobserved bool                       // no segment was observed yet
 	enqueued   []string
 	reports    []lanmgr.Report
 }
@@ -100,7 +100,10 @@ func (m *fakeManager) work() {
 		for _, s := range m.want {
 			wanted[s.Netns] = true
 			err := m.refuse[s.Netns]
-			m.reports = append(m.reports, lanmgr.Report{Segment: s, Built: err == nil, Err: err, Claims: m.claims[s.Netns]})
+			m.reports = append(
+				m.reports,
+				lanmgr.Report{Segment: s, Built: err == nil, Err: err, Claims: m.claims[s.Netns]},
+			)
 		}
 		for _, r := range old {
 			if claims := m.claims[r.Segment.Netns]; !wanted[r.Segment.Netns] && len(claims) > 0 {
@@ -116,7 +119,7 @@ func (m *fakeManager) work() {
 	m.changedNow()
 }
 
-// change changes the manager's world and has it worked on.
+// change calls f, and then reports what the manager has.
 func (m *fakeManager) change(f func()) {
 	m.mu.Lock()
 	f()
@@ -134,13 +137,17 @@ func (m *fakeManager) Enqueue(netns string) {
 func (m *fakeManager) Observed() bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return !m.unobserved && m.sets > 0 // before the first Set a manager does nothing
+	return !m.unobserved && m.sets > 0 // a manager does nothing before its first Set
 }
 
 func (m *fakeManager) Removed(lan segment.LAN, netns string) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return !m.hold && !slices.ContainsFunc(m.reports, func(r lanmgr.Report) bool { return r.Segment.Netns == netns && r.Segment.LAN == lan })
+	return !m.hold &&
+		!slices.ContainsFunc(
+			m.reports,
+			func(r lanmgr.Report) bool { return r.Segment.Netns == netns && r.Segment.LAN == lan },
+		)
 }
 
 func (m *fakeManager) Changed() <-chan struct{} { return m.changed }
@@ -203,7 +210,7 @@ func (k *fakeKernel) change(f func()) {
 	k.events <- ""
 }
 
-// fakeInformers watch the fake API.
+// fakeInformers watches the fake API.
 type fakeInformers struct {
 	cache.Informers
 	api  client.WithWatch
@@ -217,7 +224,11 @@ type fakeInformer struct {
 	done  chan struct{}
 }
 
-func (f *fakeInformers) GetInformer(ctx context.Context, obj client.Object, _ ...cache.InformerGetOption) (cache.Informer, error) {
+func (f *fakeInformers) GetInformer(
+	ctx context.Context,
+	obj client.Object,
+	_ ...cache.InformerGetOption,
+) (cache.Informer, error) {
 	var list client.ObjectList
 	switch obj.(type) {
 	case *v1beta1.LAN:
@@ -245,7 +256,9 @@ func (f *fakeInformers) GetInformer(ctx context.Context, obj client.Object, _ ..
 	return &fakeInformer{watch: w, last: last, done: f.done}, err
 }
 
-func (f *fakeInformer) AddEventHandler(handler toolscache.ResourceEventHandler) (toolscache.ResourceEventHandlerRegistration, error) {
+func (f *fakeInformer) AddEventHandler(
+	handler toolscache.ResourceEventHandler,
+) (toolscache.ResourceEventHandlerRegistration, error) {
 	go func() {
 		defer f.watch.Stop()
 		for {
@@ -272,7 +285,7 @@ func (f *fakeInformer) AddEventHandler(handler toolscache.ResourceEventHandler) 
 	return synced{}, nil
 }
 
-// synced is a handler that was told of all there was: nothing, since these informers tell of changes alone.
+// synced is the registration of a handler whose initial list is empty: these informers report changes only.
 type synced struct{}
 
 func (synced) HasSynced() bool                          { return true }
@@ -285,7 +298,7 @@ func (synced) Done() <-chan struct{} {
 	return done
 }
 
-// world is an agent with all that is around it.
+// world is an agent with fakes of everything around it.
 type world struct {
 	*board
 	t        *testing.T
@@ -300,25 +313,31 @@ type world struct {
 	reflectors types.NamespacedName
 
 	mu             sync.Mutex
-	away           error // the API server's answer to everything
-	writes         int   // of LANNode status
-	leastAttached  int32 // attachments in any of them, once there were some
+	away           error // if set, the API server's error for every request
+	writes         int   // number of writes of the LANNode's status
+	leastAttached  int32 // the fewest attachments in one of these writes
 	advertisements [][]agent.Spoke
 }
 
-// newWorld has the Node worker1 and the given LANs; start starts the agent.
+// newWorld returns a world with the Node worker1 and these objects; start starts the agent.
 func newWorld(t *testing.T, lans ...client.Object) *world {
 	t.Helper()
 	scheme := runtime.NewScheme()
-	if err := errors.Join(corev1.AddToScheme(scheme), discoveryv1.AddToScheme(scheme), v1beta1.AddToScheme(scheme)); err != nil {
+	err := errors.Join(corev1.AddToScheme(scheme), discoveryv1.AddToScheme(scheme), v1beta1.AddToScheme(scheme))
+	if err != nil {
 		t.Fatal(err)
 	}
 	b := &board{changed: make(chan struct{})}
 	here := worker1()
 	w := &world{
-		board:    b,
-		t:        t,
-		manager:  &fakeManager{board: b, changed: make(chan struct{}, 1), claims: map[string][]segment.Claim{}, refuse: map[string]error{}},
+		board: b,
+		t:     t,
+		manager: &fakeManager{
+			board:   b,
+			changed: make(chan struct{}, 1),
+			claims:  map[string][]segment.Claim{},
+			refuse:  map[string]error{},
+		},
 		kernel:   &fakeKernel{events: make(chan string), underlays: here.Underlays},
 		firewall: &fakeFirewall{board: b, changed: make(chan struct{}, 1)},
 		events:   events.NewFakeRecorder(1000),
@@ -328,13 +347,21 @@ func newWorld(t *testing.T, lans ...client.Object) *world {
 		fake.NewClientBuilder().WithScheme(scheme).WithObjects(append(lans, self)...).
 			WithStatusSubresource(&v1beta1.LAN{}, &v1beta1.LANNode{}).Build(),
 		interceptor.Funcs{
-			Get: func(ctx context.Context, c client.WithWatch, key client.ObjectKey, obj client.Object, opts ...client.GetOption) error {
+			Get: func(
+				ctx context.Context, c client.WithWatch, key client.ObjectKey, obj client.Object,
+				opts ...client.GetOption,
+			) error {
 				return w.unlessAway(func() error { return c.Get(ctx, key, obj, opts...) })
 			},
-			Create: func(ctx context.Context, c client.WithWatch, obj client.Object, opts ...client.CreateOption) error {
+			Create: func(
+				ctx context.Context, c client.WithWatch, obj client.Object, opts ...client.CreateOption,
+			) error {
 				return w.unlessAway(func() error { return c.Create(ctx, obj, opts...) })
 			},
-			SubResourceUpdate: func(ctx context.Context, c client.Client, sub string, obj client.Object, opts ...client.SubResourceUpdateOption) error {
+			SubResourceUpdate: func(
+				ctx context.Context, c client.Client, sub string, obj client.Object,
+				opts ...client.SubResourceUpdateOption,
+			) error {
 				if lanNode, ours := obj.(*v1beta1.LANNode); ours {
 					w.mu.Lock()
 					w.writes++
@@ -373,10 +400,11 @@ func (w *world) start() (stop func()) {
 		Node: "worker1", Version: "v1.2.3",
 		Informers: &fakeInformers{api: w.api, done: done}, Client: w.api, APIReader: w.api,
 		Peers:  &fakeInformers{api: w.api, done: done},
-		Kernel: w.kernel, Manager: w.manager, Firewall: w.firewall, Events: w.events, EVPN: w.evpn, Reflectors: w.reflectors,
-		Advertise: func(offers []agent.Spoke) {
+		Kernel: w.kernel, Manager: w.manager, Firewall: w.firewall, Events: w.events,
+		EVPN: w.evpn, Reflectors: w.reflectors,
+		Advertise: func(spokes []agent.Spoke) {
 			w.mu.Lock()
-			w.advertisements = append(w.advertisements, offers)
+			w.advertisements = append(w.advertisements, spokes)
 			w.mu.Unlock()
 			w.changedNow()
 		},
@@ -396,7 +424,7 @@ func (w *world) start() (stop func()) {
 	return stop
 }
 
-// advertised prints the last offer, "srl vm(unhealthy)".
+// advertised returns the spokes that were advertised last, as "srl vm(unhealthy)".
 func (w *world) advertised() string {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -416,15 +444,15 @@ func (w *world) advertised() string {
 
 func (w *world) awaitAdvertised(want string) {
 	w.t.Helper()
-	w.await(w.t, "offer "+want, func() bool { return w.advertised() == want })
+	w.await(w.t, "spokes "+want+" to be advertised", func() bool { return w.advertised() == want })
 }
 
-// awaitStatus waits until the LANNode is as wanted.
+// awaitStatus waits until want accepts the LANNode's status.
 func (w *world) awaitStatus(what string, want func(v1beta1.LANNodeStatus) bool) *v1beta1.LANNode {
 	w.t.Helper()
 	lanNode := &v1beta1.LANNode{}
 	w.await(w.t, what, func() bool {
-		// By a list, since a get through the interceptor would wake this very wait.
+		// read uses a list, because a get through the interceptor would wake this wait.
 		if err := w.read(lanNode); err != nil {
 			return false
 		}
@@ -451,7 +479,7 @@ func (w *world) written() int {
 	return w.writes
 }
 
-// update changes a LAN's spec, or its status, which the fake API keeps apart.
+// update changes the LAN's spec and its status. The fake API needs an update for each.
 func (w *world) update(change func(*v1beta1.LAN)) {
 	w.t.Helper()
 	lan := &v1beta1.LAN{}
@@ -472,7 +500,10 @@ func (w *world) update(change func(*v1beta1.LAN)) {
 
 func claim(spoke, pod string) segment.Claim {
 	return segment.Claim{
-		ID: segment.ClaimID(pod, "net1"), Spoke: spoke, Kind: segment.Veth, PodNamespace: "default", Pod: pod, Interface: "net1",
+		ID: segment.ClaimID(
+			pod,
+			"net1",
+		), Spoke: spoke, Kind: segment.Veth, PodNamespace: "default", Pod: pod, Interface: "net1",
 		MAC: net.HardwareAddr{2, 0, 0, 0, 0, 1}, Since: time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC),
 	}
 }
@@ -481,7 +512,7 @@ func ready(s v1beta1.LANNodeStatus) bool {
 	return len(s.Segments) == 1 && s.Segments[0].State == v1beta1.SegmentReady
 }
 
-func TestAnAdmittedLANIsBuiltOfferedAndReported(t *testing.T) {
+func TestAdmittedLANIsBuiltAdvertisedAndReported(t *testing.T) {
 	w := newWorld(t, lab(nil))
 	w.start()
 	w.awaitAdvertised("srl vm")
@@ -497,41 +528,46 @@ func TestAnAdmittedLANIsBuiltOfferedAndReported(t *testing.T) {
 	if s := lanNode.Status; s.LANs != 1 || s.Ready != 1 || s.Attached != 0 || s.Version != "v1.2.3" {
 		t.Errorf("status = %+v", s)
 	}
-	if o := lanNode.OwnerReferences; len(o) != 1 || o[0].Kind != "Node" || o[0].Name != "worker1" || o[0].UID != "uid-worker1" {
+	if o := lanNode.OwnerReferences; len(o) != 1 || o[0].Kind != "Node" || o[0].Name != "worker1" ||
+		o[0].UID != "uid-worker1" {
 		t.Errorf("owners = %+v, want the Node", o)
 	}
 	if err := w.agent.Ready(); err != nil {
 		t.Error(err)
 	}
 	if len(w.events.Events) != 0 {
-		t.Errorf("event where all is well: %s", <-w.events.Events)
+		t.Errorf("event for a LAN without a problem: %s", <-w.events.Events)
 	}
 }
 
-func TestANodeWithoutLANsReportsItself(t *testing.T) {
+func TestNodeWithoutLANsReportsItself(t *testing.T) {
 	w := newWorld(t)
 	w.start()
 	w.awaitAdvertised("")
-	w.awaitStatus("a version", func(s v1beta1.LANNodeStatus) bool { return s.Version == "v1.2.3" && len(s.Segments) == 0 })
+	w.awaitStatus(
+		"a version",
+		func(s v1beta1.LANNodeStatus) bool { return s.Version == "v1.2.3" && len(s.Segments) == 0 },
+	)
 }
 
-func TestNothingIsDecidedBeforeTheNodesLinksAreKnown(t *testing.T) {
+func TestNothingIsPlannedBeforeTheNodesLinksAreKnown(t *testing.T) {
 	w := newWorld(t, lab(nil))
 	w.kernel.err = errors.New("netlink is busy")
 	w.start()
-	w.kernel.events <- "" // the watch runs, and the first look has failed or will
+	w.kernel.events <- "" // the watch runs; the first observation fails
 	if sets, _ := w.manager.wanted(); sets != 0 || w.advertised() != "none yet" || w.agent.Ready() == nil {
-		t.Errorf("%d sets, offer %q, Ready %v; want nothing yet", sets, w.advertised(), w.agent.Ready())
+		t.Errorf("%d sets, %q advertised, Ready %v; want nothing yet", sets, w.advertised(), w.agent.Ready())
 	}
 	w.kernel.change(func() { w.kernel.err = nil })
 	w.awaitAdvertised("srl vm")
 }
 
-func TestAnUnderlayThatIsMissingHoldsPodsBackAndIsToldOnce(t *testing.T) {
+func TestMissingUnderlayMakesSpokesUnhealthyAndSendsOneEvent(t *testing.T) {
 	w := newWorld(t, lab(func(l *v1beta1.LAN) { l.Spec.VXLANDevMap = map[string]v1beta1.Device{"worker1": "eth7"} }))
 	w.start()
 	w.awaitAdvertised("srl(unhealthy) vm(unhealthy)")
-	const sentence = `no device "eth7" (spec.vxlanDevMap.worker1). Create it, or change spec.vxlanDevMap.worker1; pods wait until then`
+	const sentence = `no device "eth7" (spec.vxlanDevMap.worker1). ` +
+		`Create it, or change spec.vxlanDevMap.worker1; pods wait until then`
 	w.awaitStatus("UnderlayMissing", func(s v1beta1.LANNodeStatus) bool {
 		return len(s.Segments) == 1 && s.Segments[0].State == v1beta1.SegmentNotReady && s.Segments[0].Offered == 0 &&
 			s.Segments[0].Reason == v1beta1.ReasonUnderlayMissing && s.Segments[0].Message == sentence
@@ -543,15 +579,15 @@ func TestAnUnderlayThatIsMissingHoldsPodsBackAndIsToldOnce(t *testing.T) {
 	w.kernel.change(func() { w.kernel.underlays.Devices["eth7"] = device(7, 1500) })
 	w.awaitAdvertised("srl vm")
 	w.awaitStatus("Ready", ready)
-	if got := <-w.events.Events; got != "Normal Ready worker1: all is well again, spokes are offered" {
+	if got := <-w.events.Events; got != "Normal Ready worker1: the segment is ready, its spokes are advertised" {
 		t.Errorf("event %q", got)
 	}
 	if len(w.events.Events) != 0 {
-		t.Errorf("one event too many: %s", <-w.events.Events)
+		t.Errorf("an unexpected event: %s", <-w.events.Events)
 	}
 }
 
-func TestAnUnderlayWithoutCarrierDegradesTheLANButOffersIt(t *testing.T) {
+func TestUnderlayWithoutCarrierDegradesTheLANAndKeepsSpokesHealthy(t *testing.T) {
 	w := newWorld(t, lab(nil))
 	w.start()
 	w.awaitAdvertised("srl vm")
@@ -567,8 +603,8 @@ func TestAnUnderlayWithoutCarrierDegradesTheLANButOffersIt(t *testing.T) {
 	w.awaitAdvertised("srl vm")
 }
 
-// An underlay that comes back is not the VXLAN yet.
-func TestSpokesAreHealthyOnlyOnceTheVXLANStands(t *testing.T) {
+// An underlay that is back does not have the VXLAN yet.
+func TestSpokesAreHealthyOnlyOnceTheVXLANIsBuilt(t *testing.T) {
 	w := newWorld(t, lab(func(l *v1beta1.LAN) { l.Spec.DefaultVXLANDev = "eth7" }))
 	w.start()
 	w.awaitAdvertised("srl(unhealthy) vm(unhealthy)")
@@ -582,24 +618,26 @@ func TestSpokesAreHealthyOnlyOnceTheVXLANStands(t *testing.T) {
 		return len(s.Segments) == 1 && s.Segments[0].Message == "is being built" && s.Segments[0].Reason == ""
 	})
 	if got := w.advertised(); got != "srl(unhealthy) vm(unhealthy)" {
-		t.Errorf("offer = %q before the VXLAN stands", got)
+		t.Errorf("%q advertised before the VXLAN is built", got)
 	}
 	w.manager.change(func() { w.manager.hold = false })
 	w.awaitAdvertised("srl vm")
 }
 
-func TestWhatTheKernelRefusesIsReported(t *testing.T) {
+func TestErrorsOfTheKernelAreReported(t *testing.T) {
 	for _, c := range []struct {
 		err             error
 		reason, message string
 	}{
 		{
-			fmt.Errorf("add vxlan: %w", &kernel.VNITaken{VNI: 222, Port: 4789, By: "flannel.1"}), v1beta1.ReasonVNITaken,
-			`vxlan vx222: VNI 222 on UDP port 4789 is in use by "flannel.1" on this node; choose another vni or vxlanPort; pods wait until then`,
+			fmt.Errorf("add vxlan: %w", &kernel.VNITaken{VNI: 222, Port: 4789, By: "flannel.1"}),
+			v1beta1.ReasonVNITaken,
+			`vxlan vx222: VNI 222 on UDP port 4789 is in use by "flannel.1" on this node; ` +
+				`choose another vni or vxlanPort; pods wait until then`,
 		},
 		{
 			errors.New("add bridge br222: operation not permitted"), v1beta1.ReasonBuildFailed,
-			"add bridge br222: operation not permitted. It is tried again; pods wait until it stands",
+			"add bridge br222: operation not permitted. It is tried again; pods wait until it succeeds",
 		},
 	} {
 		w := newWorld(t, lab(nil))
@@ -616,7 +654,7 @@ func TestWhatTheKernelRefusesIsReported(t *testing.T) {
 	}
 }
 
-func TestSpokesComeAndGoWithTheSpec(t *testing.T) {
+func TestSpokesFollowTheSpec(t *testing.T) {
 	w := newWorld(t, lab(nil))
 	w.start()
 	w.awaitAdvertised("srl vm")
@@ -626,7 +664,7 @@ func TestSpokesComeAndGoWithTheSpec(t *testing.T) {
 	w.awaitAdvertised("ceos srl")
 }
 
-func TestNodeLabelsDecideWhereALANIs(t *testing.T) {
+func TestNodeLabelsDecideWhetherTheNodeHasALAN(t *testing.T) {
 	w := newWorld(t, lab(func(l *v1beta1.LAN) { l.Spec.NodeSelector = map[string]v1beta1.LabelValue{"rack": "b"} }))
 	w.start()
 	w.awaitAdvertised("")
@@ -641,7 +679,7 @@ func TestNodeLabelsDecideWhereALANIs(t *testing.T) {
 	w.awaitAdvertised("srl vm")
 }
 
-func TestADeletedLANLeavesWithItsLastPod(t *testing.T) {
+func TestDeletedLANLeavesWithItsLastPod(t *testing.T) {
 	lan := lab(nil)
 	w := newWorld(t, lan)
 	w.manager.claims["default.lab"] = []segment.Claim{claim("srl", "srl-1")}
@@ -652,15 +690,20 @@ func TestADeletedLANLeavesWithItsLastPod(t *testing.T) {
 	}
 	w.awaitAdvertised("")
 	w.awaitStatus("Leaving", func(s v1beta1.LANNodeStatus) bool {
-		return len(s.Segments) == 1 && s.Segments[0].State == v1beta1.SegmentLeaving && s.Segments[0].UID == "uid-lab" &&
-			s.Segments[0].Message == "stays until its pods are gone: default/srl-1 (spoke srl)" && len(s.Segments[0].Attachments) == 1
+		return len(s.Segments) == 1 && s.Segments[0].State == v1beta1.SegmentLeaving &&
+			s.Segments[0].UID == "uid-lab" &&
+			s.Segments[0].Message == "stays until its pods are gone: default/srl-1 (spoke srl)" &&
+			len(s.Segments[0].Attachments) == 1
 	})
 	w.manager.change(func() { w.manager.claims, w.manager.reports = nil, nil })
-	w.awaitStatus("gone", func(s v1beta1.LANNodeStatus) bool { return len(s.Segments) == 0 && s.Attached == 0 })
+	w.awaitStatus(
+		"the segment to be removed",
+		func(s v1beta1.LANNodeStatus) bool { return len(s.Segments) == 0 && s.Attached == 0 },
+	)
 }
 
-// The LAN object stays, as the controller's finalizer makes it, until every node has given its word.
-func TestADeletedLANIsAcknowledgedOnceNothingOfItIsLeft(t *testing.T) {
+// The controller's finalizer keeps the LAN object until every node has acknowledged the deletion.
+func TestDeletedLANIsAcknowledgedOnceNothingOfItIsLeft(t *testing.T) {
 	keep := func(name string) func(*v1beta1.LAN) {
 		return func(l *v1beta1.LAN) {
 			l.Name, l.UID, l.Finalizers = name, types.UID("uid-"+name), []string{v1beta1.Finalizer}
@@ -684,15 +727,16 @@ func TestADeletedLANIsAcknowledgedOnceNothingOfItIsLeft(t *testing.T) {
 			})
 		}
 	}
-	w.awaitStatus("never built here", gone("never"))
-	w.awaitStatus("the other leaving", func(s v1beta1.LANNodeStatus) bool {
-		return len(s.Segments) == 1 && s.Segments[0].State == v1beta1.SegmentLeaving && s.Attached == 1 && gone("never")(s)
+	w.awaitStatus("acknowledgement of the LAN that was never built", gone("never"))
+	w.awaitStatus("the other LAN to be leaving", func(s v1beta1.LANNodeStatus) bool {
+		return len(s.Segments) == 1 && s.Segments[0].State == v1beta1.SegmentLeaving && s.Attached == 1 &&
+			gone("never")(s)
 	})
 	if got := w.advertised(); got != "" {
-		t.Errorf("offer = %q, of a LAN that is being deleted", got)
+		t.Errorf("%q advertised, of a LAN that is being deleted", got)
 	}
 	w.manager.change(func() { w.manager.claims, w.manager.reports = nil, nil })
-	w.awaitStatus("both gone", gone("lab", "never"))
+	w.awaitStatus("acknowledgement of both LANs", gone("lab", "never"))
 
 	if err := w.api.Get(context.Background(), client.ObjectKeyFromObject(lan), lan); err != nil {
 		t.Fatal(err)
@@ -701,50 +745,60 @@ func TestADeletedLANIsAcknowledgedOnceNothingOfItIsLeft(t *testing.T) {
 	if err := w.api.Update(context.Background(), lan); err != nil {
 		t.Fatal(err)
 	}
-	w.awaitStatus("forgotten with its object", gone("never"))
+	w.awaitStatus("the deleted object to leave the status", gone("never"))
 }
 
-// After a restart, attachments must not seem to be gone while the daemon looks at what there is.
-func TestNothingIsPublishedBeforeEverySegmentWasLookedAt(t *testing.T) {
+// After a restart, no attachment may be missing in the LANNode while the daemon still observes.
+func TestNothingIsPublishedBeforeEverySegmentIsObserved(t *testing.T) {
 	w := newWorld(t, lab(nil))
 	w.manager.claims["default.lab"] = []segment.Claim{claim("srl", "srl-1")}
 	stop := w.start()
 	w.awaitStatus("attached", func(s v1beta1.LANNodeStatus) bool { return s.Attached == 1 })
 	stop()
 
-	w.manager.change(func() { w.manager.want, w.manager.reports, w.manager.unobserved, w.manager.hold = nil, nil, true, true })
+	w.manager.change(
+		func() { w.manager.want, w.manager.reports, w.manager.unobserved, w.manager.hold = nil, nil, true, true },
+	)
 	sets, _ := w.manager.wanted()
 	writes := w.written()
 	w.start()
-	w.await(t, "the first wish", func() bool { now, _ := w.manager.wanted(); return now > sets })
-	<-time.After(400 * time.Millisecond) // changes are gathered for half as long
+	w.await(t, "the first Set", func() bool { now, _ := w.manager.wanted(); return now > sets })
+	<-time.After(400 * time.Millisecond) // twice the interval between writes
 	w.manager.change(func() { w.manager.unobserved, w.manager.hold = false, false })
 	w.awaitAdvertised("srl vm")
 	w.update(func(l *v1beta1.LAN) { l.Spec.Spokes = []string{"srl", "vm", "more"} })
-	w.awaitStatus("written again", func(s v1beta1.LANNodeStatus) bool { return len(s.Segments) == 1 && s.Segments[0].Generation == 4 })
+	w.awaitStatus(
+		"written again",
+		func(s v1beta1.LANNodeStatus) bool { return len(s.Segments) == 1 && s.Segments[0].Generation == 4 },
+	)
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.leastAttached != 1 || w.writes != writes+1 {
-		t.Errorf("in %d writes, at one moment %d were attached", w.writes-writes, w.leastAttached)
+		t.Errorf(
+			"%d writes, one of them with %d attachments; want 1 write, and 1 attachment in each",
+			w.writes-writes,
+			w.leastAttached,
+		)
 	}
 }
 
-// The controller lets a LAN go without the word of a Node that has no LANNode.
-func TestANodeIsKnownBeforeItHasAnythingOfALAN(t *testing.T) {
+// The controller removes a LAN without the acknowledgement of a Node that has no LANNode.
+func TestLANNodeExistsBeforeAnySegment(t *testing.T) {
 	w := newWorld(t, lab(nil))
 	w.setAway(apierrors.NewServiceUnavailable("away"))
 	w.start()
-	w.kernel.events <- "default.lab" // the agent is at work
+	w.kernel.events <- "default.lab" // the agent runs
 	if sets, _ := w.manager.wanted(); sets != 0 {
-		t.Errorf("%d sets, though the LANNode could not be made", sets)
+		t.Errorf("%d sets, though the LANNode could not be created", sets)
 	}
 	w.setAway(nil)
 	w.awaitAdvertised("srl vm")
 	w.awaitStatus("Ready", ready)
 }
 
-// A daemon that starts while spec.mtu is wrong, or while the underlay is away, finds on record what pods are attached with.
-func TestALANKeepsItsMTUThroughARestart(t *testing.T) {
+// A daemon that starts while spec.mtu is wrong, or while the underlay is missing, reads from the record with which MTU
+// pods are attached.
+func TestLANKeepsItsMTUThroughARestart(t *testing.T) {
 	jumbo := func(l *v1beta1.LAN) { l.Spec.DefaultVXLANDev = "jumbo" }
 	plan, _ := agent.NewPlan(lab(jumbo), worker1(), segment.Segment{})
 	for name, test := range map[string]struct {
@@ -752,7 +806,7 @@ func TestALANKeepsItsMTUThroughARestart(t *testing.T) {
 		away bool
 	}{
 		"spec.mtu too large": {lan: func(l *v1beta1.LAN) { jumbo(l); l.Spec.MTU = 9500 }},
-		"underlay away":      {lan: jumbo, away: true},
+		"underlay missing":   {lan: jumbo, away: true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			w := newWorld(t, lab(test.lan))
@@ -764,29 +818,33 @@ func TestALANKeepsItsMTUThroughARestart(t *testing.T) {
 			w.awaitAdvertised("srl(unhealthy) vm(unhealthy)")
 			_, want := w.manager.wanted()
 			if have := want[0]; have.MTU != 8922 || (have.VXLAN == plan.Segment.VXLAN) == test.away {
-				t.Errorf("wanted %+v, on record is %+v", have, plan.Segment)
+				t.Errorf("the manager got %+v, the record has %+v", have, plan.Segment)
 			}
 		})
 	}
 }
 
-func TestALANMadeAnewWaitsForItsPredecessor(t *testing.T) {
+func TestRecreatedLANWaitsForItsPredecessor(t *testing.T) {
 	w := newWorld(t, lab(nil))
 	w.manager.hold = true
-	old := segment.Segment{LAN: segment.LAN{Namespace: "default", Name: "lab", UID: "uid-old"}, Netns: "default.lab", Spokes: []string{"srl", "vm"}}
+	old := segment.Segment{
+		LAN:    segment.LAN{Namespace: "default", Name: "lab", UID: "uid-old"},
+		Netns:  "default.lab",
+		Spokes: []string{"srl", "vm"},
+	}
 	w.manager.reports = []lanmgr.Report{{Segment: old, Leaving: true, Claims: []segment.Claim{claim("srl", "srl-1")}}}
 	w.start()
-	w.awaitStatus("the old one leaving", func(s v1beta1.LANNodeStatus) bool {
+	w.awaitStatus("the old LAN to be leaving", func(s v1beta1.LANNodeStatus) bool {
 		return len(s.Segments) == 1 && s.Segments[0].UID == "uid-old" && s.Segments[0].State == v1beta1.SegmentLeaving
 	})
 	if got := w.advertised(); got != "" {
-		t.Errorf("offer = %q while the old LAN is there", got)
+		t.Errorf("%q advertised while the node has the old LAN", got)
 	}
 	w.manager.change(func() { w.manager.hold = false })
 	w.awaitAdvertised("srl vm")
 }
 
-func TestABurstOfAttachmentsIsOneWrite(t *testing.T) {
+func TestBurstOfAttachmentsTakesFewWrites(t *testing.T) {
 	const pods = 64
 	w := newWorld(t, lab(func(l *v1beta1.LAN) {
 		l.Spec.Spokes = nil
@@ -800,23 +858,30 @@ func TestABurstOfAttachmentsIsOneWrite(t *testing.T) {
 	before := w.written()
 	for n := range pods {
 		w.manager.change(func() {
-			w.manager.claims["default.lab"] = append(slices.Clone(w.manager.claims["default.lab"]), claim(fmt.Sprint("s", n), fmt.Sprint("pod-", n)))
+			w.manager.claims["default.lab"] = append(
+				slices.Clone(w.manager.claims["default.lab"]),
+				claim(fmt.Sprint("s", n), fmt.Sprint("pod-", n)),
+			)
 		})
 	}
 	w.awaitStatus("all attached", func(s v1beta1.LANNodeStatus) bool { return s.Attached == pods })
-	// On a busy machine the burst may last longer than changes are gathered.
+	// On a busy machine the burst may last longer than the interval between writes.
 	if writes := w.written() - before; writes > 4 {
 		t.Errorf("%d attachments took %d writes", pods, writes)
 	}
-	w.manager.change(func() {}) // nothing new
+	w.manager.change(func() {}) // a report without a change
 	w.kernel.events <- "default.lab"
-	w.await(t, "the poke", func() bool { w.manager.mu.Lock(); defer w.manager.mu.Unlock(); return len(w.manager.enqueued) > 0 })
+	w.await(
+		t,
+		"the event",
+		func() bool { w.manager.mu.Lock(); defer w.manager.mu.Unlock(); return len(w.manager.enqueued) > 0 },
+	)
 	if writes := w.written() - before; writes > 4 {
-		t.Errorf("%d writes with nothing new", writes)
+		t.Errorf("%d writes without a change", writes)
 	}
 }
 
-func TestAnAPIServerThatIsAwayChangesNothing(t *testing.T) {
+func TestNothingChangesWhileTheAPIServerIsAway(t *testing.T) {
 	w := newWorld(t, lab(nil))
 	w.start()
 	w.awaitAdvertised("srl vm")
@@ -826,16 +891,16 @@ func TestAnAPIServerThatIsAwayChangesNothing(t *testing.T) {
 	writes := w.written()
 
 	w.manager.change(func() { w.manager.claims["default.lab"] = []segment.Claim{claim("srl", "srl-1")} })
-	w.kernel.change(func() { w.kernel.underlays.Devices["eth9"] = device(9, 1500) }) // has the LANs planned again
+	w.kernel.change(func() { w.kernel.underlays.Devices["eth9"] = device(9, 1500) }) // a reason to plan again
 	w.await(t, "a failed write", func() bool { return w.written() > writes+1 })
 	if now, _ := w.manager.wanted(); now != sets || w.advertised() != "srl vm" {
-		t.Errorf("%d sets more, offer %q", now-sets, w.advertised())
+		t.Errorf("%d more sets, %q advertised; want no change", now-sets, w.advertised())
 	}
 	w.setAway(nil)
 	w.awaitStatus("attached", func(s v1beta1.LANNodeStatus) bool { return s.Attached == 1 })
 }
 
-func TestALANNodeThatWasDeletedOrEditedIsWrittenAgain(t *testing.T) {
+func TestDeletedOrEditedLANNodeIsWrittenAgain(t *testing.T) {
 	w := newWorld(t, lab(nil))
 	w.start()
 	lanNode := w.awaitStatus("Ready", ready)
@@ -850,7 +915,7 @@ func TestALANNodeThatWasDeletedOrEditedIsWrittenAgain(t *testing.T) {
 	w.awaitStatus("Ready once more", ready)
 }
 
-func TestALANNodeOfAnEarlierNodeGetsItsNewOwner(t *testing.T) {
+func TestLANNodeOfAnEarlierNodeGetsTheNewOwner(t *testing.T) {
 	old := &v1beta1.LANNode{ObjectMeta: metav1.ObjectMeta{Name: "worker1", OwnerReferences: []metav1.OwnerReference{
 		{APIVersion: "v1", Kind: "Node", Name: "worker1", UID: "uid-before"},
 	}}}
@@ -862,7 +927,7 @@ func TestALANNodeOfAnEarlierNodeGetsItsNewOwner(t *testing.T) {
 	}
 }
 
-func TestTwoLANsThatSeemToHoldOneNetnsAreOneSegment(t *testing.T) {
+func TestOlderOfTwoLANsWithOneNetnsIsPlanned(t *testing.T) {
 	later := lab(func(l *v1beta1.LAN) {
 		l.Name, l.UID = "later", "uid-later"
 		l.CreationTimestamp = metav1.NewTime(time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC))
@@ -876,19 +941,32 @@ func TestTwoLANsThatSeemToHoldOneNetnsAreOneSegment(t *testing.T) {
 	}
 }
 
-// The API server takes objects up to 1.5 MiB (etcd's request limit).
-func TestTheLANNodeOfAThousandAttachmentsIsSmall(t *testing.T) {
+// The API server accepts objects up to 1.5 MiB (etcd's request limit).
+func TestLANNodeOfAThousandAttachmentsIsSmall(t *testing.T) {
 	var plans []agent.Plan
 	var reports []lanmgr.Report
 	for n := range 500 {
 		s := segment.Segment{
-			LAN:   segment.LAN{Namespace: "a-namespace-of-usual-length", Name: fmt.Sprint("lan-", n), UID: "5f6c0a4e-8f0e-4d34-9b5c-0c4c2b0f1d2e"},
+			LAN: segment.LAN{
+				Namespace: "a-namespace-of-usual-length",
+				Name:      fmt.Sprint("lan-", n),
+				UID:       "5f6c0a4e-8f0e-4d34-9b5c-0c4c2b0f1d2e",
+			},
 			Netns: fmt.Sprint("netns-", n), MTU: 1422, Spokes: []string{fmt.Sprint("a", n), fmt.Sprint("b", n)},
-			VXLAN: segment.VXLAN{Name: "vx", VNI: uint32(n), Underlay: "eth0", UnderlayIndex: 2, Group: netip.MustParseAddr("ff02::14")},
+			VXLAN: segment.VXLAN{
+				Name:          "vx",
+				VNI:           uint32(n),
+				Underlay:      "eth0",
+				UnderlayIndex: 2,
+				Group:         netip.MustParseAddr("ff02::14"),
+			},
 		}
 		plans = append(plans, agent.Plan{Segment: s, VTEP: netip.MustParseAddr("fe80::5054:ff:fe12:3456")})
 		reports = append(reports, lanmgr.Report{Segment: s, Built: true, Claims: []segment.Claim{
-			claim(s.Spokes[0], "a-deployment-of-routers-6d4cf56db6-x2v8j"), claim(s.Spokes[1], "a-deployment-of-routers-6d4cf56db6-k7w2p"),
+			claim(
+				s.Spokes[0],
+				"a-deployment-of-routers-6d4cf56db6-x2v8j",
+			), claim(s.Spokes[1], "a-deployment-of-routers-6d4cf56db6-k7w2p"),
 		}})
 	}
 	status := agent.Status(plans, reports, kernel.Underlays{}, nil, "v1.0.0")

@@ -22,7 +22,7 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
-// fakeEVPN is other routers that tell of every LAN the same.
+// fakeEVPN has the same routes for every LAN.
 type fakeEVPN struct {
 	*board
 	changed chan struct{}
@@ -49,7 +49,7 @@ func (f *fakeEVPN) SetReflectors(_ context.Context, at []netip.AddrPort) error {
 	return nil
 }
 
-// hasReflectors says whether these are the reflectors that the fabric was told.
+// hasReflectors returns a function that reports whether these are the reflectors.
 func (f *fakeEVPN) hasReflectors(want ...string) func() bool {
 	return func() bool {
 		f.mu.Lock()
@@ -68,7 +68,7 @@ func (f *fakeEVPN) Problems(string) evpn.Problems {
 	return f.problems
 }
 
-// change has the fabric tell something else.
+// change calls change and reports the change to the agent.
 func (f *fakeEVPN) change(change func()) {
 	f.mu.Lock()
 	change()
@@ -104,12 +104,15 @@ func (f *fakeEVPN) Fill(s *segment.Segment) {
 
 func (f *fakeEVPN) Changed() <-chan struct{} { return f.changed }
 
-// A LAN with discovery evpn is joined to the fabric, with its pods' MACs; what the fabric tells becomes part of its segment, and of no
-// other.
-func TestAnEVPNLANIsJoinedToTheFabric(t *testing.T) {
+// A LAN with discovery evpn is joined to EVPN with the MACs of its pods, and imported routes are part of its segment.
+func TestEVPNLANIsJoinedToEVPN(t *testing.T) {
 	w := newWorld(t, lab(func(l *v1beta1.LAN) {
 		l.Spec.Discovery = v1beta1.EVPN
-		l.Spec.EVPN = &v1beta1.EVPNOptions{ImportTargets: []v1beta1.RouteTarget{"64512:7"}, ExportTargets: []v1beta1.RouteTarget{"65000:8", "65000:222"}, RD: 7}
+		l.Spec.EVPN = &v1beta1.EVPNOptions{
+			ImportTargets: []v1beta1.RouteTarget{"64512:7"},
+			ExportTargets: []v1beta1.RouteTarget{"65000:8", "65000:222"},
+			RD:            7,
+		}
 	}))
 	device := w.kernel.underlays.Devices["eth0"]
 	vtep := netip.MustParseAddr("192.0.2.1")
@@ -121,7 +124,9 @@ func TestAnEVPNLANIsJoinedToTheFabric(t *testing.T) {
 	defer stop()
 	lan := macvrf.LAN{
 		VNI: 222, VTEP: vtep, RD: 7,
-		Import: []macvrf.Target{macvrf.NewTarget(64512, 7)}, Export: []macvrf.Target{macvrf.NewTarget(65000, 222), macvrf.NewTarget(65000, 8)},
+		Import: []macvrf.Target{
+			macvrf.NewTarget(64512, 7),
+		}, Export: []macvrf.Target{macvrf.NewTarget(65000, 222), macvrf.NewTarget(65000, 8)},
 	}
 	w.await(t, "the LAN to be joined", f.has(map[string]macvrf.LAN{"default.lab": lan}))
 
@@ -129,51 +134,88 @@ func TestAnEVPNLANIsJoinedToTheFabric(t *testing.T) {
 	vm.Kind = segment.Macvtap
 	w.manager.change(func() { w.manager.claims["default.lab"] = []segment.Claim{claim("srl", "pod-1"), vm} })
 	lan.Claimed, lan.Attached = true, []macvrf.MAC{macvrf.MAC(claim("srl", "pod-1").MAC)}
-	w.await(t, "the pod to be told, and not the VM", f.has(map[string]macvrf.LAN{"default.lab": lan}))
+	w.await(
+		t,
+		"the MAC of the pod to be advertised, and not that of the VM",
+		f.has(map[string]macvrf.LAN{"default.lab": lan}),
+	)
 
 	remote := netip.MustParseAddr("192.0.2.2")
 	f.change(func() {
-		f.fill = segment.Segment{Remotes: []netip.Addr{remote}, FDB: []segment.FDBEntry{{MAC: [6]byte{2}, VTEP: remote}}, Partial: true}
+		f.fill = segment.Segment{
+			Remotes: []netip.Addr{remote},
+			FDB:     []segment.FDBEntry{{MAC: [6]byte{2}, VTEP: remote}},
+			Partial: true,
+		}
 	})
-	w.await(t, "what the fabric tells to be wanted", func() bool {
+	w.await(t, "imported routes in the segment", func() bool {
 		_, want := w.manager.wanted()
-		return len(want) == 1 && want[0].VXLAN.NoLearning && len(want[0].Remotes) == 1 && len(want[0].FDB) == 1 && want[0].Partial
+		return len(want) == 1 && want[0].VXLAN.NoLearning && len(want[0].Remotes) == 1 && len(want[0].FDB) == 1 &&
+			want[0].Partial
 	})
 
 	degraded := func(reason, word string) func(v1beta1.LANNodeStatus) bool {
 		return func(s v1beta1.LANNodeStatus) bool {
-			return len(s.Segments) == 1 && s.Segments[0].State == v1beta1.SegmentDegraded && s.Segments[0].Reason == reason &&
-				strings.Contains(s.Segments[0].Message, word) && s.Segments[0].Offered == 2
+			return len(s.Segments) == 1 && s.Segments[0].State == v1beta1.SegmentDegraded &&
+				s.Segments[0].Reason == reason &&
+				strings.Contains(s.Segments[0].Message, word) &&
+				s.Segments[0].Offered == 2
 		}
 	}
 	f.change(func() {
 		f.problems.Down = []bgp.Session{{Peer: bgp.Peer{Address: remote, AS: 65000}, Why: "no TCP connection"}}
 	})
-	w.awaitStatus("a session that is down", degraded(v1beta1.ReasonBGPDown, "192.0.2.2:179 of AS 65000 (no TCP connection)"))
+	w.awaitStatus(
+		"a problem with a session that is down",
+		degraded(v1beta1.ReasonBGPDown, "192.0.2.2:179 of AS 65000 (no TCP connection)"),
+	)
 	f.change(func() { f.problems = evpn.Problems{NoPeers: true} })
-	w.awaitStatus("nobody to speak with", degraded(v1beta1.ReasonBGPDown, "evpn.reflectors.replicas"))
+	w.awaitStatus("a problem without peers", degraded(v1beta1.ReasonBGPDown, "evpn.reflectors.replicas"))
 	f.change(func() { f.problems = evpn.Problems{Duplicates: []macvrf.MAC{{2, 1}, {2, 2}}} })
-	w.awaitStatus("MACs on two nodes", degraded(v1beta1.ReasonMACTwice, "02:01:00:00:00:00 speaks on this node and on another, and 1 other MAC"))
+	w.awaitStatus(
+		"a problem with MACs on two nodes",
+		degraded(v1beta1.ReasonMACTwice, "02:01:00:00:00:00 speaks on this node and on another, and 1 other MAC"),
+	)
 	f.change(func() {
-		f.problems = evpn.Problems{Refused: macvrf.Refusal{Route: macvrf.Route{Key: macvrf.Key{Type: macvrf.Multicast}, VTEP: remote}, Reason: macvrf.OtherVNI}, Refusals: 1}
+		f.problems = evpn.Problems{
+			Refused: macvrf.Refusal{
+				Route:  macvrf.Route{Key: macvrf.Key{Type: macvrf.Multicast}, VTEP: remote},
+				Reason: macvrf.OtherVNI,
+			},
+			Refusals: 1,
+		}
 	})
-	w.awaitStatus("a route that is refused", degraded(v1beta1.ReasonRoutesRefused, "from VTEP 192.0.2.2 is not used: its VNI is not that of the LAN"))
+	w.awaitStatus(
+		"a problem with a refused route",
+		degraded(v1beta1.ReasonRoutesRefused, "from VTEP 192.0.2.2 is not used: its VNI is not that of the LAN"),
+	)
 	f.change(func() { f.problems.Refusals++ })
-	w.awaitStatus("several such routes", degraded(v1beta1.ReasonRoutesRefused, "its VNI is not that of the LAN; nor are others"))
+	w.awaitStatus(
+		"a problem with several refused routes",
+		degraded(v1beta1.ReasonRoutesRefused, "its VNI is not that of the LAN; other routes are refused, too"),
+	)
 	f.change(func() { f.problems = evpn.Problems{Withheld: []bgp.Peer{{Address: remote, AS: 65000}}} })
-	w.awaitStatus("a peer that is told nothing", degraded(v1beta1.ReasonRoutesWithheld, "192.0.2.2:179 of AS 65000: told nothing of the LAN"))
+	w.awaitStatus(
+		"a problem with a peer that gets no routes",
+		degraded(v1beta1.ReasonRoutesWithheld, "192.0.2.2:179 of AS 65000: no route of the LAN is advertised"),
+	)
 	f.change(func() { f.problems = evpn.Problems{} })
-	w.awaitStatus("all well", ready)
+	w.awaitStatus("the LAN to be ready", ready)
 
-	// Of several sessions one that is down is no LAN's problem, and told all the same.
+	// One session of several that is down is no LAN's problem, but it is in the status.
 	since := time.Date(2026, 11, 21, 12, 0, 0, 500, time.UTC)
 	session := func(at string, up bool, why string) bgp.Session {
-		return bgp.Session{Peer: bgp.Peer{Address: netip.MustParseAddr(at), AS: 65000, Password: "secret"}, Up: up, Since: since, Why: why}
+		return bgp.Session{
+			Peer:  bgp.Peer{Address: netip.MustParseAddr(at), AS: 65000, Password: "secret"},
+			Up:    up,
+			Since: since,
+			Why:   why,
+		}
 	}
 	f.change(func() {
 		f.peers = []bgp.Session{session("192.0.2.8", true, ""), session("2001:db8::9", false, "no TCP connection")}
 	})
-	w.awaitStatus("which sessions there are", func(s v1beta1.LANNodeStatus) bool {
+	w.awaitStatus("the sessions in the status", func(s v1beta1.LANNodeStatus) bool {
 		at := metav1.NewTime(since.Truncate(time.Second))
 		return ready(s) && equality.Semantic.DeepEqual(s.Sessions, []v1beta1.BGPSession{
 			{Peer: "192.0.2.8:179", AS: 65000, State: v1beta1.SessionUp, Since: at},
@@ -182,36 +224,43 @@ func TestAnEVPNLANIsJoinedToTheFabric(t *testing.T) {
 	})
 
 	w.update(func(l *v1beta1.LAN) { l.Spec.NodeSelector = map[string]v1beta1.LabelValue{"role": "other"} })
-	w.awaitStatus("the LAN to be leaving, with who is attached", func(s v1beta1.LANNodeStatus) bool {
+	w.awaitStatus("the LAN to be leaving", func(s v1beta1.LANNodeStatus) bool {
 		return len(s.Segments) == 1 && s.Segments[0].State == v1beta1.SegmentLeaving
 	})
 	if !f.has(map[string]macvrf.LAN{"default.lab": lan})() {
-		t.Error("others are told no more of who is attached still")
+		t.Error("the MAC of an attached pod is no longer advertised")
 	}
 	w.update(func(l *v1beta1.LAN) { l.Spec.NodeSelector = nil })
-	w.awaitStatus("the LAN to be back", ready)
+	w.awaitStatus("the LAN to be ready again", ready)
 
 	w.update(func(l *v1beta1.LAN) { l.Spec.EVPN.ImportTargets = nil; l.Spec.EVPN.RD = 0 })
 	lan.Import, lan.RD = nil, 0
 	w.await(t, "other targets", f.has(map[string]macvrf.LAN{"default.lab": lan}))
 
 	w.update(func(l *v1beta1.LAN) { l.Spec.Discovery = v1beta1.Multicast })
-	w.await(t, "the LAN to leave the fabric", func() bool {
+	w.await(t, "the LAN to leave EVPN", func() bool {
 		_, want := w.manager.wanted()
 		return f.has(map[string]macvrf.LAN{})() && len(want) == 1 && !want[0].VXLAN.NoLearning && want[0].FDB == nil
 	})
 }
 
-// A reflector is spoken with wherever its pod is, ready or not, and those of no other Service.
+// The agent uses every pod of the Service as a reflector, ready or not, and no pod of another Service.
 func TestReflectorsAreThePodsOfTheirService(t *testing.T) {
 	slice := func(namespace, service, name string, port int32, addresses ...string) *discoveryv1.EndpointSlice {
 		s := &discoveryv1.EndpointSlice{
-			ObjectMeta:  metav1.ObjectMeta{Namespace: namespace, Name: name, Labels: map[string]string{discoveryv1.LabelServiceName: service}},
+			ObjectMeta: metav1.ObjectMeta{
+				Namespace: namespace,
+				Name:      name,
+				Labels:    map[string]string{discoveryv1.LabelServiceName: service},
+			},
 			AddressType: discoveryv1.AddressTypeIPv4, Ports: []discoveryv1.EndpointPort{{Port: &port}},
 		}
 		for i, a := range addresses {
 			ready := i > 0
-			s.Endpoints = append(s.Endpoints, discoveryv1.Endpoint{Addresses: []string{a}, Conditions: discoveryv1.EndpointConditions{Ready: &ready}})
+			s.Endpoints = append(
+				s.Endpoints,
+				discoveryv1.Endpoint{Addresses: []string{a}, Conditions: discoveryv1.EndpointConditions{Ready: &ready}},
+			)
 		}
 		return s
 	}
@@ -233,14 +282,14 @@ func TestReflectorsAreThePodsOfTheirService(t *testing.T) {
 	if err := w.api.Update(t.Context(), moved); err != nil {
 		t.Fatal(err)
 	}
-	w.await(t, "the one that has moved", f.hasReflectors("10.244.2.5:1790", "10.244.2.9:1790"))
+	w.await(t, "the reflector that has moved", f.hasReflectors("10.244.2.5:1790", "10.244.2.9:1790"))
 	if err := w.api.Delete(t.Context(), moved); err != nil {
 		t.Fatal(err)
 	}
-	w.await(t, "none", f.hasReflectors())
+	w.await(t, "no reflectors", f.hasReflectors())
 }
 
-// EVPN tells no ports, so of two LANs with one VNI the older alone is joined.
+// EVPN routes carry no port, so only the older of two LANs with one VNI is joined.
 func TestTwoEVPNLANsWithOneVNIAreNotMixed(t *testing.T) {
 	older := lab(func(l *v1beta1.LAN) { l.Spec.Discovery = v1beta1.EVPN })
 	younger := lab(func(l *v1beta1.LAN) {
@@ -257,8 +306,9 @@ func TestTwoEVPNLANsWithOneVNIAreNotMixed(t *testing.T) {
 	w.evpn = f
 	w.start()
 	w.await(t, "the older LAN to be joined", f.has(map[string]macvrf.LAN{"default.lab": {VNI: 222, VTEP: vtep}}))
-	w.awaitStatus("the other to say why it is not", func(s v1beta1.LANNodeStatus) bool {
-		return len(s.Segments) == 2 && s.Segments[0].State == v1beta1.SegmentReady && s.Segments[1].Reason == v1beta1.ReasonVNITaken &&
+	w.awaitStatus("the problem of the other", func(s v1beta1.LANNodeStatus) bool {
+		return len(s.Segments) == 2 && s.Segments[0].State == v1beta1.SegmentReady &&
+			s.Segments[1].Reason == v1beta1.ReasonVNITaken &&
 			strings.Contains(s.Segments[1].Message, "default/lab")
 	})
 }

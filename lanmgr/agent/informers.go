@@ -14,14 +14,16 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"github.com/k8slan/k8slan/crd/v1beta1"
+	"github.com/k8slan/k8slan/lanmgr/retry"
 )
 
-// watchObjects has the informers tell of changes. It returns when all of them know what there is, or with an error when ctx ends.
-func (a *Agent) watchObjects(ctx context.Context) error {
-	retry := newRetry()
-	defer retry.stop()
-	slow := time.AfterFunc(maxDelay, func() {
-		a.Log.Warn("the API server has not yet told which LANs there are; LANs on this node stay as they are", "node", a.Node)
+// slowSync is how long the API server may take to list objects before the agent logs that it waits.
+const slowSync = 10 * time.Second
+
+// watchObjects sets inputsChanged when objects change. It returns when all objects are listed, or false when ctx ends.
+func (a *Agent) watchObjects(ctx context.Context) bool {
+	slow := time.AfterFunc(slowSync, func() {
+		a.Log.Warn("waiting for the API server to list the LANs; LANs on this node stay unchanged", "node", a.Node)
 	})
 	defer slow.Stop()
 	type watch struct {
@@ -29,44 +31,48 @@ func (a *Agent) watchObjects(ctx context.Context) error {
 		handler toolscache.ResourceEventHandler
 	}
 	watches := []watch{
-		{&v1beta1.LAN{}, onChange(func(before, after any) {
-			if lanChanged(before, after) {
-				signal(a.inputsChanged)
-			}
-		})},
-		{&corev1.Node{}, onChange(func(before, after any) {
-			if nodeChanged(before, after) {
-				signal(a.inputsChanged)
-			}
-		})},
-		{&v1beta1.LANNode{}, onChange(func(before, after any) { a.publisher.observe(before, after) })},
+		{&v1beta1.LAN{}, a.inputHandler(lanChanged)},
+		{&corev1.Node{}, a.inputHandler(nodeChanged)},
+		{&v1beta1.LANNode{}, onChange(a.publisher.observe)},
 	}
 	if a.Reflectors.Name != "" {
-		watches = append(watches, watch{&discoveryv1.EndpointSlice{}, onChange(func(any, any) { signal(a.inputsChanged) })})
+		always := func(any, any) bool { return true }
+		watches = append(watches, watch{&discoveryv1.EndpointSlice{}, a.inputHandler(always)})
 	}
-	for _, watch := range watches {
-		for {
-			err := a.watchKind(ctx, watch.kind, watch.handler)
-			if err == nil {
-				break
-			}
-			if ctx.Err() != nil {
-				return ctx.Err()
-			}
-			retry.failed(a.Log, "cannot watch the API server's objects, trying again", err)
-			select {
-			case <-ctx.Done():
-				return ctx.Err()
-			case <-retry.timer.C:
-			}
+	for _, w := range watches {
+		message := "cannot watch the API server's objects, trying again"
+		watched := a.untilDone(ctx, message, func() error { return a.watchKind(ctx, w.kind, w.handler) })
+		if !watched {
+			return false
 		}
-		retry.succeeded()
 	}
-	return nil
+	return true
+}
+
+// untilDone repeats work until it succeeds, and logs message after a failure. It returns false when ctx ends first.
+func (a *Agent) untilDone(ctx context.Context, message string, work func() error) bool {
+	timer := retry.NewTimer(retry.Default)
+	defer timer.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return false
+		case <-timer.C:
+		}
+		err := work()
+		switch {
+		case err == nil:
+			return true
+		case ctx.Err() != nil:
+			return false
+		case timer.Failed(err):
+			a.Log.Error(message, "err", err)
+		}
+	}
 }
 
 func (a *Agent) watchKind(ctx context.Context, kind client.Object, handler toolscache.ResourceEventHandler) error {
-	informer, err := a.Informers.GetInformer(ctx, kind) // waits until it has synced
+	informer, err := a.Informers.GetInformer(ctx, kind) // returns when it has synced
 	if err != nil {
 		return fmt.Errorf("watch %T: %w", kind, err)
 	}
@@ -76,7 +82,17 @@ func (a *Agent) watchKind(ctx context.Context, kind client.Object, handler tools
 	return nil
 }
 
-// onChange calls changed with the object before and after; nil is for one that wasn't there or is not any more.
+// inputHandler returns a handler that sets inputsChanged where changed says that the plan depends on the change.
+func (a *Agent) inputHandler(changed func(before, after any) bool) toolscache.ResourceEventHandler {
+	return onChange(func(before, after any) {
+		if changed(before, after) {
+			a.inputsChanged.Set()
+		}
+	})
+}
+
+// onChange returns a handler that calls changed with the object before and after. Before is nil for a new object, after
+// is nil for a deleted one.
 func onChange(changed func(before, after any)) toolscache.ResourceEventHandler {
 	return toolscache.ResourceEventHandlerFuncs{
 		AddFunc:    func(obj any) { changed(nil, obj) },
@@ -90,15 +106,16 @@ func onChange(changed func(before, after any)) toolscache.ResourceEventHandler {
 	}
 }
 
-// lanChanged passes over what the controller sums up in the LAN's status.
+// lanChanged ignores what the controller summarizes in the LAN's status.
 func lanChanged(before, after any) bool {
 	x, wasLAN := before.(*v1beta1.LAN)
 	y, isLAN := after.(*v1beta1.LAN)
 	return !wasLAN || !isLAN || x.UID != y.UID || x.Generation != y.Generation ||
-		x.DeletionTimestamp.IsZero() != y.DeletionTimestamp.IsZero() || !equality.Semantic.DeepEqual(x.Status.Holds, y.Status.Holds)
+		x.DeletionTimestamp.IsZero() != y.DeletionTimestamp.IsZero() ||
+		!equality.Semantic.DeepEqual(x.Status.Holds, y.Status.Holds)
 }
 
-// nodeChanged passes over the heartbeats of kubelet.
+// nodeChanged ignores kubelet's heartbeats.
 func nodeChanged(before, after any) bool {
 	x, wasNode := before.(*corev1.Node)
 	y, isNode := after.(*corev1.Node)

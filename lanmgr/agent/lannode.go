@@ -2,10 +2,8 @@ package agent
 
 import (
 	"cmp"
-	"errors"
 	"maps"
 	"slices"
-	"strings"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
@@ -16,15 +14,16 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
-// Spoke is one spoke, or one pool, as this node offers it.
+// Spoke is one spoke or one pool, as this node advertises it to kubelet.
 type Spoke struct {
 	Name    string
 	Ports   int  // of a pool; 0 for a single spoke
-	Healthy bool // a pod may have it now
+	Healthy bool // kubelet may allocate it
 }
 
-// Advertised are the spokes to offer to kubelet, sorted. A spoke is offered from when its segment was first worked on, so
-// that kubelet isn't told twice, and is healthy while the segment stands as planned.
+// Advertised returns the spokes to advertise to kubelet, sorted. A spoke is advertised once the manager has worked on
+// its segment, so that kubelet does not get it as unhealthy first. It is healthy while its segment has what was
+// planned.
 func Advertised(plans []Plan, reports []lanmgr.Report) []Spoke {
 	byNetns := reportsByNetns(reports)
 	byName := make(map[string]Spoke)
@@ -33,22 +32,23 @@ func Advertised(plans []Plan, reports []lanmgr.Report) []Spoke {
 		if !ok || r.Leaving || r.Segment.LAN != p.Segment.LAN {
 			continue
 		}
-		for _, spoke := range held(p.Segment.Spokes, r.Segment.Spokes) {
-			offer := Spoke{Name: spoke, Healthy: healthy(p, r)}
-			if pool, _, ok := segment.PoolOf(spoke); ok {
-				offer.Name, offer.Ports = pool, byName[pool].Ports+1
+		for _, name := range held(p.Segment.Spokes, r.Segment.Spokes) {
+			spoke := Spoke{Name: name, Healthy: healthy(p, r)}
+			if pool, _, ok := segment.PoolOf(name); ok {
+				spoke.Name, spoke.Ports = pool, byName[pool].Ports+1
 			}
-			byName[offer.Name] = offer
+			byName[spoke.Name] = spoke
 		}
 	}
 	return slices.SortedFunc(maps.Values(byName), func(a, b Spoke) int { return cmp.Compare(a.Name, b.Name) })
 }
 
-// healthy says whether the segment is built in all that its spokes need. A plan with other spokes than the report, or
-// with another VXLAN than the one that stands, changes nothing for those that stay: what becomes of it is in the next
-// report. But where the underlay was away, what was built has no VXLAN.
+// healthy reports whether the segment has all that its spokes need. Where the plan has other spokes or another VXLAN
+// than the report, spokes that are in both stay healthy: the next report follows soon. But a segment that was built
+// while its underlay was missing has no VXLAN, and is not healthy.
 func healthy(p Plan, r lanmgr.Report) bool {
-	return r.Built && !p.Problem.Blocking && (r.Segment.VXLAN.UnderlayIndex != 0 || p.Segment.VXLAN.UnderlayIndex == 0)
+	hasVXLAN := r.Segment.VXLAN.UnderlayIndex != 0 || p.Segment.VXLAN.UnderlayIndex == 0
+	return r.Built && !p.Problem.Blocking && hasVXLAN
 }
 
 func reportsByNetns(reports []lanmgr.Report) map[string]lanmgr.Report {
@@ -59,26 +59,27 @@ func reportsByNetns(reports []lanmgr.Report) map[string]lanmgr.Report {
 	return byNetns
 }
 
-// Status is what the node has of each LAN, sorted by netns, with the underlays for that, and the LANs that are gone.
-func Status(plans []Plan, reports []lanmgr.Report, underlays kernel.Underlays, gone []v1beta1.GoneLAN, version string) v1beta1.LANNodeStatus {
+// Status returns the status of the node's LANNode: its segments, sorted by network namespace, the underlays of those,
+// and the LANs that were removed.
+func Status(
+	plans []Plan, reports []lanmgr.Report, underlays kernel.Underlays, removed []v1beta1.GoneLAN, version string,
+) v1beta1.LANNodeStatus {
 	segments := make(map[string]v1beta1.SegmentStatus)
-	for _, p := range plans {
-		segments[p.Segment.Netns] = plannedStatus(p)
-	}
 	byNetns := make(map[string]Plan, len(plans))
 	for _, p := range plans {
+		segments[p.Segment.Netns] = plannedStatus(p)
 		byNetns[p.Segment.Netns] = p
 	}
 	for _, r := range reports {
-		p, wanted := byNetns[r.Segment.Netns]
-		found := r.Leaving && r.Segment.OnDemand // the manager has not heard yet that it is wanted
-		if !wanted || r.Leaving && !found || r.Segment.LAN != p.Segment.LAN {
+		p, planned := byNetns[r.Segment.Netns]
+		justFound := r.Leaving && r.Segment.OnDemand // the manager has not received the plan of it yet
+		if !planned || r.Leaving && !justFound || r.Segment.LAN != p.Segment.LAN {
 			segments[r.Segment.Netns] = leavingStatus(r)
 		} else {
 			segments[r.Segment.Netns] = reportedStatus(p, r)
 		}
 	}
-	status := v1beta1.LANNodeStatus{Version: version, Gone: gone, LANs: int32(len(segments))}
+	status := v1beta1.LANNodeStatus{Version: version, Gone: removed, LANs: int32(len(segments))}
 	for _, netns := range slices.Sorted(maps.Keys(segments)) {
 		s := segments[netns]
 		status.Segments = append(status.Segments, s)
@@ -91,12 +92,13 @@ func Status(plans []Plan, reports []lanmgr.Report, underlays kernel.Underlays, g
 	return status
 }
 
-// usedUnderlays are the underlays of segments, sorted by name.
+// usedUnderlays returns the underlays of segments, sorted by name.
 func usedUnderlays(underlays kernel.Underlays, segments []v1beta1.SegmentStatus) []v1beta1.NodeUnderlay {
 	var list []v1beta1.NodeUnderlay
 	for _, name := range slices.Sorted(maps.Keys(underlays.Devices)) {
 		device := underlays.Devices[name]
-		if len(device.Sources) == 0 || !slices.ContainsFunc(segments, func(s v1beta1.SegmentStatus) bool { return s.Underlay == name }) {
+		uses := func(s v1beta1.SegmentStatus) bool { return s.Underlay == name }
+		if len(device.Sources) == 0 || !slices.ContainsFunc(segments, uses) {
 			continue
 		}
 		u := v1beta1.NodeUnderlay{Name: name}
@@ -108,6 +110,7 @@ func usedUnderlays(underlays kernel.Underlays, segments []v1beta1.SegmentStatus)
 	return list
 }
 
+// segmentStatus returns what every status of a segment has.
 func segmentStatus(s segment.Segment) v1beta1.SegmentStatus {
 	lan := s.LAN.String()
 	if s.LAN.Name == "" {
@@ -128,11 +131,11 @@ func segmentStatus(s segment.Segment) v1beta1.SegmentStatus {
 	return status
 }
 
-// plannedStatus is a segment that was not worked on yet.
+// plannedStatus is the status of a segment that the manager has not worked on yet.
 func plannedStatus(p Plan) v1beta1.SegmentStatus {
 	s := segmentStatus(p.Segment)
 	s.State, s.Message = v1beta1.SegmentNotReady, "is being built"
-	if p.VTEP.IsValid() && p.Segment.VXLAN.UnderlayIndex != 0 { // nobody hears there without a VXLAN
+	if p.VTEP.IsValid() && p.Segment.VXLAN.UnderlayIndex != 0 { // without a VXLAN the address receives nothing
 		s.VTEP = p.VTEP.String()
 	}
 	if p.Problem.Blocking {
@@ -141,7 +144,7 @@ func plannedStatus(p Plan) v1beta1.SegmentStatus {
 	return s
 }
 
-// reportedStatus is a segment that is wanted and was worked on.
+// reportedStatus is the status of a segment that is planned and that the manager has worked on.
 func reportedStatus(p Plan, r lanmgr.Report) v1beta1.SegmentStatus {
 	s := plannedStatus(p)
 	s.Attachments = attachments(r.Claims)
@@ -164,36 +167,15 @@ func reportedStatus(p Plan, r lanmgr.Report) v1beta1.SegmentStatus {
 	return s
 }
 
-// problemOf is the plan's problem, if it blocks, before what the kernel refused. What failed beside a segment that
-// stands is no problem of the segment.
-func problemOf(p Plan, r lanmgr.Report) Problem {
-	if p.Problem.Blocking || r.Err == nil || r.Built {
-		return p.Problem
-	}
-	if taken := (*kernel.VNITaken)(nil); errors.As(r.Err, &taken) {
-		return Problem{v1beta1.ReasonVNITaken, "vxlan " + p.Segment.VXLAN.Name + ": " + taken.Error() + "; pods wait until then", true}
-	}
-	return Problem{v1beta1.ReasonBuildFailed, r.Err.Error() + ". It is tried again; pods wait until it stands", true}
-}
-
-// leavingStatus is a segment that is not wanted any more, or whose name another LAN wants.
+// leavingStatus is the status of a segment that is not wanted any more, or whose name another LAN wants.
 func leavingStatus(r lanmgr.Report) v1beta1.SegmentStatus {
 	s := segmentStatus(r.Segment)
 	s.State, s.Attachments = v1beta1.SegmentLeaving, attachments(r.Claims)
-	switch {
-	case r.Err != nil:
-		s.Reason, s.Message = v1beta1.ReasonBuildFailed, r.Err.Error()+". It is tried again"
-	case len(s.Attachments) > 0:
-		pods := make([]string, len(s.Attachments))
-		for i, a := range s.Attachments {
-			pods[i] = a.Pod + " (spoke " + a.Spoke + ")"
-		}
-		s.Message = "stays until its pods are gone: " + strings.Join(pods, ", ")
-	}
+	s.Reason, s.Message = leavingMessage(r, s.Attachments)
 	return s
 }
 
-// attachments are the claims that say who they are, sorted by spoke; one that is just being made does not yet.
+// attachments returns the claims that name their pod, sorted by spoke. A claim that is just being made does not yet.
 func attachments(claims []segment.Claim) []v1beta1.Attachment {
 	var list []v1beta1.Attachment
 	for _, c := range claims {

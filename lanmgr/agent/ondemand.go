@@ -1,7 +1,6 @@
 package agent
 
 import (
-	"fmt"
 	"net/netip"
 	"slices"
 
@@ -13,10 +12,13 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
-// plansOnDemand are the LANs that no object wants, sorted by netns: the CNI plugin made them for pods that are attached. They stay as it made them, but for
-// the underlay, as long as one is. A name that a LAN object has is that LAN's, and so is a VNI: who has it without the plugin having known, since the object is
-// not on this node, is not joined to others.
-func plansOnDemand(objects []Plan, lans map[types.UID]*v1beta1.LAN, reports []lanmgr.Report, node Node) []Plan {
+// plansOnDemand returns the plans of segments on demand, sorted by network namespace. The CNI plugin made each for pods
+// that are attached, and it is kept while one is. Only its underlay may change. A network namespace that a LAN object
+// has belongs to that LAN. A VNI does, too: the plugin does not know a LAN that is not on this node, so a segment with
+// its VNI may exist, but is not joined to EVPN.
+func plansOnDemand(
+	objectPlans []Plan, lans map[types.UID]*v1beta1.LAN, reports []lanmgr.Report, node Node,
+) []Plan {
 	holders := make(map[uint32]string)
 	for _, lan := range lans {
 		if lan.Status.Holds != nil {
@@ -25,38 +27,40 @@ func plansOnDemand(objects []Plan, lans map[types.UID]*v1beta1.LAN, reports []la
 	}
 	var plans []Plan
 	for _, r := range reports {
-		taken := slices.ContainsFunc(objects, func(p Plan) bool { return p.Segment.Netns == r.Segment.Netns })
-		if r.Segment.OnDemand && len(r.Claims) > 0 && !taken {
-			p := planOneOnDemand(r.Segment.Recorded(), node)
-			if holder, held := holders[p.Segment.VXLAN.VNI]; held {
-				p.EVPN = false
-				p.Problem = Problem{v1beta1.ReasonVNITaken, fmt.Sprintf(
-					"VNI %d is that of LAN %s: frames reach no other node. Choose another vxlanId", p.Segment.VXLAN.VNI, holder), false}
-			}
-			plans = append(plans, p)
+		sameNetns := func(p Plan) bool { return p.Segment.Netns == r.Segment.Netns }
+		if !r.Segment.OnDemand || len(r.Claims) == 0 || slices.ContainsFunc(objectPlans, sameNetns) {
+			continue
 		}
+		p := planOneOnDemand(r.Segment.Recorded(), node)
+		if holder, held := holders[p.Segment.VXLAN.VNI]; held {
+			p.EVPN = false
+			p.Problem = vniOfLANProblem(p.Segment.VXLAN.VNI, holder)
+		}
+		plans = append(plans, p)
 	}
 	return plans
 }
 
 func planOneOnDemand(s segment.Segment, node Node) Plan {
-	device, found := node.Underlays.Devices[s.VXLAN.Underlay]
-	s.VXLAN.UnderlayIndex = device.Index // 0 where there is none
+	name := s.VXLAN.Underlay
+	device, found := node.Underlays.Devices[name]
+	s.VXLAN.UnderlayIndex = device.Index // 0 where the device is missing
 	s.VXLAN.Local = vtepOnDemand(device, s.VXLAN.Local)
 	p := Plan{Segment: s, VTEP: s.VXLAN.Local, EVPN: true}
 	switch {
 	case !found:
-		p.Problem = Problem{v1beta1.ReasonUnderlayMissing, fmt.Sprintf(
-			"device %q, which the network names as master, is gone: frames reach no other node. Make it again", s.VXLAN.Underlay), false}
+		p.Problem = masterMissingProblem(name)
 	case !node.EVPN:
-		p.Problem = Problem{v1beta1.ReasonBGPDown, "the daemon was started without BGP: frames reach no other node. Have k8slan's chart start it it (evpn.enabled)", false}
+		p.Problem = noBGPOnDemandProblem()
 	default:
-		p.Problem = firstProblem(vtepSelector{}.problem(s.VXLAN.Underlay, device, p.VTEP, v1beta1.EVPN), linkProblem(s.VXLAN.Underlay, device))
+		p.Problem = firstProblem(
+			vtepSelector{}.problem(name, device, p.VTEP, v1beta1.EVPN),
+			linkProblem(name, device))
 	}
 	return p
 }
 
-// vtepOnDemand is the address that the LAN has had or, where the device has lost it, another of that family.
+// vtepOnDemand returns the address that the LAN had or, where the device has lost it, another of its family.
 func vtepOnDemand(device kernel.Underlay, had netip.Addr) netip.Addr {
 	if slices.Contains(device.Addresses, had) {
 		return had

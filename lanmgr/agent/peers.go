@@ -16,46 +16,46 @@ import (
 	"github.com/k8slan/k8slan/crd/v1beta1"
 )
 
-// peers are the other nodes and what they have of each LAN, as their LANNodes tell. They are read once a LAN wants them: where none
-// does, nodes know nothing of each other.
+// peers knows the other nodes and what they have of each LAN, from their LANNodes. Reading starts when the first LAN
+// needs it: where none does, nodes know nothing of each other.
 type peers struct {
 	self   string
-	needed chan struct{} // closed when they are
-	need   func()        // closes it
+	needed chan struct{} // closed by need
+	need   func()
 
 	mu        sync.Mutex
 	known     bool
 	nodes     map[string]map[types.UID]peer // by the node's name and the LAN
-	remotesOf map[types.UID]remoteList      // of LANs that have not changed since
-	membersOf map[types.UID][]netip.Addr    // likewise
+	remotesOf map[types.UID]remoteList      // cached until one of the LAN's peers changes
+	membersOf map[types.UID][]netip.Addr    // cached likewise
 }
 
 // peer is a LAN on another node.
 type peer struct {
-	vtep    netip.Addr   // where it hears; the zero Addr where no pod there is attached, or it cannot be reached
-	sources []netip.Addr // what its packets may come from, sorted
+	vtep    netip.Addr   // the zero Addr if no pod there is attached, or the node cannot be reached
+	sources []netip.Addr // the addresses that its packets may come from, sorted
 }
 
 func (p peer) equal(o peer) bool { return p.vtep == o.vtep && slices.Equal(p.sources, o.sources) }
 
-// remoteList is what a node with that VTEP has as remotes; nobody changes it.
+// remoteList is the remotes for a node with that VTEP. It is never modified.
 type remoteList struct {
 	vtep    netip.Addr
 	remotes []netip.Addr
 }
 
 func newPeers(self string) *peers {
-	wanted := make(chan struct{})
+	needed := make(chan struct{})
 	return &peers{
-		self: self, needed: wanted, need: sync.OnceFunc(func() { close(wanted) }),
+		self: self, needed: needed, need: sync.OnceFunc(func() { close(needed) }),
 		nodes:     map[string]map[types.UID]peer{},
 		remotesOf: map[types.UID]remoteList{},
 		membersOf: map[types.UID][]netip.Addr{},
 	}
 }
 
-// remotesFor are the VTEPs of the other nodes that have a pod on the LAN and an address of that family: sorted, each once; nil
-// where that is not known yet.
+// remotesFor returns the VTEPs of the other nodes that have a pod on the LAN and an address of vtep's family: sorted,
+// each once; nil while that is not known.
 func (p *peers) remotesFor(lan types.UID, vtep netip.Addr) []netip.Addr {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -77,8 +77,9 @@ func (p *peers) remotesFor(lan types.UID, vtep netip.Addr) []netip.Addr {
 	return remotes
 }
 
-// membersFor are the addresses that packets of the LAN may come from: those of every other node that has it, with a pod or without, for
-// a pod that attaches there is to be heard at once. Sorted, each once; nil where that is not known yet. Nobody changes the list.
+// membersFor returns the addresses that packets of the LAN may come from: those of every other node that has it. A node
+// without a pod on it is one of them, because a pod that attaches there has to be accepted at once. The list is sorted,
+// has each address once, and is never modified; it is nil while that is not known.
 func (p *peers) membersFor(lan types.UID) []netip.Addr {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -98,7 +99,7 @@ func (p *peers) membersFor(lan types.UID) []netip.Addr {
 	return members
 }
 
-// observe takes note of a LANNode and says whether that changed what somebody has asked for.
+// observe handles an event of a LANNode. It reports whether that changes remotes or members that the agent uses.
 func (p *peers) observe(before, after any) bool {
 	was, _ := before.(*v1beta1.LANNode)
 	is, _ := after.(*v1beta1.LANNode)
@@ -117,9 +118,10 @@ func (p *peers) observe(before, after any) bool {
 	return p.replace(is.Name, lans)
 }
 
-// replace notes what a node has now, nil if it is gone, and says whether that changed what somebody has asked for; p.mu is held.
+// replace sets what a node has now; nil removes the node. It reports whether that changes remotes or members that the
+// agent uses. The caller holds p.mu.
 func (p *peers) replace(node string, lans map[types.UID]peer) bool {
-	asked := len(p.remotesOf) + len(p.membersOf)
+	cached := len(p.remotesOf) + len(p.membersOf)
 	before := p.nodes[node]
 	for _, some := range []map[types.UID]peer{before, lans} {
 		for lan := range some {
@@ -134,10 +136,10 @@ func (p *peers) replace(node string, lans map[types.UID]peer) bool {
 	if p.nodes[node] = lans; lans == nil {
 		delete(p.nodes, node)
 	}
-	return len(p.remotesOf)+len(p.membersOf) < asked
+	return len(p.remotesOf)+len(p.membersOf) < cached
 }
 
-// keepOnly forgets what was asked for of other LANs than these.
+// keepOnly drops cached lists of other LANs than these.
 func (p *peers) keepOnly(lans map[types.UID]bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -145,26 +147,28 @@ func (p *peers) keepOnly(lans map[types.UID]bool) {
 	maps.DeleteFunc(p.membersOf, func(lan types.UID, _ []netip.Addr) bool { return !lans[lan] })
 }
 
-// lansOn are the LANs that a node has. Its VTEP is among the addresses of an underlay, but for one that has lost its link and with
-// that its IPv6 addresses, or a version that does not tell them.
+// lansOn returns the LANs that a node has. Its VTEP is usually one of its underlay's addresses. It is not for an
+// underlay that lost its link, and with that its IPv6 addresses, and for a version that does not report addresses.
 func lansOn(n *v1beta1.LANNode) map[types.UID]peer {
-	type way struct{ underlay, vtep string }
-	ways := map[way]peer{} // LANs share them
+	type endpoint struct{ underlay, vtep string }
+	byEndpoint := map[endpoint]peer{} // LANs share them
 	lans := make(map[types.UID]peer)
 	for _, s := range n.Status.Segments {
 		if s.UID == "" {
 			continue
 		}
-		p, ok := ways[way{s.Underlay, s.VTEP}]
+		e := endpoint{s.Underlay, s.VTEP}
+		p, ok := byEndpoint[e]
 		if !ok {
 			p = peerOf(n.Status.Underlays, s)
-			ways[way{s.Underlay, s.VTEP}] = p
+			byEndpoint[e] = p
 		}
 		if len(s.Attachments) == 0 || !p.vtep.IsGlobalUnicast() {
 			p.vtep = netip.Addr{}
 		}
-		if other, ok := lans[s.UID]; ok { // leaving one netns, it is in another
-			p.sources = slices.Compact(slices.SortedFunc(slices.Values(slices.Concat(p.sources, other.sources)), netip.Addr.Compare))
+		if other, ok := lans[s.UID]; ok { // a LAN can be leaving one network namespace and be in another
+			sources := slices.Values(slices.Concat(p.sources, other.sources))
+			p.sources = slices.Compact(slices.SortedFunc(sources, netip.Addr.Compare))
 			p.vtep = cmp.Or(p.vtep, other.vtep)
 		}
 		lans[s.UID] = p
@@ -172,6 +176,7 @@ func lansOn(n *v1beta1.LANNode) map[types.UID]peer {
 	return lans
 }
 
+// peerOf parses the addresses of one segment of a LANNode, and ignores those that cannot be a node's.
 func peerOf(underlays []v1beta1.NodeUnderlay, s v1beta1.SegmentStatus) (p peer) {
 	texts := []string{s.VTEP}
 	for _, u := range underlays {
@@ -182,7 +187,7 @@ func peerOf(underlays []v1beta1.NodeUnderlay, s v1beta1.SegmentStatus) (p peer) 
 	for i, text := range texts {
 		a, err := netip.ParseAddr(text)
 		if err != nil || a.Zone() != "" || !a.Unmap().IsGlobalUnicast() && !a.IsLinkLocalUnicast() {
-			continue // no address of a node
+			continue
 		}
 		if p.sources = append(p.sources, a.Unmap()); i == 0 {
 			p.vtep = a.Unmap()
@@ -193,7 +198,7 @@ func peerOf(underlays []v1beta1.NodeUnderlay, s v1beta1.SegmentStatus) (p peer) 
 	return p
 }
 
-// StripPeer strips a LANNode of what other nodes do not need of it, before a cache keeps it.
+// StripPeer removes from a LANNode what other nodes do not need of it, before a cache keeps it.
 func StripPeer(obj any) (any, error) {
 	n, ok := obj.(*v1beta1.LANNode)
 	if !ok {
@@ -214,58 +219,43 @@ func StripPeer(obj any) (any, error) {
 	return peer, nil
 }
 
-// intern is the one copy of a text that many nodes tell.
+// intern returns one copy of a text that many LANNodes have.
 func intern(text string) string { return unique.Make(text).Value() }
 
-// watchPeers watches the other nodes' LANNodes from when a LAN wants them until ctx ends. While the API server is away, what was
-// last read of them holds.
+// watchPeers watches the other nodes' LANNodes, from when a LAN needs them until ctx ends. While the API server is
+// away, what was read last stays valid.
 func (a *Agent) watchPeers(ctx context.Context) {
 	select {
 	case <-ctx.Done():
 		return
 	case <-a.peers.needed:
 	}
-	retry := newRetry()
-	defer retry.stop()
-	for {
-		err := a.readPeers(ctx)
-		if err == nil || ctx.Err() != nil {
-			return
-		}
-		retry.failed(a.Log, "cannot watch the other nodes' LANNodes, remotes stay as they are", err)
-		select {
-		case <-ctx.Done():
-			return
-		case <-retry.timer.C:
-		}
-	}
+	message := "cannot watch the other nodes' LANNodes, remotes stay unchanged"
+	a.untilDone(ctx, message, func() error { return a.readPeers(ctx) })
 }
 
 func (a *Agent) readPeers(ctx context.Context) error {
-	slow := time.AfterFunc(maxDelay, func() {
-		a.Log.Warn("the API server has not yet told of the other nodes' LANNodes; remotes stay as they are", "node", a.Node)
+	slow := time.AfterFunc(slowSync, func() {
+		message := "waiting for the API server to list the other nodes' LANNodes; remotes stay unchanged"
+		a.Log.Warn(message, "node", a.Node)
 	})
 	defer slow.Stop()
-	informer, err := a.Peers.GetInformer(ctx, &v1beta1.LANNode{}) // waits until it has synced
+	informer, err := a.Peers.GetInformer(ctx, &v1beta1.LANNode{}) // returns when it has synced
 	if err != nil {
 		return fmt.Errorf("watch LANNodes: %w", err)
 	}
-	reg, err := informer.AddEventHandler(onChange(func(before, after any) {
-		if a.peers.observe(before, after) {
-			signal(a.inputsChanged)
-		}
-	}))
+	reg, err := informer.AddEventHandler(a.inputHandler(a.peers.observe))
 	if err != nil {
 		return fmt.Errorf("watch LANNodes: %w", err)
 	}
 	select {
 	case <-ctx.Done():
 		return ctx.Err()
-	case <-reg.HasSyncedChecker().Done(): // every LANNode there is was told
+	case <-reg.HasSyncedChecker().Done(): // the handler has seen every LANNode
 	}
 	a.peers.mu.Lock()
 	a.peers.known = true
 	a.peers.mu.Unlock()
-	signal(a.inputsChanged)
+	a.inputsChanged.Set()
 	return nil
 }

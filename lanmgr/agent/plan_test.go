@@ -24,19 +24,23 @@ func device(index, mtu int) kernel.Underlay {
 	}
 }
 
-// worker1 is a node with the devices eth0, of the default route, eth1 and a jumbo one.
+// worker1 returns a node with the devices eth0, which has the default route, eth1, and jumbo.
 func worker1() agent.Node {
 	return agent.Node{
 		Name:   "worker1",
 		Labels: map[string]string{"kubernetes.io/hostname": "host1", "rack": "a"},
 		Underlays: kernel.Underlays{
 			Default: "eth0",
-			Devices: map[string]kernel.Underlay{"eth0": device(2, 1500), "eth1": device(3, 1500), "jumbo": device(4, 9000)},
+			Devices: map[string]kernel.Underlay{
+				"eth0":  device(2, 1500),
+				"eth1":  device(3, 1500),
+				"jumbo": device(4, 9000),
+			},
 		},
 	}
 }
 
-// lab is an admitted LAN.
+// lab returns an admitted LAN, changed by change.
 func lab(change func(*v1beta1.LAN)) *v1beta1.LAN {
 	lan := &v1beta1.LAN{
 		ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: "lab", UID: "uid-lab", Generation: 3},
@@ -51,7 +55,7 @@ func lab(change func(*v1beta1.LAN)) *v1beta1.LAN {
 	return lan
 }
 
-func TestALANOfTenLinesGetsItsDefaults(t *testing.T) {
+func TestMinimalLANGetsDefaults(t *testing.T) {
 	plan, ok := agent.NewPlan(lab(nil), worker1(), segment.Segment{})
 	want := segment.Segment{
 		LAN:        segment.LAN{Namespace: "default", Name: "lab", UID: "uid-lab"},
@@ -61,7 +65,8 @@ func TestALANOfTenLinesGetsItsDefaults(t *testing.T) {
 		MTU:        1422,
 		Spokes:     []string{"srl", "vm"},
 		VXLAN: segment.VXLAN{
-			Name: "vx222", VNI: 222, Port: 4789, Group: netip.MustParseAddr("ff02::14"), Underlay: "eth0", UnderlayIndex: 2,
+			Name: "vx222", VNI: 222, Port: 4789, Group: netip.MustParseAddr("ff02::14"),
+			Underlay: "eth0", UnderlayIndex: 2,
 		},
 	}
 	if !ok || !plan.Segment.Equal(want) {
@@ -72,36 +77,40 @@ func TestALANOfTenLinesGetsItsDefaults(t *testing.T) {
 	}
 }
 
-func TestANodeHasNothingOfALANThatIs(t *testing.T) {
+func TestNodeHasNothingOfALANThatIs(t *testing.T) {
+	selecting := func(labels map[string]v1beta1.LabelValue) func(*v1beta1.LAN) {
+		return func(l *v1beta1.LAN) { l.Spec.NodeSelector = labels }
+	}
 	for name, change := range map[string]func(*v1beta1.LAN){
 		"not admitted":       func(l *v1beta1.LAN) { l.Status.Holds = nil },
 		"being deleted":      func(l *v1beta1.LAN) { l.DeletionTimestamp = &metav1.Time{Time: metav1.Now().Time} },
-		"for other nodes":    func(l *v1beta1.LAN) { l.Spec.NodeSelector = map[string]v1beta1.LabelValue{"rack": "b"} },
-		"for unlabelled key": func(l *v1beta1.LAN) { l.Spec.NodeSelector = map[string]v1beta1.LabelValue{"rack": "a", "gpu": ""} },
+		"for other nodes":    selecting(map[string]v1beta1.LabelValue{"rack": "b"}),
+		"for unlabelled key": selecting(map[string]v1beta1.LabelValue{"rack": "a", "gpu": ""}),
 	} {
 		if plan, ok := agent.NewPlan(lab(change), worker1(), segment.Segment{}); ok {
 			t.Errorf("%s: plan = %+v", name, plan)
 		}
 	}
-	if _, ok := agent.NewPlan(lab(func(l *v1beta1.LAN) { l.Spec.NodeSelector = map[string]v1beta1.LabelValue{"rack": "a"} }), worker1(), segment.Segment{}); !ok {
-		t.Error("nothing of a LAN that selects the node")
+	selected := lab(selecting(map[string]v1beta1.LabelValue{"rack": "a"}))
+	if _, ok := agent.NewPlan(selected, worker1(), segment.Segment{}); !ok {
+		t.Error("nothing is planned of a LAN that selects the node")
 	}
 }
 
-func TestOnlyWhatIsHeldIsBuilt(t *testing.T) {
+func TestOnlyHeldNamesAndPortsAreBuilt(t *testing.T) {
 	plan, _ := agent.NewPlan(lab(func(l *v1beta1.LAN) {
 		l.Spec.Spokes = []string{"srl", "refused"}
-		l.Spec.VXLANPort = 4790 // asked for, not held yet
+		l.Spec.VXLANPort = 4790 // requested, not held yet
 	}), worker1(), segment.Segment{})
 	if got := strings.Join(plan.Segment.Spokes, " "); got != "srl" {
-		t.Errorf("spokes = %q, want srl: vm is not asked for any more, refused is not held", got)
+		t.Errorf("spokes = %q, want srl: vm is no longer requested, refused is not held", got)
 	}
 	if plan.Segment.VXLAN.Port != 4789 {
-		t.Errorf("port = %d, want the one that is held", plan.Segment.VXLAN.Port)
+		t.Errorf("port = %d, want the held one", plan.Segment.VXLAN.Port)
 	}
 }
 
-func TestTheUnderlayIsTheNodesOwnThenTheLANsThenTheDefaultRoutes(t *testing.T) {
+func TestUnderlayIsTheNodesThenTheLANsThenTheDefaultRoutes(t *testing.T) {
 	devices := func(keyAndDevice ...string) map[string]v1beta1.Device {
 		m := map[string]v1beta1.Device{}
 		for i := 0; i < len(keyAndDevice); i += 2 {
@@ -121,14 +130,18 @@ func TestTheUnderlayIsTheNodesOwnThenTheLANsThenTheDefaultRoutes(t *testing.T) {
 		{"by hostname label", devices("host1", "jumbo"), "eth1", "jumbo"},
 		{"only other nodes'", devices("worker2", "jumbo"), "eth1", "eth1"},
 	} {
-		plan, _ := agent.NewPlan(lab(func(l *v1beta1.LAN) { l.Spec.VXLANDevMap, l.Spec.DefaultVXLANDev = c.byNode, c.common }), worker1(), segment.Segment{})
+		plan, _ := agent.NewPlan(
+			lab(func(l *v1beta1.LAN) { l.Spec.VXLANDevMap, l.Spec.DefaultVXLANDev = c.byNode, c.common }),
+			worker1(),
+			segment.Segment{},
+		)
 		if got := plan.Segment.VXLAN.Underlay; got != c.want {
 			t.Errorf("%s: underlay = %q, want %q", c.name, got, c.want)
 		}
 	}
 }
 
-func TestTheMTULeavesRoomForTheVXLAN(t *testing.T) {
+func TestMTULeavesRoomForTheVXLAN(t *testing.T) {
 	for _, c := range []struct {
 		name, group, underlay string
 		mtu                   int32
@@ -138,11 +151,11 @@ func TestTheMTULeavesRoomForTheVXLAN(t *testing.T) {
 		{"IPv6, two tags reserved", "ff02::14", "eth0", 0, 1422, ""},
 		{"IPv4, two tags reserved", "239.1.1.1", "eth0", 0, 1442, ""},
 		{"jumbo", "ff02::14", "jumbo", 0, 8922, ""},
-		{"asked for", "ff02::14", "jumbo", 1500, 1500, ""},
-		{"asked for, just fits IPv6", "ff02::14", "eth0", 1430, 1430, ""},
-		{"asked for, one too many for IPv6", "ff02::14", "eth0", 1431, 1431, v1beta1.ReasonMTUTooLarge},
-		{"asked for, just fits IPv4", "239.1.1.1", "eth0", 1450, 1450, ""},
-		{"asked for, one too many for IPv4", "239.1.1.1", "eth0", 1451, 1451, v1beta1.ReasonMTUTooLarge},
+		{"requested", "ff02::14", "jumbo", 1500, 1500, ""},
+		{"requested, just fits IPv6", "ff02::14", "eth0", 1430, 1430, ""},
+		{"requested, one too many for IPv6", "ff02::14", "eth0", 1431, 1431, v1beta1.ReasonMTUTooLarge},
+		{"requested, just fits IPv4", "239.1.1.1", "eth0", 1450, 1450, ""},
+		{"requested, one too many for IPv4", "239.1.1.1", "eth0", 1451, 1451, v1beta1.ReasonMTUTooLarge},
 	} {
 		plan, _ := agent.NewPlan(lab(func(l *v1beta1.LAN) {
 			l.Spec.VXLANGroup, l.Spec.DefaultVXLANDev, l.Spec.MTU = c.group, v1beta1.Device(c.underlay), c.mtu
@@ -153,7 +166,7 @@ func TestTheMTULeavesRoomForTheVXLAN(t *testing.T) {
 	}
 }
 
-func TestAProblemSaysWhatIsWrongAndTheWayOut(t *testing.T) {
+func TestProblemSaysWhatIsWrongAndTheWayOut(t *testing.T) {
 	change := func(name string, f func(*kernel.Underlay)) func(*agent.Node) {
 		return func(n *agent.Node) {
 			d := n.Underlays.Devices[name]
@@ -173,56 +186,67 @@ func TestAProblemSaysWhatIsWrongAndTheWayOut(t *testing.T) {
 			name:   "no such device, by the map",
 			lan:    func(l *v1beta1.LAN) { l.Spec.VXLANDevMap = map[string]v1beta1.Device{"worker1": "eth7"} },
 			reason: v1beta1.ReasonUnderlayMissing, blocking: true,
-			message: `no device "eth7" (spec.vxlanDevMap.worker1). Create it, or change spec.vxlanDevMap.worker1; pods wait until then`,
+			message: `no device "eth7" (spec.vxlanDevMap.worker1). ` +
+				`Create it, or change spec.vxlanDevMap.worker1; pods wait until then`,
 		},
 		{
 			name:   "no such device, by the default",
 			lan:    func(l *v1beta1.LAN) { l.Spec.DefaultVXLANDev = "eth7" },
 			reason: v1beta1.ReasonUnderlayMissing, blocking: true,
-			message: `no device "eth7" (spec.defaultVxlanDev). Create it, or change spec.defaultVxlanDev; pods wait until then`,
+			message: `no device "eth7" (spec.defaultVxlanDev). ` +
+				`Create it, or change spec.defaultVxlanDev; pods wait until then`,
 		},
 		{
 			name:   "no default route",
 			node:   func(n *agent.Node) { n.Underlays.Default = "" },
 			reason: v1beta1.ReasonUnderlayMissing, blocking: true,
-			message: `no default route, and the LAN names no device for this node. Set spec.defaultVxlanDev or spec.vxlanDevMap.worker1; pods wait until then`,
+			message: `no default route, and the LAN names no device for this node. ` +
+				`Set spec.defaultVxlanDev or spec.vxlanDevMap.worker1; pods wait until then`,
 		},
 		{
 			name:   "IPv6 switched off",
 			node:   change("eth0", func(d *kernel.Underlay) { d.IPv6Off, d.IPv6 = true, netip.Addr{} }),
 			reason: v1beta1.ReasonUnderlayNoAddress, blocking: true,
-			message: `IPv6 is switched off on device "eth0", and the group ff02::14 needs it. Set net.ipv6.conf.eth0.disable_ipv6=0, or choose an IPv4 group in spec.vxlanGrp; pods wait until then`,
+			message: `IPv6 is switched off on device "eth0", and the group ff02::14 needs it. ` +
+				`Set net.ipv6.conf.eth0.disable_ipv6=0, or choose an IPv4 group in spec.vxlanGrp; ` +
+				`pods wait until then`,
 		},
 		{
 			name:   "no IPv6 address",
 			node:   change("eth0", func(d *kernel.Underlay) { d.IPv6 = netip.Addr{} }),
 			reason: v1beta1.ReasonUnderlayNoAddress, blocking: true,
-			message: `device "eth0" has no IPv6 address, which the group ff02::14 needs; a link-local one is enough. Give it one, or choose an IPv4 group in spec.vxlanGrp; pods wait until then`,
+			message: `device "eth0" has no IPv6 address, which the group ff02::14 needs; ` +
+				`a link-local one is enough. Give it one, or choose an IPv4 group in spec.vxlanGrp; ` +
+				`pods wait until then`,
 		},
 		{
 			name:   "no IPv4 address",
 			lan:    func(l *v1beta1.LAN) { l.Spec.VXLANGroup = "239.1.1.1" },
 			node:   change("eth0", func(d *kernel.Underlay) { d.IPv4 = netip.Addr{} }),
 			reason: v1beta1.ReasonUnderlayNoAddress, blocking: true,
-			message: `device "eth0" has no IPv4 address, which the group 239.1.1.1 needs. Give it one, or choose an IPv6 group in spec.vxlanGrp; pods wait until then`,
+			message: `device "eth0" has no IPv4 address, which the group 239.1.1.1 needs. ` +
+				`Give it one, or choose an IPv6 group in spec.vxlanGrp; pods wait until then`,
 		},
 		{
 			name:   "MTU too large",
 			lan:    func(l *v1beta1.LAN) { l.Spec.MTU = 1500 },
 			reason: v1beta1.ReasonMTUTooLarge, blocking: true,
-			message: `spec.mtu 1500 and 70 bytes of VXLAN do not fit device "eth0" with MTU 1500. Lower spec.mtu to 1430 (1422 if frames bear two VLAN tags), or raise the device's MTU; pods wait until then`,
+			message: `spec.mtu 1500 and 70 bytes of VXLAN do not fit device "eth0" with MTU 1500. ` +
+				`Lower spec.mtu to 1430 (1422 if frames bear two VLAN tags), or raise the device's MTU; ` +
+				`pods wait until then`,
 		},
 		{
 			name:   "an underlay too small for anything",
 			node:   change("eth0", func(d *kernel.Underlay) { d.MTU = 100 }),
 			reason: v1beta1.ReasonMTUTooLarge, blocking: true,
-			message: `device "eth0" has MTU 100, too little for a VXLAN. Raise it to 146 at least; pods wait until then`,
+			message: `device "eth0" has MTU 100, too little for a VXLAN. ` +
+				`Raise it to 146 at least; pods wait until then`,
 		},
 		{
 			name:    "no carrier, and therefore no IPv6 address yet",
 			node:    change("eth0", func(d *kernel.Underlay) { d.Carrier, d.IPv6 = false, netip.Addr{} }),
 			reason:  v1beta1.ReasonUnderlayDown,
-			message: `device "eth0" has no carrier: frames reach no other node. Look at its cable or peer`,
+			message: `device "eth0" has no carrier: frames reach no other node. Check its cable and its peer`,
 		},
 		{
 			name:    "down, and therefore without an IPv6 address",
@@ -244,13 +268,14 @@ func TestAProblemSaysWhatIsWrongAndTheWayOut(t *testing.T) {
 			}
 			plan, ok := agent.NewPlan(lab(c.lan), here, segment.Segment{})
 			if !ok {
-				t.Fatal("nothing planned")
+				t.Fatal("nothing is planned")
 			}
-			if want := (agent.Problem{Reason: c.reason, Message: c.message, Blocking: c.blocking}); plan.Problem != want {
+			want := agent.Problem{Reason: c.reason, Message: c.message, Blocking: c.blocking}
+			if plan.Problem != want {
 				t.Errorf("problem\n%+v, want\n%+v", plan.Problem, want)
 			}
 			if built := plan.Segment.VXLAN.UnderlayIndex != 0; built == c.blocking {
-				t.Errorf("VXLAN planned: %v, though the problem blocks: %v", built, c.blocking)
+				t.Errorf("VXLAN planned: %v, problem blocks: %v", built, c.blocking)
 			}
 			if plan.Segment.MTU <= 0 || plan.Segment.Bridge == "" || len(plan.Segment.Spokes) == 0 {
 				t.Errorf("the rest is not planned: %+v", plan.Segment)
@@ -259,51 +284,64 @@ func TestAProblemSaysWhatIsWrongAndTheWayOut(t *testing.T) {
 	}
 }
 
-func TestAFinishedChecksumIsTheLANsChoiceAndASpokesBeforeIt(t *testing.T) {
+func TestTxChecksumOfASpokeOverridesTheLANs(t *testing.T) {
 	for name, test := range map[string]struct {
 		lan    v1beta1.OnOff
 		spokes map[string]v1beta1.SpokeOptions
 		want   []string
 	}{
-		"nothing said":         {},
-		"off for the LAN":      {lan: v1beta1.Off, want: []string{"srl", "vm"}},
-		"off, but for a spoke": {lan: v1beta1.Off, spokes: map[string]v1beta1.SpokeOptions{"srl": {TxChecksum: v1beta1.On}, "vm": {}}, want: []string{"vm"}},
-		"off for a spoke":      {spokes: map[string]v1beta1.SpokeOptions{"srl": {TxChecksum: v1beta1.Off}, "refused": {TxChecksum: v1beta1.Off}}, want: []string{"srl"}},
+		"not set":         {},
+		"off for the LAN": {lan: v1beta1.Off, want: []string{"srl", "vm"}},
+		"off, but on for a spoke": {
+			lan:    v1beta1.Off,
+			spokes: map[string]v1beta1.SpokeOptions{"srl": {TxChecksum: v1beta1.On}, "vm": {}},
+			want:   []string{"vm"},
+		},
+		"off for a spoke": {
+			spokes: map[string]v1beta1.SpokeOptions{
+				"srl": {TxChecksum: v1beta1.Off}, "refused": {TxChecksum: v1beta1.Off},
+			},
+			want: []string{"srl"},
+		},
 	} {
 		plan, _ := agent.NewPlan(lab(func(l *v1beta1.LAN) {
 			l.Spec.Spokes = append(l.Spec.Spokes, "refused")
 			l.Spec.TxChecksum, l.Spec.SpokeOptions = test.lan, test.spokes
 		}), worker1(), segment.Segment{})
 		if have := plan.Segment.TxChecksumOff; !slices.Equal(have, test.want) {
-			t.Errorf("%s: finished for %v, want %v", name, have, test.want)
+			t.Errorf("%s: off for %v, want %v", name, have, test.want)
 		}
 	}
 }
 
-// Pods that are attached have the old MTU: a smaller bridge port would drop their frames.
-func TestALANKeepsItsMTUWhileItsUnderlayIsAway(t *testing.T) {
+// Pods that are attached have the old MTU. A bridge port with a smaller one would drop their frames.
+func TestLANKeepsItsMTUWhileItsUnderlayIsMissing(t *testing.T) {
 	here := worker1()
 	delete(here.Underlays.Devices, "eth0")
 	plan, _ := agent.NewPlan(lab(nil), here, segment.Segment{MTU: 8922})
 	if plan.Segment.MTU != 8922 || plan.Segment.VXLAN.UnderlayIndex != 0 {
-		t.Errorf("MTU %d, underlay %d; want 8922 without an underlay", plan.Segment.MTU, plan.Segment.VXLAN.UnderlayIndex)
+		t.Errorf(
+			"MTU %d, underlay %d; want 8922 without an underlay",
+			plan.Segment.MTU,
+			plan.Segment.VXLAN.UnderlayIndex,
+		)
 	}
 }
 
-// A slip in spec.mtu, or an underlay that got smaller, must not cut off who is attached.
-func TestALANWhoseMTUBecameTooLargeStaysAsItIs(t *testing.T) {
+// A mistake in spec.mtu, or an underlay with a smaller MTU, must not interrupt the pods that are attached.
+func TestLANWithATooLargeMTUKeepsItsVXLAN(t *testing.T) {
 	before, _ := agent.NewPlan(lab(nil), worker1(), segment.Segment{})
 	after, _ := agent.NewPlan(lab(func(l *v1beta1.LAN) { l.Spec.MTU = 9000 }), worker1(), before.Segment)
 	if after.Segment.MTU != before.Segment.MTU || after.Segment.VXLAN != before.Segment.VXLAN {
-		t.Errorf("planned %+v, want what is there: %+v", after.Segment, before.Segment)
+		t.Errorf("planned %+v, want the same as before: %+v", after.Segment, before.Segment)
 	}
 	if after.Problem.Reason != v1beta1.ReasonMTUTooLarge || !after.Problem.Blocking {
 		t.Errorf("problem = %+v", after.Problem)
 	}
 }
 
-// Its VXLAN is made anew in a moment; kubelet would not offer the spokes to pods for longer than that.
-func TestAnEditOfTheVXLANLeavesSpokesOnOffer(t *testing.T) {
+// The VXLAN is recreated at once. Kubelet would not allocate unhealthy spokes for longer than that.
+func TestChangedVXLANLeavesSpokesHealthy(t *testing.T) {
 	plan, _ := agent.NewPlan(lab(nil), worker1(), segment.Segment{})
 	for name, c := range map[string]struct {
 		built   func(*segment.VXLAN)
@@ -324,11 +362,14 @@ func TestAnEditOfTheVXLANLeavesSpokesOnOffer(t *testing.T) {
 	}
 }
 
-// pooled is a LAN with a spoke and two pools, one of them by ordinal.
+// pooled returns a LAN with a spoke and two pools. The MACs of one of them are by ordinal.
 func pooled(change func(*v1beta1.LAN)) *v1beta1.LAN {
 	return lab(func(l *v1beta1.LAN) {
 		l.Spec.Spokes = []string{"srl"}
-		l.Spec.SpokePools = []v1beta1.SpokePool{{Name: "web", Size: 11}, {Name: "db", Size: 2, MACBy: v1beta1.MACByOrdinal}}
+		l.Spec.SpokePools = []v1beta1.SpokePool{
+			{Name: "web", Size: 11},
+			{Name: "db", Size: 2, MACBy: v1beta1.MACByOrdinal},
+		}
 		l.Status.Holds.Spokes = []string{"db", "srl", "web"}
 		if change != nil {
 			change(l)
@@ -336,8 +377,8 @@ func pooled(change func(*v1beta1.LAN)) *v1beta1.LAN {
 	})
 }
 
-// Without its address, the others could not send to it: see keptSource.
-func TestALANThatLeavesUnicastOverIPv6KeepsItsSource(t *testing.T) {
+// Without this source, other nodes could not send to the node; see keptSource.
+func TestLANThatLeavesUnicastOverIPv6KeepsItsSource(t *testing.T) {
 	vtep, other := netip.MustParseAddr("2001:db8::1"), netip.MustParseAddr("2001:db8::2")
 	for _, c := range []struct {
 		name      string
@@ -361,7 +402,7 @@ func TestALANThatLeavesUnicastOverIPv6KeepsItsSource(t *testing.T) {
 	}
 }
 
-func TestAPoolIsAsManySpokes(t *testing.T) {
+func TestPoolHasOneSpokePerPort(t *testing.T) {
 	plan, _ := agent.NewPlan(pooled(nil), worker1(), segment.Segment{})
 	want := "db_0 db_1 srl web_0 web_1 web_10 web_2 web_3 web_4 web_5 web_6 web_7 web_8 web_9"
 	if got := strings.Join(plan.Segment.Spokes, " "); got != want {
@@ -370,16 +411,20 @@ func TestAPoolIsAsManySpokes(t *testing.T) {
 	if plan.Segment.Node != "worker1" || !slices.Equal(plan.Segment.MACByOrdinal, []string{"db"}) {
 		t.Errorf("node %q, by ordinal %v", plan.Segment.Node, plan.Segment.MACByOrdinal)
 	}
-	plan, _ = agent.NewPlan(pooled(func(l *v1beta1.LAN) { l.Status.Holds.Spokes = []string{"srl"} }), worker1(), segment.Segment{})
+	plan, _ = agent.NewPlan(
+		pooled(func(l *v1beta1.LAN) { l.Status.Holds.Spokes = []string{"srl"} }),
+		worker1(),
+		segment.Segment{},
+	)
 	if got := strings.Join(plan.Segment.Spokes, " "); got != "srl" {
-		t.Errorf("where no pool is held the spokes are %s", got)
+		t.Errorf("without a held pool the spokes are %s", got)
 	}
 	if plan, _ := agent.NewPlan(lab(nil), worker1(), segment.Segment{}); plan.Segment.Node != "" {
-		t.Error("a LAN without pools is another wish than before there were any")
+		t.Error("the segment of a LAN without pools has the node's name")
 	}
 }
 
-func TestChecksumsOfAPoolAreThoseOfItsPorts(t *testing.T) {
+func TestTxChecksumOfAPoolAppliesToItsPorts(t *testing.T) {
 	plan, _ := agent.NewPlan(pooled(func(l *v1beta1.LAN) {
 		l.Spec.SpokeOptions = map[string]v1beta1.SpokeOptions{"db": {TxChecksum: v1beta1.Off}}
 	}), worker1(), segment.Segment{})
@@ -388,21 +433,38 @@ func TestChecksumsOfAPoolAreThoseOfItsPorts(t *testing.T) {
 	}
 }
 
-func TestAPoolIsOfferedWithThePortsThatStand(t *testing.T) {
+func TestPoolIsAdvertisedWithItsBuiltPorts(t *testing.T) {
 	before, _ := agent.NewPlan(pooled(nil), worker1(), segment.Segment{})
 	report := lanmgr.Report{Segment: before.Segment, Built: true}
 	for size, want := range map[int32]int{11: 11, 12: 11, 3: 3} {
-		plan, _ := agent.NewPlan(pooled(func(l *v1beta1.LAN) { l.Spec.SpokePools[0].Size = size }), worker1(), segment.Segment{})
+		plan, _ := agent.NewPlan(
+			pooled(func(l *v1beta1.LAN) { l.Spec.SpokePools[0].Size = size }),
+			worker1(),
+			segment.Segment{},
+		)
 		got := agent.Advertised([]agent.Plan{plan}, []lanmgr.Report{report})
-		if !slices.Equal(got, []agent.Spoke{{Name: "db", Ports: 2, Healthy: true}, {Name: "srl", Healthy: true}, {Name: "web", Ports: want, Healthy: true}}) {
-			t.Errorf("of %d ports wanted and 11 built %v are offered", size, got)
+		if !slices.Equal(
+			got,
+			[]agent.Spoke{
+				{Name: "db", Ports: 2, Healthy: true},
+				{Name: "srl", Healthy: true},
+				{Name: "web", Ports: want, Healthy: true},
+			},
+		) {
+			t.Errorf("with %d ports wanted and 11 built, %v are advertised", size, got)
 		}
 	}
 	report.Claims = []segment.Claim{
-		{ID: "k1", Spoke: "srl", Kind: segment.Veth, Since: time.Now()}, {ID: "k2", Spoke: "web_10", Kind: segment.Veth, Since: time.Now()},
+		{
+			ID:    "k1",
+			Spoke: "srl",
+			Kind:  segment.Veth,
+			Since: time.Now(),
+		}, {ID: "k2", Spoke: "web_10", Kind: segment.Veth, Since: time.Now()},
 	}
 	seg := agent.Status([]agent.Plan{before}, []lanmgr.Report{report}, kernel.Underlays{}, nil, "").Segments[0]
-	if seg.Offered != 14 || seg.Attachments[0].Pool != "" || seg.Attachments[1].Spoke != "web_10" || seg.Attachments[1].Pool != "web" {
-		t.Errorf("reported: %+v", seg)
+	if seg.Offered != 14 || seg.Attachments[0].Pool != "" || seg.Attachments[1].Spoke != "web_10" ||
+		seg.Attachments[1].Pool != "web" {
+		t.Errorf("the status is %+v", seg)
 	}
 }

@@ -16,10 +16,12 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"github.com/k8slan/k8slan/crd/v1beta1"
+	"github.com/k8slan/k8slan/lanmgr/notify"
+	"github.com/k8slan/k8slan/lanmgr/retry"
 )
 
-// writeInterval is the least time between two writes, so that a burst of attachments is few of them. The first change after a quiet time is
-// written at once: other nodes wait for it.
+// writeInterval is the least time between two writes, so that a burst of attachments takes few. The first change after
+// a quiet time is written at once: other nodes wait for it.
 const writeInterval = 200 * time.Millisecond
 
 // publisher writes the node's LANNode: always the newest status, one write at a time, and only when something changed.
@@ -28,19 +30,19 @@ type publisher struct {
 	client    client.Client
 	apiReader client.Reader
 	log       *slog.Logger
-	wake      chan struct{} // one slot
+	wake      notify.Flag
 
 	mu    sync.Mutex
 	owner *metav1.OwnerReference
-	want  *v1beta1.LANNodeStatus // nil: nothing to say yet
-	have  *v1beta1.LANNode       // newest that is known of; nil: look
+	want  *v1beta1.LANNodeStatus // nil: not known yet
+	have  *v1beta1.LANNode       // the newest version that is known; nil: not known
 }
 
-func newPublisher(name string, c client.Client, live client.Reader, log *slog.Logger) *publisher {
-	return &publisher{name: name, client: c, apiReader: live, log: log, wake: make(chan struct{}, 1)}
+func newPublisher(name string, c client.Client, apiReader client.Reader, log *slog.Logger) *publisher {
+	return &publisher{name: name, client: c, apiReader: apiReader, log: log, wake: notify.New()}
 }
 
-// setOwner says which Node the LANNode goes with.
+// setOwner sets the Node that owns the LANNode.
 func (p *publisher) setOwner(node *corev1.Node) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -48,9 +50,10 @@ func (p *publisher) setOwner(node *corev1.Node) {
 		return
 	}
 	p.owner = &metav1.OwnerReference{APIVersion: "v1", Kind: "Node", Name: node.Name, UID: node.UID}
-	signal(p.wake)
+	p.wake.Set()
 }
 
+// set sets the status that the LANNode should have.
 func (p *publisher) set(status v1beta1.LANNodeStatus) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -58,26 +61,26 @@ func (p *publisher) set(status v1beta1.LANNodeStatus) {
 		return
 	}
 	p.want = &status
-	signal(p.wake)
+	p.wake.Set()
 }
 
-// observe takes note of what others did to the LANNode, and of the echo of our own writes.
+// observe handles an event of the LANNode: a change by another writer, or the echo of an own write.
 func (p *publisher) observe(before, after any) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.have == nil {
-		return // run looks itself
+		return // run reads the LANNode itself
 	}
-	if now, ok := after.(*v1beta1.LANNode); ok {
-		if newer(now, p.have) {
-			p.have = now.DeepCopy()
-			signal(p.wake)
+	if current, ok := after.(*v1beta1.LANNode); ok {
+		if newer(current, p.have) {
+			p.have = current.DeepCopy()
+			p.wake.Set()
 		}
 		return
 	}
-	if gone, ok := before.(*v1beta1.LANNode); ok && gone.UID == p.have.UID {
+	if deleted, ok := before.(*v1beta1.LANNode); ok && deleted.UID == p.have.UID {
 		p.have = nil
-		signal(p.wake)
+		p.wake.Set()
 	}
 }
 
@@ -86,43 +89,34 @@ func newer(a, b *v1beta1.LANNode) bool {
 	return err != nil || order > 0
 }
 
-// run writes until ctx ends. What fails is tried again for as long as it takes.
+// run writes until ctx ends, and repeats what failed.
 func (p *publisher) run(ctx context.Context) {
-	retry := newRetry()
-	defer retry.stop()
+	timer := retry.NewTimer(retry.Default)
+	defer timer.Stop()
+	timer.Succeeded() // nothing is due before set
 	var last time.Time
 	for {
 		select {
 		case <-ctx.Done():
 			return
 		case <-p.wake:
-			if !p.rest(ctx, writeInterval-time.Since(last)) {
+			if !retry.Pause(ctx, writeInterval-time.Since(last)) {
 				return
 			}
-		case <-retry.timer.C:
+		case <-timer.C:
 		}
 		last = time.Now()
 		if err := p.write(ctx); err != nil && ctx.Err() == nil {
-			retry.failed(p.log, "cannot write the node's LANNode, trying again", err)
+			if timer.Failed(err) {
+				p.log.Error("cannot write the node's LANNode, trying again", "err", err)
+			}
 			continue
 		}
-		retry.succeeded()
+		timer.Succeeded()
 	}
 }
 
-// rest waits for so long, and is false if ctx ends first.
-func (p *publisher) rest(ctx context.Context, so time.Duration) bool {
-	timer := time.NewTimer(so)
-	defer timer.Stop()
-	select {
-	case <-ctx.Done():
-		return false
-	case <-timer.C:
-		return true
-	}
-}
-
-// write brings the LANNode to what is wanted now. Where somebody else was faster, it looks again.
+// write makes the LANNode what is wanted now. After a conflict with another writer it reads the LANNode again.
 func (p *publisher) write(ctx context.Context) error {
 	var err error
 	for range 3 {
@@ -152,10 +146,11 @@ func (p *publisher) writeOnce(ctx context.Context) error {
 		}
 	}
 	next := have.DeepCopy()
-	if !slices.ContainsFunc(next.OwnerReferences, func(o metav1.OwnerReference) bool { return o.UID == owner.UID }) {
+	isOwner := func(o metav1.OwnerReference) bool { return o.UID == owner.UID }
+	if !slices.ContainsFunc(next.OwnerReferences, isOwner) {
 		next.OwnerReferences = []metav1.OwnerReference{*owner}
 		if err := p.client.Update(ctx, next); err != nil {
-			return fmt.Errorf("give LANNode %s its owner: %w", p.name, err)
+			return fmt.Errorf("set the owner of LANNode %s: %w", p.name, err)
 		}
 	}
 	if !equality.Semantic.DeepEqual(next.Status, *want) {
@@ -167,12 +162,12 @@ func (p *publisher) writeOnce(ctx context.Context) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.have == known || p.have != nil && newer(next, p.have) {
-		p.have = next // and not if it was deleted meanwhile
+		p.have = next // unless the LANNode was deleted meanwhile
 	}
 	return nil
 }
 
-// ensureExists makes sure that the node has a LANNode.
+// ensureExists creates the LANNode if the node has none.
 func (p *publisher) ensureExists(ctx context.Context, node *corev1.Node) error {
 	p.setOwner(node)
 	p.mu.Lock()
@@ -182,7 +177,6 @@ func (p *publisher) ensureExists(ctx context.Context, node *corev1.Node) error {
 	return err
 }
 
-// getOrCreate gets the LANNode or makes it.
 func (p *publisher) getOrCreate(ctx context.Context, owner metav1.OwnerReference) (*v1beta1.LANNode, error) {
 	lanNode := &v1beta1.LANNode{}
 	err := p.apiReader.Get(ctx, client.ObjectKey{Name: p.name}, lanNode)
@@ -192,7 +186,9 @@ func (p *publisher) getOrCreate(ctx context.Context, owner metav1.OwnerReference
 		}
 		return lanNode, nil
 	}
-	lanNode = &v1beta1.LANNode{ObjectMeta: metav1.ObjectMeta{Name: p.name, OwnerReferences: []metav1.OwnerReference{owner}}}
+	lanNode = &v1beta1.LANNode{
+		ObjectMeta: metav1.ObjectMeta{Name: p.name, OwnerReferences: []metav1.OwnerReference{owner}},
+	}
 	if err := p.client.Create(ctx, lanNode); err != nil {
 		return nil, fmt.Errorf("create LANNode %s: %w", p.name, err)
 	}

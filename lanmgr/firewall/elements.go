@@ -10,12 +10,14 @@ import (
 	"strings"
 )
 
-// LAN is a LAN that hears its members alone.
+// LAN is a LAN that accepts packets from its members only.
 type LAN struct {
-	Name    string // namespace/name
-	Port    uint16 // UDP
-	VNI     uint32
-	Members []netip.Addr // what their packets may come from, in any order; nil: not known, those that stand stay
+	Name string // namespace/name
+	Port uint16 // UDP
+	VNI  uint32
+	// Members are the source addresses that the LAN accepts, in any order. nil: not known, the table keeps those it
+	// has.
+	Members []netip.Addr
 }
 
 func (l LAN) known() bool { return l.Members != nil }
@@ -27,29 +29,29 @@ func (l LAN) equal(o LAN) bool {
 
 // The table's sets.
 const (
-	lansSet     = "lans"     // port and VNI of each LAN; its name is the element's comment
+	lansSet     = "lans"     // port and VNI of each LAN; the element's comment is the LAN's name
 	members4Set = "members4" // port, VNI and IPv4 address
 	members6Set = "members6" // port, VNI and IPv6 address
-	portsSet    = "ports"    // of the LANs: what is for another is passed on at once
+	portsSet    = "ports"    // ports of the LANs; packets to other ports are accepted first
 )
 
-// elements are those of each set, as the kernel has them: their keys, and what they are called.
+// elements has, by set, the keys of its elements in the kernel's format, and their comments.
 type elements map[string]map[string]string
 
 func newElements() elements {
 	return elements{lansSet: {}, members4Set: {}, members6Set: {}, portsSet: {}}
 }
 
-// lanKey is a LAN as a key of the kernel's: in network order, each part filled up to four bytes.
+// lanKey returns a LAN's key in the kernel's format: in network order, each part padded to four bytes.
 func lanKey(port uint16, vni uint32) string {
 	key := binary.BigEndian.AppendUint16(nil, port)
 	return string(binary.BigEndian.AppendUint32(append(key, 0, 0), vni<<8))
 }
 
-// Lengths in bytes: a port as a key of its own, and how much of a member's is the LAN.
+// Lengths of parts of a key in bytes.
 const (
 	portKeyLen = 2
-	lanKeyLen  = 8
+	lanKeyLen  = 8 // a member's key begins with that of its LAN
 )
 
 func memberKey(lan string, a netip.Addr) (set, key string) {
@@ -59,78 +61,81 @@ func memberKey(lan string, a netip.Addr) (set, key string) {
 	return members6Set, lan + string(a.AsSlice())
 }
 
-// desired are the elements of those LANs. Of a LAN whose members are not known yet, what stands stays; one of which nothing stands
-// goes on hearing all.
+// desired returns the elements that the table should have for these LANs. A LAN whose members are not known keeps the
+// elements that it has. If it has none, it goes on accepting all packets.
 func desired(lans []LAN, have elements) elements {
 	want := newElements()
-	add := func(key, name string) {
-		want[lansSet][key] = name
-		want[portsSet][key[:portKeyLen]] = ""
-	}
 	for _, l := range lans {
 		key := lanKey(l.Port, l.VNI)
-		if l.Members != nil {
-			add(key, l.Name)
+		if l.known() {
+			want.addLAN(key, l.Name)
 			for _, m := range l.Members {
 				set, key := memberKey(key, m)
 				want[set][key] = ""
 			}
-			continue
-		}
-		name, stands := have[lansSet][key]
-		if !stands {
-			continue
-		}
-		add(key, name)
-		for _, set := range []string{members4Set, members6Set} {
-			for member := range have[set] {
-				if member[:lanKeyLen] == key {
-					want[set][member] = ""
-				}
-			}
+		} else if name, ok := have[lansSet][key]; ok {
+			want.addLAN(key, name)
+			want.copyMembers(key, have)
 		}
 	}
 	return want
 }
 
-// step is a change of one set, which the kernel makes in whole or not at all.
+func (e elements) addLAN(key, name string) {
+	e[lansSet][key] = name
+	e[portsSet][key[:portKeyLen]] = ""
+}
+
+func (e elements) copyMembers(lan string, from elements) {
+	for _, set := range []string{members4Set, members6Set} {
+		for member := range from[set] {
+			if member[:lanKeyLen] == lan {
+				e[set][member] = ""
+			}
+		}
+	}
+}
+
+// step is a change of one set. The kernel applies all of it or nothing.
 type step struct {
 	set      string
 	del, add []element
 }
 
-type element struct{ key, name string }
+type element struct{ key, comment string }
 
-// stepSize is how many elements a step has at most: with their answers, many more do not fit into a socket's buffers.
+// stepSize is the greatest number of elements in a step. The kernel's answers to many more would not fit into a
+// socket's buffer.
 const stepSize = 256
 
-// steps lead from what is to what is wanted. A LAN's members are there before it is, and go after it, so that none is taken for a
-// stranger on the way.
+// steps returns the changes from have to want. A LAN's members are added before the LAN and deleted after it, so that
+// packets of a member are accepted in between.
 func steps(want, have elements) []step {
 	var all []step
 	for _, set := range []string{members4Set, members6Set, portsSet} {
 		all = append(all, chunks(set, nil, difference(want[set], have[set]))...)
 	}
-	all = append(all, chunks(lansSet, difference(have[lansSet], want[lansSet]), difference(want[lansSet], have[lansSet]))...)
+	del, add := difference(have[lansSet], want[lansSet]), difference(want[lansSet], have[lansSet])
+	all = append(all, chunks(lansSet, del, add)...)
 	for _, set := range []string{members4Set, members6Set, portsSet} {
 		all = append(all, chunks(set, difference(have[set], want[set]), nil)...)
 	}
 	return all
 }
 
-// difference are the elements of one set that another has not, or under another name; sorted.
-func difference(of, in map[string]string) []element {
+// difference returns the elements of x that y does not have, or has with another comment; sorted.
+func difference(x, y map[string]string) []element {
 	var list []element
-	for key, name := range of {
-		if other, ok := in[key]; !ok || other != name {
-			list = append(list, element{key, name})
+	for key, comment := range x {
+		if other, ok := y[key]; !ok || other != comment {
+			list = append(list, element{key, comment})
 		}
 	}
 	slices.SortFunc(list, func(a, b element) int { return cmp.Compare(a.key, b.key) })
 	return list
 }
 
-// chunks makes steps of a set's change. An element under another name goes and comes in one.
+// chunks splits a change of a set into steps. An element that gets another comment is deleted and added in one step.
 func chunks(set string, del, add []element) []step {
 	byKey := map[string]step{}
 	for _, e := range del {
@@ -151,9 +156,9 @@ func chunks(set string, del, add []element) []step {
 	return list
 }
 
-// nft is the step as nft(8) would take it, in a table.
+// nft returns the commands of nft(8) for the step.
 func (s step) nft(table string) string {
-	var lines []string
+	var commands []string
 	for verb, list := range map[string][]element{"delete": s.del, "add": s.add} {
 		if len(list) == 0 {
 			continue
@@ -162,14 +167,15 @@ func (s step) nft(table string) string {
 		for i, e := range list {
 			texts[i] = e.String()
 		}
-		lines = append(lines, fmt.Sprintf("%s element inet %s %s { %s }", verb, table, s.set, strings.Join(texts, ", ")))
+		command := fmt.Sprintf("%s element inet %s %s { %s }", verb, table, s.set, strings.Join(texts, ", "))
+		commands = append(commands, command)
 	}
-	slices.Sort(lines)
-	slices.Reverse(lines)
-	return strings.Join(lines, "; ")
+	slices.Sort(commands)
+	slices.Reverse(commands) // delete before add
+	return strings.Join(commands, "; ")
 }
 
-// String is the element as nft(8) would write it.
+// String returns the element as nft(8) writes it.
 func (e element) String() string {
 	b := []byte(e.key)
 	text := fmt.Sprint(binary.BigEndian.Uint16(b))
@@ -179,8 +185,8 @@ func (e element) String() string {
 	if a, ok := netip.AddrFromSlice(b[min(lanKeyLen, len(b)):]); ok {
 		text += " . " + a.String()
 	}
-	if e.name != "" {
-		text += fmt.Sprintf(" comment %q", e.name)
+	if e.comment != "" {
+		text += fmt.Sprintf(" comment %q", e.comment)
 	}
 	return text
 }

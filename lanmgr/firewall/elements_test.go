@@ -18,8 +18,8 @@ func members(texts ...string) []netip.Addr {
 	return list
 }
 
-// with is what the kernel has after it was brought to those LANs.
-func with(lans ...LAN) elements {
+// tableOf returns what the kernel has once the table is reconciled with these LANs.
+func tableOf(lans ...LAN) elements {
 	have := newElements()
 	for _, s := range steps(desired(lans, have), have) {
 		have.apply(s)
@@ -32,11 +32,11 @@ func (e elements) apply(s step) {
 		delete(e[s.set], del.key)
 	}
 	for _, add := range s.add {
-		e[s.set][add.key] = add.name
+		e[s.set][add.key] = add.comment
 	}
 }
 
-func TestTheDifferenceIsWhatChanges(t *testing.T) {
+func TestStepsChangeWhatDiffers(t *testing.T) {
 	lab := LAN{"default/lab", 4789, 222, members("192.0.2.2", "fe80::2")}
 	more, fewer, unknown, other, renamed := lab, lab, lab, lab, lab
 	more.Members = members("192.0.2.2", "192.0.2.3", "fe80::2")
@@ -50,32 +50,33 @@ func TestTheDifferenceIsWhatChanges(t *testing.T) {
 		want []LAN
 		text string
 	}{
-		{"the first", with(), []LAN{lab}, `
+		{"the first", tableOf(), []LAN{lab}, `
 			add element inet k8slan members4 { 4789 . 222 . 192.0.2.2 }
 			add element inet k8slan members6 { 4789 . 222 . fe80::2 }
 			add element inet k8slan ports { 4789 }
 			add element inet k8slan lans { 4789 . 222 comment "default/lab" }`},
-		{"nothing", with(lab), []LAN{lab}, ""},
-		{"one member more", with(lab), []LAN{more}, `
+		{"nothing", tableOf(lab), []LAN{lab}, ""},
+		{"one member more", tableOf(lab), []LAN{more}, `
 			add element inet k8slan members4 { 4789 . 222 . 192.0.2.3 }`},
-		{"one member fewer", with(more), []LAN{fewer}, `
+		{"one member fewer", tableOf(more), []LAN{fewer}, `
 			delete element inet k8slan members4 { 4789 . 222 . 192.0.2.3 }
 			delete element inet k8slan members6 { 4789 . 222 . fe80::2 }`},
-		{"members that are not known any more", with(lab, other), []LAN{unknown, other}, ""},
-		{"members that are not known yet", with(), []LAN{unknown}, ""},
-		{"another port", with(lab), []LAN{lab, other}, `
+		{"members that are no longer known", tableOf(lab, other), []LAN{unknown, other}, ""},
+		{"members that are not known yet", tableOf(), []LAN{unknown}, ""},
+		{"another port", tableOf(lab), []LAN{lab, other}, `
 			add element inet k8slan members4 { 8472 . 16777215 . 192.0.2.2 }
 			add element inet k8slan members6 { 8472 . 16777215 . fe80::2 }
 			add element inet k8slan ports { 8472 }
 			add element inet k8slan lans { 8472 . 16777215 comment "default/other" }`},
-		{"strict no more", with(lab, other), []LAN{lab}, `
+		{"no longer strict", tableOf(lab, other), []LAN{lab}, `
 			delete element inet k8slan lans { 8472 . 16777215 comment "default/other" }
 			delete element inet k8slan members4 { 8472 . 16777215 . 192.0.2.2 }
 			delete element inet k8slan members6 { 8472 . 16777215 . fe80::2 }
 			delete element inet k8slan ports { 8472 }`},
-		{"the VNI is another LAN's", with(lab), []LAN{renamed}, `
-			delete element inet k8slan lans { 4789 . 222 comment "default/lab" }; add element inet k8slan lans { 4789 . 222 comment "default/renamed" }`},
-		{"nobody is heard", with(), []LAN{{"default/lab", 4789, 222, members()}}, `
+		{"the VNI is another LAN's", tableOf(lab), []LAN{renamed}, `
+			delete element inet k8slan lans { 4789 . 222 comment "default/lab" }; ` +
+			`add element inet k8slan lans { 4789 . 222 comment "default/renamed" }`},
+		{"no members", tableOf(), []LAN{{"default/lab", 4789, 222, members()}}, `
 			add element inet k8slan ports { 4789 }
 			add element inet k8slan lans { 4789 . 222 comment "default/lab" }`},
 	} {
@@ -86,14 +87,15 @@ func TestTheDifferenceIsWhatChanges(t *testing.T) {
 			}
 			want := strings.ReplaceAll(strings.TrimSpace(c.text), "\t", "")
 			if have := strings.Join(lines, "\n"); have != want {
-				t.Errorf("does\n%s\nwant\n%s", have, want)
+				t.Errorf("the steps are\n%s\nwant\n%s", have, want)
 			}
 		})
 	}
 }
 
-// On the way from anything to anything, in steps of a limited size, none that was and will be a member is ever a stranger.
-func TestNoMemberIsAStrangerOnTheWay(t *testing.T) {
+// Between any two states, after each step of a limited size, packets of an address that was and stays a member are
+// accepted.
+func TestMembersAreAcceptedAfterEachStep(t *testing.T) {
 	rng := rand.New(rand.NewPCG(20261121, 1))
 	random := func() (lans []LAN) {
 		for vni := range uint32(4) {
@@ -118,26 +120,26 @@ func TestNoMemberIsAStrangerOnTheWay(t *testing.T) {
 		return port && strict && !member
 	}
 	before := random()
-	have := with(before...)
+	have := tableOf(before...)
 	for range 20 {
 		after := random()
 		want := desired(after, have)
 		for _, s := range steps(want, have) {
 			if len(s.add) > stepSize || len(s.del) > stepSize {
-				t.Fatalf("a step of %d and %d", len(s.add), len(s.del))
+				t.Fatalf("a step adds %d and deletes %d elements, want at most %d", len(s.add), len(s.del), stepSize)
 			}
 			have.apply(s)
 			for _, l := range before {
 				i := slices.IndexFunc(after, func(a LAN) bool { return a.VNI == l.VNI })
 				for _, m := range l.Members {
 					if (i < 0 || slices.Contains(after[i].Members, m)) && dropped(have, l, m) {
-						t.Fatalf("%s is taken for a stranger", m)
+						t.Fatalf("packets of member %s are dropped", m)
 					}
 				}
 			}
 		}
 		if !reflect.DeepEqual(have, want) {
-			t.Fatal("does not lead to what is wanted")
+			t.Fatal("the steps do not lead to the desired elements")
 		}
 		before = after
 	}

@@ -1,4 +1,5 @@
-// Package strangers keeps VXLAN packets of strangers, who are no members of the LAN that they bear the VNI of, from its pods.
+// Package firewall keeps the node's nftables table, which drops VXLAN packets whose source is not a member of their
+// LAN.
 package firewall
 
 import (
@@ -12,14 +13,17 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/k8slan/k8slan/lanmgr/notify"
+	"github.com/k8slan/k8slan/lanmgr/retry"
 )
 
-// Filter makes a node's netfilter drop what strangers send, and keeps it so. What stands there stays when it ends.
+// Filter reconciles the table of one network namespace. The table stays when the filter ends.
 type Filter struct {
 	table   table
 	log     *slog.Logger
-	wake    chan struct{}
-	changed chan struct{}
+	wake    notify.Flag
+	changed notify.Flag
 
 	mu   sync.Mutex
 	lans []LAN
@@ -27,13 +31,14 @@ type Filter struct {
 	err  error
 }
 
-// New returns a filter that does nothing until its first Set and Run. hostNetns is the path of the node's own network namespace;
-// empty: that of the calling thread, and of all others. name is that of the table, which nobody else has.
+// New returns a filter that does nothing until its first Set and Run. hostNetns is the path of the network namespace
+// that receives the VXLAN packets; empty: that of the calling thread, and of all other threads. name is the table's
+// name, which no other program may use.
 func New(hostNetns, name string, log *slog.Logger) *Filter {
-	return &Filter{table: table{hostNetns, name}, log: log, wake: make(chan struct{}, 1), changed: make(chan struct{}, 1)}
+	return &Filter{table: table{hostNetns, name}, log: log, wake: notify.New(), changed: notify.New()}
 }
 
-// Set says which LANs hear their members alone; it replaces what was said before.
+// Set sets which LANs accept packets from their members only. It replaces the LANs of the last call.
 func (f *Filter) Set(lans []LAN) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -41,21 +46,31 @@ func (f *Filter) Set(lans []LAN) {
 		return
 	}
 	f.lans, f.set = slices.Clone(lans), true
-	signal(f.wake)
+	f.wake.Set()
 }
 
-// Err is why strangers are heard, nil where they are not.
+// Err returns why packets of non-members may be accepted. It is nil while they are dropped.
 func (f *Filter) Err() error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return f.err
 }
 
-// Changed has a value whenever Err may have changed since the last one was taken from it.
+func (f *Filter) setErr(err error) {
+	f.mu.Lock()
+	before := f.err
+	f.err = err
+	f.mu.Unlock()
+	if (before == nil) != (err == nil) {
+		f.changed.Set()
+	}
+}
+
+// Changed has a value when Err may have changed since the last value was received.
 func (f *Filter) Changed() <-chan struct{} { return f.changed }
 
-// Dropped are the packets of strangers that were dropped, by the LAN's name. The kernel counts them for as long as the LAN hears its
-// members alone, whether the daemon runs or not. What cannot be read now is not told.
+// Dropped returns how many packets of non-members were dropped, by the LAN's name. The kernel counts them for as long
+// as the LAN is in the table, whether the daemon runs or not. If the table cannot be read, the result is empty.
 func (f *Filter) Dropped() map[string]uint64 {
 	f.mu.Lock()
 	some := len(f.lans) > 0
@@ -65,16 +80,16 @@ func (f *Filter) Dropped() map[string]uint64 {
 	}
 	s, err := f.table.observe(lansSet)
 	if err != nil {
-		f.log.Warn("cannot read how many packets of strangers were dropped", "err", err)
+		f.log.Warn("cannot read how many packets of non-members were dropped", "err", err)
 	}
 	return s.dropped
 }
 
-// Remove takes all of it off a node; what is not there is no error. hostNetns and name are as for New.
+// Remove deletes the table from a node. It is no error if there is none. hostNetns and name are as for New.
 func Remove(hostNetns, name string) error { return table{hostNetns, name}.remove() }
 
-// Accepts says which addresses a LAN's packets are taken from, in the namespace of the calling thread, as the kernel has it now: any, where
-// the LAN is not strict.
+// Accepts returns a function that reports whether packets of a LAN are accepted from an address. It reads the table in
+// the namespace of the calling thread, once. A LAN that is not strict accepts packets from any address.
 func Accepts(port uint16, vni uint32) (func(netip.Addr) bool, error) {
 	s, err := table{name: TableName}.observe(lansSet, members4Set, members6Set)
 	if err != nil && !unsupported(err) {
@@ -89,68 +104,51 @@ func Accepts(port uint16, vni uint32) (func(netip.Addr) bool, error) {
 	}, nil
 }
 
+// The pause after a reconciliation is four times as long as that took, within these limits, and at least as long as
+// that took. It is short, because packets of non-members have to be dropped soon after the node's ruleset was flushed.
 const (
-	firstDelay = 50 * time.Millisecond
-	lastDelay  = 15 * time.Second
-	// minPause is how long the table rests after a look, or four times as long as the look took if that is longer, but then no longer
-	// than longest, or as the look took: strangers are to be dropped again soon after somebody has flushed the node's ruleset.
 	minPause = 10 * time.Millisecond
 	maxPause = 400 * time.Millisecond
 )
 
-// Run works until ctx ends. What fails is tried again for as long as it takes.
+// Run reconciles the table until ctx ends, and repeats what failed.
 func (f *Filter) Run(ctx context.Context) error {
 	var watch sync.WaitGroup
 	defer watch.Wait()
-	watched := false
-	retry := time.NewTimer(0)
-	defer retry.Stop()
-	delay := firstDelay
+	watching := false
+	timer := retry.NewTimer(retry.Default)
+	defer timer.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-f.wake:
-		case <-retry.C:
+		case <-timer.C:
 		}
 		f.mu.Lock()
-		lans, set, before := f.lans, f.set, f.err
+		lans, set := f.lans, f.set
 		f.mu.Unlock()
 		if !set {
 			continue
 		}
-		if !watched && slices.ContainsFunc(lans, LAN.known) {
-			watched = true
+		if !watching && slices.ContainsFunc(lans, LAN.known) {
+			watching = true
 			watch.Go(func() { f.watch(ctx) })
 		}
 		began := time.Now()
 		err := f.reconcile(lans)
 		if err == nil {
-			delay = firstDelay
-		} else {
-			if before == nil || before.Error() != err.Error() {
-				f.log.Error("cannot filter strangers' packets, trying again", "err", err)
-			}
-			retry.Reset(delay)
-			delay = min(2*delay, lastDelay)
+			timer.Succeeded()
+		} else if timer.Failed(err) {
+			f.log.Error("cannot drop packets of non-members, trying again", "err", err)
 		}
-		f.mu.Lock()
-		f.err = err
-		f.mu.Unlock()
-		if (before == nil) != (err == nil) {
-			signal(f.changed)
-		}
+		f.setErr(err)
 		took := time.Since(began)
-		rest := time.NewTimer(max(minPause, took, min(4*took, maxPause)))
-		select {
-		case <-ctx.Done():
-		case <-rest.C:
-		}
-		rest.Stop()
+		retry.Pause(ctx, max(minPause, took, min(4*took, maxPause)))
 	}
 }
 
-// reconcile makes the table what is wanted. Where no LAN is, there is none.
+// reconcile makes the table what these LANs need. If they need none, it deletes the table.
 func (f *Filter) reconcile(lans []LAN) error {
 	have, err := f.table.observe(slices.Collect(maps.Keys(setKeys))...)
 	if err != nil {
@@ -164,14 +162,14 @@ func (f *Filter) reconcile(lans []LAN) error {
 		if !have.exists {
 			return nil
 		}
-		f.log.Info("no LAN is strict, the filter of strangers goes", "table", "inet "+f.table.name)
+		f.log.Info("no LAN is strict, deleting the nftables table", "table", "inet "+f.table.name)
 		return f.table.remove()
 	}
 	if !have.intact {
 		if err := f.table.create(have.exists); err != nil {
 			return err
 		}
-		f.log.Info("filter of strangers made", "table", "inet "+f.table.name, "anew", have.exists)
+		f.log.Info("nftables table created", "table", "inet "+f.table.name, "replaced", have.exists)
 		have.elements = newElements()
 	}
 	all := steps(want, have.elements)
@@ -182,62 +180,36 @@ func (f *Filter) reconcile(lans []LAN) error {
 		f.log.Debug("done", "op", s.nft(f.table.name))
 	}
 	if len(all) > 0 {
-		f.log.Info("filter of strangers changed", "lans", len(want[lansSet]), "members", len(want[members4Set])+len(want[members6Set]), "steps", len(all))
+		members := len(want[members4Set]) + len(want[members6Set])
+		f.log.Info("nftables table changed", "lans", len(want[lansSet]), "members", members, "steps", len(all))
 	}
 	return nil
 }
 
-// watch pokes whenever somebody changed the table, until ctx ends.
+// watch wakes Run after each change of the table, until ctx ends.
 func (f *Filter) watch(ctx context.Context) {
-	retry := time.NewTimer(0)
-	defer retry.Stop()
-	delay, last := firstDelay, ""
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-retry.C:
-		}
-		err := f.watchOnce(ctx, func() { delay, last = firstDelay, "" })
-		if ctx.Err() != nil {
-			return
-		}
-		if err.Error() != last {
-			f.log.Error("cannot watch nftables, trying again", "err", err)
-			last = err.Error()
-		}
-		retry.Reset(delay)
-		delay = min(2*delay, lastDelay)
-	}
+	retry.Loop(ctx, retry.Default, f.log, "cannot watch nftables, trying again", f.watchOnce)
 }
 
-// watchOnce pokes for each change of the table, and once when none can be missed any more, which it also tells.
-func (f *Filter) watchOnce(ctx context.Context, hears func()) error {
+// watchOnce wakes Run once when it is subscribed, and then after each change of the table, until it fails.
+func (f *Filter) watchOnce(ctx context.Context, succeeded func()) error {
 	c, err := f.table.subscribe()
 	if err != nil {
 		return err
 	}
 	defer c.Close()
 	defer context.AfterFunc(ctx, func() { c.Close() })()
-	hears()
-	signal(f.wake)
+	succeeded()
+	f.wake.Set()
 	for {
 		events, err := c.Receive()
 		switch {
-		case errors.Is(err, unix.ENOBUFS): // some were lost
-			signal(f.wake)
+		case errors.Is(err, unix.ENOBUFS): // events were lost
+			f.wake.Set()
 		case err != nil:
 			return err
 		case slices.ContainsFunc(events, f.table.isOwnEvent):
-			signal(f.wake)
+			f.wake.Set()
 		}
-	}
-}
-
-// signal puts a value into a one-place channel that may have one already.
-func signal(c chan struct{}) {
-	select {
-	case c <- struct{}{}:
-	default:
 	}
 }

@@ -11,14 +11,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// field is a part of a key, as nft(8) numbers it: what it is of a header that it knows, or bits behind one.
+// field is a part of a key in nft(8)'s numbers: a field of a header that nft knows, or bits behind a header.
 type field struct {
-	bytes    uint32   // in the key
+	bytes    uint32   // its length in the key
 	datatype uint32   // enum datatypes (include/datatype.h in nftables)
-	userData []uint32 // of the field's own user data: see payload_expr_build_udata (src/payload.c)
+	userData []uint32 // its user data (payload_expr_build_udata in src/payload.c)
 }
 
-// Numbers are from include/proto.h and include/expression.h in nftables.
+// The numbers are from include/proto.h and include/expression.h in nftables.
 var (
 	portField    = field{2, 13, []uint32{6, 2}}           // udp dport
 	vniField     = field{4, 4, []uint32{0, 0, 3, 96, 24}} // @th,96,24
@@ -33,7 +33,7 @@ var setKeys = map[string][]field{
 	portsSet:    {portField},
 }
 
-// keyLen is the length of a set's keys in bytes. Of several parts, each begins at a multiple of four.
+// keyLen returns the length of a set's keys in bytes. In a key of several parts, each begins at a multiple of four.
 func keyLen(set string) (length uint32) {
 	fields := setKeys[set]
 	for _, f := range fields {
@@ -44,13 +44,14 @@ func keyLen(set string) (length uint32) {
 	return length
 }
 
-// addSet is the message that adds a set. The library has no word for a set's user data, from which nft(8) knows what a key of raw
-// bits is: without it, it shows a wrong VNI, and what it saves of the node's rules it cannot load again.
+// addSet returns the message that adds a set. The library cannot set its user data, which says what a key of raw bits
+// is. Without user data, nft(8) shows a wrong VNI, and cannot load the ruleset that it saved.
 func (t table) addSet(name string) (netlink.Message, error) {
 	var datatype uint32
 	for _, f := range setKeys[name] {
 		datatype = datatype<<nftables.SetConcatTypeBits | f.datatype
 	}
+	keyType := keyUserData(setKeys[name])
 	attributes := []netlink.Attribute{
 		{Type: unix.NFTA_SET_TABLE, Data: []byte(t.name + "\x00")},
 		{Type: unix.NFTA_SET_NAME, Data: []byte(name + "\x00")},
@@ -58,9 +59,9 @@ func (t table) addSet(name string) (netlink.Message, error) {
 		{Type: unix.NFTA_SET_KEY_TYPE, Data: binaryutil.BigEndian.PutUint32(datatype)},
 		{Type: unix.NFTA_SET_KEY_LEN, Data: binaryutil.BigEndian.PutUint32(keyLen(name))},
 		{Type: unix.NFTA_SET_ID, Data: binaryutil.BigEndian.PutUint32(1)},
-		{Type: unix.NFTA_SET_USERDATA, Data: userdata.Append(nil, userdata.NFTNL_UDATA_SET_KEY_TYPEOF, keyUserData(setKeys[name]))},
+		{Type: unix.NFTA_SET_USERDATA, Data: userdata.Append(nil, userdata.NFTNL_UDATA_SET_KEY_TYPEOF, keyType)},
 	}
-	if name == lansSet { // each element counts what it meets
+	if name == lansSet { // each element counts the packets that match it
 		counter, err := netlink.MarshalAttributes([]netlink.Attribute{
 			{Type: unix.NFTA_EXPR_NAME, Data: []byte("counter\x00")},
 			{Type: unix.NFTA_EXPR_DATA | unix.NLA_F_NESTED},
@@ -68,7 +69,10 @@ func (t table) addSet(name string) (netlink.Message, error) {
 		if err != nil {
 			return netlink.Message{}, err
 		}
-		attributes = append(attributes, netlink.Attribute{Type: nftables.NFTA_SET_ELEM_EXPRESSIONS | unix.NLA_F_NESTED, Data: counter}) // NFTA_SET_EXPR has the same number
+		attributes = append(attributes, netlink.Attribute{
+			Type: nftables.NFTA_SET_ELEM_EXPRESSIONS | unix.NLA_F_NESTED, // NFTA_SET_EXPR has the same number
+			Data: counter,
+		})
 	}
 	data, err := netlink.MarshalAttributes(attributes)
 	if err != nil {
@@ -83,7 +87,8 @@ func (t table) addSet(name string) (netlink.Message, error) {
 	}, nil
 }
 
-// keyUserData is the expression of a key as nft(8) keeps it: a concatenation or a single field (expr_build_udata in src/mnl.c).
+// keyUserData returns the expression of a key in nft(8)'s format: a concatenation or a single field (expr_build_udata
+// in src/mnl.c).
 func keyUserData(fields []field) []byte {
 	const concat, payload = 13, 7 // enum expr_types
 	of := func(kind uint32, data []byte) []byte {
@@ -104,7 +109,7 @@ func keyUserData(fields []field) []byte {
 	return of(concat, parts)
 }
 
-// addSets adds all sets of the table.
+// addSets adds the table's sets in one batch.
 func (t table) addSets() error {
 	c, err := t.dial()
 	if err != nil {
@@ -131,8 +136,7 @@ func (t table) addSets() error {
 	if _, err := c.SendMessages(append(batch, mark(unix.NFNL_MSG_BATCH_END))); err != nil {
 		return err
 	}
-	for range setKeys { // one answer each
-
+	for range setKeys { // the kernel answers each message
 		if _, err := c.Receive(); err != nil {
 			return fmt.Errorf("add sets: %w", err)
 		}

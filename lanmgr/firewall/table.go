@@ -19,16 +19,17 @@ const TableName = "k8slan"
 
 const chainName = "input"
 
-// answerTimeout is how long the kernel may take for an answer: it owes one for each message, and sends but one where it knows no nftables.
+// answerTimeout is how long the kernel may take to answer. It answers each message, but a kernel without nftables
+// answers only the first.
 const answerTimeout = 10 * time.Second
 
-// table is k8slan's table in the netfilter of a node's own namespace, or of a pod's, where the sockets of VXLANs are.
+// table is k8slan's nftables table in the network namespace that has the sockets of the VXLANs: the node's, or a pod's.
 type table struct {
-	netns string // path; empty: that of the calling thread
+	netns string // path; empty: the calling thread's
 	name  string
 }
 
-// dial opens a connection to the namespace's netfilter.
+// dial opens a netlink connection to the namespace's netfilter.
 func (t table) dial() (*netlink.Conn, error) {
 	config := &netlink.Config{}
 	if t.netns != "" {
@@ -46,7 +47,7 @@ func (t table) dial() (*netlink.Conn, error) {
 	return c, nil
 }
 
-// withConn calls f with the library's connection.
+// withConn calls f with a connection of the nftables library.
 func (t table) withConn(f func(*nftables.Conn) error) error {
 	options := []nftables.ConnOption{nftables.WithSockOptions(func(c *netlink.Conn) error {
 		return c.SetDeadline(time.Now().Add(answerTimeout))
@@ -66,41 +67,48 @@ func (t table) withConn(f func(*nftables.Conn) error) error {
 	return f(c)
 }
 
-// inet is the table for the library.
+// inet returns the table in the library's type.
 func (t table) inet() *nftables.Table {
 	return &nftables.Table{Name: t.name, Family: nftables.TableFamilyINet}
 }
 
-// set is one of the table's sets for the library.
+// set returns one of the table's sets in the library's type.
 func (t table) set(name string) *nftables.Set { return &nftables.Set{Table: t.inet(), Name: name} }
 
-// Registers of the kernel's, of four bytes each. The first is also called 1.
+// Registers of the kernel (enum nft_registers). 1 begins at byte 0, 9 at byte 4, 10 at byte 8.
 const (
 	regPort = 1
 	regVNI  = 9
 	regAddr = 10
 )
 
-// rule is one of the chain's. It is known again by its words: whoever changes it changes them.
+// rule is a rule of the chain. The comment identifies it, so a change of its expressions needs another comment.
 type rule struct {
 	comment string
 	exprs   []expr.Any
 }
 
-// rules of the chain. Up to the first fragment of a UDP packet, which bears the port (RFC 8200, section 4.5), all of a packet is there:
-// the kernel puts those of IPv4 together before. Those of IPv6 only where something else on the node wants that (nf_defrag_ipv6), and
-// what LAN they are for may be in the second.
+// rules returns the rules of the chain. They see whole IPv4 packets, because the kernel reassembles fragments before.
+// It reassembles IPv6 fragments only if something else on the node needs that (nf_defrag_ipv6). The first fragment has
+// the UDP port (RFC 8200, section 4.5), but the VNI may be in the second.
 func rules() []rule {
+	const network, transport = expr.PayloadBaseNetworkHeader, expr.PayloadBaseTransportHeader
+	header := func(register uint32, base expr.PayloadBase, offset, length uint32) []expr.Any {
+		return []expr.Any{&expr.Payload{DestRegister: register, Base: base, Offset: offset, Len: length}}
+	}
 	var (
 		udp       = []expr.Any{&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: regPort}, equal(unix.IPPROTO_UDP)}
 		ipv4      = []expr.Any{&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: regPort}, equal(unix.NFPROTO_IPV4)}
 		ipv6      = []expr.Any{&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: regPort}, equal(unix.NFPROTO_IPV6)}
-		port      = []expr.Any{&expr.Payload{DestRegister: regPort, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2}}
-		vni       = []expr.Any{&expr.Payload{DestRegister: regVNI, Base: expr.PayloadBaseTransportHeader, Offset: 8 + 4, Len: 3}}
-		source4   = []expr.Any{&expr.Payload{DestRegister: regAddr, Base: expr.PayloadBaseNetworkHeader, Offset: 12, Len: 4}}
-		source6   = []expr.Any{&expr.Payload{DestRegister: regAddr, Base: expr.PayloadBaseNetworkHeader, Offset: 8, Len: 16}}
+		port      = header(regPort, transport, 2, 2)
+		vni       = header(regVNI, transport, 8+4, 3)
+		source4   = header(regAddr, network, 12, 4)
+		source6   = header(regAddr, network, 8, 16)
 		fragment6 = []expr.Any{
-			&expr.Exthdr{DestRegister: regPort, Type: unix.IPPROTO_FRAGMENT, Len: 1, Flags: unix.NFT_EXTHDR_F_PRESENT, Op: expr.ExthdrOpIpv6},
+			&expr.Exthdr{
+				DestRegister: regPort, Type: unix.IPPROTO_FRAGMENT, Len: 1,
+				Flags: unix.NFT_EXTHDR_F_PRESENT, Op: expr.ExthdrOpIpv6,
+			},
 			equal(1),
 		}
 		counter = []expr.Any{&expr.Counter{}}
@@ -112,12 +120,12 @@ func rules() []rule {
 		return []expr.Any{&expr.Lookup{SourceRegister: regPort, SetName: set, Invert: true}}
 	}
 	return []rule{
-		{"no VXLAN", slices.Concat([]expr.Any{udp[0], unequal(unix.IPPROTO_UDP)}, accept)},
-		{"no LAN's port", slices.Concat(udp, port, notIn(portsSet), accept)},
+		{"not UDP", slices.Concat([]expr.Any{udp[0], unequal(unix.IPPROTO_UDP)}, accept)},
+		{"not a LAN's port", slices.Concat(udp, port, notIn(portsSet), accept)},
 		{"VXLANs send no fragments", slices.Concat(udp, ipv6, fragment6, counter, drop)},
 		{"members", slices.Concat(udp, ipv4, port, vni, source4, in(members4Set), accept)},
 		{"members", slices.Concat(udp, ipv6, port, vni, source6, in(members6Set), accept)},
-		{"strangers", slices.Concat(udp, port, vni, in(lansSet), drop)},
+		{"non-members", slices.Concat(udp, port, vni, in(lansSet), drop)},
 	}
 }
 
@@ -129,18 +137,18 @@ func unequal(value byte) expr.Any {
 	return &expr.Cmp{Op: expr.CmpOpNeq, Register: regPort, Data: []byte{value}}
 }
 
-// ruleComment is NFTNL_UDATA_RULE_COMMENT (include/libnftnl/udata.h in libnftnl): nft(8) shows it.
+// ruleComment is NFTNL_UDATA_RULE_COMMENT (include/libnftnl/udata.h in libnftnl). nft(8) shows the comment.
 const ruleComment userdata.Type = 0
 
-// tableState is the table as it is.
+// tableState is what observe reads of the table.
 type tableState struct {
 	exists   bool
-	intact   bool // it has the chain, rules and sets that it should have, and no others
+	intact   bool // the table has the chain, rules and sets that create makes, and no others
 	elements elements
 	dropped  map[string]uint64 // packets that were dropped, by the LAN's name
 }
 
-// observe reads the table, and what is in some of its sets.
+// observe reads the table, and the elements of these sets.
 func (t table) observe(sets ...string) (tableState, error) {
 	s := tableState{elements: newElements(), dropped: map[string]uint64{}}
 	err := t.withConn(func(c *nftables.Conn) error {
@@ -171,12 +179,12 @@ func (t table) observe(sets ...string) (tableState, error) {
 		return nil
 	})
 	if err != nil {
-		return tableState{}, fmt.Errorf("read nftables' table inet %s: %w", t.name, err)
+		return tableState{}, fmt.Errorf("read nftables table inet %s: %w", t.name, err)
 	}
 	return s, nil
 }
 
-// isIntact says whether the table is what make makes, whatever its sets have.
+// isIntact reports whether the table is as create makes it, apart from the elements of its sets.
 func (t table) isIntact(c *nftables.Conn, have *nftables.Table) (bool, error) {
 	if have.Flags != 0 { // dormant
 		return false, nil
@@ -194,25 +202,27 @@ func (t table) isIntact(c *nftables.Conn, have *nftables.Table) (bool, error) {
 		return false, err
 	}
 	for _, s := range sets {
-		if _, ours := setKeys[s.Name]; !ours || s.KeyType.Bytes != keyLen(s.Name) || s.IsMap || s.Interval || s.HasTimeout {
+		_, ours := setKeys[s.Name]
+		if !ours || s.KeyType.Bytes != keyLen(s.Name) || s.IsMap || s.Interval || s.HasTimeout {
 			return false, nil
 		}
 	}
-	standing, err := c.GetRules(have, chains[0])
+	haveRules, err := c.GetRules(have, chains[0])
 	if err != nil {
 		return false, err
 	}
-	return len(sets) == len(setKeys) && slices.EqualFunc(standing, rules(), func(is *nftables.Rule, should rule) bool {
-		words, _ := userdata.GetString(is.UserData, ruleComment)
-		return words == should.comment
-	}), nil
+	sameRules := slices.EqualFunc(haveRules, rules(), func(have *nftables.Rule, want rule) bool {
+		comment, _ := userdata.GetString(have.UserData, ruleComment)
+		return comment == want.comment
+	})
+	return len(sets) == len(setKeys) && sameRules, nil
 }
 
 func (t table) base() *nftables.Chain {
 	policy := nftables.ChainPolicyAccept
 	return &nftables.Chain{
 		Name: chainName, Table: t.inet(), Type: nftables.ChainTypeFilter, Policy: &policy,
-		Hooknum: nftables.ChainHookInput, Priority: nftables.ChainPriorityRaw, // before what others filter
+		Hooknum: nftables.ChainHookInput, Priority: nftables.ChainPriorityRaw, // before the chains of other programs
 	}
 }
 
@@ -222,7 +232,7 @@ func isBase(c *nftables.Chain) bool {
 		c.Priority != nil && *c.Priority == *b.Priority && c.Policy != nil && *c.Policy == *b.Policy
 }
 
-// create makes the table anew, with empty sets: it lets everything pass.
+// create creates the table with empty sets, so that it accepts all packets. It replaces a table that exists.
 func (t table) create(exists bool) error {
 	err := t.withConn(func(c *nftables.Conn) error {
 		if exists {
@@ -237,17 +247,18 @@ func (t table) create(exists bool) error {
 		}
 		chain := c.AddChain(t.base())
 		for _, r := range rules() {
-			c.AddRule(&nftables.Rule{Table: t.inet(), Chain: chain, Exprs: r.exprs, UserData: userdata.AppendString(nil, ruleComment, r.comment)})
+			comment := userdata.AppendString(nil, ruleComment, r.comment)
+			c.AddRule(&nftables.Rule{Table: t.inet(), Chain: chain, Exprs: r.exprs, UserData: comment})
 		}
 		return c.Flush()
 	})
 	if err != nil {
-		return fmt.Errorf("make nftables' table inet %s: %w", t.name, err)
+		return fmt.Errorf("create nftables table inet %s: %w", t.name, err)
 	}
 	return nil
 }
 
-// remove deletes the table; one that is not there is no error, nor is a kernel that knows none.
+// remove deletes the table. It is no error if the table does not exist or the kernel has no nftables.
 func (t table) remove() error {
 	err := t.withConn(func(c *nftables.Conn) error {
 		c.DelTable(t.inet())
@@ -256,16 +267,17 @@ func (t table) remove() error {
 	if err == nil || errors.Is(err, os.ErrNotExist) || unsupported(err) {
 		return nil
 	}
-	return fmt.Errorf("delete nftables' table inet %s: %w", t.name, err)
+	return fmt.Errorf("delete nftables table inet %s: %w", t.name, err)
 }
 
-// unsupported says whether the kernel has no netfilter (EPROTONOSUPPORT), no nftables (EINVAL to a question, EOPNOTSUPP to a change; both
-// in net/netfilter/nfnetlink.c), or none for inet (EAFNOSUPPORT).
+// unsupported reports whether the kernel has no netfilter (EPROTONOSUPPORT), no nftables (EINVAL for a query,
+// EOPNOTSUPP for a change; both in net/netfilter/nfnetlink.c), or no nftables for inet (EAFNOSUPPORT).
 func unsupported(err error) bool {
-	return errors.Is(err, unix.EPROTONOSUPPORT) || errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EAFNOSUPPORT)
+	return errors.Is(err, unix.EPROTONOSUPPORT) || errors.Is(err, unix.EINVAL) ||
+		errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EAFNOSUPPORT)
 }
 
-// apply takes a step.
+// apply applies one step.
 func (t table) apply(s step) error {
 	err := t.withConn(func(c *nftables.Conn) error {
 		if len(s.del) > 0 {
@@ -281,7 +293,7 @@ func (t table) apply(s step) error {
 		return c.Flush()
 	})
 	if err != nil {
-		return fmt.Errorf("change nftables' set %s of table inet %s: %w", s.set, t.name, err)
+		return fmt.Errorf("change set %s of nftables table inet %s: %w", s.set, t.name, err)
 	}
 	return nil
 }
@@ -289,12 +301,12 @@ func (t table) apply(s step) error {
 func setElements(list []element) []nftables.SetElement {
 	elements := make([]nftables.SetElement, len(list))
 	for i, e := range list {
-		elements[i] = nftables.SetElement{Key: []byte(e.key), Comment: e.name}
+		elements[i] = nftables.SetElement{Key: []byte(e.key), Comment: e.comment}
 	}
 	return elements
 }
 
-// subscribe opens a connection that hears of every change to the namespace's nftables.
+// subscribe opens a connection that receives an event for each change of the namespace's nftables.
 func (t table) subscribe() (*netlink.Conn, error) {
 	c, err := t.dial()
 	if err != nil {
@@ -302,14 +314,14 @@ func (t table) subscribe() (*netlink.Conn, error) {
 	}
 	if err := c.JoinGroup(unix.NFNLGRP_NFTABLES); err != nil {
 		c.Close()
-		return nil, fmt.Errorf("hear of changes: %w", err)
+		return nil, fmt.Errorf("subscribe to changes: %w", err)
 	}
 	return c, nil
 }
 
-// isOwnEvent says whether an event is of the table. Of each kind of object, the table's name is the first attribute: in
-// include/uapi/linux/netfilter/nf_tables.h all of NFTA_TABLE_NAME, NFTA_CHAIN_TABLE, NFTA_RULE_TABLE, NFTA_SET_TABLE and
-// NFTA_SET_ELEM_LIST_TABLE are 1.
+// isOwnEvent reports whether an event concerns the table. The attribute with the table's name has the same number for
+// all kinds of objects: in include/uapi/linux/netfilter/nf_tables.h, NFTA_TABLE_NAME, NFTA_CHAIN_TABLE,
+// NFTA_RULE_TABLE, NFTA_SET_TABLE and NFTA_SET_ELEM_LIST_TABLE are all 1.
 func (t table) isOwnEvent(m netlink.Message) bool {
 	const genmsg = 4 // struct nfgenmsg
 	if len(m.Data) < genmsg || m.Data[0] != unix.NFPROTO_INET {
