@@ -154,7 +154,7 @@ func callTime(ctx context.Context, p netlab.Plugin, verb string, s netlab.Sandbo
 		return err
 	})
 	if err != nil {
-		return milliseconds(took), netlab.Said(err, out, nil)
+		return milliseconds(took), netlab.PluginError(err, out, nil)
 	}
 	return milliseconds(took), nil
 }

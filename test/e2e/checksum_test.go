@@ -122,10 +122,10 @@ func (f function) respond() listener {
 }
 
 // heard returns what the program says at its end.
-func (h listener) heard() frames.Heard {
+func (h listener) heard() frames.Received {
 	h.Helper()
 	lines, err := h.all()
-	var heard frames.Heard
+	var heard frames.Received
 	if err == nil && len(lines) != 1 {
 		err = fmt.Errorf("it said %q", lines)
 	}

@@ -116,7 +116,7 @@ func TestFilterMatchesItsFields(t *testing.T) {
 		}
 	}
 	if (Filter{}).Match(frame[:13]) {
-		t.Error("a filter wants a frame without a whole header")
+		t.Error("a filter matches a frame without a whole header")
 	}
 }
 
@@ -127,9 +127,11 @@ func TestCounterCountsLossDuplicatesAndReordering(t *testing.T) {
 		arrived []uint64
 		want    Tally
 	}{
-		"all in order":   {[]uint64{0, 1, 2, 3}, Tally{Received: 4}},
-		"nothing":        {nil, Tally{Lost: 4, LongestLoss: 4}},
-		"one lost":       {[]uint64{0, 2, 3}, Tally{Received: 3, Lost: 1, LongestLoss: 1, FirstLost: 1, Resumed: at(1)}},
+		"all in order": {[]uint64{0, 1, 2, 3}, Tally{Received: 4}},
+		"nothing":      {nil, Tally{Lost: 4, LongestLoss: 4}},
+		"one lost": {
+			[]uint64{0, 2, 3}, Tally{Received: 3, Lost: 1, LongestLoss: 1, FirstLost: 1, Resumed: at(1)},
+		},
 		"two in a row":   {[]uint64{0, 3}, Tally{Received: 2, Lost: 2, LongestLoss: 2, FirstLost: 1, Resumed: at(1)}},
 		"two apart":      {[]uint64{1, 3}, Tally{Received: 2, Lost: 2, LongestLoss: 1, Resumed: at(0)}},
 		"the last lost":  {[]uint64{0, 1, 2}, Tally{Received: 3, Lost: 1, LongestLoss: 1, FirstLost: 3}},

@@ -14,8 +14,7 @@ const (
 	protocolOSPF   = 89
 )
 
-// documentation4 and documentation6 are addresses that no test gives to an
-// interface, so that nobody answers.
+// documentation4 and documentation6 are addresses that no interface in a test has, so that no host answers.
 func documentation4(host byte) net.IP { return net.IPv4(192, 0, 2, host) }
 
 func documentation6(host byte) net.IP {
@@ -39,8 +38,8 @@ func ipv4(protocol byte, dst net.IP, payload []byte) []byte {
 	return append(header, payload...)
 }
 
-// ipv6 is a packet from 2001:db8::1, hop limit 255 (RFC 8200). ICMPv6 gets its
-// checksum here, which covers addresses.
+// ipv6 is a packet from 2001:db8::1, hop limit 255 (RFC 8200). It computes ICMPv6's checksum, which covers the
+// addresses.
 func ipv6(next byte, dst net.IP, payload []byte) []byte {
 	length := binary.BigEndian.AppendUint16(nil, uint16(len(payload)))
 	addresses := join(documentation6(1), dst)
@@ -108,8 +107,7 @@ func isisHello(src net.HardwareAddr) []byte {
 	return join([]byte{0x83, 27, 1, 0, 15, 1, 0, 0, 1}, src, []byte{0, 30, 0, 27, 64}, src, []byte{1})
 }
 
-// malformedIPv4 claims options and a length that it doesn't have, and has a
-// wrong checksum.
+// malformedIPv4 has a header length and a total length beyond its end, and a wrong checksum.
 func malformedIPv4() []byte {
 	header := ipv4(protocolUDP, documentation4(2), nil)
 	header[0] = 0x4f
@@ -118,8 +116,7 @@ func malformedIPv4() []byte {
 	return header
 }
 
-// malformedIPv6 claims to be longer than it is, from a multicast source, with
-// no hop left.
+// malformedIPv6 has a payload length beyond its end, a multicast source, and hop limit 0.
 func malformedIPv6() []byte {
 	header := ipv6(59, documentation6(2), nil) // 59: no next header
 	header[4], header[5] = 0xff, 0xff

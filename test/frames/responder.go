@@ -8,48 +8,45 @@ import (
 	"slices"
 )
 
-// Responder answers for IP addresses of its own, frame by frame, as a network
-// function does that reads frames raw and believes what is in them: address
-// resolution, ping, and TCP on every port, where it takes what comes until the
-// other side closes. Frames larger than the MTU, and packets and segments with
-// wrong checksums, it drops and counts.
+// Responder answers for IP addresses of its own, frame by frame, as a network function does that reads raw frames and
+// trusts their content: address resolution, ping, and TCP on every port, where it receives until the other side closes.
+// It drops and counts frames larger than the MTU, and packets and segments with wrong checksums.
 type Responder struct {
 	MAC       net.HardwareAddr
 	MTU       int
 	Addresses []netip.Addr
 
-	heard    Heard
+	received Received
 	sessions map[session]*conversation
 }
 
-// Heard is what came to a Responder.
-type Heard struct {
+// Received counts what a Responder received.
+type Received struct {
 	Pings    uint64 `json:"pings"`    // echo requests, answered
 	Good     uint64 `json:"good"`     // TCP segments with right checksums
 	Bad      uint64 `json:"bad"`      // packets with a wrong checksum, or an unfinished one
 	TooLarge uint64 `json:"tooLarge"` // frames larger than the MTU
 	Opened   uint64 `json:"opened"`   // TCP connections
-	Closed   uint64 `json:"closed"`   // those of them that ended in order
+	Closed   uint64 `json:"closed"`   // connections that ended by FIN
 	Bytes    uint64 `json:"bytes"`    // of all connections' data, in order
 }
 
-// Heard returns the count so far.
-func (r *Responder) Heard() Heard { return r.heard }
+// Receivedved returns the count so far.
+func (r *Responder) Received() Received { return r.received }
 
-// session is a TCP connection by the other side's end and ours.
+// session is a TCP connection by its two ends.
 type session struct{ theirs, ours netip.AddrPort }
 
-// conversation is the state of one (RFC 9293, 3.3.1).
+// conversation is the state of a TCP connection (RFC 9293, 3.3.1).
 type conversation struct {
 	receiveNext, sendNext uint32
-	early                 map[uint32]uint32 // where what came before its turn ends, by where it begins
-	end                   *uint32           // where their FIN is, once it came
+	early                 map[uint32]uint32 // by its begin, the end of data that came out of order
+	end                   *uint32           // the sequence number of their FIN, once it came
 	closing               bool              // our FIN is sent
 }
 
-// take notes that what lies between two sequence numbers came, in whatever
-// order, and returns how much more there is now without a gap.
-func (c *conversation) take(begin, end uint32) (more uint32) {
+// add notes that the data between two sequence numbers came, and returns how much more data there is now without a gap.
+func (c *conversation) add(begin, end uint32) (more uint32) {
 	before := c.receiveNext
 	if earlier, ok := c.early[begin]; !ok || int32(end-earlier) > 0 {
 		c.early[begin] = end
@@ -57,7 +54,7 @@ func (c *conversation) take(begin, end uint32) (more uint32) {
 	for advanced := true; advanced; {
 		advanced = false
 		for begin, end := range c.early {
-			if int32(begin-c.receiveNext) > 0 { // numbers go round
+			if int32(begin-c.receiveNext) > 0 { // sequence numbers wrap
 				continue
 			}
 			delete(c.early, begin)
@@ -69,7 +66,7 @@ func (c *conversation) take(begin, end uint32) (more uint32) {
 	return c.receiveNext - before
 }
 
-// TCP's flags (RFC 9293, 3.1).
+// These are flags of TCP (RFC 9293, 3.1).
 const (
 	flagFIN = 1 << iota
 	flagSYN
@@ -81,16 +78,16 @@ const (
 const (
 	protocolTCP = 6
 	window      = 0xffff
-	ourFirst    = 1 // sequence number of our SYN; nothing here guesses them
+	ourFirst    = 1 // sequence number of our SYN; it need not be random here
 )
 
-// Answer takes a frame and returns what to send in answer.
+// Answer returns the frames to send in answer to a frame.
 func (r *Responder) Answer(frame []byte) [][]byte {
 	if len(frame) < 14 || !bytes.Equal(frame[:6], r.MAC) && frame[0]&1 == 0 {
 		return nil
 	}
 	if len(frame) > 14+r.MTU {
-		r.heard.TooLarge++
+		r.received.TooLarge++
 		return nil
 	}
 	sender, payload := net.HardwareAddr(frame[6:12]), frame[14:]
@@ -134,20 +131,22 @@ type packet struct {
 	payload  []byte
 }
 
-// parse4 returns nil for what is no whole packet.
+// parse4 returns nil unless data is a whole packet.
 func (r *Responder) parse4(data []byte) *packet {
 	if len(data) < 20 {
 		return nil
 	}
-	header, total, fragment := int(data[0]&0xf)*4, int(binary.BigEndian.Uint16(data[2:])), binary.BigEndian.Uint16(data[6:])&0x3fff
+	header, total := int(data[0]&0xf)*4, int(binary.BigEndian.Uint16(data[2:]))
+	fragment := binary.BigEndian.Uint16(data[6:]) & 0x3fff
 	if data[0]>>4 != 4 || header < 20 || total < header || total > len(data) || fragment != 0 {
 		return nil
 	}
 	if checksum(data[:header]) != 0 {
-		r.heard.Bad++
+		r.received.Bad++
 		return nil
 	}
-	return &packet{netip.AddrFrom4([4]byte(data[12:16])), netip.AddrFrom4([4]byte(data[16:20])), data[9], data[header:total]}
+	from, to := netip.AddrFrom4([4]byte(data[12:16])), netip.AddrFrom4([4]byte(data[16:20]))
+	return &packet{from, to, data[9], data[header:total]}
 }
 
 func (r *Responder) parse6(data []byte) *packet {
@@ -158,10 +157,11 @@ func (r *Responder) parse6(data []byte) *packet {
 	if 40+length > len(data) {
 		return nil
 	}
-	return &packet{netip.AddrFrom16([16]byte(data[8:24])), netip.AddrFrom16([16]byte(data[24:40])), data[6], data[40 : 40+length]}
+	from, to := netip.AddrFrom16([16]byte(data[8:24])), netip.AddrFrom16([16]byte(data[24:40]))
+	return &packet{from, to, data[6], data[40 : 40+length]}
 }
 
-// bytes is the packet with its checksums, that of its payload at offset there.
+// bytes returns the packet with its checksums; that of its payload is at offset.
 func (p packet) bytes(offset int) []byte {
 	binary.BigEndian.PutUint16(p.payload[offset:], 0)
 	binary.BigEndian.PutUint16(p.payload[offset:], p.sum())
@@ -170,13 +170,14 @@ func (p packet) bytes(offset int) []byte {
 		header := []byte{0x60, 0, 0, 0, byte(length >> 8), byte(length), p.protocol, 255}
 		return join(header, p.from.AsSlice(), p.to.AsSlice(), p.payload)
 	}
-	header := join([]byte{0x45, 0, byte((20 + length) >> 8), byte(20 + length), 0, 0, 0x40, 0, 64, p.protocol, 0, 0}, p.from.AsSlice(), p.to.AsSlice())
+	header := []byte{0x45, 0, byte((20 + length) >> 8), byte(20 + length), 0, 0, 0x40, 0, 64, p.protocol, 0, 0}
+	header = join(header, p.from.AsSlice(), p.to.AsSlice())
 	binary.BigEndian.PutUint16(header[10:], checksum(header))
 	return append(header, p.payload...)
 }
 
-// sum is the payload's checksum: 0 if it has the right one in it. It covers the
-// addresses (RFC 9293, 3.1; RFC 8200, 8.1), but for ICMP over IPv4.
+// sum returns the payload's checksum: 0 if the payload has the right one. It covers the addresses (RFC 9293, 3.1; RFC
+// 8200, 8.1), except for ICMP over IPv4.
 func (p packet) sum() uint16 {
 	if p.protocol == protocolICMP {
 		return checksum(p.payload)
@@ -185,7 +186,7 @@ func (p packet) sum() uint16 {
 	return checksum(p.from.AsSlice(), p.to.AsSlice(), numbers, p.payload)
 }
 
-// packet answers a packet; nil is none.
+// packet answers a packet; nil means no answer.
 func (r *Responder) packet(p *packet) []byte {
 	if p == nil || len(p.payload) < 8 {
 		return nil
@@ -198,7 +199,7 @@ func (r *Responder) packet(p *packet) []byte {
 		return nil
 	}
 	if p.sum() != 0 {
-		r.heard.Bad++
+		r.received.Bad++
 		return nil
 	}
 	back := packet{from: p.to, to: p.from, protocol: p.protocol}
@@ -213,13 +214,13 @@ func (r *Responder) packet(p *packet) []byte {
 		const solicitedOverride = 0x60 // flags, RFC 4861, 4.4; with the option of 4.6.1
 		back.payload = join([]byte{136, 0, 0, 0, solicitedOverride, 0, 0, 0}, target, []byte{2, 1}, r.MAC)
 	case p.protocol == protocolICMP && p.payload[0] == echoRequest:
-		r.heard.Pings++
+		r.received.Pings++
 		back.payload = join([]byte{echoReply}, p.payload[1:])
 	case p.protocol == protocolICMPv6 && p.payload[0] == echoRequest6:
-		r.heard.Pings++
+		r.received.Pings++
 		back.payload = join([]byte{echoReply6}, p.payload[1:])
 	case p.protocol == protocolTCP && len(p.payload) >= 20 && int(p.payload[12]>>4)*4 <= len(p.payload):
-		r.heard.Good++
+		r.received.Good++
 		if back.payload = r.segment(p); back.payload == nil {
 			return nil
 		}
@@ -230,7 +231,7 @@ func (r *Responder) packet(p *packet) []byte {
 	return back.bytes(2)
 }
 
-// segment answers a TCP segment with another one, without its checksum.
+// segment answers a TCP segment with another one, without a checksum.
 func (r *Responder) segment(p *packet) []byte {
 	theirPort, ourPort := binary.BigEndian.Uint16(p.payload), binary.BigEndian.Uint16(p.payload[2:])
 	sequence, acknowledged := binary.BigEndian.Uint32(p.payload[4:]), binary.BigEndian.Uint32(p.payload[8:])
@@ -254,7 +255,7 @@ func (r *Responder) segment(p *packet) []byte {
 				r.sessions = map[session]*conversation{}
 			}
 			r.sessions[key] = c
-			r.heard.Opened++
+			r.received.Opened++
 		}
 		headers := 40
 		if p.from.Is6() {
@@ -265,13 +266,13 @@ func (r *Responder) segment(p *packet) []byte {
 	case c == nil:
 		return nil
 	case c.closing && acknowledged == c.sendNext:
-		r.heard.Closed++
+		r.received.Closed++
 		delete(r.sessions, key)
 		return nil
 	case !c.closing:
 		behind := sequence + uint32(len(data))
 		if len(data) > 0 {
-			r.heard.Bytes += uint64(c.take(sequence, behind))
+			r.received.Bytes += uint64(c.add(sequence, behind))
 		}
 		if flags&flagFIN != 0 {
 			c.end = &behind
@@ -283,9 +284,9 @@ func (r *Responder) segment(p *packet) []byte {
 		}
 	}
 	switch {
-	case c.closing: // also when theirs is sent again because this was lost
+	case c.closing: // also when they send theirs again because ours was lost
 		return answer(c.sendNext-1, flagFIN)
-	case len(data) > 0 || flags&flagFIN != 0: // also for what came before its turn, or twice
+	case len(data) > 0 || flags&flagFIN != 0: // also for data out of order, or received twice
 		return answer(c.sendNext, 0)
 	default:
 		return nil

@@ -32,11 +32,12 @@ func (c caller) segment(sequence, acknowledged uint32, flags byte, data string) 
 	if c.from.Is6() {
 		kind = typeIPv6
 	}
-	return ethernet(ourMAC, testSrc, ethertype(kind), packet{c.from, c.to, protocolTCP, append(payload, data...)}.bytes(16))
+	p := packet{c.from, c.to, protocolTCP, append(payload, data...)}
+	return ethernet(ourMAC, testSrc, ethertype(kind), p.bytes(16))
 }
 
-// wants sends a segment and wants one in answer, with right checksums; 0 is none.
-func (c caller) wants(sent []byte, flags byte, sequence, acknowledged uint32) {
+// expectAnswer sends a segment and expects one in answer, with right checksums; 0 means no answer.
+func (c caller) expectAnswer(sent []byte, flags byte, sequence, acknowledged uint32) {
 	c.Helper()
 	answers := c.Answer(sent)
 	if flags == 0 {
@@ -55,36 +56,39 @@ func (c caller) wants(sent []byte, flags byte, sequence, acknowledged uint32) {
 	} else {
 		p = back.parse4(answers[0][14:])
 	}
-	if p == nil || p.sum() != 0 || p.from != c.to || p.to != c.from || !bytes.Equal(answers[0][:12], join(testSrc, ourMAC)) {
-		c.Fatalf("%x is no packet with right checksums and addresses", answers[0])
+	ends := join(testSrc, ourMAC)
+	if p == nil || p.sum() != 0 || p.from != c.to || p.to != c.from || !bytes.Equal(answers[0][:12], ends) {
+		c.Fatalf("%x does not have the right checksums and addresses", answers[0])
 	}
-	gotFlags, gotSequence, gotAcknowledged := p.payload[13], binary.BigEndian.Uint32(p.payload[4:]), binary.BigEndian.Uint32(p.payload[8:])
+	gotFlags, gotSequence := p.payload[13], binary.BigEndian.Uint32(p.payload[4:])
+	gotAcknowledged := binary.BigEndian.Uint32(p.payload[8:])
 	if gotFlags != flags || gotSequence != sequence || gotAcknowledged != acknowledged {
-		c.Errorf("answer with flags %#x, sequence %d, acknowledged %d; want %#x, %d, %d", gotFlags, gotSequence, gotAcknowledged, flags, sequence, acknowledged)
+		c.Errorf("answer with flags %#x, sequence %d, acknowledged %d; want %#x, %d, %d",
+			gotFlags, gotSequence, gotAcknowledged, flags, sequence, acknowledged)
 	}
 }
 
-// hears compares what the responder counted.
-func (c caller) hears(want Heard) {
+// expectReceived compares the responder's count.
+func (c caller) expectReceived(want Received) {
 	c.Helper()
-	if got := c.Heard(); got != want {
+	if got := c.Received(); got != want {
 		c.Errorf("counted %+v, want %+v", got, want)
 	}
 }
 
 func TestResponderTakesATCPStreamToItsEnd(t *testing.T) {
 	for _, c := range []caller{{t, newResponder(), theirs4, ours4}, {t, newResponder(), theirs6, ours6}} {
-		c.wants(c.segment(100, 0, flagSYN, ""), flagSYN|flagACK, 1, 101)
-		c.wants(c.segment(100, 0, flagSYN, ""), flagSYN|flagACK, 1, 101) // its answer was lost
-		c.wants(c.segment(101, 2, flagACK, ""), 0, 0, 0)
-		c.wants(c.segment(101, 2, flagACK, "odd"), flagACK, 2, 104)
-		c.wants(c.segment(109, 2, flagACK|flagFIN, "end"), flagACK, 2, 104) // before its turn
-		c.wants(c.segment(101, 2, flagACK, "odd"), flagACK, 2, 104)         // twice
-		c.wants(c.segment(102, 2, flagACK, "ddev"), flagACK, 2, 106)        // in part twice
-		c.wants(c.segment(106, 2, flagACK, "en "), flagACK|flagFIN, 2, 113)
-		c.wants(c.segment(109, 2, flagACK|flagFIN, "end"), flagACK|flagFIN, 2, 113) // its answer was lost
-		c.wants(c.segment(113, 3, flagACK, ""), 0, 0, 0)
-		c.hears(Heard{Good: 10, Opened: 1, Closed: 1, Bytes: 11})
+		c.expectAnswer(c.segment(100, 0, flagSYN, ""), flagSYN|flagACK, 1, 101)
+		c.expectAnswer(c.segment(100, 0, flagSYN, ""), flagSYN|flagACK, 1, 101) // its answer was lost
+		c.expectAnswer(c.segment(101, 2, flagACK, ""), 0, 0, 0)
+		c.expectAnswer(c.segment(101, 2, flagACK, "odd"), flagACK, 2, 104)
+		c.expectAnswer(c.segment(109, 2, flagACK|flagFIN, "end"), flagACK, 2, 104) // before its turn
+		c.expectAnswer(c.segment(101, 2, flagACK, "odd"), flagACK, 2, 104)         // twice
+		c.expectAnswer(c.segment(102, 2, flagACK, "ddev"), flagACK, 2, 106)        // in part twice
+		c.expectAnswer(c.segment(106, 2, flagACK, "en "), flagACK|flagFIN, 2, 113)
+		c.expectAnswer(c.segment(109, 2, flagACK|flagFIN, "end"), flagACK|flagFIN, 2, 113) // its answer was lost
+		c.expectAnswer(c.segment(113, 3, flagACK, ""), 0, 0, 0)
+		c.expectReceived(Received{Good: 10, Opened: 1, Closed: 1, Bytes: 11})
 	}
 }
 
@@ -92,32 +96,33 @@ func TestResponderDropsWhatHasAWrongChecksum(t *testing.T) {
 	for _, c := range []caller{{t, newResponder(), theirs4, ours4}, {t, newResponder(), theirs6, ours6}} {
 		wrong := c.segment(100, 0, flagSYN, "")
 		wrong[len(wrong)-7]++ // in the window
-		c.wants(wrong, 0, 0, 0)
+		c.expectAnswer(wrong, 0, 0, 0)
 
-		unfinished := c.segment(100, 0, flagSYN, "") // what Linux leaves to the hardware: the sum over the addresses alone
+		// Linux leaves this to the hardware: the sum covers the addresses only.
+		unfinished := c.segment(100, 0, flagSYN, "")
 		segment := len(unfinished) - 20
 		if c.from.Is4() {
 			segment = 14 + 20
 		}
 		numbers := []byte{0, 0, 0, protocolTCP, 0, 0, 0, 20}
 		binary.BigEndian.PutUint16(unfinished[segment+16:], ^checksum(c.from.AsSlice(), c.to.AsSlice(), numbers))
-		c.wants(unfinished, 0, 0, 0)
-		c.hears(Heard{Bad: 2})
+		c.expectAnswer(unfinished, 0, 0, 0)
+		c.expectReceived(Received{Bad: 2})
 	}
 	c := caller{t, newResponder(), theirs4, ours4}
 	header := c.segment(100, 0, flagSYN, "")
 	header[14+8]-- // TTL
-	c.wants(header, 0, 0, 0)
-	c.hears(Heard{Bad: 1})
+	c.expectAnswer(header, 0, 0, 0)
+	c.expectReceived(Received{Bad: 1})
 }
 
 func TestResponderDropsWhatIsLargerThanTheMTU(t *testing.T) {
 	c := caller{t, newResponder(), theirs4, ours4}
-	c.wants(c.segment(100, 0, flagSYN, ""), flagSYN|flagACK, 1, 101)
+	c.expectAnswer(c.segment(100, 0, flagSYN, ""), flagSYN|flagACK, 1, 101)
 	whole := string(make([]byte, c.MTU-40))
-	c.wants(c.segment(101, 2, flagACK, whole), flagACK, 2, 101+uint32(len(whole)))
-	c.wants(c.segment(101+uint32(len(whole)), 2, flagACK, whole+"!"), 0, 0, 0)
-	c.hears(Heard{Good: 2, TooLarge: 1, Opened: 1, Bytes: uint64(len(whole))})
+	c.expectAnswer(c.segment(101, 2, flagACK, whole), flagACK, 2, 101+uint32(len(whole)))
+	c.expectAnswer(c.segment(101+uint32(len(whole)), 2, flagACK, whole+"!"), 0, 0, 0)
+	c.expectReceived(Received{Good: 2, TooLarge: 1, Opened: 1, Bytes: uint64(len(whole))})
 }
 
 func TestResponderResolvesAndAnswersPings(t *testing.T) {
@@ -128,7 +133,8 @@ func TestResponderResolvesAndAnswersPings(t *testing.T) {
 		return ethernet(broadcast, testSrc, ethertype(typeARP), request)
 	}
 	solicit := func(target netip.Addr) []byte {
-		p := packet{theirs6, netip.MustParseAddr("ff02::1:ff00:9"), protocolICMPv6, join([]byte{135, 0, 0, 0, 0, 0, 0, 0}, target.AsSlice(), []byte{1, 1}, testSrc)}
+		solicitation := join([]byte{135, 0, 0, 0, 0, 0, 0, 0}, target.AsSlice(), []byte{1, 1}, testSrc)
+		p := packet{theirs6, netip.MustParseAddr("ff02::1:ff00:9"), protocolICMPv6, solicitation}
 		return ethernet(mac(0x33, 0x33, 0xff, 0, 0, 9), testSrc, ethertype(typeIPv6), p.bytes(2))
 	}
 	ping := func(from, to netip.Addr, protocol, kind byte) []byte {
@@ -142,7 +148,7 @@ func TestResponderResolvesAndAnswersPings(t *testing.T) {
 	for _, c := range []struct {
 		name    string
 		request []byte
-		want    []byte // somewhere in the answer; nil if there is to be none
+		want    []byte // part of the answer; nil if there is no answer
 	}{
 		{"ARP for its address", ask(ours4), join([]byte{0, 2}, ourMAC, ours4.AsSlice(), testSrc, theirs4.AsSlice())},
 		{"ARP for another", ask(theirs4), nil},
@@ -154,12 +160,13 @@ func TestResponderResolvesAndAnswersPings(t *testing.T) {
 		{"half a frame", ping(theirs4, ours4, protocolICMP, 8)[:20], nil},
 	} {
 		answers := r.Answer(c.request)
-		if c.want == nil && len(answers) > 0 || c.want != nil && (len(answers) != 1 || !bytes.Contains(answers[0], c.want)) {
+		answered := len(answers) == 1 && bytes.Contains(answers[0], c.want)
+		if c.want == nil && len(answers) > 0 || c.want != nil && !answered {
 			t.Errorf("%s: answered by %x, want one with %x", c.name, answers, c.want)
 		}
 	}
-	if want := (Heard{Pings: 2}); r.Heard() != want {
-		t.Errorf("counted %+v, want %+v", r.Heard(), want)
+	if want := (Received{Pings: 2}); r.Received() != want {
+		t.Errorf("counted %+v, want %+v", r.Received(), want)
 	}
 }
 

@@ -19,12 +19,11 @@ const receiveBuffer = 32 << 20
 
 // Sender sends frames out of an interface.
 type Sender struct {
-	Interface net.Interface // as it was when the sender was made
+	Interface net.Interface // its state when the sender was made
 	fd        int
 }
 
-// NewSender opens an interface of the calling thread's network namespace,
-// which takes CAP_NET_RAW there.
+// NewSender opens an interface of the calling thread's network namespace, which needs CAP_NET_RAW there.
 func NewSender(iface string) (*Sender, error) {
 	fd, link, err := open(iface, 0, 0)
 	if err != nil {
@@ -44,17 +43,16 @@ func (s *Sender) Send(frame []byte) error {
 // Close closes the sender.
 func (s *Sender) Close() error { return unix.Close(s.fd) }
 
-// Receiver receives what arrives at an interface, for whomever it is.
+// Receiver receives every frame that arrives at an interface, whatever its destination.
 type Receiver struct {
-	Interface net.Interface // as it was when the receiver was made
+	Interface net.Interface // its state when the receiver was made
 	file      *os.File
 	raw       syscall.RawConn
 	buffer    []byte
 }
 
-// NewReceiver opens an interface of the calling thread's network namespace,
-// which takes CAP_NET_RAW there, and has it promiscuous until Close. Frames are
-// kept for Receive from now on.
+// NewReceiver opens an interface of the calling thread's network namespace, which needs CAP_NET_RAW there, and makes it
+// promiscuous until Close. Frames are queued for Receive from now on.
 func NewReceiver(iface string) (*Receiver, error) {
 	fd, link, err := open(iface, unix.SOCK_NONBLOCK, unix.ETH_P_ALL)
 	if err != nil {
@@ -68,8 +66,8 @@ func NewReceiver(iface string) (*Receiver, error) {
 	return &Receiver{Interface: *link, file: file, raw: raw, buffer: make([]byte, 1<<16)}, nil
 }
 
-// Receive returns the next frame that arrived. The kernel takes the outermost
-// VLAN tag off; it is put back. It returns ctx's error when ctx ends.
+// Receive returns the next frame that arrived. It restores the outermost VLAN tag, which the kernel removes. It returns
+// ctx's error when ctx ends.
 func (r *Receiver) Receive(ctx context.Context) (frame []byte, err error) {
 	interrupted := make(chan error, 1)
 	stop := context.AfterFunc(ctx, func() { interrupted <- r.file.SetReadDeadline(time.Unix(1, 0)) })
@@ -94,8 +92,7 @@ func (r *Receiver) Receive(ctx context.Context) (frame []byte, err error) {
 	return restoreTag(append([]byte(nil), r.buffer[:n]...), control[:nc])
 }
 
-// Dropped returns how many frames the kernel had to drop since the last call,
-// because Receive was too slow.
+// Dropped returns how many frames the kernel dropped since the last call because Receive was too slow.
 func (r *Receiver) Dropped() (uint32, error) {
 	var stats *unix.TpacketStats
 	var statsErr error
@@ -108,17 +105,16 @@ func (r *Receiver) Dropped() (uint32, error) {
 	return stats.Drops, nil
 }
 
-// Close closes the receiver and ends the interface's promiscuity.
+// Close closes the receiver and ends the interface's promiscuous mode.
 func (r *Receiver) Close() error { return r.file.Close() }
 
-// open returns a packet socket on an interface, which receives the frames of
-// an ethertype from others; 0 means none.
+// open returns a packet socket on an interface that receives frames of an ethertype from others; 0 means none.
 func open(iface string, flags int, protocol uint16) (int, *net.Interface, error) {
 	link, err := net.InterfaceByName(iface)
 	if err != nil {
 		return 0, nil, err
 	}
-	// Without a protocol until it is bound, or it receives from all interfaces.
+	// The protocol is set by bind: a socket that has one before receives from all interfaces.
 	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC|flags, 0)
 	if err != nil {
 		return 0, nil, fmt.Errorf("packet socket: %w", err)
@@ -146,21 +142,22 @@ func prepare(fd, ifindex int) error {
 	if err != nil {
 		return fmt.Errorf("set up packet socket: %w", err)
 	}
-	// Beyond the system's limit if we may, else up to it.
+	// This exceeds the system's limit if the process may do that.
 	if unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, receiveBuffer) != nil {
 		return unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, receiveBuffer)
 	}
 	return nil
 }
 
-// restoreTag puts a VLAN tag that the kernel reports beside the frame back in.
+// restoreTag restores a VLAN tag that the kernel reports beside the frame.
 func restoreTag(frame, control []byte) ([]byte, error) {
 	messages, err := unix.ParseSocketControlMessage(control)
 	if err != nil {
-		return nil, fmt.Errorf("read what the kernel says about a frame: %w", err)
+		return nil, fmt.Errorf("read what the kernel reports about a frame: %w", err)
 	}
 	for _, m := range messages {
-		if m.Header.Level != unix.SOL_PACKET || m.Header.Type != unix.PACKET_AUXDATA || len(m.Data) < int(unsafe.Sizeof(unix.TpacketAuxdata{})) {
+		if m.Header.Level != unix.SOL_PACKET || m.Header.Type != unix.PACKET_AUXDATA ||
+			len(m.Data) < int(unsafe.Sizeof(unix.TpacketAuxdata{})) {
 			continue
 		}
 		aux := *(*unix.TpacketAuxdata)(unsafe.Pointer(&m.Data[0]))

@@ -99,7 +99,7 @@ func TestReceiverDoesNotReturnWhatItsOwnSideSends(t *testing.T) {
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
 	if got, err := r.Receive(ctx); err != nil || !bytes.Equal(got, theirs) {
-		t.Errorf("received %x (%v), want what the other side sent: %x", got, err, theirs)
+		t.Errorf("received %x (%v), want the frame of the other side: %x", got, err, theirs)
 	}
 }
 
@@ -129,7 +129,7 @@ func TestDroppedFramesAreReported(t *testing.T) {
 		t.Fatalf("%d frames dropped at first (%v)", n, err)
 	}
 	large := make([]byte, 1500)
-	for range 200_000 { // more than the largest buffer takes
+	for range 200_000 { // more than the largest buffer holds
 		if err := s.Send(large); err != nil {
 			t.Fatal(err)
 		}
@@ -142,9 +142,9 @@ func TestDroppedFramesAreReported(t *testing.T) {
 func TestMissingInterfaceIsAnError(t *testing.T) {
 	ns := pair(t)
 	if err := ns.Do(func() error { _, err := frames.NewReceiver("none"); return err }); err == nil {
-		t.Error("receiver on an interface that is not there")
+		t.Error("receiver on an absent interface")
 	}
 	if err := ns.Do(func() error { _, err := frames.NewSender("none"); return err }); err == nil {
-		t.Error("sender on an interface that is not there")
+		t.Error("sender on an absent interface")
 	}
 }

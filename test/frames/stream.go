@@ -10,8 +10,8 @@ import (
 // streamMarker begins the payload of a stream's frames.
 const streamMarker = Marker + "stream:"
 
-// Stream returns frame number seq, from 0, of the stream id. A nil dst stands
-// for an address that nobody has, so that the frame is flooded.
+// Stream returns frame number seq, from 0, of the stream id. A nil dst is replaced by a MAC that no host has, so that
+// the frame is flooded.
 func Stream(dst, src net.HardwareAddr, id uint32, seq uint64) []byte {
 	if dst == nil {
 		dst = unknown
@@ -29,30 +29,30 @@ func parseStream(frame []byte, id uint32) (seq uint64, ok bool) {
 	return binary.BigEndian.Uint64(numbers[4:]), true
 }
 
-// Tally is what a receiver saw of a stream of a known length.
+// Tally is the count of a stream's frames.
 type Tally struct {
 	Received   uint64 `json:"received"`   // different frames
 	Lost       uint64 `json:"lost"`       // frames that never came
-	Duplicates uint64 `json:"duplicates"` // frames that had come before
+	Duplicates uint64 `json:"duplicates"` // frames that came again
 	Reordered  uint64 `json:"reordered"`  // frames that came after a later one
 
-	LongestLoss uint64    `json:"longestLoss"`      // most frames in a row that never came
-	FirstLost   uint64    `json:"firstLost"`        // the number of the first of those
-	Resumed     time.Time `json:"resumed,omitzero"` // when the first frame after those came; zero if there is none
+	LongestLoss uint64    `json:"longestLoss"`      // the largest number of frames in a row that never came
+	FirstLost   uint64    `json:"firstLost"`        // the number of the first frame of those
+	Resumed     time.Time `json:"resumed,omitzero"` // when the first frame after those came; zero if none came
 }
 
-// Counter counts the frames of the stream ID with the numbers 0 to Total-1. A
-// Total of 0 stands for a stream that ends with the last frame that comes.
+// Counter counts the frames of the stream ID with the numbers 0 to Total-1. With a Total of 0 the last frame that comes
+// is the end.
 type Counter struct {
 	ID    uint32
 	Total uint64
 
 	seen                            map[uint64]bool
-	jumps                           map[uint64]time.Time // when a frame came that was not the next one
+	jumps                           map[uint64]time.Time // when a frame came that did not follow the last one
 	duplicates, reordered, expected uint64
 }
 
-// Add counts the frame if it is one of the stream's; it came at that time.
+// Add counts a frame that came at that time if it belongs to the stream.
 func (c *Counter) Add(frame []byte, at time.Time) {
 	seq, ok := parseStream(frame, c.ID)
 	if !ok || c.Total > 0 && seq >= c.Total {

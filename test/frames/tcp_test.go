@@ -17,16 +17,18 @@ import (
 	"github.com/k8slan/k8slan/test/netlab"
 )
 
-// callLinux lets Linux's own TCP, on a, send to a responder on b, and returns what that heard.
-func callLinux(t *testing.T, ns netlab.Namespace, address string) (frames.Heard, error) {
+// callLinux sends by Linux's own TCP, on a, to a responder on b, and returns what the responder counted.
+func callLinux(t *testing.T, ns netlab.Namespace, address string) (frames.Received, error) {
 	t.Helper()
 	r, s := receiver(t, ns, "b"), sender(t, ns, "b")
-	responder := frames.Responder{MAC: s.Interface.HardwareAddr, MTU: s.Interface.MTU, Addresses: []netip.Addr{netip.MustParseAddr(address)}}
+	responder := frames.Responder{
+		MAC: s.Interface.HardwareAddr, MTU: s.Interface.MTU, Addresses: []netip.Addr{netip.MustParseAddr(address)},
+	}
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
-	go func() { // ends with ctx
+	go func() { // it ends with ctx
 		done <- func() error {
-			for responder.Heard().Closed == 0 {
+			for responder.Received().Closed == 0 {
 				frame, err := r.Receive(ctx)
 				if err != nil {
 					return err
@@ -62,10 +64,10 @@ func callLinux(t *testing.T, ns netlab.Namespace, address string) (frames.Heard,
 		t.Error(err)
 	}
 	cancel()
-	return responder.Heard(), err
+	return responder.Received(), err
 }
 
-// callingPair is a pair whose end a has addresses, and finishes checksums or not.
+// callingPair is a pair whose end a has addresses, and finishes checksums or leaves them to hardware.
 func callingPair(t *testing.T, finished bool) netlab.Namespace {
 	t.Helper()
 	ns := pair(t)
@@ -92,7 +94,9 @@ func callingPair(t *testing.T, finished bool) netlab.Namespace {
 				return err
 			}
 			defer e.Close()
-			return e.Change("a", map[string]bool{"tx-checksum-ip-generic": false, "tx-tcp-segmentation": false, "tx-tcp6-segmentation": false})
+			return e.Change("a", map[string]bool{
+				"tx-checksum-ip-generic": false, "tx-tcp-segmentation": false, "tx-tcp6-segmentation": false,
+			})
 		})
 		if err != nil {
 			t.Fatal("switch checksum offload off: ", err)
@@ -103,13 +107,16 @@ func callingPair(t *testing.T, finished bool) netlab.Namespace {
 
 func TestLinuxCannotCallAResponderUntilItFinishesChecksums(t *testing.T) {
 	for _, address := range []string{"192.0.2.9", "2001:db8::9"} {
-		heard, err := callLinux(t, callingPair(t, false), address)
-		if err == nil || heard.Opened > 0 || heard.Bad == 0 {
-			t.Errorf("with checksums left to hardware that there is not, the responder at %s heard %+v (%v), want bad segments and no connection", address, heard, err)
+		received, err := callLinux(t, callingPair(t, false), address)
+		if err == nil || received.Opened > 0 || received.Bad == 0 {
+			t.Errorf("without checksums the responder at %s received %+v (%v), want bad segments and no connection",
+				address, received, err)
 		}
-		heard, err = callLinux(t, callingPair(t, true), address)
-		if err != nil || heard.Bytes != 1_000_000 || heard.Opened != 1 || heard.Closed != 1 || heard.Bad+heard.TooLarge > 0 {
-			t.Errorf("with finished checksums, the responder at %s heard %+v (%v), want one connection with 1000000 bytes", address, heard, err)
+		received, err = callLinux(t, callingPair(t, true), address)
+		bad := received.Bad + received.TooLarge
+		if err != nil || received.Bytes != 1_000_000 || received.Opened != 1 || received.Closed != 1 || bad > 0 {
+			t.Errorf("with checksums the responder at %s received %+v (%v), want one connection with 1000000 bytes",
+				address, received, err)
 		}
 	}
 }

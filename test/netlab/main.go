@@ -2,8 +2,8 @@
 // controller would, makes sandboxes, and calls CNI plugins as a container runtime does, each call in its own process.
 //
 // A package whose tests need it calls [Main] from its TestMain. The test binary then runs again in new network and
-// mount namespaces, and in a new user namespace where it isn't root, so that no test can touch the machine's own
-// links, routes, mounts or /run. Everything the tests make is gone when that process is gone, however it ends.
+// mount namespaces, and in a new user namespace if it isn't root, so that no test changes the machine's own links,
+// routes, mounts or /run. Everything that the tests make ends with that process.
 package netlab
 
 import (
@@ -21,22 +21,22 @@ import (
 )
 
 const (
-	// inside tells the test binary that it runs in its own namespaces already: "root", or "user" in a user namespace.
+	// inside is set in the test binary that runs in its own namespaces: "root", or "user" in a user namespace.
 	inside = "K8SLAN_TEST_NETNS"
-	// noSkip turns every skip into a failure.
+	// noSkip makes every skip a failure.
 	noSkip = "K8SLAN_NO_SKIP"
 )
 
-// The main goroutine keeps the first thread, so that [Namespace.Do] never sends that one into another namespace: files
-// like /proc/self/ns/net speak of it.
+// The main goroutine keeps the first thread, so that [Namespace.Do] never moves that thread to another namespace: files
+// like /proc/self/ns/net show the namespace of the first thread.
 func init() { runtime.LockOSThread() }
 
-// Main runs a package's tests in namespaces of their own and exits with their result. Where the kernel doesn't let it,
-// or lacks a kind of link that LANs are made of, it says so and runs none of them; with K8SLAN_NO_SKIP=1 that is a
+// Main runs a package's tests in namespaces of their own and exits with their result. If the kernel does not allow
+// that, or lacks a kind of link that LANs consist of, Main prints why and runs no test; with K8SLAN_NO_SKIP=1 that is a
 // failure. The functions run after the last test.
 func Main(m *testing.M, after ...func()) {
 	if os.Getenv(inside) == "" {
-		os.Exit(again())
+		os.Exit(reexec())
 	}
 	if err := errors.Join(prepare(), tryLinks()); err != nil {
 		os.Exit(unsupported(err))
@@ -48,16 +48,16 @@ func Main(m *testing.M, after ...func()) {
 	os.Exit(code)
 }
 
-// Inside says whether this process runs in the namespaces that Main makes: before it, there is the machine's network.
+// Inside reports whether this process runs in the namespaces that Main makes.
 func Inside() bool { return os.Getenv(inside) != "" }
 
-// NeedDevices skips a test that opens a device node, which no user namespace allows.
+// NeedDevices skips a test that opens a device node, which a user namespace cannot.
 func NeedDevices(t testing.TB) {
 	t.Helper()
 	NeedRoot(t, "a tap is opened by its device node, and making one needs root")
 }
 
-// NeedRoot skips a test that needs more than a user namespace gives, and says why.
+// NeedRoot skips a test that needs more rights than a user namespace has, for that reason.
 func NeedRoot(t testing.TB, why string) {
 	t.Helper()
 	if os.Getenv(inside) == "root" {
@@ -70,8 +70,8 @@ func NeedRoot(t testing.TB, why string) {
 	t.Skip(why)
 }
 
-// again runs this test binary once more, in its own namespaces, and returns its exit code.
-func again() int {
+// reexec runs this test binary once more, in its own namespaces, and returns its exit code.
+func reexec() int {
 	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
 	cmd.Args[0] = os.Args[0]
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
@@ -102,17 +102,18 @@ func again() int {
 	}
 }
 
-// unsupported says why no test ran and returns the exit code for it.
+// unsupported prints why no test ran and returns the exit code for it.
 func unsupported(err error) int {
 	verdict, code := "SKIP", 0
 	if os.Getenv(noSkip) == "1" {
 		verdict, code = "FAIL", 1
 	}
-	fmt.Fprintf(os.Stderr, "--- %s: no test of this package was run, because this machine doesn't let them: %v\n", verdict, err)
+	fmt.Fprintf(os.Stderr, "--- %s: no test of this package ran, because this machine does not allow it: %v\n",
+		verdict, err)
 	return code
 }
 
-// prepare gives this process its own /run and /sys, cuts its mounts off from the machine's, and sets loopback up.
+// prepare gives this process its own /run and /sys, separates its mounts from the machine's, and sets loopback up.
 func prepare() error {
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 		return fmt.Errorf("make the mounts private: %w", err)
@@ -124,11 +125,11 @@ func prepare() error {
 	if err := unix.Mount("tmpfs", "/run", "tmpfs", unix.MS_NOSUID, "mode=755"); err != nil {
 		return fmt.Errorf("mount a tmpfs on /run: %w", err)
 	}
-	// As on a node, what is mounted under /run is seen by every mount namespace made later.
+	// As on a node, every mount namespace made later sees what is mounted under /run.
 	if err := unix.Mount("", "/run", "", unix.MS_REC|unix.MS_SHARED, ""); err != nil {
 		return fmt.Errorf("share /run: %w", err)
 	}
-	if err := os.MkdirAll("/var/run/cdi", 0o755); err != nil { // /var/run is /run, or not ours to write
+	if err := os.MkdirAll("/var/run/cdi", 0o755); err != nil { // /var/run is /run, or not writable
 		return fmt.Errorf("make /var/run/cdi: %w", err)
 	}
 	return loopbackUp()
@@ -178,7 +179,7 @@ func tryLinks() error {
 	return errors.Join(missing...)
 }
 
-// mountsUnder lists what is mounted at or below a directory, the latest mount first.
+// mountsUnder lists the mounts at or below a directory, the latest first.
 func mountsUnder(dir string) ([]string, error) {
 	info, err := os.ReadFile("/proc/self/mountinfo")
 	if err != nil {

@@ -17,11 +17,11 @@ import (
 
 // A Namespace is a network namespace that a test made, bound to a file.
 type Namespace struct {
-	// Path is the file the namespace is bound to.
+	// Path is the file to which the namespace is bound.
 	Path string
 }
 
-// New makes a network namespace with loopback up, which goes with the test.
+// New makes a network namespace with loopback up, which is removed with the test.
 func New(t testing.TB, name string) Namespace {
 	t.Helper()
 	ns, err := Make(name)
@@ -36,7 +36,7 @@ func New(t testing.TB, name string) Namespace {
 	return ns
 }
 
-// Make makes a network namespace with loopback up, bound to a file in a directory of its own, until Remove.
+// Make makes a network namespace with loopback up, bound to a file in a directory of its own. Remove removes it.
 func Make(name string) (Namespace, error) {
 	dir, err := os.MkdirTemp("/run", name+"-")
 	if err != nil {
@@ -61,11 +61,11 @@ func Make(name string) (Namespace, error) {
 	return ns, nil
 }
 
-// Remove unmounts the namespace, and whatever else is mounted in the directory that Make gave it, and removes that.
+// Remove unmounts the namespace and everything else that is mounted in the directory from Make, and removes the
+// directory.
 func (n Namespace) Remove() error { return removeTree(filepath.Dir(n.Path)) }
 
-// NewPod makes the namespace of a pod: empty but for loopback, and with IPv6 off, so that the test's frames are the
-// only ones.
+// NewPod makes the namespace of a pod: it has loopback only and IPv6 off, so that no frames but the test's are sent.
 func NewPod(t testing.TB) Namespace {
 	t.Helper()
 	pod := New(t, "pod")
@@ -74,10 +74,10 @@ func NewPod(t testing.TB) Namespace {
 	return pod
 }
 
-// At names a namespace that somebody else made and bound to a file: a LAN's.
+// At is a namespace that is already bound to a file: a LAN's.
 func At(path string) Namespace { return Namespace{Path: path} }
 
-// Do runs f on a thread that is in the namespace. The thread is f's alone and ends with it. f must not fail a test
+// Do runs f on a thread that is in the namespace. The thread runs only f and ends with it. f must not fail a test
 // itself, because it runs on another goroutine.
 func (n Namespace) Do(f func() error) error {
 	return onThread(func() error {
@@ -94,14 +94,14 @@ func (n Namespace) Do(f func() error) error {
 }
 
 // onThread runs f on a thread of its own. The thread is never unlocked, so the runtime ends it with its goroutine and
-// nothing that f did to it outlives f.
+// no change that f made to the thread outlives f.
 func onThread(f func() error) error {
 	done := make(chan error, 1)
 	go func() {
 		runtime.LockOSThread()
 		finished := false
 		defer func() {
-			if !finished { // runtime.Goexit: somebody failed a test in here
+			if !finished { // runtime.Goexit: f failed a test
 				done <- errors.New("the function ended its goroutine: a test may not be failed from inside a namespace")
 			}
 		}()
@@ -112,7 +112,7 @@ func onThread(f func() error) error {
 	return <-done
 }
 
-// Netlink opens a netlink handle in the namespace, closed with the test.
+// Netlink opens a netlink handle in the namespace, which is closed with the test.
 func (n Namespace) Netlink(t testing.TB) *netlink.Handle {
 	t.Helper()
 	fd, err := vnetns.GetFromPath(n.Path)
@@ -128,15 +128,18 @@ func (n Namespace) Netlink(t testing.TB) *netlink.Handle {
 	return h
 }
 
-// AwaitCarrier returns when a link that is up carries frames in both directions: the kernel starts the end of a veth
-// that was set up first only a moment after the other one, and drops what is sent before (linkwatch_do_dev in
+// carrierTimeout is long because all namespaces of a machine share one lock.
+const carrierTimeout = 30 * time.Second
+
+// AwaitCarrier returns when a link that is up carries frames in both directions: the kernel activates the end of a veth
+// that was set up first a moment after the other one, and drops what is sent before (linkwatch_do_dev in
 // net/core/link_watch.c).
 func (n Namespace) AwaitCarrier(t testing.TB, link string) {
 	t.Helper()
 	n.await(t, link, true)
 }
 
-// AwaitNoCarrier returns when a link that is up has lost its carrier, which the kernel tells it as late.
+// AwaitNoCarrier returns when a link that is up has lost its carrier, which the kernel reports as late.
 func (n Namespace) AwaitNoCarrier(t testing.TB, link string) {
 	t.Helper()
 	n.await(t, link, false)
@@ -154,7 +157,7 @@ func (n Namespace) await(t testing.TB, link string, carrier bool) {
 	if err := netlink.LinkSubscribeAt(ns, updates, done); err != nil {
 		t.Fatalf("watch the links in %s: %v", n.Path, err)
 	}
-	h, deadline := n.Netlink(t), time.After(10*time.Second)
+	h, deadline := n.Netlink(t), time.After(carrierTimeout)
 	for {
 		l, err := h.LinkByName(link)
 		if err != nil {
@@ -166,12 +169,13 @@ func (n Namespace) await(t testing.TB, link string, carrier bool) {
 		select {
 		case <-updates:
 		case <-deadline:
-			t.Fatalf("%s in %s is %s after 10 s, want a carrier: %t", link, n.Path, l.Attrs().OperState, carrier)
+			t.Fatalf("%s in %s is %s after %v, want a carrier: %t",
+				link, n.Path, l.Attrs().OperState, carrierTimeout, carrier)
 		}
 	}
 }
 
-// Links names every link in the namespace but loopback, in the order of their indices.
+// Links names every link in the namespace but loopback, in the order of their ifindexes.
 func (n Namespace) Links(t testing.TB) []string {
 	t.Helper()
 	links, err := n.Netlink(t).LinkList()
@@ -209,7 +213,7 @@ func (n Namespace) ReadSysctl(t testing.TB, name string) string {
 	return strings.TrimSpace(string(value))
 }
 
-// Sysfs mounts a sysfs that shows the links of the namespace, and returns where. It goes with the namespace.
+// Sysfs mounts a sysfs that shows the links of the namespace, and returns its directory. It is removed with the test.
 func (n Namespace) Sysfs(t testing.TB) string {
 	t.Helper()
 	dir, err := os.MkdirTemp("/run", "sysfs-")
@@ -229,7 +233,7 @@ func (n Namespace) Sysfs(t testing.TB) string {
 	return dir
 }
 
-// removeTree unmounts whatever is mounted below a directory and removes it.
+// removeTree unmounts everything below a directory and removes it.
 func removeTree(dir string) error {
 	mounts, err := mountsUnder(dir)
 	if err != nil {

@@ -26,14 +26,14 @@ func TestTestsHaveLinksAndRunOfTheirOwn(t *testing.T) {
 		t.Fatal(err)
 	}
 	if len(links) != 1 || links[0].Attrs().Name != "lo" {
-		t.Errorf("links are %v, want loopback alone", links)
+		t.Errorf("links are %v, want only loopback", links)
 	}
 	entries, err := os.ReadDir("/sys/class/net")
 	if err != nil {
 		t.Fatal(err)
 	}
 	if len(entries) != 1 {
-		t.Errorf("/sys shows %v, want loopback alone", entries)
+		t.Errorf("/sys shows %v, want only loopback", entries)
 	}
 	mounts, err := mountsUnder("/run")
 	if err != nil {
@@ -49,7 +49,7 @@ func TestNamespaceEndsWithItsTest(t *testing.T) {
 	t.Run("one test", func(t *testing.T) {
 		ns := New(t, "short")
 		path = ns.Path
-		// What somebody else bound below is taken down as well.
+		// A mount that the test made below is removed as well.
 		other := filepath.Join(filepath.Dir(path), "other")
 		if err := os.WriteFile(other, nil, 0o444); err != nil {
 			t.Fatal(err)
@@ -59,7 +59,7 @@ func TestNamespaceEndsWithItsTest(t *testing.T) {
 		}
 	})
 	if _, err := os.Stat(filepath.Dir(path)); !errors.Is(err, os.ErrNotExist) {
-		t.Errorf("stat of its directory: %v, want that it is gone", err)
+		t.Errorf("stat of its directory: %v, want that it does not exist", err)
 	}
 	if left, err := mountsUnder(filepath.Dir(path)); err != nil || len(left) > 0 {
 		t.Errorf("mounts left: %v, %v", left, err)
@@ -87,10 +87,10 @@ func TestDoRunsInTheNamespaceAndTheCallerStays(t *testing.T) {
 		t.Errorf("inside %s, the process %s, want another one than %s and the same", inside, process, before)
 	}
 	if err := ns.Do(func() error { return os.ErrInvalid }); !errors.Is(err, os.ErrInvalid) {
-		t.Errorf("error of the function came back as %v", err)
+		t.Errorf("the function's error was returned as %v", err)
 	}
 	if err := At("/run/nowhere").Do(func() error { return nil }); !errors.Is(err, os.ErrNotExist) {
-		t.Errorf("a namespace that isn't there gives %v, want that it is said", err)
+		t.Errorf("an absent namespace gives %v, want ErrNotExist", err)
 	}
 }
 
@@ -110,7 +110,7 @@ func TestNodesReachEachOtherOverTheUnderlay(t *testing.T) {
 
 	a.PullOut(t)
 	if links := a.Links(t); len(links) != 0 {
-		t.Errorf("after its device was pulled out %s has %v", a.Name, links)
+		t.Errorf("after PullOut %s has %v", a.Name, links)
 	}
 	a.PlugIn(t)
 	expectAcross(t, to, a.Open(t, UnderlayDevice), frame)
@@ -148,11 +148,11 @@ func TestWireDoesNotReceiveItsOwnFrames(t *testing.T) {
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	if got, err := wire.Receive(ctx); err != nil || !bytes.Equal(got, theirs) {
-		t.Errorf("heard %x, %v; want %x first", got, err, theirs)
+		t.Errorf("received %x, %v; want %x first", got, err, theirs)
 	}
 	cancel()
 	if _, err := wire.Receive(ctx); !errors.Is(err, context.Canceled) {
-		t.Errorf("with nothing to hear: %v, want that the context ended", err)
+		t.Errorf("without a frame: %v, want that the context ended", err)
 	}
 }
 
@@ -199,7 +199,7 @@ func tapNumbers(t *testing.T, ns Namespace, link string) (major, minor uint32) {
 	return major, minor
 }
 
-// connect gives each of two namespaces one end of a cable.
+// connect connects two namespaces by a cable.
 func connect(t *testing.T, one, other Namespace) {
 	t.Helper()
 	there, err := vnetns.GetFromPath(other.Path)
@@ -210,7 +210,8 @@ func connect(t *testing.T, one, other Namespace) {
 	attrs := netlink.NewLinkAttrs()
 	attrs.Name = "cable"
 	h := one.Netlink(t)
-	if err := h.LinkAdd(&netlink.Veth{LinkAttrs: attrs, PeerName: "cable", PeerNamespace: netlink.NsFd(int(there))}); err != nil {
+	cable := &netlink.Veth{LinkAttrs: attrs, PeerName: "cable", PeerNamespace: netlink.NsFd(int(there))}
+	if err := h.LinkAdd(cable); err != nil {
 		t.Fatal(err)
 	}
 	for _, h := range []*netlink.Handle{h, other.Netlink(t)} {
@@ -226,7 +227,7 @@ func connect(t *testing.T, one, other Namespace) {
 	other.AwaitCarrier(t, "cable")
 }
 
-// testFrame is a broadcast frame with a payload of the given length, marked to tell it from others.
+// testFrame is a broadcast frame with a payload of the given length that differs by mark.
 func testFrame(payload int, mark byte) []byte {
 	frame := slices.Concat(bytes.Repeat([]byte{0xff}, 6), []byte{2, 0, 0, 0, 0, mark}, []byte{0x88, 0xb5})
 	for i := range payload {

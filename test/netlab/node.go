@@ -12,10 +12,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// UnderlayDevice is what a node calls its device to the underlay.
+// UnderlayDevice is the name of a node's device to the underlay.
 const UnderlayDevice = "eth1"
 
-// An Underlay is the network between nodes: a bridge in a namespace of its own, silent by itself.
+// An Underlay is the network between nodes: a bridge in a namespace of its own that sends nothing by itself.
 type Underlay struct {
 	Namespace
 	mtu int
@@ -29,7 +29,7 @@ func NewUnderlay(t testing.TB, mtu int) *Underlay {
 	u.Sysctl(t, "net/ipv6/conf/default/disable_ipv6", "1")
 	for _, family := range []string{"iptables", "ip6tables", "arptables"} {
 		setting := "net/bridge/bridge-nf-call-" + family
-		if _, err := os.Stat("/proc/sys/" + setting); err == nil { // only where br_netfilter is loaded
+		if _, err := os.Stat("/proc/sys/" + setting); err == nil { // br_netfilter is loaded
 			u.Sysctl(t, setting, "0")
 		}
 	}
@@ -47,8 +47,8 @@ func NewUnderlay(t testing.TB, mtu int) *Underlay {
 	return u
 }
 
-// A Node is a host of the cluster: a namespace with a device to the underlay that has an IPv6 link-local address and
-// nothing else, and directories of its own for what k8slan keeps.
+// A Node is a host of the cluster: a namespace with a device to the underlay that has only an IPv6 link-local address,
+// and directories of its own for the files of k8slan.
 type Node struct {
 	Namespace
 	Name string
@@ -63,8 +63,10 @@ func (u *Underlay) Join(t testing.TB, name string) *Node {
 	t.Helper()
 	ns := New(t, name)
 	dir := filepath.Dir(ns.Path)
-	n := &Node{Namespace: ns, Name: name, Run: filepath.Join(dir, "k8slan"), CDI: filepath.Join(dir, "cdi"), underlay: u}
-	// Addresses are usable at once, and nothing is asked of routers that aren't there.
+	n := &Node{
+		Namespace: ns, Name: name, Run: filepath.Join(dir, "k8slan"), CDI: filepath.Join(dir, "cdi"), underlay: u,
+	}
+	// Addresses are usable at once, and no router solicitations are sent.
 	n.Sysctl(t, "net/ipv6/conf/default/accept_dad", "0")
 	n.Sysctl(t, "net/ipv6/conf/default/router_solicitations", "0")
 	n.PlugIn(t)
@@ -74,7 +76,7 @@ func (u *Underlay) Join(t testing.TB, name string) *Node {
 // Port names the underlay's end of the node's cable, in the underlay's namespace.
 func (n *Node) Port() string { return n.Name + ".1" }
 
-// PlugIn gives the node its device to the underlay and waits for the address.
+// PlugIn makes the node's device to the underlay and waits for its address.
 func (n *Node) PlugIn(t testing.TB) {
 	t.Helper()
 	there, err := vnetns.GetFromPath(n.Path)
@@ -133,7 +135,7 @@ func (n *Node) PullOut(t testing.TB) {
 	}
 }
 
-// awaitLinkLocal returns when the link has a link-local address that may be used.
+// awaitLinkLocal returns when the link has a link-local address that can be used.
 func awaitLinkLocal(h *netlink.Handle, link netlink.Link, updates <-chan netlink.AddrUpdate) error {
 	deadline := time.After(10 * time.Second)
 	for {

@@ -16,7 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// virtioHeader is the length of what QEMU has before each frame, struct virtio_net_hdr_mrg_rxbuf.
+// virtioHeader is the length of the header that QEMU has before each frame, struct virtio_net_hdr_mrg_rxbuf.
 const virtioHeader = 12
 
 // tap is a macvtap's character device as QEMU opens it.
@@ -27,14 +27,14 @@ type tap struct {
 }
 
 // OpenTap opens a macvtap's character device by its numbers, with virtio headers and without offloads. It needs no
-// device node on the machine, and skips the test where nobody may make one.
+// device node on the machine, and skips the test if the process may not make one.
 func OpenTap(t testing.TB, major, minor uint32) Wire {
 	t.Helper()
 	return openTap(t, major, minor, 0)
 }
 
-// OffloadTap is a tap as the virtio driver of a common guest uses it: frames may pass either way with their checksums
-// unfinished and larger than the MTU.
+// OffloadTap is a tap as the virtio driver of a common guest uses it: frames in both directions may have unfinished
+// checksums and be larger than the MTU.
 type OffloadTap struct{ tap }
 
 // OpenOffloadTap opens a tap like OpenTap, with the offloads for checksums and segmentation.
@@ -44,15 +44,15 @@ func OpenOffloadTap(t testing.TB, major, minor uint32) OffloadTap {
 	return OffloadTap{openTap(t, major, minor, unix.TUN_F_CSUM|unix.TUN_F_TSO4|unix.TUN_F_TSO6|udpSegmentation)}
 }
 
-// The fields of struct virtio_net_hdr, and what its flags mean.
+// These are the offsets of the fields of struct virtio_net_hdr, and the flag for an unfinished checksum.
 const (
 	virtioFlags, virtioSegmentation       = 0, 1
 	virtioChecksumStart, virtioChecksumAt = 6, 8
 	virtioNeedsChecksum                   = 1
 )
 
-// SendUnfinished puts one frame in whose checksum is to be computed from start on, and put at offset from there. What
-// is there in the frame must be the sum of the pseudo header.
+// SendUnfinished sends one frame whose checksum covers the bytes from start on and belongs at offset from there. The
+// frame has the sum of the pseudo header in its place.
 func (w OffloadTap) SendUnfinished(frame []byte, start, offset uint16) error {
 	header := make([]byte, virtioHeader, virtioHeader+len(frame))
 	header[virtioFlags] = virtioNeedsChecksum
@@ -64,7 +64,8 @@ func (w OffloadTap) SendUnfinished(frame []byte, start, offset uint16) error {
 	return nil
 }
 
-// ReceiveUnfinished takes the next frame out and says whether its checksum, or its segmentation, is left to the guest.
+// ReceiveUnfinished receives the next frame and reports whether its checksum, or its segmentation, is left to the
+// guest.
 func (w OffloadTap) ReceiveUnfinished(ctx context.Context) (frame []byte, unfinished bool, err error) {
 	b, err := w.receive(ctx)
 	if err != nil {
@@ -89,7 +90,8 @@ func openTap(t testing.TB, major, minor uint32, offloads int) tap {
 	if err != nil {
 		t.Fatalf("open the tap %d:%d: %v", major, minor, err)
 	}
-	w := tap{file: os.NewFile(uintptr(fd), fmt.Sprintf("tap %d:%d", major, minor)), buf: make([]byte, 1<<16+virtioHeader)}
+	name := fmt.Sprintf("tap %d:%d", major, minor)
+	w := tap{file: os.NewFile(uintptr(fd), name), buf: make([]byte, 1<<16+virtioHeader)}
 	t.Cleanup(func() { _ = w.Close() }) // the test may have closed it
 	if err := configureTap(fd, offloads); err != nil {
 		t.Fatalf("%s: %v", w.file.Name(), err)
@@ -107,7 +109,8 @@ func configureTap(fd, offloads int) error {
 		_     [22]byte
 	}
 	request.flags = unix.IFF_TAP | unix.IFF_NO_PI | unix.IFF_VNET_HDR
-	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), unix.TUNSETIFF, uintptr(unsafe.Pointer(&request))); errno != 0 {
+	_, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), unix.TUNSETIFF, uintptr(unsafe.Pointer(&request)))
+	if errno != 0 {
 		return fmt.Errorf("TUNSETIFF: %w", errno)
 	}
 	if err := unix.IoctlSetPointerInt(fd, unix.TUNSETVNETHDRSZ, virtioHeader); err != nil {
@@ -119,7 +122,7 @@ func configureTap(fd, offloads int) error {
 	return nil
 }
 
-// Send puts one frame in, with an empty virtio header.
+// Send sends one frame, with an empty virtio header.
 func (w tap) Send(frame []byte) error {
 	if _, err := w.file.Write(append(make([]byte, virtioHeader, virtioHeader+len(frame)), frame...)); err != nil {
 		return fmt.Errorf("send a frame of %d bytes into %s: %w", len(frame), w.file.Name(), err)
@@ -127,7 +130,7 @@ func (w tap) Send(frame []byte) error {
 	return nil
 }
 
-// Receive takes the next frame out.
+// Receive receives the next frame.
 func (w tap) Receive(ctx context.Context) ([]byte, error) {
 	b, err := w.receive(ctx)
 	if err != nil {
@@ -136,7 +139,7 @@ func (w tap) Receive(ctx context.Context) ([]byte, error) {
 	return b[virtioHeader:], nil
 }
 
-// receive takes the next frame out with its virtio header.
+// receive receives the next frame with its virtio header.
 func (w tap) receive(ctx context.Context) ([]byte, error) {
 	if err := w.file.SetReadDeadline(time.Time{}); err != nil {
 		return nil, fmt.Errorf("receive from %s: %w", w.file.Name(), err)
@@ -161,5 +164,5 @@ func (w tap) receive(ctx context.Context) ([]byte, error) {
 	return bytes.Clone(w.buf[:n]), nil
 }
 
-// Close closes the tap; a VM does so when it ends.
+// Close closes the tap, as the end of a VM does.
 func (w tap) Close() error { return w.file.Close() }

@@ -10,13 +10,13 @@ import (
 	"github.com/k8slan/k8slan/test/frames"
 )
 
-// A Wire is where a test puts frames in and takes them out: a link of a pod, or the tap that a VM opens. One goroutine
-// may send while another receives.
+// A Wire sends frames to a LAN and receives them from it: it is a link of a pod, or the tap that a VM opens. One
+// goroutine may send while another receives.
 type Wire interface {
-	// Send puts one frame in, without its checksum.
+	// Send sends one frame, without its checksum.
 	Send(frame []byte) error
-	// Receive takes out the next frame that came in from elsewhere; frames wait for it from the opening on. It returns
-	// the context's error when that ends first.
+	// Receive returns the next frame from another host; frames are queued from the opening on. It returns the context's
+	// error when the context ends first.
 	Receive(ctx context.Context) ([]byte, error)
 	// Close closes the wire before its test ends.
 	Close() error
@@ -46,10 +46,10 @@ type packets struct {
 	*frames.Receiver
 }
 
-// Close closes both.
+// Close closes both sockets.
 func (p packets) Close() error { return errors.Join(p.Sender.Close(), p.Receiver.Close()) }
 
-// Await takes frames out of a wire until one fits, drops the others, and says so if none came within the time.
+// Await receives frames from a wire until one fits, drops the others, and fails if none fits within the time.
 func Await(w Wire, within time.Duration, fits func(frame []byte) bool) ([]byte, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), within)
 	defer cancel()

@@ -242,14 +242,14 @@ func respond(iface *string) *cobra.Command {
 				var sendErr error
 				err := receive(cmd.Context(), *iface, patience, func(frame []byte) (done bool) {
 					sendErr = sendAll(s, responder.Answer(frame))
-					return sendErr != nil || responder.Heard().Closed >= connections
+					return sendErr != nil || responder.Received().Closed >= connections
 				})
 				return errors.Join(sendErr, err)
 			})
 			if err != nil && !errors.Is(err, context.Canceled) { // by a signal: that is an end, too
 				return err
 			}
-			return json.NewEncoder(cmd.OutOrStdout()).Encode(responder.Heard())
+			return json.NewEncoder(cmd.OutOrStdout()).Encode(responder.Received())
 		},
 	}
 	flags := cmd.Flags()
