@@ -19,36 +19,36 @@ import (
 	"github.com/k8slan/k8slan/test/netlab"
 )
 
-// station is a node with k8slan's parts on it.
-type station struct {
+// node is a node with k8slan's parts on it.
+type node struct {
 	*netlab.Node
 	kernel *kernel.Node
 	device int // ifindex of the underlay device
 }
 
-func join(t *testing.T, u *netlab.Underlay, name string) station {
+func addNode(t *testing.T, u *netlab.Underlay, name string) node {
 	t.Helper()
 	n := u.Join(t, name)
 	device, err := n.Netlink(t).LinkByName(netlab.UnderlayDevice)
-	try(t, err)
+	must(t, err)
 	k := kernel.New(kernel.Paths{Run: n.Run, HostNetns: n.Path})
 	t.Cleanup(k.Close)
-	return station{Node: n, kernel: k, device: device.Attrs().Index}
+	return node{Node: n, kernel: k, device: device.Attrs().Index}
 }
 
-// build makes LANs as the daemon does.
-func (n station) build(t *testing.T, lans ...segment.Segment) {
+// reconcile makes LANs as the daemon does.
+func (n node) reconcile(t *testing.T, lans ...segment.Segment) {
 	t.Helper()
 	for _, s := range lans {
 		_, err := n.kernel.Reconcile(t.Context(), s.Netns, func(have segment.State) []segment.Op { return segment.Diff(s, have) })
-		try(t, err)
+		must(t, err)
 	}
 }
 
 func sandbox(t *testing.T) netlab.Sandbox {
 	t.Helper()
 	s, err := netlab.NewSandbox()
-	try(t, err)
+	must(t, err)
 	t.Cleanup(func() {
 		if err := s.Remove(); err != nil {
 			t.Error(err)
@@ -59,14 +59,14 @@ func sandbox(t *testing.T) netlab.Sandbox {
 
 // addTime measures B1 and B2: how long an ADD takes as a process from start to end, of k8slan and of others.
 func addTime(t *testing.T, b *bench) {
-	n := join(t, netlab.NewUnderlay(t, netlab.UnderlayMTU), "worker1")
+	n := addNode(t, netlab.NewUnderlay(t, netlab.UnderlayMTU), "worker1")
 	lan := netlab.LAN(1, n.device, "pod", "vm", "other")
-	n.build(t, lan)
-	listen(t, n.Run)
+	n.reconcile(t, lan)
+	listenForReports(t, n.Run)
 	k8slan, err := netlab.BuildPlugin(t.Context(), filepath.Join(t.TempDir(), "k8slan-cni"), n.Node)
-	try(t, err)
+	must(t, err)
 	peers, err := netlab.Component(t.Context(), "cni")
-	try(t, err)
+	must(t, err)
 	peer := func(name string) netlab.Plugin {
 		return netlab.Plugin{Path: filepath.Join(peers, name), Dirs: peers, Node: n.Namespace}
 	}
@@ -75,11 +75,11 @@ func addTime(t *testing.T, b *bench) {
 	}
 	// The LAN is in use, so that its VXLAN is up: so it is for all pods but a LAN's first.
 	_, err = k8slan.Call(t.Context(), "ADD", sandbox(t), netlab.Network(lan, "other", segment.Veth))
-	try(t, err)
+	must(t, err)
 
 	spare := netlink.NewLinkAttrs() // for the plugin that moves one, and at DEL moves it back
 	spare.Name = "spare"
-	try(t, n.Netlink(t).LinkAdd(&netlink.Veth{LinkAttrs: spare, PeerName: "spare-peer"}))
+	must(t, n.Netlink(t).LinkAdd(&netlink.Veth{LinkAttrs: spare, PeerName: "spare-peer"}))
 
 	adds := func(p netlab.Plugin, c netlab.Config) func() (float64, error) {
 		s := sandbox(t)
@@ -105,8 +105,8 @@ func addTime(t *testing.T, b *bench) {
 	ratio("B2-host-device", "CNI ADD of a pod / reference plugin host-device", "pod", "host-device", 0.1)
 }
 
-// listen hears what the plugin tells the daemon, as the daemon does.
-func listen(t *testing.T, run string) {
+// listenForReports hears what the plugin tells the daemon, as the daemon does.
+func listenForReports(t *testing.T, run string) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
 	ended := make(chan struct{})
@@ -164,7 +164,7 @@ func milliseconds(d time.Duration) float64 { return d.Seconds() * 1000 }
 // attachRate measures B3: how fast pods that start at one time are attached.
 func attachRate(t *testing.T, b *bench) {
 	const pods, workers, perLAN = 64, 8, 8
-	n := join(t, netlab.NewUnderlay(t, netlab.UnderlayMTU), "worker1")
+	n := addNode(t, netlab.NewUnderlay(t, netlab.UnderlayMTU), "worker1")
 	var requests []kernel.ClaimRequest
 	var bare []bareAttach
 	for i := range pods / perLAN {
@@ -173,7 +173,7 @@ func attachRate(t *testing.T, b *bench) {
 			spokes = append(spokes, fmt.Sprintf("s%d-%d", i, j))
 		}
 		lan := netlab.LAN(uint32(1+i), n.device, spokes...)
-		n.build(t, lan)
+		n.reconcile(t, lan)
 		for _, spoke := range spokes {
 			pod := sandbox(t)
 			r := kernel.ClaimRequest{

@@ -123,20 +123,20 @@ type bareAttach struct {
 	inPod    *nl.NetlinkRequest
 }
 
-func newBareAttach(t *testing.T, n station, s segment.Segment, r kernel.ClaimRequest) bareAttach {
+func newBareAttach(t *testing.T, n node, s segment.Segment, r kernel.ClaimRequest) bareAttach {
 	t.Helper()
 	lan, ns, err := open(filepath.Join(n.Run, "netns", s.Netns))
-	try(t, err)
+	must(t, err)
 	ns.Close()
 	pod, podNS, err := open(r.PodNetns)
-	try(t, err)
+	must(t, err)
 	t.Cleanup(func() {
 		lan.close()
 		pod.close()
 		podNS.Close()
 	})
 	have, err := n.kernel.Observe(t.Context(), s.Netns)
-	try(t, err)
+	must(t, err)
 	bridge, _ := have.Link(s.Bridge)
 	port, id := segment.PortName(r.Spoke), r.ID()
 	alias := segment.Claim{ID: id, Kind: r.Kind, Spoke: r.Spoke, Sandbox: r.Sandbox, Interface: r.Interface}.Alias()

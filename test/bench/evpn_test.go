@@ -34,16 +34,16 @@ const (
 // Where the two reflectors are, that of k8slan and that of the floor, and who tells them of peers that are not there.
 var (
 	reflectorAt, bareReflectorAt = netip.MustParseAddrPort("10.9.0.2:1790"), netip.MustParseAddrPort("10.9.0.2:1791")
-	tellerAddress                = netip.MustParseAddr("10.9.0.1")
+	peersAddress                 = netip.MustParseAddr("10.9.0.1")
 )
 
-// told measures B11: how soon a node with the daemon as it is shipped has what others tell by EVPN. The floor is a process with gobgp as it comes that
+// evpn measures B11: how soon a node with the daemon as it is shipped has what others tell by EVPN. The floor is a process with gobgp as it comes that
 // writes each route in one bare message. Both hear it from k8slan's reflector, each from one of its own.
-func told(t *testing.T, b *bench) {
+func evpn(t *testing.T, b *bench) {
 	f := newFleet(t)
 	f.lan.Spec.Discovery = v1beta1.EVPN
-	try(t, f.api.Update(t.Context(), f.lan))
-	f.connectTellers(t)
+	must(t, f.api.Update(t.Context(), f.lan))
+	f.connectPeers(t)
 	f.reflector(t, reflectorAt)
 	f.reflector(t, bareReflectorAt)
 	flags := []string{"--evpn-as=65000", "--evpn-peer=address=" + reflectorAt.Addr().String() + ",port=" + fmt.Sprint(reflectorAt.Port())}
@@ -64,8 +64,8 @@ func told(t *testing.T, b *bench) {
 	})
 	bare, _ := startIn(t, f.nodes[1].Do, log, fmt.Sprintf("%s=%d %s %s", bareSpeaker, index, bareReflectorAt, ns.Path), "/proc/self/exe")
 	e, bareEntries := watchEntries(t, netlab.At(filepath.Join(f.nodes[0].Run, "netns", "default.lab"))), watchEntries(t, ns)
-	tellBare := teller(t, bareReflectorAt)
-	try(t, errors.Join(tellBare.Set(peersOf(1, 2)), bareEntries.awaitThat(unix.RTM_NEWNEIGH, macsOfAPeer, ofMAC), tellBare.Set(nil), bareEntries.awaitThat(unix.RTM_DELNEIGH, macsOfAPeer, ofMAC)))
+	tellBare := peerSpeaker(t, bareReflectorAt)
+	must(t, errors.Join(tellBare.Set(peersOf(1, 2)), bareEntries.awaitThat(unix.RTM_NEWNEIGH, macsOfAPeer, ofMAC), tellBare.Set(nil), bareEntries.awaitThat(unix.RTM_DELNEIGH, macsOfAPeer, ofMAC)))
 
 	f.oneMAC(t, b, e, bareEntries, tellBare)
 	stops[1]()
@@ -78,7 +78,7 @@ func (f *fleet) oneMAC(t *testing.T, b *bench, e, bareEntries entries, tellBare 
 	f.attach(t, f.nodes[0], "c", sandbox(t)).Close() // a node without pods writes no entries
 	sender := f.attach(t, there, "a", sandbox(t))
 	defer sender.Close()
-	try(t, e.awaitThat(unix.RTM_NEWNEIGH, 1, ofMAC))
+	must(t, e.awaitThat(unix.RTM_NEWNEIGH, 1, ofMAC))
 	box, n := sandbox(t), 0
 	pod := f.request(there, "b", box)
 	got := race(t, times(60, 1), contender{"ADD", func() (float64, error) {
@@ -117,11 +117,11 @@ func (f *fleet) oneMAC(t *testing.T, b *bench, e, bareEntries entries, tellBare 
 func (f *fleet) allMACs(t *testing.T, b *bench, daemon, bare *os.Process, e, bareEntries entries, tellBare *bgp.Speaker) {
 	peers := times(1000, 20)
 	macs := peers * macsOfAPeer
-	tell, routes, bareRoutes := teller(t, reflectorAt), peersOf(peers, 1), peersOf(peers, 2)
-	f.rests(t, daemon)
+	tell, routes, bareRoutes := peerSpeaker(t, reflectorAt), peersOf(peers, 1), peersOf(peers, 2)
+	f.awaitIdle(t, daemon)
 	before, bareBefore := resident(daemon.Pid), resident(bare.Pid)
-	try(t, errors.Join(tell.Set(routes), e.awaitThat(unix.RTM_NEWNEIGH, macs, ofMAC), tellBare.Set(bareRoutes), bareEntries.awaitThat(unix.RTM_NEWNEIGH, macs, ofMAC)))
-	f.rests(t, daemon)
+	must(t, errors.Join(tell.Set(routes), e.awaitThat(unix.RTM_NEWNEIGH, macs, ofMAC), tellBare.Set(bareRoutes), bareEntries.awaitThat(unix.RTM_NEWNEIGH, macs, ofMAC)))
+	f.awaitIdle(t, daemon)
 	ours, floor := float64(resident(daemon.Pid)-before)/float64(macs), float64(resident(bare.Pid)-bareBefore)/float64(macs)
 	b.atMost("B11-memory", fmt.Sprintf("memory of the daemon for each of %d MACs / the floor", macs), ours/floor, 2,
 		fmt.Sprintf("%v / %v bytes resident; %.1f MB without them", round(ours), round(floor), float64(before)/1e6))
@@ -137,8 +137,8 @@ func (f *fleet) allMACs(t *testing.T, b *bench, daemon, bare *os.Process, e, bar
 	withdraw := func(s *bgp.Speaker, e entries) error {
 		return errors.Join(s.Set(nil), e.awaitThat(unix.RTM_DELNEIGH, macs, ofMAC))
 	}
-	try(t, withdraw(tell, e))
-	try(t, withdraw(tellBare, bareEntries))
+	must(t, withdraw(tell, e))
+	must(t, withdraw(tellBare, bareEntries))
 	fill := func(name string, s *bgp.Speaker, e entries, routes []macvrf.Route) contender {
 		return contender{name, func() (float64, error) {
 			began := time.Now()
@@ -155,19 +155,19 @@ func (f *fleet) allMACs(t *testing.T, b *bench, daemon, bare *os.Process, e, bar
 		figures("ms", got["k8slan"], got["bare"]))
 }
 
-// connectTellers lays a cable from the first node to where this test runs, for who tells routes.
-func (f *fleet) connectTellers(t *testing.T) {
+// connectPeers lays a cable from the first node to where this test runs, for who tells routes.
+func (f *fleet) connectPeers(t *testing.T) {
 	t.Helper()
 	ip(t, f.nodes[0].Namespace, "link add tellers type veth peer name tellers netns %d", os.Getpid())
 	ip(t, f.nodes[0].Namespace, "addr add %s/24 dev tellers", reflectorAt.Addr())
 	ip(t, f.nodes[0].Namespace, "link set tellers up")
 	ip(t, f.nodes[1].Namespace, "route add %s via %s", reflectorAt.Addr(), vtep(0))
 	here, err := netlink.LinkByName("tellers")
-	try(t, err)
-	t.Cleanup(func() { try(t, netlink.LinkDel(here)) })
-	address, err := netlink.ParseAddr(tellerAddress.String() + "/24")
-	try(t, err)
-	try(t, errors.Join(netlink.AddrAdd(here, address), netlink.LinkSetUp(here)))
+	must(t, err)
+	t.Cleanup(func() { must(t, netlink.LinkDel(here)) })
+	address, err := netlink.ParseAddr(peersAddress.String() + "/24")
+	must(t, err)
+	must(t, errors.Join(netlink.AddrAdd(here, address), netlink.LinkSetUp(here)))
 }
 
 func (f *fleet) reflector(t *testing.T, at netip.AddrPort) {
@@ -177,22 +177,22 @@ func (f *fleet) reflector(t *testing.T, at netip.AddrPort) {
 		"--health-address=0", "--log-format=text")
 }
 
-// teller is who tells what peers would tell that are not there.
-func teller(t *testing.T, to netip.AddrPort) *bgp.Speaker {
+// peerSpeaker is who tells what peers would tell that are not there.
+func peerSpeaker(t *testing.T, to netip.AddrPort) *bgp.Speaker {
 	t.Helper()
 	up := make(chan struct{}, 1)
-	s := bgp.NewSpeaker(bgp.Config{AS: bareAS, RouterID: tellerAddress, Log: slog.New(slog.DiscardHandler), OnUpdate: func(h bgp.Update) {
+	s := bgp.NewSpeaker(bgp.Config{AS: bareAS, RouterID: peersAddress, Log: slog.New(slog.DiscardHandler), OnUpdate: func(h bgp.Update) {
 		for _, session := range h.Sessions {
 			if session.Up {
 				up <- struct{}{}
 			}
 		}
 	}})
-	try(t, s.SetPeers(t.Context(), []bgp.Peer{{Address: to.Addr(), Port: to.Port(), AS: bareAS, Source: tellerAddress}}))
+	must(t, s.SetPeers(t.Context(), []bgp.Peer{{Address: to.Addr(), Port: to.Port(), AS: bareAS, Source: peersAddress}}))
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- s.Run(ctx) }()
-	t.Cleanup(func() { cancel(); try(t, <-done) })
+	t.Cleanup(func() { cancel(); must(t, <-done) })
 	select {
 	case <-up:
 	case <-time.After(time.Minute):
@@ -233,23 +233,23 @@ func newBareTable(t *testing.T) (ns netlab.Namespace, index int) {
 	ip(t, ns, "link set vxlan up")
 	ip(t, ns, "link set br0 up")
 	link, err := ns.Netlink(t).LinkByName("vxlan")
-	try(t, err)
+	must(t, err)
 	return ns, link.Attrs().Index
 }
 
-func speakBare(what string) int {
+func runBareSpeaker(what string) int {
 	var index int
 	var reflector, path string
 	_, err := fmt.Sscan(what, &index, &reflector, &path)
 	if err == nil {
-		err = speakBareTo(reflector, path, index)
+		err = runBareSpeakerTo(reflector, path, index)
 	}
 	fmt.Fprintln(os.Stderr, err)
 	return 1
 }
 
-// speakBareTo writes what a reflector tells into a table until it is killed.
-func speakBareTo(reflector, path string, index int) error {
+// runBareSpeakerTo writes what a reflector tells into a table until it is killed.
+func runBareSpeakerTo(reflector, path string, index int) error {
 	at, err := netip.ParseAddrPort(reflector)
 	if err != nil {
 		return err

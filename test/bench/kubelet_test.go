@@ -35,19 +35,19 @@ func kubeletCost(t *testing.T, b *bench) {
 	spokes := times(1000, 20)
 	k := startKubelet(t)
 	p := startPlugins(t)
-	p.offer(t, 1)
-	k.lists(t, 1)
+	p.advertise(t, 1)
+	k.awaitListed(t, 1)
 	before, after := p.memory(t), int64(0)
 
 	var each, ours, kubelets samples
 	for round := range times(5, 1) {
 		if round > 0 {
-			p.offer(t, 1)
-			k.lists(t, 1)
+			p.advertise(t, 1)
+			k.awaitListed(t, 1)
 		}
 		began, oursBefore, kubeletsBefore := time.Now(), work(t, p.process), work(t, k.process)
-		p.offer(t, spokes)
-		k.lists(t, spokes)
+		p.advertise(t, spokes)
+		k.awaitListed(t, spokes)
 		per := func(d time.Duration) float64 { return milliseconds(d) / float64(spokes) }
 		each = append(each, per(time.Since(began)))
 		ours, kubelets = append(ours, per(work(t, p.process)-oursBefore)), append(kubelets, per(work(t, k.process)-kubeletsBefore))
@@ -75,7 +75,7 @@ func kubeletCost(t *testing.T, b *bench) {
 // bytes after a garbage collection.
 const spokesRole = "K8SLAN_TEST_SPOKES"
 
-func offerSpokes(in io.Reader, out io.Writer) int {
+func advertiseSpokes(in io.Reader, out io.Writer) int {
 	plugins := deviceplugin.New(deviceplugin.Dir, slog.New(slog.DiscardHandler))
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
@@ -134,10 +134,10 @@ func startPlugins(t *testing.T) *plugins {
 	cmd.Env = append(os.Environ(), spokesRole+"=1")
 	cmd.Stderr = os.Stderr
 	in, err := cmd.StdinPipe()
-	try(t, err)
+	must(t, err)
 	out, err := cmd.StdoutPipe()
-	try(t, err)
-	try(t, cmd.Start())
+	must(t, err)
+	must(t, cmd.Start())
 	t.Cleanup(func() {
 		in.Close()
 		if err := cmd.Wait(); err != nil {
@@ -147,25 +147,25 @@ func startPlugins(t *testing.T) *plugins {
 	return &plugins{process: cmd.Process, in: in, out: bufio.NewReader(out)}
 }
 
-func (p *plugins) say(t *testing.T, line string) int64 {
+func (p *plugins) send(t *testing.T, line string) int64 {
 	t.Helper()
 	_, err := fmt.Fprintln(p.in, line)
-	try(t, err)
+	must(t, err)
 	answer, err := p.out.ReadString('\n')
-	try(t, err)
+	must(t, err)
 	bytes, err := strconv.ParseInt(strings.TrimSpace(answer), 10, 64)
-	try(t, err)
+	must(t, err)
 	return bytes
 }
 
-func (p *plugins) offer(t *testing.T, spokes int) {
+func (p *plugins) advertise(t *testing.T, spokes int) {
 	t.Helper()
-	p.say(t, strconv.Itoa(spokes))
+	p.send(t, strconv.Itoa(spokes))
 }
 
 func (p *plugins) memory(t *testing.T) int64 {
 	t.Helper()
-	return p.say(t, "memory")
+	return p.send(t, "memory")
 }
 
 // idle lets that time go by and returns how many reads and writes the process has done since it started.
@@ -175,7 +175,7 @@ func (p *plugins) idle(t *testing.T, long time.Duration) (calls int64) {
 	defer timer.Stop()
 	<-timer.C
 	counts, err := os.ReadFile(fmt.Sprintf("/proc/%d/io", p.process.Pid))
-	try(t, err)
+	must(t, err)
 	for line := range strings.Lines(string(counts)) {
 		var n int64
 		for _, format := range []string{"syscr: %d", "syscw: %d"} {
@@ -192,7 +192,7 @@ func work(t *testing.T, p *os.Process) time.Duration {
 	t.Helper()
 	var all time.Duration
 	tasks, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/schedstat", p.Pid))
-	try(t, err)
+	must(t, err)
 	for _, task := range tasks {
 		stat, _ := os.ReadFile(task) // of a thread that may have ended
 		var ns int64
@@ -216,22 +216,22 @@ type kubelet struct {
 func startKubelet(t *testing.T) *kubelet {
 	t.Helper()
 	kubernetes, err := netlab.Component(t.Context(), "kubernetes")
-	try(t, err)
+	must(t, err)
 	containerd, err := netlab.Component(t.Context(), "containerd")
-	try(t, err)
+	must(t, err)
 	dir := t.TempDir()
 	ownFolders(t, dir)
 	ownSysctls(t, dir)
 
 	containerdConfig := filepath.Join(dir, "containerd.toml")
-	try(t, os.WriteFile(containerdConfig, []byte("version = 3\n"), 0o600))
+	must(t, os.WriteFile(containerdConfig, []byte("version = 3\n"), 0o600))
 	path := "PATH=" + containerd + ":" + os.Getenv("PATH")
 	start(t, filepath.Join(dir, "containerd.log"), path, filepath.Join(containerd, "containerd"), "--config="+containerdConfig)
 	const runtimeSocket = "/run/containerd/containerd.sock"
 	awaitSocket(t, runtimeSocket, filepath.Join(dir, "containerd.log"))
 
 	kubeletConfig := filepath.Join(dir, "kubelet.yaml")
-	try(t, os.WriteFile(kubeletConfig, []byte(`
+	must(t, os.WriteFile(kubeletConfig, []byte(`
 apiVersion: kubelet.config.k8s.io/v1beta1
 kind: KubeletConfiguration
 containerRuntimeEndpoint: unix://`+runtimeSocket+`
@@ -253,7 +253,7 @@ evictionHard: {memory.available: 50Mi, nodefs.available: 1%, imagefs.available: 
 	const resources = "/var/lib/kubelet/pod-resources/kubelet.sock"
 	awaitSocket(t, resources, log)
 	conn, err := grpc.NewClient("unix:"+resources, grpc.WithTransportCredentials(insecure.NewCredentials()))
-	try(t, err)
+	must(t, err)
 	t.Cleanup(func() { conn.Close() })
 	return &kubelet{process: process, resources: podresources.NewPodResourcesListerClient(conn), log: log}
 }
@@ -264,15 +264,15 @@ func ownFolders(t *testing.T, dir string) {
 	t.Helper()
 	for _, folder := range []string{"/var/lib", "/var/log"} {
 		own := filepath.Join(dir, filepath.Base(folder))
-		try(t, os.Mkdir(own, 0o755))
-		try(t, unix.Mount(own, folder, "", unix.MS_BIND, ""))
+		must(t, os.Mkdir(own, 0o755))
+		must(t, unix.Mount(own, folder, "", unix.MS_BIND, ""))
 		t.Cleanup(func() {
 			if err := unix.Unmount(folder, unix.MNT_DETACH); err != nil {
 				t.Errorf("unmount %s: %v", folder, err)
 			}
 		})
 	}
-	try(t, unix.Unmount("/sys", unix.MNT_DETACH)) // that of the test's network namespace, on top of it
+	must(t, unix.Unmount("/sys", unix.MNT_DETACH)) // that of the test's network namespace, on top of it
 	t.Cleanup(func() {
 		if err := unix.Mount("sysfs", "/sys", "sysfs", unix.MS_NOSUID|unix.MS_NOEXEC|unix.MS_NODEV, ""); err != nil {
 			t.Errorf("mount sysfs: %v", err)
@@ -289,10 +289,10 @@ func ownSysctls(t *testing.T, dir string) {
 	} {
 		setting := filepath.Join("/proc/sys", name)
 		value, err := os.ReadFile(setting)
-		try(t, err)
+		must(t, err)
 		own := filepath.Join(dir, filepath.Base(name))
-		try(t, os.WriteFile(own, value, 0o644))
-		try(t, unix.Mount(own, setting, "", unix.MS_BIND, ""))
+		must(t, os.WriteFile(own, value, 0o644))
+		must(t, unix.Mount(own, setting, "", unix.MS_BIND, ""))
 		t.Cleanup(func() {
 			if err := unix.Unmount(setting, unix.MNT_DETACH); err != nil {
 				t.Errorf("unmount %s: %v", setting, err)
@@ -312,7 +312,7 @@ func start(t *testing.T, log, env, program string, args ...string) *os.Process {
 func startIn(t *testing.T, do func(func() error) error, log, env, program string, args ...string) (process *os.Process, stop func()) {
 	t.Helper()
 	out, err := os.Create(log)
-	try(t, err)
+	must(t, err)
 	defer out.Close()
 	cmd := exec.Command(program, args...)
 	cmd.Env = append(os.Environ(), env)
@@ -335,7 +335,7 @@ func startIn(t *testing.T, do func(func() error) error, log, env, program string
 			started <- err
 		}
 	}()
-	try(t, <-started)
+	must(t, <-started)
 	stop = func() {
 		_ = cmd.Process.Kill() // it may have ended
 		<-ended
@@ -370,8 +370,8 @@ func tail(log string) string {
 	return string(text[max(0, len(text)-most):])
 }
 
-// lists returns when kubelet has so many spokes to give away.
-func (k *kubelet) lists(t *testing.T, spokes int) {
+// awaitListed returns when kubelet has so many spokes to give away.
+func (k *kubelet) awaitListed(t *testing.T, spokes int) {
 	t.Helper()
 	late := time.After(time.Minute)
 	again := time.NewTicker(20 * time.Millisecond) // kubelet answers at most a hundred times a second
@@ -402,7 +402,7 @@ func (k *kubelet) checkpoints(t *testing.T) int {
 	if errors.Is(err, os.ErrNotExist) {
 		return k.writes
 	}
-	try(t, err)
+	must(t, err)
 	if !info.ModTime().Equal(k.written) {
 		k.written = info.ModTime()
 		k.writes++

@@ -24,10 +24,10 @@ var output = flag.String("json", "", "`file` for the results")
 
 func TestMain(m *testing.M) {
 	if os.Getenv(spokesRole) != "" {
-		os.Exit(offerSpokes(os.Stdin, os.Stdout))
+		os.Exit(advertiseSpokes(os.Stdin, os.Stdout))
 	}
 	if at := os.Getenv(bareSpeaker); at != "" {
-		os.Exit(speakBare(at))
+		os.Exit(runBareSpeaker(at))
 	}
 	ctrllog.SetLogger(logr.Discard()) // the client's library wants to be told
 	netlab.Main(m)
@@ -49,7 +49,7 @@ func TestPerformance(t *testing.T) {
 		{"B8", traffic},
 		{"B9-B10", unicast},
 		{"B9-flood", flooding},
-		{"B11", told},
+		{"B11", evpn},
 		{"B12", sidecar},
 	} {
 		t.Run(m.name, func(t *testing.T) { m.measure(t, b) })
@@ -135,7 +135,7 @@ func times(often, smoke int) int {
 	return smoke
 }
 
-func try(t testing.TB, err error) {
+func must(t testing.TB, err error) {
 	t.Helper()
 	if err != nil {
 		t.Fatal(err)

@@ -61,7 +61,7 @@ func unicast(t *testing.T, b *bench) {
 		fmt.Sprintf("%.1f MB resident with them, %.1f MB without, medians of %d starts", together.median()/1e6, alone.median()/1e6, len(alone)))
 
 	process, _ := f.daemon(t, 0)
-	f.rests(t, process)
+	f.awaitIdle(t, process)
 	f.fill(t, b, peers)
 	f.oneMore(t, b, peers)
 	f.fanOut(t, b, process, peers)
@@ -70,7 +70,7 @@ func unicast(t *testing.T, b *bench) {
 
 // fleet is two nodes on one underlay, with an API server on the first.
 type fleet struct {
-	nodes  [2]station
+	nodes  [2]node
 	server *apiserver.Server
 	api    client.WithWatch
 	binary string // k8slan
@@ -80,8 +80,8 @@ type fleet struct {
 // vtep is the address of a node of the fleet, and of the peers after them.
 func vtep(i int) netip.Addr { return netip.AddrFrom4([4]byte{10, 0, byte(i / 250), byte(1 + i%250)}) }
 
-// build builds k8slan as it is shipped.
-func build(t *testing.T) (binary string) {
+// buildBinary builds k8slan as it is shipped.
+func buildBinary(t *testing.T) (binary string) {
 	t.Helper()
 	binary = filepath.Join(t.TempDir(), "k8slan")
 	cmd := exec.CommandContext(t.Context(), "go", "build", "-trimpath", "-ldflags", "-s -w", "-o", binary, "github.com/k8slan/k8slan/cmd/k8slan")
@@ -94,45 +94,45 @@ func build(t *testing.T) (binary string) {
 
 func newFleet(t *testing.T) *fleet {
 	t.Helper()
-	f := &fleet{binary: build(t)}
+	f := &fleet{binary: buildBinary(t)}
 	u := netlab.NewUnderlay(t, netlab.UnderlayMTU)
 	for i := range f.nodes {
-		f.nodes[i] = join(t, u, fmt.Sprint("worker", i+1))
+		f.nodes[i] = addNode(t, u, fmt.Sprint("worker", i+1))
 		ip(t, f.nodes[i].Namespace, "addr add %s/8 dev %s", vtep(i), netlab.UnderlayDevice)
 	}
 	kubernetes, err := netlab.Component(t.Context(), "kubernetes")
-	try(t, err)
+	must(t, err)
 	etcd, err := netlab.Component(t.Context(), "etcd")
-	try(t, err)
+	must(t, err)
 	f.server, err = apiserver.Start(t.Context(), apiserver.Config{
 		Kubernetes: kubernetes, Etcd: etcd, Do: f.nodes[0].Do, Address: vtep(0).String(),
 	})
 	if f.server != nil {
 		t.Cleanup(f.server.Stop)
 	}
-	try(t, err)
+	must(t, err)
 	scheme := runtime.NewScheme()
-	try(t, errors.Join(corev1.AddToScheme(scheme), v1beta1.AddToScheme(scheme), apiextensionsv1.AddToScheme(scheme)))
+	must(t, errors.Join(corev1.AddToScheme(scheme), v1beta1.AddToScheme(scheme), apiextensionsv1.AddToScheme(scheme)))
 	f.api, err = client.NewWithWatch(f.server.Client, client.Options{Scheme: scheme})
-	try(t, err)
+	must(t, err)
 	definitions, err := fs.Glob(manifests.Files, "*.yaml")
-	try(t, err)
+	must(t, err)
 	for _, file := range definitions {
 		definition, err := manifests.Files.ReadFile(file)
-		try(t, err)
-		try(t, apiserver.Define(t.Context(), f.api, definition))
+		must(t, err)
+		must(t, apiserver.Define(t.Context(), f.api, definition))
 	}
 	for _, n := range f.nodes {
-		try(t, f.api.Create(t.Context(), &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: n.Name}}))
+		must(t, f.api.Create(t.Context(), &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: n.Name}}))
 	}
 	f.lan = &v1beta1.LAN{
 		ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: "lab"},
 		// With a group of their family, a change to and from multicast leaves the VXLAN alone.
 		Spec: v1beta1.LANSpec{VNI: 1, Spokes: []string{"a", "b", "c"}, Discovery: v1beta1.Unicast, VXLANGroup: "239.1.1.1", DefaultVXLANDev: netlab.UnderlayDevice},
 	}
-	try(t, f.api.Create(t.Context(), f.lan))
+	must(t, f.api.Create(t.Context(), f.lan))
 	f.lan.Status.Holds = &v1beta1.Holding{NS: "default.lab", VNI: 1, Port: v1beta1.DefaultPort, Spokes: f.lan.Spec.Spokes} // the controller's word
-	try(t, f.api.Status().Update(t.Context(), f.lan))
+	must(t, f.api.Status().Update(t.Context(), f.lan))
 	return f
 }
 
@@ -155,14 +155,14 @@ func (f *fleet) daemon(t *testing.T, i int, flags ...string) (process *os.Proces
 // awaitReady returns when the node says that it carries the LAN.
 func (f *fleet) awaitReady(t *testing.T, i int) {
 	t.Helper()
-	until(t, f.nodes[i].Name+" to carry the LAN", func() bool {
+	eventually(t, f.nodes[i].Name+" to carry the LAN", func() bool {
 		var n v1beta1.LANNode
 		err := f.api.Get(t.Context(), client.ObjectKey{Name: f.nodes[i].Name}, &n)
 		return client.IgnoreNotFound(err) == nil && n.Status.Ready == 1
 	})
 }
 
-func until(t *testing.T, what string, fits func() bool) {
+func eventually(t *testing.T, what string, fits func() bool) {
 	t.Helper()
 	late := time.After(time.Minute)
 	again := time.NewTicker(20 * time.Millisecond)
@@ -176,8 +176,8 @@ func until(t *testing.T, what string, fits func() bool) {
 	}
 }
 
-// rests returns when a process has hardly worked for a second.
-func (f *fleet) rests(t *testing.T, p *os.Process) {
+// awaitIdle returns when a process has hardly worked for a second.
+func (f *fleet) awaitIdle(t *testing.T, p *os.Process) {
 	t.Helper()
 	late := time.After(time.Minute)
 	second := time.NewTicker(time.Second)
@@ -201,7 +201,7 @@ func (f *fleet) memory(t *testing.T) (all samples) {
 	t.Helper()
 	for range times(5, 1) {
 		process, stop := f.daemon(t, 0)
-		f.rests(t, process)
+		f.awaitIdle(t, process)
 		all = append(all, float64(resident(process.Pid)))
 		stop()
 	}
@@ -240,8 +240,8 @@ func (f *fleet) statusOf(i, pods int) v1beta1.LANNodeStatus {
 	return s
 }
 
-// say has a peer say what it has.
-func (f *fleet) say(ctx context.Context, i, pods int) error {
+// report has a peer say what it has.
+func (f *fleet) report(ctx context.Context, i, pods int) error {
 	n := &v1beta1.LANNode{}
 	if err := f.api.Get(ctx, client.ObjectKey{Name: peerName(i)}, n); err != nil {
 		return err
@@ -266,7 +266,7 @@ func (f *fleet) join(t *testing.T, peers int) {
 				if i == peers {
 					pods = 0
 				}
-				errs <- errors.Join(err, f.say(t.Context(), i, pods))
+				errs <- errors.Join(err, f.report(t.Context(), i, pods))
 			}
 		})
 	}
@@ -276,7 +276,7 @@ func (f *fleet) join(t *testing.T, peers int) {
 	close(next)
 	joining.Wait()
 	for range peers + 1 {
-		try(t, <-errs)
+		must(t, <-errs)
 	}
 }
 
@@ -286,15 +286,15 @@ type entries struct{ fd int }
 func watchEntries(t *testing.T, ns netlab.Namespace) entries {
 	t.Helper()
 	var fd int
-	try(t, ns.Do(func() (err error) {
+	must(t, ns.Do(func() (err error) {
 		fd, err = unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_ROUTE)
 		return err
 	}))
 	t.Cleanup(func() { unix.Close(fd) })
-	try(t, unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 64<<20))
-	try(t, unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 60}))
-	try(t, unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}))
-	try(t, unix.SetsockoptInt(fd, unix.SOL_NETLINK, unix.NETLINK_ADD_MEMBERSHIP, unix.RTNLGRP_NEIGH))
+	must(t, unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 64<<20))
+	must(t, unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 60}))
+	must(t, unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}))
+	must(t, unix.SetsockoptInt(fd, unix.SOL_NETLINK, unix.NETLINK_ADD_MEMBERSHIP, unix.RTNLGRP_NEIGH))
 	return entries{fd}
 }
 
@@ -344,9 +344,9 @@ func (f *fleet) newBareVXLAN(t *testing.T, remotes int) bareVXLAN {
 	ns := netlab.New(t, "bare")
 	ip(t, ns, "link add vxlan type vxlan id 4711 local %s dstport 4789", vtep(0))
 	link, err := ns.Netlink(t).LinkByName("vxlan")
-	try(t, err)
+	must(t, err)
 	s, handle, err := open(ns.Path)
-	try(t, err)
+	must(t, err)
 	handle.Close()
 	t.Cleanup(s.close)
 	v := bareVXLAN{socket: s, index: link.Attrs().Index}
@@ -364,8 +364,8 @@ func (v bareVXLAN) remote(kind, flags int, to netip.Addr) *nl.NetlinkRequest {
 	return r
 }
 
-// forget deletes all remotes.
-func (v bareVXLAN) forget() error {
+// removeAll deletes all remotes.
+func (v bareVXLAN) removeAll() error {
 	for i := range v.remotes {
 		if err := v.send(v.remote(unix.RTM_DELNEIGH, 0, vtep(2+i))); err != nil {
 			return err
@@ -374,31 +374,31 @@ func (v bareVXLAN) forget() error {
 	return nil
 }
 
-// news is a watch as the daemon has one.
-type news struct{ watch.Interface }
+// objectWatch is a watch as the daemon has one.
+type objectWatch struct{ watch.Interface }
 
-func (f *fleet) watch(t *testing.T, kind client.ObjectList) news {
+func (f *fleet) watch(t *testing.T, kind client.ObjectList) objectWatch {
 	t.Helper()
 	w, err := f.api.Watch(t.Context(), kind)
-	try(t, err)
+	must(t, err)
 	t.Cleanup(w.Stop)
-	return news{w}
+	return objectWatch{w}
 }
 
-// of returns when the watch tells of what was just written.
-func (n news) of(written client.Object) error {
-	return n.until(written.GetName(), func(o client.Object) bool { return o.GetResourceVersion() == written.GetResourceVersion() })
+// awaitWrite returns when the watch tells of what was just written.
+func (n objectWatch) awaitWrite(written client.Object) error {
+	return n.await(written.GetName(), func(o client.Object) bool { return o.GetResourceVersion() == written.GetResourceVersion() })
 }
 
-// after returns when the watch tells of a later state of an object.
-func (n news) after(before client.Object) error {
-	return n.until(before.GetName(), func(o client.Object) bool {
+// awaitLater returns when the watch tells of a later state of an object.
+func (n objectWatch) awaitLater(before client.Object) error {
+	return n.await(before.GetName(), func(o client.Object) bool {
 		order, err := resourceversion.CompareResourceVersion(o.GetResourceVersion(), before.GetResourceVersion())
 		return err == nil && order > 0
 	})
 }
 
-func (n news) until(name string, fits func(client.Object) bool) error {
+func (n objectWatch) await(name string, fits func(client.Object) bool) error {
 	late := time.After(time.Minute)
 	for {
 		select {
@@ -426,7 +426,7 @@ func (f *fleet) fill(t *testing.T, b *bench, peers int) {
 	lans, e, bare := f.watch(t, &v1beta1.LANList{}), watchEntries(t, netlab.At(filepath.Join(f.nodes[0].Run, "netns", "default.lab"))), f.newBareVXLAN(t, peers)
 	var loops samples
 	bystander := &v1beta1.LAN{ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: "bystander"}, Spec: v1beta1.LANSpec{VNI: 2, Spokes: []string{"x"}}}
-	try(t, f.api.Create(t.Context(), bystander)) // it holds nothing, so no node builds it
+	must(t, f.api.Create(t.Context(), bystander)) // it holds nothing, so no node builds it
 	discover := func(d v1beta1.Discovery) error {
 		if err := f.api.Get(t.Context(), client.ObjectKeyFromObject(f.lan), f.lan); err != nil {
 			return err
@@ -435,7 +435,7 @@ func (f *fleet) fill(t *testing.T, b *bench, peers int) {
 		if err := f.api.Update(t.Context(), f.lan); err != nil {
 			return err
 		}
-		return lans.of(f.lan)
+		return lans.awaitWrite(f.lan)
 	}
 	got := race(t, times(15, 1), contender{"k8slan", func() (float64, error) {
 		if err := errors.Join(discover(v1beta1.Multicast), e.await(unix.RTM_DELNEIGH, peers)); err != nil {
@@ -450,14 +450,14 @@ func (f *fleet) fill(t *testing.T, b *bench, peers int) {
 	}}, contender{"bare", func() (float64, error) {
 		bystander.Status.Reason = time.Now().String()
 		began := time.Now()
-		err := errors.Join(f.api.Status().Update(t.Context(), bystander), lans.of(bystander))
+		err := errors.Join(f.api.Status().Update(t.Context(), bystander), lans.awaitWrite(bystander))
 		transport := time.Since(began)
 		for _, r := range bare.remotes {
 			err = errors.Join(err, bare.send(r))
 		}
 		took := time.Since(began)
 		loops = append(loops, 1000*milliseconds(took-transport)/float64(peers))
-		return milliseconds(took), errors.Join(err, bare.forget())
+		return milliseconds(took), errors.Join(err, bare.removeAll())
 	}})
 	ours, theirs := got["k8slan"], got["bare"]
 	b.atMost("B9", fmt.Sprintf("%d remotes, from the write of the LAN's discovery / a bare watch and the bare netlink messages", peers), ours.over(theirs).median(), 2,
@@ -470,8 +470,8 @@ func (f *fleet) fill(t *testing.T, b *bench, peers int) {
 func (f *fleet) oneMore(t *testing.T, b *bench, peers int) {
 	nodes, e, bare := f.watch(t, &v1beta1.LANNodeList{}), watchEntries(t, netlab.At(filepath.Join(f.nodes[0].Run, "netns", "default.lab"))), f.newBareVXLAN(t, 1)
 	var last, other v1beta1.LANNode
-	try(t, f.api.Get(t.Context(), client.ObjectKey{Name: peerName(peers)}, &last))
-	try(t, f.api.Get(t.Context(), client.ObjectKey{Name: peerName(0)}, &other))
+	must(t, f.api.Get(t.Context(), client.ObjectKey{Name: peerName(peers)}, &last))
+	must(t, f.api.Get(t.Context(), client.ObjectKey{Name: peerName(0)}, &other))
 	write := func(n *v1beta1.LANNode, i, pods int) error {
 		n.Status = f.statusOf(i, pods)
 		return f.api.Status().Update(t.Context(), n)
@@ -482,21 +482,21 @@ func (f *fleet) oneMore(t *testing.T, b *bench, peers int) {
 		err := errors.Join(write(&last, peers, 1), e.await(unix.RTM_NEWNEIGH, 1))
 		took := milliseconds(time.Since(began))
 		pause()
-		err = errors.Join(err, write(&last, peers, 0), e.await(unix.RTM_DELNEIGH, 1), nodes.of(&last))
+		err = errors.Join(err, write(&last, peers, 0), e.await(unix.RTM_DELNEIGH, 1), nodes.awaitWrite(&last))
 		pause()
 		return took, err
 	}}, contender{"bare", func() (float64, error) {
 		flip++
 		began := time.Now()
-		err := errors.Join(write(&other, 0, 1+flip%2), nodes.of(&other), bare.send(bare.remotes[0]))
-		return milliseconds(time.Since(began)), errors.Join(err, bare.forget())
+		err := errors.Join(write(&other, 0, 1+flip%2), nodes.awaitWrite(&other), bare.send(bare.remotes[0]))
+		return milliseconds(time.Since(began)), errors.Join(err, bare.removeAll())
 	}})
 	ours, theirs := got["k8slan"], got["bare"]
 	b.atMost("B9-one", fmt.Sprintf("one remote more beside %d, from the peer's write / a bare watch and one bare message", peers), ours.over(theirs).median(), 2,
 		figures("ms", ours, theirs))
 
 	changes := subscribe(t, netlab.At(filepath.Join(f.nodes[0].Run, "netns", "default.lab")))
-	try(t, errors.Join(write(&last, peers, 1), e.await(unix.RTM_NEWNEIGH, 1)))
+	must(t, errors.Join(write(&last, peers, 1), e.await(unix.RTM_NEWNEIGH, 1)))
 	pause()
 	b.atMost("B9-writes", "changes to the LAN's links, table and addresses for it", float64(events(changes)), 1, "netlink events in the LAN's namespace")
 }
@@ -509,13 +509,13 @@ func (f *fleet) fanOut(t *testing.T, b *bench, daemon *os.Process, peers int) {
 	pods := 1
 	write := func() (server, ours float64) { // µs of processor time for each
 		pods = 3 - pods
-		f.rests(t, daemon)
+		f.awaitIdle(t, daemon)
 		serverBefore, before := work(t, f.server.APIServer), work(t, daemon)
 		for i := range writes {
-			try(t, f.say(t.Context(), i%peers, pods))
+			must(t, f.report(t.Context(), i%peers, pods))
 		}
 		took := work(t, f.server.APIServer) - serverBefore
-		f.rests(t, daemon)
+		f.awaitIdle(t, daemon)
 		per := func(d time.Duration) float64 { return float64(d.Microseconds()) / float64(writes) }
 		return per(took), per(work(t, daemon) - before)
 	}
@@ -524,7 +524,7 @@ func (f *fleet) fanOut(t *testing.T, b *bench, daemon *os.Process, peers int) {
 		server, ours := write()
 		alone, heard = append(alone, server), append(heard, ours)
 		size.Store(0)
-		stop := f.listeners(t, watches, &size)
+		stop := f.startWatches(t, watches, &size)
 		server, _ = write()
 		watched = append(watched, server)
 		stop()
@@ -540,21 +540,21 @@ func (f *fleet) fanOut(t *testing.T, b *bench, daemon *os.Process, peers int) {
 		fmt.Sprintf("middle half %s µs, %d watches; %v µs for a read and a write with the daemon's watch alone", each.spread(), watches, round(alone.median())))
 }
 
-// listeners are watches of LANNodes over connections of their own; they add up the bytes that they hear.
-func (f *fleet) listeners(t *testing.T, number int, bytes *atomic.Int64) (stop func()) {
+// startWatches are watches of LANNodes over connections of their own; they add up the bytes that they hear.
+func (f *fleet) startWatches(t *testing.T, number int, bytes *atomic.Int64) (stop func()) {
 	t.Helper()
 	var list v1beta1.LANNodeList
-	try(t, f.api.List(t.Context(), &list))
+	must(t, f.api.List(t.Context(), &list))
 	ctx, cancel := context.WithCancel(t.Context())
 	var listening sync.WaitGroup
 	for range number {
 		r, err := http.NewRequestWithContext(ctx, http.MethodGet,
 			f.server.Client.Host+"/apis/lan.k8slan.io/v1beta1/lannodes?watch=1&resourceVersion="+list.ResourceVersion, nil)
-		try(t, err)
+		must(t, err)
 		r.Header.Set("Authorization", "Bearer "+f.server.Client.BearerToken)
 		transport := &http.Transport{DialContext: f.server.Client.Dial, TLSClientConfig: &tls.Config{InsecureSkipVerify: true}, ForceAttemptHTTP2: true}
 		answer, err := (&http.Client{Transport: transport}).Do(r)
-		try(t, err)
+		must(t, err)
 		if answer.StatusCode != http.StatusOK {
 			t.Fatalf("watch LANNodes: %s", answer.Status)
 		}
@@ -578,7 +578,7 @@ func (f *fleet) listeners(t *testing.T, number int, bytes *atomic.Int64) (stop f
 
 // atRest measures B9-idle: what the daemon does while nothing happens.
 func (f *fleet) atRest(t *testing.T, b *bench, daemon *os.Process, peers int) {
-	f.rests(t, daemon)
+	f.awaitIdle(t, daemon)
 	long := time.Duration(times(120, 2)) * time.Second // a look a minute at all that it has
 	changes, before := subscribe(t, netlab.At(filepath.Join(f.nodes[0].Run, "netns", "default.lab"))), work(t, daemon)
 	timer := time.NewTimer(long)
@@ -598,14 +598,14 @@ func (f *fleet) firstPacket(t *testing.T, b *bench) {
 	box := sandbox(t)
 	nodes := f.watch(t, &v1beta1.LANNodeList{})
 	bystander := &v1beta1.LANNode{ObjectMeta: metav1.ObjectMeta{Name: "bystander"}}
-	try(t, f.api.Create(t.Context(), bystander))
+	must(t, f.api.Create(t.Context(), bystander))
 	broadcast := frames.Stream(nil, sender.Interface.HardwareAddr, 1, 1)
 	// hears attaches a pod and says after how many ms it hears what is sent all the time; meanwhile runs beside that.
-	hears := func(n station, spoke string, meanwhile ...func(began time.Time) error) (float64, error) {
+	hears := func(n node, spoke string, meanwhile ...func(began time.Time) error) (float64, error) {
 		ctx, cancel := context.WithCancel(t.Context())
 		defer cancel()
 		sending := make(chan error, 1)
-		go func() { sending <- sendAgain(ctx, sender, broadcast) }()
+		go func() { sending <- sendUntil(ctx, sender, broadcast) }()
 		r := f.request(n, spoke, box)
 		if _, err := n.kernel.Claim(ctx, r); err != nil {
 			return 0, err
@@ -615,7 +615,7 @@ func (f *fleet) firstPacket(t *testing.T, b *bench) {
 		for _, do := range meanwhile {
 			go func() { ended <- do(began) }()
 		}
-		err := firstOf(ctx, box, sender.Interface.HardwareAddr)
+		err := awaitFrom(ctx, box, sender.Interface.HardwareAddr)
 		took := milliseconds(time.Since(began))
 		cancel()
 		err = errors.Join(err, <-sending)
@@ -631,7 +631,7 @@ func (f *fleet) firstPacket(t *testing.T, b *bench) {
 			return 0, err
 		}
 		took, err := hears(there, "b", func(began time.Time) error {
-			err := nodes.after(&before)
+			err := nodes.awaitLater(&before)
 			told = append(told, milliseconds(time.Since(began)))
 			return err
 		}, func(began time.Time) error {
@@ -649,7 +649,7 @@ func (f *fleet) firstPacket(t *testing.T, b *bench) {
 	}}, contender{"transport", func() (float64, error) {
 		bystander.Status.Attached++
 		began := time.Now()
-		err := errors.Join(f.api.Status().Update(t.Context(), bystander), nodes.of(bystander))
+		err := errors.Join(f.api.Status().Update(t.Context(), bystander), nodes.awaitWrite(bystander))
 		return milliseconds(time.Since(began)), err
 	}})
 	ours, theirs := got["k8slan"], got["transport"]
@@ -659,7 +659,7 @@ func (f *fleet) firstPacket(t *testing.T, b *bench) {
 }
 
 // request is for a pod on a spoke of the LAN.
-func (f *fleet) request(n station, spoke string, box netlab.Sandbox) kernel.ClaimRequest {
+func (f *fleet) request(n node, spoke string, box netlab.Sandbox) kernel.ClaimRequest {
 	return kernel.ClaimRequest{
 		Netns: "default.lab", Spoke: spoke, Kind: segment.Veth, Sandbox: box.ID, Interface: box.Interface, PodNetns: box.Path,
 		PodNamespace: "default", Pod: box.ID, PodUID: box.ID,
@@ -667,19 +667,19 @@ func (f *fleet) request(n station, spoke string, box netlab.Sandbox) kernel.Clai
 }
 
 // attach attaches a pod and returns what sends frames from it.
-func (f *fleet) attach(t *testing.T, n station, spoke string, box netlab.Sandbox) (s *frames.Sender) {
+func (f *fleet) attach(t *testing.T, n node, spoke string, box netlab.Sandbox) (s *frames.Sender) {
 	t.Helper()
 	_, err := n.kernel.Claim(t.Context(), f.request(n, spoke, box))
-	try(t, err)
-	try(t, box.Do(func() (err error) {
+	must(t, err)
+	must(t, box.Do(func() (err error) {
 		s, err = frames.NewSender(box.Interface)
 		return err
 	}))
 	return s
 }
 
-// sendAgain sends a frame five times in a millisecond until ctx ends.
-func sendAgain(ctx context.Context, s *frames.Sender, frame []byte) error {
+// sendUntil sends a frame five times in a millisecond until ctx ends.
+func sendUntil(ctx context.Context, s *frames.Sender, frame []byte) error {
 	again := time.NewTicker(200 * time.Microsecond)
 	defer again.Stop()
 	for {
@@ -694,8 +694,8 @@ func sendAgain(ctx context.Context, s *frames.Sender, frame []byte) error {
 	}
 }
 
-// firstOf returns when a frame from that address has reached the sandbox.
-func firstOf(ctx context.Context, box netlab.Sandbox, from []byte) error {
+// awaitFrom returns when a frame from that address has reached the sandbox.
+func awaitFrom(ctx context.Context, box netlab.Sandbox, from []byte) error {
 	var r *frames.Receiver
 	err := box.Do(func() (err error) {
 		r, err = frames.NewReceiver(box.Interface)
@@ -720,7 +720,7 @@ func firstOf(ctx context.Context, box netlab.Sandbox, from []byte) error {
 
 // flooding measures B9-flood: what it costs a node that it sends a frame to each remote, one by one.
 func flooding(t *testing.T, b *bench) {
-	n := join(t, netlab.NewUnderlay(t, netlab.UnderlayMTU), "worker1")
+	n := addNode(t, netlab.NewUnderlay(t, netlab.UnderlayMTU), "worker1")
 	ip(t, n.Namespace, "addr add 192.0.2.1/24 dev %s", netlab.UnderlayDevice)
 	ip(t, n.Namespace, "neigh add 192.0.2.254 lladdr 02:00:00:00:00:fe dev %s", netlab.UnderlayDevice)
 	ip(t, n.Namespace, "route add 10.0.0.0/8 via 192.0.2.254")
@@ -738,7 +738,7 @@ func flooding(t *testing.T, b *bench) {
 			for i := range remotes {
 				s.Remotes = append(s.Remotes, vtep(i))
 			}
-			n.build(t, s)
+			n.reconcile(t, s)
 			if sender == nil {
 				_, err := n.kernel.Claim(t.Context(), kernel.ClaimRequest{
 					Netns: s.Netns, Spoke: "a", Kind: segment.Veth, Sandbox: box.ID, Interface: box.Interface, PodNetns: box.Path,

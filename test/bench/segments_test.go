@@ -53,7 +53,7 @@ func (c *counted) Reconcile(ctx context.Context, netns string, decide func(segme
 }
 
 // manage runs a manager on the node until stop.
-func (n station) manage(t *testing.T) (m managed, stop func()) {
+func (n node) manage(t *testing.T) (m managed, stop func()) {
 	t.Helper()
 	k := kernel.New(kernel.Paths{Run: n.Run, HostNetns: n.Path})
 	c := &counted{Node: k, enough: make(chan struct{}, 1)}
@@ -79,8 +79,8 @@ func (n station) manage(t *testing.T) (m managed, stop func()) {
 	return m, stop
 }
 
-// has says what the node should have, and returns when it has it.
-func (m managed) has(t *testing.T, want []segment.Segment) {
+// runs says what the node should have, and returns when it has it.
+func (m managed) runs(t *testing.T, want []segment.Segment) {
 	t.Helper()
 	m.Set(want)
 	late := time.After(10 * time.Minute)
@@ -106,7 +106,7 @@ func (m managed) settled(lans int) bool {
 }
 
 // manyLANs are LANs of two spokes, with VNIs from first on.
-func (n station) manyLANs(first, number int) []segment.Segment {
+func (n node) manyLANs(first, number int) []segment.Segment {
 	lans := make([]segment.Segment, number)
 	for i := range lans {
 		vni := first + i
@@ -117,7 +117,7 @@ func (n station) manyLANs(first, number int) []segment.Segment {
 
 // removalStall measures B4: how long the removal of LANs keeps others from the kernel's one lock for all links.
 func removalStall(t *testing.T, b *bench) {
-	n := join(t, netlab.NewUnderlay(t, netlab.UnderlayMTU), "worker1")
+	n := addNode(t, netlab.NewUnderlay(t, netlab.UnderlayMTU), "worker1")
 	links := n.Netlink(t)
 	one := contender{"one", func() (float64, error) {
 		a := netlink.NewLinkAttrs()
@@ -141,10 +141,10 @@ func removalStall(t *testing.T, b *bench) {
 		var worst, idle samples
 		var took time.Duration
 		for range times(c.rounds, 1) {
-			m.has(t, n.manyLANs(1, c.lans))
+			m.runs(t, n.manyLANs(1, c.lans))
 			w := writeLinks(t, n)
 			began := time.Now()
-			m.has(t, nil)
+			m.runs(t, nil)
 			took = time.Since(began)
 			w.stop(t, time.Second) // what the kernel removes later counts, too
 			worst = append(worst, w.worst)
@@ -170,14 +170,14 @@ type writer struct {
 }
 
 // writeLinks changes a link of the node's once a millisecond, or as soon as it can.
-func writeLinks(t *testing.T, n station) *writer {
+func writeLinks(t *testing.T, n node) *writer {
 	t.Helper()
 	links := n.Netlink(t)
 	a := netlink.NewLinkAttrs()
 	a.Name = "written"
-	try(t, links.LinkAdd(&netlink.Veth{LinkAttrs: a, PeerName: "peer"}))
+	must(t, links.LinkAdd(&netlink.Veth{LinkAttrs: a, PeerName: "peer"}))
 	link, err := links.LinkByName("written")
-	try(t, err)
+	must(t, err)
 	w := &writer{ending: make(chan struct{}), ended: make(chan struct{})}
 	go func() {
 		defer close(w.ended)
@@ -205,15 +205,15 @@ func (w *writer) stop(t *testing.T, after time.Duration) {
 	<-timer.C
 	close(w.ending)
 	<-w.ended
-	try(t, w.failure)
+	must(t, w.failure)
 }
 
 // coldAndIdle measures B5, how long it takes to build LANs, and B6, how long to see that there is nothing to do.
 func coldAndIdle(t *testing.T, b *bench) {
 	lans := times(500, 10)
-	n := join(t, netlab.NewUnderlay(t, netlab.UnderlayMTU), "worker1")
+	n := addNode(t, netlab.NewUnderlay(t, netlab.UnderlayMTU), "worker1")
 	host, ns, err := open(n.Path)
-	try(t, err)
+	must(t, err)
 	defer ns.Close()
 	defer host.close()
 	run := filepath.Join(n.Run, "netns")
@@ -227,10 +227,10 @@ func coldAndIdle(t *testing.T, b *bench) {
 			want := next()
 			m, stop := n.manage(t)
 			began := time.Now()
-			m.has(t, want)
+			m.runs(t, want)
 			took := time.Since(began)
 			stop()
-			return milliseconds(took), n.forget(t)
+			return milliseconds(took), n.removeAll(t)
 		}},
 		contender{"bare", func() (float64, error) {
 			want := next()
@@ -244,7 +244,7 @@ func coldAndIdle(t *testing.T, b *bench) {
 				}
 			}
 			took := time.Since(began)
-			return milliseconds(took), n.forget(t)
+			return milliseconds(took), n.removeAll(t)
 		}},
 	)
 	b.atMost("B5", fmt.Sprintf("%d LANs of 2 spokes built / the bare netlink messages", lans), got["k8slan"].over(got["bare"]).median(), 1.3,
@@ -252,9 +252,9 @@ func coldAndIdle(t *testing.T, b *bench) {
 	idle(t, b, n, next())
 }
 
-// forget removes all LANs of the node as no daemon would, by the names of their namespaces alone, and waits until the kernel
+// removeAll removes all LANs of the node as no daemon would, by the names of their namespaces alone, and waits until the kernel
 // has done it. A few at a time: as long as the kernel removes them, nobody on the whole machine can change a link.
-func (n station) forget(t *testing.T) error {
+func (n node) removeAll(t *testing.T) error {
 	t.Helper()
 	names, err := filepath.Glob(filepath.Join(n.Run, "netns", "*"))
 	if err != nil {
@@ -270,7 +270,7 @@ func (n station) forget(t *testing.T) error {
 
 // unmount unmounts namespaces and returns when they are gone. The kernel takes namespaces down one after the other, so it
 // makes one more, with an end of a link, and waits for the other end to go.
-func (n station) unmount(t *testing.T, names []string) error {
+func (n node) unmount(t *testing.T, names []string) error {
 	t.Helper()
 	last, err := netlab.NewSandbox()
 	if err != nil {
@@ -308,9 +308,9 @@ func (n station) unmount(t *testing.T, names []string) error {
 }
 
 // idle measures B6 on LANs that stand.
-func idle(t *testing.T, b *bench, n station, lans []segment.Segment) {
+func idle(t *testing.T, b *bench, n node, lans []segment.Segment) {
 	m, stop := n.manage(t)
-	m.has(t, lans)
+	m.runs(t, lans)
 	look := func() (float64, error) {
 		m.until.Store(m.observed.Load() + int64(len(lans)))
 		began := time.Now()
@@ -321,9 +321,9 @@ func idle(t *testing.T, b *bench, n station, lans []segment.Segment) {
 		return milliseconds(time.Since(began)), nil
 	}
 	_, err := look()
-	try(t, err)
+	must(t, err)
 	events := watchAll(t, n)
-	quiet(t, events)
+	awaitQuiet(t, events)
 	reconciled := m.reconciled.Load()
 	got := race(t, times(30, 1), contender{"k8slan", look}, contender{"bare", func() (float64, error) {
 		began := time.Now()
@@ -340,12 +340,12 @@ func idle(t *testing.T, b *bench, n station, lans []segment.Segment) {
 	b.atMost("B6-writes", "what it changes meanwhile", float64(int64(changes)+locked), 0,
 		fmt.Sprintf("%d netlink events, %d times that a LAN was locked to work on it, in %d looks", changes, locked, times(30, 1)+1))
 	stop()
-	try(t, n.forget(t))
+	must(t, n.removeAll(t))
 }
 
-// quiet waits until there was nothing for a while: the kernel itself tells of links in LANs after they were built, last of
+// awaitQuiet waits until there was nothing for a while: the kernel itself tells of links in LANs after they were built, last of
 // all that a bridge has forgotten that its ports are new, 35 s later (br_topology_change_timer_expired in net/bridge/br_stp_timer.c).
-func quiet(t *testing.T, events func() int) {
+func awaitQuiet(t *testing.T, events func() int) {
 	t.Helper()
 	late := time.After(5 * time.Minute)
 	again := time.NewTicker(time.Duration(times(40, 1)) * time.Second)
@@ -378,28 +378,28 @@ func dump(path string) error {
 }
 
 // watchAll subscribes to what is changed in the node's namespace and in those of LANs, and returns what counts it.
-func watchAll(t *testing.T, n station) (count func() int) {
+func watchAll(t *testing.T, n node) (count func() int) {
 	t.Helper()
 	fd := subscribe(t, n.Namespace)
 	const listenAllNSID = 8 // NETLINK_LISTEN_ALL_NSID in include/uapi/linux/netlink.h
-	try(t, unix.SetsockoptInt(fd, unix.SOL_NETLINK, listenAllNSID, 1))
+	must(t, unix.SetsockoptInt(fd, unix.SOL_NETLINK, listenAllNSID, 1))
 	return func() int { return events(fd) }
 }
 
 // subscribe opens a socket that hears of every change to links, neighbours, addresses and routes in a namespace.
 func subscribe(t *testing.T, ns netlab.Namespace) (fd int) {
 	t.Helper()
-	try(t, ns.Do(func() (err error) {
+	must(t, ns.Do(func() (err error) {
 		fd, err = unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_ROUTE)
 		return err
 	}))
 	t.Cleanup(func() { unix.Close(fd) })
-	try(t, unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}))
+	must(t, unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}))
 	for _, group := range []int{
 		unix.RTNLGRP_LINK, unix.RTNLGRP_NEIGH, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR,
 		unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE, unix.RTNLGRP_NSID,
 	} {
-		try(t, unix.SetsockoptInt(fd, unix.SOL_NETLINK, unix.NETLINK_ADD_MEMBERSHIP, group))
+		must(t, unix.SetsockoptInt(fd, unix.SOL_NETLINK, unix.NETLINK_ADD_MEMBERSHIP, group))
 	}
 	return fd
 }

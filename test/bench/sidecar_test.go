@@ -16,7 +16,7 @@ import (
 // cluster network that routes without encapsulation.
 func sidecar(t *testing.T, b *bench) {
 	u := netlab.NewUnderlay(t, netlab.UnderlayMTU)
-	nodes := [2]station{join(t, u, "worker1"), join(t, u, "worker2")}
+	nodes := [2]node{addNode(t, u, "worker1"), addNode(t, u, "worker2")}
 	var plain, lan [2]pod
 	for i, n := range nodes {
 		plain[i] = pod{netlab.New(t, "pod"), podAddress(i)}
@@ -31,14 +31,14 @@ func sidecar(t *testing.T, b *bench) {
 		ip(t, plain[i].Namespace, "link set eth0 up")
 		ip(t, plain[i].Namespace, "route add default via %s", podAddress(i).Prev())
 	}
-	binary := build(t)
+	binary := buildBinary(t)
 	for i, p := range plain {
 		config := filepath.Join(t.TempDir(), "kubelan.yaml")
-		try(t, os.WriteFile(config, fmt.Appendf(nil, "peers: [%s]\npod: lan-%d\nnamespace: default\nvxlan: {addresses: ['%s/24']}\n",
+		must(t, os.WriteFile(config, fmt.Appendf(nil, "peers: [%s]\npod: lan-%d\nnamespace: default\nvxlan: {addresses: ['%s/24']}\n",
 			plain[1-i].address, i, lan[i].address), 0o644))
 		startIn(t, p.Do, filepath.Join(t.TempDir(), "log"), "KUBECONFIG=", binary, "sidecar", "--config="+config)
 	}
-	until(t, "the sidecars to make a LAN", func() bool {
+	eventually(t, "the sidecars to make a LAN", func() bool {
 		return lan[0].Do(exec.Command("ping", "-c", "1", "-W", "1", lan[1].address.String()).Run) == nil
 	})
 	span := time.Duration(times(100, 20)) * time.Millisecond

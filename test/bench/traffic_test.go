@@ -32,10 +32,10 @@ type path struct{ from, to pod }
 // traffic measures B8: what a LAN carries, against the same network made by hand between the same two nodes.
 func traffic(t *testing.T, b *bench) {
 	u := netlab.NewUnderlay(t, netlab.UnderlayMTU)
-	nodes := [2]station{join(t, u, "worker1"), join(t, u, "worker2")}
+	nodes := [2]node{addNode(t, u, "worker1"), addNode(t, u, "worker2")}
 	ways := map[string][2]path{ // within a node and across
-		"k8slan": ways(attached(t, nodes)),
-		"hand":   ways(byHand(t, nodes)),
+		"k8slan": ways(attachedPods(t, nodes)),
+		"hand":   ways(podsByHand(t, nodes)),
 	}
 	span := time.Duration(times(100, 20)) * time.Millisecond
 	for i, where := range []string{"node", "across"} {
@@ -66,27 +66,27 @@ func traffic(t *testing.T, b *bench) {
 
 func ways(pods [3]pod) [2]path { return [2]path{{pods[0], pods[1]}, {pods[0], pods[2]}} }
 
-// attached are two pods on the first node and one on the second, on a LAN of k8slan.
-func attached(t *testing.T, nodes [2]station) (pods [3]pod) {
+// attachedPods are two pods on the first node and one on the second, on a LAN of k8slan.
+func attachedPods(t *testing.T, nodes [2]node) (pods [3]pod) {
 	t.Helper()
 	for i := range pods {
 		n := nodes[i/2]
 		s := netlab.LAN(1, n.device, "a", "b", "c")
-		n.build(t, s)
+		n.reconcile(t, s)
 		box := sandbox(t)
 		pods[i] = pod{box.Namespace, netip.AddrFrom4([4]byte{10, 1, 0, byte(1 + i)})}
 		_, err := n.kernel.Claim(t.Context(), kernel.ClaimRequest{
 			Netns: s.Netns, Spoke: s.Spokes[i], Kind: segment.Veth, Sandbox: box.ID, Interface: box.Interface, PodNetns: box.Path,
 			PodNamespace: "default", Pod: box.ID, PodUID: box.ID,
 		})
-		try(t, err)
+		must(t, err)
 		ip(t, box.Namespace, "addr add %s/24 dev %s", pods[i].address, box.Interface)
 	}
 	return pods
 }
 
-// byHand are the same on a LAN that somebody typed.
-func byHand(t *testing.T, nodes [2]station) (pods [3]pod) {
+// podsByHand are the same on a LAN that somebody typed.
+func podsByHand(t *testing.T, nodes [2]node) (pods [3]pod) {
 	t.Helper()
 	var lans [2]netlab.Namespace
 	for i, n := range nodes {

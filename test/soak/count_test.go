@@ -20,14 +20,14 @@ import (
 	"github.com/k8slan/k8slan/test/netlab"
 )
 
-// inventory is everything on the node that an attachment, a plugin or a daemon could leave behind, one thing a line, in
+// things is everything on the node that an attachment, a plugin or a daemon could leave behind, one thing a line, in
 // words that are the same for two nodes that have the same.
-type inventory []string
+type things []string
 
-// take makes the inventory. What the kernel removes a moment late may still be in it.
-func (l *site) take(t *testing.T) inventory {
+// inventory makes the inventory. What the kernel removes a moment late may still be in it.
+func (s *site) inventory(t *testing.T) things {
 	t.Helper()
-	var have inventory
+	var have things
 	add := func(what string, things []string, err error) {
 		if err != nil {
 			t.Fatalf("count %s: %v", what, err)
@@ -36,31 +36,31 @@ func (l *site) take(t *testing.T) inventory {
 			have = append(have, what+" "+thing)
 		}
 	}
-	things, err := files(l.node.Run)
+	things, err := files(s.node.Run)
 	add("file of k8slan", things, err)
-	things, err = files(l.node.CDI)
+	things, err = files(s.node.CDI)
 	add("CDI file", things, err)
-	things, err = filepath.Glob(filepath.Join(l.leases, "*", "[0-9]*")) // beside the IPAM plugin's own files
+	things, err = filepath.Glob(filepath.Join(s.leases, "*", "[0-9]*")) // beside the IPAM plugin's own files
 	add("IPAM lease", things, err)
 	things, err = filepath.Glob(sandboxes)
 	add("sandbox", things, err)
-	things, err = l.mounts()
+	things, err = s.mounts()
 	add("mount", things, err)
-	things, err = l.locks()
+	things, err = s.locks()
 	add("lock held on", things, err)
 	things, err = children()
 	add("process", things, err)
-	add("link of the node", l.node.Links(t), nil)
-	things, err = namespaces(l.node.Path)
+	add("link of the node", s.node.Links(t), nil)
+	things, err = namespaces(s.node.Path)
 	add("number of a network namespace in the node's", things, err)
-	observer := kernel.New(kernel.Paths{Run: l.node.Run, HostNetns: l.node.Path})
+	observer := kernel.New(kernel.Paths{Run: s.node.Run, HostNetns: s.node.Path})
 	defer observer.Close()
 	lans, err := observer.List()
 	add("LAN", lans, err)
 	for _, lan := range lans {
 		things, err = links(t, observer, lan)
 		add("link of "+lan, things, err)
-		path := filepath.Join(l.node.Run, "netns", lan)
+		path := filepath.Join(s.node.Run, "netns", lan)
 		things, err = namespaces(path)
 		add("number of a network namespace in that of "+lan, things, err)
 		things, err = sockets(netlab.At(path))
@@ -70,24 +70,24 @@ func (l *site) take(t *testing.T) inventory {
 	return have
 }
 
-// awaits takes inventories until one is as wanted, and says what is different if none is for a while.
-func (l *site) awaits(t *testing.T, want inventory) {
+// awaitInventory takes inventories until one is as wanted, and says what is different if none is for a while.
+func (s *site) awaitInventory(t *testing.T, want things) {
 	t.Helper()
 	late := time.After(20 * time.Second) // namespaces and links in them go when the kernel gets to it
 	again := time.NewTicker(50 * time.Millisecond)
 	defer again.Stop()
 	for {
-		have := l.take(t)
+		have := s.inventory(t)
 		if slices.Equal(have, want) {
 			return
 		}
 		select {
 		case <-again.C:
 		case <-late:
-			for _, thing := range less(have, want) {
+			for _, thing := range missing(have, want) {
 				t.Errorf("leaked: %s", thing)
 			}
-			for _, thing := range less(want, have) {
+			for _, thing := range missing(want, have) {
 				t.Errorf("lost: %s", thing)
 			}
 			return
@@ -95,8 +95,8 @@ func (l *site) awaits(t *testing.T, want inventory) {
 	}
 }
 
-// less is what of a is not in b, as often as it is too much.
-func less(a, b []string) []string {
+// missing is what of a is not in b, as often as it is too much.
+func missing(a, b []string) []string {
 	count := map[string]int{}
 	for _, thing := range b {
 		count[thing]++
@@ -129,7 +129,7 @@ func files(dir string) ([]string, error) {
 const sandboxes = "/run/pod-*"
 
 // mounts lists what is mounted below the node's directories, and sandboxes.
-func (l *site) mounts() ([]string, error) {
+func (s *site) mounts() ([]string, error) {
 	info, err := os.ReadFile("/proc/self/mountinfo")
 	var found []string
 	for line := range strings.Lines(string(info)) {
@@ -141,7 +141,7 @@ func (l *site) mounts() ([]string, error) {
 		if err != nil {
 			return nil, err
 		}
-		if sandbox || strings.HasPrefix(f[4], filepath.Dir(l.node.Run)) {
+		if sandbox || strings.HasPrefix(f[4], filepath.Dir(s.node.Run)) {
 			found = append(found, f[4])
 		}
 	}
@@ -149,12 +149,12 @@ func (l *site) mounts() ([]string, error) {
 }
 
 // locks lists the locks on LANs that somebody holds or waits for.
-func (l *site) locks() ([]string, error) {
+func (s *site) locks() ([]string, error) {
 	table, err := os.ReadFile("/proc/locks")
 	if err != nil {
 		return nil, err
 	}
-	dir := filepath.Join(l.node.Run, "lock")
+	dir := filepath.Join(s.node.Run, "lock")
 	entries, err := os.ReadDir(dir)
 	if err != nil {
 		return nil, err

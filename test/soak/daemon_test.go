@@ -90,7 +90,7 @@ func runDaemon(dirs string, in io.Reader, out io.Writer) error {
 func settle(ctx context.Context, m *lanmgr.Manager, want []segment.Segment) answer {
 	late := time.After(settleTime)
 	for {
-		trouble := unsettled(m.Reports(), want)
+		trouble := problem(m.Reports(), want)
 		if trouble == "" {
 			break
 		}
@@ -109,7 +109,7 @@ func settle(ctx context.Context, m *lanmgr.Manager, want []segment.Segment) answ
 	return answer{Goroutines: runtime.NumGoroutine(), Heap: memory.HeapAlloc, Files: openFiles(os.Getpid())}
 }
 
-func unsettled(reports []lanmgr.Report, want []segment.Segment) string {
+func problem(reports []lanmgr.Report, want []segment.Segment) string {
 	for _, r := range reports {
 		if r.Err != nil || !r.Built || r.Leaving || len(r.Claims) > 0 {
 			return fmt.Sprintf("%s: built=%t leaving=%t claims=%v: %v", r.Segment.LAN, r.Built, r.Leaving, r.Claims, r.Err)

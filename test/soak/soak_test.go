@@ -59,16 +59,16 @@ type site struct {
 func TestNothingIsLeftBehind(t *testing.T) {
 	s := newSite(t)
 	first := s.daemon.settled(t, s.lans)
-	want := s.take(t)
+	want := s.inventory(t)
 
 	// In the first part the daemon is killed, too. One daemon lives through the last part, so that its own growth shows.
 	last := *cycles / 3
-	s.play(t, true, *cycles-last)
+	s.run(t, true, *cycles-last)
 	before := s.daemon.settled(t, s.lans)
-	s.awaits(t, want)
-	s.play(t, false, last)
+	s.awaitInventory(t, want)
+	s.run(t, false, last)
 	after := s.daemon.settled(t, s.lans)
-	s.awaits(t, want)
+	s.awaitInventory(t, want)
 	s.expectSameDaemon(t, before, after)
 	s.expectFrames(t)
 	fmt.Printf("soak: heap of the daemon %d KiB at the start, %d KiB and %d KiB before and after the last third\n",
@@ -123,9 +123,9 @@ func newSite(t *testing.T) *site {
 
 func spoke(lan, number int) string { return fmt.Sprintf("s%d-%d", lan, number) }
 
-// play runs so many cycles, in which also the daemon may be killed, or only the plugin. What happens in each is decided by
+// run runs so many cycles, in which also the daemon may be killed, or only the plugin. What happens in each is decided by
 // the seed and the cycle's number alone.
-func (s *site) play(t *testing.T, daemonToo bool, number int) {
+func (s *site) run(t *testing.T, daemonToo bool, number int) {
 	t.Helper()
 	began, from := time.Now(), int(s.done.Load())
 	var group sync.WaitGroup
@@ -214,7 +214,7 @@ func (a attempt) attachments(ctx context.Context) error {
 	}
 	if a.rng.IntN(4) == 0 {
 		a.killedADD.Add(1)
-		if err := a.killed(ctx, "ADD", box, longADD); err != nil {
+		if err := a.callAndKill(ctx, "ADD", box, longADD); err != nil {
 			return err
 		}
 		if a.kind != addressedVeth && a.rng.IntN(4) == 0 {
@@ -281,7 +281,7 @@ func (a attempt) detach(ctx context.Context, box netlab.Sandbox) error {
 	}
 	if a.rng.IntN(4) == 0 {
 		a.killedDEL.Add(1)
-		if err := a.killed(ctx, "DEL", box, longDEL); err != nil {
+		if err := a.callAndKill(ctx, "DEL", box, longDEL); err != nil {
 			return err
 		}
 	}
@@ -294,9 +294,9 @@ func (a attempt) detach(ctx context.Context, box netlab.Sandbox) error {
 	return box.Remove()
 }
 
-// killed calls the plugin and kills it at some time within that time, if it has not ended by then. It returns when also
+// callAndKill calls the plugin and kills it at some time within that time, if it has not ended by then. It returns when also
 // an IPAM plugin that it had called has ended.
-func (a attempt) killed(ctx context.Context, verb string, box netlab.Sandbox, within time.Duration) error {
+func (a attempt) callAndKill(ctx context.Context, verb string, box netlab.Sandbox, within time.Duration) error {
 	cmd, err := a.plugin.Command(ctx, verb, box, a.config())
 	if err != nil {
 		return err
@@ -325,7 +325,7 @@ func (a attempt) killed(ctx context.Context, verb string, box netlab.Sandbox, wi
 // expectSameDaemon wants that a daemon has not grown.
 func (s *site) expectSameDaemon(t *testing.T, before, after answer) {
 	t.Helper()
-	for _, file := range less(after.Files, before.Files) {
+	for _, file := range missing(after.Files, before.Files) {
 		t.Errorf("leaked: open file of the daemon: %s", file)
 	}
 	if after.Goroutines > before.Goroutines {
