@@ -19,7 +19,7 @@ import (
 	"github.com/k8slan/k8slan/test/netlab"
 )
 
-// node is a node with k8slan's parts on it.
+// node is a node that k8slan reconciles.
 type node struct {
 	*netlab.Node
 	kernel *kernel.Node
@@ -36,11 +36,12 @@ func addNode(t *testing.T, u *netlab.Underlay, name string) node {
 	return node{Node: n, kernel: k, device: device.Attrs().Index}
 }
 
-// reconcile makes LANs as the daemon does.
+// reconcile builds LANs as the daemon does.
 func (n node) reconcile(t *testing.T, lans ...segment.Segment) {
 	t.Helper()
 	for _, s := range lans {
-		_, err := n.kernel.Reconcile(t.Context(), s.Netns, func(have segment.State) []segment.Op { return segment.Diff(s, have) })
+		diff := func(have segment.State) []segment.Op { return segment.Diff(s, have) }
+		_, err := n.kernel.Reconcile(t.Context(), s.Netns, diff)
 		must(t, err)
 	}
 }
@@ -57,7 +58,16 @@ func sandbox(t *testing.T) netlab.Sandbox {
 	return s
 }
 
-// addTime measures B1 and B2: how long an ADD takes as a process from start to end, of k8slan and of others.
+// claimRequest is the claim of a pod on a spoke.
+func claimRequest(netns, spoke string, pod netlab.Sandbox) kernel.ClaimRequest {
+	return kernel.ClaimRequest{
+		Netns: netns, Spoke: spoke, Kind: segment.Veth,
+		Sandbox: pod.ID, Interface: pod.Interface, PodNetns: pod.Path,
+		PodNamespace: "default", Pod: pod.ID, PodUID: pod.ID,
+	}
+}
+
+// addTime measures B1 and B2: how long an ADD takes from the start to the end of its process, of k8slan and of others.
 func addTime(t *testing.T, b *bench) {
 	n := addNode(t, netlab.NewUnderlay(t, netlab.UnderlayMTU), "worker1")
 	lan := netlab.LAN(1, n.device, "pod", "vm", "other")
@@ -73,11 +83,11 @@ func addTime(t *testing.T, b *bench) {
 	peerConfig := func(name string) netlab.Config {
 		return netlab.Config{"cniVersion": "1.1.0", "name": name, "type": name}
 	}
-	// The LAN is in use, so that its VXLAN is up: so it is for all pods but a LAN's first.
+	// The LAN is in use, so that its VXLAN is up, as it is for all pods but a LAN's first.
 	_, err = k8slan.Call(t.Context(), "ADD", sandbox(t), netlab.Network(lan, "other", segment.Veth))
 	must(t, err)
 
-	spare := netlink.NewLinkAttrs() // for the plugin that moves one, and at DEL moves it back
+	spare := netlink.NewLinkAttrs() // for the plugin that moves a link, and moves it back at DEL
 	spare.Name = "spare"
 	must(t, n.Netlink(t).LinkAdd(&netlink.Veth{LinkAttrs: spare, PeerName: "spare-peer"}))
 
@@ -105,7 +115,7 @@ func addTime(t *testing.T, b *bench) {
 	ratio("B2-host-device", "CNI ADD of a pod / reference plugin host-device", "pod", "host-device", 0.1)
 }
 
-// listenForReports hears what the plugin tells the daemon, as the daemon does.
+// listenForReports receives the plugin's reports, as the daemon does.
 func listenForReports(t *testing.T, run string) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
@@ -120,7 +130,7 @@ func listenForReports(t *testing.T, run string) {
 	})
 }
 
-// attachOnce attaches and detaches, and says how long the ADD took in milliseconds.
+// attachOnce attaches and detaches, and returns how many milliseconds the ADD took.
 func attachOnce(ctx context.Context, p netlab.Plugin, s netlab.Sandbox, c netlab.Config) (float64, error) {
 	took, err := callTime(ctx, p, "ADD", s, c)
 	if err != nil {
@@ -130,16 +140,16 @@ func attachOnce(ctx context.Context, p netlab.Plugin, s netlab.Sandbox, c netlab
 	return took, err
 }
 
-// refusedOnce runs an ADD that ends when its configuration is parsed, because there is no such LAN.
+// refusedOnce runs an ADD that ends when its configuration is parsed, because the node has no such LAN.
 func refusedOnce(ctx context.Context, p netlab.Plugin, s netlab.Sandbox, c netlab.Config) (float64, error) {
 	took, err := callTime(ctx, p, "ADD", s, c)
 	if words, ok := errors.AsType[*types.Error](err); !ok || words.Code != types.ErrTryAgainLater {
-		return 0, fmt.Errorf("an ADD to no LAN: %w", err)
+		return 0, fmt.Errorf("an ADD to an absent LAN: %w", err)
 	}
 	return took, nil
 }
 
-// callTime calls a plugin and says how long its process took, in milliseconds.
+// callTime calls a plugin and returns how many milliseconds its process took.
 func callTime(ctx context.Context, p netlab.Plugin, verb string, s netlab.Sandbox, c netlab.Config) (float64, error) {
 	cmd, err := p.Command(ctx, verb, s, c)
 	if err != nil {
@@ -161,7 +171,7 @@ func callTime(ctx context.Context, p netlab.Plugin, verb string, s netlab.Sandbo
 
 func milliseconds(d time.Duration) float64 { return d.Seconds() * 1000 }
 
-// attachRate measures B3: how fast pods that start at one time are attached.
+// attachRate measures B3: how fast pods are attached that start at one time.
 func attachRate(t *testing.T, b *bench) {
 	const pods, workers, perLAN = 64, 8, 8
 	n := addNode(t, netlab.NewUnderlay(t, netlab.UnderlayMTU), "worker1")
@@ -176,10 +186,7 @@ func attachRate(t *testing.T, b *bench) {
 		n.reconcile(t, lan)
 		for _, spoke := range spokes {
 			pod := sandbox(t)
-			r := kernel.ClaimRequest{
-				Netns: lan.Netns, Spoke: spoke, Kind: segment.Veth, Sandbox: pod.ID, Interface: pod.Interface, PodNetns: pod.Path,
-				PodNamespace: "default", Pod: pod.ID, PodUID: pod.ID,
-			}
+			r := claimRequest(lan.Netns, spoke, pod)
 			requests = append(requests, r)
 			bare = append(bare, newBareAttach(t, n, lan, r))
 		}
@@ -212,11 +219,12 @@ func attachRate(t *testing.T, b *bench) {
 			return pods / took.Seconds(), release()
 		}},
 	)
-	b.atLeast("B3", "64 pods attached by 8 workers / a loop of the bare netlink messages", got["k8slan"].over(got["bare"]).median(), 0.7,
+	b.atLeast("B3", "64 pods attached by 8 workers / a loop of the bare netlink messages",
+		got["k8slan"].over(got["bare"]).median(), 0.7,
 		figures("per s", got["k8slan"], got["bare"]))
 }
 
-// atOnce does something for each item, several at a time.
+// atOnce calls do for each item, several at a time.
 func atOnce[T any](workers int, items []T, do func(T) error) error {
 	todo := make(chan T)
 	errs := make(chan error, len(items))

@@ -31,14 +31,16 @@ const (
 	macsOfAPeer = 10
 )
 
-// Where the two reflectors are, that of k8slan and that of the floor, and who tells them of peers that are not there.
+// reflectorAt and bareReflectorAt are the reflectors of k8slan and of the floor. peersAddress is the speaker that
+// advertises the routes of peers which do not exist.
 var (
 	reflectorAt, bareReflectorAt = netip.MustParseAddrPort("10.9.0.2:1790"), netip.MustParseAddrPort("10.9.0.2:1791")
 	peersAddress                 = netip.MustParseAddr("10.9.0.1")
 )
 
-// evpn measures B11: how soon a node with the daemon as it is shipped has what others tell by EVPN. The floor is a process with gobgp as it comes that
-// writes each route in one bare message. Both hear it from k8slan's reflector, each from one of its own.
+// evpn measures B11: how soon a node with the released daemon has the routes that others advertise. The floor is a
+// process with an unchanged gobgp that writes each route in one bare message. Each receives the routes from a k8slan
+// reflector of its own.
 func evpn(t *testing.T, b *bench) {
 	f := newFleet(t)
 	f.lan.Spec.Discovery = v1beta1.EVPN
@@ -46,7 +48,8 @@ func evpn(t *testing.T, b *bench) {
 	f.connectPeers(t)
 	f.reflector(t, reflectorAt)
 	f.reflector(t, bareReflectorAt)
-	flags := []string{"--evpn-as=65000", "--evpn-peer=address=" + reflectorAt.Addr().String() + ",port=" + fmt.Sprint(reflectorAt.Port())}
+	peer := fmt.Sprintf("--evpn-peer=address=%s,port=%d", reflectorAt.Addr(), reflectorAt.Port())
+	flags := []string{"--evpn-as=65000", peer}
 	var daemons [2]*os.Process
 	var stops [2]func()
 	for i := range f.nodes {
@@ -62,18 +65,22 @@ func evpn(t *testing.T, b *bench) {
 			t.Logf("the floor: %s", tail(log))
 		}
 	})
-	bare, _ := startIn(t, f.nodes[1].Do, log, fmt.Sprintf("%s=%d %s %s", bareSpeaker, index, bareReflectorAt, ns.Path), "/proc/self/exe")
-	e, bareEntries := watchEntries(t, netlab.At(filepath.Join(f.nodes[0].Run, "netns", "default.lab"))), watchEntries(t, ns)
-	tellBare := peerSpeaker(t, bareReflectorAt)
-	must(t, errors.Join(tellBare.Set(peersOf(1, 2)), bareEntries.awaitThat(unix.RTM_NEWNEIGH, macsOfAPeer, ofMAC), tellBare.Set(nil), bareEntries.awaitThat(unix.RTM_DELNEIGH, macsOfAPeer, ofMAC)))
+	env := fmt.Sprintf("%s=%d %s %s", bareSpeaker, index, bareReflectorAt, ns.Path)
+	bare, _ := startIn(t, f.nodes[1].Do, log, env, "/proc/self/exe")
+	e, bareEntries := watchEntries(t, f.lanNetns(0)), watchEntries(t, ns)
+	barePeers := peerSpeaker(t, bareReflectorAt)
+	must(t, errors.Join(
+		barePeers.Set(peersOf(1, 2)), bareEntries.awaitThat(unix.RTM_NEWNEIGH, macsOfAPeer, ofMAC),
+		barePeers.Set(nil), bareEntries.awaitThat(unix.RTM_DELNEIGH, macsOfAPeer, ofMAC),
+	))
 
-	f.oneMAC(t, b, e, bareEntries, tellBare)
+	f.oneMAC(t, b, e, bareEntries, barePeers)
 	stops[1]()
-	f.allMACs(t, b, daemons[0], bare, e, bareEntries, tellBare)
+	f.allMACs(t, b, daemons[0], bare, e, bareEntries, barePeers)
 }
 
-// oneMAC measures what one event takes: a pod's attachment or a MAC's first frame on the other node.
-func (f *fleet) oneMAC(t *testing.T, b *bench, e, bareEntries entries, tellBare *bgp.Speaker) {
+// oneMAC measures one event: a pod is attached, or a MAC sends its first frame, on the other node.
+func (f *fleet) oneMAC(t *testing.T, b *bench, e, bareEntries entries, barePeers *bgp.Speaker) {
 	there := f.nodes[1]
 	f.attach(t, f.nodes[0], "c", sandbox(t)).Close() // a node without pods writes no entries
 	sender := f.attach(t, there, "a", sandbox(t))
@@ -88,41 +95,51 @@ func (f *fleet) oneMAC(t *testing.T, b *bench, e, bareEntries entries, tellBare 
 		began := time.Now()
 		err := e.awaitThat(unix.RTM_NEWNEIGH, 1, ofMAC)
 		took := milliseconds(time.Since(began))
-		err = errors.Join(err, there.kernel.Release(t.Context(), pod.Netns, pod.Spoke, pod.ID()), e.awaitThat(unix.RTM_DELNEIGH, 1, ofMAC))
+		err = errors.Join(err, there.kernel.Release(t.Context(), pod.Netns, pod.Spoke, pod.ID()),
+			e.awaitThat(unix.RTM_DELNEIGH, 1, ofMAC))
 		pause()
 		return took, err
 	}}, contender{"frame", func() (float64, error) {
 		n++
 		began := time.Now()
-		err := errors.Join(sender.Send(frames.Stream(nil, []byte{2, 0xbb, 0, 0, byte(n >> 8), byte(n)}, 1, 1)), e.awaitThat(unix.RTM_NEWNEIGH, 1, ofMAC))
+		frame := frames.Stream(nil, []byte{2, 0xbb, 0, 0, byte(n >> 8), byte(n)}, 1, 1)
+		err := errors.Join(sender.Send(frame), e.awaitThat(unix.RTM_NEWNEIGH, 1, ofMAC))
 		return milliseconds(time.Since(began)), err
 	}}, contender{"bare", func() (float64, error) {
 		routes := peersOf(1, 2)[1:2]
 		began := time.Now()
-		err := errors.Join(tellBare.Set(routes), bareEntries.awaitThat(unix.RTM_NEWNEIGH, 1, ofMAC))
+		err := errors.Join(barePeers.Set(routes), bareEntries.awaitThat(unix.RTM_NEWNEIGH, 1, ofMAC))
 		took := milliseconds(time.Since(began))
-		return took, errors.Join(err, tellBare.Set(nil), bareEntries.awaitThat(unix.RTM_DELNEIGH, 1, ofMAC))
+		return took, errors.Join(err, barePeers.Set(nil), bareEntries.awaitThat(unix.RTM_DELNEIGH, 1, ofMAC))
 	}})
 	for _, m := range []struct{ id, from, name string }{
 		{"B11-ADD", "the end of ADD", "ADD"}, {"B11-frame", "a MAC's first frame", "frame"},
 	} {
 		s := got[m.name]
 		b.atMost(m.id, fmt.Sprintf("from %s until the other node has its entry, EVPN, in ms", m.from), s.median(), 5,
-			fmt.Sprintf("middle half %s ms, worst tenth from %v ms; %v times the floor, which takes %v ms from a route to its entry, worst tenth from %v ms; %d rounds",
-				s.spread(), round(s.quantile(0.9)), round(s.over(got["bare"]).median()), round(got["bare"].median()), round(got["bare"].quantile(0.9)), len(s)))
+			fmt.Sprintf("middle half %s ms, worst tenth from %v ms; %v times the floor, "+
+				"which takes %v ms from a route to its entry, worst tenth from %v ms; %d rounds",
+				s.spread(), round(s.quantile(0.9)), round(s.over(got["bare"]).median()), round(got["bare"].median()),
+				round(got["bare"].quantile(0.9)), len(s)))
 	}
 }
 
-// allMACs measures what very many peers cost a node, with ten MACs each.
-func (f *fleet) allMACs(t *testing.T, b *bench, daemon, bare *os.Process, e, bareEntries entries, tellBare *bgp.Speaker) {
+// allMACs measures what a thousand peers with ten MACs each cost a node.
+func (f *fleet) allMACs(
+	t *testing.T, b *bench, daemon, bare *os.Process, e, bareEntries entries, barePeers *bgp.Speaker,
+) {
 	peers := times(1000, 20)
 	macs := peers * macsOfAPeer
-	tell, routes, bareRoutes := peerSpeaker(t, reflectorAt), peersOf(peers, 1), peersOf(peers, 2)
+	others, routes, bareRoutes := peerSpeaker(t, reflectorAt), peersOf(peers, 1), peersOf(peers, 2)
 	f.awaitIdle(t, daemon)
 	before, bareBefore := resident(daemon.Pid), resident(bare.Pid)
-	must(t, errors.Join(tell.Set(routes), e.awaitThat(unix.RTM_NEWNEIGH, macs, ofMAC), tellBare.Set(bareRoutes), bareEntries.awaitThat(unix.RTM_NEWNEIGH, macs, ofMAC)))
+	must(t, errors.Join(
+		others.Set(routes), e.awaitThat(unix.RTM_NEWNEIGH, macs, ofMAC),
+		barePeers.Set(bareRoutes), bareEntries.awaitThat(unix.RTM_NEWNEIGH, macs, ofMAC),
+	))
 	f.awaitIdle(t, daemon)
-	ours, floor := float64(resident(daemon.Pid)-before)/float64(macs), float64(resident(bare.Pid)-bareBefore)/float64(macs)
+	ours := float64(resident(daemon.Pid)-before) / float64(macs)
+	floor := float64(resident(bare.Pid)-bareBefore) / float64(macs)
 	b.atMost("B11-memory", fmt.Sprintf("memory of the daemon for each of %d MACs / the floor", macs), ours/floor, 2,
 		fmt.Sprintf("%v / %v bytes resident; %.1f MB without them", round(ours), round(floor), float64(before)/1e6))
 
@@ -131,14 +148,15 @@ func (f *fleet) allMACs(t *testing.T, b *bench, daemon, bare *os.Process, e, bar
 	timer := time.NewTimer(long)
 	<-timer.C
 	worked, bareWorked = work(t, daemon)-worked, work(t, bare)-bareWorked
-	b.atMost("B11-idle", "processor time of the daemon with them while nothing happens, in ms a second", milliseconds(worked)/long.Seconds(), 2,
+	b.atMost("B11-idle", "processor time of the daemon with them while nothing happens, in ms a second",
+		milliseconds(worked)/long.Seconds(), 2,
 		fmt.Sprintf("%v in %v; the floor %v", worked.Round(time.Microsecond), long, bareWorked.Round(time.Microsecond)))
 
 	withdraw := func(s *bgp.Speaker, e entries) error {
 		return errors.Join(s.Set(nil), e.awaitThat(unix.RTM_DELNEIGH, macs, ofMAC))
 	}
-	must(t, withdraw(tell, e))
-	must(t, withdraw(tellBare, bareEntries))
+	must(t, withdraw(others, e))
+	must(t, withdraw(barePeers, bareEntries))
 	fill := func(name string, s *bgp.Speaker, e entries, routes []macvrf.Route) contender {
 		return contender{name, func() (float64, error) {
 			began := time.Now()
@@ -150,19 +168,20 @@ func (f *fleet) allMACs(t *testing.T, b *bench, daemon, bare *os.Process, e, bar
 			return took, err
 		}}
 	}
-	got := race(t, times(15, 1), fill("k8slan", tell, e, routes), fill("bare", tellBare, bareEntries, bareRoutes))
-	b.atMost("B11", fmt.Sprintf("%d MACs of %d peers, told by EVPN / the floor", macs, peers), got["k8slan"].over(got["bare"]).median(), 2,
+	got := race(t, times(15, 1), fill("k8slan", others, e, routes), fill("bare", barePeers, bareEntries, bareRoutes))
+	b.atMost("B11", fmt.Sprintf("%d MACs of %d peers, by EVPN / the floor", macs, peers),
+		got["k8slan"].over(got["bare"]).median(), 2,
 		figures("ms", got["k8slan"], got["bare"]))
 }
 
-// connectPeers lays a cable from the first node to where this test runs, for who tells routes.
+// connectPeers lays a cable from the first node to the namespace of this test, for the speaker of the peers.
 func (f *fleet) connectPeers(t *testing.T) {
 	t.Helper()
-	ip(t, f.nodes[0].Namespace, "link add tellers type veth peer name tellers netns %d", os.Getpid())
-	ip(t, f.nodes[0].Namespace, "addr add %s/24 dev tellers", reflectorAt.Addr())
-	ip(t, f.nodes[0].Namespace, "link set tellers up")
+	ip(t, f.nodes[0].Namespace, "link add peers type veth peer name peers netns %d", os.Getpid())
+	ip(t, f.nodes[0].Namespace, "addr add %s/24 dev peers", reflectorAt.Addr())
+	ip(t, f.nodes[0].Namespace, "link set peers up")
 	ip(t, f.nodes[1].Namespace, "route add %s via %s", reflectorAt.Addr(), vtep(0))
-	here, err := netlink.LinkByName("tellers")
+	here, err := netlink.LinkByName("peers")
 	must(t, err)
 	t.Cleanup(func() { must(t, netlink.LinkDel(here)) })
 	address, err := netlink.ParseAddr(peersAddress.String() + "/24")
@@ -173,22 +192,27 @@ func (f *fleet) connectPeers(t *testing.T) {
 func (f *fleet) reflector(t *testing.T, at netip.AddrPort) {
 	t.Helper()
 	log := filepath.Join(t.TempDir(), "reflector.log")
-	startIn(t, f.nodes[0].Do, log, "", f.binary, "reflector", "--as=65000", "--router-id="+at.Addr().String(), fmt.Sprintf("--listen=0.0.0.0:%d", at.Port()),
+	startIn(t, f.nodes[0].Do, log, "", f.binary, "reflector", "--as=65000",
+		"--router-id="+at.Addr().String(), fmt.Sprintf("--listen=0.0.0.0:%d", at.Port()),
 		"--health-address=0", "--log-format=text")
 }
 
-// peerSpeaker is who tells what peers would tell that are not there.
+// peerSpeaker starts a speaker for the routes of peers that do not exist.
 func peerSpeaker(t *testing.T, to netip.AddrPort) *bgp.Speaker {
 	t.Helper()
 	up := make(chan struct{}, 1)
-	s := bgp.NewSpeaker(bgp.Config{AS: bareAS, RouterID: peersAddress, Log: slog.New(slog.DiscardHandler), OnUpdate: func(h bgp.Update) {
+	onUpdate := func(h bgp.Update) {
 		for _, session := range h.Sessions {
 			if session.Up {
 				up <- struct{}{}
 			}
 		}
-	}})
-	must(t, s.SetPeers(t.Context(), []bgp.Peer{{Address: to.Addr(), Port: to.Port(), AS: bareAS, Source: peersAddress}}))
+	}
+	s := bgp.NewSpeaker(bgp.Config{
+		AS: bareAS, RouterID: peersAddress, Log: slog.New(slog.DiscardHandler), OnUpdate: onUpdate,
+	})
+	peer := bgp.Peer{Address: to.Addr(), Port: to.Port(), AS: bareAS, Source: peersAddress}
+	must(t, s.SetPeers(t.Context(), []bgp.Peer{peer}))
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- s.Run(ctx) }()
@@ -201,11 +225,12 @@ func peerSpeaker(t *testing.T, to netip.AddrPort) *bgp.Speaker {
 	return s
 }
 
-// peersOf are the routes of so many peers in a LAN.
+// peersOf returns the routes of that many peers in a LAN.
 func peersOf(peers int, vni uint32) (routes []macvrf.Route) {
 	for i := range peers {
 		r := macvrf.Route{VNI: vni, VTEP: vtep(2 + i), Targets: []macvrf.Target{macvrf.NewTarget(bareAS, vni)}}
-		r.Key = macvrf.Key{Type: macvrf.Multicast, RD: macvrf.RD{1: 1, 2: 10, 3: 200, 4: byte(i >> 8), 5: byte(i), 7: 1}, IP: r.VTEP}
+		rd := macvrf.RD{1: 1, 2: 10, 3: 200, 4: byte(i >> 8), 5: byte(i), 7: 1}
+		r.Key = macvrf.Key{Type: macvrf.Multicast, RD: rd, IP: r.VTEP}
 		routes = append(routes, r)
 		for m := range byte(macsOfAPeer) {
 			r.Key = macvrf.Key{Type: macvrf.MACIP, RD: r.RD, MAC: macvrf.MAC{2, 1, m, byte(i >> 8), byte(i), 1}}
@@ -215,16 +240,17 @@ func peersOf(peers int, vni uint32) (routes []macvrf.Route) {
 	return routes
 }
 
-// ofMAC says whether an entry is a VXLAN's, and of a MAC that is behind a VTEP.
+// ofMAC reports whether an entry is a VXLAN's entry for a MAC behind a VTEP.
 func ofMAC(neighbour []byte) bool {
-	const flags = 10 // where they are in struct ndmsg
+	const flags = 10 // their offset in struct ndmsg
 	return neighbour[flags]&netlink.NTF_SELF != 0 && !ofRemote(neighbour)
 }
 
-// bareSpeaker makes the test binary the floor of B11: the index of a VXLAN, a reflector, and the VXLAN's namespace.
+// bareSpeaker makes the test binary the floor of B11: it has the ifindex of a VXLAN, a reflector, and the VXLAN's
+// namespace.
 const bareSpeaker = "K8SLAN_TEST_BARE_SPEAKER"
 
-// newBareTable makes a bridge with a VXLAN that somebody typed, and returns that.
+// newBareTable makes a bridge with a VXLAN by ip(8), and returns the VXLAN.
 func newBareTable(t *testing.T) (ns netlab.Namespace, index int) {
 	t.Helper()
 	ns = netlab.New(t, "bare")
@@ -248,7 +274,7 @@ func runBareSpeaker(what string) int {
 	return 1
 }
 
-// runBareSpeakerTo writes what a reflector tells into a table until it is killed.
+// runBareSpeakerTo writes a reflector's routes into a table until it is killed.
 func runBareSpeakerTo(reflector, path string, index int) error {
 	at, err := netip.ParseAddrPort(reflector)
 	if err != nil {
@@ -263,22 +289,29 @@ func runBareSpeakerTo(reflector, path string, index int) error {
 	ctx, failed := context.Background(), make(chan error, 1)
 	srv := server.NewBgpServer(server.LoggerOption(slog.New(slog.DiscardHandler), nil))
 	go srv.Serve()
-	err = srv.StartBgp(ctx, &api.StartBgpRequest{Global: &api.Global{Asn: bareAS, RouterId: "10.0.0.9", ListenPort: -1}})
+	global := &api.Global{Asn: bareAS, RouterId: "10.0.0.9", ListenPort: -1}
+	err = srv.StartBgp(ctx, &api.StartBgpRequest{Global: global})
 	if err == nil {
-		err = srv.WatchEvent(ctx, server.WatchEventMessageCallbacks{OnPathUpdate: func(paths []*apiutil.Path, _ time.Time) {
+		onPathUpdate := func(paths []*apiutil.Path, _ time.Time) {
 			for _, p := range paths {
 				if err := table.send(bareEntry(index, p)); err != nil {
 					failed <- fmt.Errorf("write %s: %w", p.Nlri, err)
 				}
 			}
-		}}, server.WatchUpdate(false, "", ""))
+		}
+		callbacks := server.WatchEventMessageCallbacks{OnPathUpdate: onPathUpdate}
+		err = srv.WatchEvent(ctx, callbacks, server.WatchUpdate(false, "", ""))
 	}
 	if err == nil {
 		err = srv.AddPeer(ctx, &api.AddPeerRequest{Peer: &api.Peer{
-			Conf:      &api.PeerConf{NeighborAddress: at.Addr().String(), PeerAsn: bareAS},
-			Timers:    &api.Timers{Config: &api.TimersConfig{HoldTime: 9, KeepaliveInterval: 3, ConnectRetry: 3, IdleHoldTimeAfterReset: 3}},
+			Conf: &api.PeerConf{NeighborAddress: at.Addr().String(), PeerAsn: bareAS},
+			Timers: &api.Timers{Config: &api.TimersConfig{
+				HoldTime: 9, KeepaliveInterval: 3, ConnectRetry: 3, IdleHoldTimeAfterReset: 3,
+			}},
 			Transport: &api.Transport{RemotePort: uint32(at.Port())},
-			AfiSafis:  []*api.AfiSafi{{Config: &api.AfiSafiConfig{Family: &api.Family{Afi: api.Family_AFI_L2VPN, Safi: api.Family_SAFI_EVPN}, Enabled: true}}},
+			AfiSafis: []*api.AfiSafi{{Config: &api.AfiSafiConfig{
+				Family: &api.Family{Afi: api.Family_AFI_L2VPN, Safi: api.Family_SAFI_EVPN}, Enabled: true,
+			}}},
 		}})
 	}
 	if err != nil {
@@ -287,13 +320,16 @@ func runBareSpeakerTo(reflector, path string, index int) error {
 	return <-failed
 }
 
-// bareEntry is the message that a route comes down to.
+// bareEntry is the one message for a route.
 func bareEntry(index int, p *apiutil.Path) *nl.NetlinkRequest {
 	kind, flags := unix.RTM_NEWNEIGH, unix.NLM_F_CREATE|unix.NLM_F_REPLACE
 	if p.Withdrawal {
 		kind, flags = unix.RTM_DELNEIGH, 0
 	}
-	entry := &netlink.Ndmsg{Family: unix.AF_BRIDGE, Index: uint32(index), State: netlink.NUD_REACHABLE, Flags: netlink.NTF_SELF | netlink.NTF_MASTER | netlink.NTF_EXT_LEARNED}
+	entry := &netlink.Ndmsg{
+		Family: unix.AF_BRIDGE, Index: uint32(index), State: netlink.NUD_REACHABLE,
+		Flags: netlink.NTF_SELF | netlink.NTF_MASTER | netlink.NTF_EXT_LEARNED,
+	}
 	var vtep netip.Addr
 	for _, attr := range p.Attrs {
 		if reach, ok := attr.(*packet.PathAttributeMpReachNLRI); ok {
@@ -305,7 +341,7 @@ func bareEntry(index int, p *apiutil.Path) *nl.NetlinkRequest {
 	case *packet.EVPNMacIPAdvertisementRoute:
 		mac = d.MacAddress
 	case *packet.EVPNMulticastEthernetTagRoute:
-		vtep = d.IPAddress // also of a withdrawal, which has no attributes
+		vtep = d.IPAddress // a withdrawal has it, too, and no attributes
 		entry.State, entry.Flags = netlink.NUD_PERMANENT, netlink.NTF_SELF
 		if !p.Withdrawal {
 			flags = unix.NLM_F_CREATE | unix.NLM_F_APPEND

@@ -29,8 +29,8 @@ import (
 	"github.com/k8slan/k8slan/test/netlab"
 )
 
-// kubeletCost measures B7: what it costs to offer spokes to a real kubelet. It needs no API server: kubelet runs on its
-// own, with a real container runtime that has nothing to run.
+// kubeletCost measures B7: what it costs to advertise spokes to a real kubelet. It needs no API server: kubelet runs
+// alone, with a real container runtime that has nothing to run.
 func kubeletCost(t *testing.T, b *bench) {
 	spokes := times(1000, 20)
 	k := startKubelet(t)
@@ -50,12 +50,14 @@ func kubeletCost(t *testing.T, b *bench) {
 		k.awaitListed(t, spokes)
 		per := func(d time.Duration) float64 { return milliseconds(d) / float64(spokes) }
 		each = append(each, per(time.Since(began)))
-		ours, kubelets = append(ours, per(work(t, p.process)-oursBefore)), append(kubelets, per(work(t, k.process)-kubeletsBefore))
+		ours = append(ours, per(work(t, p.process)-oursBefore))
+		kubelets = append(kubelets, per(work(t, k.process)-kubeletsBefore))
 		if round == 0 {
 			after = p.memory(t)
 		}
 	}
-	b.atMost("B7-time", fmt.Sprintf("%d spokes offered until kubelet lists them, each, in ms", spokes), each.median(), 0.6,
+	b.atMost("B7-time", fmt.Sprintf("%d spokes advertised until kubelet lists them, each, in ms", spokes),
+		each.median(), 0.6,
 		fmt.Sprintf("middle half %s ms, %d rounds; the daemon worked for %v ms, kubelet for %v ms",
 			each.spread(), len(each), round(ours.median()), round(kubelets.median())))
 
@@ -64,15 +66,18 @@ func kubeletCost(t *testing.T, b *bench) {
 	calls = p.idle(t, idle) - calls
 	written = k.checkpoints(t) - written
 	b.atMost("B7-idle", "messages per second while nothing happens", float64(calls)/idle.Seconds(), 0,
-		fmt.Sprintf("%d reads and writes of the daemon in %v; kubelet wrote its checkpoint %d times", calls, idle, written))
+		fmt.Sprintf("%d reads and writes of the daemon in %v; kubelet wrote its checkpoint %d times",
+			calls, idle, written))
 
-	b.atMost("B7-memory", "memory of the daemon for each spoke, in KB", float64(after-before)/float64(spokes-1)/1000, 60,
-		fmt.Sprintf("%.1f MB resident with %d spokes, %.1f MB with one", float64(after)/1e6, spokes, float64(before)/1e6))
+	b.atMost("B7-memory", "memory of the daemon for each spoke, in KB",
+		float64(after-before)/float64(spokes-1)/1000, 60,
+		fmt.Sprintf("%.1f MB resident with %d spokes, %.1f MB with one",
+			float64(after)/1e6, spokes, float64(before)/1e6))
 }
 
-// spokesRole makes the test binary offer spokes, so that their cost is counted alone: as many as a line of its input
-// says, answered by a line when all of them are registered. To any other line it answers with its resident memory in
-// bytes after a garbage collection.
+// spokesRole makes the test binary a process that only advertises spokes, so that their cost is counted alone. It
+// advertises as many spokes as a line of its input says, and answers with a line when all are registered. To any other
+// line it answers with its resident memory in bytes after a garbage collection.
 const spokesRole = "K8SLAN_TEST_SPOKES"
 
 func advertiseSpokes(in io.Reader, out io.Writer) int {
@@ -85,7 +90,7 @@ func advertiseSpokes(in io.Reader, out io.Writer) int {
 	for lines := bufio.NewScanner(in); lines.Scan(); {
 		number, err := strconv.Atoi(lines.Text())
 		if err != nil {
-			runtime.GC() // what a sync.Pool has outlives one collection
+			runtime.GC() // one collection leaves the content of sync.Pools
 			debug.FreeOSMemory()
 			fmt.Fprintln(out, resident(os.Getpid()))
 			continue
@@ -109,7 +114,7 @@ func advertiseSpokes(in io.Reader, out io.Writer) int {
 	return 0
 }
 
-// resident is a process's resident memory in bytes.
+// resident returns a process's resident memory in bytes.
 func resident(pid int) int64 {
 	status, _ := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 	for line := range strings.Lines(string(status)) {
@@ -121,7 +126,7 @@ func resident(pid int) int64 {
 	return 0
 }
 
-// plugins is the process that offers spokes.
+// plugins is the process that advertises spokes.
 type plugins struct {
 	process *os.Process
 	in      io.Writer
@@ -168,7 +173,7 @@ func (p *plugins) memory(t *testing.T) int64 {
 	return p.send(t, "memory")
 }
 
-// idle lets that time go by and returns how many reads and writes the process has done since it started.
+// idle waits that long and returns how many reads and writes the process has done since it started.
 func (p *plugins) idle(t *testing.T, long time.Duration) (calls int64) {
 	t.Helper()
 	timer := time.NewTimer(long)
@@ -187,7 +192,7 @@ func (p *plugins) idle(t *testing.T, long time.Duration) (calls int64) {
 	return calls
 }
 
-// work is the processor time that a process has taken.
+// work returns the processor time that a process has used.
 func work(t *testing.T, p *os.Process) time.Duration {
 	t.Helper()
 	var all time.Duration
@@ -203,16 +208,16 @@ func work(t *testing.T, p *os.Process) time.Duration {
 	return all
 }
 
-// kubelet is a kubelet on its own.
+// kubelet is a kubelet without an API server.
 type kubelet struct {
 	process   *os.Process
 	resources podresources.PodResourcesListerClient
 	log       string
-	written   time.Time // when the checkpoint was last seen to be new
+	written   time.Time // the last known modification time of the checkpoint
 	writes    int
 }
 
-// startKubelet starts kubelet and its container runtime, in folders of their own that they take for the machine's.
+// startKubelet starts kubelet and its container runtime, with directories of their own in place of the machine's.
 func startKubelet(t *testing.T) *kubelet {
 	t.Helper()
 	kubernetes, err := netlab.Component(t.Context(), "kubernetes")
@@ -226,7 +231,8 @@ func startKubelet(t *testing.T) *kubelet {
 	containerdConfig := filepath.Join(dir, "containerd.toml")
 	must(t, os.WriteFile(containerdConfig, []byte("version = 3\n"), 0o600))
 	path := "PATH=" + containerd + ":" + os.Getenv("PATH")
-	start(t, filepath.Join(dir, "containerd.log"), path, filepath.Join(containerd, "containerd"), "--config="+containerdConfig)
+	runtimeLog := filepath.Join(dir, "containerd.log")
+	start(t, runtimeLog, path, filepath.Join(containerd, "containerd"), "--config="+containerdConfig)
 	const runtimeSocket = "/run/containerd/containerd.sock"
 	awaitSocket(t, runtimeSocket, filepath.Join(dir, "containerd.log"))
 
@@ -248,7 +254,8 @@ resolvConf: ""
 evictionHard: {memory.available: 50Mi, nodefs.available: 1%, imagefs.available: 1%, nodefs.inodesFree: 1%}
 `), 0o600))
 	log := filepath.Join(dir, "kubelet.log")
-	process := start(t, log, path, filepath.Join(kubernetes, "kubelet"), "--config="+kubeletConfig, "--hostname-override=bench")
+	process := start(t, log, path, filepath.Join(kubernetes, "kubelet"),
+		"--config="+kubeletConfig, "--hostname-override=bench")
 	awaitSocket(t, filepath.Join(deviceplugin.Dir, "kubelet.sock"), log)
 	const resources = "/var/lib/kubelet/pod-resources/kubelet.sock"
 	awaitSocket(t, resources, log)
@@ -258,8 +265,8 @@ evictionHard: {memory.available: 50Mi, nodefs.available: 1%, imagefs.available: 
 	return &kubelet{process: process, resources: podresources.NewPodResourcesListerClient(conn), log: log}
 }
 
-// ownFolders gives this process's mount namespace a /var/lib and a /var/log on disk, where a node's kubelet has its
-// own, too, and the machine's /sys, where the control groups are.
+// ownFolders mounts a /var/lib and a /var/log on disk, where a node's kubelet has its own, too, and shows the machine's
+// /sys, which has the control groups.
 func ownFolders(t *testing.T, dir string) {
 	t.Helper()
 	for _, folder := range []string{"/var/lib", "/var/log"} {
@@ -272,7 +279,7 @@ func ownFolders(t *testing.T, dir string) {
 			}
 		})
 	}
-	must(t, unix.Unmount("/sys", unix.MNT_DETACH)) // that of the test's network namespace, on top of it
+	must(t, unix.Unmount("/sys", unix.MNT_DETACH)) // the one of the test's network namespace, on top of it
 	t.Cleanup(func() {
 		if err := unix.Mount("sysfs", "/sys", "sysfs", unix.MS_NOSUID|unix.MS_NOEXEC|unix.MS_NODEV, ""); err != nil {
 			t.Errorf("mount sysfs: %v", err)
@@ -280,12 +287,13 @@ func ownFolders(t *testing.T, dir string) {
 	})
 }
 
-// ownSysctls covers the settings that a kubelet would change for the whole machine with files of the test's own
+// ownSysctls mounts files of the test over the settings that a kubelet would change for the whole machine
 // (setupKernelTunables in pkg/kubelet/cm/container_manager_linux.go).
 func ownSysctls(t *testing.T, dir string) {
 	t.Helper()
 	for _, name := range []string{
-		"vm/overcommit_memory", "vm/panic_on_oom", "kernel/panic", "kernel/panic_on_oops", "kernel/keys/root_maxkeys", "kernel/keys/root_maxbytes",
+		"vm/overcommit_memory", "vm/panic_on_oom", "kernel/panic", "kernel/panic_on_oops",
+		"kernel/keys/root_maxkeys", "kernel/keys/root_maxbytes",
 	} {
 		setting := filepath.Join("/proc/sys", name)
 		value, err := os.ReadFile(setting)
@@ -301,15 +309,18 @@ func ownSysctls(t *testing.T, dir string) {
 	}
 }
 
-// start starts a program that ends with the test, even if that is killed.
+// start starts a program that ends with the test, even if the test is killed.
 func start(t *testing.T, log, env, program string, args ...string) *os.Process {
 	t.Helper()
 	process, _ := startIn(t, func(f func() error) error { return f() }, log, env, program, args...)
 	return process
 }
 
-// startIn starts it on the thread on which do runs a function, which lives until the program has ended; stop ends it earlier.
-func startIn(t *testing.T, do func(func() error) error, log, env, program string, args ...string) (process *os.Process, stop func()) {
+// startIn starts a program on the thread on which do runs a function, which lives until the program has ended; stop
+// ends it earlier.
+func startIn(
+	t *testing.T, do func(func() error) error, log, env, program string, args ...string,
+) (process *os.Process, stop func()) {
 	t.Helper()
 	out, err := os.Create(log)
 	must(t, err)
@@ -321,13 +332,13 @@ func startIn(t *testing.T, do func(func() error) error, log, env, program string
 	started, ended := make(chan error, 1), make(chan struct{})
 	go func() {
 		defer close(ended)
-		runtime.LockOSThread() // the program would die with the thread that started it
+		runtime.LockOSThread() // the program would end with the thread that started it
 		defer runtime.UnlockOSThread()
 		err := do(func() error {
 			err := cmd.Start()
 			started <- err
 			if err == nil {
-				_ = cmd.Wait() // it is killed
+				_ = cmd.Wait() // the program is killed
 			}
 			return nil
 		})
@@ -344,7 +355,7 @@ func startIn(t *testing.T, do func(func() error) error, log, env, program string
 	return cmd.Process, stop
 }
 
-// awaitSocket returns when something listens.
+// awaitSocket returns when a program listens on the socket.
 func awaitSocket(t *testing.T, socket, log string) {
 	t.Helper()
 	late := time.After(time.Minute)
@@ -370,11 +381,11 @@ func tail(log string) string {
 	return string(text[max(0, len(text)-most):])
 }
 
-// awaitListed returns when kubelet has so many spokes to give away.
+// awaitListed returns when kubelet can allocate that many spokes.
 func (k *kubelet) awaitListed(t *testing.T, spokes int) {
 	t.Helper()
 	late := time.After(time.Minute)
-	again := time.NewTicker(20 * time.Millisecond) // kubelet answers at most a hundred times a second
+	again := time.NewTicker(20 * time.Millisecond) // kubelet answers at most a hundred requests a second
 	defer again.Stop()
 	for {
 		answer, err := k.resources.GetAllocatableResources(t.Context(), &podresources.AllocatableResourcesRequest{})
@@ -395,7 +406,8 @@ func (k *kubelet) awaitListed(t *testing.T, spokes int) {
 	}
 }
 
-// checkpoints is how often kubelet was seen to have written its checkpoint, which it does with each message of a plugin.
+// checkpoints returns how often kubelet has written its checkpoint, as far as this was called in between; kubelet
+// writes it with each message of a plugin.
 func (k *kubelet) checkpoints(t *testing.T) int {
 	t.Helper()
 	info, err := os.Stat(filepath.Join(deviceplugin.Dir, "kubelet_internal_checkpoint"))

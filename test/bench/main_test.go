@@ -16,10 +16,10 @@ import (
 	"github.com/k8slan/k8slan/test/netlab"
 )
 
-// long is how much is measured: with it as much as docs/performance.md tells of, else as little as shows that it can be.
+// long selects the measurement of docs/performance.md; without it the tests only show that everything can be measured.
 var long = flag.Bool("long", false, "measure for about ten minutes instead of a moment")
 
-// output is where the results go.
+// output is the file for the results.
 var output = flag.String("json", "", "`file` for the results")
 
 func TestMain(m *testing.M) {
@@ -29,11 +29,11 @@ func TestMain(m *testing.M) {
 	if at := os.Getenv(bareSpeaker); at != "" {
 		os.Exit(runBareSpeaker(at))
 	}
-	ctrllog.SetLogger(logr.Discard()) // the client's library wants to be told
+	ctrllog.SetLogger(logr.Discard()) // otherwise the library warns that it has no logger
 	netlab.Main(m)
 }
 
-// TestPerformance measures everything. It fails where something cannot be measured; a target that is missed is told.
+// TestPerformance measures everything. It fails if something cannot be measured; it reports a target that is missed.
 func TestPerformance(t *testing.T) {
 	netlab.NeedRoot(t, "a kubelet needs root")
 	b := &bench{}
@@ -71,7 +71,7 @@ type result struct {
 	Target string `json:"target"`
 	Met    bool   `json:"met"`
 
-	figures string // what the value comes from, for people
+	figures string // where the value comes from, for readers
 }
 
 func (b *bench) add(r result) {
@@ -79,15 +79,19 @@ func (b *bench) add(r result) {
 	fmt.Printf("%s %s: %v, wanted %s; %s\n", r.ID, r.What, r.Value, r.Target, r.figures)
 }
 
-// atMost and atLeast add a result that has a number for a target.
+// atMost and atLeast add a result whose target is a number.
 func (b *bench) atMost(id, what string, value, target float64, figures string) {
 	value = round(value)
-	b.add(result{ID: id, What: what, Value: value, Target: fmt.Sprintf("≤ %v", target), Met: value <= target, figures: figures})
+	b.add(result{
+		ID: id, What: what, Value: value, Target: fmt.Sprintf("≤ %v", target), Met: value <= target, figures: figures,
+	})
 }
 
 func (b *bench) atLeast(id, what string, value, target float64, figures string) {
 	value = round(value)
-	b.add(result{ID: id, What: what, Value: value, Target: fmt.Sprintf("≥ %v", target), Met: value >= target, figures: figures})
+	b.add(result{
+		ID: id, What: what, Value: value, Target: fmt.Sprintf("≥ %v", target), Met: value >= target, figures: figures,
+	})
 }
 
 // round keeps three significant digits.
@@ -110,7 +114,7 @@ func (b *bench) print() {
 		}
 		fmt.Fprintf(table, "%s\t%s\t%v\t%s\t%s\t%s\n", r.ID, r.What, r.Value, r.Target, met, r.figures)
 	}
-	_ = table.Flush() // to standard output, like all the rest
+	_ = table.Flush() // to standard output
 }
 
 func (b *bench) write(t *testing.T) {
@@ -127,7 +131,7 @@ func (b *bench) write(t *testing.T) {
 	}
 }
 
-// times is how often something is repeated: often in a long run, else as often as a smoke test needs.
+// times returns how often something is repeated: often with -long, else as often as a smoke test needs.
 func times(often, smoke int) int {
 	if *long {
 		return often

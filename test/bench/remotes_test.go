@@ -34,14 +34,13 @@ import (
 	"github.com/k8slan/k8slan/crd/manifests"
 	"github.com/k8slan/k8slan/crd/v1beta1"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
-	"github.com/k8slan/k8slan/lanmgr/segment"
 	"github.com/k8slan/k8slan/test/cluster/apiserver"
 	"github.com/k8slan/k8slan/test/frames"
 	"github.com/k8slan/k8slan/test/netlab"
 )
 
-// unicast measures B9 and B10 with the daemon as it is shipped and a real API server: what a LAN with unicast discovery costs where
-// very many nodes take part. Of most of them there is the LANNode alone.
+// unicast measures B9 and B10 with the released daemon and a real API server: what a LAN with unicast discovery costs
+// with a thousand nodes. Most of the nodes are only a LANNode.
 func unicast(t *testing.T, b *bench) {
 	f := newFleet(t)
 	_, stop := f.daemon(t, 0)
@@ -54,11 +53,13 @@ func unicast(t *testing.T, b *bench) {
 	stop()
 
 	peers := times(1000, 20)
-	alone := f.memory(t)
+	without := f.memory(t)
 	f.join(t, peers)
 	together := f.memory(t)
-	b.atMost("B9-memory", fmt.Sprintf("memory of the daemon for each of %d peers with 10 LANs, in KB", peers), (together.median()-alone.median())/float64(peers)/1000, 25,
-		fmt.Sprintf("%.1f MB resident with them, %.1f MB without, medians of %d starts", together.median()/1e6, alone.median()/1e6, len(alone)))
+	b.atMost("B9-memory", fmt.Sprintf("memory of the daemon for each of %d peers with 10 LANs, in KB", peers),
+		(together.median()-without.median())/float64(peers)/1000, 25,
+		fmt.Sprintf("%.1f MB resident with them, %.1f MB without, medians of %d starts",
+			together.median()/1e6, without.median()/1e6, len(without)))
 
 	process, _ := f.daemon(t, 0)
 	f.awaitIdle(t, process)
@@ -77,14 +78,15 @@ type fleet struct {
 	lan    *v1beta1.LAN
 }
 
-// vtep is the address of a node of the fleet, and of the peers after them.
+// vtep is the address of a node of the fleet, or of a peer after them.
 func vtep(i int) netip.Addr { return netip.AddrFrom4([4]byte{10, 0, byte(i / 250), byte(1 + i%250)}) }
 
-// buildBinary builds k8slan as it is shipped.
+// buildBinary builds k8slan with the flags of a release.
 func buildBinary(t *testing.T) (binary string) {
 	t.Helper()
 	binary = filepath.Join(t.TempDir(), "k8slan")
-	cmd := exec.CommandContext(t.Context(), "go", "build", "-trimpath", "-ldflags", "-s -w", "-o", binary, "github.com/k8slan/k8slan/cmd/k8slan")
+	cmd := exec.CommandContext(t.Context(), "go", "build", "-trimpath", "-ldflags", "-s -w",
+		"-o", binary, "github.com/k8slan/k8slan/cmd/k8slan")
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("build k8slan: %v\n%s", err, out)
@@ -127,16 +129,26 @@ func newFleet(t *testing.T) *fleet {
 	}
 	f.lan = &v1beta1.LAN{
 		ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: "lab"},
-		// With a group of their family, a change to and from multicast leaves the VXLAN alone.
-		Spec: v1beta1.LANSpec{VNI: 1, Spokes: []string{"a", "b", "c"}, Discovery: v1beta1.Unicast, VXLANGroup: "239.1.1.1", DefaultVXLANDev: netlab.UnderlayDevice},
+		// With a group of their family, a change to and from multicast keeps the VXLAN.
+		Spec: v1beta1.LANSpec{
+			VNI: 1, Spokes: []string{"a", "b", "c"}, Discovery: v1beta1.Unicast, VXLANGroup: "239.1.1.1",
+			DefaultVXLANDev: netlab.UnderlayDevice,
+		},
 	}
 	must(t, f.api.Create(t.Context(), f.lan))
-	f.lan.Status.Holds = &v1beta1.Holding{NS: "default.lab", VNI: 1, Port: v1beta1.DefaultPort, Spokes: f.lan.Spec.Spokes} // the controller's word
+	f.lan.Status.Holds = &v1beta1.Holding{ // as the controller writes it
+		NS: "default.lab", VNI: 1, Port: v1beta1.DefaultPort, Spokes: f.lan.Spec.Spokes,
+	}
 	must(t, f.api.Status().Update(t.Context(), f.lan))
 	return f
 }
 
-// daemon runs k8slan node on a node, with these flags besides, until stop.
+// lanNetns is the LAN's namespace on a node.
+func (f *fleet) lanNetns(i int) netlab.Namespace {
+	return netlab.At(filepath.Join(f.nodes[i].Run, "netns", "default.lab"))
+}
+
+// daemon runs k8slan node on a node, with these flags added, until stop.
 func (f *fleet) daemon(t *testing.T, i int, flags ...string) (process *os.Process, stop func()) {
 	t.Helper()
 	n := f.nodes[i]
@@ -152,7 +164,7 @@ func (f *fleet) daemon(t *testing.T, i int, flags ...string) (process *os.Proces
 	}, flags...)...)
 }
 
-// awaitReady returns when the node says that it carries the LAN.
+// awaitReady returns when the node reports the LAN as ready.
 func (f *fleet) awaitReady(t *testing.T, i int) {
 	t.Helper()
 	eventually(t, f.nodes[i].Name+" to carry the LAN", func() bool {
@@ -171,12 +183,12 @@ func eventually(t *testing.T, what string, fits func() bool) {
 		select {
 		case <-again.C:
 		case <-late:
-			t.Fatalf("waited for a minute for %s", what)
+			t.Fatalf("timed out after a minute waiting for %s", what)
 		}
 	}
 }
 
-// awaitIdle returns when a process has hardly worked for a second.
+// awaitIdle returns when a process has used hardly any processor time for a second.
 func (f *fleet) awaitIdle(t *testing.T, p *os.Process) {
 	t.Helper()
 	late := time.After(time.Minute)
@@ -186,7 +198,7 @@ func (f *fleet) awaitIdle(t *testing.T, p *os.Process) {
 		select {
 		case <-second.C:
 		case <-late:
-			t.Fatal("a daemon to which nothing happens still works after a minute")
+			t.Fatal("a daemon without events still works after a minute")
 		}
 		now := work(t, p)
 		if now-before < 5*time.Millisecond {
@@ -196,7 +208,7 @@ func (f *fleet) awaitIdle(t *testing.T, p *os.Process) {
 	}
 }
 
-// memory is what a daemon has resident once it rests, in bytes, each time started anew.
+// memory returns the resident memory of an idle daemon in bytes, once for each of several starts.
 func (f *fleet) memory(t *testing.T) (all samples) {
 	t.Helper()
 	for range times(5, 1) {
@@ -212,25 +224,31 @@ func peerName(i int) string {
 	return fmt.Sprintf("ip-10-0-%d-%d.eu-central-1.compute.internal", i/250, 1+i%250)
 }
 
-// statusOf is what a node with ten LANs says: two pods on each, and that many on the one that is measured.
+// statusOf is the status of a node with ten LANs: two pods on each, and that many on the LAN that is measured.
 func (f *fleet) statusOf(i, pods int) v1beta1.LANNodeStatus {
 	const lans = 10
 	s := v1beta1.LANNodeStatus{
-		Version: "1.0.0", LANs: lans, Ready: lans, Underlays: []v1beta1.NodeUnderlay{{Name: "eth0", Addresses: []string{vtep(2 + i).String(), "fe80::5054:ff:fe12:3456"}}},
+		Version: "1.0.0", LANs: lans, Ready: lans,
+		Underlays: []v1beta1.NodeUnderlay{
+			{Name: "eth0", Addresses: []string{vtep(2 + i).String(), "fe80::5054:ff:fe12:3456"}},
+		},
 	}
 	for l := range lans {
-		name, uid, attached := fmt.Sprint("segment-", l), types.UID(fmt.Sprintf("5f6c0a4e-8f0e-4d34-9b5c-0c4c2b0f1d%02x", l)), 2
+		name, attached := fmt.Sprint("segment-", l), 2
+		uid := types.UID(fmt.Sprintf("5f6c0a4e-8f0e-4d34-9b5c-0c4c2b0f1d%02x", l))
 		if l == 0 {
 			name, uid, attached = f.lan.Name, f.lan.UID, pods
 		}
 		on := v1beta1.SegmentStatus{
-			LAN: "production/" + name, UID: uid, Generation: 1, State: v1beta1.SegmentReady, VNI: int32(1 + l), Port: v1beta1.DefaultPort,
-			NS: "production." + name, Underlay: "eth0", VTEP: vtep(2 + i).String(), MTU: 1442, Offered: 4,
+			LAN: "production/" + name, UID: uid, Generation: 1, State: v1beta1.SegmentReady, VNI: int32(1 + l),
+			Port: v1beta1.DefaultPort,
+			NS:   "production." + name, Underlay: "eth0", VTEP: vtep(2 + i).String(), MTU: 1442, Offered: 4,
 		}
 		for p := range attached {
 			spoke := fmt.Sprintf("web_%d", p)
 			on.Attachments = append(on.Attachments, v1beta1.Attachment{
-				Spoke: spoke, Pool: "web", Pod: fmt.Sprintf("production/router-6d4cf56db6-x2v%02x", p), Interface: "net1",
+				Spoke: spoke, Pool: "web", Interface: "net1",
+				Pod: fmt.Sprintf("production/router-6d4cf56db6-x2v%02x", p),
 				MAC: "02:6b:38:5e:11:7a", Kind: v1beta1.KindVeth, Since: metav1.NewTime(time.Unix(1_800_000_000, 0)),
 			})
 		}
@@ -240,7 +258,7 @@ func (f *fleet) statusOf(i, pods int) v1beta1.LANNodeStatus {
 	return s
 }
 
-// report has a peer say what it has.
+// report writes a peer's status.
 func (f *fleet) report(ctx context.Context, i, pods int) error {
 	n := &v1beta1.LANNode{}
 	if err := f.api.Get(ctx, client.ObjectKey{Name: peerName(i)}, n); err != nil {
@@ -250,7 +268,7 @@ func (f *fleet) report(ctx context.Context, i, pods int) error {
 	return f.api.Status().Update(ctx, n)
 }
 
-// join makes peers with a pod each on the LAN, and one, the last, without.
+// join makes peers with one pod each on the LAN, and a last one without a pod.
 func (f *fleet) join(t *testing.T, peers int) {
 	t.Helper()
 	var joining sync.WaitGroup
@@ -259,9 +277,12 @@ func (f *fleet) join(t *testing.T, peers int) {
 	for range 4 {
 		joining.Go(func() {
 			for i := range next {
-				err := f.api.Create(t.Context(), &v1beta1.LANNode{ObjectMeta: metav1.ObjectMeta{Name: peerName(i), OwnerReferences: []metav1.OwnerReference{
-					{APIVersion: "v1", Kind: "Node", Name: peerName(i), UID: "3c1f7a52-6a0e-4d63-9f0b-0d8a6d0f3b11"},
-				}}})
+				owner := metav1.OwnerReference{
+					APIVersion: "v1", Kind: "Node", Name: peerName(i), UID: "3c1f7a52-6a0e-4d63-9f0b-0d8a6d0f3b11",
+				}
+				err := f.api.Create(t.Context(), &v1beta1.LANNode{ObjectMeta: metav1.ObjectMeta{
+					Name: peerName(i), OwnerReferences: []metav1.OwnerReference{owner},
+				}})
 				pods := 1
 				if i == peers {
 					pods = 0
@@ -280,7 +301,7 @@ func (f *fleet) join(t *testing.T, peers int) {
 	}
 }
 
-// entries counts the remotes that are added to and deleted from the forwarding tables in a namespace.
+// entries counts the FDB entries that are added and deleted in a namespace.
 type entries struct{ fd int }
 
 func watchEntries(t *testing.T, ns netlab.Namespace) entries {
@@ -298,7 +319,7 @@ func watchEntries(t *testing.T, ns netlab.Namespace) entries {
 	return entries{fd}
 }
 
-// await returns after so many of remotes, of a kind.
+// await returns after that many events of remotes, of one type.
 func (e entries) await(kind uint16, count int) error { return e.awaitThat(kind, count, ofRemote) }
 
 func (e entries) awaitThat(kind uint16, count int, fits func(neighbour []byte) bool) error {
@@ -324,7 +345,7 @@ func (e entries) awaitThat(kind uint16, count int, fits func(neighbour []byte) b
 	return nil
 }
 
-// ofRemote says whether an entry is under the address of zeros, as those of remotes are.
+// ofRemote reports whether an entry is for the all-zeros MAC, as those of remotes are.
 func ofRemote(neighbour []byte) bool {
 	attrs, err := nl.ParseRouteAttr(neighbour[(&netlink.Ndmsg{}).Len():])
 	return err == nil && slices.ContainsFunc(attrs, func(a syscall.NetlinkRouteAttr) bool {
@@ -332,7 +353,7 @@ func ofRemote(neighbour []byte) bool {
 	})
 }
 
-// bareVXLAN is a VXLAN that somebody typed, and an open socket beside it.
+// bareVXLAN is a VXLAN made by ip(8), with an open socket in its namespace.
 type bareVXLAN struct {
 	socket
 	index   int
@@ -358,7 +379,9 @@ func (f *fleet) newBareVXLAN(t *testing.T, remotes int) bareVXLAN {
 
 func (v bareVXLAN) remote(kind, flags int, to netip.Addr) *nl.NetlinkRequest {
 	r := nl.NewNetlinkRequest(kind, unix.NLM_F_ACK|flags)
-	r.AddData(&netlink.Ndmsg{Family: unix.AF_BRIDGE, Index: uint32(v.index), State: netlink.NUD_PERMANENT, Flags: netlink.NTF_SELF})
+	r.AddData(&netlink.Ndmsg{
+		Family: unix.AF_BRIDGE, Index: uint32(v.index), State: netlink.NUD_PERMANENT, Flags: netlink.NTF_SELF,
+	})
 	r.AddData(nl.NewRtAttr(unix.NDA_LLADDR, make([]byte, 6)))
 	r.AddData(nl.NewRtAttr(unix.NDA_DST, to.AsSlice()))
 	return r
@@ -374,7 +397,7 @@ func (v bareVXLAN) removeAll() error {
 	return nil
 }
 
-// objectWatch is a watch as the daemon has one.
+// objectWatch is a watch like the daemon's.
 type objectWatch struct{ watch.Interface }
 
 func (f *fleet) watch(t *testing.T, kind client.ObjectList) objectWatch {
@@ -385,12 +408,14 @@ func (f *fleet) watch(t *testing.T, kind client.ObjectList) objectWatch {
 	return objectWatch{w}
 }
 
-// awaitWrite returns when the watch tells of what was just written.
+// awaitWrite returns when the watch reports what was just written.
 func (n objectWatch) awaitWrite(written client.Object) error {
-	return n.await(written.GetName(), func(o client.Object) bool { return o.GetResourceVersion() == written.GetResourceVersion() })
+	return n.await(written.GetName(), func(o client.Object) bool {
+		return o.GetResourceVersion() == written.GetResourceVersion()
+	})
 }
 
-// awaitLater returns when the watch tells of a later state of an object.
+// awaitLater returns when the watch reports a later state of an object.
 func (n objectWatch) awaitLater(before client.Object) error {
 	return n.await(before.GetName(), func(o client.Object) bool {
 		order, err := resourceversion.CompareResourceVersion(o.GetResourceVersion(), before.GetResourceVersion())
@@ -410,22 +435,25 @@ func (n objectWatch) await(name string, fits func(client.Object) bool) error {
 				return nil
 			}
 		case <-late:
-			return fmt.Errorf("the API server does not tell of %s after a minute", name)
+			return fmt.Errorf("the API server does not report %s within a minute", name)
 		}
 	}
 }
 
-// pause lets a daemon come to rest: it leaves a LAN alone for a while after a look, and gathers what it writes.
+// pause lets a daemon become idle: it waits after an observation of a LAN, and collects what it writes.
 func pause() {
 	timer := time.NewTimer(500 * time.Millisecond)
 	<-timer.C
 }
 
-// fill measures B9: how long it takes from a LAN's change to unicast until a node has all peers as remotes.
+// fill measures B9: the time from a LAN's change to unicast until a node has all peers as remotes.
 func (f *fleet) fill(t *testing.T, b *bench, peers int) {
-	lans, e, bare := f.watch(t, &v1beta1.LANList{}), watchEntries(t, netlab.At(filepath.Join(f.nodes[0].Run, "netns", "default.lab"))), f.newBareVXLAN(t, peers)
+	lans, e, bare := f.watch(t, &v1beta1.LANList{}), watchEntries(t, f.lanNetns(0)), f.newBareVXLAN(t, peers)
 	var loops samples
-	bystander := &v1beta1.LAN{ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: "bystander"}, Spec: v1beta1.LANSpec{VNI: 2, Spokes: []string{"x"}}}
+	bystander := &v1beta1.LAN{
+		ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: "bystander"},
+		Spec:       v1beta1.LANSpec{VNI: 2, Spokes: []string{"x"}},
+	}
 	must(t, f.api.Create(t.Context(), bystander)) // it holds nothing, so no node builds it
 	discover := func(d v1beta1.Discovery) error {
 		if err := f.api.Get(t.Context(), client.ObjectKeyFromObject(f.lan), f.lan); err != nil {
@@ -460,15 +488,17 @@ func (f *fleet) fill(t *testing.T, b *bench, peers int) {
 		return milliseconds(took), errors.Join(err, bare.removeAll())
 	}})
 	ours, theirs := got["k8slan"], got["bare"]
-	b.atMost("B9", fmt.Sprintf("%d remotes, from the write of the LAN's discovery / a bare watch and the bare netlink messages", peers), ours.over(theirs).median(), 2,
+	const what = "%d remotes, from the write of the LAN's discovery / a bare watch and the bare netlink messages"
+	b.atMost("B9", fmt.Sprintf(what, peers), ours.over(theirs).median(), 2,
 		figures("ms", ours, theirs))
 	b.atMost("B9-each", "time for each of them, in µs", 1000*ours.median()/float64(peers), 50,
 		fmt.Sprintf("%v µs for a bare message", round(loops.median())))
 }
 
-// oneMore measures B9-one: one more peer, from its write to the API server until the entry stands, and what else is changed.
+// oneMore measures B9-one: the time from one more peer's write to the API server until its entry is in the FDB, and
+// what else changes.
 func (f *fleet) oneMore(t *testing.T, b *bench, peers int) {
-	nodes, e, bare := f.watch(t, &v1beta1.LANNodeList{}), watchEntries(t, netlab.At(filepath.Join(f.nodes[0].Run, "netns", "default.lab"))), f.newBareVXLAN(t, 1)
+	nodes, e, bare := f.watch(t, &v1beta1.LANNodeList{}), watchEntries(t, f.lanNetns(0)), f.newBareVXLAN(t, 1)
 	var last, other v1beta1.LANNode
 	must(t, f.api.Get(t.Context(), client.ObjectKey{Name: peerName(peers)}, &last))
 	must(t, f.api.Get(t.Context(), client.ObjectKey{Name: peerName(0)}, &other))
@@ -492,22 +522,24 @@ func (f *fleet) oneMore(t *testing.T, b *bench, peers int) {
 		return milliseconds(time.Since(began)), errors.Join(err, bare.removeAll())
 	}})
 	ours, theirs := got["k8slan"], got["bare"]
-	b.atMost("B9-one", fmt.Sprintf("one remote more beside %d, from the peer's write / a bare watch and one bare message", peers), ours.over(theirs).median(), 2,
+	const what = "one remote more beside %d, from the peer's write / a bare watch and one bare message"
+	b.atMost("B9-one", fmt.Sprintf(what, peers), ours.over(theirs).median(), 2,
 		figures("ms", ours, theirs))
 
-	changes := subscribe(t, netlab.At(filepath.Join(f.nodes[0].Run, "netns", "default.lab")))
+	changes := subscribe(t, f.lanNetns(0))
 	must(t, errors.Join(write(&last, peers, 1), e.await(unix.RTM_NEWNEIGH, 1)))
 	pause()
-	b.atMost("B9-writes", "changes to the LAN's links, table and addresses for it", float64(events(changes)), 1, "netlink events in the LAN's namespace")
+	b.atMost("B9-writes", "changes to the LAN's links, table and addresses for it", float64(events(changes)), 1,
+		"netlink events in the LAN's namespace")
 }
 
-// fanOut measures what it costs that a node tells all others of a change that does not concern them: in the daemon that hears it,
-// and in the API server for each that does.
+// fanOut measures what a change costs that does not concern other nodes: in another node's daemon, and in the API
+// server for each watch that receives it.
 func (f *fleet) fanOut(t *testing.T, b *bench, daemon *os.Process, peers int) {
 	writes, watches := times(500, 10), times(50, 2)
 	var size atomic.Int64
 	pods := 1
-	write := func() (server, ours float64) { // µs of processor time for each
+	write := func() (server, ours float64) { // µs of processor time for each write
 		pods = 3 - pods
 		f.awaitIdle(t, daemon)
 		serverBefore, before := work(t, f.server.APIServer), work(t, daemon)
@@ -519,28 +551,33 @@ func (f *fleet) fanOut(t *testing.T, b *bench, daemon *os.Process, peers int) {
 		per := func(d time.Duration) float64 { return float64(d.Microseconds()) / float64(writes) }
 		return per(took), per(work(t, daemon) - before)
 	}
-	var alone, heard, watched samples
+	var unwatched, received, watched samples
 	for range times(5, 1) {
 		server, ours := write()
-		alone, heard = append(alone, server), append(heard, ours)
+		unwatched, received = append(unwatched, server), append(received, ours)
 		size.Store(0)
 		stop := f.startWatches(t, watches, &size)
 		server, _ = write()
 		watched = append(watched, server)
 		stop()
 	}
-	b.atMost("B9-event", "processor time of the daemon for each change of another node's LANNode that does not concern it, in µs", heard.median(), 1000,
-		fmt.Sprintf("middle half %s µs, %d changes in each of %d rounds", heard.spread(), writes, len(heard)))
-	b.atMost("B9-watch", "bytes of a watch event, of a node with 10 LANs of two pods", float64(size.Load())/float64(writes*watches), 16384, "managed fields included")
-	each := make(samples, len(alone))
+	const what = "processor time of the daemon for each change of another node's LANNode " +
+		"that does not concern it, in µs"
+	b.atMost("B9-event", what, received.median(), 1000,
+		fmt.Sprintf("middle half %s µs, %d changes in each of %d rounds", received.spread(), writes, len(received)))
+	b.atMost("B9-watch", "bytes of a watch event, of a node with 10 LANs of two pods",
+		float64(size.Load())/float64(writes*watches), 16384, "managed fields included")
+	each := make(samples, len(unwatched))
 	for i := range each {
-		each[i] = (watched[i] - alone[i]) / float64(watches)
+		each[i] = (watched[i] - unwatched[i]) / float64(watches)
 	}
-	b.atMost("B9-server", "processor time of the API server for each watch that an event is sent to, in µs", each.median(), 100,
-		fmt.Sprintf("middle half %s µs, %d watches; %v µs for a read and a write with the daemon's watch alone", each.spread(), watches, round(alone.median())))
+	const whatServer = "processor time of the API server for each watch that an event is sent to, in µs"
+	b.atMost("B9-server", whatServer, each.median(), 100,
+		fmt.Sprintf("middle half %s µs, %d watches; %v µs for a read and a write with the daemon's watch only",
+			each.spread(), watches, round(unwatched.median())))
 }
 
-// startWatches are watches of LANNodes over connections of their own; they add up the bytes that they hear.
+// startWatches starts watches of LANNodes over connections of their own, which count the bytes that they receive.
 func (f *fleet) startWatches(t *testing.T, number int, bytes *atomic.Int64) (stop func()) {
 	t.Helper()
 	var list v1beta1.LANNodeList
@@ -549,10 +586,14 @@ func (f *fleet) startWatches(t *testing.T, number int, bytes *atomic.Int64) (sto
 	var listening sync.WaitGroup
 	for range number {
 		r, err := http.NewRequestWithContext(ctx, http.MethodGet,
-			f.server.Client.Host+"/apis/lan.k8slan.io/v1beta1/lannodes?watch=1&resourceVersion="+list.ResourceVersion, nil)
+			f.server.Client.Host+"/apis/lan.k8slan.io/v1beta1/lannodes?watch=1&resourceVersion="+list.ResourceVersion,
+			nil)
 		must(t, err)
 		r.Header.Set("Authorization", "Bearer "+f.server.Client.BearerToken)
-		transport := &http.Transport{DialContext: f.server.Client.Dial, TLSClientConfig: &tls.Config{InsecureSkipVerify: true}, ForceAttemptHTTP2: true}
+		transport := &http.Transport{
+			DialContext: f.server.Client.Dial, TLSClientConfig: &tls.Config{InsecureSkipVerify: true},
+			ForceAttemptHTTP2: true,
+		}
 		answer, err := (&http.Client{Transport: transport}).Do(r)
 		must(t, err)
 		if answer.StatusCode != http.StatusOK {
@@ -576,32 +617,35 @@ func (f *fleet) startWatches(t *testing.T, number int, bytes *atomic.Int64) (sto
 	}
 }
 
-// atRest measures B9-idle: what the daemon does while nothing happens.
+// atRest measures B9-idle: the processor time of a daemon without events.
 func (f *fleet) atRest(t *testing.T, b *bench, daemon *os.Process, peers int) {
 	f.awaitIdle(t, daemon)
-	long := time.Duration(times(120, 2)) * time.Second // a look a minute at all that it has
-	changes, before := subscribe(t, netlab.At(filepath.Join(f.nodes[0].Run, "netns", "default.lab"))), work(t, daemon)
+	long := time.Duration(times(120, 2)) * time.Second // once a minute the daemon observes everything
+	changes, before := subscribe(t, f.lanNetns(0)), work(t, daemon)
 	timer := time.NewTimer(long)
 	<-timer.C
 	took := work(t, daemon) - before
-	b.atMost("B9-idle", fmt.Sprintf("processor time of the daemon with %d remotes while nothing happens, in ms a second", peers), milliseconds(took)/long.Seconds(), 1,
-		fmt.Sprintf("%v in %v; %d netlink events in the LAN's namespace", took.Round(time.Microsecond), long, events(changes)))
+	const what = "processor time of the daemon with %d remotes while nothing happens, in ms a second"
+	b.atMost("B9-idle", fmt.Sprintf(what, peers), milliseconds(took)/long.Seconds(), 1,
+		fmt.Sprintf("%v in %v; %d netlink events in the LAN's namespace",
+			took.Round(time.Microsecond), long, events(changes)))
 }
 
-// firstPacket measures B10: how long it takes until a pod that was just attached hears from a pod on the other node, whose node has
-// learnt of it from the API server.
+// firstPacket measures B10: the time until a pod that was just attached receives a frame from a pod on another node,
+// which finds its node by the API server.
 func (f *fleet) firstPacket(t *testing.T, b *bench) {
 	here, there := f.nodes[0], f.nodes[1]
 	sender := f.attach(t, here, "a", sandbox(t))
 	defer sender.Close()
-	e := watchEntries(t, netlab.At(filepath.Join(here.Run, "netns", "default.lab")))
+	e := watchEntries(t, f.lanNetns(0))
 	box := sandbox(t)
 	nodes := f.watch(t, &v1beta1.LANNodeList{})
 	bystander := &v1beta1.LANNode{ObjectMeta: metav1.ObjectMeta{Name: "bystander"}}
 	must(t, f.api.Create(t.Context(), bystander))
 	broadcast := frames.Stream(nil, sender.Interface.HardwareAddr, 1, 1)
-	// hears attaches a pod and says after how many ms it hears what is sent all the time; meanwhile runs beside that.
-	hears := func(n node, spoke string, meanwhile ...func(began time.Time) error) (float64, error) {
+	// firstFrame attaches a pod and returns after how many ms it receives a frame that is sent all the time; meanwhile
+	// runs beside that.
+	firstFrame := func(n node, spoke string, meanwhile ...func(began time.Time) error) (float64, error) {
 		ctx, cancel := context.WithCancel(t.Context())
 		defer cancel()
 		sending := make(chan error, 1)
@@ -624,15 +668,15 @@ func (f *fleet) firstPacket(t *testing.T, b *bench) {
 		}
 		return took, errors.Join(err, n.kernel.Release(t.Context(), r.Netns, r.Spoke, r.ID()))
 	}
-	var told, entered samples // on the way
+	var reported, entered samples // the steps in between
 	got := race(t, times(60, 1), contender{"k8slan", func() (float64, error) {
 		var before v1beta1.LANNode
 		if err := f.api.Get(t.Context(), client.ObjectKey{Name: there.Name}, &before); err != nil {
 			return 0, err
 		}
-		took, err := hears(there, "b", func(began time.Time) error {
+		took, err := firstFrame(there, "b", func(began time.Time) error {
 			err := nodes.awaitLater(&before)
-			told = append(told, milliseconds(time.Since(began)))
+			reported = append(reported, milliseconds(time.Since(began)))
 			return err
 		}, func(began time.Time) error {
 			err := e.await(unix.RTM_NEWNEIGH, 1)
@@ -643,7 +687,7 @@ func (f *fleet) firstPacket(t *testing.T, b *bench) {
 		pause()
 		return took, err
 	}}, contender{"local", func() (float64, error) {
-		took, err := hears(here, "c")
+		took, err := firstFrame(here, "c")
 		pause()
 		return took, err
 	}}, contender{"transport", func() (float64, error) {
@@ -654,19 +698,19 @@ func (f *fleet) firstPacket(t *testing.T, b *bench) {
 	}})
 	ours, theirs := got["k8slan"], got["transport"]
 	b.atMost("B10", "from the end of ADD until the first frame from another node, unicast, in ms", ours.median(), 5,
-		fmt.Sprintf("middle half %s ms, worst tenth from %v ms; the node has told the others after %v ms, they have their entry after %v ms, and a write to the API server until a watch tells of it takes %v ms; from a pod on the same node %v ms; %d rounds",
-			ours.spread(), round(ours.quantile(0.9)), round(told.median()), round(entered.median()), round(theirs.median()), round(got["local"].median()), len(ours)))
+		fmt.Sprintf("middle half %s ms, worst tenth from %v ms; the node's status is written after %v ms, "+
+			"other nodes have the entry after %v ms, and a watch reports a write to the API server after %v ms; "+
+			"from a pod on the same node %v ms; %d rounds",
+			ours.spread(), round(ours.quantile(0.9)), round(reported.median()), round(entered.median()),
+			round(theirs.median()), round(got["local"].median()), len(ours)))
 }
 
-// request is for a pod on a spoke of the LAN.
+// request is the claim of a pod on a spoke of the LAN.
 func (f *fleet) request(n node, spoke string, box netlab.Sandbox) kernel.ClaimRequest {
-	return kernel.ClaimRequest{
-		Netns: "default.lab", Spoke: spoke, Kind: segment.Veth, Sandbox: box.ID, Interface: box.Interface, PodNetns: box.Path,
-		PodNamespace: "default", Pod: box.ID, PodUID: box.ID,
-	}
+	return claimRequest("default.lab", spoke, box)
 }
 
-// attach attaches a pod and returns what sends frames from it.
+// attach attaches a pod and returns a sender on its interface.
 func (f *fleet) attach(t *testing.T, n node, spoke string, box netlab.Sandbox) (s *frames.Sender) {
 	t.Helper()
 	_, err := n.kernel.Claim(t.Context(), f.request(n, spoke, box))
@@ -678,7 +722,7 @@ func (f *fleet) attach(t *testing.T, n node, spoke string, box netlab.Sandbox) (
 	return s
 }
 
-// sendUntil sends a frame five times in a millisecond until ctx ends.
+// sendUntil sends a frame five times a millisecond until ctx ends.
 func sendUntil(ctx context.Context, s *frames.Sender, frame []byte) error {
 	again := time.NewTicker(200 * time.Microsecond)
 	defer again.Stop()
@@ -694,7 +738,7 @@ func sendUntil(ctx context.Context, s *frames.Sender, frame []byte) error {
 	}
 }
 
-// awaitFrom returns when a frame from that address has reached the sandbox.
+// awaitFrom returns when the sandbox has received a frame from that MAC.
 func awaitFrom(ctx context.Context, box netlab.Sandbox, from []byte) error {
 	var r *frames.Receiver
 	err := box.Do(func() (err error) {
@@ -710,7 +754,7 @@ func awaitFrom(ctx context.Context, box netlab.Sandbox, from []byte) error {
 	for {
 		frame, err := r.Receive(ctx)
 		if err != nil {
-			return fmt.Errorf("nothing came from the other node: %w", err)
+			return fmt.Errorf("no frame came from the other node: %w", err)
 		}
 		if len(frame) > 12 && bytes.Equal(frame[6:12], from) {
 			return nil
@@ -718,7 +762,7 @@ func awaitFrom(ctx context.Context, box netlab.Sandbox, from []byte) error {
 	}
 }
 
-// flooding measures B9-flood: what it costs a node that it sends a frame to each remote, one by one.
+// flooding measures B9-flood: what it costs a node to send a frame to each remote.
 func flooding(t *testing.T, b *bench) {
 	n := addNode(t, netlab.NewUnderlay(t, netlab.UnderlayMTU), "worker1")
 	ip(t, n.Namespace, "addr add 192.0.2.1/24 dev %s", netlab.UnderlayDevice)
@@ -732,7 +776,7 @@ func flooding(t *testing.T, b *bench) {
 	var sender *frames.Sender
 	frame := make([]byte, 100)
 	copy(frame, []byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 2, 0, 0, 0, 0, 1, 0x88, 0xb5})
-	cost := func(remotes int) contender { // µs of a frame
+	cost := func(remotes int) contender { // µs for a frame
 		return contender{fmt.Sprint(remotes), func() (float64, error) {
 			s.Remotes = []netip.Addr{}
 			for i := range remotes {
@@ -740,14 +784,14 @@ func flooding(t *testing.T, b *bench) {
 			}
 			n.reconcile(t, s)
 			if sender == nil {
-				_, err := n.kernel.Claim(t.Context(), kernel.ClaimRequest{
-					Netns: s.Netns, Spoke: "a", Kind: segment.Veth, Sandbox: box.ID, Interface: box.Interface, PodNetns: box.Path,
-					PodNamespace: "default", Pod: box.ID, PodUID: box.ID,
-				})
+				_, err := n.kernel.Claim(t.Context(), claimRequest(s.Netns, "a", box))
 				if err != nil {
 					return 0, err
 				}
-				if err := box.Do(func() (err error) { sender, err = frames.NewSender(box.Interface); return err }); err != nil {
+				if err := box.Do(func() (err error) {
+					sender, err = frames.NewSender(box.Interface)
+					return err
+				}); err != nil {
 					return 0, err
 				}
 			}
@@ -782,7 +826,8 @@ func flooding(t *testing.T, b *bench) {
 		each[i] = (got["1000"][i] - got["10"][i]) / 990
 	}
 	b.atMost("B9-flood", "time that a frame that is flooded takes for each remote, in µs", each.median(), 2,
-		fmt.Sprintf("middle half %s µs; a frame takes %v, %v, %v and %v µs with 1, 10, 100 and 1,000 remotes", each.spread(),
-			round(got["1"].median()), round(got["10"].median()), round(got["100"].median()), round(got["1000"].median())))
+		fmt.Sprintf("middle half %s µs; a frame takes %v, %v, %v and %v µs with 1, 10, 100 and 1,000 remotes",
+			each.spread(), round(got["1"].median()), round(got["10"].median()), round(got["100"].median()),
+			round(got["1000"].median())))
 	sender.Close()
 }

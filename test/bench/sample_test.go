@@ -6,17 +6,17 @@ import (
 	"testing"
 )
 
-// contender is one of several ways to the same end. Each call of once does it once, and says what that cost or gave.
+// contender is one of several ways to do the same. Each call of once does it once, and returns its cost or its yield.
 type contender struct {
 	name string
 	once func() (float64, error)
 }
 
-// samples are a contender's results, one a round.
+// samples are a contender's results, one per round.
 type samples []float64
 
-// race lets all contenders run once a round, each time beginning with another one, so that whatever slows the machine
-// down meets all of them. The first round warms up and doesn't count.
+// race calls all contenders once per round, each round beginning with another one, so that what slows the machine down
+// slows all of them. The first round warms up and doesn't count.
 func race(t *testing.T, rounds int, contenders ...contender) map[string]samples {
 	t.Helper()
 	all := map[string]samples{}
@@ -35,7 +35,7 @@ func race(t *testing.T, rounds int, contenders ...contender) map[string]samples 
 	return all
 }
 
-// over are the ratios to another contender's results, round by round.
+// over returns the ratios to another contender's results, round by round.
 func (s samples) over(o samples) samples {
 	ratios := make(samples, len(s))
 	for i := range s {
@@ -44,7 +44,7 @@ func (s samples) over(o samples) samples {
 	return ratios
 }
 
-// quantile is the value below which that part of the samples lies.
+// quantile returns the value below which that part of the samples lies.
 func (s samples) quantile(q float64) float64 {
 	sorted := slices.Sorted(slices.Values(s))
 	at := q * float64(len(sorted)-1)
@@ -55,18 +55,19 @@ func (s samples) quantile(q float64) float64 {
 
 func (s samples) median() float64 { return s.quantile(0.5) }
 
-// spread says between what the middle half of the samples lies.
+// spread returns the limits of the middle half of the samples.
 func (s samples) spread() string {
 	return fmt.Sprintf("%v–%v", round(s.quantile(0.25)), round(s.quantile(0.75)))
 }
 
-// figures are the medians that a ratio is made of, and how it is spread over the rounds. The best tenth of the rounds is
-// what it would be if nobody else used the machine.
+// figures returns the medians of a ratio, and its spread over the rounds. The best tenth of the rounds is an estimate
+// for a machine without other load.
 func figures(unit string, ours, theirs samples) string {
 	best := 0.1
 	if unit == "per s" {
 		best = 0.9
 	}
-	return fmt.Sprintf("%v / %v %s, middle half %s, best tenth %v / %v %s, %d rounds", round(ours.median()), round(theirs.median()), unit,
+	return fmt.Sprintf("%v / %v %s, middle half %s, best tenth %v / %v %s, %d rounds",
+		round(ours.median()), round(theirs.median()), unit,
 		ours.over(theirs).spread(), round(ours.quantile(best)), round(theirs.quantile(best)), unit, len(ours))
 }

@@ -24,19 +24,19 @@ import (
 	"github.com/k8slan/k8slan/test/netlab"
 )
 
-// managed is a node with the daemon's manager at work, and a count of what that does.
+// managed is a node's manager, which counts what it does.
 type managed struct {
 	*lanmgr.Manager
 	*counted
 }
 
-// counted is the kernel as the manager has it.
+// counted is the manager's kernel.
 type counted struct {
 	*kernel.Node
 	reconciled atomic.Int64
 	observed   atomic.Int64
-	until      atomic.Int64  // how many observations are waited for
-	enough     chan struct{} // has a value when there were so many
+	until      atomic.Int64 // the number of observations after which enough gets a value
+	enough     chan struct{}
 }
 
 func (c *counted) Observe(ctx context.Context, netns string) (segment.State, error) {
@@ -47,7 +47,9 @@ func (c *counted) Observe(ctx context.Context, netns string) (segment.State, err
 	return s, err
 }
 
-func (c *counted) Reconcile(ctx context.Context, netns string, decide func(segment.State) []segment.Op) ([]segment.Op, error) {
+func (c *counted) Reconcile(
+	ctx context.Context, netns string, decide func(segment.State) []segment.Op,
+) ([]segment.Op, error) {
 	c.reconciled.Add(1)
 	return c.Node.Reconcile(ctx, netns, decide)
 }
@@ -57,7 +59,8 @@ func (n node) manage(t *testing.T) (m managed, stop func()) {
 	t.Helper()
 	k := kernel.New(kernel.Paths{Run: n.Run, HostNetns: n.Path})
 	c := &counted{Node: k, enough: make(chan struct{}, 1)}
-	m = managed{lanmgr.New(c, n.CDI, slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelWarn}))), c}
+	log := slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelWarn}))
+	m = managed{lanmgr.New(c, n.CDI, log), c}
 	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
 	var running sync.WaitGroup
 	for _, part := range []func() error{
@@ -79,18 +82,18 @@ func (n node) manage(t *testing.T) (m managed, stop func()) {
 	return m, stop
 }
 
-// runs says what the node should have, and returns when it has it.
+// runs sets the desired state, and returns when the node has it.
 func (m managed) runs(t *testing.T, want []segment.Segment) {
 	t.Helper()
 	m.Set(want)
 	late := time.After(10 * time.Minute)
-	again := time.NewTicker(5 * time.Millisecond) // less often than there is news: to ask is work as well
+	again := time.NewTicker(5 * time.Millisecond) // less often than there are events, because asking costs time, too
 	defer again.Stop()
 	for !m.settled(len(want)) {
 		select {
 		case <-again.C:
 		case <-late:
-			t.Fatalf("the daemon has not done its work after 10 minutes: %d of %d LANs", len(m.Reports()), len(want))
+			t.Fatalf("after 10 minutes the daemon has %d of %d LANs", len(m.Reports()), len(want))
 		}
 	}
 }
@@ -105,7 +108,7 @@ func (m managed) settled(lans int) bool {
 	return len(reports) == lans
 }
 
-// manyLANs are LANs of two spokes, with VNIs from first on.
+// manyLANs returns LANs of two spokes, with VNIs from first on.
 func (n node) manyLANs(first, number int) []segment.Segment {
 	lans := make([]segment.Segment, number)
 	for i := range lans {
@@ -115,7 +118,7 @@ func (n node) manyLANs(first, number int) []segment.Segment {
 	return lans
 }
 
-// removalStall measures B4: how long the removal of LANs keeps others from the kernel's one lock for all links.
+// removalStall measures B4: how long the removal of LANs blocks other writers of links, which share one lock.
 func removalStall(t *testing.T, b *bench) {
 	n := addNode(t, netlab.NewUnderlay(t, netlab.UnderlayMTU), "worker1")
 	links := n.Netlink(t)
@@ -146,7 +149,7 @@ func removalStall(t *testing.T, b *bench) {
 			began := time.Now()
 			m.runs(t, nil)
 			took = time.Since(began)
-			w.stop(t, time.Second) // what the kernel removes later counts, too
+			w.stop(t, time.Second) // the kernel removes some of them later
 			worst = append(worst, w.worst)
 
 			w = writeLinks(t, n)
@@ -155,21 +158,23 @@ func removalStall(t *testing.T, b *bench) {
 		}
 		b.atMost(c.id, fmt.Sprintf("worst stall of a writer while %d LANs are removed / one link deletion", c.lans),
 			worst.median()/singles.median(), 3,
-			fmt.Sprintf("%v ms / %v ms (the longest of %d took %v ms), in %d rounds %v–%v ms, removal takes %v; as long without one the worst is %v ms",
+			fmt.Sprintf("%v ms / %v ms (the longest of %d took %v ms), in %d rounds %v–%v ms, removal takes %v; "+
+				"without removal the worst in the same time is %v ms",
 				round(worst.median()), round(singles.median()), len(singles), round(singles.quantile(1)),
-				len(worst), round(worst.quantile(0)), round(worst.quantile(1)), took.Round(10*time.Millisecond), round(idle.median())))
+				len(worst), round(worst.quantile(0)), round(worst.quantile(1)), took.Round(10*time.Millisecond),
+				round(idle.median())))
 	}
 }
 
-// writer is somebody else who changes links.
+// writer changes links while the daemon works.
 type writer struct {
-	worst   float64 // milliseconds that one change took
+	worst   float64 // milliseconds of the slowest change
 	ending  chan struct{}
 	ended   chan struct{}
 	failure error
 }
 
-// writeLinks changes a link of the node's once a millisecond, or as soon as it can.
+// writeLinks changes a link of the node once a millisecond, or as often as it can.
 func writeLinks(t *testing.T, n node) *writer {
 	t.Helper()
 	links := n.Netlink(t)
@@ -198,7 +203,7 @@ func writeLinks(t *testing.T, n node) *writer {
 	return w
 }
 
-// stop lets the writer go on for a while and ends it.
+// stop ends the writer after that time.
 func (w *writer) stop(t *testing.T, after time.Duration) {
 	t.Helper()
 	timer := time.NewTimer(after)
@@ -208,7 +213,7 @@ func (w *writer) stop(t *testing.T, after time.Duration) {
 	must(t, w.failure)
 }
 
-// coldAndIdle measures B5, how long it takes to build LANs, and B6, how long to see that there is nothing to do.
+// coldAndIdle measures B5, the time to build LANs, and B6, the time to find that nothing is to be done.
 func coldAndIdle(t *testing.T, b *bench) {
 	lans := times(500, 10)
 	n := addNode(t, netlab.NewUnderlay(t, netlab.UnderlayMTU), "worker1")
@@ -217,7 +222,7 @@ func coldAndIdle(t *testing.T, b *bench) {
 	defer ns.Close()
 	defer host.close()
 	run := filepath.Join(n.Run, "netns")
-	vni := 1 // each time others: the kernel may not have removed the last ones yet
+	vni := 1 // other VNIs each time: the kernel may not have removed the last LANs yet
 	next := func() []segment.Segment {
 		vni += lans
 		return n.manyLANs(vni, lans)
@@ -247,13 +252,14 @@ func coldAndIdle(t *testing.T, b *bench) {
 			return milliseconds(took), n.removeAll(t)
 		}},
 	)
-	b.atMost("B5", fmt.Sprintf("%d LANs of 2 spokes built / the bare netlink messages", lans), got["k8slan"].over(got["bare"]).median(), 1.3,
+	b.atMost("B5", fmt.Sprintf("%d LANs of 2 spokes built / the bare netlink messages", lans),
+		got["k8slan"].over(got["bare"]).median(), 1.3,
 		figures("ms", got["k8slan"], got["bare"]))
 	idle(t, b, n, next())
 }
 
-// removeAll removes all LANs of the node as no daemon would, by the names of their namespaces alone, and waits until the kernel
-// has done it. A few at a time: as long as the kernel removes them, nobody on the whole machine can change a link.
+// removeAll removes all LANs of the node by unmounting their namespaces, and waits until the kernel has removed them.
+// It does so in small groups, because no process on the machine can change a link while the kernel removes them.
 func (n node) removeAll(t *testing.T) error {
 	t.Helper()
 	names, err := filepath.Glob(filepath.Join(n.Run, "netns", "*"))
@@ -268,8 +274,8 @@ func (n node) removeAll(t *testing.T) error {
 	return os.RemoveAll(n.Run)
 }
 
-// unmount unmounts namespaces and returns when they are gone. The kernel takes namespaces down one after the other, so it
-// makes one more, with an end of a link, and waits for the other end to go.
+// unmount unmounts namespaces and returns when they are removed. The kernel removes namespaces one after the other, so
+// unmount adds one with an end of a link, and waits for the other end to disappear.
 func (n node) unmount(t *testing.T, names []string) error {
 	t.Helper()
 	last, err := netlab.NewSandbox()
@@ -307,7 +313,7 @@ func (n node) unmount(t *testing.T, names []string) error {
 	}
 }
 
-// idle measures B6 on LANs that stand.
+// idle measures B6 on LANs that are built.
 func idle(t *testing.T, b *bench, n node, lans []segment.Segment) {
 	m, stop := n.manage(t)
 	m.runs(t, lans)
@@ -334,17 +340,20 @@ func idle(t *testing.T, b *bench, n node, lans []segment.Segment) {
 		}
 		return milliseconds(time.Since(began)), nil
 	}})
-	b.atMost("B6", fmt.Sprintf("looking over %d LANs where nothing is to be done / opening and dumping each namespace", len(lans)),
+	const what = "observing %d LANs where nothing is to be done / opening and dumping each namespace"
+	b.atMost("B6", fmt.Sprintf(what, len(lans)),
 		got["k8slan"].over(got["bare"]).median(), 2, figures("ms", got["k8slan"], got["bare"]))
 	changes, locked := events(), m.reconciled.Load()-reconciled
 	b.atMost("B6-writes", "what it changes meanwhile", float64(int64(changes)+locked), 0,
-		fmt.Sprintf("%d netlink events, %d times that a LAN was locked to work on it, in %d looks", changes, locked, times(30, 1)+1))
+		fmt.Sprintf("%d netlink events, %d times that a LAN was locked to reconcile it, in %d observations",
+			changes, locked, times(30, 1)+1))
 	stop()
 	must(t, n.removeAll(t))
 }
 
-// awaitQuiet waits until there was nothing for a while: the kernel itself tells of links in LANs after they were built, last of
-// all that a bridge has forgotten that its ports are new, 35 s later (br_topology_change_timer_expired in net/bridge/br_stp_timer.c).
+// awaitQuiet waits until there is no event for a while: the kernel reports events of links after LANs are built. The
+// last one comes 35 s later, when a bridge ends its topology change (br_topology_change_timer_expired in
+// net/bridge/br_stp_timer.c).
 func awaitQuiet(t *testing.T, events func() int) {
 	t.Helper()
 	late := time.After(5 * time.Minute)
@@ -362,7 +371,7 @@ func awaitQuiet(t *testing.T, events func() int) {
 	}
 }
 
-// dump opens a namespace and has the kernel list its links.
+// dump opens a namespace and dumps its links.
 func dump(path string) error {
 	s, ns, err := open(path)
 	if err != nil {
@@ -377,7 +386,8 @@ func dump(path string) error {
 	return err
 }
 
-// watchAll subscribes to what is changed in the node's namespace and in those of LANs, and returns what counts it.
+// watchAll subscribes to the events in the node's namespace and in those of LANs, and returns a function that counts
+// them.
 func watchAll(t *testing.T, n node) (count func() int) {
 	t.Helper()
 	fd := subscribe(t, n.Namespace)
@@ -386,7 +396,7 @@ func watchAll(t *testing.T, n node) (count func() int) {
 	return func() int { return events(fd) }
 }
 
-// subscribe opens a socket that hears of every change to links, neighbours, addresses and routes in a namespace.
+// subscribe opens a socket that receives every change of links, neighbors, addresses and routes in a namespace.
 func subscribe(t *testing.T, ns netlab.Namespace) (fd int) {
 	t.Helper()
 	must(t, ns.Do(func() (err error) {
@@ -404,9 +414,9 @@ func subscribe(t *testing.T, ns netlab.Namespace) (fd int) {
 	return fd
 }
 
-// events are those that came to a socket since they were last counted.
+// events counts the events that came to a socket since the last call.
 func events(fd int) (count int) {
-	for buf := make([]byte, 1<<16); ; count++ { // an overflow is one, too
+	for buf := make([]byte, 1<<16); ; count++ { // an overflow counts as one
 		if _, _, err := unix.Recvfrom(fd, buf, 0); errors.Is(err, unix.EAGAIN) {
 			return count
 		}

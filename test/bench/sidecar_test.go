@@ -12,8 +12,8 @@ import (
 	"github.com/k8slan/k8slan/test/netlab"
 )
 
-// sidecar measures B12: a LAN by sidecars between two pods on two nodes, against the pods' own network, which it passes over. That is a
-// cluster network that routes without encapsulation.
+// sidecar measures B12: a LAN by sidecars between two pods on two nodes, against the pods' own network, over which it
+// runs: a cluster network that routes without encapsulation.
 func sidecar(t *testing.T, b *bench) {
 	u := netlab.NewUnderlay(t, netlab.UnderlayMTU)
 	nodes := [2]node{addNode(t, u, "worker1"), addNode(t, u, "worker2")}
@@ -22,7 +22,8 @@ func sidecar(t *testing.T, b *bench) {
 		plain[i] = pod{netlab.New(t, "pod"), podAddress(i)}
 		lan[i] = pod{plain[i].Namespace, netip.AddrFrom4([4]byte{192, 168, 69, byte(1 + i)})}
 		ip(t, n.Namespace, "addr add %s/24 dev %s", vtep(i), netlab.UnderlayDevice)
-		ip(t, n.Namespace, "link add pod mtu %d type veth peer name eth0 mtu %d netns %s", netlab.UnderlayMTU, netlab.UnderlayMTU, plain[i].Path)
+		ip(t, n.Namespace, "link add pod mtu %d type veth peer name eth0 mtu %d netns %s",
+			netlab.UnderlayMTU, netlab.UnderlayMTU, plain[i].Path)
 		ip(t, n.Namespace, "addr add %s/24 dev pod", podAddress(i).Prev())
 		ip(t, n.Namespace, "link set pod up")
 		ip(t, n.Namespace, "route add %s/24 via %s", podAddress(1-i).Prev().Prev(), vtep(1-i))
@@ -34,11 +35,12 @@ func sidecar(t *testing.T, b *bench) {
 	binary := buildBinary(t)
 	for i, p := range plain {
 		config := filepath.Join(t.TempDir(), "kubelan.yaml")
-		must(t, os.WriteFile(config, fmt.Appendf(nil, "peers: [%s]\npod: lan-%d\nnamespace: default\nvxlan: {addresses: ['%s/24']}\n",
+		const text = "peers: [%s]\npod: lan-%d\nnamespace: default\nvxlan: {addresses: ['%s/24']}\n"
+		must(t, os.WriteFile(config, fmt.Appendf(nil, text,
 			plain[1-i].address, i, lan[i].address), 0o644))
 		startIn(t, p.Do, filepath.Join(t.TempDir(), "log"), "KUBECONFIG=", binary, "sidecar", "--config="+config)
 	}
-	eventually(t, "the sidecars to make a LAN", func() bool {
+	eventually(t, "the LAN of the sidecars", func() bool {
 		return lan[0].Do(exec.Command("ping", "-c", "1", "-W", "1", lan[1].address.String()).Run) == nil
 	})
 	span := time.Duration(times(100, 20)) * time.Millisecond
@@ -46,7 +48,7 @@ func sidecar(t *testing.T, b *bench) {
 		id, what, unit string
 		target         float64
 		measure        func(path, time.Duration) (float64, error)
-		less           bool // is better
+		less           bool // less is better
 	}{
 		{"tcp", "TCP throughput", "Gbit/s", 0.8, tcpRate, false},
 		{"rtt", "round trips of 64 bytes", "µs", 0.75, roundTrip, true},
@@ -61,9 +63,10 @@ func sidecar(t *testing.T, b *bench) {
 			ratio = theirs.over(ours)
 		}
 		b.atLeast("B12-"+kind.id, kind.what+" on a LAN by sidecars, against the pods' own network",
-			ratio.median(), kind.target, fmt.Sprintf("%v / %v %s, middle half %s, %d rounds", round(ours.median()), round(theirs.median()), kind.unit, ratio.spread(), len(ratio)))
+			ratio.median(), kind.target, fmt.Sprintf("%v / %v %s, middle half %s, %d rounds",
+				round(ours.median()), round(theirs.median()), kind.unit, ratio.spread(), len(ratio)))
 	}
 }
 
-// podAddress is that of the pod on a node.
+// podAddress is the address of the pod on a node.
 func podAddress(node int) netip.Addr { return netip.AddrFrom4([4]byte{10, 244, byte(node), 2}) }

@@ -20,20 +20,20 @@ import (
 	"github.com/k8slan/k8slan/test/netlab"
 )
 
-// pod is where traffic comes from and goes to.
+// pod is an end of a path.
 type pod struct {
 	netlab.Namespace
 	address netip.Addr
 }
 
-// path is a way between two pods.
+// path is two pods, of which one sends to the other.
 type path struct{ from, to pod }
 
-// traffic measures B8: what a LAN carries, against the same network made by hand between the same two nodes.
+// traffic measures B8: the throughput and delay of a LAN, against a network made by ip(8) between the same nodes.
 func traffic(t *testing.T, b *bench) {
 	u := netlab.NewUnderlay(t, netlab.UnderlayMTU)
 	nodes := [2]node{addNode(t, u, "worker1"), addNode(t, u, "worker2")}
-	ways := map[string][2]path{ // within a node and across
+	ways := map[string][2]path{ // within a node, and across nodes
 		"k8slan": ways(attachedPods(t, nodes)),
 		"hand":   ways(podsByHand(t, nodes)),
 	}
@@ -42,7 +42,7 @@ func traffic(t *testing.T, b *bench) {
 		for _, kind := range []struct {
 			id, what, unit string
 			measure        func(path, time.Duration) (float64, error)
-			less           bool // is better
+			less           bool // less is better
 		}{
 			{"tcp", "TCP throughput", "Gbit/s", tcpRate, false},
 			{"udp", "UDP packets of 64 bytes per second", "kpps", packetRate, false},
@@ -57,7 +57,8 @@ func traffic(t *testing.T, b *bench) {
 			if kind.less {
 				ratio = theirs.over(ours)
 			}
-			b.atLeast("B8-"+kind.id+"-"+where, kind.what+map[string]string{"node": " within a node", "across": " across nodes"}[where]+", against the same made by hand",
+			scope := map[string]string{"node": " within a node", "across": " across nodes"}[where]
+			b.atLeast("B8-"+kind.id+"-"+where, kind.what+scope+", against the same made by hand",
 				ratio.median(), 0.97, fmt.Sprintf("%v / %v %s, middle half %s, %d rounds",
 					round(ours.median()), round(theirs.median()), kind.unit, ratio.spread(), len(ratio)))
 		}
@@ -66,7 +67,7 @@ func traffic(t *testing.T, b *bench) {
 
 func ways(pods [3]pod) [2]path { return [2]path{{pods[0], pods[1]}, {pods[0], pods[2]}} }
 
-// attachedPods are two pods on the first node and one on the second, on a LAN of k8slan.
+// attachedPods returns two pods on the first node and one on the second, on a LAN of k8slan.
 func attachedPods(t *testing.T, nodes [2]node) (pods [3]pod) {
 	t.Helper()
 	for i := range pods {
@@ -75,17 +76,14 @@ func attachedPods(t *testing.T, nodes [2]node) (pods [3]pod) {
 		n.reconcile(t, s)
 		box := sandbox(t)
 		pods[i] = pod{box.Namespace, netip.AddrFrom4([4]byte{10, 1, 0, byte(1 + i)})}
-		_, err := n.kernel.Claim(t.Context(), kernel.ClaimRequest{
-			Netns: s.Netns, Spoke: s.Spokes[i], Kind: segment.Veth, Sandbox: box.ID, Interface: box.Interface, PodNetns: box.Path,
-			PodNamespace: "default", Pod: box.ID, PodUID: box.ID,
-		})
+		_, err := n.kernel.Claim(t.Context(), claimRequest(s.Netns, s.Spokes[i], box))
 		must(t, err)
 		ip(t, box.Namespace, "addr add %s/24 dev %s", pods[i].address, box.Interface)
 	}
 	return pods
 }
 
-// podsByHand are the same on a LAN that somebody typed.
+// podsByHand returns such pods on a LAN made by ip(8).
 func podsByHand(t *testing.T, nodes [2]node) (pods [3]pod) {
 	t.Helper()
 	var lans [2]netlab.Namespace
@@ -99,13 +97,15 @@ func podsByHand(t *testing.T, nodes [2]node) (pods [3]pod) {
 		}
 		ip(t, lans[i], "link add lan mtu %d type bridge mcast_snooping 0", netlab.MTU)
 		ip(t, lans[i], "link set lan up")
-		ip(t, n.Namespace, "link add vxlan mtu %d netns %s type vxlan id 4711 group ff02::14 dev %s dstport 4789", netlab.MTU, lans[i].Path, netlab.UnderlayDevice)
+		ip(t, n.Namespace, "link add vxlan mtu %d netns %s type vxlan id 4711 group ff02::14 dev %s dstport 4789",
+			netlab.MTU, lans[i].Path, netlab.UnderlayDevice)
 		ip(t, lans[i], "link set vxlan master lan up")
 	}
 	for i := range pods {
 		box, lan := sandbox(t), lans[i/2]
 		pods[i] = pod{box.Namespace, netip.AddrFrom4([4]byte{10, 2, 0, byte(1 + i)})}
-		ip(t, lan, "link add port%d mtu %d type veth peer name net1 mtu %d netns %s", i, netlab.MTU, netlab.MTU, box.Path)
+		ip(t, lan, "link add port%d mtu %d type veth peer name net1 mtu %d netns %s",
+			i, netlab.MTU, netlab.MTU, box.Path)
 		ip(t, lan, "link set port%d master lan up", i)
 		ip(t, box.Namespace, "link set net1 up")
 		ip(t, box.Namespace, "addr add %s/24 dev net1", pods[i].address)
@@ -129,7 +129,7 @@ func ip(t *testing.T, ns netlab.Namespace, format string, args ...any) {
 
 const port = 5001
 
-// tcpRate sends for a while and says how many Gbit/s arrived.
+// tcpRate sends for that time and returns how many Gbit/s arrived.
 func tcpRate(p path, span time.Duration) (float64, error) {
 	var listener net.Listener
 	address := netip.AddrPortFrom(p.to.address, port).String()
@@ -176,7 +176,7 @@ func tcpRate(p path, span time.Duration) (float64, error) {
 	return float64(got.bytes) * 8 / 1e9 / time.Since(began).Seconds(), got.err
 }
 
-// datagrams opens a UDP socket in each of the two pods; what is read from them waits no longer than a while.
+// datagrams opens a UDP socket in each of the two pods; reading from them times out soon.
 func datagrams(p path) (from, to int, end func(), err error) {
 	to, err = datagramSocket(p.to, nil)
 	if err != nil {
@@ -199,7 +199,7 @@ func datagramSocket(p pod, peer unix.Sockaddr) (fd int, err error) {
 		return 0, err
 	}
 	err = errors.Join(
-		unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 512<<20), // all that is sent has room
+		unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 512<<20), // for everything that is sent
 		unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Usec: 20_000}),
 	)
 	if peer != nil {
@@ -215,7 +215,7 @@ func datagramSocket(p pod, peer unix.Sockaddr) (fd int, err error) {
 
 const datagram = 64 // bytes of payload
 
-// packetRate sends small packets for a while and says how many thousand a second arrived.
+// packetRate sends small packets for that time and returns how many thousand a second arrived.
 func packetRate(p path, span time.Duration) (float64, error) {
 	from, to, end, err := datagrams(p)
 	if err != nil {
@@ -248,7 +248,7 @@ func packetRate(p path, span time.Duration) (float64, error) {
 	return float64(<-received) / 1000 / took.Seconds(), err
 }
 
-// roundTrip sends a packet there and back again and again, and says how many microseconds the median one took.
+// roundTrip sends a packet there and back again and again, and returns the median in microseconds.
 func roundTrip(p path, span time.Duration) (float64, error) {
 	from, to, end, err := datagrams(p)
 	if err != nil {
@@ -261,7 +261,7 @@ func roundTrip(p path, span time.Duration) (float64, error) {
 		defer close(ended)
 		for buf := make([]byte, 2*datagram); !done.Load(); {
 			if n, peer, err := unix.Recvfrom(to, buf, 0); err == nil {
-				_ = unix.Sendto(to, buf[:n], 0, peer) // a packet that is lost is sent again
+				_ = unix.Sendto(to, buf[:n], 0, peer) // a lost packet is sent again
 			}
 		}
 	}()

@@ -20,11 +20,11 @@ import (
 	"github.com/k8slan/k8slan/test/netlab"
 )
 
-// things is everything on the node that an attachment, a plugin or a daemon could leave behind, one thing a line, in
-// words that are the same for two nodes that have the same.
+// things are all that an attachment, a plugin or a daemon could leave behind on the node, one per line, in text that is
+// the same for two nodes with the same things.
 type things []string
 
-// inventory makes the inventory. What the kernel removes a moment late may still be in it.
+// inventory lists these things. It may still list what the kernel removes a moment later.
 func (s *site) inventory(t *testing.T) things {
 	t.Helper()
 	var have things
@@ -40,7 +40,7 @@ func (s *site) inventory(t *testing.T) things {
 	add("file of k8slan", things, err)
 	things, err = files(s.node.CDI)
 	add("CDI file", things, err)
-	things, err = filepath.Glob(filepath.Join(s.leases, "*", "[0-9]*")) // beside the IPAM plugin's own files
+	things, err = filepath.Glob(filepath.Join(s.leases, "*", "[0-9]*")) // without the IPAM plugin's lock and state
 	add("IPAM lease", things, err)
 	things, err = filepath.Glob(sandboxes)
 	add("sandbox", things, err)
@@ -70,10 +70,10 @@ func (s *site) inventory(t *testing.T) things {
 	return have
 }
 
-// awaitInventory takes inventories until one is as wanted, and says what is different if none is for a while.
+// awaitInventory takes inventories until one is as expected, and fails with the differences if none is for a while.
 func (s *site) awaitInventory(t *testing.T, want things) {
 	t.Helper()
-	late := time.After(20 * time.Second) // namespaces and links in them go when the kernel gets to it
+	late := time.After(20 * time.Second) // the kernel removes namespaces and their links some time later
 	again := time.NewTicker(50 * time.Millisecond)
 	defer again.Stop()
 	for {
@@ -95,7 +95,7 @@ func (s *site) awaitInventory(t *testing.T, want things) {
 	}
 }
 
-// missing is what of a is not in b, as often as it is too much.
+// missing returns what a has more often than b.
 func missing(a, b []string) []string {
 	count := map[string]int{}
 	for _, thing := range b {
@@ -110,12 +110,12 @@ func missing(a, b []string) []string {
 	return more
 }
 
-// files lists what is below a directory, but for directories.
+// files lists the files below a directory.
 func files(dir string) ([]string, error) {
 	var found []string
 	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
 		if errors.Is(err, fs.ErrNotExist) {
-			return nil // made only when it is needed, or removed meanwhile
+			return nil // the directory is made when it is needed, and may be removed meanwhile
 		}
 		if err == nil && !d.IsDir() {
 			found = append(found, path)
@@ -125,10 +125,10 @@ func files(dir string) ([]string, error) {
 	return found, err
 }
 
-// sandboxes are the directories that lab.NewSandbox makes.
+// sandboxes are the directories that netlab.NewSandbox makes.
 const sandboxes = "/run/pod-*"
 
-// mounts lists what is mounted below the node's directories, and sandboxes.
+// mounts lists the mounts below the node's directories and the sandboxes.
 func (s *site) mounts() ([]string, error) {
 	info, err := os.ReadFile("/proc/self/mountinfo")
 	var found []string
@@ -148,7 +148,7 @@ func (s *site) mounts() ([]string, error) {
 	return found, err
 }
 
-// locks lists the locks on LANs that somebody holds or waits for.
+// locks lists the locks on LANs that a process holds or waits for.
 func (s *site) locks() ([]string, error) {
 	table, err := os.ReadFile("/proc/locks")
 	if err != nil {
@@ -173,7 +173,7 @@ func (s *site) locks() ([]string, error) {
 	return held, nil
 }
 
-// children names the processes that this one has started, or that were left to it.
+// children names this process's child processes.
 func children() ([]string, error) {
 	lists, err := filepath.Glob("/proc/self/task/*/children")
 	var found []string
@@ -187,7 +187,7 @@ func children() ([]string, error) {
 	return found, err
 }
 
-// links words the links of a LAN with their names, owners and settings.
+// links describes the links of a LAN with their names, owners and settings.
 func links(t *testing.T, observer *kernel.Node, lan string) ([]string, error) {
 	t.Helper()
 	have, err := observer.Observe(t.Context(), lan)
@@ -200,7 +200,7 @@ func links(t *testing.T, observer *kernel.Node, lan string) ([]string, error) {
 		slices.Sort(l.AltNames)
 		mac := l.MAC.String()
 		if !strings.HasSuffix(l.Name, "_p") {
-			mac = "random" // but for that of a plug
+			mac = "random" // only a plug's MAC is not
 		}
 		found = append(found, fmt.Sprintf("%s %s %v %q mac=%s mtu=%d up=%t master=%s promisc=%d mask=%#x",
 			l.Type, l.Name, l.AltNames, l.Alias, mac, l.MTU, l.Up, names[l.Master], l.Promisc, l.ForwardMask))
@@ -208,8 +208,7 @@ func links(t *testing.T, observer *kernel.Node, lan string) ([]string, error) {
 	return found, err
 }
 
-// namespaces lists the other network namespaces that one has numbers for: those at the far ends of its links, for as
-// long as they live.
+// namespaces lists the other network namespaces that have a number in this one: those at the far ends of its links.
 func namespaces(path string) ([]string, error) {
 	ns, err := vnetns.GetFromPath(path)
 	if err != nil {
@@ -226,7 +225,7 @@ func namespaces(path string) ([]string, error) {
 	r.AddData(&nl.RtGenMsg{})
 	r.Sockets = map[int]*nl.SocketHandle{unix.NETLINK_ROUTE: handle}
 	answers, err := r.Execute(unix.NETLINK_ROUTE, unix.RTM_NEWNSID)
-	return slices.Repeat([]string{""}, len(answers)), err // the numbers themselves are used again
+	return slices.Repeat([]string{""}, len(answers)), err // the numbers are reused
 }
 
 // sockets lists the netlink sockets in a namespace that processes have open.

@@ -27,24 +27,24 @@ import (
 )
 
 // daemonRole makes the test binary the node's daemon: k8slan node without the API server and kubelet, on the
-// directories that the variable names. It does what its standard input says, and ends with it.
+// directories that the variable names. It follows the orders on its standard input, and ends with it.
 const daemonRole = "K8SLAN_TEST_DAEMON"
 
 // order is one line of the daemon's input.
 type order struct {
 	Want   []segment.Segment // what the node should have from now on
-	Settle bool              // answer when it has, nobody is attached, and nothing is in disorder
+	Settle bool              // answer when it has that, no claim is left and no segment has a problem
 }
 
 // answer is one line of its output.
 type answer struct {
-	Unsettled  string // why that is not so after a long time
+	Unsettled  string // what was missing when the daemon gave up waiting
 	Goroutines int
 	Heap       uint64   // bytes in use after a garbage collection
-	Files      []string // what is open
+	Files      []string // its open files
 }
 
-// settleTime is how long the daemon may take to bring everything in order: as long as it ever waits to try again, and then some.
+// settleTime is how long the daemon may take to reconcile everything: longer than it ever waits before it tries again.
 const settleTime = 40 * time.Second
 
 // runDaemon is the daemon's process.
@@ -86,7 +86,7 @@ func runDaemon(dirs string, in io.Reader, out io.Writer) error {
 	return nil
 }
 
-// settle waits until everything is as it should be, and tells of the process.
+// settle waits until the node has the desired state and no claims, and describes the process.
 func settle(ctx context.Context, m *lanmgr.Manager, want []segment.Segment) answer {
 	late := time.After(settleTime)
 	for {
@@ -102,7 +102,7 @@ func settle(ctx context.Context, m *lanmgr.Manager, want []segment.Segment) answ
 			return answer{Unsettled: trouble}
 		}
 	}
-	runtime.GC() // what a sync.Pool has outlives one collection
+	runtime.GC() // one collection leaves the content of sync.Pools
 	debug.FreeOSMemory()
 	var memory runtime.MemStats
 	runtime.ReadMemStats(&memory)
@@ -112,10 +112,11 @@ func settle(ctx context.Context, m *lanmgr.Manager, want []segment.Segment) answ
 func problem(reports []lanmgr.Report, want []segment.Segment) string {
 	for _, r := range reports {
 		if r.Err != nil || !r.Built || r.Leaving || len(r.Claims) > 0 {
-			return fmt.Sprintf("%s: built=%t leaving=%t claims=%v: %v", r.Segment.LAN, r.Built, r.Leaving, r.Claims, r.Err)
+			return fmt.Sprintf("%s: built=%t leaving=%t claims=%v: %v",
+				r.Segment.LAN, r.Built, r.Leaving, r.Claims, r.Err)
 		}
 		if !slices.ContainsFunc(want, r.Segment.Equal) {
-			return fmt.Sprintf("%s: another one is wanted", r.Segment.LAN)
+			return fmt.Sprintf("%s: the desired state is another", r.Segment.LAN)
 		}
 	}
 	if len(reports) != len(want) {
@@ -124,7 +125,7 @@ func problem(reports []lanmgr.Report, want []segment.Segment) string {
 	return ""
 }
 
-// openFiles lists what a process has open, without the numbers that differ from one to the next of its kind.
+// openFiles lists a process's open files, without the numbers that differ between files of a kind.
 func openFiles(pid int) []string {
 	dir := fmt.Sprintf("/proc/%d/fd", pid)
 	entries, err := os.ReadDir(dir)
@@ -134,7 +135,7 @@ func openFiles(pid int) []string {
 	var files []string
 	for _, e := range entries {
 		target, err := os.Readlink(filepath.Join(dir, e.Name()))
-		if err == nil && target != dir { // that is the listing itself
+		if err == nil && target != dir { // the open directory itself
 			files = append(files, numbers.ReplaceAllString(target, ""))
 		}
 	}
@@ -144,7 +145,7 @@ func openFiles(pid int) []string {
 
 var numbers = regexp.MustCompile(`\[\d+\]|/\d+/`)
 
-// daemon is the daemon's process as the test has it.
+// daemon is the daemon's process.
 type daemon struct {
 	node *netlab.Node
 
@@ -177,7 +178,7 @@ func (d *daemon) start() error {
 	return json.NewEncoder(d.orders).Encode(order{Want: d.want})
 }
 
-// kill ends the process without a warning, and starts the next one.
+// kill kills the process and starts the next one.
 func (d *daemon) kill() error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -190,21 +191,21 @@ func (d *daemon) kill() error {
 	return d.start()
 }
 
-// settled returns what the daemon says when the node has what is wanted, and all is in order.
+// settled returns the daemon's answer when the node has the desired state and no claims.
 func (d *daemon) settled(t *testing.T, want []segment.Segment) answer {
 	t.Helper()
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.want = want
 	if err := json.NewEncoder(d.orders).Encode(order{Want: want, Settle: true}); err != nil {
-		t.Fatalf("the daemon does not listen: %v\n%s", err, d.log)
+		t.Fatalf("the daemon accepts no orders: %v\n%s", err, d.log)
 	}
 	var a answer
 	if err := d.answers.Decode(&a); err != nil {
 		t.Fatalf("the daemon does not answer: %v\n%s", err, d.log)
 	}
 	if a.Unsettled != "" {
-		t.Fatalf("the daemon has not brought everything in order: %s\n%s", a.Unsettled, d.log)
+		t.Fatalf("the daemon has not reconciled everything: %s\n%s", a.Unsettled, d.log)
 	}
 	return a
 }

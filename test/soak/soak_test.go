@@ -61,7 +61,7 @@ func TestNothingIsLeftBehind(t *testing.T) {
 	first := s.daemon.settled(t, s.lans)
 	want := s.inventory(t)
 
-	// In the first part the daemon is killed, too. One daemon lives through the last part, so that its own growth shows.
+	// In the first part the daemon is killed, too. One daemon runs through the last part, so that its growth shows.
 	last := *cycles / 3
 	s.run(t, true, *cycles-last)
 	before := s.daemon.settled(t, s.lans)
@@ -84,7 +84,7 @@ func TestNothingIsLeftBehind(t *testing.T) {
 func newSite(t *testing.T) *site {
 	t.Helper()
 	fmt.Printf("soak: %d cycles, SEED=%d\n", *cycles, *seed)
-	// What a killed plugin leaves running is ours to wait for.
+	// The processes that a killed plugin leaves become children of this process.
 	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
 		t.Fatal(err)
 	}
@@ -123,8 +123,8 @@ func newSite(t *testing.T) *site {
 
 func spoke(lan, number int) string { return fmt.Sprintf("s%d-%d", lan, number) }
 
-// run runs so many cycles, in which also the daemon may be killed, or only the plugin. What happens in each is decided by
-// the seed and the cycle's number alone.
+// run runs that many cycles, in which the daemon may be killed or only the plugin. What happens in a cycle depends on
+// the seed and the cycle's number only.
 func (s *site) run(t *testing.T, daemonToo bool, number int) {
 	t.Helper()
 	began, from := time.Now(), int(s.done.Load())
@@ -133,7 +133,10 @@ func (s *site) run(t *testing.T, daemonToo bool, number int) {
 		group.Go(func() {
 			for i := w; i < number && !t.Failed(); i += workers {
 				rng := rand.New(rand.NewPCG(*seed, uint64(from+i)))
-				a := attempt{site: s, rng: rng, lan: rng.IntN(lans), spoke: w + workers*rng.IntN(perWorker), kind: rng.IntN(kinds)}
+				a := attempt{
+					site: s, rng: rng, lan: rng.IntN(lans), spoke: w + workers*rng.IntN(perWorker),
+					kind: rng.IntN(kinds),
+				}
 				if err := a.run(t.Context(), daemonToo); err != nil {
 					t.Errorf("cycle %d: %v", from+i, err)
 				}
@@ -144,11 +147,13 @@ func (s *site) run(t *testing.T, daemonToo bool, number int) {
 		})
 	}
 	group.Wait()
-	fmt.Printf("soak: %d cycles so far: killed %d daemons, %d ADDs and %d DELs; %d take-overs, %d without DEL, %d ADDs repeated\n",
-		s.done.Load(), s.killedDaemon.Load(), s.killedADD.Load(), s.killedDEL.Load(), s.tookOver.Load(), s.noDEL.Load(), s.again.Load())
+	fmt.Printf("soak: %d cycles so far: killed %d daemons, %d ADDs and %d DELs; "+
+		"%d take-overs, %d without DEL, %d ADDs repeated\n",
+		s.done.Load(), s.killedDaemon.Load(), s.killedADD.Load(), s.killedDEL.Load(),
+		s.tookOver.Load(), s.noDEL.Load(), s.again.Load())
 }
 
-// The kinds of attachment.
+// These are the kinds of attachment.
 const (
 	plainVeth = iota
 	macvtap
@@ -180,14 +185,14 @@ func (a attempt) config() netlab.Config {
 	}
 }
 
-// A plugin is killed at any time from its start to well after it would end: an ADD takes 3 ms, a DEL 20.
+// A plugin is killed at any time from its start until it has ended for a while: an ADD takes 3 ms, a DEL 20.
 const (
 	longADD = 6 * time.Millisecond
 	longDEL = 30 * time.Millisecond
 )
 
-// run attaches and detaches as kubelet and its runtime do: a failed ADD is followed by DEL and another sandbox, a failed
-// DEL by another one, until it succeeds.
+// run attaches and detaches as kubelet and its runtime do: a failed ADD is followed by DEL and another sandbox, and DEL
+// is repeated until it succeeds.
 func (a attempt) run(ctx context.Context, daemonToo bool) error {
 	var killed sync.WaitGroup
 	var daemonErr error
@@ -206,7 +211,7 @@ func (a attempt) run(ctx context.Context, daemonToo bool) error {
 	return errors.Join(err, daemonErr)
 }
 
-// attachments is one sandbox with all that follows from it.
+// attachments attaches and detaches one sandbox, and others in its place.
 func (a attempt) attachments(ctx context.Context) error {
 	box, err := netlab.NewSandbox()
 	if err != nil {
@@ -218,7 +223,7 @@ func (a attempt) attachments(ctx context.Context) error {
 			return err
 		}
 		if a.kind != addressedVeth && a.rng.IntN(4) == 0 {
-			// Multus calls no DEL when it has lost its cache and the pod. (An address would be the IPAM plugin's to collect.)
+			// Multus calls no DEL when it has lost its cache and the pod. (The IPAM plugin would keep an address.)
 			a.noDEL.Add(1)
 			return box.Remove()
 		}
@@ -249,7 +254,7 @@ func (a attempt) attachments(ctx context.Context) error {
 	return a.detach(ctx, box)
 }
 
-// attach adds until it succeeds, each time with another sandbox, and returns the one it succeeded with.
+// attach calls ADD until it succeeds, each time with another sandbox, and returns the sandbox of the last call.
 func (a attempt) attach(ctx context.Context, box netlab.Sandbox) (netlab.Sandbox, error) {
 	const tries = 5
 	var failed []error
@@ -271,7 +276,7 @@ func (a attempt) attach(ctx context.Context, box netlab.Sandbox) (netlab.Sandbox
 	return box, fmt.Errorf("%d ADDs failed: %w", tries, errors.Join(failed...))
 }
 
-// detach deletes until it succeeds, before or after the sandbox has gone.
+// detach calls DEL, before or after the sandbox is removed.
 func (a attempt) detach(ctx context.Context, box netlab.Sandbox) error {
 	early := a.rng.IntN(4) == 0
 	if early {
@@ -294,8 +299,8 @@ func (a attempt) detach(ctx context.Context, box netlab.Sandbox) error {
 	return box.Remove()
 }
 
-// callAndKill calls the plugin and kills it at some time within that time, if it has not ended by then. It returns when also
-// an IPAM plugin that it had called has ended.
+// callAndKill calls the plugin and kills it within that time, unless it has ended. It returns when an IPAM plugin that
+// it called has ended, too.
 func (a attempt) callAndKill(ctx context.Context, verb string, box netlab.Sandbox, within time.Duration) error {
 	cmd, err := a.plugin.Command(ctx, verb, box, a.config())
 	if err != nil {
@@ -305,7 +310,8 @@ func (a attempt) callAndKill(ctx context.Context, verb string, box netlab.Sandbo
 	if err := a.node.Do(cmd.Start); err != nil {
 		return err
 	}
-	kill := time.AfterFunc(time.Duration(a.rng.Int64N(int64(within))), func() { _ = cmd.Process.Kill() }) // it may have ended
+	after := time.Duration(a.rng.Int64N(int64(within)))
+	kill := time.AfterFunc(after, func() { _ = cmd.Process.Kill() }) // it may have ended
 	err = cmd.Wait()
 	kill.Stop()
 	if cmd.ProcessState == nil {
@@ -322,7 +328,7 @@ func (a attempt) callAndKill(ctx context.Context, verb string, box netlab.Sandbo
 	}
 }
 
-// expectSameDaemon wants that a daemon has not grown.
+// expectSameDaemon expects that a daemon has not grown.
 func (s *site) expectSameDaemon(t *testing.T, before, after answer) {
 	t.Helper()
 	for _, file := range missing(after.Files, before.Files) {
@@ -337,7 +343,7 @@ func (s *site) expectSameDaemon(t *testing.T, before, after answer) {
 	}
 }
 
-// expectFrames wants that every LAN still works.
+// expectFrames expects that every LAN still carries frames.
 func (s *site) expectFrames(t *testing.T) {
 	t.Helper()
 	for i, lan := range s.lans {
@@ -367,13 +373,14 @@ func (s *site) expectFrames(t *testing.T) {
 		if err := wires[0].Send(frame); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := netlab.Await(wires[1], 3*time.Second, func(got []byte) bool { return bytes.Equal(got, frame) }); err != nil {
+		sent := func(got []byte) bool { return bytes.Equal(got, frame) }
+		if _, err := netlab.Await(wires[1], 3*time.Second, sent); err != nil {
 			t.Errorf("LAN %s carries no frames any more: %v", lan.LAN, err)
 		}
 	}
 }
 
-// expectNothing wants that LANs which are not wanted any more leave nothing.
+// expectNothing expects that removed LANs leave nothing.
 func (s *site) expectNothing(t *testing.T) {
 	t.Helper()
 	left, err := files(s.node.Run)
