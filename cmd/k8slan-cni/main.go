@@ -1,4 +1,4 @@
-// Command k8slan-cni is the CNI plugin of k8slan; on a node it is called k8slan.
+// Command k8slan-cni is the CNI plugin of k8slan. Its file name on a node is k8slan.
 package main
 
 import (
@@ -16,11 +16,11 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/kernel"
 )
 
-// timeout is how long one request may take. kubelet gives a sandbox with all its networks four minutes (twice
-// --runtime-request-timeout) and then tries again.
+// timeout limits one request. kubelet waits four minutes for a sandbox with all its networks (twice
+// --runtime-request-timeout), and then tries again.
 const timeout = 60 * time.Second
 
-// version is that of k8slan, set at build time.
+// version is k8slan's version, set at build time.
 var version = "development"
 
 func main() {
@@ -32,7 +32,7 @@ func main() {
 		CDI:    cmp.Or(os.Getenv("K8SLAN_CDI_DIR"), cdi.DefaultDir),
 		Env:    os.Environ(),
 		Stdout: os.Stdout,
-		// Counting is the least of it: where the daemon is away, it is left out.
+		// The attachment does not depend on its metrics: while the daemon is not running, nothing is counted.
 		Report: func(o report.Outcome) { _ = report.Send(run, o) },
 	})
 	skel.PluginMainFuncs(plugin.Funcs(ctx), cniversion.All, "CNI plugin k8slan "+version)

@@ -14,13 +14,13 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/kernel"
 )
 
-// captureCommand is what kubectl k8slan capture runs in the daemon's pod.
+// captureCommand returns the command that kubectl k8slan capture runs in the daemon's pod.
 func captureCommand() *cobra.Command {
 	var ns, spoke, run string
 	var count int
 	cmd := &cobra.Command{
 		Use:    "capture",
-		Short:  "Write what a spoke carries as pcap to standard output, until standard input ends",
+		Short:  "Write a spoke's frames as pcap to standard output, until standard input ends",
 		Hidden: true,
 		Args:   noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -33,28 +33,30 @@ func captureCommand() *cobra.Command {
 			defer socket.Close()
 			ctx, cancel := context.WithCancel(cmd.Context())
 			defer cancel()
-			go func() { // ends with the program; whoever started this in the pod can only hang up
+			go func() { // kubectl has no other way to stop this program than to close its standard input
 				_, _ = io.Copy(io.Discard, cmd.InOrStdin())
 				cancel()
 			}()
 			fmt.Fprintf(os.Stderr, "capturing spoke %s on link %s\n", spoke, socket.Link.Name)
 			written, err := packet.Capture(ctx, socket, cmd.OutOrStdout(), count)
 			if errors.Is(err, unix.ENETDOWN) {
-				err = fmt.Errorf("link %s, which carried the spoke's frames, is down or gone: its pod has ended, or another one has the spoke now", socket.Link.Name)
+				err = fmt.Errorf("link %s, which carried the spoke's frames, is down or deleted: "+
+					"its pod has ended, or another pod has the spoke now", socket.Link.Name)
 			}
 			dropped, dropErr := socket.Dropped()
-			fmt.Fprintf(os.Stderr, "%d frames, %d more were dropped because they could not be written fast enough\n", written, dropped)
+			fmt.Fprintf(os.Stderr,
+				"%d frames, %d more were dropped because they could not be written fast enough\n", written, dropped)
 			return errors.Join(err, dropErr)
 		},
 	}
 	cmd.Flags().StringVar(&ns, "ns", "", "`name` of the LAN's network namespace")
 	cmd.Flags().StringVar(&spoke, "spoke", "", "`name` of the spoke")
-	cmd.Flags().StringVar(&run, "run-dir", kernel.DefaultRun, "`directory` of the LANs' network namespaces, records and locks")
-	cmd.Flags().IntVar(&count, "count", 0, "`number` of frames to end after; 0: no limit")
+	addRunDir(cmd.Flags(), &run)
+	cmd.Flags().IntVar(&count, "count", 0, "`number` of frames after which to end; 0: no limit")
 	return cmd
 }
 
-// openSpoke opens the link that carries the spoke's frames now.
+// openSpoke opens the link that carries the spoke's frames.
 func openSpoke(ctx context.Context, host *kernel.Node, ns, spoke string) (s *packet.Socket, err error) {
 	state, err := host.Observe(ctx, ns)
 	if err != nil {

@@ -20,7 +20,7 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
-// cleanFlags is the flags of k8slan clean.
+// cleanFlags are the flags of k8slan clean.
 type cleanFlags struct {
 	host       bool
 	run        string
@@ -34,13 +34,14 @@ func cleanCommand() *cobra.Command {
 	var c cleanFlags
 	cmd := &cobra.Command{
 		Use:   "clean",
-		Short: "Take all of k8slan off one node, and its pods off their LANs",
-		Long: `Take all of k8slan off one node: every LAN with its links, the links in pods and VMs that are attached, the CNI plugin, CDI files,
-device plugin sockets, the filter of strangers in nftables and /run/k8slan. helm uninstall does this on every node that answers. Where one did not, or for a single node:
+		Short: "Remove all of k8slan from one node, and detach the node's pods from their LANs",
+		Long: `Remove all of k8slan from one node: every LAN with its links, the links in attached pods and VMs, the CNI
+plugin, CDI files, device plugin sockets, the filter of non-members in nftables, and /run/k8slan. helm uninstall does
+this on every node that answers. For a node that did not answer, or for a single node, run:
 
   kubectl debug node/<node> --profile=sysadmin --image=<k8slan's image> -- /k8slan clean --host
 
-The daemon must not run on the node: it would build its LANs again. To repeat it does no harm.`,
+The daemon must not run on the node, because it would build its LANs again. The command can be repeated.`,
 		Args: noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if c.host {
@@ -49,19 +50,23 @@ The daemon must not run on the node: it would build its LANs again. To repeat it
 			return c.clean(cmd.Context(), cmd.OutOrStdout())
 		},
 	}
-	cmd.Flags().BoolVar(&c.host, "host", false, "enter the node's mounts and network first, through its process 1 (hostPID, privileged)")
-	cmd.Flags().StringVar(&c.run, "run-dir", kernel.DefaultRun, "`directory` of the LANs' network namespaces, records and locks")
+	cmd.Flags().BoolVar(&c.host, "host", false,
+		"first enter the mount and network namespaces of the node's process 1 (needs hostPID and privileged)")
+	addRunDir(cmd.Flags(), &c.run)
 	cmd.Flags().StringVar(&c.cdi, "cdi-dir", cdi.DefaultDir, "`directory` of the container runtime's CDI files")
-	cmd.Flags().StringVar(&c.pluginsDir, "device-plugin-dir", deviceplugin.Dir, "kubelet's `directory` of device plugins")
+	cmd.Flags().StringVar(&c.pluginsDir,
+		"device-plugin-dir", deviceplugin.Dir, "kubelet's `directory` of device plugins")
 	cmd.Flags().StringVar(&c.cniDir, "cni-dir", "/opt/cni/bin", "the container runtime's `directory` of CNI plugins")
-	cmd.Flags().BoolVar(&c.nftables, "nftables", true, "also remove the filter of strangers from the nftables of the network namespace")
+	cmd.Flags().BoolVar(&c.nftables, "nftables", true,
+		"also remove the filter of non-members from the nftables of the network namespace")
 	return cmd
 }
 
-// clean goes on where something fails, so that as little as possible stays, and says on out what it did.
+// clean removes everything, and writes to out what it removed. It continues after an error, so that as little as
+// possible remains.
 func (c cleanFlags) clean(ctx context.Context, out io.Writer) error {
 	errs := []error{
-		// Who would attach goes first.
+		// The plugins go first, so that no more pods attach.
 		removeMegalos(c.cniDir),
 		removeAll(c.cniDir, pluginName, "."+pluginName+"-new-*", "."+megalosName+"-new-*"),
 		removeAll(c.pluginsDir, deviceplugin.Sockets),
@@ -73,10 +78,10 @@ func (c cleanFlags) clean(ctx context.Context, out io.Writer) error {
 	for _, lan := range lans {
 		done, err := tearDown(ctx, host, lan)
 		if err != nil {
-			errs = append(errs, fmt.Errorf("take LAN %s off the node: %w", lan, err))
+			errs = append(errs, fmt.Errorf("remove LAN %s from the node: %w", lan, err))
 			continue
 		}
-		_, err = fmt.Fprintf(out, "LAN %s is off the node, %d steps\n", lan, len(done))
+		_, err = fmt.Fprintf(out, "LAN %s is removed from the node, %d steps\n", lan, len(done))
 		errs = append(errs, err)
 	}
 	errs = append(errs, removeAll(c.cdi, cdi.Files))
@@ -87,13 +92,13 @@ func (c cleanFlags) clean(ctx context.Context, out io.Writer) error {
 		errs = append(errs, os.RemoveAll(c.run))
 	}
 	if err := errors.Join(errs...); err != nil {
-		return fmt.Errorf("clean the node; what is named here is left: %w", err)
+		return fmt.Errorf("clean the node; these remain: %w", err)
 	}
 	_, err = fmt.Fprintln(out, "nothing of k8slan is left on the node")
 	return err
 }
 
-// lockTimeout is longer than a CNI plugin keeps the lock of a LAN, which ends after a minute.
+// lockTimeout is longer than a CNI plugin, which ends after a minute, keeps the lock of a LAN.
 const lockTimeout = 90 * time.Second
 
 func tearDown(ctx context.Context, host *kernel.Node, lan string) ([]segment.Op, error) {
@@ -102,7 +107,7 @@ func tearDown(ctx context.Context, host *kernel.Node, lan string) ([]segment.Op,
 	return host.Reconcile(ctx, lan, segment.Teardown)
 }
 
-// removeAll removes the files of a directory that one of the patterns fits.
+// removeAll removes the files of a directory that match one of the patterns.
 func removeAll(dir string, patterns ...string) error {
 	var errs []error
 	for _, pattern := range patterns {
@@ -117,12 +122,12 @@ func removeAll(dir string, patterns ...string) error {
 	return errors.Join(errs...)
 }
 
-// execInHost starts this program again, in its place, with the node's own mounts and network: those of process 1.
+// execInHost replaces this process with one that has the mounts and the network of process 1, the node's own.
 func execInHost(args []string) error {
 	return fmt.Errorf("start again on the node (needs hostPID and privileged): %w", netns.Exec(1, args))
 }
 
-// withoutHost is the command line for the second start.
+// withoutHost returns the command line for the second start, without --host.
 func withoutHost(args []string) []string {
 	var rest []string
 	for _, a := range args {

@@ -28,20 +28,23 @@ func controllerCommand() *cobra.Command {
 	var f controllerFlags
 	cmd := &cobra.Command{
 		Use:   "controller",
-		Short: "Run the controller: it admits LANs, writes their NADs and sums up their status",
-		Long: `Run the controller, one at a time per cluster: several replicas elect a leader.
+		Short: "Run the controller: it accepts LANs, writes their NADs and summarizes their status",
+		Long: `Run the controller. One at a time is active in a cluster: several replicas elect a leader.
 
-It decides which LAN holds which network namespace, VNI and spokes, writes two NetworkAttachmentDefinitions for each spoke that is
-held, k8slan-veth-<spoke> and k8slan-mac-<spoke>, and sums up in each LAN's status what the nodes report.
+It decides which LAN holds which network namespace, VNI and spokes, and writes two NetworkAttachmentDefinitions for each
+spoke that is held: k8slan-veth-<spoke> and k8slan-mac-<spoke>. It summarizes the nodes' reports in each LAN's status.
 
-/healthz answers while the controller runs, /readyz once it knows the objects of the cluster, leader or not.`,
+/healthz answers with 200 while the controller runs. /readyz answers with 200 when it has read the cluster's objects,
+whether or not it is the leader.`,
 		Args: noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error { return f.runController(cmd.Context()) },
 	}
 	f.add(cmd.Flags())
 	f.discovery = v1beta1.Multicast
-	cmd.Flags().Var(&f.discovery, "discovery", "how nodes find each other in LANs that do not say: multicast, unicast or evpn")
-	cmd.Flags().BoolVar(&f.elect, "leader-elect", true, "elect a leader; false only where there can be no second controller")
+	cmd.Flags().Var(&f.discovery, "discovery",
+		"discovery of LANs that set none: multicast, unicast or evpn")
+	cmd.Flags().BoolVar(&f.elect, "leader-elect", true,
+		"elect a leader; false only if there can be no second controller")
 	cmd.Flags().StringVar(&f.namespace, "lease-namespace", os.Getenv("POD_NAMESPACE"),
 		"`namespace` of the leader's lease (environment: POD_NAMESPACE); empty: that of the pod")
 	return cmd
@@ -65,7 +68,7 @@ func (f *controllerFlags) runController(ctx context.Context) error {
 		LeaderElection:                f.elect,
 		LeaderElectionID:              "k8slan-controller",
 		LeaderElectionNamespace:       f.namespace,
-		LeaderElectionReleaseOnCancel: true, // the process ends right after
+		LeaderElectionReleaseOnCancel: true, // the process ends immediately after it
 	})
 	if err != nil {
 		return fmt.Errorf("set up the controller: %w", err)
@@ -81,7 +84,7 @@ func (f *controllerFlags) runController(ctx context.Context) error {
 		ctx, cancel := context.WithTimeout(ctx, time.Second)
 		defer cancel()
 		if !mgr.GetCache().WaitForCacheSync(ctx) {
-			return errors.New("the objects of the cluster are not known yet")
+			return errors.New("the cluster's objects are not read yet")
 		}
 		return nil
 	})

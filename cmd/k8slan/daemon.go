@@ -18,7 +18,7 @@ import (
 	ctrlmetrics "sigs.k8s.io/controller-runtime/pkg/metrics"
 )
 
-// daemonFlags are those of everything that runs for long.
+// daemonFlags are the flags of long-running commands.
 type daemonFlags struct {
 	kubeconfig     string
 	healthAddress  string
@@ -28,25 +28,34 @@ type daemonFlags struct {
 }
 
 func (f *daemonFlags) add(flags *pflag.FlagSet) {
-	flags.StringVar(&f.kubeconfig, "kubeconfig", os.Getenv("KUBECONFIG"),
-		"kubeconfig `file` (environment: KUBECONFIG); empty: the service account of the pod")
-	flags.StringVar(&f.healthAddress, "health-address", ":8081",
-		"`address` that answers /healthz and /readyz, host:port; 0 for none")
+	addKubeconfig(flags, &f.kubeconfig)
+	f.addHealth(flags)
 	f.addMetrics(flags)
 	f.addLog(flags)
 }
 
+// addKubeconfig adds the flag --kubeconfig.
+func addKubeconfig(flags *pflag.FlagSet, kubeconfig *string) {
+	flags.StringVar(kubeconfig, "kubeconfig", os.Getenv("KUBECONFIG"),
+		"kubeconfig `file` (environment: KUBECONFIG); empty: the service account of the pod")
+}
+
+func (f *daemonFlags) addHealth(flags *pflag.FlagSet) {
+	flags.StringVar(&f.healthAddress, "health-address", ":8081",
+		"`address` that answers /healthz and /readyz, host:port; 0: none")
+}
+
 func (f *daemonFlags) addMetrics(flags *pflag.FlagSet) {
 	flags.StringVar(&f.metricsAddress, "metrics-address", "0",
-		"`address` that answers /metrics without encryption, host:port; 0 for none")
+		"`address` that answers /metrics without encryption, host:port; 0: none")
 }
 
 func (f *daemonFlags) addLog(flags *pflag.FlagSet) {
-	flags.TextVar(&f.logLevel, "log-level", slog.LevelInfo, "least severe `level` to log: debug, info, warn or error")
-	flags.StringVar(&f.logFormat, "log-format", "json", "`form` of a log line: json or text")
+	flags.TextVar(&f.logLevel, "log-level", slog.LevelInfo, "lowest `level` to log: debug, info, warn or error")
+	flags.StringVar(&f.logFormat, "log-format", "json", "`format` of a log line: json or text")
 }
 
-// register adds metrics to those that /metrics answers: controller-runtime's.
+// register adds metrics to controller-runtime's registry, which /metrics shows.
 func register(c prometheus.Collector) error {
 	if err := ctrlmetrics.Registry.Register(c); err != nil {
 		return fmt.Errorf("register the metrics: %w", err)
@@ -54,7 +63,7 @@ func register(c prometheus.Collector) error {
 	return nil
 }
 
-// logger is the one logger of the process; the libraries' own are led to it.
+// logger returns the logger of the process, and makes the libraries use it.
 func (f *daemonFlags) logger() (*slog.Logger, error) {
 	handler, err := f.handler(f.logLevel)
 	if err != nil {
@@ -77,21 +86,21 @@ func (f *daemonFlags) handler(level slog.Leveler) (slog.Handler, error) {
 	return nil, usageError{fmt.Errorf("--log-format is json or text, not %q", f.logFormat)}
 }
 
-// shutdownTimeout is less than the time kubelet gives the pod to end: 10 s in the chart.
+// shutdownTimeout is less than the pod's terminationGracePeriodSeconds: 10 s in the chart.
 const shutdownTimeout = 8 * time.Second
 
-// start runs the manager until ctx ends. Then it waits for what is ours to end, but not for ever for the informers:
-// while the API server is away they notice late.
+// start runs the manager until ctx ends, and then waits for its tasks, but at most for shutdownTimeout: informers end
+// late while the API server is not reachable.
 func start(ctx context.Context, mgr ctrl.Manager, log *slog.Logger) error {
 	err := mgr.Start(ctx)
 	if ctx.Err() != nil && errors.Is(err, context.DeadlineExceeded) {
-		log.Warn("not everything ended in time", "err", err)
+		log.Warn("some tasks did not end in time", "err", err)
 		return nil
 	}
 	return err
 }
 
-// rest is the way to the API server.
+// rest returns the configuration of clients of the API server.
 func (f *daemonFlags) rest(part string) (*rest.Config, error) {
 	config, err := rest.InClusterConfig()
 	if f.kubeconfig != "" {
@@ -100,6 +109,6 @@ func (f *daemonFlags) rest(part string) (*rest.Config, error) {
 	if err != nil {
 		return nil, fmt.Errorf("find the API server (give --kubeconfig outside of a pod): %w", err)
 	}
-	config.QPS = -1 // the API server shares itself out (API priority and fairness); to wait here as well would only delay
+	config.QPS = -1 // no limit here: the API server limits requests itself (API priority and fairness)
 	return rest.AddUserAgent(config, "k8slan-"+part+"/"+version), nil
 }

@@ -10,8 +10,9 @@ import (
 	"time"
 )
 
-// A Secret's volume changes as kubelet changes it: the new password is there without a restart, and one that cannot be changes nothing.
-func TestAPasswordThatChangesIsReadAgain(t *testing.T) {
+// The test changes a Secret's volume as kubelet does. A new password is used without a restart; an invalid one is not
+// used.
+func TestAChangedPasswordIsReadAgain(t *testing.T) {
 	dir := t.TempDir()
 	file := filepath.Join(dir, "password")
 	show := func(version, password string) {
@@ -24,7 +25,7 @@ func TestAPasswordThatChangesIsReadAgain(t *testing.T) {
 	show("..1", "first\n")
 	try(t, os.Symlink("..data/password", file))
 	f := evpnFlags{as: 65000, peers: []string{"address=192.0.2.1,password-file=" + file}}
-	heard := make(chan string)
+	read := make(chan string)
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan struct{})
 	go func() {
@@ -32,16 +33,16 @@ func TestAPasswordThatChangesIsReadAgain(t *testing.T) {
 		last := ""
 		followFiles(ctx, f.passwordFiles(), slog.New(slog.DiscardHandler), func() error {
 			e, err := f.evpn("worker1")
-			said := ""
+			text := ""
 			if err != nil {
-				said = err.Error()
+				text = err.Error()
 			} else {
-				said = e.Peers[0].Password
+				text = e.Peers[0].Password
 			}
-			if said != last {
-				last = said
+			if text != last {
+				last = text
 				select {
-				case heard <- said:
+				case read <- text:
 				case <-ctx.Done():
 				}
 			}
@@ -52,12 +53,12 @@ func TestAPasswordThatChangesIsReadAgain(t *testing.T) {
 	expect := func(want string) {
 		t.Helper()
 		select {
-		case got := <-heard:
+		case got := <-read:
 			if !strings.Contains(got, want) {
 				t.Errorf("read %q, want %q", got, want)
 			}
 		case <-time.After(time.Minute):
-			t.Fatalf("waited for %q in vain", want)
+			t.Fatalf("timeout; want %q", want)
 		}
 	}
 	expect("first")

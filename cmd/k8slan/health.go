@@ -8,12 +8,13 @@ import (
 	"net/http"
 	"time"
 
+	"golang.org/x/sync/errgroup"
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/manager"
 )
 
-// serveHealth has the manager answer /healthz, with 200 while it runs, and /readyz, with 200 or with 503 and the
-// sentences of the checks that fail.
+// serveHealth makes the manager answer /healthz and /readyz. /healthz answers with 200 while the manager runs. /readyz
+// answers with 200, or with 503 and the errors of the checks that fail.
 func (f *daemonFlags) serveHealth(mgr ctrl.Manager, ready ...func(context.Context) error) error {
 	if f.healthAddress == "0" {
 		return nil
@@ -49,5 +50,23 @@ func answer(w http.ResponseWriter, err error) {
 		text = err.Error()
 		w.WriteHeader(http.StatusServiceUnavailable)
 	}
-	_, _ = fmt.Fprintln(w, text) // the caller is gone: nobody to tell
+	_, _ = fmt.Fprintln(w, text) // it fails only if the caller has closed the connection
+}
+
+// serve answers HTTP requests at an address until ctx ends. The address 0 means none. What names the paths in errors.
+func serve(ctx context.Context, tasks *errgroup.Group, address string, handler http.Handler, what string) {
+	if address == "0" {
+		return
+	}
+	srv := &http.Server{Addr: address, Handler: handler, ReadHeaderTimeout: 10 * time.Second}
+	tasks.Go(func() error {
+		if err := srv.ListenAndServe(); !errors.Is(err, http.ErrServerClosed) {
+			return fmt.Errorf("answer %s: %w", what, err)
+		}
+		return nil
+	})
+	tasks.Go(func() error {
+		<-ctx.Done()
+		return srv.Close()
+	})
 }

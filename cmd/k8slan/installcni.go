@@ -14,14 +14,14 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
-// pluginName is what the CNI plugin is called on a node: the type in the NADs.
+// pluginName is the CNI plugin's file name on a node: the type in the NADs.
 const pluginName = "k8slan"
 
-// megalosName is what it is called beside that for networks of type megalos.
+// megalosName is its second file name, for networks of type megalos.
 const megalosName = "megalos"
 
-// installPlugin puts the CNI plugin into its place, under the second name as well where that is wished for. Where it is not, a program of that name is
-// somebody else's unless it is the plugin, which goes.
+// installPlugin installs the CNI plugin, with its second name if withMegalos is set. Otherwise it removes the second
+// name, unless that file is another program.
 func installPlugin(source, dir string, withMegalos bool) (installed bool, err error) {
 	megalos := filepath.Join(dir, megalosName)
 	if !withMegalos {
@@ -31,29 +31,29 @@ func installPlugin(source, dir string, withMegalos bool) (installed bool, err er
 		return installCNI(source, filepath.Join(dir, pluginName))
 	}
 	for _, target := range []string{megalos, filepath.Join(dir, pluginName)} {
-		anew, err := installCNI(source, target)
+		changed, err := installCNI(source, target)
 		if err != nil {
 			return installed, err
 		}
-		installed = installed || anew
+		installed = installed || changed
 	}
 	return installed, nil
 }
 
-// ownsMegalos says whether the program of the second name is the same as the plugin beside it.
+// ownsMegalos reports whether the program with the second name is the CNI plugin.
 func ownsMegalos(dir string) (bool, error) {
 	program, err := os.ReadFile(filepath.Join(dir, pluginName))
 	if errors.Is(err, fs.ErrNotExist) {
 		return false, nil
 	}
 	if err != nil {
-		return false, fmt.Errorf("read the CNI plugin that is there: %w", err)
+		return false, fmt.Errorf("read the installed CNI plugin: %w", err)
 	}
 	return isInstalled(program, filepath.Join(dir, megalosName))
 }
 
-// megalosInUse says whether a program of the second name that is ours has to stay for pods that were attached by it: a runtime that finds no plugin
-// to detach a pod never gets rid of it.
+// megalosInUse reports whether the CNI plugin must keep its second name because pods are attached by it: a runtime that
+// does not find the plugin can never remove such a pod.
 func megalosInUse(ctx context.Context, host *kernel.Node, dir string) (bool, error) {
 	ours, err := ownsMegalos(dir)
 	if err != nil || !ours {
@@ -66,7 +66,7 @@ func megalosInUse(ctx context.Context, host *kernel.Node, dir string) (bool, err
 	for _, lan := range lans {
 		claims, err := host.Claims(ctx, lan)
 		if err != nil {
-			return false, fmt.Errorf("look for pods on networks of type megalos: %w", err)
+			return false, fmt.Errorf("find pods on networks of type megalos: %w", err)
 		}
 		if slices.ContainsFunc(claims, func(c segment.Claim) bool { return segment.IsOnDemand(c.Spoke) }) {
 			return true, nil
@@ -75,7 +75,7 @@ func megalosInUse(ctx context.Context, host *kernel.Node, dir string) (bool, err
 	return false, nil
 }
 
-// removeMegalos removes the program of the second name if it is ours.
+// removeMegalos removes the program with the second name if it is the CNI plugin.
 func removeMegalos(dir string) error {
 	megalos := filepath.Join(dir, megalosName)
 	if ours, err := ownsMegalos(dir); err != nil || !ours {
@@ -87,8 +87,9 @@ func removeMegalos(dir string) error {
 	return nil
 }
 
-// installCNI copies the program source to target, whose directory must exist, in one step: whoever starts it meanwhile gets
-// the old one or the new one, whole. Where the same is there already nothing is written.
+// installCNI copies the program source to target, whose directory must exist. It replaces target atomically: a runtime
+// that starts it at the same time gets either the whole old program or the whole new one. If target is the same
+// already, installCNI writes nothing.
 func installCNI(source, target string) (installed bool, err error) {
 	program, err := os.ReadFile(source)
 	if err != nil {
@@ -96,7 +97,7 @@ func installCNI(source, target string) (installed bool, err error) {
 	}
 	same, err := isInstalled(program, target)
 	if err != nil {
-		return false, fmt.Errorf("look at the CNI plugin that is there: %w", err)
+		return false, fmt.Errorf("read the installed CNI plugin: %w", err)
 	}
 	if same {
 		return false, nil
@@ -107,6 +108,7 @@ func installCNI(source, target string) (installed bool, err error) {
 	return true, nil
 }
 
+// isInstalled reports whether target is the program, with the right mode.
 func isInstalled(program []byte, target string) (bool, error) {
 	info, err := os.Lstat(target)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -118,20 +120,20 @@ func isInstalled(program []byte, target string) (bool, error) {
 	if info.Mode() != 0o755 || info.Size() != int64(len(program)) {
 		return false, nil
 	}
-	there, err := os.ReadFile(target)
-	return bytes.Equal(there, program), err
+	installed, err := os.ReadFile(target)
+	return bytes.Equal(installed, program), err
 }
 
-// replace writes a program beside target and renames it, so that target is never half written and never busy. What an
-// installer that was killed left beside it goes.
+// replace writes a program beside target and renames it, so that target is never half written and never busy. It also
+// removes the files that a killed installer left.
 func replace(target string, program []byte) (err error) {
 	dir := filepath.Dir(target)
 	prefix := "." + filepath.Base(target) + "-new-"
-	left, err := filepath.Glob(filepath.Join(dir, prefix+"*"))
+	stale, err := filepath.Glob(filepath.Join(dir, prefix+"*"))
 	if err != nil {
 		return err
 	}
-	for _, path := range left {
+	for _, path := range stale {
 		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
@@ -149,13 +151,13 @@ func replace(target string, program []byte) (err error) {
 	return syncDir(dir)
 }
 
-// writeAndClose writes the program to disk and closes the file.
+// writeAndClose writes the program to disk, and closes the file.
 func writeAndClose(file *os.File, program []byte) error {
 	_, err := file.Write(program)
 	return errors.Join(err, file.Chmod(0o755), file.Sync(), file.Close())
 }
 
-// syncDir has a rename survive a power loss.
+// syncDir makes a rename survive a power failure.
 func syncDir(dir string) error {
 	d, err := os.Open(dir)
 	if err != nil {

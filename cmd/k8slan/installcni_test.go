@@ -22,7 +22,7 @@ func wantInstalled(t *testing.T, dir, content string) {
 	t.Helper()
 	entries, err := os.ReadDir(dir)
 	if err != nil || len(entries) != 1 || entries[0].Name() != "k8slan" {
-		t.Fatalf("%s has %v, %v; want k8slan alone", dir, entries, err)
+		t.Fatalf("%s has %v, %v; want only k8slan", dir, entries, err)
 	}
 	info, err := entries[0].Info()
 	if err != nil || info.Mode() != 0o755 {
@@ -44,7 +44,7 @@ func TestThePluginIsInstalledAndReplacedWhole(t *testing.T) {
 }
 
 // A running plugin keeps its file, and a reader of the old one never sees the new one's bytes.
-func TestTheOldPluginStaysWholeForWhoHasItOpen(t *testing.T) {
+func TestTheOldPluginStaysWholeForAReader(t *testing.T) {
 	dir := t.TempDir()
 	if _, err := install(t, "old plugin", dir); err != nil {
 		t.Fatal(err)
@@ -92,7 +92,7 @@ func TestAPluginWithAnotherModeIsReplaced(t *testing.T) {
 	wantInstalled(t, dir, "plugin")
 }
 
-func TestWhatAKilledInstallerLeftIsRemoved(t *testing.T) {
+func TestFilesOfAKilledInstallerAreRemoved(t *testing.T) {
 	dir := t.TempDir()
 	if err := os.WriteFile(filepath.Join(dir, ".k8slan-new-123"), []byte("half"), 0o600); err != nil {
 		t.Fatal(err)
@@ -103,18 +103,18 @@ func TestWhatAKilledInstallerLeftIsRemoved(t *testing.T) {
 	wantInstalled(t, dir, "plugin")
 }
 
-func TestAFailedInstallationSaysWhatAndLeavesNothing(t *testing.T) {
+func TestAFailedInstallationNamesTheTargetAndLeavesNothing(t *testing.T) {
 	parent := t.TempDir()
 	_, err := install(t, "plugin", filepath.Join(parent, "missing"))
 	if err == nil || !strings.Contains(err.Error(), filepath.Join(parent, "missing", "k8slan")) {
 		t.Errorf("err = %v, want one that names the target", err)
 	}
 	if entries, err := os.ReadDir(parent); err != nil || len(entries) != 0 {
-		t.Errorf("left %v, %v", entries, err)
+		t.Errorf("remaining files %v, %v", entries, err)
 	}
 }
 
-func TestThePluginsSecondNameComesAndGoes(t *testing.T) {
+func TestThePluginsSecondNameIsInstalledAndRemoved(t *testing.T) {
 	dir, source := t.TempDir(), filepath.Join(t.TempDir(), "k8slan-cni")
 	write := func(path, content string) {
 		t.Helper()
@@ -130,7 +130,7 @@ func TestThePluginsSecondNameComesAndGoes(t *testing.T) {
 			have = append(have, e.Name())
 		}
 		if err != nil || !slices.Equal(have, want) {
-			t.Errorf("%s: there are %v, %v; want %v", when, have, err, want)
+			t.Errorf("%s: the directory has %v, %v; want %v", when, have, err, want)
 		}
 	}
 	write(source, "plugin")
@@ -151,9 +151,9 @@ func TestThePluginsSecondNameComesAndGoes(t *testing.T) {
 		}
 		has(step.when, step.want...)
 	}
-	write(filepath.Join(dir, "megalos"), "Megalos' own")
+	write(filepath.Join(dir, "megalos"), "Megalos' own plugin")
 	if _, err := installPlugin(source, dir, false); err != nil {
 		t.Fatal(err)
 	}
-	has("somebody else's", "k8slan", "megalos")
+	has("another program", "k8slan", "megalos")
 }

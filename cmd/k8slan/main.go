@@ -1,5 +1,5 @@
-// Command k8slan is everything of k8slan that runs in a cluster: the daemon of each node, the controller, and the
-// steps of an upgrade, an uninstallation and a test.
+// Command k8slan contains the programs of k8slan that run in a cluster: each node's daemon, the controller, the route
+// reflector, the sidecar, and the steps of helm upgrade, helm uninstall and helm test.
 package main
 
 import (
@@ -15,7 +15,7 @@ import (
 	"github.com/spf13/cobra"
 )
 
-// version is that of k8slan, set at build time.
+// version is k8slan's version, set at build time.
 var version = "development"
 
 func main() {
@@ -46,9 +46,9 @@ func rootCommand() *cobra.Command {
 	root := &cobra.Command{
 		Use:   "k8slan",
 		Short: "Ethernet LANs between the pods and VMs of a Kubernetes cluster",
-		Long: `k8slan gives pods and VMs of a Kubernetes cluster real Ethernet LANs that span its nodes.
+		Long: `k8slan gives the pods and VMs of a Kubernetes cluster virtual Ethernet LANs that span its nodes.
 
-Its parts run in the cluster, installed by the Helm chart; people use kubectl:
+The Helm chart installs its programs in the cluster. Users work with kubectl:
   kubectl get lans,lannodes -A
   kubectl explain lan.spec`,
 		SilenceUsage:      true,
@@ -58,24 +58,25 @@ Its parts run in the cluster, installed by the Helm chart; people use kubectl:
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return usageError{fmt.Errorf("%w; see %s --help", err, cmd.CommandPath())}
 	})
-	root.AddCommand(nodeCommand(), controllerCommand(), reflectorCommand(), sidecarCommand(), cleanCommand(), upgradeCommand(), uninstallCommand(), probeCommand(), captureCommand(), macsCommand(),
-		pauseCommand(), versionCommand())
+	root.AddCommand(nodeCommand(), controllerCommand(), reflectorCommand(), sidecarCommand(), cleanCommand(),
+		upgradeCommand(), uninstallCommand(), probeCommand(), captureCommand(), macsCommand(), pauseCommand(),
+		versionCommand())
 	return root
 }
 
-// noArguments refuses what is left on the command line after the flags.
+// noArguments refuses arguments after the flags.
 func noArguments(cmd *cobra.Command, args []string) error {
 	if len(args) > 0 {
-		return usageError{fmt.Errorf("%s takes no arguments, but got %q; see %s --help", cmd.CommandPath(), args, cmd.CommandPath())}
+		return usageError{fmt.Errorf("%s takes no arguments, but got %q; see %[1]s --help", cmd.CommandPath(), args)}
 	}
 	return nil
 }
 
-// pauseCommand is the main container of pods whose work is done before it starts.
+// pauseCommand returns the command of the main container of pods that do their work in init containers.
 func pauseCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:    "pause",
-		Short:  "Do nothing until told to end",
+		Short:  "Do nothing until it receives a signal",
 		Hidden: true,
 		Args:   noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -91,7 +92,8 @@ func versionCommand() *cobra.Command {
 		Short: "Print the version",
 		Args:  noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			_, err := fmt.Fprintf(cmd.OutOrStdout(), "k8slan %s %s %s/%s\n", version, runtime.Version(), runtime.GOOS, runtime.GOARCH)
+			_, err := fmt.Fprintf(cmd.OutOrStdout(), "k8slan %s %s %s/%s\n",
+				version, runtime.Version(), runtime.GOOS, runtime.GOARCH)
 			return err
 		},
 	}

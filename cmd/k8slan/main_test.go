@@ -7,7 +7,7 @@ import (
 	"testing"
 )
 
-// run runs k8slan with arguments, and returns what it said.
+// run runs k8slan with arguments, and returns what it printed.
 func run(args ...string) (string, error) {
 	var out bytes.Buffer
 	root := rootCommand()
@@ -41,7 +41,7 @@ func TestEveryCommandHelps(t *testing.T) {
 		}
 		for _, want := range c.want {
 			if !strings.Contains(out, want) {
-				t.Errorf("%s --help does not tell of %s:\n%s", c.command, want, out)
+				t.Errorf("%s --help does not have %s:\n%s", c.command, want, out)
 			}
 		}
 	}
@@ -62,7 +62,7 @@ func TestMistakesInTheCommandLineExitWithTwo(t *testing.T) {
 		{[]string{"reflector", "--as", "65000", "--listen", "nowhere"}, "--listen"},
 		{[]string{"node", "--node-name", "n", "--evpn-peer", "address=192.0.2.1"}, "--evpn-as"},
 		{[]string{"node", "--node-name", "n", "--evpn-reflectors", "k8slan-reflector"}, "POD_NAMESPACE"},
-		{[]string{"node", "--node-name", "n", "--pod-namespace", "k8slan-system", "--evpn-reflectors", "k8slan-reflector"}, "--evpn-as"},
+		{[]string{"node", "--node-name", "n", "--pod-namespace", "s", "--evpn-reflectors", "reflector"}, "--evpn-as"},
 	} {
 		_, err := run(c.args...)
 		if err == nil || !strings.Contains(err.Error(), c.want) || exitCode(err) != 2 {

@@ -24,20 +24,20 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
-// joined is a fabric of one LAN.
-type joined struct{}
+// oneLAN is an EVPN instance with one LAN.
+type oneLAN struct{}
 
-func (joined) Sessions() []bgp.Session           { return []bgp.Session{{Up: true}} }
-func (joined) Count(string) (macvrf.Count, bool) { return macvrf.Count{}, true }
+func (oneLAN) Sessions() []bgp.Session           { return []bgp.Session{{Up: true}} }
+func (oneLAN) Count(string) (macvrf.Count, bool) { return macvrf.Count{}, true }
 
-// nodeMetrics are those of a daemon to which everything has happened once.
+// nodeMetrics returns the metrics of a daemon that had every kind of event once.
 func nodeMetrics() *metrics.Metrics {
 	lab := segment.Segment{LAN: segment.LAN{Namespace: "default", Name: "lab"}}
 	m := metrics.New(metrics.Sources{
 		Registered: func() int { return 1 },
 		Reports:    func() []lanmgr.Report { return []lanmgr.Report{{Segment: lab}} },
 		Dropped:    func() map[string]uint64 { return map[string]uint64{"default/lab": 1} },
-		EVPN:       joined{},
+		EVPN:       oneLAN{},
 	})
 	m.Published(v1beta1.LANNodeStatus{})
 	m.Observed(lanmgr.Observation{Done: []segment.Op{segment.AddBridge{}}, Repair: true})
@@ -50,12 +50,14 @@ func nodeMetrics() *metrics.Metrics {
 	return m
 }
 
-// reflected are the metrics of a reflector.
-var reflected = metrics.Reflector{Count: func(context.Context) (bgp.Count, error) { return bgp.Count{}, nil }}
+// reflectorMetrics are the metrics of a route reflector.
+var reflectorMetrics = metrics.Reflector{Count: func(context.Context) (bgp.Count, error) { return bgp.Count{}, nil }}
 
-// What is answered at /metrics follows Prometheus's conventions, with what controller-runtime adds.
-func TestPrometheusHasNothingToSayAgainstTheMetrics(t *testing.T) {
-	for name, c := range map[string]prometheus.Collector{"daemon": nodeMetrics(), "controller": controller.NewMetrics(), "reflector": reflected} {
+// The metrics, with those of controller-runtime, follow Prometheus's conventions.
+func TestPrometheusFindsNoProblemInTheMetrics(t *testing.T) {
+	for name, c := range map[string]prometheus.Collector{
+		"daemon": nodeMetrics(), "controller": controller.NewMetrics(), "reflector": reflectorMetrics,
+	} {
 		registry := prometheus.NewPedanticRegistry()
 		if err := registry.Register(c); err != nil {
 			t.Fatal(err)
@@ -64,7 +66,7 @@ func TestPrometheusHasNothingToSayAgainstTheMetrics(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if len(families) < 10 { // those of the Go runtime alone are more
+		if len(families) < 10 { // the Go runtime has more
 			t.Fatalf("the %s has %d metrics", name, len(families))
 		}
 		problems, err := promlint.NewWithMetricFamilies(families).Lint()
@@ -79,7 +81,7 @@ func TestPrometheusHasNothingToSayAgainstTheMetrics(t *testing.T) {
 
 const metricsPage = "../../docs/metrics.md"
 
-// rows are a collector's metrics as rows of the page's tables.
+// rows returns a collector's metrics as rows of the page's tables.
 func rows(t *testing.T, c prometheus.Collector) []string {
 	t.Helper()
 	descs := make(chan *prometheus.Desc, 100)
@@ -87,11 +89,12 @@ func rows(t *testing.T, c prometheus.Collector) []string {
 	close(descs)
 	var rows []string
 	for d := range descs {
-		part := regexp.MustCompile(`fqName: "(\w+)", help: "([^"]*)".* variableLabels: {([^}]*)}`).FindStringSubmatch(d.String())
-		if part == nil {
-			t.Fatalf("a metric that cannot be read: %s", d)
+		fields := regexp.MustCompile(`fqName: "(\w+)", help: "([^"]*)".* variableLabels: {([^}]*)}`)
+		match := fields.FindStringSubmatch(d.String())
+		if match == nil {
+			t.Fatalf("metric %s cannot be parsed", d)
 		}
-		name, help, labels := part[1], part[2], part[3]
+		name, help, labels := match[1], match[2], match[3]
 		kind := "gauge"
 		switch {
 		case strings.HasSuffix(name, "_total"):
@@ -107,12 +110,12 @@ func rows(t *testing.T, c prometheus.Collector) []string {
 	return rows
 }
 
-func TestMetricsPageIsThatOfTheCode(t *testing.T) {
+func TestMetricsPageMatchesTheCode(t *testing.T) {
 	page, err := os.ReadFile(metricsPage)
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := slices.Concat(rows(t, nodeMetrics()), rows(t, controller.NewMetrics()), rows(t, reflected))
+	want := slices.Concat(rows(t, nodeMetrics()), rows(t, controller.NewMetrics()), rows(t, reflectorMetrics))
 	var have []string
 	for line := range strings.Lines(string(page)) {
 		if strings.HasPrefix(line, "| `k8slan_") {
@@ -120,13 +123,13 @@ func TestMetricsPageIsThatOfTheCode(t *testing.T) {
 		}
 	}
 	if !slices.Equal(have, want) {
-		t.Errorf("the tables of docs/metrics.md should be\n%s\nbut are\n%s", strings.Join(want, "\n"), strings.Join(have, "\n"))
+		t.Errorf("the tables of docs/metrics.md are\n%s\nwant\n%s", strings.Join(have, "\n"), strings.Join(want, "\n"))
 	}
 	known := strings.Join(want, "\n")
 	for _, name := range regexp.MustCompile(`\bk8slan_\w+`).FindAllString(string(page), -1) {
 		base := regexp.MustCompile(`_(bucket|sum|count)$`).ReplaceAllString(name, "")
 		if !strings.Contains(known, "`"+base+"`") {
-			t.Errorf("docs/metrics.md speaks of %s, which there is not", name)
+			t.Errorf("docs/metrics.md names %s, which does not exist", name)
 		}
 	}
 }

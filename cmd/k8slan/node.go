@@ -4,30 +4,20 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
-	"net/http"
 	"net/netip"
 	"os"
 
 	"github.com/spf13/cobra"
-	corev1 "k8s.io/api/core/v1"
-	discoveryv1 "k8s.io/api/discovery/v1"
-	"k8s.io/apimachinery/pkg/api/meta"
-	"k8s.io/apimachinery/pkg/fields"
-	"k8s.io/apimachinery/pkg/labels"
-	"k8s.io/apimachinery/pkg/runtime"
-	"k8s.io/apimachinery/pkg/runtime/schema"
+	"github.com/spf13/pflag"
 	"k8s.io/apimachinery/pkg/types"
-	"k8s.io/client-go/rest"
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/cache"
-	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/manager"
-	metricsserver "sigs.k8s.io/controller-runtime/pkg/metrics/server"
 
 	"github.com/k8slan/k8slan/cni"
 	"github.com/k8slan/k8slan/cni/report"
-	"github.com/k8slan/k8slan/crd/v1beta1"
 	"github.com/k8slan/k8slan/deviceplugin"
 	"github.com/k8slan/k8slan/lanmgr"
 	"github.com/k8slan/k8slan/lanmgr/agent"
@@ -50,7 +40,7 @@ type nodeFlags struct {
 	cniSource  string
 	cniDir     string
 	megalos    bool
-	kubelet    string // socket of its pod resources
+	kubelet    string // socket of kubelet's pod resources API
 	vteps      []net.IPNet
 	self       gc.Pod
 }
@@ -59,43 +49,64 @@ func nodeCommand() *cobra.Command {
 	var f nodeFlags
 	cmd := &cobra.Command{
 		Use:   "node",
-		Short: "Run the daemon of one node: it builds the LANs and offers their spokes to kubelet",
+		Short: "Run the daemon of one node: it builds the LANs and advertises their spokes to kubelet",
 		Long: `Run the daemon of one node.
 
-It puts the CNI plugin in its place, builds each admitted LAN that the node belongs to, repairs what somebody else changed, offers the LAN's spokes and pools to kubelet as
-resources macvtap.k8slan.io/k8slan-veth-<spoke>, and reports in the LANNode object of the node's name. It runs as root in the
-node's network namespace. When it ends, the LANs stay; kubelet offers their spokes again when it is back.
+It installs the CNI plugin, builds each accepted LAN that the node belongs to, and undoes changes that other programs
+make to it. It advertises the LAN's spokes and pools to kubelet as resources macvtap.k8slan.io/k8slan-veth-<spoke>, and
+reports the state of the LANs in the LANNode object with the node's name. It runs as root in the node's network
+namespace. When it ends, the LANs stay. When it starts again, it advertises their spokes again.
 
-/healthz answers while the daemon runs, /readyz once every LAN was worked on and kubelet knows every spoke.`,
+/healthz answers with 200 while the daemon runs. /readyz answers with 200 when every LAN has been reconciled and every
+spoke is registered with kubelet.`,
 		Args: noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if f.node == "" {
 				return usageError{errors.New("the node has no name: give --node-name or set NODE_NAME")}
 			}
 			if f.reflectors != "" && f.self.Namespace == "" {
-				return usageError{errors.New("--evpn-reflectors names a Service of the daemon's own namespace: give --pod-namespace or set POD_NAMESPACE")}
+				return usageError{errors.New("--evpn-reflectors names a Service in the daemon's own namespace: " +
+					"give --pod-namespace or set POD_NAMESPACE")}
 			}
 			return f.runNode(cmd.Context())
 		},
 	}
 	f.daemonFlags.add(cmd.Flags())
 	f.evpnFlags.add(cmd.Flags())
-	cmd.Flags().StringVar(&f.node, "node-name", os.Getenv("NODE_NAME"), "`name` of the Node object (environment: NODE_NAME)")
-	cmd.Flags().IPNetSliceVar(&f.vteps, "vtep-cidrs", nil,
-		"`ranges` of the addresses by which nodes carry LANs for each other, the earlier the better; empty: in unicast the node's InternalIP, else the device of the default route")
-	cmd.Flags().StringVar(&f.run, "run-dir", kernel.DefaultRun, "`directory` of the LANs' network namespaces, records and locks")
-	cmd.Flags().StringVar(&f.cdi, "cdi-dir", cdi.DefaultDir, "`directory` of the container runtime's CDI files")
-	cmd.Flags().StringVar(&f.cniSource, "cni-source", "/k8slan-cni", "the CNI plugin's `file`")
-	cmd.Flags().StringVar(&f.cniDir, "cni-dir", "", "the container runtime's `directory` of CNI plugins, where to put it as k8slan; empty: nowhere")
-	cmd.Flags().BoolVar(&f.megalos, "megalos", false, "put the CNI plugin there as megalos, too, for networks of that type")
-	cmd.Flags().StringVar(&f.pluginsDir, "device-plugin-dir", deviceplugin.Dir, "kubelet's `directory` of device plugins")
-	cmd.Flags().StringVar(&f.kubelet, "pod-resources-socket", gc.Socket, "`socket` by which kubelet tells of its pods")
-	cmd.Flags().StringVar(&f.self.Name, "pod-name", os.Getenv("POD_NAME"),
-		"`name` of the pod that this is; without it, claims of pods that went without a CNI DEL are not collected (environment: POD_NAME)")
-	cmd.Flags().StringVar(&f.self.Namespace, "pod-namespace", os.Getenv("POD_NAMESPACE"), "`namespace` of that pod (environment: POD_NAMESPACE)")
+	f.addNode(cmd.Flags())
 	return cmd
 }
 
+func (f *nodeFlags) addNode(flags *pflag.FlagSet) {
+	flags.StringVar(&f.node, "node-name", os.Getenv("NODE_NAME"),
+		"`name` of the Node object (environment: NODE_NAME)")
+	flags.IPNetSliceVar(&f.vteps, "vtep-cidrs", nil,
+		"`ranges` of addresses for VTEPs, in order of preference; "+
+			"empty: with unicast discovery the node's InternalIP, else the device of the default route")
+	addRunDir(flags, &f.run)
+	flags.StringVar(&f.cdi, "cdi-dir", cdi.DefaultDir, "`directory` of the container runtime's CDI files")
+	flags.StringVar(&f.cniSource, "cni-source", "/k8slan-cni", "`file` of the CNI plugin")
+	flags.StringVar(&f.cniDir, "cni-dir", "",
+		"the container runtime's `directory` of CNI plugins, where the CNI plugin is installed as k8slan; "+
+			"empty: it is not installed")
+	flags.BoolVar(&f.megalos, "megalos", false,
+		"also install the CNI plugin as megalos, for networks of that type")
+	flags.StringVar(&f.pluginsDir, "device-plugin-dir", deviceplugin.Dir, "kubelet's `directory` of device plugins")
+	flags.StringVar(&f.kubelet, "pod-resources-socket", gc.Socket, "`socket` of kubelet's pod resources API")
+	flags.StringVar(&f.self.Name, "pod-name", os.Getenv("POD_NAME"),
+		"`name` of the daemon's own pod (environment: POD_NAME); "+
+			"empty: claims of pods that were removed without a CNI DEL are not collected")
+	flags.StringVar(&f.self.Namespace, "pod-namespace", os.Getenv("POD_NAMESPACE"),
+		"`namespace` of the daemon's own pod (environment: POD_NAMESPACE)")
+}
+
+// addRunDir adds the flag --run-dir.
+func addRunDir(flags *pflag.FlagSet, run *string) {
+	flags.StringVar(run, "run-dir", kernel.DefaultRun,
+		"`directory` of the LANs' network namespaces, records and locks")
+}
+
+// prefixes converts the values of a flag.
 func prefixes(nets []net.IPNet) []netip.Prefix {
 	var list []netip.Prefix
 	for _, n := range nets {
@@ -118,23 +129,10 @@ func (f *nodeFlags) runNode(ctx context.Context) error {
 	}
 	host := kernel.New(kernel.Paths{Run: f.run})
 	defer host.Close()
-	// Before spokes are offered; not by an init container, because kubelet refuses them until the daemon is back.
-	if f.cniDir != "" {
-		if err := cni.EnableMegalos(f.run, f.megalos); err != nil {
-			return err
-		}
-		stays, err := megalosInUse(ctx, host, f.cniDir)
-		if err != nil {
-			return err
-		}
-		if stays && !f.megalos {
-			log.Warn("the CNI plugin stays as megalos, for pods that are attached by it are to be detached; it goes when the daemon starts and none is left")
-		}
-		installed, err := installPlugin(f.cniSource, f.cniDir, f.megalos || stays)
-		if err != nil {
-			return err
-		}
-		log.Info("the CNI plugin is in its place", "dir", f.cniDir, "new", installed)
+	// This comes before spokes are advertised. An init container could not do it, because kubelet refuses the spokes'
+	// devices while the daemon is not running.
+	if err := f.installCNI(ctx, host, log); err != nil {
+		return err
 	}
 	mgr, err := f.manager()
 	if err != nil {
@@ -144,23 +142,83 @@ func (f *nodeFlags) runNode(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	lans := lanmgr.New(host, f.cdi, log)
-	plugins := deviceplugin.New(f.pluginsDir, log)
-	collector := gc.New(f.kubelet, f.self, lans, log)
-	filter := firewall.New("", firewall.TableName, log)
-	sources := metrics.Sources{Reports: lans.Reports, Registered: plugins.Registered, Dropped: filter.Dropped}
-	var joined *evpn.Instance
-	if evpnConfig != nil {
-		evpnConfig.Kernel, evpnConfig.Log = host, log
-		joined = evpn.New(*evpnConfig)
-		sources.EVPN = joined
-	}
-	m := metrics.New(sources)
-	lans.OnObserve, collector.Collected = m.Observed, m.Collected
-	plugins.OnRegistration(m.Registration)
-	if err := register(m); err != nil {
+	d := f.newDaemon(host, evpnConfig, log)
+	if err := register(d.metrics); err != nil {
 		return err
 	}
+	d.agent = agent.New(f.agentConfig(d, mgr, peers))
+	if err := errors.Join(mgr.Add(peers), f.addTasks(mgr, d), f.serveHealth(mgr, d.checks()...)); err != nil {
+		return fmt.Errorf("set up the daemon: %w", err)
+	}
+	log.Info("k8slan node starts", "version", version, "node", f.node)
+	defer log.Info("k8slan node ends, LANs stay", "node", f.node)
+	return start(ctx, mgr, log)
+}
+
+// installCNI installs the CNI plugin, and enables or disables networks of type megalos.
+func (f *nodeFlags) installCNI(ctx context.Context, host *kernel.Node, log *slog.Logger) error {
+	if f.cniDir == "" {
+		return nil
+	}
+	if err := cni.EnableMegalos(f.run, f.megalos); err != nil {
+		return err
+	}
+	inUse, err := megalosInUse(ctx, host, f.cniDir)
+	if err != nil {
+		return err
+	}
+	if inUse && !f.megalos {
+		log.Warn("the CNI plugin stays installed as megalos, because pods that it attached will be detached by it; " +
+			"it is removed when the daemon starts and no such pod is left")
+	}
+	installed, err := installPlugin(f.cniSource, f.cniDir, f.megalos || inUse)
+	if err != nil {
+		return err
+	}
+	log.Info("the CNI plugin is installed", "dir", f.cniDir, "new", installed)
+	return nil
+}
+
+// daemon has the parts of a node's daemon.
+type daemon struct {
+	host     *kernel.Node
+	lans     *lanmgr.Manager
+	plugins  *deviceplugin.Plugins
+	gc       *gc.Collector
+	firewall *firewall.Filter
+	evpn     *evpn.Instance // nil without --evpn-as
+	metrics  *metrics.Metrics
+	agent    *agent.Agent
+	log      *slog.Logger
+}
+
+// newDaemon returns the daemon's parts except for the agent, and connects them with the metrics.
+func (f *nodeFlags) newDaemon(host *kernel.Node, evpnConfig *evpn.Config, log *slog.Logger) *daemon {
+	d := &daemon{
+		host:     host,
+		lans:     lanmgr.New(host, f.cdi, log),
+		plugins:  deviceplugin.New(f.pluginsDir, log),
+		firewall: firewall.New("", firewall.TableName, log),
+		log:      log,
+	}
+	d.gc = gc.New(f.kubelet, f.self, d.lans, log)
+	sources := metrics.Sources{
+		Reports: d.lans.Reports, Registered: d.plugins.Registered, Dropped: d.firewall.Dropped,
+	}
+	if evpnConfig != nil {
+		evpnConfig.Kernel, evpnConfig.Log = host, log
+		d.evpn = evpn.New(*evpnConfig)
+		sources.EVPN = d.evpn
+	}
+	d.metrics = metrics.New(sources)
+	d.lans.OnObserve = d.metrics.Observed
+	d.gc.Collected = d.metrics.Collected
+	d.plugins.OnRegistration(d.metrics.Registration)
+	return d
+}
+
+// agentConfig connects the agent with the API server and the other parts.
+func (f *nodeFlags) agentConfig(d *daemon, mgr ctrl.Manager, peers cache.Cache) agent.Config {
 	config := agent.Config{
 		Node:      f.node,
 		Version:   version,
@@ -169,116 +227,59 @@ func (f *nodeFlags) runNode(ctx context.Context) error {
 		APIReader: mgr.GetAPIReader(),
 		Peers:     peers,
 		VTEPs:     prefixes(f.vteps),
-		Kernel:    host,
-		Manager:   lans,
-		Firewall:  filter,
+		Kernel:    d.host,
+		Manager:   d.lans,
+		Firewall:  d.firewall,
 		Advertise: func(spokes []agent.Spoke) {
-			plugins.Set(toDevicePlugin(spokes))
-			m.Advertised(spokes)
+			d.plugins.Set(toDevicePlugin(spokes))
+			d.metrics.Advertised(spokes)
 		},
-		OnPublish: m.Published,
+		OnPublish: d.metrics.Published,
 		Events:    mgr.GetEventRecorder("k8slan-node"),
-		Log:       log,
+		Log:       d.log,
 	}
-	if joined != nil {
-		config.EVPN = joined
+	if d.evpn != nil {
+		config.EVPN = d.evpn
 		config.Reflectors = types.NamespacedName{Namespace: f.self.Namespace, Name: f.reflectors}
 	}
-	agent := agent.New(config)
-	err = errors.Join(
-		mgr.Add(peers),
-		mgr.Add(manager.RunnableFunc(lans.Run)),
-		mgr.Add(manager.RunnableFunc(filter.Run)),
-		mgr.Add(manager.RunnableFunc(plugins.Run)),
-		mgr.Add(manager.RunnableFunc(agent.Run)),
-		mgr.Add(manager.RunnableFunc(collector.Run)),
-		mgr.Add(manager.RunnableFunc(func(ctx context.Context) error {
-			report.Listen(ctx, f.run, log, m.Outcome)
-			return nil
-		})),
-		mgr.Add(manager.RunnableFunc(func(ctx context.Context) error {
-			if joined != nil {
-				f.followPasswords(ctx, f.node, joined, log)
-			}
-			return nil
-		})),
-		f.serveHealth(mgr,
-			func(context.Context) error { return agent.Ready() },
-			func(context.Context) error { return plugins.Ready() }),
-	)
-	if err != nil {
-		return fmt.Errorf("set up the daemon: %w", err)
-	}
-	log.Info("k8slan node starts", "version", version, "node", f.node)
-	defer log.Info("k8slan node ends, LANs stay", "node", f.node)
-	return start(ctx, mgr, log)
+	return config
 }
 
-// manager has the informers: of every LAN, of Nodes and LANNodes this node's own, and of EndpointSlices those of the reflectors.
-func (f *nodeFlags) manager() (ctrl.Manager, error) {
-	config, err := f.rest("node")
-	if err != nil {
-		return nil, err
-	}
-	scheme := runtime.NewScheme()
-	if err := errors.Join(corev1.AddToScheme(scheme), discoveryv1.AddToScheme(scheme), v1beta1.AddToScheme(scheme)); err != nil {
-		return nil, fmt.Errorf("register the API's kinds: %w", err)
-	}
-	own := cache.ByObject{Field: fields.OneTermEqualSelector("metadata.name", f.node)}
-	stop := shutdownTimeout
-	mgr, err := ctrl.NewManager(config, ctrl.Options{
-		Scheme:         scheme,
-		MapperProvider: func(*rest.Config, *http.Client) (meta.RESTMapper, error) { return restMapper(), nil },
-		Cache: cache.Options{
-			DefaultTransform: cache.TransformStripManagedFields(),
-			ByObject: map[client.Object]cache.ByObject{
-				&corev1.Node{}: own, &v1beta1.LANNode{}: own,
-				&discoveryv1.EndpointSlice{}: {Namespaces: map[string]cache.Config{
-					f.self.Namespace: {LabelSelector: labels.SelectorFromSet(labels.Set{discoveryv1.LabelServiceName: f.reflectors})},
-				}},
-			},
+// addTasks adds everything that runs until the daemon ends.
+func (f *nodeFlags) addTasks(mgr ctrl.Manager, d *daemon) error {
+	tasks := []manager.RunnableFunc{
+		d.lans.Run, d.firewall.Run, d.plugins.Run, d.agent.Run, d.gc.Run,
+		func(ctx context.Context) error {
+			report.Listen(ctx, f.run, d.log, d.metrics.Outcome)
+			return nil
 		},
-		Metrics:                 metricsserver.Options{BindAddress: f.metricsAddress},
-		GracefulShutdownTimeout: &stop,
-	})
-	if err != nil {
-		return nil, fmt.Errorf("set up the daemon: %w", err)
 	}
-	return mgr, nil
-}
-
-// peers has the informer of every node's LANNode. It is a cache of its own, because a cache has one informer of a kind, and starts to
-// watch when it is first asked.
-func (f *nodeFlags) peers(mgr ctrl.Manager) (cache.Cache, error) {
-	peers, err := cache.New(mgr.GetConfig(), cache.Options{
-		HTTPClient: mgr.GetHTTPClient(),
-		Scheme:     mgr.GetScheme(),
-		Mapper:     mgr.GetRESTMapper(),
-		ByObject:   map[client.Object]cache.ByObject{&v1beta1.LANNode{}: {Transform: agent.StripPeer}},
-	})
-	if err != nil {
-		return nil, fmt.Errorf("set up the daemon: %w", err)
+	if d.evpn != nil {
+		tasks = append(tasks, func(ctx context.Context) error {
+			f.followPasswords(ctx, f.node, d.evpn, d.log)
+			return nil
+		})
 	}
-	return peers, nil
+	var errs []error
+	for _, task := range tasks {
+		errs = append(errs, mgr.Add(task))
+	}
+	return errors.Join(errs...)
 }
 
-// restMapper are the kinds that the daemon deals with. It need not ask the API server for them, and so comes up
-// while that is away, as it may be after a power loss.
-func restMapper() meta.RESTMapper {
-	mapper := meta.NewDefaultRESTMapper([]schema.GroupVersion{corev1.SchemeGroupVersion, discoveryv1.SchemeGroupVersion, v1beta1.GroupVersion})
-	mapper.Add(corev1.SchemeGroupVersion.WithKind("Node"), meta.RESTScopeRoot)
-	mapper.Add(v1beta1.GroupVersion.WithKind("LANNode"), meta.RESTScopeRoot)
-	mapper.Add(v1beta1.GroupVersion.WithKind("LAN"), meta.RESTScopeNamespace)
-	mapper.Add(discoveryv1.SchemeGroupVersion.WithKind("EndpointSlice"), meta.RESTScopeNamespace)
-	// A cache of one namespace asks for the scope of lists as well (multiNamespaceCache.List in controller-runtime's pkg/cache).
-	mapper.Add(discoveryv1.SchemeGroupVersion.WithKind("EndpointSliceList"), meta.RESTScopeNamespace)
-	return mapper
+// checks returns the checks of /readyz.
+func (d *daemon) checks() []func(context.Context) error {
+	return []func(context.Context) error{
+		func(context.Context) error { return d.agent.Ready() },
+		func(context.Context) error { return d.plugins.Ready() },
+	}
 }
 
+// toDevicePlugin converts spokes to the type of the device plugins.
 func toDevicePlugin(spokes []agent.Spoke) []deviceplugin.Spoke {
-	offers := make([]deviceplugin.Spoke, len(spokes))
+	converted := make([]deviceplugin.Spoke, len(spokes))
 	for i, s := range spokes {
-		offers[i] = deviceplugin.Spoke(s)
+		converted[i] = deviceplugin.Spoke(s)
 	}
-	return offers
+	return converted
 }

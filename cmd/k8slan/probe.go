@@ -22,7 +22,7 @@ import (
 func probeCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "probe",
-		Short: "Send frames through a LAN and count what comes back: what helm test runs",
+		Short: "Send frames through a LAN and count the answers: the steps of helm test",
 		Args:  noArguments,
 	}
 	cmd.AddCommand(answerCommand(), askCommand(), endpointCommand())
@@ -33,7 +33,7 @@ func answerCommand() *cobra.Command {
 	var iface string
 	cmd := &cobra.Command{
 		Use:   "answer",
-		Short: "Answer every frame of the other end",
+		Short: "Answer every frame from the other end",
 		Args:  noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			port, err := lantest.Open(iface, os.Getenv("NODE_NAME"))
@@ -54,8 +54,10 @@ func askCommand() *cobra.Command {
 	var count int
 	cmd := &cobra.Command{
 		Use:   "ask",
-		Short: "Send a frame of every kind to the other end and say which pass; then many, half of them as short and half as long as may be, and want an answer to each",
-		Args:  noArguments,
+		Short: "Send a frame of every kind to the other end and print which pass; then send many and count the answers",
+		Long: `Send a frame of every kind to the other end and print which pass. Then send many frames, half of them as
+short and half of them as long as possible, and fail unless the other end answers each.`,
+		Args: noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			out := cmd.OutOrStdout()
 			port, err := lantest.Open(iface, os.Getenv("NODE_NAME"))
@@ -75,22 +77,23 @@ func askCommand() *cobra.Command {
 	f.add(cmd, 2*time.Minute)
 	cmd.Flags().StringVar(&iface, "interface", "net1", "`name` of the interface")
 	cmd.Flags().IntVar(&count, "count", 1000, "`number` of frames")
-	cmd.Flags().StringVar(&lan, "remove-lan", "", "`name` of the LAN to delete at the end, in the namespace; empty: none")
+	cmd.Flags().StringVar(&lan, "remove-lan", "",
+		"`name` of a LAN in --namespace to delete at the end; empty: none")
 	return cmd
 }
 
-// ask says what passes to the other end; what doesn't is an error.
+// ask prints which frames reach the other end. It returns an error if any does not.
 func ask(ctx context.Context, out io.Writer, port *lantest.Port, count int) error {
 	peer, err := port.Find(ctx)
 	if err != nil {
 		return err
 	}
-	course, err := port.ProbeKinds(ctx, peer)
+	path, err := port.ProbeKinds(ctx, peer)
 	if err != nil {
 		return fmt.Errorf("send every kind of frame to node %s: %w", peer.Owner, err)
 	}
-	well, sentences := course.Verdict()
-	if !well {
+	ok, sentences := path.Verdict()
+	if !ok {
 		return errors.New(strings.Join(sentences, " "))
 	}
 	fmt.Fprintln(out, strings.Join(sentences, "\n"))
@@ -101,17 +104,19 @@ func ask(ctx context.Context, out io.Writer, port *lantest.Port, count int) erro
 	if r.Lost > 0 {
 		return fmt.Errorf("%d of %d frames were lost on the way to node %s and back", r.Lost, r.Sent, peer.Owner)
 	}
-	_, err = fmt.Fprintf(out, "%d frames of %d and %d bytes went from node %s to node %s and back, none was lost; %s each, the slowest %s\n",
-		r.Sent, r.Short, r.Long, port.Owner, peer.Owner, r.Mean.Round(time.Microsecond), r.Slowest.Round(time.Microsecond))
+	_, err = fmt.Fprintf(out,
+		"%d frames of %d and %d bytes went from node %s to node %s and back, none was lost; %s each, the slowest %s\n",
+		r.Sent, r.Short, r.Long, port.Owner, peer.Owner,
+		r.Mean.Round(time.Microsecond), r.Slowest.Round(time.Microsecond))
 	return err
 }
 
-// endpointCommand is what kubectl k8slan probe runs in the daemon's pod.
+// endpointCommand returns the command that kubectl k8slan probe runs in the daemon's pod.
 func endpointCommand() *cobra.Command {
 	var ns, spoke, run string
 	cmd := &cobra.Command{
-		Use:    "station",
-		Short:  "Send frames from a node's end of a LAN as standard input orders, and say which come by, until standard input ends",
+		Use:    "endpoint",
+		Short:  "Send the frames that standard input orders, and print which frames pass, until standard input ends",
 		Hidden: true,
 		Args:   noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -122,13 +127,13 @@ func endpointCommand() *cobra.Command {
 	}
 	cmd.Flags().StringVar(&ns, "ns", "", "`name` of the LAN's network namespace")
 	cmd.Flags().StringVar(&spoke, "spoke", "", "`name` of the spoke")
-	cmd.Flags().StringVar(&run, "run-dir", kernel.DefaultRun, "`directory` of the LANs' network namespaces, records and locks")
+	addRunDir(cmd.Flags(), &run)
 	return cmd
 }
 
-// removeLAN deletes the LAN that was probed. It goes when the pods on it have gone.
+// removeLAN deletes the LAN that was probed. The LAN is removed when its last pod is detached.
 func (f *hookFlags) removeLAN(ctx context.Context, name string) error {
-	if _, err := f.logger(); err != nil { // the client's library complains without one
+	if _, err := f.logger(); err != nil { // the client library prints a warning without a logger
 		return err
 	}
 	c, err := f.client()

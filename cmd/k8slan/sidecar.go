@@ -24,13 +24,13 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/sidecar"
 )
 
-// kubelanProgram is the name of kubelan's program, in whose place this one may be started.
+// kubelanProgram is the name of kubelan's program. Under that name this program runs as a sidecar.
 const kubelanProgram = "kubelan"
 
-// configFiles are where kubelan looks for its configuration; the first that is there counts.
+// configFiles are the paths of kubelan's configuration; the first file that exists is read.
 var configFiles = []string{"/run/config/kubelan.yaml", "kubelan.yaml"}
 
-// serviceAccountNamespace is the pod's namespace, as kubelet mounts it.
+// serviceAccountNamespace is the file with the pod's namespace that kubelet mounts.
 const serviceAccountNamespace = "/var/run/secrets/kubernetes.io/serviceaccount/namespace"
 
 // sidecarFlags are the flags of k8slan sidecar.
@@ -44,20 +44,22 @@ func sidecarCommand() *cobra.Command {
 	var f sidecarFlags
 	cmd := &cobra.Command{
 		Use:   "sidecar",
-		Short: "Give the pod it runs in a LAN with the pods of Services",
-		Long: `Give the pod it runs in a LAN with the pods of Services, by a VXLAN in the pod's own network namespace. Nothing has to be installed on nodes;
-it needs the capability NET_ADMIN, and list and watch of EndpointSlices in the Services' namespaces.
+		Short: "Connect the pod it runs in to a LAN with the pods of Services",
+		Long: `Connect the pod it runs in to a LAN with the pods of Services, by a VXLAN in the pod's own network
+namespace. Nothing has to be installed on nodes. It needs the capability NET_ADMIN, and the rights to list and watch
+EndpointSlices in the Services' namespaces.
 
-It takes kubelan's configuration: kubelan.yaml in /run/config or the working directory, and environment variables KL_..., such as KL_VXLAN_VNI for
-vxlan.vni. A file that changes is read again.`,
+It reads kubelan's configuration: kubelan.yaml in /run/config or the working directory, and environment variables
+KL_..., such as KL_VXLAN_VNI for vxlan.vni. It reads a file again when it changes.`,
 		Args: noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error { return f.run(cmd.Context()) },
 	}
 	flags := cmd.Flags()
-	flags.StringVarP(&f.logLevel, "log_level", "l", "", "`level` to log: trace, debug, info, warn or error; counts more than log_level elsewhere")
+	flags.StringVarP(&f.logLevel, "log_level", "l", "",
+		"lowest `level` to log: trace, debug, info, warn or error; empty: log_level of the configuration")
 	flags.StringVar(&f.config, "config", "", "configuration `file`; empty: "+strings.Join(configFiles, ", else "))
-	flags.StringVar(&f.kubeconfig, "kubeconfig", os.Getenv("KUBECONFIG"), "kubeconfig `file` (environment: KUBECONFIG); empty: the service account of the pod")
-	flags.StringVar(&f.logFormat, "log-format", "text", "`form` of a log line: json or text")
+	addKubeconfig(flags, &f.kubeconfig)
+	flags.StringVar(&f.logFormat, "log-format", "text", "`format` of a log line: json or text")
 	return cmd
 }
 
@@ -86,25 +88,25 @@ func (f *sidecarFlags) run(ctx context.Context) error {
 	return s.Run(ctx, config, configs)
 }
 
-// sidecarLogger is the one logger of the process, whose level the configuration changes.
+// sidecarLogger returns the logger of the process. The configuration changes its level.
 func (f *sidecarFlags) sidecarLogger(level *slog.LevelVar) (*slog.Logger, error) {
 	handler, err := f.handler(level)
 	if err != nil {
 		return nil, err
 	}
-	// What the libraries log of watches that end, the sidecar tells in its own words.
+	// The libraries log watches that end; the sidecar logs them itself.
 	quiet := logr.FromSlogHandler(slog.DiscardHandler)
 	klog.SetLogger(quiet)
 	ctrl.SetLogger(quiet)
 	return slog.New(handler), nil
 }
 
-// configFile is where a sidecar's configuration is.
+// configFile is the source of a sidecar's configuration.
 type configFile struct {
 	path  string // empty: the first of configFiles
 	level string // from the command line
 
-	found string // what was read last; empty: there was none
+	found string // the file that was read last; empty: there was none
 }
 
 func (f *configFile) paths() []string {
@@ -114,7 +116,7 @@ func (f *configFile) paths() []string {
 	return slices.Clone(configFiles)
 }
 
-// read reads the configuration as it is now.
+// read reads the current configuration.
 func (f *configFile) read() (c sidecar.Config, err error) {
 	f.found = ""
 	var text []byte
@@ -134,9 +136,9 @@ func (f *configFile) read() (c sidecar.Config, err error) {
 		sources.Env[name] = value
 	}
 	if sources.Hostname, err = os.Hostname(); err != nil {
-		return c, fmt.Errorf("ask for the pod's name: %w", err)
+		return c, fmt.Errorf("get the pod's name: %w", err)
 	}
-	if b, err := os.ReadFile(serviceAccountNamespace); err == nil { // a pod may have none
+	if b, err := os.ReadFile(serviceAccountNamespace); err == nil { // a pod may have no service account
 		sources.Namespace = string(bytes.TrimSpace(b))
 	}
 	if c, err = sidecar.Read(sources); err != nil {
@@ -145,8 +147,10 @@ func (f *configFile) read() (c sidecar.Config, err error) {
 	return c, nil
 }
 
-// follow passes the configuration on whenever its file has made another of it, until ctx ends.
-func (f *configFile) follow(ctx context.Context, log *slog.Logger, config sidecar.Config, configs chan<- sidecar.Config) {
+// follow sends the configuration whenever a change of its file changes it, until ctx ends.
+func (f *configFile) follow(
+	ctx context.Context, log *slog.Logger, config sidecar.Config, configs chan<- sidecar.Config,
+) {
 	files := slices.DeleteFunc(f.paths(), func(path string) bool {
 		_, err := os.Stat(filepath.Dir(path))
 		return err != nil

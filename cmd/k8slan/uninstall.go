@@ -16,7 +16,7 @@ import (
 func uninstallCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "uninstall",
-		Short: "Take k8slan out of the cluster: the steps that helm uninstall runs",
+		Short: "Remove k8slan from the cluster: the steps of helm uninstall",
 		Args:  noArguments,
 	}
 	cmd.AddCommand(stopCommand(), finishCommand(), residueCommand())
@@ -27,7 +27,7 @@ func stopCommand() *cobra.Command {
 	var f hookFlags
 	cmd := &cobra.Command{
 		Use:   "stop",
-		Short: "End the daemon and the controller, and wait until they have ended on every node that answers",
+		Short: "Stop the daemon and the controller, and wait until they have stopped on every node that answers",
 		Args:  noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			r, err := f.release()
@@ -46,7 +46,7 @@ func finishCommand() *cobra.Command {
 	var lans bool
 	cmd := &cobra.Command{
 		Use:   "finish",
-		Short: "Wait until every node that answers is clean, then remove k8slan's objects; LANs stay",
+		Short: "Wait until every node that answers is clean, then delete k8slan's objects; LANs stay",
 		Args:  noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			r, err := f.release()
@@ -63,7 +63,7 @@ func finishCommand() *cobra.Command {
 		},
 	}
 	f.add(cmd, 4*time.Minute)
-	cmd.Flags().BoolVar(&lans, "remove-lans", false, "remove the CRDs, too, and with them every LAN")
+	cmd.Flags().BoolVar(&lans, "remove-lans", false, "also delete the CRDs, and with them every LAN")
 	return cmd
 }
 
@@ -74,7 +74,7 @@ func removeCRDs(ctx context.Context, r helmhooks.Release) error {
 			return fmt.Errorf("delete CRD %s: %w", name, err)
 		}
 	}
-	r.Log.Info("CRDs are deleted, and all LANs with them")
+	r.Log.Info("the CRDs and all LANs are deleted")
 	return nil
 }
 
@@ -82,7 +82,7 @@ func residueCommand() *cobra.Command {
 	var f hookFlags
 	cmd := &cobra.Command{
 		Use:   "residue",
-		Short: "Remove the resources that kubelets still list when their plugins are gone, and then this step itself",
+		Short: "Remove the resources that kubelets list after their plugins were removed, and then this step itself",
 		Args:  noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			ctx := cmd.Context()
@@ -95,7 +95,7 @@ func residueCommand() *cobra.Command {
 			}
 			err = f.within(ctx, r, helmhooks.Release.RemoveResidue)
 			if ctx.Err() != nil {
-				return nil //nolint:nilerr // the pod moves: another takes over
+				return nil //nolint:nilerr // this pod is deleted, and a new one continues
 			}
 			if err != nil {
 				return err

@@ -15,7 +15,7 @@ import (
 	"github.com/k8slan/k8slan/crd/manifests"
 )
 
-// hookFlags are those of what Helm runs, once, in a pod.
+// hookFlags are the flags of the commands that Helm runs in a pod.
 type hookFlags struct {
 	daemonFlags
 	namespace string
@@ -24,14 +24,14 @@ type hookFlags struct {
 
 func (f *hookFlags) add(cmd *cobra.Command, timeout time.Duration) {
 	flags := cmd.Flags()
-	flags.StringVar(&f.kubeconfig, "kubeconfig", os.Getenv("KUBECONFIG"),
-		"kubeconfig `file` (environment: KUBECONFIG); empty: the service account of the pod")
-	flags.StringVar(&f.namespace, "namespace", os.Getenv("POD_NAMESPACE"), "`namespace` of the installation (environment: POD_NAMESPACE)")
+	addKubeconfig(flags, &f.kubeconfig)
+	flags.StringVar(&f.namespace, "namespace", os.Getenv("POD_NAMESPACE"),
+		"`namespace` of the installation (environment: POD_NAMESPACE)")
 	flags.DurationVar(&f.timeout, "timeout", timeout, "longest `time` to wait")
 	f.logFormat = "text"
 }
 
-// client is the way to the API server.
+// client returns a client of the API server.
 func (f *hookFlags) client() (client.WithWatch, error) {
 	config, err := f.rest("hook")
 	if err != nil {
@@ -48,7 +48,7 @@ func (f *hookFlags) client() (client.WithWatch, error) {
 	return c, nil
 }
 
-// release is the installation.
+// release returns the Helm release.
 func (f *hookFlags) release() (helmhooks.Release, error) {
 	log, err := f.logger()
 	if err != nil {
@@ -58,18 +58,20 @@ func (f *hookFlags) release() (helmhooks.Release, error) {
 	return helmhooks.Release{Client: c, Namespace: f.namespace, Log: log}, err
 }
 
-// within does a part of a hook's work that may take as long as the flag timeout says.
-func (f *hookFlags) within(ctx context.Context, r helmhooks.Release, wait func(helmhooks.Release, context.Context) error) error {
+// within runs a step of a hook, for at most --timeout.
+func (f *hookFlags) within(
+	ctx context.Context, r helmhooks.Release, step func(helmhooks.Release, context.Context) error,
+) error {
 	ctx, cancel := context.WithTimeout(ctx, f.timeout)
 	defer cancel()
-	return wait(r, ctx)
+	return step(r, ctx)
 }
 
 func upgradeCommand() *cobra.Command {
 	var f hookFlags
 	cmd := &cobra.Command{
 		Use:   "prepare-upgrade",
-		Short: "Wait until every node that answers has this image, then bring the CRDs up to date: what helm upgrade runs first",
+		Short: "Wait until every node that answers has this image, then update the CRDs: the start of helm upgrade",
 		Args:  noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			r, err := f.release()

@@ -17,7 +17,7 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
-// location is where a spoke is.
+// location is the node and LAN of a spoke, and its pod if one is attached.
 type location struct{ lan, ns, node, spoke, pod string }
 
 func captureCommand(f *clusterFlags) *cobra.Command {
@@ -25,15 +25,14 @@ func captureCommand(f *clusterFlags) *cobra.Command {
 	var count int
 	cmd := &cobra.Command{
 		Use:   "capture <spoke>",
-		Short: "Write the frames that a spoke carries, both ways, as pcap",
-		Long: `Write the frames that a spoke carries, both ways, as pcap, until it is interrupted.
+		Short: "Write the frames of a spoke in both directions as pcap",
+		Long: `Write the frames of a spoke in both directions as pcap, until the command is interrupted.
 
-They are taken on the node, at the spoke's port in the LAN, whole and with their VLAN tags; the pod notices nothing. TCP and UDP
-checksums between pods are often unfinished there, as they are in the pod. Of a pool, give the port, such as web_0; its name alone will do where
-one pod is attached.
+The frames are captured on the node, at the spoke's port in the LAN, whole and with their VLAN tags. The pod is not
+affected. TCP and UDP checksums between pods are often unfinished there, as they are in the pod. For a pool, give the
+port, such as web_0; the pool's name is enough if only one pod is attached to it.
 
-It runs in k8slan's pod on that node, which takes the rights to list pods and to create and get pods/exec in k8slan's namespace: as much as
-root on the nodes.`,
+` + rightsNote,
 		Example: `  kubectl k8slan capture srl -w srl.pcap
   kubectl k8slan capture srl | tcpdump -nr -
   kubectl k8slan capture srl | wireshark -k -i -`,
@@ -58,42 +57,46 @@ root on the nodes.`,
 			if err != nil {
 				return err
 			}
-			stdin, hold := io.Pipe() // nothing is said on it; its end is the end
-			defer hold.Close()
+			stdin, stop := io.Pipe() // nothing is written to it; the program in the pod ends when it is closed
+			defer stop.Close()
 			err = d.run(cmd.Context(), stdin, to, cmd.ErrOrStderr(),
 				"capture", "--ns="+where.ns, "--spoke="+where.spoke, "--count="+strconv.Itoa(count))
 			return errors.Join(err, to.Close())
 		},
 	}
 	cmd.Flags().StringVarP(&file, "write", "w", "-", "`file` to write; -: standard output")
-	cmd.Flags().IntVar(&count, "count", 0, "`number` of frames to end after; 0: no limit")
-	cmd.Flags().StringVar(&node, "node", "", "`name` of the node, for a spoke that is attached on two or on none")
+	cmd.Flags().IntVar(&count, "count", 0, "`number` of frames after which to end; 0: no limit")
+	cmd.Flags().StringVar(&node, "node", "", "`name` of the node, for a spoke that is attached on two nodes or on none")
 	addSystem(cmd, &system)
 	return cmd
 }
 
-// addSystem adds the flag that says where k8slan is.
+// rightsNote says where the commands run that look into LANs, and which rights they need.
+const rightsNote = `It runs in k8slan's pods on the nodes. You need the rights to list pods and to create and get
+pods/exec in k8slan's namespace, which is as much as root on the nodes.`
+
+// addSystem adds the flag --system-namespace.
 func addSystem(cmd *cobra.Command, system *string) {
 	cmd.Flags().StringVar(system, "system-namespace", "k8slan-system", "`namespace` that k8slan is installed in")
 }
 
-// openOutput opens the file to write to.
+// openOutput opens the file, or standard output for "-".
 func openOutput(file string, stdout io.Writer) (io.WriteCloser, error) {
 	if file != "-" {
 		return os.Create(file)
 	}
 	if f, ok := stdout.(*os.File); ok && term.IsTerminal(int(f.Fd())) {
-		return nil, errors.New("a capture is nothing to read on a terminal: give -w file, or pipe it: | tcpdump -nr -")
+		return nil, errors.New("a capture is not text for a terminal: give -w file, or pipe it: | tcpdump -nr -")
 	}
 	return unclosable{stdout}, nil
 }
 
-// unclosable is a writer that somebody else closes.
+// unclosable is a writer whose Close does nothing.
 type unclosable struct{ io.Writer }
 
 func (unclosable) Close() error { return nil }
 
-// find finds where a spoke is attached, or, with a node, where it is offered there.
+// find returns the location where a spoke is attached. With a node it also finds a free spoke on that node.
 func (c cluster) find(ctx context.Context, spoke, node string) (location, error) {
 	var nodes v1beta1.LANNodeList
 	if err := c.client.List(ctx, &nodes); err != nil {
@@ -101,27 +104,28 @@ func (c cluster) find(ctx context.Context, spoke, node string) (location, error)
 	}
 	var lans v1beta1.LANList
 	if err := c.client.List(ctx, &lans); err != nil {
-		return location{}, fmt.Errorf("list LANs, to find the spoke's: %w", err)
+		return location{}, fmt.Errorf("list LANs, to find the spoke's LAN: %w", err)
 	}
 	return locate(nodes.Items, lans.Items, spoke, node)
 }
 
 func locate(nodes []v1beta1.LANNode, lans []v1beta1.LAN, spoke, node string) (location, error) {
-	places := attachedLocations(nodes, spoke, node)
-	switch len(places) {
+	locations := attachedLocations(nodes, spoke, node)
+	switch len(locations) {
 	case 0:
 		return freeLocation(lans, spoke, node)
 	case 1:
-		return places[0], nil
+		return locations[0], nil
 	}
 	var words []string
-	for _, p := range places {
-		words = append(words, fmt.Sprintf("%s on %s (%s)", p.pod, p.node, p.spoke))
+	for _, l := range locations {
+		words = append(words, fmt.Sprintf("%s on %s (%s)", l.pod, l.node, l.spoke))
 	}
-	return location{}, fmt.Errorf("spoke %s is attached more than once: %s; say which with --node, or give the port of a pool", spoke, strings.Join(words, ", "))
+	return location{}, fmt.Errorf("spoke %s is attached more than once: %s; "+
+		"choose one with --node, or by the port of a pool", spoke, strings.Join(words, ", "))
 }
 
-// freeLocation is the place of a spoke that nobody is attached to.
+// freeLocation returns the location of a spoke without a pod.
 func freeLocation(lans []v1beta1.LAN, spoke, node string) (location, error) {
 	name := spoke
 	pool, number, isPort := segment.PoolOf(spoke)
@@ -136,29 +140,34 @@ func freeLocation(lans []v1beta1.LAN, spoke, node string) (location, error) {
 		p, isPool := l.Spec.Pool(name)
 		switch {
 		case isPort && number >= int(p.Size):
-			return location{}, fmt.Errorf("pool %s of LAN %s has %d ports on each node, %s to %s, and nobody is attached to %s",
+			return location{}, fmt.Errorf("pool %s of LAN %s has %d ports on each node, %s to %s, "+
+				"and no pod is attached to %s",
 				pool, lan, p.Size, segment.Port(pool, 0), segment.Port(pool, int(p.Size)-1), spoke)
 		case isPool && !isPort:
-			return location{}, fmt.Errorf("nobody is attached to pool %s of LAN %s there; to capture at a free port, give its name, such as %s, and --node",
+			return location{}, fmt.Errorf("no pod is attached to pool %s of LAN %s there; "+
+				"to capture at a free port, give its name, such as %s, and --node",
 				spoke, lan, segment.Port(spoke, 0))
 		case node == "":
-			return location{}, fmt.Errorf("spoke %s of LAN %s is attached nowhere now; give --node to capture at its port on a node", spoke, lan)
+			return location{}, fmt.Errorf("no pod is attached to spoke %s of LAN %s; "+
+				"give --node to capture at its port on a node", spoke, lan)
 		}
 		return location{lan: lan, ns: l.Status.Holds.NS, node: node, spoke: spoke}, nil
 	}
 	return location{}, fmt.Errorf("no LAN has a spoke %s; kubectl k8slan status -A lists them", spoke)
 }
 
-// attachedLocations are the places where a spoke, or a port of the pool of that name, is attached: on one node, or any.
-func attachedLocations(nodes []v1beta1.LANNode, spoke, node string) (places []location) {
+// attachedLocations returns where a spoke, or a port of the pool with that name, is attached: on the node, or on any if
+// node is empty.
+func attachedLocations(nodes []v1beta1.LANNode, spoke, node string) (locations []location) {
 	for _, n := range nodes {
 		for _, s := range n.Status.Segments {
 			for _, a := range s.Attachments {
 				if (a.Spoke == spoke || a.Pool == spoke) && (node == "" || node == n.Name) {
-					places = append(places, location{lan: s.LAN, ns: s.NS, node: n.Name, spoke: a.Spoke, pod: a.Pod})
+					locations = append(locations,
+						location{lan: s.LAN, ns: s.NS, node: n.Name, spoke: a.Spoke, pod: a.Pod})
 				}
 			}
 		}
 	}
-	return places
+	return locations
 }

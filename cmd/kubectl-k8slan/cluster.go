@@ -13,20 +13,21 @@ import (
 	"github.com/k8slan/k8slan/crd/v1beta1"
 )
 
-// clusterFlags say which cluster, as which user, in which namespace: those of kubectl's that matter here.
+// clusterFlags are kubectl's flags for the cluster, the user and the namespace.
 type clusterFlags struct {
 	kubeconfig string
 	overrides  clientcmd.ConfigOverrides
 }
 
 func (f *clusterFlags) add(flags *pflag.FlagSet) {
-	flags.StringVar(&f.kubeconfig, "kubeconfig", "", "kubeconfig `file`; empty: as kubectl finds it")
+	flags.StringVar(&f.kubeconfig, "kubeconfig", "", "kubeconfig `file`; empty: kubectl's default")
 	flags.StringVar(&f.overrides.CurrentContext, "context", "", "`name` of the kubeconfig's context")
-	flags.StringVarP(&f.overrides.Context.Namespace, "namespace", "n", "", "`namespace` of the LAN or pods; empty: the context's")
+	flags.StringVarP(&f.overrides.Context.Namespace, "namespace", "n", "",
+		"`namespace` of the LAN or pods; empty: that of the context")
 	flags.StringVar(&f.overrides.AuthInfo.Impersonate, "as", "", "`user` to act as")
 }
 
-// cluster is the way to a cluster.
+// cluster is a connection to a cluster.
 type cluster struct {
 	config    *rest.Config
 	client    client.Client
@@ -42,7 +43,7 @@ func (f *clusterFlags) open() (cluster, error) {
 		return cluster{}, fmt.Errorf("find the cluster: %w", err)
 	}
 	c := cluster{config: rest.AddUserAgent(config, "kubectl-k8slan/"+version)}
-	c.config.QPS = -1 // a few requests, once
+	c.config.QPS = -1 // no limit: there are only a few requests
 	if c.namespace, _, err = loader.Namespace(); err != nil {
 		return cluster{}, fmt.Errorf("find the namespace: %w", err)
 	}

@@ -15,10 +15,10 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 )
 
-// endTimeout is how long a program in a pod may take to end after its standard input has.
+// endTimeout is how long a program in a pod may take to end after its standard input has ended.
 const endTimeout = 5 * time.Second
 
-// daemons are the daemon's pods that run.
+// daemons are the running pods of the daemon.
 type daemons struct {
 	cluster
 	system string
@@ -41,7 +41,7 @@ func (c cluster) daemons(ctx context.Context, system string) (daemons, error) {
 	return all, nil
 }
 
-// daemonPod is the daemon's pod on a node, where programs can look at LANs.
+// daemonPod is the daemon's pod on a node, in which programs can inspect LANs.
 type daemonPod struct {
 	daemons
 	node, pod string
@@ -50,13 +50,14 @@ type daemonPod struct {
 func (d daemons) on(node string) (daemonPod, error) {
 	pod, ok := d.pods[node]
 	if !ok {
-		return daemonPod{}, fmt.Errorf("k8slan has no pod that runs on node %s in namespace %s; give --system-namespace if it is installed elsewhere, or see kubectl get pods -n %[2]s -o wide",
+		return daemonPod{}, fmt.Errorf("k8slan has no running pod on node %s in namespace %s; "+
+			"give --system-namespace if it is installed in another namespace, or see kubectl get pods -n %[2]s -o wide",
 			node, d.system)
 	}
 	return daemonPod{daemons: d, node: node, pod: pod}, nil
 }
 
-// daemonOn finds the pod.
+// daemonOn returns the daemon's pod on a node.
 func (c cluster) daemonOn(ctx context.Context, node, system string) (daemonPod, error) {
 	all, err := c.daemons(ctx, system)
 	if err != nil {
@@ -65,17 +66,18 @@ func (c cluster) daemonOn(ctx context.Context, node, system string) (daemonPod, 
 	return all.on(node)
 }
 
-// explainForbidden adds to an error for want of rights what is needed.
+// explainForbidden adds the rights that are needed to an error that says that rights are missing.
 func (d daemons) explainForbidden(err error) error {
 	if !apierrors.IsForbidden(err) {
 		return err
 	}
-	return fmt.Errorf("%w; this runs a program in k8slan's pods on the nodes, for which you need, in namespace %s, the verb list on pods, and create and get on pods/exec. "+
-		"That is as much as root on the nodes; ask who runs the cluster", err, d.system)
+	return fmt.Errorf("%w; this runs a program in k8slan's pods on the nodes. "+
+		"In namespace %s you need the verb list on pods, and create and get on pods/exec. "+
+		"That is as much as root on the nodes; ask the administrator of the cluster", err, d.system)
 }
 
-// run runs a program of k8slan's image until it ends or, some seconds after its standard input has ended with ctx, is given up.
-// It ends by itself where this program is killed, because its standard input ends then, too.
+// run runs a program of k8slan's image until it ends. When ctx ends, run closes the program's standard input, and stops
+// waiting after endTimeout. If this process is killed, the program also ends, because its standard input ends.
 func (d daemonPod) run(ctx context.Context, stdin io.Reader, stdout, stderr io.Writer, args ...string) error {
 	core, err := kubernetes.NewForConfig(d.config)
 	if err != nil {
@@ -85,7 +87,7 @@ func (d daemonPod) run(ctx context.Context, stdin io.Reader, stdout, stderr io.W
 		VersionedParams(&corev1.PodExecOptions{
 			Container: "node", Command: append([]string{"/k8slan"}, args...), Stdin: true, Stdout: true, Stderr: true,
 		}, scheme.ParameterCodec)
-	// As kubectl does: SPDY where something on the way does not know WebSockets.
+	// Like kubectl, it falls back to SPDY if a proxy does not support WebSockets.
 	spdy, err := remotecommand.NewSPDYExecutor(d.config, "POST", request.URL())
 	if err != nil {
 		return fmt.Errorf("prepare to run a program in pod %s: %w", d.pod, err)
@@ -100,9 +102,9 @@ func (d daemonPod) run(ctx context.Context, stdin io.Reader, stdout, stderr io.W
 	if err != nil {
 		return fmt.Errorf("prepare to run a program in pod %s: %w", d.pod, err)
 	}
-	// The program is told to end by the end of its standard input, so that it can say what it has to say.
+	// The end of its standard input makes the program end, so that it can still print its results.
 	input, inputEnd := io.Pipe()
-	defer inputEnd.Close() // this end, or the client's library complains
+	defer inputEnd.Close() // without this, the client library logs an error
 	go func() {
 		_, err := io.Copy(inputEnd, stdin)
 		_ = inputEnd.CloseWithError(err)
@@ -111,8 +113,10 @@ func (d daemonPod) run(ctx context.Context, stdin io.Reader, stdout, stderr io.W
 	late, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	defer cancel()
 	defer context.AfterFunc(ctx, func() { time.AfterFunc(endTimeout, cancel) })()
-	if err := executor.StreamWithContext(late, remotecommand.StreamOptions{Stdin: input, Stdout: stdout, Stderr: stderr}); err != nil {
-		return d.explainForbidden(fmt.Errorf("run k8slan %s in pod %s/%s on node %s: %w", args[0], d.system, d.pod, d.node, err))
+	streams := remotecommand.StreamOptions{Stdin: input, Stdout: stdout, Stderr: stderr}
+	if err := executor.StreamWithContext(late, streams); err != nil {
+		return d.explainForbidden(
+			fmt.Errorf("run k8slan %s in pod %s/%s on node %s: %w", args[0], d.system, d.pod, d.node, err))
 	}
 	return nil
 }

@@ -23,7 +23,7 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
-// maxQueries is how many nodes are asked at the same time.
+// maxQueries is how many nodes are queried at the same time.
 const maxQueries = 16
 
 func macsCommand(f *clusterFlags) *cobra.Command {
@@ -31,18 +31,17 @@ func macsCommand(f *clusterFlags) *cobra.Command {
 	var timeout time.Duration
 	cmd := &cobra.Command{
 		Use:   "macs <lan> [mac…]",
-		Short: "Show which MAC is where on a LAN, and where nodes do not agree",
-		Long: `Show which MAC is where on a LAN: on which node and spoke, since when its pod is attached, how long ago it spoke last, and behind which
-VTEP the other nodes look for it. Sentences say where a node does not know that, or has it somewhere else. A MAC without a node is behind a VTEP
-outside of the cluster.
+		Short: "Show where the MACs of a LAN are, and where nodes disagree",
+		Long: `Show where the MACs of a LAN are: on which node and spoke, since when the pod is attached, when its last
+frame came in, and behind which VTEP the other nodes have it. Sentences name the nodes that do not have a MAC, or have
+it in another place. A MAC without a node is behind a VTEP outside of the cluster.
 
-The nodes with a pod on the LAN are asked for their kernels' forwarding tables, one after the other or a few at once, so what moves meanwhile
-may be in two places. Bridges forget who is silent for five minutes.
+The forwarding tables are read from the kernels of all nodes with a pod on the LAN, a few nodes at a time, so a MAC that
+moves meanwhile may be in two places. Bridges forget a MAC five minutes after its last frame.
 
-It runs in k8slan's pods on the nodes, which takes the rights to list pods and to create and get pods/exec in k8slan's namespace: as much as
-root on the nodes.
+` + rightsNote + `
 
-Exit code: 0 when the nodes agree, 1 when they do not or a MAC that was given is nowhere, 2 when that could not be found out.`,
+Exit codes: 0: the nodes agree. 1: they disagree, or no node has a given MAC. 2: the answer could not be determined.`,
 		Example: `  kubectl k8slan macs lab
   kubectl k8slan macs lab 02:6b:5c:10:00:01`,
 		Args: cobra.MinimumNArgs(1),
@@ -51,7 +50,7 @@ Exit code: 0 when the nodes agree, 1 when they do not or a MAC that was given is
 			for _, arg := range args[1:] {
 				mac, err := net.ParseMAC(arg)
 				if err != nil || len(mac) != 6 {
-					return fmt.Errorf("%s is no MAC address such as 02:6b:5c:10:00:01", arg)
+					return fmt.Errorf("%s is not a MAC address such as 02:6b:5c:10:00:01", arg)
 				}
 				only = append(only, mac.String())
 			}
@@ -64,7 +63,7 @@ Exit code: 0 when the nodes agree, 1 when they do not or a MAC that was given is
 			return c.macs(ctx, cmd.OutOrStdout(), args[0], only, system)
 		},
 	}
-	cmd.Flags().DurationVar(&timeout, "timeout", time.Minute, "longest `time` for all of it")
+	cmd.Flags().DurationVar(&timeout, "timeout", time.Minute, "longest `time` for the whole command")
 	addSystem(cmd, &system)
 	return cmd
 }
@@ -86,16 +85,16 @@ func (c cluster) macs(ctx context.Context, out io.Writer, lan string, only []str
 	if err != nil {
 		return err
 	}
-	var unasked error
-	if m.Tables, unasked = all.tables(ctx, m.LANNodes, &m.LAN); len(m.Tables) == 0 && unasked != nil {
-		return unasked
+	var failed error
+	if m.Tables, failed = all.tables(ctx, m.LANNodes, &m.LAN); len(m.Tables) == 0 && failed != nil {
+		return failed
 	}
 	text, agree := screenOf(out).MACs(m)
 	fmt.Fprint(out, text)
-	if unasked == nil && !agree {
+	if failed == nil && !agree {
 		return errNo
 	}
-	return unasked
+	return failed
 }
 
 // get reads a LAN.
@@ -111,7 +110,8 @@ func (c cluster) get(ctx context.Context, lan string) (l v1beta1.LAN, err error)
 	return l, nil
 }
 
-// tables asks the nodes that have pods on the LAN, and says which could not be asked.
+// tables returns the tables of the nodes that have pods on the LAN. Its error names the nodes that did not answer; the
+// tables of the others are returned all the same.
 func (d daemons) tables(ctx context.Context, nodes []v1beta1.LANNode, lan *v1beta1.LAN) ([]overview.NodeTable, error) {
 	var mu sync.Mutex
 	var tables []overview.NodeTable
@@ -124,13 +124,13 @@ func (d daemons) tables(ctx context.Context, nodes []v1beta1.LANNode, lan *v1bet
 				continue
 			}
 			tasks.Go(func() error {
-				places, err := d.macTable(ctx, n.Name, s.NS)
+				entries, err := d.macTable(ctx, n.Name, s.NS)
 				mu.Lock()
 				defer mu.Unlock()
 				if err != nil {
 					errs = append(errs, err)
 				} else {
-					tables = append(tables, overview.NodeTable{Node: n.Name, Entries: places})
+					tables = append(tables, overview.NodeTable{Node: n.Name, Entries: entries})
 				}
 				return nil
 			})
@@ -140,7 +140,7 @@ func (d daemons) tables(ctx context.Context, nodes []v1beta1.LANNode, lan *v1bet
 	return tables, errors.Join(errs...)
 }
 
-// macTable asks one node.
+// macTable returns the table of one node.
 func (d daemons) macTable(ctx context.Context, node, ns string) ([]overview.MACEntry, error) {
 	pod, err := d.on(node)
 	if err != nil {
@@ -148,8 +148,8 @@ func (d daemons) macTable(ctx context.Context, node, ns string) ([]overview.MACE
 	}
 	var stdout, stderr bytes.Buffer
 	if err := pod.run(ctx, strings.NewReader(""), &stdout, &stderr, "macs", "--ns="+ns); err != nil {
-		if said := strings.TrimSpace(stderr.String()); said != "" {
-			err = fmt.Errorf("%w: %s", err, said)
+		if text := strings.TrimSpace(stderr.String()); text != "" {
+			err = fmt.Errorf("%w: %s", err, text)
 		}
 		return nil, err
 	}
@@ -159,15 +159,15 @@ func (d daemons) macTable(ctx context.Context, node, ns string) ([]overview.MACE
 func readMACTable(node string, answer []byte) ([]overview.MACEntry, error) {
 	var have []segment.MACEntry
 	if err := json.Unmarshal(answer, &have); err != nil {
-		return nil, fmt.Errorf("read what node %s answers: %w", node, err)
+		return nil, fmt.Errorf("read the answer of node %s: %w", node, err)
 	}
-	var places []overview.MACEntry
-	for _, p := range have {
-		place := overview.MACEntry{MAC: p.MAC, Spoke: p.Spoke, LastSeen: p.LastSeen}
-		if p.VTEP.IsValid() {
-			place.VTEP = p.VTEP.String()
+	var entries []overview.MACEntry
+	for _, h := range have {
+		entry := overview.MACEntry{MAC: h.MAC, Spoke: h.Spoke, LastSeen: h.LastSeen}
+		if h.VTEP.IsValid() {
+			entry.VTEP = h.VTEP.String()
 		}
-		places = append(places, place)
+		entries = append(entries, entry)
 	}
-	return places, nil
+	return entries, nil
 }

@@ -1,4 +1,4 @@
-// Command kubectl-k8slan is kubectl's plugin for people who run LANs: kubectl k8slan.
+// Command kubectl-k8slan is the plugin of kubectl for users of LANs: kubectl k8slan.
 package main
 
 import (
@@ -15,20 +15,20 @@ import (
 	ctrllog "sigs.k8s.io/controller-runtime/pkg/log"
 )
 
-// version is that of k8slan, set at build time.
+// version is k8slan's version, set at build time.
 var version = "development"
 
-// Exit codes. What was asked and is not so is told by 1, what could not be found out by 2.
+// Exit codes; 0 means that the answer is yes.
 const (
-	exitNo      = 1
-	exitUnknown = 2
+	exitNo      = 1 // the answer is no
+	exitUnknown = 2 // the answer could not be determined
 )
 
-// errNo says by the exit code alone that the answer is no: the text says it already.
+// errNo ends the program with exitNo and prints nothing: the output already has the answer.
 var errNo = errors.New("no")
 
 func main() {
-	ctrllog.SetLogger(logr.Discard()) // the client's library wants to be told
+	ctrllog.SetLogger(logr.Discard()) // the client library prints a warning without a logger
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	context.AfterFunc(ctx, stop) // a second signal ends the program at once
@@ -48,7 +48,7 @@ func main() {
 func rootCommand() *cobra.Command {
 	root := &cobra.Command{
 		Use:   "kubectl-k8slan",
-		Short: "Look at LANs and at what they carry",
+		Short: "Inspect LANs and their traffic",
 		Annotations: map[string]string{
 			cobra.CommandDisplayNameAnnotation: "kubectl k8slan",
 		},
@@ -71,7 +71,8 @@ func versionCommand() *cobra.Command {
 		Short: "Print the version of this program",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			_, err := fmt.Fprintf(cmd.OutOrStdout(), "kubectl-k8slan %s %s %s/%s\n", version, runtime.Version(), runtime.GOOS, runtime.GOARCH)
+			_, err := fmt.Fprintf(cmd.OutOrStdout(),
+				"kubectl-k8slan %s %s %s/%s\n", version, runtime.Version(), runtime.GOOS, runtime.GOARCH)
 			return err
 		},
 	}

@@ -18,20 +18,23 @@ import (
 	"github.com/k8slan/k8slan/crd/v1beta1"
 )
 
-// fullLimit is up to how many LANs are shown in full where none is named; of more, those that are Ready have one line.
+// fullLimit is the number of LANs that status shows in full without names. Of more LANs, those that are Ready have one
+// line.
 const fullLimit = 5
 
 func statusCommand(f *clusterFlags) *cobra.Command {
 	var everywhere bool
 	cmd := &cobra.Command{
 		Use:   "status [lan…]",
-		Short: "Show where LANs are, who is on them, and what is wrong",
-		Long: fmt.Sprintf(`Show where LANs are, who is on them, and what is wrong and the way out.
+		Short: "Show the nodes and pods of LANs, and what is wrong",
+		Long: fmt.Sprintf(`Show the nodes and pods of LANs, what is wrong with them, and how to fix it.
 
-Without names it shows all LANs of the namespace, and those without a LAN object that pods of the namespace made by naming a VNI, called
-megalos:<vni>; of more than %d, those that are Ready have one line.
+Without names it shows all LANs of the namespace. It also shows LANs without a LAN object, to which pods of the
+namespace are attached by VNI; they are called megalos:<vni>. If there are more than %d LANs, those that are Ready have
+one line.
 
-Exit code: 0 when every LAN shown is Ready, 1 when one is not or is not there, 2 when that could not be found out.`, fullLimit),
+Exit codes: 0: every LAN shown is Ready. 1: a LAN is not Ready, or does not exist. 2: the answer could not be
+determined.`, fullLimit),
 		Example: `  kubectl k8slan status -A
   kubectl k8slan status lab`,
 		RunE: func(cmd *cobra.Command, names []string) error {
@@ -45,21 +48,21 @@ Exit code: 0 when every LAN shown is Ready, 1 when one is not or is not there, 2
 			return c.status(cmd.Context(), cmd.OutOrStdout(), names)
 		},
 	}
-	cmd.Flags().BoolVarP(&everywhere, "all-namespaces", "A", false, "of all namespaces")
+	cmd.Flags().BoolVarP(&everywhere, "all-namespaces", "A", false, "show the LANs of all namespaces")
 	return cmd
 }
 
 func (c cluster) status(ctx context.Context, out io.Writer, names []string) error {
-	facts, err := c.facts(ctx)
+	objects, err := c.objects(ctx)
 	if err != nil {
 		return err
 	}
-	facts.LANs = append(facts.LANs, facts.OnDemand(c.namespace)...)
-	lans, missing := named(facts.LANs, names)
-	facts.LANs = lans
+	objects.LANs = append(objects.LANs, objects.OnDemand(c.namespace)...)
+	lans, missing := named(objects.LANs, names)
+	objects.LANs = lans
 	s := screenOf(out)
 	s.Brief = len(names) == 0 && len(lans) > fullLimit
-	fmt.Fprint(out, s.Status(facts))
+	fmt.Fprint(out, s.Status(objects))
 	where := "in namespace " + c.namespace
 	if c.namespace == "" {
 		where = "in any namespace"
@@ -76,11 +79,11 @@ func (c cluster) status(ctx context.Context, out io.Writer, names []string) erro
 	return nil
 }
 
-// facts reads what there is. Who may not read nodes is shown what the LANs themselves say.
-func (c cluster) facts(ctx context.Context) (f overview.Objects, err error) {
+// objects reads the objects. A user who may not list LANNodes or Nodes gets only what the LANs' own status says.
+func (c cluster) objects(ctx context.Context) (o overview.Objects, err error) {
 	var lans v1beta1.LANList
 	if err := c.client.List(ctx, &lans, client.InNamespace(c.namespace)); err != nil {
-		return f, fmt.Errorf("list LANs: %w", err)
+		return o, fmt.Errorf("list LANs: %w", err)
 	}
 	var lanNodes v1beta1.LANNodeList
 	var nodes corev1.NodeList
@@ -88,17 +91,18 @@ func (c cluster) facts(ctx context.Context) (f overview.Objects, err error) {
 		err := c.client.List(ctx, list)
 		switch {
 		case apierrors.IsForbidden(err):
-			f.Unreadable = append(f.Unreadable, "You may not list "+kind+" in this cluster, so some of what they say is missing here.")
+			o.Unreadable = append(o.Unreadable,
+				"You may not list "+kind+" in this cluster, so some of what they say is missing here.")
 		case err != nil:
-			return f, fmt.Errorf("list %s: %w", kind, err)
+			return o, fmt.Errorf("list %s: %w", kind, err)
 		}
 	}
-	slices.Sort(f.Unreadable)
-	f.LANs, f.LANNodes, f.Nodes = lans.Items, lanNodes.Items, nodes.Items
-	return f, nil
+	slices.Sort(o.Unreadable)
+	o.LANs, o.LANNodes, o.Nodes = lans.Items, lanNodes.Items, nodes.Items
+	return o, nil
 }
 
-// named are the LANs of these names, or all, and the names that no LAN has.
+// named returns the LANs with these names, or all LANs if there are no names, and the names that no LAN has.
 func named(all []v1beta1.LAN, names []string) (lans []v1beta1.LAN, missing []string) {
 	if len(names) == 0 {
 		return all, nil
@@ -117,7 +121,8 @@ func named(all []v1beta1.LAN, names []string) (lans []v1beta1.LAN, missing []str
 	return lans, missing
 }
 
-// screenOf is what there is room for: on a terminal its width, and colours unless they are not wanted (no-color.org).
+// screenOf returns how to print: on a terminal with its width, and with colours unless they are disabled
+// (no-color.org).
 func screenOf(out io.Writer) overview.Screen {
 	s := overview.Screen{Now: time.Now()}
 	file, ok := out.(*os.File)

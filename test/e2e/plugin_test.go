@@ -157,7 +157,7 @@ func TestCaptureWritesWhatASpokeCarriesBothWays(t *testing.T) {
 		return !strings.Contains(l.machine(worker1).run("sh", "-c", "cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' ' '"), "capture --ns="+l.namespace+".caught")
 	})
 
-	if out := l.k8slan(2, "capture", "caught-3"); !strings.Contains(out, "attached nowhere now; give --node") {
+	if out := l.k8slan(2, "capture", "caught-3"); !strings.Contains(out, "give --node to capture at its port on a node") {
 		t.Errorf("the capture of a free spoke says %s", out)
 	}
 	if out := l.k8slan(2, "capture", "never"); !strings.Contains(out, "no LAN has a spoke never") {

@@ -206,8 +206,8 @@ func TestProbeSaysWhatPassesAndWhereTheRestIsLost(t *testing.T) {
 		}
 		for _, running := range []bool{true, false} {
 			for _, m := range l.machines() {
-				m.until(fmt.Sprintf("a station to run, %t", running), func() bool {
-					return strings.Contains(m.run("sh", "-c", "cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' ' '"), "probe station --ns="+l.namespace) == running
+				m.until(fmt.Sprintf("the probe to run, %t", running), func() bool {
+					return strings.Contains(m.run("sh", "-c", "cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' ' '"), "probe endpoint --ns="+l.namespace) == running
 				})
 			}
 			_ = probe.Process.Kill() // once they run
@@ -216,7 +216,7 @@ func TestProbeSaysWhatPassesAndWhereTheRestIsLost(t *testing.T) {
 	})
 	t.Run("nobody", func(t *testing.T) {
 		l.in(t).probes(2, []string{"there is no LAN nowhere in namespace " + l.namespace}, "nowhere")
-		l.in(t).probes(2, []string{"stranger is no pod in namespace " + l.namespace}, "probed-1", "stranger")
+		l.in(t).probes(2, []string{"stranger is neither an attached pod in namespace " + l.namespace}, "probed-1", "stranger")
 	})
 }
 
