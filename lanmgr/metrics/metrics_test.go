@@ -21,7 +21,7 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
-// read scrapes: the value of each series that is not 0, or how many a histogram has counted.
+// read returns the value of each series that is not 0, or the count of a histogram.
 func read(t *testing.T, m prometheus.Collector) map[string]float64 {
 	t.Helper()
 	registry := prometheus.NewPedanticRegistry()
@@ -64,16 +64,24 @@ func labels(m *dto.Metric) string {
 	return "{" + strings.Join(pairs, ",") + "}"
 }
 
-// fabric is one with three sessions and a LAN.
-type fabric struct{}
+// fakeEVPN has three sessions and a LAN.
+type fakeEVPN struct{}
 
-func (fabric) Sessions() []bgp.Session { return []bgp.Session{{Up: true}, {Up: true}, {}} }
+func (fakeEVPN) Sessions() []bgp.Session { return []bgp.Session{{Up: true}, {Up: true}, {}} }
 
-func (fabric) Count(netns string) (macvrf.Count, bool) {
-	return macvrf.Count{Advertised: 11, Used: 12, Refused: 13, Local: 14, Remote: 15, Duplicate: 16, Moves: 17}, netns == "default.lab"
+func (fakeEVPN) Count(netns string) (macvrf.Count, bool) {
+	return macvrf.Count{
+		Advertised: 11,
+		Used:       12,
+		Refused:    13,
+		Local:      14,
+		Remote:     15,
+		Duplicate:  16,
+		Moves:      17,
+	}, netns == "default.lab"
 }
 
-func TestEverythingThatHappensIsCounted(t *testing.T) {
+func TestEveryMetricCountsItsEvents(t *testing.T) {
 	lab := segment.LAN{Namespace: "default", Name: "lab", UID: "1"}
 	m := metrics.New(metrics.Sources{
 		Registered: func() int { return 3 },
@@ -81,19 +89,30 @@ func TestEverythingThatHappensIsCounted(t *testing.T) {
 		Reports: func() []lanmgr.Report {
 			return []lanmgr.Report{
 				{Segment: segment.Segment{LAN: lab, Netns: "default.lab"}, Learned: 7, Remotes: 4},
-				{Segment: segment.Segment{LAN: lab, Netns: "before"}, Learned: 8, Leaving: true}, // is moving
-				{Segment: segment.Segment{LAN: segment.LAN{Namespace: "default", Name: "old"}}, Learned: -1, Remotes: -1},
-				{Segment: segment.Segment{Netns: "nobodys"}, Learned: 9},
+				{
+					Segment: segment.Segment{LAN: lab, Netns: "before"},
+					Learned: 8,
+					Leaving: true,
+				}, // the LAN moves to another network namespace
+				{
+					Segment: segment.Segment{LAN: segment.LAN{Namespace: "default", Name: "old"}},
+					Learned: -1,
+					Remotes: -1,
+				},
+				{Segment: segment.Segment{Netns: "unknown"}, Learned: 9},
 			}
 		},
-		EVPN: fabric{},
+		EVPN: fakeEVPN{},
 	})
 	if before := read(t, m); len(before) != 13 { // registered, learned, remotes, dropped, and nine of EVPN
-		t.Errorf("before anything happened: %v", before)
+		t.Errorf("before any event: %v", before)
 	}
 	m.Advertised([]agent.Spoke{{Name: "a", Healthy: true}, {Name: "b", Healthy: true}, {Name: "c"}})
 	m.Published(v1beta1.LANNodeStatus{Segments: []v1beta1.SegmentStatus{
-		{State: v1beta1.SegmentReady, Attachments: []v1beta1.Attachment{{Kind: v1beta1.KindVeth}, {Kind: v1beta1.KindMacvtap}}},
+		{
+			State:       v1beta1.SegmentReady,
+			Attachments: []v1beta1.Attachment{{Kind: v1beta1.KindVeth}, {Kind: v1beta1.KindMacvtap}},
+		},
 		{State: v1beta1.SegmentReady, Attachments: []v1beta1.Attachment{{Kind: v1beta1.KindVeth}}},
 		{State: v1beta1.SegmentNotReady},
 		{State: v1beta1.SegmentDegraded},
@@ -104,13 +123,13 @@ func TestEverythingThatHappensIsCounted(t *testing.T) {
 	m.Outcome(report.Outcome{Verb: report.Add, Kind: "pod/default/srl-1", Reason: "pod/default/srl-1"})
 	m.Outcome(report.Outcome{Verb: report.Del, Kind: segment.Veth})
 	m.Outcome(report.Outcome{Verb: report.Del, Kind: segment.Veth, Reason: report.Kernel})
-	bridge, question := segment.AddBridge{}, segment.VerifyClaim{}
+	bridge, verify := segment.AddBridge{}, segment.VerifyClaim{}
 	m.Observed(lanmgr.Observation{})
 	m.Observed(lanmgr.Observation{Done: []segment.Op{bridge, segment.WriteRecord{}}})
-	m.Observed(lanmgr.Observation{Done: []segment.Op{bridge, question}, Repair: true})
+	m.Observed(lanmgr.Observation{Done: []segment.Op{bridge, verify}, Repair: true})
 	m.Observed(lanmgr.Observation{Done: []segment.Op{bridge}, Err: errors.New("no buffer space available")})
 	m.Registration(nil)
-	m.Registration(errors.New("not today"))
+	m.Registration(errors.New("no resources"))
 	m.Collected()
 
 	have := read(t, m)
@@ -163,16 +182,16 @@ func TestEverythingThatHappensIsCounted(t *testing.T) {
 		delete(have, name)
 	}
 	if len(have) > 0 {
-		t.Errorf("counted as well: %v", have)
+		t.Errorf("unexpected series: %v", have)
 	}
 	for _, name := range described(m) {
 		if !strings.Contains(fmt.Sprint(want), name) {
-			t.Errorf("%s never moves here", name)
+			t.Errorf("this test expects no series of %s", name)
 		}
 	}
 }
 
-// described are the names of a collector's metrics.
+// described returns the names of a collector's metrics.
 func described(c prometheus.Collector) []string {
 	descs := make(chan *prometheus.Desc, 100)
 	c.Describe(descs)

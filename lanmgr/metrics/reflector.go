@@ -9,9 +9,8 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/evpn/bgp"
 )
 
-// Reflector asks a reflector at each scrape how much it has to do. It is a prometheus.Collector.
+// Reflector reads the counts of a reflector at each scrape. It implements prometheus.Collector.
 type Reflector struct {
-	// Count asks it.
 	Count func(context.Context) (bgp.Count, error)
 }
 
@@ -19,10 +18,11 @@ var (
 	reflectedSessionsDesc = prometheus.NewDesc("k8slan_reflector_sessions",
 		"BGP sessions of nodes with this reflector that are up.", nil, nil)
 	reflectedRoutesDesc = prometheus.NewDesc("k8slan_reflector_routes",
-		"EVPN routes that nodes have told this reflector, those included that it keeps for nodes that are away.", nil, nil)
+		"EVPN routes that nodes have advertised to this reflector, including those it keeps for disconnected nodes.",
+		nil, nil)
 )
 
-// answerTimeout is how long a reflector may take to answer.
+// answerTimeout is how long the reflector may take to count.
 const answerTimeout = 5 * time.Second
 
 // Describe implements prometheus.Collector.
