@@ -26,6 +26,7 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/firewall"
 	"github.com/k8slan/k8slan/lanmgr/gc"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
+	"github.com/k8slan/k8slan/lanmgr/kernel/watch"
 	"github.com/k8slan/k8slan/lanmgr/metrics"
 )
 
@@ -206,7 +207,7 @@ func (f *nodeFlags) newDaemon(host *kernel.Node, evpnConfig *evpn.Config, log *s
 		Reports: d.lans.Reports, Registered: d.plugins.Registered, Dropped: d.firewall.Dropped,
 	}
 	if evpnConfig != nil {
-		evpnConfig.Kernel, evpnConfig.Log = host, log
+		evpnConfig.Kernel, evpnConfig.Log = watch.New(host), log
 		d.evpn = evpn.New(*evpnConfig)
 		sources.EVPN = d.evpn
 	}
@@ -227,7 +228,7 @@ func (f *nodeFlags) agentConfig(d *daemon, mgr ctrl.Manager, peers cache.Cache) 
 		APIReader: mgr.GetAPIReader(),
 		Peers:     peers,
 		VTEPs:     prefixes(f.vteps),
-		Kernel:    d.host,
+		Kernel:    watch.New(d.host),
 		Manager:   d.lans,
 		Firewall:  d.firewall,
 		Advertise: func(spokes []agent.Spoke) {

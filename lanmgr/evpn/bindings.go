@@ -7,7 +7,7 @@ import (
 	"time"
 
 	"github.com/k8slan/k8slan/lanmgr/evpn/macvrf"
-	"github.com/k8slan/k8slan/lanmgr/kernel"
+	"github.com/k8slan/k8slan/lanmgr/kernel/watch"
 	"github.com/k8slan/k8slan/lanmgr/retry"
 )
 
@@ -57,7 +57,7 @@ func (e *Instance) claimedLANs() map[string]bool {
 }
 
 func (e *Instance) watchLANBindings(ctx context.Context, netns string) {
-	events := kernel.Bindings{
+	events := watch.BindingEvents{
 		Bound:     func(mac [6]byte, ip netip.Addr) { e.bind(netns, mac, ip) },
 		Recreated: func() { e.relist(netns) },
 	}

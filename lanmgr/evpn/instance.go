@@ -14,16 +14,16 @@ import (
 
 	"github.com/k8slan/k8slan/lanmgr/evpn/bgp"
 	"github.com/k8slan/k8slan/lanmgr/evpn/macvrf"
-	"github.com/k8slan/k8slan/lanmgr/kernel"
+	"github.com/k8slan/k8slan/lanmgr/kernel/watch"
 	"github.com/k8slan/k8slan/lanmgr/notify"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
 // Kernel reports the MACs and IP–MAC bindings on the ports of LANs' bridges. kernel.Node implements it.
 type Kernel interface {
-	WatchFDB(ctx context.Context, events kernel.FDBEvents) error
+	WatchFDB(ctx context.Context, events watch.FDBEvents) error
 	LocalMACs(netns string) ([][6]byte, error)
-	WatchBindings(ctx context.Context, netns string, events kernel.Bindings) error
+	WatchBindings(ctx context.Context, netns string, events watch.BindingEvents) error
 }
 
 // Config configures an Instance.
@@ -90,7 +90,7 @@ func (e *Instance) Run(ctx context.Context) error {
 	})
 	tasks.Go(func() {
 		defer cancel()
-		events := kernel.FDBEvents{Learned: e.learnLocal, Removed: e.forgetLocal, Overflow: e.relistAll}
+		events := watch.FDBEvents{Learned: e.learnLocal, Removed: e.forgetLocal, Overflow: e.relistAll}
 		errs[1] = e.Kernel.WatchFDB(ctx, events)
 	})
 	tasks.Go(func() { e.watchBindings(ctx) })

@@ -13,7 +13,7 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/evpn"
 	"github.com/k8slan/k8slan/lanmgr/evpn/bgp"
 	"github.com/k8slan/k8slan/lanmgr/evpn/macvrf"
-	"github.com/k8slan/k8slan/lanmgr/kernel"
+	"github.com/k8slan/k8slan/lanmgr/kernel/watch"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
@@ -21,12 +21,12 @@ import (
 type bridges struct {
 	mu      sync.Mutex
 	macs    map[string][][6]byte // by netns
-	events  kernel.FDBEvents
+	events  watch.FDBEvents
 	ready   chan struct{}
-	watches chan *kernel.Bindings // receives the events of each watch that begins, and nil when it ends
+	watches chan *watch.BindingEvents // receives the events of each watch that begins, and nil when it ends
 }
 
-func (b *bridges) WatchFDB(ctx context.Context, events kernel.FDBEvents) error {
+func (b *bridges) WatchFDB(ctx context.Context, events watch.FDBEvents) error {
 	events.Overflow()
 	b.events = events
 	close(b.ready)
@@ -40,7 +40,7 @@ func (b *bridges) LocalMACs(netns string) ([][6]byte, error) {
 	return b.macs[netns], nil
 }
 
-func (b *bridges) WatchBindings(ctx context.Context, netns string, events kernel.Bindings) error {
+func (b *bridges) WatchBindings(ctx context.Context, netns string, events watch.BindingEvents) error {
 	b.watches <- &events
 	<-ctx.Done()
 	b.watches <- nil
@@ -92,7 +92,7 @@ func newMembers(t *testing.T, nodes int) []member {
 func newMember(t *testing.T, number byte, peers ...bgp.Peer) member {
 	t.Helper()
 	b := &bridges{
-		macs: map[string][][6]byte{}, ready: make(chan struct{}), watches: make(chan *kernel.Bindings, 10),
+		macs: map[string][][6]byte{}, ready: make(chan struct{}), watches: make(chan *watch.BindingEvents, 10),
 	}
 	m := member{bridges: b, vtep: netip.AddrFrom4([4]byte{192, 0, 2, 2 + number})}
 	source := netip.AddrFrom4([4]byte{127, 0, 0, 2 + number})

@@ -80,31 +80,31 @@ func (n *Node) Apply(ctx context.Context, netnsName string, ops []segment.Op) er
 type builder struct {
 	node  *Node
 	netns string
-	held  *held // nil until it is needed
+	open  *OpenNetns // nil until it is needed
 }
 
 func (b *builder) close() {
-	if b.held != nil {
-		b.node.giveBack(b.held)
-		b.held = nil
+	if b.open != nil {
+		b.node.put(b.open)
+		b.open = nil
 	}
 }
 
 // lan is the connection into the segment's namespace.
 func (b *builder) lan() (*conn, error) {
-	if b.held != nil {
-		return b.held.conn, nil
+	if b.open != nil {
+		return b.open.conn, nil
 	}
 	s := segment.State{Netns: b.netns}
-	h, err := b.node.take(&s)
+	o, err := b.node.acquireOrOpen(&s)
 	if err != nil {
 		return nil, err
 	}
-	if h == nil {
+	if o == nil {
 		return nil, fmt.Errorf("%w (no %s)", ErrNoLAN, b.node.netnsPath(b.netns))
 	}
-	b.held = h
-	return h.conn, nil
+	b.open = o
+	return o.conn, nil
 }
 
 // apply does one operation; doing it again does no harm.

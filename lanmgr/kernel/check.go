@@ -20,7 +20,7 @@ func (n *Node) CheckClaim(_ context.Context, r ClaimRequest) error {
 		return err
 	}
 	s := segment.State{Netns: r.Netns}
-	lan, err := n.reach(&s)
+	lan, err := n.dialSegment(&s)
 	if err != nil {
 		return err
 	}

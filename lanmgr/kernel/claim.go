@@ -222,7 +222,7 @@ func (c *claiming) build(ctx context.Context) error {
 func (c *claiming) find() (complete bool, err error) {
 	if c.lan == nil {
 		s := segment.State{Netns: c.Netns}
-		lan, err := c.node.reach(&s)
+		lan, err := c.node.dialSegment(&s)
 		if err != nil || lan == nil || s.LostName {
 			if lan != nil {
 				lan.close()

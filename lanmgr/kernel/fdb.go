@@ -18,70 +18,14 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
-// FDBEvents is what the bridges of LANs tell of who is on their own ports.
-type FDBEvents struct {
-	// Learned says that a MAC has shown itself on a port of the LAN's bridge here; Left, that it is on none any more: it has been silent
-	// for long, its port is gone, or it was told to be elsewhere.
-	Learned, Removed func(netnsName string, mac [6]byte)
-	// Overflow says that some of that was lost: Node.Stations tells how it is.
-	Overflow func()
-}
-
-// WatchFDB tells of the MACs on local ports until the context ends. Those of a segment are told from when it was first
-// observed; Node.Stations tells of those before.
-func (n *Node) WatchFDB(ctx context.Context, tell FDBEvents) error {
-	f, err := n.subscribe(true, ofBridges, unix.RTNLGRP_NEIGH)
-	if err != nil {
-		return fmt.Errorf("watch the MACs on LANs: %w", err)
-	}
-	tell.Overflow()
-	return receive(ctx, f, func(msg []byte, from int) {
-		name, ok := n.byNumber(from)
-		if !ok {
-			return
-		}
-		m, _, ok := rtnl.NextMessage(msg)
-		if !ok {
-			return
-		}
-		e, ok := rtnl.ParseEntry(m.Payload)
-		switch {
-		case !ok || e.InVXLAN() || e.IsPermanent():
-		case m.Type == unix.RTM_NEWNEIGH && !e.IsExternal() && !n.isVXLAN(name, e.Index):
-			tell.Learned(name, e.MAC)
-		default:
-			tell.Removed(name, e.MAC)
-		}
-	}, tell.Overflow)
-}
-
-// noteVXLAN notes which of a segment's links is its VXLAN: until learning is off on that port, the bridge tells of those behind it as well.
-func (n *Node) noteVXLAN(h *held, links []segment.Link) {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	h.vxlan = 0
-	for _, l := range links {
-		if l.Type == "vxlan" {
-			h.vxlan = l.Index
-		}
-	}
-}
-
-func (n *Node) isVXLAN(name string, index int) bool {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	h := n.held[name]
-	return h != nil && h.vxlan == index
-}
-
 // LocalMACs are the MACs on a LAN's own ports now. A LAN that is not on the node has none.
 func (n *Node) LocalMACs(netnsName string) (macs [][6]byte, err error) {
-	h := n.inHand(netnsName)
-	if h == nil {
+	o := n.acquire(netnsName)
+	if o == nil {
 		return nil, nil
 	}
-	defer n.giveBack(h)
-	r, err := h.conn.requests()
+	defer n.put(o)
+	r, err := o.conn.requests()
 	if err != nil {
 		return nil, err
 	}
@@ -118,12 +62,12 @@ func (n *Node) MACs(ctx context.Context, netnsName string) ([]segment.MACEntry, 
 	if err != nil {
 		return nil, err
 	}
-	h := n.inHand(netnsName)
-	if h == nil {
+	o := n.acquire(netnsName)
+	if o == nil {
 		return nil, fmt.Errorf("the LAN is not on this node: there is no namespace %s", n.netnsPath(netnsName))
 	}
-	defer n.giveBack(h)
-	r, err := h.conn.requests()
+	defer n.put(o)
+	r, err := o.conn.requests()
 	if err != nil {
 		return nil, err
 	}
@@ -150,16 +94,6 @@ func (n *Node) MACs(ctx context.Context, netnsName string) ([]segment.MACEntry, 
 		}
 	}
 	return slices.SortedFunc(maps.Values(places), func(a, b segment.MACEntry) int { return strings.Compare(a.MAC, b.MAC) }), nil
-}
-
-// ofBridges is a socket filter that lets the events of bridges' forwarding tables pass, those of VXLANs' own aside.
-var ofBridges = []unix.SockFilter{
-	{Code: unix.BPF_LD | unix.BPF_B | unix.BPF_ABS, K: unix.SizeofNlMsghdr}, // ndm_family
-	{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: unix.AF_BRIDGE, Jf: 3},
-	{Code: unix.BPF_LD | unix.BPF_B | unix.BPF_ABS, K: unix.SizeofNlMsghdr + 10}, // ndm_flags
-	{Code: unix.BPF_JMP | unix.BPF_JSET | unix.BPF_K, K: netlink.NTF_SELF, Jt: 1},
-	{Code: unix.BPF_RET | unix.BPF_K, K: 1 << 18},
-	{Code: unix.BPF_RET | unix.BPF_K, K: 0},
 }
 
 // flooded is the address under which a VXLAN's table has those who get what is flooded (all_zeros_mac in

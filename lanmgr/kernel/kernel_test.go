@@ -1,12 +1,9 @@
 package kernel
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"testing"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
@@ -60,31 +57,6 @@ func TestTapsOfALANHaveDifferentIndexes(t *testing.T) {
 }
 
 const segmentMax = 500 // spokes of the largest LAN
-
-func TestRoutesThatAreNoDefaultRoutesDoNotMatter(t *testing.T) {
-	message := func(kind uint16, dstLen byte) []byte {
-		b := make([]byte, unix.SizeofNlMsghdr+unix.SizeofRtMsg)
-		binary.NativeEndian.PutUint32(b, uint32(len(b)))
-		binary.NativeEndian.PutUint16(b[4:], kind)
-		b[unix.SizeofNlMsghdr+1] = dstLen
-		return b
-	}
-	for _, tt := range []struct {
-		name string
-		msg  []byte
-		want bool
-	}{
-		{"a route to a pod", message(unix.RTM_NEWROUTE, 32), false},
-		{"the default route", message(unix.RTM_DELROUTE, 0), true},
-		{"a link", message(unix.RTM_NEWLINK, 24), true},
-		{"routes, the default one among them", append(message(unix.RTM_NEWROUTE, 24), message(unix.RTM_NEWROUTE, 0)...), true},
-		{"damaged", []byte{1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}, true},
-	} {
-		if got := matters(tt.msg); got != tt.want {
-			t.Errorf("%s: %v", tt.name, got)
-		}
-	}
-}
 
 func TestAKernelsReleaseIsCompared(t *testing.T) {
 	for release, want := range map[string]bool{

@@ -12,134 +12,162 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/k8slan/k8slan/lanmgr/netns"
-
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
-// held is a segment's namespace as the daemon has it in hand. With it, a name that somebody took away can be given back, and
-// a look needs no thread to enter the namespace.
-type held struct {
+// OpenNetns is a segment's network namespace that this process keeps open. With it, the namespace can get a lost name back,
+// and the segment is observed without a thread that enters the namespace.
+type OpenNetns struct {
 	conn     *conn
 	inode    netns.Inode
 	settings *settingFiles
-	id       int // of the namespace, as the host's netns counts: what link events bear
-	vxlan    int // ifindex of its VXLAN at the last look, 0 if there was none; Node.mu guards it
-	users    int // those who have it from inHand or hold, and Node.held; Node.mu guards it
+	id       int // by which the host's netns knows the namespace; link events carry it
+	vxlan    int // ifindex of its VXLAN when it was last observed, 0 for none; Node.mu guards it
+	users    int // Node.open, and each that has to put it; Node.mu guards it
 
-	inHand context.Context // until it is let go
-	end    context.CancelFunc
+	life context.Context // ends when the namespace is forgotten
+	end  context.CancelFunc
 }
 
-// inHand is the segment's namespace that is in hand, nil if none is; the caller gives it back.
-func (n *Node) inHand(name string) *held {
+// Do runs f on a thread that is in the namespace.
+func (o *OpenNetns) Do(f func() error) error { return netns.Do(o.conn.ns, f) }
+
+// Link looks up a link by its index.
+func (o *OpenNetns) Link(index int) (l netlink.Link, ok bool, err error) {
+	l, err = o.conn.LinkByIndex(index)
+	if isNotFound(err) {
+		return nil, false, nil
+	}
+	if err != nil {
+		return nil, false, fmt.Errorf("look up link %d: %w", index, err)
+	}
+	return l, true, nil
+}
+
+// acquire returns the segment's namespace if it is open, else nil. The caller has to put it.
+func (n *Node) acquire(name string) *OpenNetns {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	h := n.held[name]
-	if h != nil {
-		h.users++
+	o := n.open[name]
+	if o != nil {
+		o.users++
 	}
-	return h
+	return o
 }
 
-// await is the segment's namespace as soon as it is in hand, nil when the context ends before; the caller gives it back.
-func (n *Node) await(ctx context.Context, name string) *held {
+// awaitOpen returns the segment's namespace as soon as it is open, or nil if the context ends before. The caller has to put it.
+func (n *Node) awaitOpen(ctx context.Context, name string) *OpenNetns {
 	for {
 		n.mu.Lock()
-		taken := n.taken
+		opened := n.opened
 		n.mu.Unlock()
-		if h := n.inHand(name); h != nil {
-			return h
+		if o := n.acquire(name); o != nil {
+			return o
 		}
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-taken:
+		case <-opened:
 		}
 	}
 }
 
-// hold takes a namespace in hand, which it owns from then on, also when it fails; the caller gives it back.
-func (n *Node) hold(name string, ns netns.Handle) (*held, error) {
-	h := &held{conn: &conn{ns: ns}, users: 2}
-	h.inHand, h.end = context.WithCancel(context.Background())
-	err := n.look(h)
-	if err != nil {
-		h.close()
+// WhileOpen waits until the segment's namespace is open and calls f with it. The context of f ends when that namespace is
+// forgotten. It returns nil without a call if ctx ends before.
+func (n *Node) WhileOpen(ctx context.Context, name string, f func(context.Context, *OpenNetns) error) error {
+	o := n.awaitOpen(ctx, name)
+	if o == nil {
+		return nil
+	}
+	defer n.put(o)
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer context.AfterFunc(o.life, cancel)()
+	return f(ctx, o)
+}
+
+// keep adds an open namespace to those that the process keeps open. It owns the handle from then on, also when it fails. The
+// caller has to put the result.
+func (n *Node) keep(name string, ns netns.Handle) (*OpenNetns, error) {
+	o := &OpenNetns{conn: &conn{ns: ns}, users: 2}
+	o.life, o.end = context.WithCancel(context.Background())
+	if err := n.prepare(o); err != nil {
+		o.close()
 		return nil, err
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	if old := n.held[name]; old != nil { // somebody else was faster
-		n.drop(name, old)
+	if old := n.open[name]; old != nil { // another goroutine was faster
+		n.forgetLocked(name, old)
 	}
-	n.held[name], n.numbered[h.id] = h, name
-	close(n.taken)
-	n.taken = make(chan struct{})
-	return h, nil
+	n.open[name], n.byID[o.id] = o, name
+	close(n.opened)
+	n.opened = make(chan struct{})
+	return o, nil
 }
 
-// look finds out what the daemon needs to know of a namespace once, and opens what it looks with.
-func (n *Node) look(h *held) (err error) {
-	if h.inode, err = netns.InodeOf(h.conn.ns); err != nil {
+// prepare reads what never changes of a namespace, and opens what it is observed with.
+func (n *Node) prepare(o *OpenNetns) (err error) {
+	if o.inode, err = netns.InodeOf(o.conn.ns); err != nil {
 		return err
 	}
-	if h.id, err = n.number(h.conn.ns); err != nil {
+	if o.id, err = n.idOf(o.conn.ns); err != nil {
 		return err
 	}
-	return netns.Do(h.conn.ns, func() (err error) {
-		if h.conn.Handle, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
+	return o.Do(func() (err error) {
+		if o.conn.Handle, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
 			return fmt.Errorf("open a netlink socket: %w", err)
 		}
-		if err := h.conn.dialRTNL(); err != nil {
+		if err := o.conn.dialRTNL(); err != nil {
 			return err
 		}
-		h.settings, err = openSettings()
+		o.settings, err = openSettings()
 		return err
 	})
 }
 
-func (h *held) close() {
-	if h.settings != nil {
-		h.settings.close()
+func (o *OpenNetns) close() {
+	if o.settings != nil {
+		o.settings.close()
 	}
-	h.conn.close()
+	o.conn.close()
 }
 
-// giveBack is the end of hold and of inHand.
-func (n *Node) giveBack(h *held) {
+// put ends one use of a namespace.
+func (n *Node) put(o *OpenNetns) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	n.leave(h)
+	n.putLocked(o)
 }
 
-// letGo keeps a segment's namespace in hand no longer.
-func (n *Node) letGo(name string) {
+// forget keeps a segment's namespace open no longer than others use it.
+func (n *Node) forget(name string) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	if h := n.held[name]; h != nil {
-		n.drop(name, h)
+	if o := n.open[name]; o != nil {
+		n.forgetLocked(name, o)
 	}
 }
 
-// drop takes back what hold noted; n.mu is held.
-func (n *Node) drop(name string, h *held) {
-	delete(n.held, name)
-	if n.numbered[h.id] == name {
-		delete(n.numbered, h.id)
+// forgetLocked is forget with n.mu held.
+func (n *Node) forgetLocked(name string, o *OpenNetns) {
+	delete(n.open, name)
+	if n.byID[o.id] == name {
+		delete(n.byID, o.id)
 	}
-	h.end()
-	n.leave(h)
+	o.end()
+	n.putLocked(o)
 }
 
-// leave closes what nobody uses any more; n.mu is held.
-func (n *Node) leave(h *held) {
-	if h.users--; h.users == 0 {
-		h.close()
+// putLocked is put with n.mu held. The last use closes the namespace.
+func (n *Node) putLocked(o *OpenNetns) {
+	if o.users--; o.users == 0 {
+		o.close()
 	}
 }
 
-// number is the id of a namespace as the host's netns counts; it is given one if it has none.
-func (n *Node) number(ns netns.Handle) (int, error) {
+// idOf returns the ID by which the host's netns knows a namespace, and assigns one if there is none.
+func (n *Node) idOf(ns netns.Handle) (int, error) {
 	c, err := n.dialHost()
 	if err != nil {
 		return 0, err
@@ -147,20 +175,21 @@ func (n *Node) number(ns netns.Handle) (int, error) {
 	defer c.close()
 	id, err := c.GetNetNsIdByFd(int(ns))
 	if err != nil {
-		return 0, fmt.Errorf("look up the number of a network namespace: %w", err)
+		return 0, fmt.Errorf("look up the ID of a network namespace: %w", err)
 	}
 	if id >= 0 {
 		return id, nil
 	}
 	if err := c.SetNetNsIdByFd(int(ns), -1); err != nil && !errors.Is(err, fs.ErrExist) {
-		return 0, fmt.Errorf("number a network namespace: %w", err)
+		return 0, fmt.Errorf("assign an ID to a network namespace: %w", err)
 	}
 	if id, err = c.GetNetNsIdByFd(int(ns)); err != nil {
-		return 0, fmt.Errorf("look up the number of a network namespace: %w", err)
+		return 0, fmt.Errorf("look up the ID of a network namespace: %w", err)
 	}
 	return id, nil
 }
 
+// dialHost connects to the node's own network namespace.
 func (n *Node) dialHost() (*conn, error) {
 	ns, err := n.host()
 	if err != nil {
@@ -169,48 +198,110 @@ func (n *Node) dialHost() (*conn, error) {
 	return dial(ns)
 }
 
-// follow lets go of a namespace in hand whose name stands for another one: another process took the segment away and made it anew.
-func (n *Node) follow(name string) error {
-	h := n.inHand(name)
-	if h == nil {
+// SegmentByNetnsID returns the segment whose open namespace has that ID in the host's netns.
+func (n *Node) SegmentByNetnsID(netnsID int) (name string, ok bool) {
+	if netnsID < 0 {
+		return "", false
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	name, ok = n.byID[netnsID]
+	return name, ok
+}
+
+// OpenSegments names the segments whose namespace is open.
+func (n *Node) OpenSegments() []string {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	names := make([]string, 0, len(n.open))
+	for name := range n.open {
+		names = append(names, name)
+	}
+	return names
+}
+
+// IsOpen reports whether a segment's namespace is open.
+func (n *Node) IsOpen(name string) bool {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.open[name] != nil
+}
+
+// IsVXLAN reports whether a link was a segment's VXLAN when that was last observed. Until learning is off on that port, the
+// bridge also reports MACs behind it.
+func (n *Node) IsVXLAN(name string, index int) bool {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	o := n.open[name]
+	return o != nil && o.vxlan == index
+}
+
+// noteVXLAN notes which of a segment's links is its VXLAN.
+func (n *Node) noteVXLAN(o *OpenNetns, links []segment.Link) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	o.vxlan = 0
+	for _, l := range links {
+		if l.Type == "vxlan" {
+			o.vxlan = l.Index
+		}
+	}
+}
+
+// LostName reports whether a segment's name no longer stands for the namespace that is open.
+func (n *Node) LostName(name string) (bool, error) {
+	o := n.acquire(name)
+	if o == nil {
+		return false, nil
+	}
+	defer n.put(o)
+	named, err := o.inode.IsAt(n.netnsPath(name))
+	return !named, err
+}
+
+// forgetReplaced forgets an open namespace if its name stands for another one: another process has removed the segment and
+// created it again.
+func (n *Node) forgetReplaced(name string) error {
+	o := n.acquire(name)
+	if o == nil {
 		return nil
 	}
-	defer n.giveBack(h)
-	if named, err := h.inode.IsAt(n.netnsPath(name)); named || err != nil {
+	defer n.put(o)
+	if named, err := o.inode.IsAt(n.netnsPath(name)); named || err != nil {
 		return err
 	}
 	ns, err := netns.Open(n.netnsPath(name))
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil // somebody took the name alone
+		return nil // only the name is gone
 	}
 	if err != nil {
 		return err
 	}
-	n.letGo(name)
+	n.forget(name)
 	return ns.Close()
 }
 
-// take takes a segment's namespace in hand where find finds it; nil where it doesn't. The caller gives it back.
-func (n *Node) take(s *segment.State) (*held, error) {
-	h, ns, err := n.find(s)
-	if err != nil || h != nil || !s.Exists {
-		return h, err
+// acquireOrOpen returns a segment's namespace where find finds one, and keeps it open; else nil. The caller has to put it.
+func (n *Node) acquireOrOpen(s *segment.State) (*OpenNetns, error) {
+	o, ns, err := n.find(s)
+	if err != nil || o != nil || !s.Exists {
+		return o, err
 	}
-	if h, err = n.hold(s.Netns, ns); err != nil {
+	if o, err = n.keep(s.Netns, ns); err != nil {
 		return nil, fmt.Errorf("observe %s: %w", s.Netns, err)
 	}
-	return h, nil
+	return o, nil
 }
 
-// reach connects to a segment's namespace where find finds it, for once; nil where it doesn't.
-func (n *Node) reach(s *segment.State) (*conn, error) {
-	h, ns, err := n.find(s)
+// dialSegment connects to a segment's namespace where find finds one; else it returns nil. It keeps no namespace open.
+func (n *Node) dialSegment(s *segment.State) (*conn, error) {
+	o, ns, err := n.find(s)
 	if err != nil {
 		return nil, err
 	}
-	if h != nil {
-		defer n.giveBack(h)
-		if ns, err = netns.Dup(h.conn.ns); err != nil {
+	if o != nil {
+		defer n.put(o)
+		if ns, err = netns.Dup(o.conn.ns); err != nil {
 			return nil, err
 		}
 	} else if !s.Exists {
@@ -219,15 +310,16 @@ func (n *Node) reach(s *segment.State) (*conn, error) {
 	return dial(ns)
 }
 
-// find finds a segment's namespace: in hand, or else by its name, open, if there is one of the two. It notes in the state which.
-func (n *Node) find(s *segment.State) (h *held, ns netns.Handle, err error) {
-	if h = n.inHand(s.Netns); h != nil {
-		if s.Exists, err = h.inode.IsAt(n.netnsPath(s.Netns)); err != nil {
-			n.giveBack(h)
+// find finds a segment's namespace: the one that is open already, or else the one that has the segment's name, which it opens.
+// It sets in the state which of the two there is.
+func (n *Node) find(s *segment.State) (o *OpenNetns, ns netns.Handle, err error) {
+	if o = n.acquire(s.Netns); o != nil {
+		if s.Exists, err = o.inode.IsAt(n.netnsPath(s.Netns)); err != nil {
+			n.put(o)
 			return nil, ns, fmt.Errorf("observe %s: %w", s.Netns, err)
 		}
 		s.LostName = !s.Exists
-		return h, ns, nil
+		return o, ns, nil
 	}
 	ns, err = netns.Open(n.netnsPath(s.Netns))
 	if s.Exists = err == nil; s.Exists {
@@ -253,13 +345,13 @@ func (n *Node) createNetns(name string) error {
 	return netns.Create(path, silence)
 }
 
-// restoreNetns mounts the namespace in hand at its name again, over whatever is there.
+// restoreNetns gives the open namespace its name back, in place of whatever has it.
 func (n *Node) restoreNetns(name string) error {
-	h := n.inHand(name)
-	if h == nil {
-		return fmt.Errorf("network namespace %s is not in hand", name)
+	o := n.acquire(name)
+	if o == nil {
+		return fmt.Errorf("network namespace %s is not open", name)
 	}
-	defer n.giveBack(h)
+	defer n.put(o)
 	path := n.netnsPath(name)
 	if err := netns.Unmount(path); err != nil {
 		return err
@@ -267,12 +359,12 @@ func (n *Node) restoreNetns(name string) error {
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return fmt.Errorf("make the folder of network namespaces: %w", err)
 	}
-	return netns.Mount(h.conn.ns, path)
+	return netns.Mount(o.conn.ns, path)
 }
 
-// removeNetns takes a segment's name and lock away.
+// removeNetns removes a segment's name and lock.
 func (n *Node) removeNetns(name string) error {
-	n.letGo(name)
+	n.forget(name)
 	if err := netns.Unmount(n.netnsPath(name)); err != nil {
 		return err
 	}

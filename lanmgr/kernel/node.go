@@ -27,10 +27,10 @@ type Paths struct {
 type Node struct {
 	paths Paths
 
-	mu       sync.Mutex
-	held     map[string]*held // by the netns's name
-	numbered map[int]string   // the names in held, by the namespace's number
-	taken    chan struct{}    // closed, and made anew, whenever there is one more in held
+	mu     sync.Mutex
+	open   map[string]*OpenNetns // by the netns's name
+	byID   map[int]string        // the names in open, by the ID that the host's netns has for the namespace
+	opened chan struct{}         // closed, and replaced by another, whenever open has one more
 }
 
 // New returns the node's kernel.
@@ -38,15 +38,15 @@ func New(p Paths) *Node {
 	if p.Run == "" {
 		p.Run = DefaultRun
 	}
-	return &Node{paths: p, held: map[string]*held{}, numbered: map[int]string{}, taken: make(chan struct{})}
+	return &Node{paths: p, open: map[string]*OpenNetns{}, byID: map[int]string{}, opened: make(chan struct{})}
 }
 
-// Close lets go of the namespaces in hand; they stay.
+// Close closes the namespaces that are open. They stay on the node.
 func (n *Node) Close() {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	for name, h := range n.held {
-		n.drop(name, h)
+	for name, o := range n.open {
+		n.forgetLocked(name, o)
 	}
 }
 

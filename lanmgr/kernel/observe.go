@@ -20,30 +20,30 @@ func (n *Node) Observe(_ context.Context, netnsName string) (segment.State, erro
 		return s, err
 	}
 	if s.Record != nil && s.Record.OnDemand {
-		if err := n.follow(netnsName); err != nil {
+		if err := n.forgetReplaced(netnsName); err != nil {
 			return s, fmt.Errorf("observe %s: %w", netnsName, err)
 		}
 	}
-	h, err := n.take(&s)
-	if err != nil || h == nil {
+	o, err := n.acquireOrOpen(&s)
+	if err != nil || o == nil {
 		return s, err
 	}
-	defer n.giveBack(h)
-	if s.Silent, err = h.settings.areMade(h.conn.ns); err != nil {
+	defer n.put(o)
+	if s.Silent, err = o.settings.areMade(o.conn.ns); err != nil {
 		return s, fmt.Errorf("observe %s: %w", netnsName, err)
 	}
-	if s.Links, err = h.conn.links(); err != nil {
+	if s.Links, err = o.conn.links(); err != nil {
 		return s, fmt.Errorf("observe %s: %w", netnsName, err)
 	}
-	n.noteVXLAN(h, s.Links)
-	if err := h.conn.readRemotes(&s); err != nil {
+	n.noteVXLAN(o, s.Links)
+	if err := o.conn.readRemotes(&s); err != nil {
 		return s, fmt.Errorf("observe %s: %w", netnsName, err)
 	}
-	if err := h.conn.readNeighbors(&s); err != nil {
+	if err := o.conn.readNeighbors(&s); err != nil {
 		return s, fmt.Errorf("observe %s: %w", netnsName, err)
 	}
 	if s.Record != nil && len(s.Record.TxChecksumOff) > 0 {
-		if err := h.conn.readTxChecksums(s.Links, s.Record.TxChecksumOff); err != nil {
+		if err := o.conn.readTxChecksums(s.Links, s.Record.TxChecksumOff); err != nil {
 			return s, fmt.Errorf("observe %s: %w", netnsName, err)
 		}
 	}

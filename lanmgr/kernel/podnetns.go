@@ -174,31 +174,6 @@ func (o *PodNetns) LinkByAddress(address netip.Addr) (name string, mtu int, err 
 	return "", 0, nil
 }
 
-// Watch calls poke whenever a link, an address or a remote of the namespace may have changed, until ctx ends, and once at the start, when
-// nothing can be missed any more.
-func (o *PodNetns) Watch(ctx context.Context, poke func()) error {
-	links, err := subscribe(false, nil, unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR)
-	if err != nil {
-		return fmt.Errorf("watch the pod's links: %w", err)
-	}
-	remotes, err := subscribe(false, ofRemotes, unix.RTNLGRP_NEIGH)
-	if err != nil {
-		links.Close()
-		return fmt.Errorf("watch the remotes: %w", err)
-	}
-	poke()
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	ended := make(chan error, 1)
-	go func() {
-		defer cancel()
-		ended <- receive(ctx, remotes, func([]byte, int) { poke() }, poke)
-	}()
-	err = receive(ctx, links, func([]byte, int) { poke() }, poke)
-	cancel()
-	return errors.Join(err, <-ended)
-}
-
 // addAddress gives a link an address; one that it has is no error.
 func (c *conn) addAddress(l netlink.Link, a netip.Prefix) error {
 	if err := c.AddrAdd(l, &netlink.Addr{IPNet: ipNet(a)}); err != nil && !errors.Is(err, unix.EEXIST) {

@@ -12,7 +12,10 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
-func (n *Node) recordPath(name string) string { return filepath.Join(n.paths.Run, "lan", name+".json") }
+// RecordsDir returns the folder of records.
+func (n *Node) RecordsDir() string { return filepath.Join(n.paths.Run, "lan") }
+
+func (n *Node) recordPath(name string) string { return filepath.Join(n.RecordsDir(), name+".json") }
 
 // Record reads what the node last wanted of a segment. ErrNoLAN where there is none.
 func (n *Node) Record(netnsName string) (segment.Segment, error) {
@@ -35,7 +38,7 @@ func (n *Node) Record(netnsName string) (segment.Segment, error) {
 
 // Records are those of all segments on the node. One that is damaged is passed over: the daemon writes it anew.
 func (n *Node) Records() ([]segment.Segment, error) {
-	entries, err := os.ReadDir(filepath.Join(n.paths.Run, "lan"))
+	entries, err := os.ReadDir(n.RecordsDir())
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("list the records of LANs: %w", err)
 	}

@@ -32,7 +32,7 @@ func (n *Node) Release(ctx context.Context, netnsName, spoke, claimID string) er
 // release is Release for those who have the lock.
 func (n *Node) release(ctx context.Context, netnsName, spoke, claimID string) error {
 	s := segment.State{Netns: netnsName}
-	lan, err := n.reach(&s)
+	lan, err := n.dialSegment(&s)
 	if err != nil {
 		return err
 	}

@@ -6,7 +6,7 @@ import (
 	"slices"
 	"sync"
 
-	"github.com/k8slan/k8slan/lanmgr/kernel"
+	"github.com/k8slan/k8slan/lanmgr/kernel/watch"
 	"github.com/k8slan/k8slan/lanmgr/notify"
 )
 
@@ -34,7 +34,7 @@ func (k *podKernel) set(mac [6]byte, addresses []netip.Addr) {
 }
 
 // WatchFDB reports no events: there is no bridge.
-func (k *podKernel) WatchFDB(ctx context.Context, _ kernel.FDBEvents) error {
+func (k *podKernel) WatchFDB(ctx context.Context, _ watch.FDBEvents) error {
 	<-ctx.Done()
 	return nil
 }
@@ -43,7 +43,7 @@ func (k *podKernel) WatchFDB(ctx context.Context, _ kernel.FDBEvents) error {
 func (k *podKernel) LocalMACs(string) ([][6]byte, error) { return nil, nil }
 
 // WatchBindings reports the interface's own addresses.
-func (k *podKernel) WatchBindings(ctx context.Context, _ string, events kernel.Bindings) error {
+func (k *podKernel) WatchBindings(ctx context.Context, _ string, events watch.BindingEvents) error {
 	for {
 		select {
 		case <-ctx.Done():

@@ -14,6 +14,7 @@ import (
 
 	"github.com/k8slan/k8slan/lanmgr/firewall"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
+	"github.com/k8slan/k8slan/lanmgr/kernel/watch"
 	"github.com/k8slan/k8slan/lanmgr/notify"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
@@ -132,7 +133,7 @@ func (s *Sidecar) setConfig(c Config) {
 }
 
 // watchNetns watches the pod's links, addresses and routes.
-func (s *Sidecar) watchNetns(ctx context.Context) error { return s.netns.Watch(ctx, s.changed.Set) }
+func (s *Sidecar) watchNetns(ctx context.Context) error { return watch.PodNetns(ctx, s.changed.Set) }
 
 // task is a goroutine that can be stopped before ctx ends.
 type task struct {

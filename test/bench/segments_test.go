@@ -20,6 +20,7 @@ import (
 
 	"github.com/k8slan/k8slan/lanmgr"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
+	"github.com/k8slan/k8slan/lanmgr/kernel/watch"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 	"github.com/k8slan/k8slan/test/netlab"
 )
@@ -65,7 +66,7 @@ func (n node) manage(t *testing.T) (m managed, stop func()) {
 	var running sync.WaitGroup
 	for _, part := range []func() error{
 		func() error { return m.Run(ctx) },
-		func() error { return k.Watch(ctx, m.Enqueue) },
+		func() error { return watch.New(k).Watch(ctx, m.Enqueue) },
 	} {
 		running.Go(func() {
 			if err := part(); err != nil && !errors.Is(err, context.Canceled) {

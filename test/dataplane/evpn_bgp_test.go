@@ -22,6 +22,7 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/evpn"
 	"github.com/k8slan/k8slan/lanmgr/evpn/bgp"
 	"github.com/k8slan/k8slan/lanmgr/evpn/macvrf"
+	"github.com/k8slan/k8slan/lanmgr/kernel/watch"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 	"github.com/k8slan/k8slan/test/frames"
 	"github.com/k8slan/k8slan/test/netlab"
@@ -90,7 +91,7 @@ func (h node) startSpeakerTo(t *testing.T, s segment.Segment, n byte, peers ...b
 	sp.s.Remotes, sp.s.FDB, sp.s.Neighbors = nil, nil, nil
 	h.observe(t, s) // its kernel reports events of a namespace from the first observation on
 	sp.instance = evpn.New(evpn.Config{
-		AS: 65000, RouterID: netip.AddrFrom4([4]byte{127, 0, 0, 1 + n}), Kernel: h.kernel, Peers: peers,
+		AS: 65000, RouterID: netip.AddrFrom4([4]byte{127, 0, 0, 1 + n}), Kernel: watch.New(h.kernel), Peers: peers,
 		Log: slog.New(slog.DiscardHandler),
 	})
 	sp.Set([]segment.Segment{sp.s})

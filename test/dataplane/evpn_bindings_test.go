@@ -12,7 +12,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/k8slan/k8slan/lanmgr/kernel"
+	"github.com/k8slan/k8slan/lanmgr/kernel/watch"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 	"github.com/k8slan/k8slan/test/frames"
 )
@@ -63,7 +63,7 @@ func TestBindingsOfLocalHostsAreSnooped(t *testing.T) {
 	ctx, stop := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
 	go func() {
-		ended <- a.kernel.WatchBindings(ctx, onA.Netns, kernel.Bindings{Bound: func(mac [6]byte, ip netip.Addr) {
+		ended <- watch.New(a.kernel).WatchBindings(ctx, onA.Netns, watch.BindingEvents{Bound: func(mac [6]byte, ip netip.Addr) {
 			bound <- shown{net.HardwareAddr(mac[:]).String(), ip.String()}
 		}, Recreated: func() {}})
 	}()

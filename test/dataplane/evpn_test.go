@@ -15,7 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/k8slan/k8slan/lanmgr/evpn/macvrf"
-	"github.com/k8slan/k8slan/lanmgr/kernel"
+	"github.com/k8slan/k8slan/lanmgr/kernel/watch"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 	"github.com/k8slan/k8slan/test/frames"
 	"github.com/k8slan/k8slan/test/netlab"
@@ -56,7 +56,7 @@ func evpnHosts(t *testing.T, f family, vni uint32) (*mesh, *evpnNode, *evpnNode)
 	var watches sync.WaitGroup
 	for _, n := range fab.nodes {
 		watches.Go(func() {
-			if err := n.kernel.WatchFDB(ctx, fab.events(n)); err != nil {
+			if err := watch.New(n.kernel).WatchFDB(ctx, fab.events(n)); err != nil {
 				t.Error(err)
 			}
 		})
@@ -71,8 +71,8 @@ func withEVPN(s segment.Segment) segment.Segment {
 	return s
 }
 
-func (f *mesh) events(n *evpnNode) kernel.FDBEvents {
-	return kernel.FDBEvents{
+func (f *mesh) events(n *evpnNode) watch.FDBEvents {
+	return watch.FDBEvents{
 		Learned: func(_ string, mac [6]byte) {
 			f.handle(func(now time.Time) { n.table.LearnLocal(now, n.lan.VNI, mac) })
 		},
@@ -315,11 +315,11 @@ func TestMACsBehindALearningVXLANAreNotLocal(t *testing.T) {
 	ctx, stop := context.WithCancel(t.Context())
 	defer stop()
 	ready := make(chan struct{})
-	var watch sync.WaitGroup
-	defer watch.Wait()
+	var watching sync.WaitGroup
+	defer watching.Wait()
 	defer stop()
-	watch.Go(func() {
-		err := a.kernel.WatchFDB(ctx, kernel.FDBEvents{
+	watching.Go(func() {
+		err := watch.New(a.kernel).WatchFDB(ctx, watch.FDBEvents{
 			Learned: func(_ string, mac [6]byte) { seen <- mac }, Removed: func(string, [6]byte) {},
 			Overflow: func() { close(ready) },
 		})

@@ -13,6 +13,7 @@ import (
 
 	"github.com/k8slan/k8slan/lanmgr"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
+	"github.com/k8slan/k8slan/lanmgr/kernel/watch"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
@@ -35,7 +36,7 @@ func (n node) manage(t *testing.T) managed {
 	var running sync.WaitGroup
 	for what, run := range map[string]func() error{
 		"manager": func() error { return m.Run(ctx) },
-		"watch":   func() error { return k.Watch(ctx, m.Enqueue) },
+		"watch":   func() error { return watch.New(k).Watch(ctx, m.Enqueue) },
 	} {
 		running.Go(func() {
 			if err := run(); err != nil && !errors.Is(err, context.Canceled) {

@@ -22,7 +22,7 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/evpn"
 	"github.com/k8slan/k8slan/lanmgr/evpn/bgp"
 	"github.com/k8slan/k8slan/lanmgr/evpn/macvrf"
-	"github.com/k8slan/k8slan/lanmgr/kernel"
+	"github.com/k8slan/k8slan/lanmgr/kernel/watch"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 	"github.com/k8slan/k8slan/test/frames"
 	"github.com/k8slan/k8slan/test/netlab"
@@ -51,7 +51,7 @@ func (h node) startOnDemandDaemon(t *testing.T, n byte, reflector netip.AddrPort
 	source := netip.AddrFrom4([4]byte{127, 0, 0, 1 + n})
 	m := h.manage(t)
 	fab := evpn.New(evpn.Config{
-		AS: 65000, RouterID: source, Kernel: m.daemon, Log: slog.New(slog.DiscardHandler),
+		AS: 65000, RouterID: source, Kernel: watch.New(m.daemon), Log: slog.New(slog.DiscardHandler),
 		Peers: []bgp.Peer{{
 			Address: reflector.Addr(), Port: reflector.Port(), AS: 65000, Source: source, IPv6VTEPs: true,
 		}},
@@ -232,7 +232,7 @@ func TestRecreatedVNIIsWatched(t *testing.T) {
 	ctx, stop := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
 	go func() {
-		ended <- daemon.WatchBindings(ctx, s.Netns, kernel.Bindings{
+		ended <- watch.New(daemon).WatchBindings(ctx, s.Netns, watch.BindingEvents{
 			Bound: func(_ [6]byte, ip netip.Addr) {
 				select {
 				case shown <- ip:

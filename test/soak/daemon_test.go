@@ -22,6 +22,7 @@ import (
 
 	"github.com/k8slan/k8slan/lanmgr"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
+	"github.com/k8slan/k8slan/lanmgr/kernel/watch"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 	"github.com/k8slan/k8slan/test/netlab"
 )
@@ -58,7 +59,7 @@ func runDaemon(dirs string, in io.Reader, out io.Writer) error {
 	var running sync.WaitGroup
 	for _, part := range []func() error{
 		func() error { return manager.Run(ctx) },
-		func() error { return node.Watch(ctx, manager.Enqueue) },
+		func() error { return watch.New(node).Watch(ctx, manager.Enqueue) },
 	} {
 		running.Go(func() { cancel(part()) })
 	}
