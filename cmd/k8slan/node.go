@@ -17,7 +17,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/manager"
 
 	"github.com/k8slan/k8slan/cni"
-	"github.com/k8slan/k8slan/cni/report"
+	"github.com/k8slan/k8slan/cni/report/receiver"
 	"github.com/k8slan/k8slan/deviceplugin"
 	"github.com/k8slan/k8slan/lanmgr"
 	"github.com/k8slan/k8slan/lanmgr/agent"
@@ -251,7 +251,7 @@ func (f *nodeFlags) addTasks(mgr ctrl.Manager, d *daemon) error {
 	tasks := []manager.RunnableFunc{
 		d.lans.Run, d.firewall.Run, d.plugins.Run, d.agent.Run, d.gc.Run,
 		func(ctx context.Context) error {
-			report.Listen(ctx, f.run, d.log, d.metrics.Outcome)
+			receiver.Run(ctx, f.run, d.log, d.metrics.Outcome)
 			return nil
 		},
 	}

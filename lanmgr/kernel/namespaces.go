@@ -15,8 +15,8 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
-// OpenNetns is a segment's network namespace that this process keeps open. With it, the namespace can get a lost name back,
-// and the segment is observed without a thread that enters the namespace.
+// OpenNetns is a segment's network namespace that this process keeps open. With it, the namespace can get a lost name
+// back, and the segment is observed without a thread that enters the namespace.
 type OpenNetns struct {
 	conn     *conn
 	inode    netns.Inode
@@ -55,7 +55,8 @@ func (n *Node) acquire(name string) *OpenNetns {
 	return o
 }
 
-// awaitOpen returns the segment's namespace as soon as it is open, or nil if the context ends before. The caller has to put it.
+// awaitOpen returns the segment's namespace as soon as it is open, or nil if the context ends before. The caller has to
+// put it.
 func (n *Node) awaitOpen(ctx context.Context, name string) *OpenNetns {
 	for {
 		n.mu.Lock()
@@ -72,8 +73,8 @@ func (n *Node) awaitOpen(ctx context.Context, name string) *OpenNetns {
 	}
 }
 
-// WhileOpen waits until the segment's namespace is open and calls f with it. The context of f ends when that namespace is
-// forgotten. It returns nil without a call if ctx ends before.
+// WhileOpen waits until the segment's namespace is open and calls f with it. The context of f ends when that namespace
+// is forgotten. It returns nil without a call if ctx ends before.
 func (n *Node) WhileOpen(ctx context.Context, name string, f func(context.Context, *OpenNetns) error) error {
 	o := n.awaitOpen(ctx, name)
 	if o == nil {
@@ -86,8 +87,8 @@ func (n *Node) WhileOpen(ctx context.Context, name string, f func(context.Contex
 	return f(ctx, o)
 }
 
-// keep adds an open namespace to those that the process keeps open. It owns the handle from then on, also when it fails. The
-// caller has to put the result.
+// keep adds an open namespace to those that the process keeps open. It owns the handle from then on, also when it
+// fails. The caller has to put the result.
 func (n *Node) keep(name string, ns netns.Handle) (*OpenNetns, error) {
 	o := &OpenNetns{conn: &conn{ns: ns}, users: 2}
 	o.life, o.end = context.WithCancel(context.Background())
@@ -227,8 +228,8 @@ func (n *Node) IsOpen(name string) bool {
 	return n.open[name] != nil
 }
 
-// IsVXLAN reports whether a link was a segment's VXLAN when that was last observed. Until learning is off on that port, the
-// bridge also reports MACs behind it.
+// IsVXLAN reports whether a link was a segment's VXLAN when that was last observed. Until learning is off on that port,
+// the bridge also reports MACs behind it.
 func (n *Node) IsVXLAN(name string, index int) bool {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -259,8 +260,8 @@ func (n *Node) LostName(name string) (bool, error) {
 	return !named, err
 }
 
-// forgetReplaced forgets an open namespace if its name stands for another one: another process has removed the segment and
-// created it again.
+// forgetReplaced forgets an open namespace if its name stands for another one: another process has removed the segment
+// and created it again.
 func (n *Node) forgetReplaced(name string) error {
 	o := n.acquire(name)
 	if o == nil {
@@ -281,7 +282,8 @@ func (n *Node) forgetReplaced(name string) error {
 	return ns.Close()
 }
 
-// acquireOrOpen returns a segment's namespace where find finds one, and keeps it open; else nil. The caller has to put it.
+// acquireOrOpen returns a segment's namespace where find finds one, and keeps it open; else nil. The caller has to put
+// it.
 func (n *Node) acquireOrOpen(s *segment.State) (*OpenNetns, error) {
 	o, ns, err := n.find(s)
 	if err != nil || o != nil || !s.Exists {
@@ -310,8 +312,8 @@ func (n *Node) dialSegment(s *segment.State) (*conn, error) {
 	return dial(ns)
 }
 
-// find finds a segment's namespace: the one that is open already, or else the one that has the segment's name, which it opens.
-// It sets in the state which of the two there is.
+// find finds a segment's namespace: the one that is open already, or else the one that has the segment's name, which it
+// opens. It sets in the state which of the two there is.
 func (n *Node) find(s *segment.State) (o *OpenNetns, ns netns.Handle, err error) {
 	if o = n.acquire(s.Netns); o != nil {
 		if s.Exists, err = o.inode.IsAt(n.netnsPath(s.Netns)); err != nil {
@@ -336,7 +338,8 @@ func (n *Node) find(s *segment.State) (o *OpenNetns, ns netns.Handle, err error)
 	return nil, ns, nil
 }
 
-// createNetns makes a segment's namespace. It is silent before it has its name, so that no process can find it otherwise.
+// createNetns makes a segment's namespace. It is silent before it has its name, so that no process can find it
+// otherwise.
 func (n *Node) createNetns(name string) error {
 	path := n.netnsPath(name)
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {

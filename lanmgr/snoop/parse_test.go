@@ -33,7 +33,7 @@ func option(kind byte, mac []byte) []byte { return slices.Concat([]byte{kind, 1}
 
 func TestBindingIsParsedFromFrames(t *testing.T) {
 	target, none := netip.MustParseAddr("fd00::3"), netip.Addr{}
-	nonce := []byte{14, 1, 1, 2, 3, 4, 5, 6}
+	nonceFirst := slices.Concat([]byte{14, 1, 1, 2, 3, 4, 5, 6}, option(1, host))
 	for name, tt := range map[string]struct {
 		frame []byte
 		want  netip.Addr
@@ -47,7 +47,7 @@ func TestBindingIsParsedFromFrames(t *testing.T) {
 		"ARP cut short":                        {arp(1, host, ip4)[:41], none},
 		"solicitation":                         {nd(255, 135, ip6, target, option(1, host)...), ip6},
 		"solicitation without an option":       {nd(255, 135, ip6, target), ip6},
-		"solicitation, with a nonce before":    {nd(255, 135, ip6, target, slices.Concat(nonce, option(1, host))...), ip6},
+		"solicitation, with a nonce before":    {nd(255, 135, ip6, target, nonceFirst...), ip6},
 		"detection of duplicates":              {nd(255, 135, any6, ip6), none},
 		"advertisement":                        {nd(255, 136, target, ip6, option(2, host)...), ip6},
 		"advertisement without an option":      {nd(255, 136, ip6, ip6), ip6},

@@ -36,6 +36,9 @@ const (
 	Ignored             // frames that come in by it are not read: those of other nodes, or those sent to a host
 )
 
+// RoleFunc returns the role of a link.
+type RoleFunc func(index int) (Role, error)
+
 // Socket receives the ARP and neighbour discovery that comes in by any link of a network namespace.
 type Socket struct{ conn *socket.Conn }
 
@@ -67,7 +70,7 @@ func (s *Socket) Close() error { return s.conn.Close() }
 
 // Run calls bound with each binding that a host shows on a port, also with those that are known, until ctx ends.
 // It calls role once for each link, and again only while that is Unknown.
-func (s *Socket) Run(ctx context.Context, role func(index int) (Role, error), bound func(mac [6]byte, ip netip.Addr)) error {
+func (s *Socket) Run(ctx context.Context, role RoleFunc, bound func(mac [6]byte, ip netip.Addr)) error {
 	links := links{role: role, known: map[int]Role{}, socket: s}
 	pace := rate.NewLimiter(frameRate, frameBurst)
 	for buf := make([]byte, longest); ; {
@@ -95,7 +98,7 @@ func (s *Socket) Run(ctx context.Context, role func(index int) (Role, error), bo
 
 // links remembers the roles of links. One that turns out to be ignored goes into the socket's filter.
 type links struct {
-	role   func(index int) (Role, error)
+	role   RoleFunc
 	known  map[int]Role // by index; none is Unknown
 	socket *Socket
 }

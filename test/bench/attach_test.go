@@ -14,6 +14,7 @@ import (
 	"github.com/vishvananda/netlink"
 
 	"github.com/k8slan/k8slan/cni/report"
+	"github.com/k8slan/k8slan/cni/report/receiver"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
 	"github.com/k8slan/k8slan/lanmgr/segment"
 	"github.com/k8slan/k8slan/test/netlab"
@@ -122,7 +123,7 @@ func listenForReports(t *testing.T, run string) {
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
-		report.Listen(ctx, run, slog.New(slog.NewTextHandler(t.Output(), nil)), func(report.Outcome) {})
+		receiver.Run(ctx, run, slog.New(slog.NewTextHandler(t.Output(), nil)), func(report.Outcome) {})
 	}()
 	t.Cleanup(func() {
 		cancel()

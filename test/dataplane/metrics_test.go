@@ -11,7 +11,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/k8slan/k8slan/cni"
-	"github.com/k8slan/k8slan/cni/report"
+	"github.com/k8slan/k8slan/cni/report/receiver"
 	"github.com/k8slan/k8slan/lanmgr"
 	"github.com/k8slan/k8slan/lanmgr/firewall"
 	"github.com/k8slan/k8slan/lanmgr/metrics"
@@ -39,7 +39,7 @@ func (n node) startMetered(t *testing.T) meteredNode {
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
-		report.Listen(ctx, n.Run, slog.New(slog.NewTextHandler(t.Output(), nil)), m.Outcome)
+		receiver.Run(ctx, n.Run, slog.New(slog.NewTextHandler(t.Output(), nil)), m.Outcome)
 	}()
 	t.Cleanup(func() {
 		cancel()

@@ -46,14 +46,15 @@ func openRecords(dir string, poke func(netnsName string)) (runFunc, error) {
 	}, nil
 }
 
-// mountsPause is how long the mount table is not read again after a change. Reading takes time in proportion to the LANs, and
-// each LAN that comes or goes is a change.
+// mountsPause is how long the mount table is not read again after a change. Reading takes time in proportion to the
+// LANs, and each LAN that comes or goes is a change.
 const mountsPause = 50 * time.Millisecond
 
-// openMounts watches the mount table, which signals a change by POLLPRI (mounts_poll in fs/proc_namespace.c). It pokes the
-// segments whose name no longer stands for their namespace, and those that another process has created.
+// openMounts watches the mount table, which signals a change by POLLPRI (mounts_poll in fs/proc_namespace.c). It pokes
+// the segments whose name no longer stands for their namespace, and those that another process has created.
 func (n Node) openMounts(poke func(netnsName string)) (runFunc, error) {
-	// Not an os.File: the Go runtime would poll it too and take some of the signals, each of which the kernel gives once.
+	// Not an os.File: the Go runtime would poll it too and take some of the signals, each of which the kernel gives
+	// once.
 	mounts, err := unix.Open("/proc/thread-self/mountinfo", unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, fmt.Errorf("open the mount table: %w", err)

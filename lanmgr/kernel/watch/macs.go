@@ -19,14 +19,15 @@ import (
 type FDBEvents struct {
 	// Learned is called when a bridge has learned a MAC on a port of this node.
 	Learned func(netnsName string, mac [6]byte)
-	// Removed is called when a MAC is on no port of this node any more: it has aged, its port is gone, or it is behind a VTEP.
+	// Removed is called when a MAC is on no port of this node any more: it has aged, its port is gone, or it is behind
+	// a VTEP.
 	Removed func(netnsName string, mac [6]byte)
 	// Overflow is called when changes were lost: Node.LocalMACs has the present MACs.
 	Overflow func()
 }
 
-// WatchFDB reports changes of the MACs on local ports until the context ends. It reports those of a segment from when that was
-// first observed; Node.LocalMACs has those from before.
+// WatchFDB reports changes of the MACs on local ports until the context ends. It reports those of a segment from when
+// that was first observed; Node.LocalMACs has those from before.
 func (n Node) WatchFDB(ctx context.Context, events FDBEvents) error {
 	handle := func(datagram []byte, netnsID int) {
 		name, ok := n.SegmentByNetnsID(netnsID)
@@ -59,13 +60,13 @@ func (n Node) WatchFDB(ctx context.Context, events FDBEvents) error {
 type BindingEvents struct {
 	// Bound is called when a host has shown by ARP or neighbour discovery that it has the address.
 	Bound func(mac [6]byte, ip netip.Addr)
-	// Recreated is called when the LAN is in another network namespace, of which nothing was reported so far: Node.LocalMACs has
-	// its MACs.
+	// Recreated is called when the LAN is in another network namespace, of which nothing was reported so far:
+	// Node.LocalMACs has its MACs.
 	Recreated func()
 }
 
-// WatchBindings reports the bindings of a LAN while its namespace is open, and again when another namespace has its name,
-// until the context ends. Frames from other nodes and frames to hosts do not count.
+// WatchBindings reports the bindings of a LAN while its namespace is open, and again when another namespace has its
+// name, until the context ends. Frames from other nodes and frames to hosts do not count.
 func (n Node) WatchBindings(ctx context.Context, netnsName string, events BindingEvents) error {
 	begun := func() {} // the caller knows the MACs at the start
 	for ctx.Err() == nil {
@@ -96,8 +97,8 @@ func watchBindings(
 	return s.Run(ctx, func(index int) (snoop.Role, error) { return role(netns, index) }, bound)
 }
 
-// role returns what a link is in a LAN. A port is a link in the bridge that is not the VXLAN. A plug, between a port and a
-// macvtap, receives what is sent to its VM.
+// role returns what a link is in a LAN. A port is a link in the bridge that is not the VXLAN. A plug, between a port
+// and a macvtap, receives what is sent to its VM.
 func role(netns *kernel.OpenNetns, index int) (snoop.Role, error) {
 	l, ok, err := netns.Link(index)
 	switch {

@@ -22,15 +22,15 @@ type subscription struct {
 	allNetns bool                 // also of the namespaces that have an ID in the socket's own
 }
 
-// solNetlink and listenAllNSID are from include/linux/socket.h and include/uapi/linux/netlink.h. A socket with that option
-// receives the events of every namespace that has an ID in its own, with that ID.
+// solNetlink and listenAllNSID are from include/linux/socket.h and include/uapi/linux/netlink.h. A socket with that
+// option receives the events of every namespace that has an ID in its own, with that ID.
 const (
 	solNetlink    = 270
 	listenAllNSID = 8
 )
 
-// open subscribes in the calling thread's network namespace. It hands each datagram to handle, with the ID of the namespace
-// it is from (-1: the socket's own), and calls overflow where the kernel had to drop some.
+// open subscribes in the calling thread's network namespace. It hands each datagram to handle, with the ID of the
+// namespace it is from (-1: the socket's own), and calls overflow where the kernel had to drop some.
 func (s subscription) open(handle func(datagram []byte, netnsID int), overflow func()) (runFunc, error) {
 	conn, err := socket.Socket(unix.AF_NETLINK, unix.SOCK_RAW, unix.NETLINK_ROUTE, "rtnetlink", nil)
 	if err != nil {
@@ -68,8 +68,8 @@ func (s subscription) subscribe(conn *socket.Conn) error {
 	return nil
 }
 
-// openModules subscribes to the kernel's own events, in the calling thread's network namespace. When br_netfilter is loaded, it
-// switches itself on in every namespace.
+// openModules subscribes to the kernel's own events, in the calling thread's network namespace. When br_netfilter is
+// loaded, it switches itself on in every namespace.
 func openModules(loaded func()) (runFunc, error) {
 	conn, err := socket.Socket(unix.AF_NETLINK, unix.SOCK_RAW, unix.NETLINK_KOBJECT_UEVENT, "uevent", nil)
 	if err != nil {

@@ -20,9 +20,9 @@ type Node struct{ *kernel.Node }
 // New adds the reports of changes to a node's kernel.
 func New(n *kernel.Node) Node { return Node{n} }
 
-// Watch calls poke with what may have changed, until the context ends: the name of a segment, or "" for the links, addresses
-// and default routes of the node's own netns. These are hints to observe. A segment is watched from when it was first
-// observed. Watch pokes all once at the start, when no change can be missed any more.
+// Watch calls poke with what may have changed, until the context ends: the name of a segment, or "" for the links,
+// addresses and default routes of the node's own netns. These are hints to observe. A segment is watched from when it
+// was first observed. Watch pokes all once at the start, when no change can be missed any more.
 func (n Node) Watch(ctx context.Context, poke func(netnsName string)) error {
 	// An IPv6 address in a LAN's namespace is the only sign that IPv6 was switched on there.
 	links := subscription{allNetns: true, groups: []int{unix.RTNLGRP_LINK, unix.RTNLGRP_IPV6_IFADDR}}
@@ -71,7 +71,8 @@ func (n Node) rtnetlink(s subscription, handle func(datagram []byte, netnsID int
 	}
 }
 
-// matters reports whether a datagram has more than routes which are no default routes. A node may have very many of those.
+// matters reports whether a datagram has more than routes which are no default routes. A node may have very many of
+// those.
 func matters(datagram []byte) bool {
 	for len(datagram) > 0 {
 		m, rest, ok := rtnl.NextMessage(datagram)
@@ -87,8 +88,8 @@ func matters(datagram []byte) bool {
 	return false
 }
 
-// PodNetns calls poke whenever a link, an address or a remote of the program's own network namespace may have changed, until
-// the context ends, and once at the start, when no change can be missed any more.
+// PodNetns calls poke whenever a link, an address or a remote of the program's own network namespace may have changed,
+// until the context ends, and once at the start, when no change can be missed any more.
 func PodNetns(ctx context.Context, poke func()) error {
 	links := subscription{groups: []int{unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR}}
 	remotes := subscription{groups: []int{unix.RTNLGRP_NEIGH}, filter: sockfilter.Remotes()}

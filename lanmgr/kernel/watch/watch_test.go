@@ -2,12 +2,13 @@ package watch
 
 import (
 	"encoding/binary"
+	"slices"
 	"testing"
 
 	"golang.org/x/sys/unix"
 )
 
-func TestRoutesThatAreNoDefaultRoutesDoNotMatter(t *testing.T) {
+func TestOnlyDefaultRoutesMatter(t *testing.T) {
 	message := func(kind uint16, dstLen byte) []byte {
 		b := make([]byte, unix.SizeofNlMsghdr+unix.SizeofRtMsg)
 		binary.NativeEndian.PutUint32(b, uint32(len(b)))
@@ -23,11 +24,11 @@ func TestRoutesThatAreNoDefaultRoutesDoNotMatter(t *testing.T) {
 		{"a route to a pod", message(unix.RTM_NEWROUTE, 32), false},
 		{"the default route", message(unix.RTM_DELROUTE, 0), true},
 		{"a link", message(unix.RTM_NEWLINK, 24), true},
-		{"routes, the default one among them", append(message(unix.RTM_NEWROUTE, 24), message(unix.RTM_NEWROUTE, 0)...), true},
+		{"a route, and the default route", slices.Concat(message(unix.RTM_NEWROUTE, 24), message(unix.RTM_NEWROUTE, 0)), true},
 		{"damaged", []byte{1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}, true},
 	} {
 		if got := matters(tt.msg); got != tt.want {
-			t.Errorf("%s: %v", tt.name, got)
+			t.Errorf("%s matters: %t, want %t", tt.name, got, tt.want)
 		}
 	}
 }
