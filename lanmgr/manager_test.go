@@ -219,7 +219,7 @@ func TestLANIsNotRemovedWhileItsSegmentIsBeingBuilt(t *testing.T) {
 		await(t, m, "the LAN to be removed", func([]lanmgr.Report) bool { return m.Removed(second.LAN, second.Netns) })
 		k.set(func() {
 			if r := k.states["default.a"].Record; !built || r != nil && r.LAN == second.LAN {
-				t.Errorf("with the next LAN %s, the second is removed; it was built: %t, the record is %+v", what, built, r)
+				t.Errorf("with the next LAN %s, the second was built: %t, and the record is %+v", what, built, r)
 			}
 		})
 	}

@@ -57,7 +57,8 @@ func (m *Manager) finish(t task, r result) {
 	defer m.mu.Unlock()
 	defer m.changed.Set()
 	if r.Err != nil && (t.last == nil || t.last.Err == nil || t.last.Err.Error() != r.Err.Error()) {
-		m.log.Error("segment is not as it should be; trying again", "lan", r.Segment.LAN, "netns", t.netns, "err", r.Err)
+		m.log.Error("segment is not as it should be; trying again",
+			"lan", r.Segment.LAN, "netns", t.netns, "err", r.Err)
 	}
 	e := m.entry(t.netns)
 	e.initial = false
@@ -76,9 +77,10 @@ func (m *Manager) finish(t task, r result) {
 
 // forget drops what is known of a segment of which the node has nothing left. m.mu is held.
 func (m *Manager) forget(e *entry, took time.Duration) {
-	// The kernel takes the namespace down after it has lost its name (cleanup_net in net/core/net_namespace.c). That takes
-	// about as long as its links took, and waits for RCU again and again. The deletion of another bridge would wait for
-	// those waits while it holds the kernel's lock for all links (br_multicast_dev_del in net/bridge/br_multicast.c).
+	// The kernel takes the namespace down after it has lost its name (cleanup_net in net/core/net_namespace.c). That
+	// takes about as long as its links took, and waits for RCU again and again. The deletion of another bridge would
+	// wait for those waits while it holds the kernel's lock for all links (br_multicast_dev_del in
+	// net/bridge/br_multicast.c).
 	m.pause = time.Now().Add(2 * took)
 	m.failures.Forget(e.netns)
 	e.report = nil
@@ -115,7 +117,8 @@ func (m *Manager) reconcile(ctx context.Context, t task) result {
 	return result{Report: r, done: done, known: true, gone: !isWanted(t.want, have) && isAbsent(have)}
 }
 
-// unknown returns the report of a segment that cannot be observed: that does not end the claims of its last observation.
+// unknown returns the report of a segment that cannot be observed: that does not end the claims of its last
+// observation.
 func unknown(t task, err error) Report {
 	var last Report
 	if t.last != nil {
@@ -170,8 +173,8 @@ func withoutRecord(have segment.State) segment.Segment {
 }
 
 // observeAndApply applies what plan returns for a segment, and returns the state after that; known is false if it could
-// not be observed. The first observation needs no lock, because most of the time there is nothing to apply. If there is,
-// the segment is observed again under its lock, before and after: without it, half of an attach looks like damage.
+// not be observed. The first observation needs no lock, because most of the time there is nothing to apply. If there
+// is, the segment is observed again under its lock, before and after: without it, half of an attach looks like damage.
 func (m *Manager) observeAndApply(
 	ctx context.Context, netns string, plan func(segment.State) []segment.Op,
 ) (have segment.State, done []segment.Op, known bool, err error) {
@@ -231,7 +234,10 @@ func isAbsent(have segment.State) bool {
 // complete reports whether a segment works with these operations still to do: VerifyClaim asks a question, and does so
 // at each observation.
 func complete(left []segment.Op) bool {
-	return !slices.ContainsFunc(left, func(op segment.Op) bool { _, question := op.(segment.VerifyClaim); return !question })
+	return !slices.ContainsFunc(left, func(op segment.Op) bool {
+		_, question := op.(segment.VerifyClaim)
+		return !question
+	})
 }
 
 // onlyTablesDiffer reports whether a segment is as it was wanted, and is now wanted with other remotes, FDB entries or
@@ -275,9 +281,9 @@ func (m *Manager) logOps(netns string, ops []segment.Op) {
 	}
 }
 
-// devicesToCheck returns the CDI devices of a segment that its next observation may show to be without a claim: those of
-// the claims last observed or, the first time and after an error, those on file. It is called before the observation,
-// because the CNI plugin writes a device after its claim.
+// devicesToCheck returns the CDI devices of a segment that its next observation may show to be without a claim: those
+// of the claims last observed or, the first time and after an error, those on file. It is called before the
+// observation, because the CNI plugin writes a device after its claim.
 func (m *Manager) devicesToCheck(t task) ([]cdi.Device, error) {
 	var devices []cdi.Device
 	if t.last != nil && t.last.Err == nil {

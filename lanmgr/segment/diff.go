@@ -1,13 +1,9 @@
 package segment
 
-import (
-	"bytes"
-	"net/netip"
-	"slices"
-)
+import "slices"
 
-// Diff says what has to be done to a node so that it has the segment: deterministic, additions before deletions.
-// What a pod is attached to stays, wanted or not. Links that k8slan would not name so are left alone.
+// Diff returns the operations that give a node the segment, always in the same order, additions before deletions. A
+// spoke with a claim stays, wanted or not. Links with names that k8slan does not use stay as they are.
 func Diff(want Segment, have State) []Op {
 	d := newDiff(want, have)
 	d.namespace()
@@ -20,7 +16,7 @@ func Diff(want Segment, have State) []Op {
 	return d.ops
 }
 
-// Teardown says how to take a segment away; the VXLAN comes first, so that its VNI is free as soon as it can be.
+// Teardown returns the operations that remove a segment. The VXLAN comes first, so that its VNI is free early.
 func Teardown(have State) []Op {
 	var ops []Op
 	for _, l := range have.Links {
@@ -45,11 +41,11 @@ func Teardown(have State) []Op {
 	return ops
 }
 
-// VerifyClaims are the questions about claims that are open in a segment of which nobody knows any more what it should be.
+// VerifyClaims returns the operations that verify the claims of a segment whose desired state is not known.
 func VerifyClaims(have State) []Op {
 	d := diff{}
 	for _, l := range have.Links {
-		d.settle(l)
+		d.verifyClaim(l)
 	}
 	return d.ops
 }
@@ -64,23 +60,25 @@ type diff struct {
 	have   State
 	claims []Claim
 	ops    []Op
-	alone  bool // it is but a VXLAN, which is in use
+	inPod  bool // the segment is a PodVXLAN: it has no bridge, and is in use without a claim
 
-	// What is looked up for each spoke.
-	links   map[string]Link  // by name
-	holders map[string]Link  // by altname; a namespace has each once
-	veths   map[string]Claim // of pods, by spoke
-	// rebridged is set once the bridge is made anew: what was in the old one has lost its master.
-	rebridged bool
-	silenced  bool // IPv6 is switched off on all links
+	links     map[string]Link  // by name
+	byAltName map[string]Link  // a namespace has each altname once
+	veths     map[string]Claim // of pods, by spoke
+
+	newBridge bool // ops create the bridge: ports of an earlier one have no master any longer
+	silenced  bool // ops switch IPv6 off on all links
 }
 
 func newDiff(want Segment, have State) *diff {
-	d := &diff{want: want, have: have, claims: have.Claims(), links: map[string]Link{}, holders: map[string]Link{}, veths: map[string]Claim{}}
+	d := &diff{
+		want: want, have: have, claims: have.Claims(),
+		links: map[string]Link{}, byAltName: map[string]Link{}, veths: map[string]Claim{},
+	}
 	for _, l := range have.Links {
 		d.links[l.Name] = l
 		for _, name := range l.AltNames {
-			d.holders[name] = l
+			d.byAltName[name] = l
 		}
 	}
 	for _, c := range slices.Backward(d.claims) {
@@ -93,7 +91,7 @@ func newDiff(want Segment, have State) *diff {
 
 func (d *diff) do(ops ...Op) { d.ops = append(d.ops, ops...) }
 
-// spokes are those that are wanted and those that are claimed: a spoke that was withdrawn stays until its pod is gone.
+// spokes returns the spokes that are wanted or claimed: one that is no longer wanted stays until its claim ends.
 func (d *diff) spokes() []string {
 	spokes := slices.Clone(d.want.Spokes)
 	for _, c := range d.claims {
@@ -111,8 +109,9 @@ func (d *diff) namespace() {
 	default:
 		d.do(CreateNetns{d.want.Netns})
 	}
-	talks := func(l Link) bool { return l.IPv6 && !(l.NoIPv6 && l.Type == "bridge" && l.Name == d.want.Bridge) }
-	if !d.have.Silent || slices.ContainsFunc(d.have.Links, talks) {
+	// The bridge may have IPv6 on for neighbor discovery, but no address.
+	sends := func(l Link) bool { return l.IPv6 && !(l.NoIPv6 && l.Type == "bridge" && l.Name == d.want.Bridge) }
+	if !d.have.Silent || slices.ContainsFunc(d.have.Links, sends) {
 		d.silenced = true
 		var bridge string
 		if l, ok := d.links[d.want.Bridge]; ok && l.Type == "bridge" {
@@ -120,28 +119,29 @@ func (d *diff) namespace() {
 		}
 		d.do(Silence{bridge})
 	}
-	d.offloadAgain()
-	d.groupAgain()
+	// These two come before the record: they depend on the old one, which shows what they have to undo.
+	d.restoreOffload()
+	d.restoreGroup()
 	if d.have.Record == nil || !d.have.Record.Equal(d.want.Recorded()) {
 		d.do(WriteRecord{d.want.Recorded()})
 	}
 }
 
-// offloadAgain undoes what is not wished any more; what was withdrawn stays as its pod knows it. It comes before the
-// record is written anew: the old one is why the links were asked, and nothing else tells that they are not as they
-// were made.
-func (d *diff) offloadAgain() {
+// restoreOffload leaves checksums to hardware again on spokes that no longer want them complete. A spoke that is no
+// longer wanted stays as its pod knows it. The setting of a link is read only if the record has its spoke.
+func (d *diff) restoreOffload() {
 	for _, l := range d.have.Links {
 		spoke, ok := l.Spoke()
-		if ok && l.TxChecksum > TxChecksumOn && slices.Contains(d.want.Spokes, spoke) && !slices.Contains(d.want.TxChecksumOff, spoke) {
+		if ok && l.TxChecksum > TxChecksumOn &&
+			slices.Contains(d.want.Spokes, spoke) && !slices.Contains(d.want.TxChecksumOff, spoke) {
 			d.do(SetTxChecksum{Name: l.Name, On: true})
 		}
 	}
 }
 
-// groupAgain has a VXLAN that stands send to its group instead of remotes one by one. It comes before the record is written
-// anew, as offloadAgain does: of a VXLAN with a group the old record alone tells that it may have remotes left.
-func (d *diff) groupAgain() {
+// restoreGroup changes a VXLAN with remotes to one with a group. The remotes of a VXLAN that has a group already,
+// because this was interrupted, are read only while the record has none.
+func (d *diff) restoreGroup() {
 	want := d.want.VXLAN
 	l, ok := d.links[want.Name]
 	if !ok || !want.Group.IsValid() || want.UnderlayIndex == 0 || !sameVXLAN(want, l) {
@@ -151,237 +151,15 @@ func (d *diff) groupAgain() {
 		d.do(SetVXLAN{want})
 	}
 	if len(l.VXLAN.Remotes) > 0 {
-		d.do(DelRemotes{Name: want.Name, Remotes: l.VXLAN.Remotes}) // the nodes are still there
+		d.do(DelRemotes{Name: want.Name, Remotes: l.VXLAN.Remotes}) // what it learned behind them stays right
 	}
 	if len(l.VXLAN.FDB) > 0 {
 		d.do(DelFDB{want.Name, l.VXLAN.FDB})
 	}
 }
 
-// remotes has a VXLAN without a group send what is flooded to each remote: to new ones before the group is left, and to
-// those that stay throughout.
-func (d *diff) remotes(l Link) {
-	want := d.want.VXLAN
-	if !want.Unicast() {
-		return
-	}
-	add, del := changes(d.want.Remotes, l.VXLAN.Remotes)
-	if len(add) > 0 {
-		d.do(AddRemotes{want.Name, add})
-	}
-	if l.Index != 0 && !sameEnds(want, l.VXLAN) {
-		d.do(SetVXLAN{want})
-	}
-	if d.want.Remotes != nil && !d.want.Partial && len(del) > 0 {
-		d.do(DelRemotes{Name: want.Name, Remotes: del, Learned: !want.NoLearning})
-	}
-	d.fdb(l)
-}
-
-// fdb has the VXLAN and its bridge know where MACs are, and where they are not any more. While nobody is attached here, the VXLAN
-// is down, and forgets such entries whenever it is set down (vxlan_stop in drivers/net/vxlan/vxlan_core.c).
-func (d *diff) fdb(l Link) {
-	want := d.want.FDB
-	switch {
-	case !d.want.VXLAN.NoLearning:
-		want = []FDBEntry{} // it learns by itself
-	case len(d.claims) == 0 && !d.alone:
-		return
-	}
-	add, del := fdbChanges(want, l.VXLAN.FDB)
-	if len(add) > 0 {
-		d.do(SetFDB{d.want.VXLAN.Name, add})
-	}
-	if want != nil && !(d.want.Partial && d.want.VXLAN.NoLearning) && len(del) > 0 {
-		d.do(DelFDB{d.want.VXLAN.Name, del})
-	}
-}
-
-// leastIPv6 is the smallest MTU of a link with IPv6, in bytes (IPV6_MIN_MTU in include/uapi/linux/in6.h).
-const leastIPv6 = 1280
-
-// neighbors has the bridge answer for stations behind the VXLAN, or no more: then it forgets them first.
-func (d *diff) neighbors(port Link, anew bool) {
-	name, bridge := d.want.Bridge, Link{}
-	if !d.rebridged {
-		bridge = d.links[name]
-	}
-	suppressed, discovers := port.Suppress && !anew, bridge.IPv6 && !d.silenced
-	if !d.want.VXLAN.SuppressNeighbors {
-		if len(bridge.Neighbors) > 0 {
-			d.do(DelNeighbors{name, bridge.Neighbors})
-		}
-		if suppressed {
-			d.do(SetSuppress{port.Name, false})
-		}
-		if discovers {
-			d.do(SetNeighborDiscovery{name, false})
-		}
-		return
-	}
-	if !suppressed {
-		d.do(SetSuppress{port.Name, true})
-	}
-	want := d.want.takes(d.want.Neighbors)
-	switch { // a small one gets IPv6 with its MTU
-	case bridge.LacksIPv6 && bridge.MTU >= leastIPv6:
-		want = onlyIPv4(want)
-	case d.want.MTU >= leastIPv6 && !discovers:
-		d.do(SetNeighborDiscovery{name, true})
-	}
-	if want == nil || len(d.claims) == 0 {
-		return
-	}
-	have := bridge.Neighbors
-	if !discovers { // it has no IPv6 ones any more
-		have = onlyIPv4(have)
-	}
-	add, del := neighborChanges(want, have)
-	if len(add) > 0 {
-		d.do(AddNeighbors{name, add})
-	}
-	if !d.want.Partial && len(del) > 0 {
-		d.do(DelNeighbors{name, del})
-	}
-}
-
-// takes are the neighbours that a bridge of the segment's MTU takes.
-func (s Segment) takes(neighbors []Neighbor) []Neighbor {
-	if s.MTU >= leastIPv6 {
-		return neighbors
-	}
-	return onlyIPv4(neighbors)
-}
-
-func onlyIPv4(neighbors []Neighbor) []Neighbor {
-	return slices.DeleteFunc(slices.Clone(neighbors), func(n Neighbor) bool { return n.IP.Is6() })
-}
-
-// neighborChanges are the neighbours of one sorted list that the other lacks or has with another MAC, and those that only the other has.
-func neighborChanges(want, have []Neighbor) (add, del []Neighbor) {
-	for len(want) > 0 && len(have) > 0 {
-		switch order := want[0].IP.Compare(have[0].IP); {
-		case order < 0:
-			add, want = append(add, want[0]), want[1:]
-		case order > 0:
-			del, have = append(del, have[0]), have[1:]
-		default:
-			if want[0] != have[0] {
-				add = append(add, want[0])
-			}
-			want, have = want[1:], have[1:]
-		}
-	}
-	return append(add, want...), append(del, have...)
-}
-
-// OnlyTablesDiffer says whether two wishes differ in nothing but what the VXLAN is told, of remotes and MACs, if at all.
-func OnlyTablesDiffer(was, want Segment) bool {
-	rest := want
-	rest.Remotes, rest.FDB, rest.Neighbors = was.Remotes, was.FDB, was.Neighbors
-	known := was.Remotes != nil && want.Remotes != nil && (was.FDB == nil) == (want.FDB == nil) && (was.Neighbors == nil) == (want.Neighbors == nil)
-	return known && want.VXLAN.UnderlayIndex != 0 && want.VXLAN.Unicast() && rest.Equal(was)
-}
-
-// DiffTables brings what a VXLAN has been told from one wish to the next, of which OnlyTold is so. Without a claim here MACs are not told.
-func DiffTables(was, want Segment, claimed bool) (ops []Op) {
-	add, del := changes(want.Remotes, was.Remotes)
-	var set []FDBEntry
-	var gone []FDBState
-	var come, leave []Neighbor
-	if claimed {
-		set, gone = toldChanges(want.FDB, was.FDB)
-		come, leave = neighborChanges(want.takes(want.Neighbors), want.takes(was.Neighbors))
-	}
-	if want.Partial {
-		del, gone, leave = nil, nil, nil
-	}
-	if len(add) > 0 {
-		ops = append(ops, AddRemotes{want.VXLAN.Name, add})
-	}
-	if len(del) > 0 {
-		ops = append(ops, DelRemotes{Name: want.VXLAN.Name, Remotes: del, Learned: !want.VXLAN.NoLearning})
-	}
-	if len(set) > 0 {
-		ops = append(ops, SetFDB{want.VXLAN.Name, set})
-	}
-	if len(gone) > 0 {
-		ops = append(ops, DelFDB{want.VXLAN.Name, gone})
-	}
-	if len(come) > 0 {
-		ops = append(ops, AddNeighbors{want.Bridge, come})
-	}
-	if len(leave) > 0 {
-		ops = append(ops, DelNeighbors{want.Bridge, leave})
-	}
-	return ops
-}
-
-// toldChanges are the entries of one list that the other lacks or has with another remote, and those that only the other has.
-func toldChanges(want, was []FDBEntry) (set []FDBEntry, gone []FDBState) {
-	for len(want) > 0 && len(was) > 0 {
-		switch order := bytes.Compare(want[0].MAC[:], was[0].MAC[:]); {
-		case order < 0:
-			set, want = append(set, want[0]), want[1:]
-		case order > 0:
-			gone, was = append(gone, FDBState{was[0], true}), was[1:]
-		default:
-			if want[0].VTEP != was[0].VTEP || want[0].Local && !was[0].Local {
-				set = append(set, want[0])
-			}
-			want, was = want[1:], was[1:]
-		}
-	}
-	for _, e := range was {
-		gone = append(gone, FDBState{e, true})
-	}
-	return append(set, want...), gone
-}
-
-// fdbChanges are the entries that the VXLAN lacks or has with another remote, and those that are not wanted. That the bridge has one on
-// no port of the VXLAN's is left so, unless the wish knows of it: the MAC has shown itself here, and what is wanted may not know yet.
-func fdbChanges(want []FDBEntry, have []FDBState) (add []FDBEntry, del []FDBState) {
-	for len(want) > 0 || len(have) > 0 {
-		order := 0
-		switch {
-		case len(have) == 0:
-			order = -1
-		case len(want) == 0:
-			order = 1
-		default:
-			order = bytes.Compare(want[0].MAC[:], have[0].MAC[:])
-		}
-		switch {
-		case order < 0:
-			add, want = append(add, want[0]), want[1:]
-		case order > 0:
-			del, have = append(del, have[0]), have[1:]
-		default:
-			if unmapped(want[0].VTEP) != unmapped(have[0].VTEP) || want[0].Local && !have[0].Bridge {
-				add = append(add, want[0])
-			}
-			want, have = want[1:], have[1:]
-		}
-	}
-	return add, del
-}
-
-// changes are what one sorted list has and the other has not, and the reverse.
-func changes(want, have []netip.Addr) (add, del []netip.Addr) {
-	for len(want) > 0 || len(have) > 0 {
-		switch {
-		case len(have) == 0 || len(want) > 0 && want[0].Less(have[0]):
-			add, want = append(add, want[0]), want[1:]
-		case len(want) == 0 || have[0].Less(want[0]):
-			del, have = append(del, have[0]), have[1:]
-		default:
-			want, have = want[1:], have[1:]
-		}
-	}
-	return add, del
-}
-
-// txChecksum switches off what leaves checksums unfinished. A link of which nothing is known is not asked but set.
+// txChecksum has checksums completed before frames leave by the links of a spoke. A link whose setting is not known is
+// set, not read.
 func (d *diff) txChecksum(spoke string, links ...Link) {
 	if !slices.Contains(d.want.TxChecksumOff, spoke) {
 		return
@@ -402,7 +180,7 @@ func (d *diff) bridge() {
 	}
 	if !ok {
 		d.do(AddBridge{Name: name, MTU: d.want.MTU})
-		d.rebridged = true
+		d.newBridge = true
 		return
 	}
 	if l.Bridge != (BridgeState{}) {
@@ -415,14 +193,15 @@ func (d *diff) vxlan() {
 	want := d.want.VXLAN
 	for _, l := range d.have.Links {
 		if l.Type == "vxlan" && l.Name != want.Name {
-			d.do(DelLink{l.Name}) // from another life of this netns; it may hold the VNI
+			d.do(DelLink{l.Name}) // of an earlier LAN in this netns; it may occupy the VNI
 		}
 	}
 	l, ok := d.links[want.Name]
-	anew := false
+	isNewPort := false
+	known := d.want.Remotes != nil && !d.want.Partial
 	switch {
-	case ok && want.Unicast() && (d.want.Remotes == nil || d.want.Partial) && l.VXLAN.Group.IsValid() && want.UnderlayIndex != 0:
-		// Its group stays until all remotes are known, in whose place nobody would hear what is flooded.
+	case ok && want.Unicast() && !known && l.VXLAN.Group.IsValid() && want.UnderlayIndex != 0:
+		// The group stays until all remotes are known: the others would not receive flooded frames.
 		d.neighbors(l, d.port(l))
 		d.settings(l, d.want.MTU, len(d.claims) > 0)
 		return
@@ -438,18 +217,18 @@ func (d *diff) vxlan() {
 		d.do(AddVXLAN{VXLAN: want, MTU: d.want.MTU, Bridge: d.want.Bridge})
 		l = Link{Name: want.Name, MTU: d.want.MTU, ForwardMask: ForwardMask}
 	default:
-		anew = d.port(l)
-		if want.NoLearning != (l.NoLearning && !anew) {
+		isNewPort = d.port(l)
+		if want.NoLearning != (l.NoLearning && !isNewPort) {
 			d.do(SetLearning{want.Name, !want.NoLearning})
 		}
 	}
 	d.remotes(l)
-	d.neighbors(l, anew)
-	// A LAN that nobody uses here costs the underlay nothing: a VXLAN joins its group only while it is up.
+	d.neighbors(l, isNewPort)
+	// A LAN without claims on this node costs the underlay nothing: a VXLAN joins its group only while it is up.
 	d.settings(l, d.want.MTU, len(d.claims) > 0)
 }
 
-// spoke brings a spoke's standing pair in order, and the claim link of the pod that is attached.
+// spoke repairs a spoke's standing pair, and the veth of a pod on it.
 func (d *diff) spoke(spoke string) {
 	if IsOnDemand(spoke) {
 		d.onDemand(spoke)
@@ -478,49 +257,50 @@ func (d *diff) spoke(spoke string) {
 		d.port(claim)
 		d.settings(claim, d.want.MTU, true)
 	}
-	if l, ok := d.holders[spoke]; ok && l.Name != carrier.Name {
+	if l, ok := d.byAltName[spoke]; ok && l.Name != carrier.Name {
 		d.do(DelAltName{l.Name, spoke})
 	}
-	if !carrier.answersTo(spoke) {
+	if !carrier.hasName(spoke) {
 		d.do(AddAltName{carrier.Name, spoke})
 	}
 	d.settings(plug, d.want.MTU, true)
 	d.settings(port, PortMTU(d.want.MTU), carrier.Name == port.Name)
-	d.settle(plug)
+	d.verifyClaim(plug)
 }
 
-// onDemand brings the link of a claim in order that has no standing pair behind it.
+// onDemand repairs the veth of a claim whose spoke has no standing pair.
 func (d *diff) onDemand(spoke string) {
 	claim, ok := d.vethClaim(spoke)
 	if !ok {
 		return
 	}
-	if !claim.answersTo(spoke) {
+	if !claim.hasName(spoke) {
 		d.do(AddAltName{claim.Name, spoke})
 	}
 	d.port(claim)
 	d.settings(claim, d.want.MTU, true)
 }
 
-// vethClaim is the link by which a pod is attached to the spoke.
+// vethClaim returns the veth of the pod on a spoke.
 func (d *diff) vethClaim(spoke string) (Link, bool) {
 	l, ok := d.links[d.veths[spoke].ID]
 	return l, ok
 }
 
-// settle looks after a claim whose macvtap may be gone: while it is up it keeps its plug promiscuous
-// (macvlan_open in drivers/net/macvlan.c), but one that a pod has set down does not.
-func (d *diff) settle(plug Link) {
+// verifyClaim verifies a claim whose macvtap may be gone. A macvtap that is up keeps its plug promiscuous (macvlan_open
+// in drivers/net/macvlan.c), but one that its pod has set down does not.
+func (d *diff) verifyClaim(plug Link) {
 	if c, ok := plug.claim(); ok && plug.Promisc == 0 {
 		d.do(VerifyClaim{Spoke: c.Spoke, ClaimID: c.ID})
 	}
 }
 
-// port puts a link into the bridge with the mask that lets link-local frames through, and says whether it has been put in anew.
-func (d *diff) port(l Link) (anew bool) {
+// port makes a link a port of the bridge with the mask that forwards link-local frames. It reports whether the link
+// becomes a port, with default settings, by that.
+func (d *diff) port(l Link) (isNew bool) {
 	bridge, ok := d.links[d.want.Bridge]
-	if d.rebridged || !ok || l.Master != bridge.Index {
-		d.do(SetMaster{l.Name, d.want.Bridge}, SetForwardMask{l.Name}) // a port that is put in anew has lost its mask
+	if d.newBridge || !ok || l.Master != bridge.Index {
+		d.do(SetMaster{l.Name, d.want.Bridge}, SetForwardMask{l.Name})
 		return true
 	}
 	if l.ForwardMask != ForwardMask {
@@ -541,7 +321,7 @@ func (d *diff) settings(l Link, mtu int, up bool) {
 	}
 }
 
-// leftovers deletes what nobody wants or has: pairs of spokes that are gone, and claim links whose attach never finished.
+// leftovers deletes the standing pairs of spokes that are neither wanted nor claimed, and veths of unfinished attaches.
 func (d *diff) leftovers() {
 	stays := map[string]bool{} // spokes and claims
 	for _, spoke := range d.spokes() {
@@ -559,7 +339,7 @@ func (d *diff) leftovers() {
 			continue
 		}
 		if spoke, _, ok := spokeOf(l.Name); ok && !stays[spoke] {
-			stays[spoke] = true // its other end goes with it
+			stays[spoke] = true // deleting one end of the pair deletes the other
 			left = append(left, l.Name)
 		}
 	}

@@ -11,83 +11,84 @@ import (
 type Op interface{ String() string }
 
 type (
-	// CreateNetns makes the network namespace and gives it its name.
+	// CreateNetns creates the network namespace and gives it its name.
 	CreateNetns struct{ Netns string }
-	// RestoreNetns gives a namespace that is still in hand its name back.
+	// RestoreNetns gives a namespace that the daemon holds open its name again.
 	RestoreNetns struct{ Netns string }
-	// RemoveNetns takes the name away; the namespace goes with it.
+	// RemoveNetns removes the name; the kernel then removes the namespace.
 	RemoveNetns struct{ Netns string }
-	// Silence switches IPv6 and bridge netfilter off in the namespace, and has a bridge that is there forget what it learnt.
+	// Silence switches IPv6 and bridge netfilter off in the namespace, and has a present bridge forget what it learned.
 	Silence struct{ Bridge string }
-	// WriteRecord publishes the segment for the CNI plugin.
+	// WriteRecord writes the record of the segment.
 	WriteRecord struct{ Segment Segment }
-	// RemoveRecord takes it back.
+	// RemoveRecord removes it.
 	RemoveRecord struct{ Netns string }
-	// AddBridge makes the bridge, up, without multicast snooping; STP and VLAN filtering are off by default.
+	// AddBridge creates the bridge, up, without multicast snooping; STP and VLAN filtering are off by default.
 	AddBridge struct {
 		Name string
 		MTU  int
 	}
-	// SetBridge switches off what of STP, VLAN filtering and multicast snooping is on.
+	// SetBridge switches off those of STP, VLAN filtering and multicast snooping that are on.
 	SetBridge struct {
 		Name string
 		Off  BridgeState
 	}
-	// AddVXLAN makes the VXLAN, down, as a port of the bridge if there is one.
+	// AddVXLAN creates the VXLAN, down, as a port of the bridge if there is one.
 	AddVXLAN struct {
 		VXLAN
 		MTU    int
 		Bridge string
 	}
-	// SetVXLAN gives a VXLAN that stands another group or source of the same family, or takes them away.
+	// SetVXLAN gives a VXLAN another group or source of the same family, or none.
 	SetVXLAN struct{ VXLAN }
-	// AddRemotes has a VXLAN send what is flooded to these as well.
+	// AddRemotes adds remotes to a VXLAN.
 	AddRemotes struct {
 		Name    string
 		Remotes []netip.Addr
 	}
-	// DelRemotes has it send no more to these and, where they are not to be reached any more, forget what it learnt to be behind them.
+	// DelRemotes deletes remotes of a VXLAN and, if Learned, the MACs that it learned behind them.
 	DelRemotes struct {
 		Name    string
 		Remotes []netip.Addr
 		Learned bool
 	}
-	// SetFDB tells a VXLAN and its bridge behind which remotes MACs are.
+	// SetFDB sets entries of a VXLAN and its bridge.
 	SetFDB struct {
 		Name    string
 		Entries []FDBEntry
 	}
-	// DelFDB takes that back, each of the halves that are there.
+	// DelFDB deletes entries, each half that the kernel has.
 	DelFDB struct {
 		Name    string
 		Entries []FDBState
 	}
-	// SetLearning says whether a port's frames teach the bridge where MACs are.
+	// SetLearning sets whether the bridge learns MACs from a port's frames.
 	SetLearning struct {
 		Name string
 		On   bool
 	}
-	// SetSuppress says whether the bridge answers ARP and neighbour discovery that would go out by a port, if it can.
+	// SetSuppress sets whether the bridge answers ARP and neighbor discovery, if it can, instead of sending it out by a
+	// port.
 	SetSuppress struct {
 		Name string
 		On   bool
 	}
-	// SetNeighborDiscovery switches a bridge's IPv6 on, without an address, so that it takes neighbours, or off.
+	// SetNeighborDiscovery switches a bridge's IPv6 on, without an address, so that it can have IPv6 neighbors, or off.
 	SetNeighborDiscovery struct {
 		Name string
 		On   bool
 	}
-	// AddNeighbors tells a bridge who has addresses.
+	// AddNeighbors adds neighbors of a bridge, or gives them another MAC.
 	AddNeighbors struct {
 		Name      string
 		Neighbors []Neighbor
 	}
-	// DelNeighbors takes that back.
+	// DelNeighbors deletes neighbors of a bridge.
 	DelNeighbors struct {
 		Name      string
 		Neighbors []Neighbor
 	}
-	// AddPair makes a spoke's standing pair: the port up in the bridge, the plug up beside it.
+	// AddPair creates a spoke's standing pair: the port up in the bridge, the plug up beside it.
 	AddPair struct {
 		Spoke  string
 		MAC    net.HardwareAddr // of the plug
@@ -96,7 +97,7 @@ type (
 	}
 	// DelLink deletes a link, and with one end of a veth the other.
 	DelLink struct{ Name string }
-	// DelLinks deletes several at once, which takes hardly longer than one.
+	// DelLinks deletes several links at once, which takes hardly longer than one.
 	DelLinks struct{ Names []string }
 	// DelPairs deletes every link that attaches spokes, in one message.
 	DelPairs struct{}
@@ -107,22 +108,23 @@ type (
 	}
 	// SetMaster makes a link a port of the bridge.
 	SetMaster struct{ Name, Bridge string }
-	// SetForwardMask lets every link-local frame but PAUSE through a port.
+	// SetForwardMask has a port forward every link-local frame but PAUSE.
 	SetForwardMask struct{ Name string }
-	// SetUp and SetDown switch a link.
+	// SetUp sets a link up.
 	SetUp struct{ Name string }
-	// SetDown switches a link off.
+	// SetDown sets a link down.
 	SetDown struct{ Name string }
-	// SetTxChecksum leaves checksums and segmentation of what leaves by a link to the hardware, or to this kernel.
+	// SetTxChecksum leaves checksums and segmentation of frames that leave by a link to hardware or, if not On, to this
+	// kernel.
 	SetTxChecksum struct {
 		Name string
 		On   bool
 	}
-	// AddAltName lets a link answer to a spoke's name.
+	// AddAltName gives a link a spoke's name as altname.
 	AddAltName struct{ Name, AltName string }
-	// DelAltName takes that away.
+	// DelAltName removes an altname of a link.
 	DelAltName struct{ Name, AltName string }
-	// VerifyClaim finds out whether the macvtap of a claim still exists, and ends the claim if it doesn't.
+	// VerifyClaim finds out whether the macvtap of a claim still exists, and ends the claim if not.
 	VerifyClaim struct{ Spoke, ClaimID string }
 )
 
@@ -160,10 +162,11 @@ func (o AddVXLAN) String() string {
 	if o.Underlay != "" {
 		device = " dev " + o.Underlay
 	}
-	return fmt.Sprintf("ip link add %s mtu %d%s type vxlan id %d dstport %d%s%s%s", o.Name, o.MTU, master, o.VNI, o.Port, o.ends(), device, o.learning())
+	return fmt.Sprintf("ip link add %s mtu %d%s type vxlan id %d dstport %d%s%s%s",
+		o.Name, o.MTU, master, o.VNI, o.Port, o.ends(), device, o.learning())
 }
 
-// ends are a VXLAN's two ends in ip's words.
+// ends returns group and source as arguments of ip.
 func (v VXLAN) ends() (s string) {
 	if v.Group.IsValid() {
 		s += " group " + v.Group.String()
@@ -184,7 +187,9 @@ func (v VXLAN) learning() string {
 	}
 	return ""
 }
+
 func (o AddRemotes) String() string { return flood("append", o.Name, o.Remotes) }
+
 func (o DelRemotes) String() string {
 	s := flood("del", o.Name, o.Remotes)
 	if o.Learned {
@@ -203,13 +208,14 @@ func flood(verb, vxlan string, remotes []netip.Addr) string {
 	return s
 }
 
-// shown is how many entries the text of an operation names: there may be very many.
+// shown is the number of entries in the text of an operation, which may have very many.
 const shown = 3
 
 func (o SetFDB) String() string {
 	var lines []string
 	for _, e := range o.Entries[:min(shown, len(o.Entries))] {
-		lines = append(lines, fmt.Sprintf("bridge fdb replace %s dev %s dst %s self master extern_learn", net.HardwareAddr(e.MAC[:]), o.Name, e.VTEP))
+		lines = append(lines, fmt.Sprintf("bridge fdb replace %s dev %s dst %s self master extern_learn",
+			net.HardwareAddr(e.MAC[:]), o.Name, e.VTEP))
 	}
 	return strings.Join(lines, "; ") + more(len(o.Entries))
 }
@@ -218,7 +224,8 @@ func (o DelFDB) String() string {
 	var lines []string
 	for _, e := range o.Entries[:min(shown, len(o.Entries))] {
 		if e.VTEP.IsValid() {
-			lines = append(lines, fmt.Sprintf("bridge fdb del %s dev %s dst %s self", net.HardwareAddr(e.MAC[:]), o.Name, e.VTEP))
+			lines = append(lines, fmt.Sprintf("bridge fdb del %s dev %s dst %s self",
+				net.HardwareAddr(e.MAC[:]), o.Name, e.VTEP))
 		}
 		if e.Bridge {
 			lines = append(lines, fmt.Sprintf("bridge fdb del %s dev %s master", net.HardwareAddr(e.MAC[:]), o.Name))
@@ -246,7 +253,8 @@ func (o SetNeighborDiscovery) String() string {
 	if !o.On {
 		return fmt.Sprintf("sysctl net.ipv6.conf.%s.disable_ipv6=1", o.Name)
 	}
-	return fmt.Sprintf("sysctl net.ipv6.conf.%[1]s.addr_gen_mode=1 net.ipv6.conf.%[1]s.accept_ra=0 net.ipv6.conf.%[1]s.disable_ipv6=0", o.Name)
+	return fmt.Sprintf("sysctl net.ipv6.conf.%[1]s.addr_gen_mode=1 net.ipv6.conf.%[1]s.accept_ra=0"+
+		" net.ipv6.conf.%[1]s.disable_ipv6=0", o.Name)
 }
 
 func onOff(on bool) string {
@@ -259,7 +267,8 @@ func onOff(on bool) string {
 func (o AddNeighbors) String() string {
 	var lines []string
 	for _, n := range o.Neighbors[:min(shown, len(o.Neighbors))] {
-		lines = append(lines, fmt.Sprintf("ip neigh replace %s lladdr %s dev %s nud permanent extern_learn", n.IP, net.HardwareAddr(n.MAC[:]), o.Name))
+		lines = append(lines, fmt.Sprintf("ip neigh replace %s lladdr %s dev %s nud permanent extern_learn",
+			n.IP, net.HardwareAddr(n.MAC[:]), o.Name))
 	}
 	return strings.Join(lines, "; ") + more(len(o.Neighbors))
 }
@@ -288,7 +297,8 @@ func (o SetForwardMask) String() string {
 func (o SetUp) String() string   { return fmt.Sprintf("ip link set %s up", o.Name) }
 func (o SetDown) String() string { return fmt.Sprintf("ip link set %s down", o.Name) }
 func (o SetTxChecksum) String() string {
-	return fmt.Sprintf("ethtool -K %s tx %[2]s tso %[2]s tx-udp-segmentation %[2]s tx-sctp-segmentation %[2]s", o.Name, onOff(o.On))
+	return fmt.Sprintf("ethtool -K %s tx %[2]s tso %[2]s tx-udp-segmentation %[2]s tx-sctp-segmentation %[2]s",
+		o.Name, onOff(o.On))
 }
 
 func (o AddAltName) String() string {
@@ -298,20 +308,20 @@ func (o AddAltName) String() string {
 func (o DelAltName) String() string {
 	return fmt.Sprintf("ip link property del %s altname %s", o.Name, o.AltName)
 }
-func (o VerifyClaim) String() string { return fmt.Sprintf("settle %s %s", o.Spoke, o.ClaimID) }
+func (o VerifyClaim) String() string { return fmt.Sprintf("verify claim %s on %s", o.ClaimID, o.Spoke) }
 
-// LinkGroup is the link group of everything that attaches spokes: one message deletes it all, at
-// 0.15 ms a link instead of the 16 ms that a deletion of its own costs.
+// LinkGroup is the link group of all links that attach spokes. One message deletes them all, in 0.15 ms a link instead
+// of the 16 ms of a deletion by itself.
 const LinkGroup = 0x6b38
 
-// sameVXLAN says whether a VXLAN that stands is the one that is wanted, in what the kernel cannot change later.
+// sameVXLAN reports whether a present VXLAN is as wanted, as far as the kernel cannot change it.
 func sameVXLAN(want VXLAN, have Link) bool {
 	v := have.VXLAN
 	return have.Type == "vxlan" && v.VNI == want.VNI && v.Port == want.Port &&
 		family(v.Group, v.Local) == family(want.Group, want.Local) && v.UnderlayIndex == want.UnderlayIndex
 }
 
-// family is the length in bits of a VXLAN's addresses, 0 for one that has none: its socket is of that family for ever
+// family returns the length in bits of a VXLAN's addresses, 0 if it has none: its socket stays of that family
 // (vxlan_nl2conf in drivers/net/vxlan/vxlan_core.c).
 func family(group, local netip.Addr) int {
 	if group.IsValid() {
@@ -320,9 +330,10 @@ func family(group, local netip.Addr) int {
 	return unmapped(local).BitLen()
 }
 
-// sameEnds says whether its group and source are those that are wanted, and whether it learns who is behind remotes.
+// sameEnds reports whether a present VXLAN has the wanted group and source, and learns as wanted.
 func sameEnds(want VXLAN, have VXLANState) bool {
-	return want.NoLearning == have.NoLearning && unmapped(want.Group) == unmapped(have.Group) && unmapped(want.Local) == unmapped(have.Local)
+	return want.NoLearning == have.NoLearning &&
+		unmapped(want.Group) == unmapped(have.Group) && unmapped(want.Local) == unmapped(have.Local)
 }
 
 func unmapped(a netip.Addr) netip.Addr { return a.Unmap().WithZone("") }

@@ -9,37 +9,39 @@ import (
 	"strings"
 )
 
-// PodVXLAN is a VXLAN in a pod's own network namespace, in no bridge: its frames are the pod's. By which link its packets leave is left to the
-// namespace's routes.
+// PodVXLAN is the desired state of a VXLAN in a pod's own network namespace. It is in no bridge: its frames are the
+// pod's. The namespace's routes choose the link by which its packets leave.
 type PodVXLAN struct {
 	VXLAN     VXLAN // without an underlay
 	MTU       int   // bytes
 	MAC       net.HardwareAddr
-	Addresses []netip.Prefix // what it shall have; others are somebody else's
-	Remotes   []netip.Addr   // sorted; nil: not known, those that stand stay
-	FDB       []FDBEntry     // sorted, where it does not learn; nil: not known
-	Partial   bool           // Remotes and FDB may lack some: none that stands is deleted
-	Prepared  bool           // what is done once to each such interface is done. One that is not prepared is told of no remotes
+	Addresses []netip.Prefix // to add; addresses from elsewhere stay
+	Remotes   []netip.Addr   // sorted; nil: not known, the present ones stay
+	FDB       []FDBEntry     // sorted by MAC, if it does not learn; nil: not known, the present entries stay
+	Partial   bool           // Remotes and FDB may lack entries: no present one is deleted
+	Prepared  bool           // the up hook has run; before that, the VXLAN gets no remotes
 }
 
 // PodVXLANState is such a VXLAN as the kernel has it.
 type PodVXLANState struct {
-	Link      Link // without an index where there is none
+	Link      Link // without an index if there is none
 	Addresses []netip.Prefix
-	Others    []Link // VXLANs of other names that bear the mark
+	Others    []Link // VXLANs with other names that have the mark
 }
 
-// ForeignLinkError says that a link has the interface's name and is no VXLAN.
+// ForeignLinkError says that a link has the interface's name but is no VXLAN.
 type ForeignLinkError struct{ Name, Type string }
 
 func (e *ForeignLinkError) Error() string {
 	return fmt.Sprintf("there is an interface %s already, a %s; choose another name", e.Name, e.Type)
 }
 
-// DiffPodVXLAN says what has to be done so that the namespace has the VXLAN. One that cannot be changed into it is made anew; what is no VXLAN is
-// left alone, and NotOurs.
+// DiffPodVXLAN returns the operations that give the namespace the VXLAN. A VXLAN that cannot be changed into it is
+// replaced; another kind of link is a ForeignLinkError.
 func DiffPodVXLAN(want PodVXLAN, have PodVXLANState) ([]Op, error) {
-	d := &diff{want: Segment{VXLAN: want.VXLAN, MTU: want.MTU, Remotes: want.Remotes, FDB: want.FDB, Partial: want.Partial}, alone: true}
+	d := &diff{inPod: true, want: Segment{
+		VXLAN: want.VXLAN, MTU: want.MTU, Remotes: want.Remotes, FDB: want.FDB, Partial: want.Partial,
+	}}
 	name, l := want.VXLAN.Name, have.Link
 	if l.Index != 0 && l.Type != "vxlan" {
 		return nil, &ForeignLinkError{name, l.Type}
@@ -66,7 +68,7 @@ func DiffPodVXLAN(want PodVXLAN, have PodVXLANState) ([]Op, error) {
 		}
 	}
 	if mark := mark(want.Addresses, prepared || want.Prepared); l.Alias != mark {
-		d.do(SetAlias{name, mark}) // before the addresses that it names: one too many there does no harm
+		d.do(SetAlias{name, mark}) // before the addresses: the mark may name more than there are, but not fewer
 	}
 	for _, a := range want.Addresses {
 		if !slices.Contains(have.Addresses, a) {
@@ -80,13 +82,14 @@ func DiffPodVXLAN(want PodVXLAN, have PodVXLANState) ([]Op, error) {
 	return d.ops, nil
 }
 
-// Prepared says whether what is done once to each such interface is done.
+// Prepared reports whether the up hook of the interface has run.
 func (s PodVXLANState) Prepared() bool {
 	_, prepared := parseMark(s.Link.Alias)
 	return prepared
 }
 
-// The mark is the link's alias: whose it is, whether it is prepared, and which addresses were given to it.
+// The mark is the link's alias. It says that the link is k8slan's, whether it is prepared, and which addresses were
+// added.
 const (
 	markWord     = "k8slan"
 	preparedWord = "prepared"
@@ -103,7 +106,7 @@ func mark(addresses []netip.Prefix, prepared bool) string {
 	return strings.Join(words, " ")
 }
 
-// Marked says whether a link bears the mark.
+// Marked reports whether a link has the mark.
 func Marked(l Link) bool { return l.Alias == markWord || strings.HasPrefix(l.Alias, markWord+" ") }
 
 func parseMark(alias string) (addresses []netip.Prefix, prepared bool) {
@@ -120,16 +123,13 @@ func parseMark(alias string) (addresses []netip.Prefix, prepared bool) {
 	return addresses, prepared
 }
 
-// Ordinal is the number at the end of a pod's name, as those of a StatefulSet have.
-func Ordinal(pod string) (int, bool) { return cutNumber(pod, "-") }
-
-// PodVXLANMAC is the address of a pod's interface where none is requested: the same after its container was started again, and of another
-// pod of the same name.
+// PodVXLANMAC returns the address of a pod's interface if none is requested. It stays when the container restarts, and
+// when another pod has the name.
 func PodVXLANMAC(namespace, pod, ifname string) net.HardwareAddr {
 	return derived(namespace + "/" + pod + " " + ifname)
 }
 
-// MaxAddresses is how many addresses of an interface its mark has room for.
+// MaxAddresses is the number of addresses for which a mark has room.
 const MaxAddresses = 4
 
 type (
@@ -145,7 +145,7 @@ type (
 		Name    string
 		Address netip.Prefix
 	}
-	// DelAddress takes it away.
+	// DelAddress removes an IP address of a link.
 	DelAddress struct {
 		Name    string
 		Address netip.Prefix

@@ -8,18 +8,18 @@ import (
 	"time"
 )
 
-// State is a segment as the node's kernel has it.
+// State is a segment as the kernel has it.
 type State struct {
 	Netns     string
-	Exists    bool     // its network namespace has its name
-	LostName  bool     // the name is gone or means something else, but the namespace itself is still in hand
-	StaleName bool     // the file of its name is there, but no namespace
-	Silent    bool     // IPv6, but for single links', and bridge netfilter are off in it
-	Record    *Segment // what the node last wanted here; nil where there is none that can be read
+	Exists    bool     // the network namespace exists under its name
+	LostName  bool     // the daemon holds the namespace open, but its name is gone or means something else
+	StaleName bool     // the file of the name exists, but no namespace
+	Silent    bool     // IPv6, except on single links, and bridge netfilter are off in it
+	Record    *Segment // the recorded desired state; nil: no record can be read
 	Links     []Link   // everything in the namespace but lo
 }
 
-// Link is one link as the kernel has it, in the terms that matter to a LAN.
+// Link is one link as the kernel has it, as far as it matters to a LAN.
 type Link struct {
 	Index     int
 	Name      string
@@ -29,24 +29,24 @@ type Link struct {
 	MAC       net.HardwareAddr
 	MTU       int
 	Up        bool
-	IPv6      bool // is on
-	NoIPv6    bool // gives itself no IPv6 address where it is on, and so says nothing
-	LacksIPv6 bool // has nothing that could be on: the kernel is without IPv6, or the MTU too small for it
+	IPv6      bool // IPv6 is on
+	NoIPv6    bool // with IPv6 on it has no IPv6 address of its own, and so sends nothing
+	LacksIPv6 bool // IPv6 cannot be on: the kernel is without it, or the MTU is too small
 	Master    int  // ifindex of its bridge; 0 for none
-	Promisc   int  // how many ask it to be promiscuous; at least 1 while a macvtap on it is up
+	Promisc   int  // how many users need it promiscuous; at least 1 while a macvtap on it is up
 
-	ForwardMask uint16      // of a bridge port: which of 01-80-C2-00-00-0X pass
-	Suppress    bool        // of a bridge port: ARP and neighbour discovery that the bridge can answer are not sent by it
-	Neighbors   []Neighbor  // of a bridge, that it was told, sorted by address; read only where MayHaveNeighbors
-	NoLearning  bool        // of a bridge port: what arrives by it teaches the bridge nothing
+	ForwardMask uint16      // of a bridge port: which of 01-80-C2-00-00-0X it forwards
+	Suppress    bool        // of a bridge port: ARP and neighbor discovery that the bridge can answer do not go out
+	Neighbors   []Neighbor  // of a bridge: those set from outside, sorted by address; read only if MayHaveNeighbors
+	NoLearning  bool        // of a bridge port: the bridge learns no MACs from its frames
 	Bridge      BridgeState // of a bridge
 	VXLAN       VXLANState  // of a VXLAN
-	Learned     int         // of a bridge: how many addresses it has learnt; -1 where the kernel does not count them
-	TxChecksum  TxChecksum  // asked only where the record has the spoke in TxChecksumOff
+	Learned     int         // of a bridge: number of learned MACs; -1 if the kernel does not count them
+	TxChecksum  TxChecksum  // read only for spokes in the record's TxChecksumOff
 }
 
-// TxChecksum says whether frames may leave by a link with checksums, and the cutting into frames of the MTU, left to
-// the hardware: a veth has none, so whoever reads the frame raw at the other end finds it unfinished.
+// TxChecksum says whether frames may leave by a link with incomplete checksums and longer than the MTU, for hardware to
+// complete. A veth has no hardware, so a program that reads such a frame raw at the other end finds it incomplete.
 type TxChecksum int
 
 // The settings of a link. One that is neither wholly off nor wholly on is TxChecksumMixed.
@@ -57,75 +57,87 @@ const (
 	TxChecksumOff
 )
 
-// BridgeState is what of a bridge's own settings could make a LAN less than transparent.
+// BridgeState has the settings of a bridge that could keep a LAN from being transparent.
 type BridgeState struct{ STP, VLANFiltering, MulticastSnooping bool }
 
-// VXLANState is where a VXLAN sends to, and how.
+// VXLANState says where a VXLAN sends packets, and how.
 type VXLANState struct {
 	VNI           uint32
 	Port          uint16
 	Group         netip.Addr
 	Local         netip.Addr
-	Remotes       []netip.Addr // who gets what is flooded, sorted, the group aside; read only where MayHaveRemotes
-	FDB           []FDBState   // which MACs it has been told, sorted; read where Remotes are
+	Remotes       []netip.Addr // which receive flooded frames, sorted, without the group; read only if MayHaveRemotes
+	FDB           []FDBState   // entries set from outside, sorted by MAC; read if Remotes are
 	NoLearning    bool
-	UnderlayIndex int // as the node's own netns counts
+	UnderlayIndex int // ifindex in the node's own netns
 }
 
-// MACEntry is where a segment has a MAC: on a port of its own bridge, or behind a VTEP.
+// MACEntry says where a segment has a MAC: on a port of its own bridge, or behind a VTEP.
 type MACEntry struct {
 	MAC      string        // as text
-	Spoke    string        // by whose port it speaks; empty behind a VTEP
-	VTEP     netip.Addr    // behind which it is; the zero Addr on a port
-	LastSeen time.Duration // on a port, how long ago it spoke last
+	Spoke    string        // of the port; empty behind a VTEP
+	VTEP     netip.Addr    // the zero Addr on a port
+	LastSeen time.Duration // on a port: time since its last frame
 }
 
-// Neighbor says which MAC has an address.
+// Neighbor says which MAC has an IP address.
 type Neighbor struct {
 	IP  netip.Addr
 	MAC [6]byte
 }
 
-// MayHaveNeighbors says whether it has to be asked which neighbours its bridge was told. The port's setting and IPv6 are switched on before the first
-// comes, and off after the last has gone.
+// MayHaveNeighbors reports whether the neighbors of the bridge have to be read. Neighbor suppression and IPv6 are
+// switched on before the first neighbor is added, and off after the last one is deleted.
 func (s State) MayHaveNeighbors() bool {
-	return s.Record != nil && s.Record.VXLAN.SuppressNeighbors || slices.ContainsFunc(s.Links, func(l Link) bool { return l.Suppress || l.Type == "bridge" && l.IPv6 })
+	return s.Record != nil && s.Record.VXLAN.SuppressNeighbors ||
+		slices.ContainsFunc(s.Links, func(l Link) bool { return l.Suppress || l.Type == "bridge" && l.IPv6 })
 }
 
 // FDBEntry says behind which VTEP a MAC is.
 type FDBEntry struct {
-	MAC   [6]byte
-	VTEP  netip.Addr
-	Local bool // of a wish: the MAC was on a port here before, and what the bridge has of that gives way
+	MAC  [6]byte
+	VTEP netip.Addr
+	// Local is set in a desired state if the MAC was on a port of this node before: it replaces the bridge's entry
+	// there.
+	Local bool
 }
 
-// FDBState is an entry as the kernel has it: one half in the VXLAN's own table, one in the bridge's. A half may be missing: the
-// bridge's is wherever the MAC was seen last.
+// FDBState is an entry as the kernel has it: one half in the VXLAN's own table, one in the bridge's. One half may be
+// missing: the bridge's follows the port on which the MAC was last seen.
 type FDBState struct {
-	FDBEntry      // the zero Addr: the VXLAN does not have it
-	Bridge   bool // the bridge has it on the VXLAN's port
+	FDBEntry      // with the zero Addr if the VXLAN lacks its half
+	Bridge   bool // the bridge has its half, on the VXLAN's port
 }
 
-// MayHaveRemotes says whether it has to be asked which remotes a VXLAN has. With a group it has none, unless a change from
-// remotes to a group was broken off: the record is written at the end of that.
+// MayHaveRemotes reports whether the remotes of a VXLAN have to be read. With a group it has none, unless a change from
+// remotes to a group was interrupted: the record is written at the end of that change.
 func (s State) MayHaveRemotes(l Link) bool {
 	return l.Type == "vxlan" && (!l.VXLAN.Group.IsValid() || s.Record == nil || !s.Record.VXLAN.Group.IsValid())
 }
 
-// ForwardMask lets every link-local frame pass a port but PAUSE (01-80-C2-00-00-01), which the kernel never
-// lets a bridge forward (BR_GROUPFWD_MACPAUSE in net/bridge/br_private.h).
+// ForwardMask lets a port forward every link-local frame but PAUSE (01-80-C2-00-00-01), which the kernel never lets a
+// bridge forward (BR_GROUPFWD_MACPAUSE in net/bridge/br_private.h).
 const ForwardMask = 0xFFFD
 
 // Link finds a link by its name.
 func (s State) Link(name string) (Link, bool) {
-	i := slices.IndexFunc(s.Links, func(l Link) bool { return l.Name == name })
+	return s.find(func(l Link) bool { return l.Name == name })
+}
+
+// Carrier finds the link that carries a spoke's frames now.
+func (s State) Carrier(spoke string) (Link, bool) {
+	return s.find(func(l Link) bool { return l.hasName(spoke) })
+}
+
+func (s State) find(matches func(Link) bool) (Link, bool) {
+	i := slices.IndexFunc(s.Links, matches)
 	if i < 0 {
 		return Link{}, false
 	}
 	return s.Links[i], true
 }
 
-// Spoke is the spoke that a link attaches: one of its standing pair, or a pod's.
+// Spoke returns the spoke that a link attaches, as one end of its standing pair or as a pod's veth.
 func (l Link) Spoke() (spoke string, ok bool) {
 	if spoke, _, ok = spokeOf(l.Name); ok {
 		return spoke, true
@@ -134,25 +146,15 @@ func (l Link) Spoke() (spoke string, ok bool) {
 	return c.Spoke, ok
 }
 
-// Carrier is the link that carries a spoke's frames now.
-func (s State) Carrier(spoke string) (Link, bool) {
-	i := slices.IndexFunc(s.Links, func(l Link) bool { return l.answersTo(spoke) })
-	if i < 0 {
-		return Link{}, false
-	}
-	return s.Links[i], true
-}
+// hasName reports whether a link has that name or altname.
+func (l Link) hasName(name string) bool { return l.Name == name || slices.Contains(l.AltNames, name) }
 
-// answersTo says whether the link has that name, or has it as an altname.
-func (l Link) answersTo(name string) bool { return l.Name == name || slices.Contains(l.AltNames, name) }
-
-// Claims are the pods' holds on spokes, in the order of the spokes' names.
-// A claim link that neither answers to its spoke's name nor is up is left from an attach that never finished, and no
-// claim: to set it up is an attach's last step. One that is up has had its altname taken away since.
+// Claims returns the claims on spokes, sorted by spoke. A claim's veth that neither has its spoke's altname nor is up
+// is left from an unfinished attach, and no claim: an attach sets it up last. One that is up lost its altname later.
 func (s State) Claims() []Claim {
 	var claims []Claim
 	for _, l := range s.Links {
-		if c, ok := l.claim(); ok && (c.Kind == Macvtap || l.answersTo(c.Spoke) || l.Up) {
+		if c, ok := l.claim(); ok && (c.Kind == Macvtap || l.hasName(c.Spoke) || l.Up) {
 			claims = append(claims, c)
 		}
 	}
@@ -160,7 +162,7 @@ func (s State) Claims() []Claim {
 	return claims
 }
 
-// claim reads the claim that a link stands for: a veth is named by it, a plug has it as an altname.
+// claim returns the claim that a link stands for: it is the name of a veth, or an altname of a plug.
 func (l Link) claim() (Claim, bool) {
 	if IsClaimID(l.Name) && l.Type == "veth" {
 		c, ok := ParseAlias(l.Name, l.Alias)
@@ -175,8 +177,8 @@ func (l Link) claim() (Claim, bool) {
 		return Claim{}, false
 	}
 	c, ok := ParseAlias(l.AltNames[i], l.Alias)
-	if !ok {
-		c = Claim{ID: l.AltNames[i]} // killed between its two steps: a claim of nobody, until Settle finds out
+	if !ok { // the plugin was killed between setting altname and alias: VerifyClaim decides
+		c = Claim{ID: l.AltNames[i]}
 	}
 	c.Kind, c.Spoke = Macvtap, spoke
 	return c, true
