@@ -2,7 +2,6 @@ package endpoint
 
 import (
 	"context"
-	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -12,7 +11,6 @@ import (
 	"slices"
 	"sync"
 
-	"golang.org/x/net/bpf"
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
@@ -21,6 +19,7 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/firewall"
 	"github.com/k8slan/k8slan/lanmgr/kernel"
 	"github.com/k8slan/k8slan/lanmgr/segment"
+	"github.com/k8slan/k8slan/lanmgr/sockfilter"
 )
 
 const header = 14 // of an Ethernet frame, in bytes
@@ -102,19 +101,20 @@ func (s *endpoint) open(ctx context.Context, host *kernel.Node, ns, spoke string
 		s.facts.VNI, s.facts.UDPPort = vxlan.VXLAN.VNI, vxlan.VXLAN.Port
 		s.facts.Group, s.facts.VTEP, s.facts.Remotes = vxlan.VXLAN.Group, vxlan.VXLAN.Local, vxlan.VXLAN.Remotes
 	}
+	ofProbe := sockfilter.Source(packet.Largest, [4]byte(probe.Source))
 	err = host.InLANNetns(ns, func() (err error) {
-		if s.bridge, err = packet.Open(want.Bridge, matchNone()...); err != nil {
+		if s.bridge, err = packet.Open(want.Bridge, sockfilter.None()...); err != nil {
 			return err
 		}
 		s.facts.Bridge = linkOf(s.bridge.Link)
-		if s.captures[probe.AtPort], err = packet.Open(port.Name, matchSource()...); err != nil {
+		if s.captures[probe.AtPort], err = packet.Open(port.Name, ofProbe...); err != nil {
 			return err
 		}
 		s.facts.Port = linkOf(s.captures[probe.AtPort].Link)
 		if vxlan.Name == "" {
 			return nil
 		}
-		if s.captures[probe.AtVXLAN], err = packet.Open(vxlan.Name, matchSource()...); err != nil {
+		if s.captures[probe.AtVXLAN], err = packet.Open(vxlan.Name, ofProbe...); err != nil {
 			return err
 		}
 		s.facts.VXLAN = linkOf(s.captures[probe.AtVXLAN].Link)
@@ -127,7 +127,7 @@ func (s *endpoint) open(ctx context.Context, host *kernel.Node, ns, spoke string
 		if s.accepts, err = firewall.Accepts(s.facts.UDPPort, s.facts.VNI); err != nil {
 			return err
 		}
-		ear, err := packet.Open(want.VXLAN.Underlay, matchUDPPort(s.facts.UDPPort)...)
+		ear, err := packet.Open(want.VXLAN.Underlay, sockfilter.UDPPort(packet.Largest, s.facts.UDPPort)...)
 		if err != nil {
 			return err
 		}
@@ -209,51 +209,4 @@ func (s *endpoint) report(where string, f packet.Frame) error {
 		}
 	}
 	return s.write(probe.Message{Sighting: &heard})
-}
-
-// matchSource takes the probe's frames.
-func matchSource() []unix.SockFilter {
-	return assemble(
-		bpf.LoadAbsolute{Off: 6, Size: 4},
-		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: binary.BigEndian.Uint32(probe.Source), SkipTrue: 1},
-		bpf.RetConstant{Val: packet.Largest},
-		bpf.RetConstant{},
-	)
-}
-
-// matchNone is for a socket that sends alone.
-func matchNone() []unix.SockFilter { return assemble(bpf.RetConstant{}) }
-
-// matchUDPPort takes UDP packets to a port, and of those in parts the first, of IPv4 and IPv6.
-func matchUDPPort(port uint16) []unix.SockFilter {
-	const udp = unix.IPPROTO_UDP
-	return assemble(
-		bpf.LoadAbsolute{Off: 12, Size: 2},
-		bpf.JumpIf{Cond: bpf.JumpEqual, Val: unix.ETH_P_IP, SkipFalse: 5},
-		bpf.LoadAbsolute{Off: header + 9, Size: 1},
-		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: udp, SkipTrue: 10},
-		bpf.LoadMemShift{Off: header},
-		bpf.LoadIndirect{Off: header + 2, Size: 2},
-		bpf.Jump{Skip: 5},
-		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: unix.ETH_P_IPV6, SkipTrue: 6},
-		bpf.LoadAbsolute{Off: header + 6, Size: 1},
-		bpf.JumpIf{Cond: bpf.JumpEqual, Val: unix.IPPROTO_FRAGMENT, SkipTrue: 3},
-		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: udp, SkipTrue: 3},
-		bpf.LoadAbsolute{Off: header + 40 + 2, Size: 2},
-		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: uint32(port), SkipTrue: 1},
-		bpf.RetConstant{Val: packet.Largest},
-		bpf.RetConstant{},
-	)
-}
-
-func assemble(program ...bpf.Instruction) []unix.SockFilter {
-	raw, err := bpf.Assemble(program)
-	if err != nil {
-		panic(err) // the programs are constants but for a number: a mistake in this file
-	}
-	filter := make([]unix.SockFilter, len(raw))
-	for i, r := range raw {
-		filter[i] = unix.SockFilter{Code: r.Op, Jt: r.Jt, Jf: r.Jf, K: r.K}
-	}
-	return filter
 }
