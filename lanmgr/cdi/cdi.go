@@ -1,4 +1,5 @@
-// Package cdi says what a spoke's CDI device means on this node, for as long as a pod is attached to the spoke.
+// Package cdi writes the CDI device of a spoke, by which the container runtime gives it to a pod, while the spoke has a
+// claim.
 package cdi
 
 import (
@@ -15,29 +16,29 @@ import (
 )
 
 const (
-	// Kind is the vendor and class of all our devices.
+	// Kind is the vendor and class of all k8slan devices.
 	Kind = "macvtap.k8slan.io/spoke"
-	// DefaultDir is the one of the two standard folders that is emptied by a reboot, and that wins over the other.
+	// DefaultDir is that of the two standard directories that a reboot empties. It has precedence over the other.
 	DefaultDir = "/var/run/cdi"
 
-	// Files is the pattern of the names of our files, half-written ones too.
+	// Files is a pattern for the names of our files, also of half-written ones.
 	Files = filePrefix + "*"
 
-	version     = "0.6.0" // the oldest that knows annotations of a spec
+	version     = "0.6.0" // the oldest that has annotations of a spec
 	filePrefix  = "macvtap.k8slan.io-spoke_"
 	netnsKey    = "lan.k8slan.io/netns"
 	claimKey    = "lan.k8slan.io/claim"
 	permissions = "rw"
 )
 
-// Name is the fully qualified CDI name of a spoke's device: what the device plugin answers to kubelet.
+// Name returns the fully qualified CDI name of a spoke's device, with which the device plugin answers kubelet.
 func Name(spoke string) string { return Kind + "=" + spoke }
 
-// Device is what a spoke's name means while one claim holds it.
+// Device is the device of a spoke while one claim has it.
 type Device struct {
 	Netns, Spoke, ClaimID string
 
-	Path         string // of the device node in the container; empty: none, only the environment
+	Path         string // of the device node in the container; empty: none, only environment variables
 	Major, Minor uint32
 	UID, GID     uint32 // of the device node
 
@@ -48,11 +49,12 @@ func file(dir, spoke, claimID string) string {
 	return filepath.Join(dir, filePrefix+spoke+"_"+claimID+".json")
 }
 
-// halfWritten is a device's file until it is whole; runtimes read *.json alone.
+// halfWritten returns the path of a device's file until it is complete; runtimes read only *.json.
 func halfWritten(path string) string { return strings.TrimSuffix(path, ".json") + ".tmp" }
 
-// Write makes the device known to the container runtime, in one step. The folder is made if it is missing. Devices of the
-// same spoke that an earlier claim has left are removed first: of two with one name a runtime knows neither.
+// Write writes the device's file in one step, for the container runtime to read. It creates the directory if there is
+// none. First it removes devices of the same spoke that an earlier claim left: of two with one name, a runtime accepts
+// neither.
 func Write(dir string, d Device) error {
 	edits := specs.ContainerEdits{Env: d.Env}
 	if d.Path != "" {
@@ -76,12 +78,12 @@ func Write(dir string, d Device) error {
 	}
 	path := file(dir, d.Spoke, d.ClaimID)
 	prefix := strings.TrimSuffix(file(dir, d.Spoke, ""), ".json")
-	left, err := filepath.Glob(prefix + "*.*") // half-written ones, too
+	left, err := filepath.Glob(prefix + "*.*") // also half-written ones
 	if err != nil {
 		return fmt.Errorf("list CDI devices %s: %w", Name(d.Spoke), err)
 	}
 	for _, earlier := range left {
-		// What has a further underscore is that of a port, of a pool that had the spoke's name before.
+		// A name with another underscore is a port's, of a pool that had the spoke's name before.
 		if earlier == path || strings.Contains(strings.TrimPrefix(earlier, prefix), "_") {
 			continue
 		}
@@ -94,14 +96,14 @@ func Write(dir string, d Device) error {
 	if err == nil {
 		err = os.Rename(tmp, path)
 	}
-	if err != nil { // a full file system takes the file's name, but not its content
+	if err != nil { // a full file system still creates the file
 		return errors.Join(fmt.Errorf("write CDI device %s: %w", Name(d.Spoke), err), remove(tmp))
 	}
 	return nil
 }
 
-// Remove takes one claim's device away, whole or half-written; absent is success. Another claim's device of the same
-// spoke stays.
+// Remove removes the device of one claim, complete or half-written; if there is none, it succeeds. The device of
+// another claim on the same spoke stays.
 func Remove(dir, spoke, claimID string) error {
 	path := file(dir, spoke, claimID)
 	for _, f := range []string{path, halfWritten(path)} {
@@ -112,7 +114,7 @@ func Remove(dir, spoke, claimID string) error {
 	return nil
 }
 
-// remove removes a file; absent is success.
+// remove removes a file; if there is none, it succeeds.
 func remove(path string) error {
 	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
@@ -120,7 +122,7 @@ func remove(path string) error {
 	return nil
 }
 
-// List reads our devices back, sorted by spoke: whose they are, not what they contain. Files that are not ours are passed over.
+// List returns our devices, sorted by spoke: netns, spoke and claim only. It skips files that are not ours.
 func List(dir string) ([]Device, error) {
 	paths, err := filepath.Glob(filepath.Join(dir, filePrefix+"*.json"))
 	if err != nil {
@@ -130,7 +132,7 @@ func List(dir string) ([]Device, error) {
 	for _, path := range paths {
 		b, err := os.ReadFile(path)
 		if errors.Is(err, fs.ErrNotExist) {
-			continue // removed meanwhile
+			continue // removed in the meantime
 		}
 		if err != nil {
 			return nil, fmt.Errorf("list CDI devices: %w", err)
@@ -139,7 +141,9 @@ func List(dir string) ([]Device, error) {
 		if json.Unmarshal(b, &s) != nil || len(s.Devices) != 1 {
 			continue
 		}
-		devices = append(devices, Device{Netns: s.Annotations[netnsKey], Spoke: s.Devices[0].Name, ClaimID: s.Annotations[claimKey]})
+		devices = append(devices, Device{
+			Netns: s.Annotations[netnsKey], Spoke: s.Devices[0].Name, ClaimID: s.Annotations[claimKey],
+		})
 	}
 	slices.SortFunc(devices, func(a, b Device) int { return strings.Compare(a.Spoke+a.ClaimID, b.Spoke+b.ClaimID) })
 	return devices, nil

@@ -27,7 +27,7 @@ type kubelet struct {
 
 	mu    sync.Mutex
 	pods  []Pod
-	fails error
+	err   error
 	asked int
 }
 
@@ -39,7 +39,7 @@ func (k *kubelet) List(context.Context, *api.ListPodResourcesRequest) (*api.List
 	for _, p := range k.pods {
 		answer.PodResources = append(answer.PodResources, &api.PodResources{Namespace: p.Namespace, Name: p.Name})
 	}
-	return answer, k.fails
+	return answer, k.err
 }
 
 func (k *kubelet) has(pods ...Pod) {
@@ -48,7 +48,7 @@ func (k *kubelet) has(pods ...Pod) {
 	k.pods = pods
 }
 
-// start listens until stop is called.
+// start serves until stop is called.
 func (k *kubelet) start(t *testing.T) (stop func()) {
 	t.Helper()
 	listener, err := net.Listen("unix", k.socket)
@@ -72,8 +72,8 @@ func (k *kubelet) start(t *testing.T) (stop func()) {
 
 // lans is a node with one LAN.
 type lans struct {
-	claims []segment.Claim
-	refuse error // to end the claim on spoke gone
+	claims     []segment.Claim
+	releaseErr error // for the claim on spoke gone
 }
 
 func (l *lans) Reports() []lanmgr.Report {
@@ -81,8 +81,8 @@ func (l *lans) Reports() []lanmgr.Report {
 }
 
 func (l *lans) Release(_ context.Context, netns string, claim segment.Claim) error {
-	if l.refuse != nil && claim.Spoke == "gone" {
-		return l.refuse
+	if l.releaseErr != nil && claim.Spoke == "gone" {
+		return l.releaseErr
 	}
 	if netns == "default.lab" {
 		l.claims = slices.DeleteFunc(l.claims, func(c segment.Claim) bool { return c.ID == claim.ID })
@@ -99,7 +99,9 @@ func (l *lans) spokes() string {
 }
 
 func claim(spoke, namespace, pod string) segment.Claim {
-	return segment.Claim{ID: segment.ClaimID(spoke, "net1"), Spoke: spoke, Kind: segment.Veth, PodNamespace: namespace, Pod: pod}
+	return segment.Claim{
+		ID: segment.ClaimID(spoke, "net1"), Spoke: spoke, Kind: segment.Veth, PodNamespace: namespace, Pod: pod,
+	}
 }
 
 var (
@@ -111,111 +113,113 @@ var (
 func setUp(t *testing.T) (*Collector, *kubelet, *lans) {
 	t.Helper()
 	k := &kubelet{socket: filepath.Join(t.TempDir(), "kubelet.sock"), pods: []Pod{self, lives, gone}}
-	l := &lans{claims: []segment.Claim{claim("lives", "default", "lives"), claim("gone", "default", "gone"), claim("nobody", "", "")}}
+	l := &lans{claims: []segment.Claim{
+		claim("lives", "default", "lives"), claim("gone", "default", "gone"), claim("podless", "", ""),
+	}}
 	return New(k.socket, self, l, slog.New(slog.DiscardHandler)), k, l
 }
 
-// noon is when the first look takes place.
+// noon is the time of the first collection.
 var noon = time.Date(2026, 1, 1, 12, 0, 0, 0, time.UTC)
 
-// look looks so long after noon and wants that an error says why, or none.
-func look(t *testing.T, c *Collector, after time.Duration, why string) {
+// collect collects at a time after noon. The error must have the text why, or be nil if that is empty.
+func collect(t *testing.T, c *Collector, after time.Duration, why string) {
 	t.Helper()
-	err := c.look(t.Context(), noon.Add(after))
+	err := c.collect(t.Context(), noon.Add(after))
 	if (err == nil) != (why == "") || err != nil && !strings.Contains(err.Error(), why) {
-		t.Fatalf("look: %v, want: %s", err, why)
+		t.Fatalf("the error of a collection is %v, want %q", err, why)
 	}
 }
 
-func TestAClaimWhosePodIsGoneEnds(t *testing.T) {
+func TestClaimWhosePodIsGoneEnds(t *testing.T) {
 	c, k, l := setUp(t)
 	collected := 0
 	c.Collected = func() { collected++ }
 	k.start(t)
-	look(t, c, 0, "")
+	collect(t, c, 0, "")
 	k.has(self, lives)
-	look(t, c, time.Minute, "")
-	look(t, c, 2*time.Minute, "")
-	if l.spokes() != "lives gone nobody" || collected != 0 {
-		t.Fatalf("after a minute there are claims on %s", l.spokes())
+	collect(t, c, time.Minute, "")
+	collect(t, c, 2*time.Minute, "")
+	if l.spokes() != "lives gone podless" || collected != 0 {
+		t.Fatalf("after a minute there are claims on %s, and %d were collected", l.spokes(), collected)
 	}
-	look(t, c, 3*time.Minute, "")
-	if l.spokes() != "lives nobody" || collected != 1 {
-		t.Errorf("after %v there are claims on %s, told of %d", Grace, l.spokes(), collected)
+	collect(t, c, 3*time.Minute, "")
+	if l.spokes() != "lives podless" || collected != 1 {
+		t.Errorf("after %v there are claims on %s, and %d were collected", Grace, l.spokes(), collected)
 	}
 }
 
-func TestAPodThatIsSeenAgainStartsAnew(t *testing.T) {
+func TestGraceStartsAgainWhenKubeletHasThePod(t *testing.T) {
 	c, k, l := setUp(t)
 	k.start(t)
 	k.has(self, lives)
-	look(t, c, 0, "")
+	collect(t, c, 0, "")
 	k.has(self, gone)
-	look(t, c, time.Minute, "")
+	collect(t, c, time.Minute, "")
 	k.has(self, lives)
-	look(t, c, 2*time.Minute, "")
-	look(t, c, 3*time.Minute, "")
-	if l.spokes() != "lives gone nobody" {
-		t.Errorf("claims on %s", l.spokes())
+	collect(t, c, 2*time.Minute, "")
+	collect(t, c, 3*time.Minute, "")
+	if l.spokes() != "lives gone podless" {
+		t.Errorf("there are claims on %s", l.spokes())
 	}
 }
 
-// Kubelet away, failing, hanging behind or just started: whatever cannot be known ends no claim, however long it lasts.
-func TestWhatIsNotKnownEndsNoClaim(t *testing.T) {
+// While kubelet is away, fails, or has just started, no claim ends, however long that lasts.
+func TestNoClaimEndsWithoutKubeletsAnswer(t *testing.T) {
 	c, k, l := setUp(t)
-	look(t, c, 0, "ask kubelet for its pods")
+	collect(t, c, 0, "ask kubelet for its pods")
 	stop := k.start(t)
 	k.has(self, lives)
-	look(t, c, time.Minute, "")
+	collect(t, c, time.Minute, "")
 	k.has(Pod{"kube-system", "static-pod"})
-	look(t, c, time.Hour, "does not know its pods yet")
-	k.fails = errors.New("rejected by rate limit")
-	look(t, c, 2*time.Hour, "rejected by rate limit")
+	collect(t, c, time.Hour, "does not know its pods yet")
+	k.err = errors.New("rejected by rate limit")
+	collect(t, c, 2*time.Hour, "rejected by rate limit")
 	stop()
-	look(t, c, 3*time.Hour, "ask kubelet for its pods")
-	if l.spokes() != "lives gone nobody" {
-		t.Errorf("claims on %s", l.spokes())
+	collect(t, c, 3*time.Hour, "ask kubelet for its pods")
+	if l.spokes() != "lives gone podless" {
+		t.Errorf("there are claims on %s", l.spokes())
 	}
-	k.fails = nil
+	k.err = nil
 	k.start(t)
 	k.has(self, lives)
-	look(t, c, 4*time.Hour, "") // the second look that did not find it
-	if l.spokes() != "lives nobody" {
-		t.Errorf("claims on %s", l.spokes())
+	collect(t, c, 4*time.Hour, "") // the second collection that missed the pod
+	if l.spokes() != "lives podless" {
+		t.Errorf("there are claims on %s", l.spokes())
 	}
 }
 
-func TestKubeletIsAskedOnlyWhereThereAreClaimsOfPods(t *testing.T) {
+func TestKubeletIsAskedOnlyIfThereAreClaimsOfPods(t *testing.T) {
 	c, k, l := setUp(t)
 	k.start(t)
 	l.claims = l.claims[2:]
-	look(t, c, 0, "")
+	collect(t, c, 0, "")
 	if k.asked != 0 {
-		t.Errorf("asked %d times", k.asked)
+		t.Errorf("kubelet was asked %d times", k.asked)
 	}
 }
 
-func TestAClaimThatCannotBeEndedIsTriedAgainAndHoldsUpNoOther(t *testing.T) {
+func TestClaimThatCannotBeEndedIsRetriedAndDelaysNoOther(t *testing.T) {
 	c, k, l := setUp(t)
-	for i := range 8 { // in whatever order claims are gone through, some come after it
+	for i := range 8 { // in whichever order claims are visited, some come after it
 		l.claims = append(l.claims, claim(fmt.Sprintf("gone-%d", i), "default", "gone"))
 	}
 	k.start(t)
 	k.has(self, lives)
-	l.refuse = errors.New("no way")
-	look(t, c, 0, "")
-	look(t, c, 2*time.Minute, "no way")
-	if l.spokes() != "lives gone nobody" {
-		t.Errorf("claims on %s", l.spokes())
+	l.releaseErr = errors.New("no way")
+	collect(t, c, 0, "")
+	collect(t, c, 2*time.Minute, "no way")
+	if l.spokes() != "lives gone podless" {
+		t.Errorf("there are claims on %s", l.spokes())
 	}
-	l.refuse = nil
-	look(t, c, 3*time.Minute, "")
-	if l.spokes() != "lives nobody" {
-		t.Errorf("claims on %s", l.spokes())
+	l.releaseErr = nil
+	collect(t, c, 3*time.Minute, "")
+	if l.spokes() != "lives podless" {
+		t.Errorf("there are claims on %s", l.spokes())
 	}
 }
 
-func TestAProcessThatDoesNotKnowItsPodCollectsNothing(t *testing.T) {
+func TestCollectorWithoutItsOwnPodCollectsNothing(t *testing.T) {
 	_, k, l := setUp(t)
 	if err := New(k.socket, Pod{}, l, slog.New(slog.DiscardHandler)).Run(t.Context()); err != nil {
 		t.Error(err)

@@ -29,7 +29,8 @@ func NewTimer(b wait.Backoff) *Timer {
 	return &Timer{C: timer.C, timer: timer, start: b, next: b}
 }
 
-// Failed sets the timer to the next delay. It reports whether the failure differs from the last one, so that it is worth a log line.
+// Failed sets the timer to the next delay. It reports whether the failure differs from the last one, and so is worth a
+// log line.
 func (t *Timer) Failed(err error) (isNew bool) {
 	t.timer.Reset(t.next.Step())
 	isNew = err.Error() != t.last
@@ -46,9 +47,12 @@ func (t *Timer) Succeeded() {
 // Stop stops the timer.
 func (t *Timer) Stop() { t.timer.Stop() }
 
-// Loop calls work again and again until ctx ends. After an error it logs message and waits; after success it calls work at once.
-// Work may call succeeded while it goes on, so that its next failure counts as the first.
-func Loop(ctx context.Context, b wait.Backoff, log *slog.Logger, message string, work func(ctx context.Context, succeeded func()) error) {
+// Loop calls work again and again until ctx ends. After an error it logs message and waits; after success it calls work
+// at once. Work may call succeeded while it goes on, so that its next failure counts as the first.
+func Loop(
+	ctx context.Context, b wait.Backoff, log *slog.Logger, message string,
+	work func(ctx context.Context, succeeded func()) error,
+) {
 	t := NewTimer(b)
 	defer t.Stop()
 	for {

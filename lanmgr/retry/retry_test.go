@@ -67,7 +67,8 @@ func TestLoopLogsAFailureOnceAndGoesOn(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		var out bytes.Buffer
 		calls := 0
-		retry.Loop(ctx, retry.Default, slog.New(slog.NewTextHandler(&out, nil)), "cannot work, trying again", func(context.Context, func()) error {
+		log := slog.New(slog.NewTextHandler(&out, nil))
+		retry.Loop(ctx, retry.Default, log, "cannot work, trying again", func(context.Context, func()) error {
 			calls++
 			switch {
 			case calls <= 3:
