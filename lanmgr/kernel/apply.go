@@ -12,9 +12,11 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
-// Reconcile observes a segment under its lock, does what decide says, and returns what was done.
-// It stops at the first operation that fails; what was done before stays and the next Reconcile goes on from there.
-func (n *Node) Reconcile(ctx context.Context, netnsName string, decide func(segment.State) []segment.Op) ([]segment.Op, error) {
+// Reconcile observes a segment under its lock, applies the operations that decide returns, and returns those that it
+// applied. It stops at the first that fails. Those before stay applied, and the next Reconcile continues from there.
+func (n *Node) Reconcile(
+	ctx context.Context, netnsName string, decide func(segment.State) []segment.Op,
+) (applied []segment.Op, err error) {
 	if err := checkName(netnsName); err != nil {
 		return nil, err
 	}
@@ -24,39 +26,40 @@ func (n *Node) Reconcile(ctx context.Context, netnsName string, decide func(segm
 	}
 	defer unlock()
 	absent := false
-	done, err := n.reconcile(ctx, netnsName, func(have segment.State) []segment.Op {
+	applied, err = n.reconcile(ctx, netnsName, func(have segment.State) []segment.Op {
 		ops := decide(have)
 		absent = len(ops) == 0 && !have.Exists && !have.LostName && !have.StaleName && have.Record == nil
 		return ops
 	})
-	if absent { // of what isn't there, the lock shall not stay either
+	if absent { // without a segment, no lock stays
 		err = errors.Join(err, removeFile(n.lockPath(netnsName)))
 	}
-	return done, err
+	return applied, err
 }
 
-// reconcile is Reconcile for those who have the lock.
-func (n *Node) reconcile(ctx context.Context, netnsName string, decide func(segment.State) []segment.Op) ([]segment.Op, error) {
+// reconcile is Reconcile with the lock held.
+func (n *Node) reconcile(
+	ctx context.Context, netnsName string, decide func(segment.State) []segment.Op,
+) (applied []segment.Op, err error) {
 	have, err := n.Observe(ctx, netnsName)
 	if err != nil {
 		return nil, err
 	}
-	b := &builder{node: n, netns: netnsName}
-	defer b.close()
-	var done []segment.Op
+	a := &applier{node: n, netns: netnsName}
+	defer a.close()
 	for _, op := range decide(have) {
 		if err := ctx.Err(); err != nil {
-			return done, err
+			return applied, err
 		}
-		if err := b.apply(op); err != nil {
-			return done, fmt.Errorf("%s: %s: %w", netnsName, op, err)
+		if err := a.apply(op); err != nil {
+			return applied, fmt.Errorf("%s: %s: %w", netnsName, op, err)
 		}
-		done = append(done, op)
+		applied = append(applied, op)
 	}
-	return done, nil
+	return applied, nil
 }
 
-// Apply does operations on a segment while nobody else changes it, without a look at it before.
+// Apply applies operations to a segment under its lock, without observing it first.
 func (n *Node) Apply(ctx context.Context, netnsName string, ops []segment.Op) error {
 	if err := checkName(netnsName); err != nil {
 		return err
@@ -66,69 +69,69 @@ func (n *Node) Apply(ctx context.Context, netnsName string, ops []segment.Op) er
 		return err
 	}
 	defer unlock()
-	b := &builder{node: n, netns: netnsName}
-	defer b.close()
+	a := &applier{node: n, netns: netnsName}
+	defer a.close()
 	for _, op := range ops {
-		if err := b.apply(op); err != nil {
+		if err := a.apply(op); err != nil {
 			return fmt.Errorf("%s: %s: %w", netnsName, op, err)
 		}
 	}
 	return nil
 }
 
-// builder applies operations to one segment, over the connection in hand.
-type builder struct {
+// applier applies operations to one segment.
+type applier struct {
 	node  *Node
 	netns string
 	open  *OpenNetns // nil until it is needed
 }
 
-func (b *builder) close() {
-	if b.open != nil {
-		b.node.put(b.open)
-		b.open = nil
+func (a *applier) close() {
+	if a.open != nil {
+		a.node.put(a.open)
+		a.open = nil
 	}
 }
 
-// lan is the connection into the segment's namespace.
-func (b *builder) lan() (*conn, error) {
-	if b.open != nil {
-		return b.open.conn, nil
+// lan returns the connection into the segment's namespace.
+func (a *applier) lan() (*conn, error) {
+	if a.open != nil {
+		return a.open.conn, nil
 	}
-	s := segment.State{Netns: b.netns}
-	o, err := b.node.acquireOrOpen(&s)
+	s := segment.State{Netns: a.netns}
+	o, err := a.node.acquireOrOpen(&s)
 	if err != nil {
 		return nil, err
 	}
 	if o == nil {
-		return nil, fmt.Errorf("%w (no %s)", ErrNoLAN, b.node.netnsPath(b.netns))
+		return nil, fmt.Errorf("%w (no %s)", ErrNoLAN, a.node.netnsPath(a.netns))
 	}
-	b.open = o
+	a.open = o
 	return o.conn, nil
 }
 
-// apply does one operation; doing it again does no harm.
-func (b *builder) apply(op segment.Op) error {
+// apply applies one operation. To apply it again changes nothing.
+func (a *applier) apply(op segment.Op) error {
 	switch o := op.(type) {
 	case segment.CreateNetns:
-		return b.node.createNetns(o.Netns)
+		return a.node.createNetns(o.Netns)
 	case segment.RestoreNetns:
-		return b.node.restoreNetns(o.Netns)
+		return a.node.restoreNetns(o.Netns)
 	case segment.RemoveNetns:
-		b.close()
-		return b.node.removeNetns(o.Netns)
+		a.close()
+		return a.node.removeNetns(o.Netns)
 	case segment.WriteRecord:
-		return b.node.writeRecord(o.Segment)
+		return a.node.writeRecord(o.Segment)
 	case segment.RemoveRecord:
-		return removeFile(b.node.recordPath(o.Netns))
+		return removeFile(a.node.recordPath(o.Netns))
 	}
-	c, err := b.lan()
+	c, err := a.lan()
 	if err != nil {
 		return err
 	}
 	switch o := op.(type) {
 	case segment.AddVXLAN:
-		host, err := b.node.dialHost()
+		host, err := a.node.dialHost()
 		if err != nil {
 			return err
 		}
@@ -140,7 +143,7 @@ func (b *builder) apply(op segment.Op) error {
 	return c.apply(op)
 }
 
-// apply does one operation that stays within the namespace.
+// apply applies one operation that stays within the namespace.
 func (c *conn) apply(op segment.Op) error {
 	switch o := op.(type) {
 	case segment.AddBridge:
@@ -152,12 +155,12 @@ func (c *conn) apply(op segment.Op) error {
 	case segment.AddRemotes:
 		return c.changeRemotes(o.Name, o.Remotes, c.NeighAppend)
 	case segment.DelRemotes:
-		if o.Learned { // before: while the remotes are there, what was broken off is begun again
+		if o.Learned { // first: while the remotes are there, an interrupted deletion is repeated
 			if err := c.forgetBehind(o.Name, o.Remotes); err != nil {
 				return err
 			}
 		}
-		return c.changeRemotes(o.Name, o.Remotes, c.forget)
+		return c.changeRemotes(o.Name, o.Remotes, c.delNeighbor)
 	case segment.SetFDB:
 		return c.setFDB(o)
 	case segment.DelFDB:
@@ -167,7 +170,7 @@ func (c *conn) apply(op segment.Op) error {
 	case segment.AddNeighbors:
 		return c.changeNeighbors(o.Name, o.Neighbors, c.NeighSet)
 	case segment.DelNeighbors:
-		return c.changeNeighbors(o.Name, o.Neighbors, c.forget)
+		return c.changeNeighbors(o.Name, o.Neighbors, c.delNeighbor)
 	case segment.AddPair:
 		return c.addPair(o)
 	case segment.DelLink:
@@ -179,12 +182,12 @@ func (c *conn) apply(op segment.Op) error {
 	case segment.SetTxChecksum:
 		return c.setTxChecksum(o.Name, o.On)
 	case segment.VerifyClaim:
-		return c.settle(o.Spoke, o.ClaimID)
+		return c.verifyClaim(o.Spoke, o.ClaimID)
 	}
 	return c.set(op)
 }
 
-// set does the operations that change one setting of one link.
+// set applies an operation that changes one setting of one link.
 func (c *conn) set(op segment.Op) error {
 	switch o := op.(type) {
 	case segment.SetMTU:
@@ -214,10 +217,10 @@ func (c *conn) set(op segment.Op) error {
 	case segment.DelAltName:
 		return c.delAltName(o.Name, o.AltName)
 	}
-	return fmt.Errorf("no way to do %T", op)
+	return fmt.Errorf("operation %T is not implemented", op)
 }
 
-// delAltName takes a name off a link; it is no error if the link has gone, or doesn't have it.
+// delAltName removes an altname from a link. It is no error if the link is gone or does not have it.
 func (c *conn) delAltName(name, altName string) error {
 	l, ok, err := c.link(name)
 	if err != nil || !ok {
@@ -230,15 +233,17 @@ func (c *conn) delAltName(name, altName string) error {
 	return err
 }
 
-// up sets a link up. A VXLAN opens its UDP port only now, so this is where another user of the port shows.
+// up sets a link up. A VXLAN opens its UDP port only now, and fails if another program has the port.
 func (c *conn) up(l netlink.Link) error {
 	err := c.LinkSetUp(l)
 	if v, ok := l.(*netlink.Vxlan); ok && errors.Is(err, unix.EADDRINUSE) {
-		return fmt.Errorf("UDP port %d is in use by something else on this node; choose another vxlanPort: %w", v.Port, err)
+		return fmt.Errorf("UDP port %d is in use by something else on this node; choose another vxlanPort: %w",
+			v.Port, err)
 	}
 	return err
 }
 
+// delLink deletes a link. It is no error if the link is gone.
 func (c *conn) delLink(name string) error {
 	l, ok, err := c.link(name)
 	if err != nil || !ok {
@@ -250,6 +255,7 @@ func (c *conn) delLink(name string) error {
 	return nil
 }
 
+// deleteGroup deletes all links of a link group.
 func (c *conn) deleteGroup(group uint32) error {
 	r, err := c.requests()
 	if err != nil {
@@ -258,8 +264,8 @@ func (c *conn) deleteGroup(group uint32) error {
 	return r.DeleteGroup(group)
 }
 
-// delLinks deletes links in one message. They are named to it by a link group of their own, of a number that no earlier
-// deletion, broken off halfway, can have left on a link that is wanted now.
+// delLinks deletes links in one message. It puts them into a link group, whose random number no earlier deletion that
+// was interrupted can have left on a link that is wanted now.
 func (c *conn) delLinks(names []string) error {
 	group := rand.Uint32() | 1<<31
 	for _, name := range names {

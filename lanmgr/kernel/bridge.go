@@ -15,7 +15,7 @@ func (c *conn) addBridge(o segment.AddBridge) error {
 	off := false
 	a := netlink.NewLinkAttrs()
 	a.Name, a.MTU = o.Name, o.MTU
-	br := &netlink.Bridge{LinkAttrs: a, MulticastSnooping: &off} // a new one has neither STP nor VLAN filtering
+	br := &netlink.Bridge{LinkAttrs: a, MulticastSnooping: &off} // a new bridge has neither STP nor VLAN filtering
 	if err := c.LinkAdd(br); err != nil && !errors.Is(err, fs.ErrExist) {
 		return err
 	}
@@ -27,8 +27,8 @@ func (c *conn) setBridge(o segment.SetBridge) error {
 	return c.request(o.Name, func(r *rtnl.Conn, index int) error { return r.SwitchOff(index, o.Off) })
 }
 
-// addPair makes a spoke's standing pair. The bridge's end can be up from the start, its peer cannot
-// (rtnl_configure_link runs before the ends know each other: ENOTCONN).
+// addPair creates a spoke's standing pair. The port can be up from the start; the plug cannot, because the kernel sets
+// it up before the ends are connected (rtnl_configure_link: ENOTCONN).
 func (c *conn) addPair(o segment.AddPair) error {
 	return c.with(o.Bridge, func(bridge netlink.Link) error {
 		a := netlink.NewLinkAttrs()

@@ -10,7 +10,7 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
-// CheckClaim says what of an attachment is no longer as Claim made it; nil if all is.
+// CheckClaim fails if an attachment is no longer as Claim made it. The error says what differs.
 func (n *Node) CheckClaim(_ context.Context, r ClaimRequest) error {
 	want, err := n.Record(r.Netns)
 	if err != nil {
@@ -43,11 +43,13 @@ func (n *Node) CheckClaim(_ context.Context, r ClaimRequest) error {
 		return fmt.Errorf("spoke %s has no link that is up in bridge %s", r.Spoke, want.Bridge)
 	}
 	if r.Kind == segment.Veth && carrier.Attrs().Index != claim.Attrs().Index {
-		return fmt.Errorf("spoke %s is carried by %s, not by this pod's link %s", r.Spoke, carrier.Attrs().Name, claim.Attrs().Name)
+		return fmt.Errorf("spoke %s is carried by %s, not by this pod's link %s",
+			r.Spoke, carrier.Attrs().Name, claim.Attrs().Name)
 	}
 	return checkPodLink(r)
 }
 
+// checkPodLink checks the pod's end.
 func checkPodLink(r ClaimRequest) error {
 	ns, err := netns.Open(r.PodNetns)
 	if err != nil {

@@ -22,7 +22,7 @@ var (
 	ErrSameSandbox = errors.New("this pod is attached to the spoke already")
 )
 
-// ClaimRequest asks for a spoke, for one interface of one pod.
+// ClaimRequest asks for a spoke for one interface of one pod.
 type ClaimRequest struct {
 	Netns, Spoke string
 	Kind         segment.Kind
@@ -30,23 +30,24 @@ type ClaimRequest struct {
 	Interface    string // name in the pod
 	PodNetns     string // path
 
-	PodNamespace, Pod, PodUID string // for people
+	PodNamespace, Pod, PodUID string // only for status and messages
 
-	Network string // segment.NetworkMark of the CNI network, where the spoke is made on demand; else empty
+	Network string // segment.NetworkMark of the CNI network, for a spoke on demand; else empty
 
 	MAC         net.HardwareAddr // nil: what segment.Segment.PodMAC derives
 	MTU         int              // bytes; 0: the LAN's
 	Promiscuous bool             // of the link in the pod
 
-	// Admit may refuse the pod by the LAN's record, which nobody changes until the claim is made; nil refuses nobody.
+	// Admit may refuse the pod because of the LAN's record, which does not change until the claim is made; nil refuses
+	// none.
 	Admit func(segment.Segment) error
 
-	// Make says what to build where the LAN is not on the node; nil: that is ErrNoLAN.
+	// Make returns the segment to build if the LAN is not on the node. If it is nil, Claim fails with ErrNoLAN then.
 	Make func(context.Context) (segment.Segment, error)
 }
 
-// suits says whether the pod may have the spoke of that LAN, and fills in what was not asked for.
-func (r *ClaimRequest) suits(want segment.Segment) error {
+// admit fails if the pod may not have the spoke of that LAN. It fills in what the request leaves open.
+func (r *ClaimRequest) admit(want segment.Segment) error {
 	if r.Admit != nil {
 		if err := r.Admit(want); err != nil {
 			return err
@@ -58,7 +59,7 @@ func (r *ClaimRequest) suits(want segment.Segment) error {
 	return r.complete(want)
 }
 
-// complete fills in what was not asked for.
+// complete fills in what the request leaves open.
 func (r *ClaimRequest) complete(want segment.Segment) (err error) {
 	if r.MAC == nil {
 		if r.MAC, err = want.PodMAC(r.Spoke, r.Pod); err != nil {
@@ -71,23 +72,23 @@ func (r *ClaimRequest) complete(want segment.Segment) (err error) {
 	return nil
 }
 
-// ID is the claim's ID.
+// ID returns the claim's ID.
 func (r ClaimRequest) ID() string { return segment.ClaimID(r.Sandbox, r.Interface) }
 
-// Attachment is what a claim gave the pod.
+// Attachment is the result of a claim.
 type Attachment struct {
 	ClaimID       string
 	MAC           net.HardwareAddr
 	MTU           int
 	Index         int    // ifindex in the pod
-	HostInterface string // the link in the LAN's netns that the pod's hangs on
+	HostInterface string // the link in the LAN's netns that is the other end of the pod's, or below it
 	TookOver      bool   // another sandbox had the spoke until then
 	TapMajor      uint32 // of a macvtap's character device
 	TapMinor      uint32
 }
 
-// Claim takes a spoke for a pod: it makes the pod's link, in place, and sets the LAN's VXLAN up. Whoever has the
-// spoke already loses it, for kubelet gave it to this pod. Nothing is left of a claim that fails.
+// Claim claims a spoke for a pod: it creates the pod's link in the pod and sets the LAN's VXLAN up. Another pod that
+// has the spoke loses it, because kubelet has allocated it to this one. A claim that fails leaves nothing behind.
 func (n *Node) Claim(ctx context.Context, r ClaimRequest) (Attachment, error) {
 	if err := checkName(r.Netns); err != nil {
 		return Attachment{}, err
@@ -103,9 +104,9 @@ func (n *Node) Claim(ctx context.Context, r ClaimRequest) (Attachment, error) {
 		want, err = r.Make(ctx)
 	}
 	if err == nil {
-		err = r.suits(want)
+		err = r.admit(want)
 	}
-	if err != nil && absent { // of what isn't there, the lock shall not stay either
+	if err != nil && absent { // without a segment, no lock stays
 		err = errors.Join(err, removeFile(n.lockPath(r.Netns)))
 	}
 	if err != nil {
@@ -123,7 +124,7 @@ func (n *Node) Claim(ctx context.Context, r ClaimRequest) (Attachment, error) {
 	return a, nil
 }
 
-// claiming is a claim under way.
+// claiming is a claim in progress.
 type claiming struct {
 	ClaimRequest
 	want segment.Segment
@@ -132,7 +133,7 @@ type claiming struct {
 	pod  *conn
 	undo []func() error // last first
 
-	// What stands in the LAN's netns, looked up once: a look-up is a tenth of a claim's time.
+	// These links are in the LAN's netns. They are looked up once, because a look-up is a tenth of a claim's time.
 	bridge, port, plug netlink.Link
 	carrier            netlink.Link // answers to the spoke's name
 	tookOver           bool
@@ -167,7 +168,7 @@ func (c *claiming) run(ctx context.Context) (Attachment, error) {
 	} else if taken {
 		return Attachment{}, fmt.Errorf("%w: %q", ErrNameTaken, c.Interface)
 	}
-	if err := c.standing(ctx); err != nil {
+	if err := c.ensureSegment(ctx); err != nil {
 		return Attachment{}, err
 	}
 	if err := c.takeOver(ctx); err != nil {
@@ -183,12 +184,12 @@ func (c *claiming) run(ctx context.Context) (Attachment, error) {
 		return Attachment{}, err
 	}
 	a.TookOver = c.tookOver
-	return a, c.vxlanUp()
+	return a, c.setVXLANUp()
 }
 
-// standing makes sure of what the daemon built ahead of time, and builds what is missing in its place.
-func (c *claiming) standing(ctx context.Context) error {
-	if c.want.OnDemand { // nobody builds it ahead of time, and who was about to may have been killed
+// ensureSegment builds what is missing of what the daemon builds ahead of time.
+func (c *claiming) ensureSegment(ctx context.Context) error {
+	if c.want.OnDemand { // the first claim builds it, and its process may have been killed
 		if err := c.build(ctx); err != nil {
 			return err
 		}
@@ -198,7 +199,8 @@ func (c *claiming) standing(ctx context.Context) error {
 		return err
 	}
 	if c.lan == nil {
-		// A namespace made here could be covered by the one that the daemon has in hand and gives its name back.
+		// The daemon may have the namespace open and restore its name. A namespace created here would disappear below
+		// it.
 		return fmt.Errorf("%w (no %s)", ErrNoLAN, c.node.netnsPath(c.Netns))
 	}
 	c.lan.close()
@@ -212,13 +214,15 @@ func (c *claiming) standing(ctx context.Context) error {
 	return err
 }
 
-// build brings the segment in order.
+// build reconciles the segment.
 func (c *claiming) build(ctx context.Context) error {
-	_, err := c.node.reconcile(ctx, c.Netns, func(have segment.State) []segment.Op { return segment.Diff(c.want, have) })
+	_, err := c.node.reconcile(ctx, c.Netns, func(have segment.State) []segment.Op {
+		return segment.Diff(c.want, have)
+	})
 	return err
 }
 
-// find looks up what stands, and says whether that is all of it.
+// find looks up the links, and reports whether all are there.
 func (c *claiming) find() (complete bool, err error) {
 	if c.lan == nil {
 		s := segment.State{Netns: c.Netns}
@@ -237,7 +241,10 @@ func (c *claiming) find() (complete bool, err error) {
 	}
 	needed := []part{{c.want.Bridge, &c.bridge}}
 	if !c.onDemand() {
-		needed = append(needed, part{segment.PortName(c.Spoke), &c.port}, part{segment.PlugName(c.Spoke), &c.plug}, part{c.Spoke, &c.carrier})
+		needed = append(needed,
+			part{segment.PortName(c.Spoke), &c.port},
+			part{segment.PlugName(c.Spoke), &c.plug},
+			part{c.Spoke, &c.carrier})
 	}
 	for _, l := range needed {
 		var ok bool
@@ -248,7 +255,7 @@ func (c *claiming) find() (complete bool, err error) {
 	return true, nil
 }
 
-// onDemand says whether the spoke is made with the claim.
+// onDemand reports whether the spoke is created with the claim.
 func (c *claiming) onDemand() bool { return segment.IsOnDemand(c.Spoke) }
 
 func (c *claiming) claim() segment.Claim {
@@ -258,8 +265,8 @@ func (c *claiming) claim() segment.Claim {
 	}
 }
 
-// podLink gives the pod's end what was asked for and sets it up.
-func (c *claiming) podLink() (Attachment, error) {
+// finishPodLink sets the pod's link to what the request asks for, and sets it up.
+func (c *claiming) finishPodLink() (Attachment, error) {
 	link, ok, err := c.pod.link(c.Interface)
 	if err != nil || !ok {
 		return Attachment{}, errors.Join(fmt.Errorf("the pod's link %s is gone", c.Interface), err)
@@ -281,9 +288,9 @@ func (c *claiming) podLink() (Attachment, error) {
 	return Attachment{ClaimID: c.ID(), MAC: c.MAC, MTU: a.MTU, Index: a.Index}, nil
 }
 
-// vxlanUp lets the LAN reach other nodes from the first claim on. A LAN whose underlay has gone has no VXLAN at the
-// moment; the daemon makes it when the underlay is back.
-func (c *claiming) vxlanUp() error {
+// setVXLANUp connects the LAN to other nodes from the first claim on. A LAN without its underlay has no VXLAN; the
+// daemon creates it when the underlay is back.
+func (c *claiming) setVXLANUp() error {
 	l, ok, err := c.lan.link(c.want.VXLAN.Name)
 	if err != nil || !ok || l.Attrs().RawFlags&unix.IFF_UP != 0 {
 		return err

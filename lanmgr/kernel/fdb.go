@@ -18,7 +18,7 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
-// LocalMACs are the MACs on a LAN's own ports now. A LAN that is not on the node has none.
+// LocalMACs returns the MACs on a LAN's local ports. A LAN that is not on the node has none.
 func (n *Node) LocalMACs(netnsName string) (macs [][6]byte, err error) {
 	o := n.acquire(netnsName)
 	if o == nil {
@@ -56,7 +56,7 @@ func (n *Node) LocalMACs(netnsName string) (macs [][6]byte, err error) {
 	return macs, nil
 }
 
-// MACs is where a segment has MACs, sorted: those that have spoken on its ports, and those behind VTEPs, told or learnt.
+// MACs lists the MACs of a segment, sorted: those learned on its ports, and those behind VTEPs, learned or advertised.
 func (n *Node) MACs(ctx context.Context, netnsName string) ([]segment.MACEntry, error) {
 	state, err := n.Observe(ctx, netnsName)
 	if err != nil {
@@ -93,21 +93,21 @@ func (n *Node) MACs(ctx context.Context, netnsName string) ([]segment.MACEntry, 
 			places[e.MAC] = segment.MACEntry{MAC: net.HardwareAddr(e.MAC[:]).String(), Spoke: spoke, LastSeen: e.Age}
 		}
 	}
-	return slices.SortedFunc(maps.Values(places), func(a, b segment.MACEntry) int { return strings.Compare(a.MAC, b.MAC) }), nil
+	byMAC := func(a, b segment.MACEntry) int { return strings.Compare(a.MAC, b.MAC) }
+	return slices.SortedFunc(maps.Values(places), byMAC), nil
 }
 
-// flooded is the address under which a VXLAN's table has those who get what is flooded (all_zeros_mac in
-// drivers/net/vxlan/vxlan_core.c).
+// flooded is the MAC of the entries for remotes in a VXLAN's FDB (all_zeros_mac in drivers/net/vxlan/vxlan_core.c).
 var flooded = make(net.HardwareAddr, 6)
 
-// changeRemotes adds or deletes remotes one by one. No device is named: the kernel would look for it in the LAN's namespace
-// (vxlan_fdb_parse), so the node's routes say by which device a packet leaves.
+// changeRemotes adds or deletes remotes one by one. It names no device, because the kernel would look for it in the
+// LAN's namespace (vxlan_fdb_parse). The node's routes decide by which device a packet leaves.
 func (c *conn) changeRemotes(vxlan string, remotes []netip.Addr, change func(*netlink.Neigh) error) error {
 	return c.with(vxlan, func(l netlink.Link) error {
 		for _, r := range remotes {
 			err := change(&netlink.Neigh{
-				LinkIndex: l.Attrs().Index, Family: unix.AF_BRIDGE, Flags: netlink.NTF_SELF, State: netlink.NUD_PERMANENT,
-				HardwareAddr: flooded, IP: r.AsSlice(),
+				LinkIndex: l.Attrs().Index, Family: unix.AF_BRIDGE, HardwareAddr: flooded, IP: r.AsSlice(),
+				Flags: netlink.NTF_SELF, State: netlink.NUD_PERMANENT,
 			})
 			if err != nil {
 				return fmt.Errorf("remote %s: %w", r, err)
@@ -117,25 +117,29 @@ func (c *conn) changeRemotes(vxlan string, remotes []netip.Addr, change func(*ne
 	})
 }
 
-// forgetBehind deletes what a VXLAN has learnt to be behind these remotes. An entry is deleted by its MAC alone: one that has moved there
-// from a link-local address bears a device, which cannot be named (see changeRemotes).
+// forgetBehind deletes the MACs that a VXLAN has learned behind these remotes. It deletes an entry by its MAC without
+// the remote: one that has moved there from a link-local address has a device, which cannot be named (see
+// changeRemotes).
 func (c *conn) forgetBehind(vxlan string, remotes []netip.Addr) error {
 	return c.with(vxlan, func(l netlink.Link) error {
-		entries, err := rtnl.RetryDump(func() ([]netlink.Neigh, error) { return c.NeighList(l.Attrs().Index, unix.AF_BRIDGE) })
+		index := l.Attrs().Index
+		entries, err := rtnl.RetryDump(func() ([]netlink.Neigh, error) { return c.NeighList(index, unix.AF_BRIDGE) })
 		if err != nil {
-			return fmt.Errorf("list what it has learnt: %w", err)
+			return fmt.Errorf("list what it has learned: %w", err)
 		}
 		for _, e := range entries {
 			remote, _ := netip.AddrFromSlice(e.IP)
-			if e.Flags&netlink.NTF_SELF == 0 || e.State&netlink.NUD_PERMANENT != 0 || !slices.Contains(remotes, remote.Unmap()) {
+			isLearned := e.Flags&netlink.NTF_SELF != 0 && e.State&netlink.NUD_PERMANENT == 0
+			if !isLearned || !slices.Contains(remotes, remote.Unmap()) {
 				continue
 			}
 			any := net.IPv6unspecified
 			if remote.Unmap().Is4() {
 				any = net.IPv4zero
 			}
-			err := c.forget(&netlink.Neigh{
-				LinkIndex: l.Attrs().Index, Family: unix.AF_BRIDGE, Flags: netlink.NTF_SELF, HardwareAddr: e.HardwareAddr, IP: any,
+			err := c.delNeighbor(&netlink.Neigh{
+				LinkIndex: index, Family: unix.AF_BRIDGE, Flags: netlink.NTF_SELF,
+				HardwareAddr: e.HardwareAddr, IP: any,
 			})
 			if err != nil {
 				return fmt.Errorf("forget %s behind %s: %w", e.HardwareAddr, remote, err)
@@ -145,14 +149,15 @@ func (c *conn) forgetBehind(vxlan string, remotes []netip.Addr) error {
 	})
 }
 
-// setFDB writes both halves of entries, each in one request. They are of a state that the VXLAN takes and that does not age because they
-// come from outside (vxlan_fdb_parse and vxlan_cleanup in drivers/net/vxlan/vxlan_core.c).
+// setFDB writes entries with one request for both halves of each: the VXLAN's and the bridge's. The VXLAN accepts their
+// state, and does not age them because they are external (vxlan_fdb_parse and vxlan_cleanup in
+// drivers/net/vxlan/vxlan_core.c).
 func (c *conn) setFDB(o segment.SetFDB) error {
 	return c.with(o.Name, func(l netlink.Link) error {
 		for _, e := range o.Entries {
 			err := c.NeighSet(&netlink.Neigh{
-				LinkIndex: l.Attrs().Index, Family: unix.AF_BRIDGE, State: netlink.NUD_REACHABLE,
-				Flags: netlink.NTF_SELF | netlink.NTF_MASTER | netlink.NTF_EXT_LEARNED, HardwareAddr: e.MAC[:], IP: e.VTEP.AsSlice(),
+				LinkIndex: l.Attrs().Index, Family: unix.AF_BRIDGE, HardwareAddr: e.MAC[:], IP: e.VTEP.AsSlice(),
+				State: netlink.NUD_REACHABLE, Flags: netlink.NTF_SELF | netlink.NTF_MASTER | netlink.NTF_EXT_LEARNED,
 			})
 			if err != nil {
 				return fmt.Errorf("%s behind %s: %w", net.HardwareAddr(e.MAC[:]), e.VTEP, err)
@@ -162,21 +167,21 @@ func (c *conn) setFDB(o segment.SetFDB) error {
 	})
 }
 
-// delFDB deletes the halves of entries, each in a request of its own: of one for both the kernel leaves the second where the first is
-// gone (rtnl_fdb_del in net/core/rtnetlink.c).
+// delFDB deletes entries with a request for each half: with one for both, the kernel leaves the second half where the
+// first is gone (rtnl_fdb_del in net/core/rtnetlink.c).
 func (c *conn) delFDB(o segment.DelFDB) error {
 	return c.with(o.Name, func(l netlink.Link) error {
 		for _, e := range o.Entries {
 			n := netlink.Neigh{LinkIndex: l.Attrs().Index, Family: unix.AF_BRIDGE, HardwareAddr: e.MAC[:]}
 			if e.Bridge {
 				n.Flags = netlink.NTF_MASTER
-				if err := c.forget(&n); err != nil {
+				if err := c.delNeighbor(&n); err != nil {
 					return fmt.Errorf("%s on the bridge: %w", n.HardwareAddr, err)
 				}
 			}
 			if e.VTEP.IsValid() {
 				n.Flags, n.IP = netlink.NTF_SELF, e.VTEP.AsSlice()
-				if err := c.forget(&n); err != nil {
+				if err := c.delNeighbor(&n); err != nil {
 					return fmt.Errorf("%s behind %s: %w", n.HardwareAddr, e.VTEP, err)
 				}
 			}
@@ -185,16 +190,16 @@ func (c *conn) delFDB(o segment.DelFDB) error {
 	})
 }
 
-// forget deletes an entry of a table; one that is gone is no error.
-func (c *conn) forget(n *netlink.Neigh) error {
+// delNeighbor deletes an entry of an FDB or a neighbour table. It is no error if the entry is gone.
+func (c *conn) delNeighbor(n *netlink.Neigh) error {
 	if err := c.NeighDel(n); err != nil && !errors.Is(err, unix.ENOENT) {
 		return err
 	}
 	return nil
 }
 
-// readRemotes reads the remotes of each VXLAN that may have some. The kernel also dumps what the VXLAN and its bridge have
-// learned on that port (rtnl_fdb_dump in net/core/rtnetlink.c has no finer filter).
+// readRemotes reads the remotes of each VXLAN that may have some. The kernel also dumps what the VXLAN and its bridge
+// have learned on that port (rtnl_fdb_dump in net/core/rtnetlink.c has no finer filter).
 func (c *conn) readRemotes(s *segment.State) error {
 	for i := range s.Links {
 		if !s.MayHaveRemotes(s.Links[i]) {
@@ -238,6 +243,7 @@ func (c *conn) readFDB(vxlan *segment.Link) error {
 		fdb[e.MAC] = entry
 	}
 	slices.SortFunc(vxlan.VXLAN.Remotes, netip.Addr.Compare)
-	vxlan.VXLAN.FDB = slices.SortedFunc(maps.Values(fdb), func(a, b segment.FDBState) int { return bytes.Compare(a.MAC[:], b.MAC[:]) })
+	byMAC := func(a, b segment.FDBState) int { return bytes.Compare(a.MAC[:], b.MAC[:]) }
+	vxlan.VXLAN.FDB = slices.SortedFunc(maps.Values(fdb), byMAC)
 	return nil
 }

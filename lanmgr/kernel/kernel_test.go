@@ -12,23 +12,24 @@ func TestNamesThatCouldLeaveTheFolderAreRefused(t *testing.T) {
 	n := New(Paths{Run: t.TempDir()})
 	for _, name := range []string{"", ".", "..", "../../etc", "a/b", "a\x00b"} {
 		if _, err := n.Record(name); err == nil || errors.Is(err, ErrNoLAN) {
-			t.Errorf("record of %q: %v", name, err)
+			t.Errorf("the record of %q is read: %v", name, err)
 		}
 		if _, err := n.Reconcile(t.Context(), name, segment.Teardown); err == nil {
-			t.Errorf("reconcile of %q was not refused", name)
+			t.Errorf("%q is reconciled", name)
 		}
 		if err := n.Release(t.Context(), name, "srl", "k1"); err == nil {
-			t.Errorf("release in %q was not refused", name)
+			t.Errorf("a claim in %q is released", name)
 		}
 	}
 }
 
-func TestRecordIsReadBackWholeOrNotAtAll(t *testing.T) {
+func TestRecordIsReadBack(t *testing.T) {
 	n := New(Paths{Run: t.TempDir()})
 	if _, err := n.Record("knlvrf"); !errors.Is(err, ErrNoLAN) {
-		t.Errorf("record of a LAN that is not here: %v", err)
+		t.Errorf("the record of a LAN that is not on the node: %v, want %v", err, ErrNoLAN)
 	}
-	want := segment.Segment{LAN: segment.LAN{Namespace: "default", Name: "lab", UID: "1"}, Netns: "knlvrf", Spokes: []string{"srl"}}
+	lan := segment.LAN{Namespace: "default", Name: "lab", UID: "1"}
+	want := segment.Segment{LAN: lan, Netns: "knlvrf", Spokes: []string{"srl"}}
 	if err := n.writeRecord(want); err != nil {
 		t.Fatal(err)
 	}
@@ -58,7 +59,7 @@ func TestTapsOfALANHaveDifferentIndexes(t *testing.T) {
 
 const segmentMax = 500 // spokes of the largest LAN
 
-func TestAKernelsReleaseIsCompared(t *testing.T) {
+func TestKernelReleasesAreCompared(t *testing.T) {
 	for release, want := range map[string]bool{
 		"6.15.0": true, "6.18.3-arch1-1": true, "7.0": true, "6.15-rc1": true,
 		"6.14.11": false, "5.14.0-503.el9.x86_64": false, "6.1.0-28-amd64": false, "": false, "next": false,

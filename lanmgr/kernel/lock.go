@@ -12,8 +12,8 @@ import (
 
 func (n *Node) lockPath(name string) string { return filepath.Join(n.paths.Run, "lock", name) }
 
-// lock takes the lock of a segment and returns what gives it back; it waits no longer than ctx. The file goes with the
-// segment, so a lock that was taken on a file which has gone meanwhile is taken again.
+// lock acquires the lock of a segment and returns what releases it. It waits until ctx ends at the longest. The file is
+// removed with the segment, so that a lock on a file which was removed meanwhile does not count.
 func (n *Node) lock(ctx context.Context, netnsName string) (unlock func(), err error) {
 	path := n.lockPath(netnsName)
 	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
@@ -27,16 +27,16 @@ func (n *Node) lock(ctx context.Context, netnsName string) (unlock func(), err e
 		if err := flock(ctx, f); err != nil {
 			return nil, fmt.Errorf("lock segment %s: %w", netnsName, err)
 		}
-		var mine, now unix.Stat_t
-		if unix.Fstat(int(f.Fd()), &mine) == nil && unix.Stat(path, &now) == nil && mine.Ino == now.Ino {
+		var locked, now unix.Stat_t
+		if unix.Fstat(int(f.Fd()), &locked) == nil && unix.Stat(path, &now) == nil && locked.Ino == now.Ino {
 			return func() { f.Close() }, nil
 		}
 		f.Close()
 	}
 }
 
-// flock locks a file, or closes it. A wait for somebody's lock cannot be broken off: where ctx ends first, it goes on with
-// nobody behind it, and what it gets is given back.
+// flock locks a file, or closes it. The system call cannot be interrupted: where ctx ends first, a goroutine goes on to
+// wait and then releases the lock.
 func flock(ctx context.Context, f *os.File) error {
 	locked := make(chan error, 1)
 	go func() {
@@ -56,7 +56,7 @@ func flock(ctx context.Context, f *os.File) error {
 		return err
 	case <-ctx.Done():
 		go func() {
-			<-locked // taken or not, closing gives it back
+			<-locked // closing the file releases the lock
 			f.Close()
 		}()
 		return ctx.Err()

@@ -13,7 +13,7 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
-// readNeighbors asks for the neighbours that a segment's bridge was told, if it may have any.
+// readNeighbors reads the neighbours that were set on a segment's bridge, if it may have any.
 func (c *conn) readNeighbors(s *segment.State) error {
 	if !s.MayHaveNeighbors() {
 		return nil
@@ -31,7 +31,8 @@ func (c *conn) readNeighbors(s *segment.State) error {
 			for _, n := range list {
 				ip, ok := netip.AddrFromSlice(n.IP)
 				if ok && n.Flags&netlink.NTF_EXT_LEARNED != 0 && len(n.HardwareAddr) == 6 {
-					bridge.Neighbors = append(bridge.Neighbors, segment.Neighbor{IP: ip.Unmap(), MAC: [6]byte(n.HardwareAddr)})
+					neighbor := segment.Neighbor{IP: ip.Unmap(), MAC: [6]byte(n.HardwareAddr)}
+					bridge.Neighbors = append(bridge.Neighbors, neighbor)
 				}
 			}
 		}
@@ -40,8 +41,9 @@ func (c *conn) readNeighbors(s *segment.State) error {
 	return nil
 }
 
-// changeNeighbors tells a bridge of neighbours, or takes them back. They are permanent: others neither stay while the bridge has no carrier nor
-// without being asked for (neigh_flush_dev and neigh_timer_handler in net/core/neighbour.c). A kernel without IPv6 takes none of it.
+// changeNeighbors sets or deletes neighbours of a bridge. They are permanent, because the kernel drops others while the
+// bridge has no carrier, or when no program uses them (neigh_flush_dev and neigh_timer_handler in
+// net/core/neighbour.c). A kernel without IPv6 refuses those of IPv6, which is no error.
 func (c *conn) changeNeighbors(bridge string, neighbors []segment.Neighbor, change func(*netlink.Neigh) error) error {
 	return c.with(bridge, func(l netlink.Link) error {
 		for _, n := range neighbors {
@@ -50,8 +52,8 @@ func (c *conn) changeNeighbors(bridge string, neighbors []segment.Neighbor, chan
 				family = unix.AF_INET6
 			}
 			err := change(&netlink.Neigh{
-				LinkIndex: l.Attrs().Index, Family: family, State: netlink.NUD_PERMANENT, Flags: netlink.NTF_EXT_LEARNED,
-				IP: n.IP.AsSlice(), HardwareAddr: n.MAC[:],
+				LinkIndex: l.Attrs().Index, Family: family, IP: n.IP.AsSlice(), HardwareAddr: n.MAC[:],
+				State: netlink.NUD_PERMANENT, Flags: netlink.NTF_EXT_LEARNED,
 			})
 			if err != nil && !(n.IP.Is6() && errors.Is(err, unix.EAFNOSUPPORT)) {
 				return fmt.Errorf("neighbour %s: %w", n.IP, err)

@@ -1,4 +1,5 @@
-// Package kernel reads and changes a node's kernel for LANs: everything that is netlink, a network namespace or a sysctl.
+// Package kernel reads and changes a node's kernel for LANs: it observes segments, applies operations and claims
+// spokes.
 package kernel
 
 import (
@@ -16,14 +17,14 @@ import (
 // DefaultRun is where k8slan keeps what lives as long as the node is up.
 const DefaultRun = "/run/k8slan"
 
-// Paths says where a node keeps its things.
+// Paths are a node's folders and network namespace.
 type Paths struct {
 	Run       string // network namespaces, records and locks; empty: DefaultRun
 	HostNetns string // the node's own network namespace; empty: that of the calling thread
 }
 
-// Node is the kernel of one node. Its methods may be called from many goroutines, and several processes may have
-// a Node each: what must not happen at once is kept apart by a file lock per segment.
+// Node is the kernel of one node. Many goroutines may call its methods, and several processes may have a Node each: a
+// file lock per segment keeps changes of one segment apart.
 type Node struct {
 	paths Paths
 
@@ -60,10 +61,12 @@ func (n *Node) host() (netns.Handle, error) {
 	return netns.Current()
 }
 
-// checkName refuses what is not the plain name of a file.
+// checkName fails unless the name is the plain name of a file.
 func checkName(netnsName string) error {
-	if netnsName == "" || netnsName == "." || netnsName == ".." || strings.ContainsAny(netnsName, "/\x00") || len(netnsName) > 250 {
-		return fmt.Errorf("ns %q is not the name of a network namespace: it must be the plain name of a file", netnsName)
+	isDir := netnsName == "" || netnsName == "." || netnsName == ".."
+	if isDir || strings.ContainsAny(netnsName, "/\x00") || len(netnsName) > 250 {
+		return fmt.Errorf("ns %q is not the name of a network namespace: it must be the plain name of a file",
+			netnsName)
 	}
 	return nil
 }
@@ -71,7 +74,7 @@ func checkName(netnsName string) error {
 // ErrNoLAN says that a LAN is not on this node.
 var ErrNoLAN = errors.New("the LAN is not on this node")
 
-// List names the segments that are on this node in whole or in part, sorted.
+// List names the segments that are on this node, whole or in part, sorted.
 func (n *Node) List() ([]string, error) {
 	var names []string
 	entries, err := os.ReadDir(filepath.Join(n.paths.Run, "netns"))
@@ -84,8 +87,8 @@ func (n *Node) List() ([]string, error) {
 	return names, nil
 }
 
-// InLANNetns runs f on a thread that is in a segment's network namespace; sockets that it opens stay there. ErrNoLAN where there
-// is none.
+// InLANNetns runs f on a thread that is in a segment's network namespace. Sockets that f opens stay there. It fails
+// with ErrNoLAN where there is no such namespace.
 func (n *Node) InLANNetns(netnsName string, f func() error) error {
 	if err := checkName(netnsName); err != nil {
 		return err
@@ -111,7 +114,7 @@ func (n *Node) InHostNetns(f func() error) error {
 	return netns.Do(ns, f)
 }
 
-// removeFile removes a file; absent is success.
+// removeFile removes a file. It is no error if there is none.
 func removeFile(path string) error {
 	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err

@@ -8,7 +8,7 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
-// Observe reads a segment as it is. One that is not there at all is an empty State and no error.
+// Observe reads the state of a segment. It is no error if nothing of the segment is on the node.
 func (n *Node) Observe(_ context.Context, netnsName string) (segment.State, error) {
 	if err := checkName(netnsName); err != nil {
 		return segment.State{}, err
@@ -29,7 +29,7 @@ func (n *Node) Observe(_ context.Context, netnsName string) (segment.State, erro
 		return s, err
 	}
 	defer n.put(o)
-	if s.Silent, err = o.settings.areMade(o.conn.ns); err != nil {
+	if s.Silent, err = o.settings.areSet(o.conn.ns); err != nil {
 		return s, fmt.Errorf("observe %s: %w", netnsName, err)
 	}
 	if s.Links, err = o.conn.links(); err != nil {

@@ -12,24 +12,24 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
-// txFeatures are the features of a link by which what the sender left undone passes on: TCP, UDP and SCTP checksums, and
-// frames larger than the MTU that are still to be cut. Where a link has them not, the kernel does it all before the frame
-// leaves (validate_xmit_skb and skb_csum_hwoffload_help in net/core/dev.c), whoever sent it and whatever carried it here.
-// Older kernels don't have all of them; scatter-gather and generic segmentation stay, for they are done before.
+// txFeatures are the features of a link with which unfinished frames leave by it: without TCP, UDP and SCTP checksums,
+// and larger than the MTU. Without them, the kernel finishes each frame before it leaves (validate_xmit_skb and
+// skb_csum_hwoffload_help in net/core/dev.c), wherever the frame is from. Older kernels lack some of them.
+// Scatter-gather and generic segmentation stay on, because they are done before.
 var txFeatures = []string{
 	"tx-checksum-ip-generic", "tx-checksum-sctp",
-	"tx-tcp-segmentation", "tx-tcp6-segmentation", "tx-tcp-ecn-segmentation", "tx-tcp-mangleid-segmentation", "tx-tcp-accecn-segmentation",
-	"tx-udp-segmentation", "tx-sctp-segmentation",
+	"tx-tcp-segmentation", "tx-tcp6-segmentation", "tx-tcp-ecn-segmentation",
+	"tx-tcp-mangleid-segmentation", "tx-tcp-accecn-segmentation", "tx-udp-segmentation", "tx-sctp-segmentation",
 }
 
-// features opens ethtool in the connection's namespace.
+// features returns a connection to ethtool in the namespace.
 func (c *conn) features() (*ethtool.Ethtool, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.ethtool != nil {
 		return c.ethtool, nil
 	}
-	err := netns.Do(c.ns, func() (err error) { // the socket stays in the namespace it was made in
+	err := netns.Do(c.ns, func() (err error) { // the socket stays in the namespace
 		c.ethtool, err = ethtool.NewEthtool()
 		return err
 	})
@@ -39,7 +39,7 @@ func (c *conn) features() (*ethtool.Ethtool, error) {
 	return c.ethtool, nil
 }
 
-// setTxChecksum switches them for one link.
+// setTxChecksum switches txFeatures on or off for a link.
 func (c *conn) setTxChecksum(name string, on bool) error {
 	e, err := c.features()
 	if err != nil {
@@ -72,7 +72,7 @@ func (c *conn) setTxChecksum(name string, on bool) error {
 	return nil
 }
 
-// readTxChecksums notes in the links of these spokes how they are set.
+// readTxChecksums reads txFeatures of the links of these spokes.
 func (c *conn) readTxChecksums(links []segment.Link, spokes []string) error {
 	e, err := c.features()
 	if err != nil {
@@ -84,7 +84,7 @@ func (c *conn) readTxChecksums(links []segment.Link, spokes []string) error {
 			continue
 		}
 		have, err := e.Features(links[i].Name)
-		if errors.Is(err, unix.ENODEV) { // gone since the links were listed
+		if errors.Is(err, unix.ENODEV) { // the link was deleted since the links were listed
 			continue
 		}
 		if err != nil {
@@ -95,6 +95,7 @@ func (c *conn) readTxChecksums(links []segment.Link, spokes []string) error {
 	return nil
 }
 
+// txChecksum sums txFeatures up.
 func txChecksum(features map[string]bool) segment.TxChecksum {
 	on, off := false, false
 	for _, f := range txFeatures {

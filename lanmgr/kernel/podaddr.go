@@ -15,13 +15,13 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/rtnl"
 )
 
-// Addressing is what an interface of a pod gets: addresses with their prefix lengths, and routes through it.
+// Addressing is the addresses of a pod's interface, with their prefix lengths, and the routes through it.
 type Addressing struct {
 	Addresses []netip.Prefix
 	Routes    []Route
 }
 
-// Route is one route through an interface of a pod.
+// Route is one route through a pod's interface.
 type Route struct {
 	Destination netip.Prefix
 	Gateway     netip.Addr // invalid: the destination is on the link
@@ -31,12 +31,12 @@ type Route struct {
 	Scope       *int       // nil: link for an IPv4 route without a gateway, else global
 }
 
-// dadTime is how long duplicate address detection may take: it is over after 1 to 2 seconds
-// (RFC 4862, with a random delay of up to 1 s before the one probe), and Linux may take 1 s to see a new link's carrier.
+// dadTime is how long duplicate address detection may take: it is over after 1 to 2 seconds (RFC 4862, with a random
+// delay of up to 1 s before the one probe), and Linux may take 1 s to see a new link's carrier.
 const dadTime = 5 * time.Second
 
-// SetAddresses gives an interface of a pod addresses and routes. It returns when the addresses can be used, which for
-// IPv6 takes until the LAN was asked whether somebody else has them.
+// SetAddresses sets the addresses and routes of a pod's interface. It returns when the addresses can be used: for IPv6,
+// after duplicate address detection in the LAN.
 func (n *Node) SetAddresses(ctx context.Context, podNetns, ifname string, want Addressing) error {
 	ns, err := netns.Open(podNetns)
 	if err != nil {
@@ -72,8 +72,10 @@ func (n *Node) SetAddresses(ctx context.Context, podNetns, ifname string, want A
 	return nil
 }
 
-// startAddressing makes the link ready for addresses. settle waits until the IPv6 ones can be used.
-func (c *conn) startAddressing(link netlink.Link, addresses []netip.Prefix) (settle func(context.Context) error, stop func(), err error) {
+// startAddressing prepares the link for addresses. settle waits until those of IPv6 can be used.
+func (c *conn) startAddressing(link netlink.Link, addresses []netip.Prefix) (
+	settle func(context.Context) error, stop func(), err error,
+) {
 	pending := map[netip.Addr]bool{}
 	for _, a := range addresses {
 		if a.Addr().Is6() {
@@ -86,7 +88,7 @@ func (c *conn) startAddressing(link netlink.Link, addresses []netip.Prefix) (set
 	if err := netns.Do(c.ns, func() error { return allowIPv6(link.Attrs().Name) }); err != nil {
 		return nil, nil, err
 	}
-	// Subscribed before the first address is there, so that no change of one is missed.
+	// This is before the first address is set, so that no change of one is missed.
 	updates, done := make(chan netlink.AddrUpdate), make(chan struct{})
 	if err := netlink.AddrSubscribeAt(c.ns, updates, done); err != nil {
 		return nil, nil, fmt.Errorf("watch the pod's addresses: %w", err)
@@ -94,14 +96,16 @@ func (c *conn) startAddressing(link netlink.Link, addresses []netip.Prefix) (set
 	settle = func(ctx context.Context) error { return awaitAddresses(ctx, link.Attrs().Index, pending, updates) }
 	stop = func() {
 		close(done)
-		for range updates { // the sender ends when it has been heard out
+		for range updates { // the sender ends after its last update
 		}
 	}
 	return settle, stop, nil
 }
 
 // awaitAddresses returns when none of the pending addresses is tentative any more.
-func awaitAddresses(ctx context.Context, index int, pending map[netip.Addr]bool, updates <-chan netlink.AddrUpdate) error {
+func awaitAddresses(
+	ctx context.Context, index int, pending map[netip.Addr]bool, updates <-chan netlink.AddrUpdate,
+) error {
 	ctx, cancel := context.WithTimeout(ctx, dadTime)
 	defer cancel()
 	for len(pending) > 0 {
@@ -125,7 +129,7 @@ func awaitAddresses(ctx context.Context, index int, pending map[netip.Addr]bool,
 	return nil
 }
 
-// Addresses lists the addresses of an interface of a pod, with their prefix lengths.
+// Addresses lists the addresses of a pod's interface, with their prefix lengths.
 func (n *Node) Addresses(_ context.Context, podNetns, ifname string) ([]netip.Prefix, error) {
 	ns, err := netns.Open(podNetns)
 	if err != nil {
@@ -154,7 +158,7 @@ func (n *Node) Addresses(_ context.Context, podNetns, ifname string) ([]netip.Pr
 	return prefixes, nil
 }
 
-// netlink is the route as the library wants it.
+// netlink returns the route in the library's form.
 func (r Route) netlink(index int) *netlink.Route {
 	route := &netlink.Route{
 		LinkIndex: index, Dst: ipNet(r.Destination),

@@ -12,14 +12,14 @@ import (
 
 	"github.com/k8slan/k8slan/lanmgr/netns"
 	"github.com/k8slan/k8slan/lanmgr/rtnl"
-
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
-// PodNetns is the network namespace that the program itself is in: a pod's.
+// PodNetns is the network namespace of the program itself, in a pod.
 type PodNetns struct{ conn *conn }
 
-// OpenPodNetns connects to it. Nothing of Own enters a namespace: that needs CAP_SYS_ADMIN, and who has CAP_NET_ADMIN alone shall be able to use it.
+// OpenPodNetns connects to the program's network namespace. No method of PodNetns enters a namespace, because that
+// needs CAP_SYS_ADMIN; CAP_NET_ADMIN is enough.
 func OpenPodNetns() (*PodNetns, error) {
 	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
 	if err != nil {
@@ -34,11 +34,11 @@ func OpenPodNetns() (*PodNetns, error) {
 }
 
 // Close ends the connection.
-func (o *PodNetns) Close() { o.conn.close() }
+func (p *PodNetns) Close() { p.conn.close() }
 
-// Observe reads a VXLAN of that name as it is, and what there is under other names from before.
-func (o *PodNetns) Observe(name string) (s segment.PodVXLANState, err error) {
-	links, err := o.conn.links()
+// Observe reads a VXLAN of that name, and those that an earlier run has left under other names.
+func (p *PodNetns) Observe(name string) (s segment.PodVXLANState, err error) {
+	links, err := p.conn.links()
 	if err != nil {
 		return s, err
 	}
@@ -55,10 +55,10 @@ func (o *PodNetns) Observe(name string) (s segment.PodVXLANState, err error) {
 	if s.Link.Type != "vxlan" {
 		return s, nil
 	}
-	if err := o.conn.readFDB(&s.Link); err != nil {
+	if err := p.conn.readFDB(&s.Link); err != nil {
 		return s, fmt.Errorf("list the remotes of %s: %w", name, err)
 	}
-	addresses, err := rtnl.RetryDump(func() ([]netlink.Addr, error) { return o.conn.AddrList(nil, netlink.FAMILY_ALL) })
+	addresses, err := rtnl.RetryDump(func() ([]netlink.Addr, error) { return p.conn.AddrList(nil, netlink.FAMILY_ALL) })
 	if err != nil {
 		return s, fmt.Errorf("list the addresses of %s: %w", name, err)
 	}
@@ -71,23 +71,23 @@ func (o *PodNetns) Observe(name string) (s segment.PodVXLANState, err error) {
 	return s, nil
 }
 
-// Apply does operations of segment.DiffAlone one after the other, up to the first that fails.
-func (o *PodNetns) Apply(ctx context.Context, ops []segment.Op) error {
+// Apply applies operations of segment.DiffPodVXLAN, up to the first that fails.
+func (p *PodNetns) Apply(ctx context.Context, ops []segment.Op) error {
 	for _, op := range ops {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		if err := o.apply(op); err != nil {
+		if err := p.apply(op); err != nil {
 			return fmt.Errorf("%s: %w", op, err)
 		}
 	}
 	return nil
 }
 
-func (o *PodNetns) apply(op segment.Op) error {
+func (p *PodNetns) apply(op segment.Op) error {
 	switch op := op.(type) {
 	case segment.AddVXLAN:
-		return addVXLAN(o.conn, o.conn, op)
+		return addVXLAN(p.conn, p.conn, op)
 	case segment.AddAddress:
 		if op.Address.Addr().Is6() {
 			if err := allowIPv6(op.Name); err != nil {
@@ -95,21 +95,21 @@ func (o *PodNetns) apply(op segment.Op) error {
 			}
 		}
 	}
-	return o.conn.apply(op)
+	return p.conn.apply(op)
 }
 
-// Remove deletes a VXLAN of that name; one that is not there is no error, and what is no VXLAN stays.
-func (o *PodNetns) Remove(name string) error {
-	l, ok, err := o.conn.link(name)
+// Remove deletes a VXLAN of that name. It is no error if there is none. A link of another type stays.
+func (p *PodNetns) Remove(name string) error {
+	l, ok, err := p.conn.link(name)
 	if err != nil || !ok || l.Type() != "vxlan" {
 		return err
 	}
-	return o.conn.delLink(name)
+	return p.conn.delLink(name)
 }
 
-// FrameCounts are how many frames an interface has received and sent since it is there.
-func (o *PodNetns) FrameCounts(name string) (received, sent uint64, err error) {
-	l, ok, err := o.conn.link(name)
+// FrameCounts returns how many frames an interface has received and sent.
+func (p *PodNetns) FrameCounts(name string) (received, sent uint64, err error) {
+	l, ok, err := p.conn.link(name)
 	if err != nil || !ok || l.Attrs().Statistics == nil {
 		return 0, 0, err
 	}
@@ -117,16 +117,14 @@ func (o *PodNetns) FrameCounts(name string) (received, sent uint64, err error) {
 	return s.RxPackets, s.TxPackets, nil
 }
 
-// SourceAddress is the address that packets by a default route have, that of IPv4 before that of IPv6 where both would do; the zero Addr if there
-// is none.
-func (o *PodNetns) SourceAddress(ipv4, ipv6 bool) (netip.Addr, error) {
+// SourceAddress returns the source address of packets by a default route, or the zero Addr if there is none. Where both
+// families are asked for, IPv4 comes first.
+func (p *PodNetns) SourceAddress(ipv4, ipv6 bool) (netip.Addr, error) {
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
 		if family == netlink.FAMILY_V4 && !ipv4 || family == netlink.FAMILY_V6 && !ipv6 {
 			continue
 		}
-		routes, err := rtnl.RetryDump(func() ([]netlink.Route, error) {
-			return o.conn.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_MAIN, Dst: nil}, netlink.RT_FILTER_TABLE|netlink.RT_FILTER_DST)
-		})
+		routes, err := p.conn.defaultRoutes(family)
 		if err != nil {
 			return netip.Addr{}, fmt.Errorf("list the pod's default routes: %w", err)
 		}
@@ -134,7 +132,7 @@ func (o *PodNetns) SourceAddress(ipv4, ipv6 bool) (netip.Addr, error) {
 			if a, ok := netip.AddrFromSlice(r.Src); ok {
 				return a.Unmap(), nil
 			}
-			if a, err := o.firstAddress(r.LinkIndex, family); err != nil || a.IsValid() {
+			if a, err := p.firstAddress(r.LinkIndex, family); err != nil || a.IsValid() {
 				return a, err
 			}
 		}
@@ -142,29 +140,30 @@ func (o *PodNetns) SourceAddress(ipv4, ipv6 bool) (netip.Addr, error) {
 	return netip.Addr{}, nil
 }
 
-// firstAddress is the first of a link's that reaches further than the link.
-func (o *PodNetns) firstAddress(index, family int) (netip.Addr, error) {
-	all, err := rtnl.RetryDump(func() ([]netlink.Addr, error) { return o.conn.AddrList(nil, family) })
+// firstAddress returns the first address of a link with a scope beyond the link.
+func (p *PodNetns) firstAddress(index, family int) (netip.Addr, error) {
+	all, err := rtnl.RetryDump(func() ([]netlink.Addr, error) { return p.conn.AddrList(nil, family) })
 	if err != nil {
 		return netip.Addr{}, fmt.Errorf("list the pod's addresses: %w", err)
 	}
 	for _, a := range all {
-		if ip, ok := netip.AddrFromSlice(a.IP); ok && a.LinkIndex == index && a.Scope == unix.RT_SCOPE_UNIVERSE && a.Flags&passing == 0 {
+		usable := a.LinkIndex == index && a.Scope == unix.RT_SCOPE_UNIVERSE && a.Flags&transient == 0
+		if ip, ok := netip.AddrFromSlice(a.IP); ok && usable {
 			return ip.Unmap(), nil
 		}
 	}
 	return netip.Addr{}, nil
 }
 
-// LinkByAddress is the link that has an address, and its MTU in bytes; none if no link has it.
-func (o *PodNetns) LinkByAddress(address netip.Addr) (name string, mtu int, err error) {
-	all, err := rtnl.RetryDump(func() ([]netlink.Addr, error) { return o.conn.AddrList(nil, netlink.FAMILY_ALL) })
+// LinkByAddress returns the link that has an address, and its MTU in bytes. It returns no name if no link has it.
+func (p *PodNetns) LinkByAddress(address netip.Addr) (name string, mtu int, err error) {
+	all, err := rtnl.RetryDump(func() ([]netlink.Addr, error) { return p.conn.AddrList(nil, netlink.FAMILY_ALL) })
 	if err != nil {
 		return "", 0, fmt.Errorf("list the pod's addresses: %w", err)
 	}
 	for _, a := range all {
 		if ip, ok := netip.AddrFromSlice(a.IP); ok && ip.Unmap() == address {
-			l, err := o.conn.LinkByIndex(a.LinkIndex)
+			l, err := p.conn.LinkByIndex(a.LinkIndex)
 			if err != nil {
 				return "", 0, fmt.Errorf("look up the link with %s: %w", address, err)
 			}
@@ -174,7 +173,7 @@ func (o *PodNetns) LinkByAddress(address netip.Addr) (name string, mtu int, err 
 	return "", 0, nil
 }
 
-// addAddress gives a link an address; one that it has is no error.
+// addAddress adds an address to a link. It is no error if the link has it.
 func (c *conn) addAddress(l netlink.Link, a netip.Prefix) error {
 	if err := c.AddrAdd(l, &netlink.Addr{IPNet: ipNet(a)}); err != nil && !errors.Is(err, unix.EEXIST) {
 		return err
@@ -182,7 +181,7 @@ func (c *conn) addAddress(l netlink.Link, a netip.Prefix) error {
 	return nil
 }
 
-// delAddress takes an address off a link; one that it has not is no error.
+// delAddress removes an address from a link. It is no error if the link does not have it.
 func (c *conn) delAddress(l netlink.Link, a netip.Prefix) error {
 	if err := c.AddrDel(l, &netlink.Addr{IPNet: ipNet(a)}); err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) {
 		return err

@@ -17,7 +17,7 @@ func (n *Node) RecordsDir() string { return filepath.Join(n.paths.Run, "lan") }
 
 func (n *Node) recordPath(name string) string { return filepath.Join(n.RecordsDir(), name+".json") }
 
-// Record reads what the node last wanted of a segment. ErrNoLAN where there is none.
+// Record reads the last desired state of a segment. It fails with ErrNoLAN where there is none.
 func (n *Node) Record(netnsName string) (segment.Segment, error) {
 	if err := checkName(netnsName); err != nil {
 		return segment.Segment{}, err
@@ -31,12 +31,13 @@ func (n *Node) Record(netnsName string) (segment.Segment, error) {
 	}
 	var s segment.Segment
 	if err := json.Unmarshal(b, &s); err != nil {
-		return segment.Segment{}, fmt.Errorf("record %s is damaged, the daemon will write it anew: %w", n.recordPath(netnsName), err)
+		err = fmt.Errorf("record %s is damaged; the daemon will write it again: %w", n.recordPath(netnsName), err)
+		return segment.Segment{}, err
 	}
 	return s, nil
 }
 
-// Records are those of all segments on the node. One that is damaged is passed over: the daemon writes it anew.
+// Records reads the records of all segments on the node. It skips damaged ones, which the daemon will write again.
 func (n *Node) Records() ([]segment.Segment, error) {
 	entries, err := os.ReadDir(n.RecordsDir())
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -46,7 +47,7 @@ func (n *Node) Records() ([]segment.Segment, error) {
 	for _, e := range entries {
 		name, ok := strings.CutSuffix(e.Name(), ".json")
 		if !ok || strings.HasPrefix(name, ".") {
-			continue // half written
+			continue // it is not complete yet
 		}
 		r, err := n.Record(name)
 		switch {
@@ -59,7 +60,7 @@ func (n *Node) Records() ([]segment.Segment, error) {
 	return records, nil
 }
 
-// writeRecord publishes a segment; whoever reads sees the old one or the new one, whole.
+// writeRecord writes a segment's record. A reader gets the old one or the new one, never a part.
 func (n *Node) writeRecord(s segment.Segment) error {
 	b, err := json.Marshal(s)
 	if err != nil {
@@ -74,13 +75,13 @@ func (n *Node) writeRecord(s segment.Segment) error {
 	if err == nil {
 		err = os.Rename(tmp, path)
 	}
-	if err != nil { // a full file system takes the file's name, but not its content
+	if err != nil { // a full file system may have room for the file's name, but not for its content
 		return errors.Join(fmt.Errorf("write the record of %s: %w", s.LAN, err), removeFile(tmp))
 	}
 	return nil
 }
 
-// isDamaged says whether a record is there but cannot be understood; it is written anew then.
+// isDamaged reports whether the error of a read says that there is a record, but not a valid one.
 func isDamaged(err error) bool {
 	var pathErr *fs.PathError
 	return !errors.As(err, &pathErr)

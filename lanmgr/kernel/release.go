@@ -12,8 +12,8 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
-// Release ends a claim and makes the spoke wait for the next pod. A claim that is not there is no error: it may have
-// been taken over, or have gone with its pod. A segment that is there for who is attached goes with its last claim.
+// Release ends a claim, so that the spoke is free for the next pod. It is no error if there is no such claim: it may
+// have been taken over, or have ended with its pod. The last claim of a segment on demand ends the segment, too.
 func (n *Node) Release(ctx context.Context, netnsName, spoke, claimID string) error {
 	if err := checkName(netnsName); err != nil {
 		return err
@@ -29,7 +29,7 @@ func (n *Node) Release(ctx context.Context, netnsName, spoke, claimID string) er
 	return n.endUnclaimed(ctx, netnsName)
 }
 
-// release is Release for those who have the lock.
+// release is Release with the lock held.
 func (n *Node) release(ctx context.Context, netnsName, spoke, claimID string) error {
 	s := segment.State{Netns: netnsName}
 	lan, err := n.dialSegment(&s)
@@ -60,7 +60,7 @@ func (n *Node) release(ctx context.Context, netnsName, spoke, claimID string) er
 	return n.endMacvtap(ctx, lan, want, spoke, claimID)
 }
 
-// Claims lists the claims of a segment; none where there is no such segment.
+// Claims lists the claims of a segment. It lists none where there is no such segment.
 func (n *Node) Claims(ctx context.Context, netnsName string) ([]segment.Claim, error) {
 	s, err := n.Observe(ctx, netnsName)
 	if err != nil {
@@ -69,7 +69,8 @@ func (n *Node) Claims(ctx context.Context, netnsName string) ([]segment.Claim, e
 	return s.Claims(), nil
 }
 
-// endVeth ends a pod's claim: its link goes, at both ends, and the standing port carries the spoke's frames again.
+// endVeth ends a pod's claim: it deletes the link with both ends, and the standing port carries the spoke's frames
+// again.
 func (n *Node) endVeth(lan *conn, spoke, claimID string) error {
 	if err := lan.delLink(claimID); err != nil {
 		return fmt.Errorf("delete the link of claim %s: %w", claimID, err)
@@ -80,14 +81,14 @@ func (n *Node) endVeth(lan *conn, spoke, claimID string) error {
 	return lan.standBy(spoke)
 }
 
-// endMacvtap ends a VM's claim. Its macvtap may still be there, in a namespace that we don't know: it goes with the
-// standing pair, which is built anew.
+// endMacvtap ends a VM's claim. Its macvtap may still exist, in a namespace that this process does not know. Then it
+// deletes the standing pair, and the macvtap with it, and creates the pair again.
 func (n *Node) endMacvtap(ctx context.Context, lan *conn, want segment.Segment, spoke, claimID string) error {
 	plug, ok, err := lan.link(segment.PlugName(spoke))
 	if err != nil || !ok {
 		return err
 	}
-	free, err := lan.free(plug, spoke)
+	free, err := lan.isFree(plug, spoke)
 	if err != nil {
 		return err
 	}
@@ -114,10 +115,10 @@ func (n *Node) endMacvtap(ctx context.Context, lan *conn, want segment.Segment, 
 	return lan.set(segment.AddAltName{Name: segment.PortName(spoke), AltName: spoke})
 }
 
-// endUnclaimed takes a segment away that is there for who is attached, where nobody is. The caller has its lock.
+// endUnclaimed removes a segment on demand that has no claims. The caller holds its lock.
 func (n *Node) endUnclaimed(ctx context.Context, netnsName string) error {
 	if record, err := n.Record(netnsName); err == nil && !record.OnDemand || err != nil && !errors.Is(err, ErrNoLAN) {
-		return nil // one that cannot be read is the daemon's to judge
+		return nil // the daemon decides about a record that cannot be read
 	}
 	nothing := false
 	_, err := n.reconcile(ctx, netnsName, func(have segment.State) []segment.Op {
@@ -127,13 +128,13 @@ func (n *Node) endUnclaimed(ctx context.Context, netnsName string) error {
 		nothing = !have.Exists && !have.LostName && !have.StaleName
 		return segment.Teardown(have)
 	})
-	if err == nil && nothing { // else the lock went with the namespace
+	if err == nil && nothing { // else the lock was removed with the namespace
 		err = removeFile(n.lockPath(netnsName))
 	}
 	return err
 }
 
-// standBy lets a spoke's standing port carry its frames.
+// standBy makes a spoke's standing port carry the spoke's frames.
 func (c *conn) standBy(spoke string) error {
 	return c.with(segment.PortName(spoke), func(port netlink.Link) error {
 		if err := c.LinkAddAltName(port, spoke); err != nil && !errors.Is(err, unix.EEXIST) {
@@ -143,7 +144,7 @@ func (c *conn) standBy(spoke string) error {
 	})
 }
 
-// standByIfOrphaned does so where nothing carries them: the pod's link has gone with the pod's network namespace.
+// standByIfOrphaned does so if no link carries them: the pod's link was deleted with the pod's network namespace.
 func (c *conn) standByIfOrphaned(spoke string) error {
 	if _, carried, err := c.link(spoke); err != nil || carried {
 		return err

@@ -13,28 +13,31 @@ import (
 
 	"github.com/k8slan/k8slan/lanmgr/netns"
 	"github.com/k8slan/k8slan/lanmgr/rtnl"
-
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
-// The settings that keep a LAN silent and transparent. New links inherit "default"; "all" is for those that are there.
-// Bridge netfilter starts switched on in every namespace (brnf_init_net in net/bridge/br_netfilter_hooks.c) and would
-// pass a LAN's frames through IP validation; its files are absent where the module is not loaded.
+// settings keep a LAN silent and transparent. New links inherit "default"; "all" sets those that exist. Bridge
+// netfilter starts switched on in every namespace (brnf_init_net in net/bridge/br_netfilter_hooks.c) and would pass a
+// LAN's frames through IP validation. Its files are missing where the module is not loaded.
 var settings = []setting{
 	{"/proc/sys/net/ipv6/conf", "ipv6", "1", []string{"all/disable_ipv6", "default/disable_ipv6"}},
-	{"/proc/sys/net/bridge", "br_netfilter", "0", []string{"bridge-nf-call-iptables", "bridge-nf-call-ip6tables", "bridge-nf-call-arptables"}},
+	{"/proc/sys/net/bridge", "br_netfilter", "0", []string{
+		"bridge-nf-call-iptables", "bridge-nf-call-ip6tables", "bridge-nf-call-arptables",
+	}},
 }
 
+// setting is a value that files in a folder of /proc/sys have.
 type setting struct {
 	dir, module, value string
 	files              []string
 }
 
-// silence makes the settings in the thread's own namespace.
+// silence writes the settings in the thread's own namespace.
 func silence() error {
 	for _, s := range settings {
 		for _, file := range s.files {
-			if err := os.WriteFile(filepath.Join(s.dir, file), []byte(s.value), 0); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			err := os.WriteFile(filepath.Join(s.dir, file), []byte(s.value), 0)
+			if err != nil && !errors.Is(err, fs.ErrNotExist) {
 				return fmt.Errorf("sysctl: %w", err)
 			}
 		}
@@ -42,12 +45,12 @@ func silence() error {
 	return nil
 }
 
-// settingFiles are the files of settings in one namespace, open: in the kernel's cache of names, the folders of all
-// namespaces are in one chain, so that a look-up takes time in proportion to the LANs (proc_sys_compare in
-// fs/proc/proc_sysctl.c), and needs a thread that is in the namespace.
+// settingFiles are the open files of settings in one namespace. They stay open, because to open one takes a thread in
+// the namespace and time in proportion to the LANs: the kernel's cache of names has the folders of all namespaces in
+// one chain (proc_sys_compare in fs/proc/proc_sysctl.c).
 type settingFiles struct {
 	mu    sync.Mutex
-	files [][]int // of each of settings; none where its folder is not there
+	files [][]int // of each of settings; nil where its folder is missing
 }
 
 // openSettings opens them in the thread's own namespace.
@@ -69,12 +72,12 @@ func (f *settingFiles) close() {
 	}
 }
 
-// areMade reads the settings of the namespace whose files they are.
-func (f *settingFiles) areMade(ns netns.Handle) (bool, error) {
+// areSet reports whether the namespace has the settings.
+func (f *settingFiles) areSet(ns netns.Handle) (bool, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for i, s := range settings {
-		if f.files[i] == nil && s.isLoaded() { // meanwhile
+		if f.files[i] == nil && s.isLoaded() { // the module was loaded since
 			if err := netns.Do(ns, func() (err error) { f.files[i], err = s.open(); return err }); err != nil {
 				return false, err
 			}
@@ -97,13 +100,13 @@ func (f *settingFiles) areMade(ns netns.Handle) (bool, error) {
 	return true, nil
 }
 
-// isLoaded says whether the kernel may have the module that the setting is of.
+// isLoaded reports whether the kernel may have loaded the module that has the setting.
 func (s setting) isLoaded() bool {
 	_, err := os.Stat("/sys/module/" + s.module)
 	return !errors.Is(err, fs.ErrNotExist)
 }
 
-// open opens the setting's files in the thread's own namespace; none where their folder is not there.
+// open opens the setting's files in the thread's own namespace. It returns none where their folder is missing.
 func (s setting) open() (files []int, err error) {
 	dir, err := unix.Open(s.dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -143,7 +146,7 @@ func readLine(file int) (string, error) {
 	return strings.TrimSpace(string(line[:n])), nil
 }
 
-// noIPv6 keeps one link in the thread's own namespace from speaking IPv6 for itself.
+// noIPv6 switches IPv6 off on one link in the thread's own namespace, so that it sends nothing by itself.
 func noIPv6(link string) error {
 	err := os.WriteFile(filepath.Join("/proc/sys/net/ipv6/conf", link, "disable_ipv6"), []byte("1"), 0)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -152,8 +155,8 @@ func noIPv6(link string) error {
 	return nil
 }
 
-// allowIPv6 lets a link of the thread's own namespace have IPv6 addresses: runtimes switch IPv6 off in a pod that has
-// none from its cluster. lo needs it too, for the pod to reach its own address.
+// allowIPv6 switches IPv6 on for a link in the thread's own namespace. Runtimes switch it off in a pod whose cluster
+// has none. lo needs it too, so that the pod reaches its own address.
 func allowIPv6(link string) error {
 	for _, name := range []string{"lo", link} {
 		path := "/proc/sys/net/ipv6/conf/" + name + "/disable_ipv6"
@@ -171,7 +174,7 @@ func allowIPv6(link string) error {
 	return nil
 }
 
-// readIPv6Off reads the setting of each device in the thread's own namespace; a kernel without IPv6 has it off.
+// readIPv6Off reads whether IPv6 is off for devices in the thread's own namespace. A kernel without IPv6 has it off.
 func readIPv6Off(devices map[string]Underlay) error {
 	for name, d := range devices {
 		b, err := os.ReadFile("/proc/sys/net/ipv6/conf/" + name + "/disable_ipv6")
@@ -184,8 +187,9 @@ func readIPv6Off(devices map[string]Underlay) error {
 	return nil
 }
 
-// setNeighborDiscovery switches a bridge's IPv6 on, without which it takes no neighbour (ndisc_allow_add in net/ipv6/ndisc.c), or off. It gives itself
-// no address, and so has nothing to say: neither duplicate address detection, nor a solicitation of routers, nor a report of groups.
+// setNeighborDiscovery switches a bridge's IPv6 on, without which it accepts no neighbour (ndisc_allow_add in
+// net/ipv6/ndisc.c), or off. The bridge gives itself no address, and so sends nothing: no duplicate address detection,
+// no solicitation of routers, no report of groups.
 func (c *conn) setNeighborDiscovery(o segment.SetNeighborDiscovery) error {
 	settings := [][2]string{{"disable_ipv6", "1"}}
 	if o.On {
@@ -202,8 +206,8 @@ func (c *conn) setNeighborDiscovery(o segment.SetNeighborDiscovery) error {
 	})
 }
 
-// silence makes a namespace silent. Links that spoke before have taught the bridge where their addresses are, and a plug
-// has that of the pod or VM that it waits for, which may be elsewhere: it forgets what it learnt.
+// silence makes a namespace silent. It also flushes the bridge's FDB: links that sent frames before have entered their
+// MACs, and a plug's is that of its pod or VM, which may be on another node.
 func (c *conn) silence(bridge string) error {
 	if err := netns.Do(c.ns, silence); err != nil || bridge == "" {
 		return err

@@ -8,10 +8,10 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
-// takeOver ends the claim of another sandbox: of a pod that kubelet has given up but whose sandbox still stands.
+// takeOver ends the claim of another sandbox: kubelet has given up its pod, but the sandbox still exists.
 func (c *claiming) takeOver(ctx context.Context) error {
 	if c.onDemand() {
-		return nil // the spoke is this pod's alone
+		return nil // no other pod can have the spoke
 	}
 	alias, end := c.carrier.Attrs().Alias, func(id string) error { return c.node.endVeth(c.lan, c.Spoke, id) }
 	id := c.carrier.Attrs().Name
@@ -31,7 +31,7 @@ func (c *claiming) takeOver(ctx context.Context) error {
 		return err
 	}
 	c.tookOver = true
-	complete, err := c.find() // a VM's pair may have been built anew
+	complete, err := c.find() // a VM's pair may have been created again
 	if err == nil && !complete {
 		err = fmt.Errorf("the standing pair of spoke %s is gone", c.Spoke)
 	}

@@ -27,13 +27,14 @@ type Underlay struct {
 	Up      bool
 	Carrier bool
 	IPv4    netip.Addr // first address of the family; the zero Addr if there is none
-	IPv6    netip.Addr // link-local is enough, and preferred
+	IPv6    netip.Addr // link-local is preferred
 	IPv6Off bool       // net.ipv6.conf.<device>.disable_ipv6
 
-	// Addresses are those that other nodes can send to, in the kernel's order: not link-local ones, nor IPv6 ones that are temporary,
-	// deprecated or tentative.
+	// Addresses are those that other nodes can send to, in the kernel's order, without link-local ones and without IPv6
+	// ones that are temporary, deprecated or tentative.
 	Addresses []netip.Addr
-	// Sources are all that packets from it may bear, also tentative ones, which come into use unannounced; sorted.
+	// Sources are all addresses that packets from it may have, sorted. They include tentative ones, which come into use
+	// without an event.
 	Sources []netip.Addr
 }
 
@@ -75,18 +76,20 @@ func (n *Node) Underlays(context.Context) (Underlays, error) {
 	return u, netns.Do(c.ns, func() error { return readIPv6Off(u.Devices) })
 }
 
-// passing are addresses that are not to be built on: they are not there yet, or not for long.
-const passing = unix.IFA_F_TEMPORARY | unix.IFA_F_DEPRECATED | unix.IFA_F_TENTATIVE | unix.IFA_F_DADFAILED
+// transient are the flags of addresses that cannot be relied on: they are not valid yet, or not for long.
+const transient = unix.IFA_F_TEMPORARY | unix.IFA_F_DEPRECATED | unix.IFA_F_TENTATIVE | unix.IFA_F_DADFAILED
 
+// withAddress adds an address of the device.
 func (d Underlay) withAddress(ip net.IP, flags int) Underlay {
 	a, ok := netip.AddrFromSlice(ip)
 	if a = a.Unmap(); !ok {
 		return d
 	}
-	if at, there := slices.BinarySearchFunc(d.Sources, a, netip.Addr.Compare); !there && flags&unix.IFA_F_DADFAILED == 0 {
+	at, found := slices.BinarySearchFunc(d.Sources, a, netip.Addr.Compare)
+	if !found && flags&unix.IFA_F_DADFAILED == 0 {
 		d.Sources = slices.Insert(d.Sources, at, a)
 	}
-	if !a.IsLinkLocalUnicast() && flags&passing == 0 {
+	if !a.IsLinkLocalUnicast() && flags&transient == 0 {
 		d.Addresses = append(d.Addresses, a)
 	}
 	switch {
@@ -98,12 +101,18 @@ func (d Underlay) withAddress(ip net.IP, flags int) Underlay {
 	return d
 }
 
-// defaultDevice is the device of the default route with the lowest metric.
+// defaultRoutes lists the default routes of the main table.
+func (c *conn) defaultRoutes(family int) ([]netlink.Route, error) {
+	const by = netlink.RT_FILTER_TABLE | netlink.RT_FILTER_DST
+	return rtnl.RetryDump(func() ([]netlink.Route, error) {
+		return c.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_MAIN, Dst: nil}, by)
+	})
+}
+
+// defaultDevice returns the device of the default route with the lowest metric.
 func (c *conn) defaultDevice(names map[int]string) (string, error) {
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
-		routes, err := rtnl.RetryDump(func() ([]netlink.Route, error) {
-			return c.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_MAIN, Dst: nil}, netlink.RT_FILTER_TABLE|netlink.RT_FILTER_DST)
-		})
+		routes, err := c.defaultRoutes(family)
 		if err != nil {
 			return "", fmt.Errorf("list the node's default routes: %w", err)
 		}

@@ -12,7 +12,7 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/segment"
 )
 
-// VNITaken says that something else on the node uses a VNI on the same UDP port.
+// VNITaken is the error that something else on the node uses a VNI on the same UDP port.
 type VNITaken struct {
 	VNI  uint32
 	Port uint16
@@ -24,10 +24,11 @@ func (e *VNITaken) Error() string {
 	if e.By != "" {
 		by = fmt.Sprintf("%q", e.By)
 	}
-	return fmt.Sprintf("VNI %d on UDP port %d is in use by %s on this node; choose another vni or vxlanPort", e.VNI, e.Port, by)
+	return fmt.Sprintf("VNI %d on UDP port %d is in use by %s on this node; choose another vni or vxlanPort",
+		e.VNI, e.Port, by)
 }
 
-// addVXLAN makes the VXLAN from where its underlay and its UDP socket stay, the node's own netns, directly into the LAN's.
+// addVXLAN creates the VXLAN directly in the LAN's netns. Its underlay and its UDP socket are in the netns of the host.
 func addVXLAN(host, lan *conn, o segment.AddVXLAN) error {
 	a := netlink.NewLinkAttrs()
 	a.Name, a.MTU = o.Name, o.MTU
@@ -40,8 +41,8 @@ func addVXLAN(host, lan *conn, o segment.AddVXLAN) error {
 	}
 	err := host.LinkAdd(v)
 	if errors.Is(err, unix.EEXIST) {
-		if _, ours, lookErr := lan.link(o.Name); lookErr != nil || !ours {
-			return errors.Join(vniTaken(host, o.VXLAN), lookErr)
+		if _, ours, linkErr := lan.link(o.Name); linkErr != nil || !ours {
+			return errors.Join(vniTaken(host, o.VXLAN), linkErr)
 		}
 		err = nil
 	}
@@ -64,6 +65,7 @@ func addVXLAN(host, lan *conn, o segment.AddVXLAN) error {
 	})
 }
 
+// vniTaken returns the error for a VNI that is in use, with the link that uses it if that is in the host's netns.
 func vniTaken(host *conn, v segment.VXLAN) error {
 	taken := &VNITaken{VNI: v.VNI, Port: v.Port}
 	links, err := host.links()
@@ -78,7 +80,7 @@ func vniTaken(host *conn, v segment.VXLAN) error {
 	return taken
 }
 
-// ttl is 0, the kernel's own choice, for groups that stay on the link; others are meant to be routed.
+// ttl returns 0, the kernel's own choice, for a group that stays on the link, and 64 for addresses that may be routed.
 func ttl(v segment.VXLAN) uint8 {
 	if v.Group.IsLinkLocalMulticast() {
 		return 0
@@ -86,9 +88,9 @@ func ttl(v segment.VXLAN) uint8 {
 	return 64
 }
 
-// setVXLAN changes a VXLAN's group and source, each of which may be none: the unspecified address of the family then. The old
-// group is left and the new one joined in one step; what the VXLAN has learnt stays (vxlan_changelink in
-// drivers/net/vxlan/vxlan_core.c). Where the kernel does that only as a VXLAN goes down and up, so does this one, and frames are lost meanwhile.
+// setVXLAN changes a VXLAN's group and source. The kernel leaves the old group and joins the new one in one step, and
+// keeps what the VXLAN has learned (vxlan_changelink in drivers/net/vxlan/vxlan_core.c). An older kernel does so only
+// when a VXLAN goes down and up. Then setVXLAN sets it down and up, and frames are lost meanwhile.
 func (c *conn) setVXLAN(o segment.SetVXLAN) error {
 	if RejoinsGroups() {
 		return c.changeVXLAN(o)
@@ -104,14 +106,14 @@ func (c *conn) setVXLAN(o segment.SetVXLAN) error {
 	})
 }
 
-// RejoinsGroups says whether a VXLAN that is up leaves and joins groups when its own is changed: since Linux 6.15 ("vxlan: Join / leave MC
-// group after remote changes"); an older kernel that has it as well is not known by its number.
+// RejoinsGroups reports whether a VXLAN that is up leaves and joins groups when its own group changes: since Linux 6.15
+// ("vxlan: Join / leave MC group after remote changes"). It returns false for an older kernel with a backport.
 var RejoinsGroups = sync.OnceValue(func() bool {
 	var u unix.Utsname
 	return unix.Uname(&u) == nil && atLeast(unix.ByteSliceToString(u.Release[:]), 6, 15)
 })
 
-// atLeast compares the release of a kernel, such as 6.1.0-28-amd64.
+// atLeast reports whether a kernel's release, such as 6.1.0-28-amd64, is that version or a later one.
 func atLeast(release string, major, minor int) bool {
 	var x, y int
 	if _, err := fmt.Sscanf(release, "%d.%d", &x, &y); err != nil {
@@ -120,6 +122,7 @@ func atLeast(release string, major, minor int) bool {
 	return x > major || x == major && y >= minor
 }
 
+// changeVXLAN changes a VXLAN in one message.
 func (c *conn) changeVXLAN(o segment.SetVXLAN) error {
 	return c.request(o.Name, func(r *rtnl.Conn, index int) error { return r.ChangeVXLAN(index, o.VXLAN, ttl(o.VXLAN)) })
 }
