@@ -3,7 +3,7 @@ package manifests
 
 import "embed"
 
-// Files are the manifests, one YAML file for each definition.
+// Files has one YAML file for each definition.
 //
 //go:embed *.yaml
 var Files embed.FS

@@ -7,21 +7,22 @@ import (
 	"strings"
 )
 
-// Resource is the extended resource that kubelet advertises for a spoke or a pool.
+// Resource returns the name of the extended resource of a spoke or pool.
 func Resource(spoke string) string { return "macvtap.k8slan.io/" + VethNAD(spoke) }
 
-// VethNAD is the name of the NetworkAttachmentDefinition that gives a pod a veth on the spoke or pool.
+// VethNAD returns the name of the NetworkAttachmentDefinition that attaches a pod to the spoke or pool by a veth.
 func VethNAD(spoke string) string { return "k8slan-veth-" + spoke }
 
-// MacvtapNAD is the name of the NetworkAttachmentDefinition that gives a KubeVirt VM a macvtap on the spoke or pool.
+// MacvtapNAD returns the name of the NetworkAttachmentDefinition that attaches a KubeVirt VM to the spoke or pool by a
+// macvtap.
 func MacvtapNAD(spoke string) string { return "k8slan-mac-" + spoke }
 
-// DiscoveryOr is how the LAN's nodes find each other, where that is the default for LANs that do not say.
+// DiscoveryOr returns the spec's discovery or, without it, byDefault or, if that is empty too, multicast.
 func (l *LAN) DiscoveryOr(byDefault Discovery) Discovery {
 	return cmp.Or(l.Spec.Discovery, byDefault, Multicast)
 }
 
-// Strict says whether the LAN hears its own nodes alone, where that is how they find each other.
+// Strict says whether nodes drop the LAN's VXLAN packets from non-members, given the LAN's discovery.
 func (s *LANSpec) Strict(discovery Discovery) bool {
 	if s.StrictPeers != nil {
 		return *s.StrictPeers
@@ -29,27 +30,27 @@ func (s *LANSpec) Strict(discovery Discovery) bool {
 	return discovery == Unicast
 }
 
-// Set reads a way of discovery from a flag.
+// Set parses the value of a flag. It is part of pflag.Value, as are String and Type.
 func (d *Discovery) Set(s string) error {
 	switch Discovery(s) {
 	case Multicast, Unicast, EVPN:
 		*d = Discovery(s)
 		return nil
 	}
-	return fmt.Errorf("discovery is %s, %s or %s, not %q", Multicast, Unicast, EVPN, s)
+	return fmt.Errorf("discovery must be %s, %s or %s, not %q", Multicast, Unicast, EVPN, s)
 }
 
-// String is the word in the spec.
+// String returns the value as it is in a spec.
 func (d *Discovery) String() string { return string(*d) }
 
-// Type names the kind of value in a command's help.
+// Type returns the name of the flag's type in a command's help.
 func (d *Discovery) Type() string { return "discovery" }
 
-// Effective is the spec with every value that was left out filled in; it is never written back.
+// Effective returns the spec with defaults in place of missing values. It is never written back to the LAN.
 func (l *LAN) Effective() LANSpec {
 	s := *l.Spec.DeepCopy()
 	if s.NS == "" {
-		// A namespace has no dots, so the first dot separates and no two LANs derive the same name.
+		// A namespace has no dots, so the first dot separates it from the name, and no two LANs get the same ns.
 		s.NS = l.Namespace + "." + l.Name
 	}
 	if s.Bridge == "" {
@@ -73,7 +74,8 @@ func (l *LAN) Effective() LANSpec {
 	return s
 }
 
-// SpokesAndPools are those of the LAN's spokes and pools: what must be unique in the cluster, and what has a resource and NADs.
+// SpokesAndPools returns the names of the LAN's spokes and pools. Each must be unique in the cluster, and has a
+// resource and a pair of NADs.
 func (s *LANSpec) SpokesAndPools() []string {
 	names := slices.Clone(s.Spokes)
 	for _, pool := range s.SpokePools {
@@ -82,7 +84,7 @@ func (s *LANSpec) SpokesAndPools() []string {
 	return names
 }
 
-// Pool finds a pool by its name.
+// Pool returns the pool of that name and whether there is one.
 func (s *LANSpec) Pool(name string) (SpokePool, bool) {
 	i := slices.IndexFunc(s.SpokePools, func(p SpokePool) bool { return p.Name == name })
 	if i < 0 {
@@ -91,13 +93,15 @@ func (s *LANSpec) Pool(name string) (SpokePool, bool) {
 	return s.SpokePools[i], true
 }
 
-// SpokeOrPool is the name of what kubelet gave to the pod: the spoke or, of a port, its pool.
+// SpokeOrPool returns the spoke's name or, for a port of a pool, the pool's name. It names the resource that kubelet
+// allocated.
 func (a Attachment) SpokeOrPool() string { return cmp.Or(a.Pool, a.Spoke) }
 
-// OnDemand says whether no LAN object wants the segment: pods made it by naming its VNI.
+// OnDemand says whether the segment has no LAN object and exists because pods named its VNI.
 func (s *SegmentStatus) OnDemand() bool { return s.UID == "" && strings.HasPrefix(s.LAN, "megalos:") }
 
-// TxChecksumOff are the spokes and pools, sorted, whose txChecksum is off: their own word counts before the LAN's.
+// TxChecksumOff returns the names of the spokes and pools whose txChecksum is off, sorted. Their own setting overrides
+// that of the LAN.
 func (s *LANSpec) TxChecksumOff() []string {
 	var off []string
 	for _, spoke := range s.SpokesAndPools() {

@@ -1,4 +1,5 @@
-// Package v1beta1 holds the API types of lan.k8slan.io/v1beta1: LAN, which users write, and LANNode, which each node writes.
+// Package v1beta1 has the types of the API lan.k8slan.io/v1beta1: LAN, which users write, and LANNode, which the daemon
+// on each node writes.
 //
 // +kubebuilder:object:generate=true
 // +groupName=lan.k8slan.io

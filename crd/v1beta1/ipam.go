@@ -6,18 +6,19 @@ import (
 	"fmt"
 )
 
-// IPAM is a CNI IPAM section: the name of a plugin, and the keys that this plugin knows, kept as they were written.
+// IPAM is a CNI IPAM section: the name of an IPAM plugin and that plugin's own keys, which are kept as they were
+// written.
 type IPAM struct {
 	// Type is the name of the IPAM plugin, such as host-local, static, dhcp or whereabouts.
 	// +kubebuilder:validation:MaxLength=63
 	// +kubebuilder:validation:XValidation:rule="self.matches('^[A-Za-z0-9_][A-Za-z0-9_.-]*$')",message="ipam.type is the name of an IPAM plugin in the nodes' CNI directory, such as host-local or static"
 	Type string `json:"type"`
 
-	// Section is the whole section, type included, as compact JSON.
+	// Section is the whole section as compact JSON, type included.
 	Section json.RawMessage `json:"-"`
 }
 
-// UnmarshalJSON keeps the section whole; one that is no object is an error.
+// UnmarshalJSON keeps the whole section. It fails if the section is not a JSON object.
 func (i *IPAM) UnmarshalJSON(b []byte) error {
 	var head struct {
 		Type string `json:"type"`
@@ -33,7 +34,7 @@ func (i *IPAM) UnmarshalJSON(b []byte) error {
 	return nil
 }
 
-// MarshalJSON gives the section as it was read.
+// MarshalJSON returns the section as it was read.
 func (i IPAM) MarshalJSON() ([]byte, error) {
 	if i.Section == nil {
 		return json.Marshal(map[string]string{"type": i.Type})

@@ -5,7 +5,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 )
 
-// AttachmentKind is what the pod got: its end of a veth, or a macvtap.
+// AttachmentKind is the kind of the pod's interface: its end of a veth pair, or a macvtap.
 type AttachmentKind string
 
 // The kinds of attachment.
@@ -14,34 +14,34 @@ const (
 	KindMacvtap AttachmentKind = "macvtap"
 )
 
-// Attachment is one pod or VM on a spoke, as the node's kernel has it.
+// Attachment is one interface of one pod or VM on a spoke, as observed in the node's kernel.
 type Attachment struct {
-	// Spoke that is taken; of a pool the port, such as web_3.
+	// Spoke is the name of the spoke or of the pool's port, such as web_3.
 	Spoke string `json:"spoke"`
-	// Pool that the spoke is a port of; empty for a single spoke.
+	// Pool is the name of the pool to which the port belongs. It is empty for a spoke that is not in a pool.
 	// +optional
 	Pool string `json:"pool,omitempty"`
-	// Pod is namespace/name.
+	// Pod is the pod's namespace/name.
 	Pod string `json:"pod"`
-	// Interface is the link's name in the pod.
+	// Interface is the name of the interface in the pod.
 	Interface string `json:"interface"`
-	// MAC of that link.
+	// MAC is the MAC of that interface.
 	MAC string `json:"mac"`
 	// Kind is veth or macvtap.
 	Kind AttachmentKind `json:"kind"`
-	// Since when the pod is attached.
+	// Since is the time at which the pod was attached.
 	Since metav1.Time `json:"since"`
 }
 
-// SegmentState is the health of a LAN on one node.
+// SegmentState is the state of a LAN on one node.
 type SegmentState string
 
 // The states of a segment.
 const (
-	SegmentReady    SegmentState = "Ready"    // built and offered
-	SegmentDegraded SegmentState = "Degraded" // built and offered, but frames to other nodes are in doubt (underlay without carrier)
-	SegmentNotReady SegmentState = "NotReady" // not offered: pods wait
-	SegmentLeaving  SegmentState = "Leaving"  // no longer wanted here; stays until its last pod is gone
+	SegmentReady    SegmentState = "Ready"    // built, and its spokes are offered
+	SegmentDegraded SegmentState = "Degraded" // as Ready, but frames to other nodes may be lost
+	SegmentNotReady SegmentState = "NotReady" // its spokes are not offered: pods stay Pending
+	SegmentLeaving  SegmentState = "Leaving"  // no longer wanted on the node; stays until its last pod is gone
 )
 
 // Reasons of a segment that is not Ready.
@@ -51,79 +51,81 @@ const (
 	ReasonUnderlayDown       = "UnderlayDown"       // the device is down or has no carrier
 	ReasonMTUTooLarge        = "MTUTooLarge"        // spec.mtu does not fit the underlay
 	ReasonVNITaken           = "VNITaken"           // something else on the node uses the VNI on that port
-	ReasonBuildFailed        = "BuildFailed"        // the kernel refused; the message has its words
+	ReasonBuildFailed        = "BuildFailed"        // the kernel returned an error; the message has it
 	ReasonBGPDown            = "BGPDown"            // discovery evpn: no session is up
 	ReasonMACTwice           = "MACTwice"           // discovery evpn: a MAC is on this node and on another
-	ReasonRoutesWithheld     = "RoutesWithheld"     // discovery evpn: a peer takes no routes with an IPv6 VTEP
-	ReasonRoutesRefused      = "RoutesRefused"      // discovery evpn: another router tells what cannot be used
-	ReasonNonMembersAccepted = "NonMembersAccepted" // the kernel does not filter what is no member's; the message has its words
+	ReasonRoutesWithheld     = "RoutesWithheld"     // discovery evpn: a peer accepts no routes with an IPv6 VTEP
+	ReasonRoutesRefused      = "RoutesRefused"      // discovery evpn: a route of another router cannot be used
+	ReasonNonMembersAccepted = "NonMembersAccepted" // packets of non-members are not dropped; the message has the error
 )
 
 // SegmentStatus is one LAN on this node.
 type SegmentStatus struct {
-	// LAN is namespace/name, or megalos:<vni> of one that pods made by naming its VNI.
+	// LAN is the LAN's namespace/name, or megalos:<vni> for a segment without a LAN object.
 	LAN string `json:"lan"`
-	// UID of the LAN that this node has built; another one than the LAN's of that name if that was deleted and made anew, none where no LAN object wants it.
+	// UID is the UID of the LAN object for which the node built the segment. It differs from that of the present LAN of
+	// this name if the LAN was deleted and created again. It is empty for a segment without a LAN object.
 	UID types.UID `json:"uid"`
-	// Generation of the LAN that this node has built.
+	// Generation is the generation of the LAN object that the node has built.
 	// +optional
 	Generation int64 `json:"generation,omitempty"`
 	// State is Ready, Degraded, NotReady or Leaving.
 	State SegmentState `json:"state"`
-	// Reason is one word for a state that is not Ready.
+	// Reason is the reason of a state that is not Ready, in one word.
 	// +optional
 	Reason string `json:"reason,omitempty"`
-	// Message says what is wrong on this node and the way out.
+	// Message says what is wrong on this node and what to do about it.
 	// +optional
 	Message string `json:"message,omitempty"`
-	// VNI and port that the segment occupies on this node, also while it is leaving.
+	// VNI is the VXLAN network identifier that the segment uses on this node, also while it is leaving.
 	// +optional
 	VNI int32 `json:"vni,omitempty"`
 	// Port is the VXLAN's UDP port.
 	// +optional
 	Port int32 `json:"vxlanPort,omitempty"`
-	// NS is the name of the network namespace, a file under /run/k8slan/netns.
+	// NS is the name of the network namespace, which is a file in /run/k8slan/netns.
 	NS string `json:"ns"`
-	// Underlay is the device that carries the VXLAN; empty if none was found.
+	// Underlay is the device that carries the VXLAN packets. It is empty if the node has no such device.
 	// +optional
 	Underlay string `json:"underlay,omitempty"`
-	// VTEP is this node's address on the underlay.
+	// VTEP is the address at which this node sends and receives the LAN's VXLAN packets.
 	// +optional
 	VTEP string `json:"vtep,omitempty"`
-	// MTU that the LAN has on this node, in bytes.
+	// MTU is the LAN's MTU on this node, in bytes.
 	// +optional
 	MTU int32 `json:"mtu,omitempty"`
-	// Offered is the number of spokes, and ports of pools, that this node offers to kubelet, taken ones included.
+	// Offered is the number of spokes and ports of pools that this node offers, which means that it advertises them to
+	// kubelet as healthy. Attached ones are included.
 	// +optional
 	Offered int32 `json:"offered,omitempty"`
-	// Attachments on this node, sorted by spoke.
+	// Attachments are the LAN's attachments on this node, sorted by spoke.
 	// +optional
 	// +listType=atomic
 	Attachments []Attachment `json:"attachments,omitempty"`
 }
 
-// NodeUnderlay is a device of the node that carries LANs.
+// NodeUnderlay is a device of the node that carries VXLAN packets.
 type NodeUnderlay struct {
-	// Name of the device.
+	// Name is the name of the device.
 	Name string `json:"name"`
-	// Addresses that packets from there may bear, sorted: all that the device has. Other nodes take no other for this node's where a LAN
-	// says strictPeers.
+	// Addresses are all addresses of the device, sorted. With strictPeers, other nodes accept packets of this node from
+	// these addresses only.
 	// +optional
 	// +listType=atomic
 	Addresses []string `json:"addresses,omitempty"`
 }
 
-// GoneLAN is a LAN that is being deleted and of which a node has nothing left.
+// GoneLAN is a LAN that is being deleted and that the node has removed.
 type GoneLAN struct {
-	// LAN is namespace/name.
+	// LAN is the LAN's namespace/name.
 	LAN string `json:"lan"`
-	// UID of the LAN.
+	// UID is the LAN's UID.
 	UID types.UID `json:"uid"`
-	// Generation of the LAN that the node has seen deleted.
+	// Generation is the generation of the LAN object that the node observed as being deleted.
 	Generation int64 `json:"generation"`
 }
 
-// SessionState is whether a BGP session is there.
+// SessionState says whether a BGP session is established.
 type SessionState string
 
 // The states of a session.
@@ -132,44 +134,46 @@ const (
 	SessionDown SessionState = "Down"
 )
 
-// BGPSession is how it stands with a router from which this node hears of LANs with discovery evpn, and which it tells of them.
+// BGPSession is the state of this node's BGP session with one router, for LANs with discovery evpn.
 type BGPSession struct {
 	// Peer is the router's address and port.
 	Peer string `json:"peer"`
-	// AS that the router is to be of.
+	// AS is the number of the autonomous system in which the router is expected to be.
 	AS int64 `json:"as"`
 	// State is Up or Down.
 	State SessionState `json:"state"`
-	// Since when the session is in that state; of one that is being connected, when that began.
+	// Since is the time at which the session came into this state, or at which the node began to connect.
 	Since metav1.Time `json:"since"`
-	// Message says why the session is down, as far as that is known.
+	// Message says why the session is down, if that is known.
 	// +optional
 	Message string `json:"message,omitempty"`
 }
 
-// LANNodeStatus is written by the node of that name alone.
+// LANNodeStatus is the observed state of LANs on a node. Only the daemon on that node writes it.
 type LANNodeStatus struct {
-	// Segments are the LANs on this node, those that are leaving included; of each namespace (ns) there is one.
+	// Segments are the LANs on this node, including those that are leaving. There is one for each network namespace
+	// (ns).
 	// +optional
 	// +listType=atomic
 	Segments []SegmentStatus `json:"segments,omitempty"`
-	// Underlays are the devices that the segments use.
+	// Underlays are the devices that carry the segments' VXLAN packets.
 	// +optional
 	// +listType=map
 	// +listMapKey=name
 	Underlays []NodeUnderlay `json:"underlays,omitempty"`
-	// Sessions are the BGP sessions of this node, by the peers' addresses; none where EVPN is not set up.
+	// Sessions are the BGP sessions of this node, sorted by the peers' addresses. There are none without EVPN.
 	// +optional
 	// +listType=map
 	// +listMapKey=peer
 	Sessions []BGPSession `json:"sessions,omitempty"`
-	// Gone are LANs that are being deleted and of which this node has nothing left, no link, no offer and no pod: its word that it
-	// will not build them again. A LAN object goes when every node has given it; it leaves this list after that.
+	// Gone are the LANs that are being deleted and that this node has removed: no link, resource or attachment is left,
+	// and the node will not build them again. A LAN object is deleted when it is in this list of every node, and is
+	// then removed from the list.
 	// +optional
 	// +listType=map
 	// +listMapKey=uid
 	Gone []GoneLAN `json:"gone,omitempty"`
-	// Version of k8slan on the node.
+	// Version is the version of k8slan on the node.
 	// +optional
 	Version string `json:"version,omitempty"`
 	// LANs is the number of segments.
@@ -183,7 +187,7 @@ type LANNodeStatus struct {
 	Attached int32 `json:"attached"`
 }
 
-// LANNode is what one node has of each LAN. It bears the node's name and goes with the Node.
+// LANNode is what one node has of each LAN. It has the node's name and is deleted with the Node.
 //
 // +kubebuilder:object:root=true
 // +kubebuilder:subresource:status

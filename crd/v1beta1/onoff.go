@@ -5,27 +5,28 @@ import (
 	"fmt"
 )
 
-// OnOff is on or off; empty where nothing is said.
+// OnOff is "on" or "off". It is empty if the field is missing.
 type OnOff string
 
-// The positions of a switch.
+// The values of OnOff.
 const (
 	On  OnOff = "on"
 	Off OnOff = "off"
 )
 
-// UnmarshalJSON takes "on" and "off", and the booleans that YAML 1.1, and so kubectl, makes of both where they are not quoted.
-func (s *OnOff) UnmarshalJSON(b []byte) error {
+// UnmarshalJSON accepts "on" and "off", and true and false. YAML 1.1, which kubectl reads, turns on and off without
+// quotes into these booleans.
+func (o *OnOff) UnmarshalJSON(b []byte) error {
 	var value any
 	if err := json.Unmarshal(b, &value); err != nil {
-		return fmt.Errorf("a switch: %w", err)
+		return fmt.Errorf("on or off: %w", err)
 	}
 	switch value {
 	case nil:
 	case true, string(On):
-		*s = On
+		*o = On
 	case false, string(Off):
-		*s = Off
+		*o = Off
 	default:
 		return fmt.Errorf("%s is neither on nor off", b)
 	}
