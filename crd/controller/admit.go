@@ -11,41 +11,45 @@ import (
 	"github.com/k8slan/k8slan/crd/v1beta1"
 )
 
-// nodeSegment is a segment that a node has, whatever became of its LAN. The segments of lost nodes are none: they hold nothing back.
+// nodeSegment is a segment and the node that reports it. Segments of lost nodes are left out, so that nothing waits for
+// them.
 type nodeSegment struct {
 	Node string
 	v1beta1.SegmentStatus
 }
 
-// decision is what a LAN holds, and why not all that it asks for.
+// decision is what a LAN holds, and the reasons for which it does not hold all that it asks for.
 type decision struct {
-	Holds    *v1beta1.Holding  // nil: the LAN is refused
-	Conflict string            // why the LAN is refused, as a phrase: "vni 222 is default/lab's"
-	Remedy   string            // what to do about it
-	Refused  map[string]string // refused spokes and why, as phrases
+	Holds    *v1beta1.Holding  // nil if the LAN is refused
+	Conflict string            // why the LAN is refused, such as "vni 222 is held by default/lab"
+	Remedy   string            // what to do about the conflict
+	Refused  map[string]string // refused spokes and pools, each with its reason
 
 	Discovery v1beta1.Discovery // how its nodes find each other
 }
 
-// A LAN that is being deleted holds what it held, until it is gone.
+// beingDeleted says whether the LAN is being deleted. It then holds what it held until the object is gone.
 func beingDeleted(lan *v1beta1.LAN) bool { return !lan.DeletionTimestamp.IsZero() }
 
-// vniKey is what a VNI is unique by.
+// vniKey is a VNI and a UDP port. No two LANs hold the same pair.
 type vniKey struct{ vni, port int32 }
 
-// admission is the state of one run of admit: who holds what so far.
+// admission is the state of one run of admit: the LANs that hold something so far.
 type admission struct {
 	segments    []nodeSegment
 	nsHolder    map[string]*v1beta1.LAN
 	vniHolder   map[vniKey]*v1beta1.LAN
 	spokeHolder map[string]*v1beta1.LAN
-	keepsNS     map[types.UID]bool // has its ns since before
+	keepsNS     map[types.UID]bool // LANs that already hold their ns
 }
 
-// admit decides what each LAN holds, by UID. A LAN keeps what its status says it holds as long as its spec asks for it; what is
-// free goes to the LAN that was created first, then to the smaller UID. What a node still has of another LAN is not free, even if
-// that LAN is gone. A LAN that is being deleted keeps what it holds and gets nothing more.
-// No ns, no VNI on a port and no spoke ever has two holders in the answer, and answering the answer again changes nothing.
+// admit decides what each LAN holds, by UID. A LAN keeps what its status holds as long as its spec asks for it.
+// Anything free goes to the LAN that was created first, or to the smaller UID if two were created in the same second.
+// What a node still has of another LAN is not free, even if that LAN is gone. A LAN that is being deleted keeps what it
+// holds and gets nothing more.
+//
+// No ns, no VNI on a port and no spoke has two holders in the result. Once the result is in the LANs' statuses, admit
+// returns it again.
 func admit(lans []v1beta1.LAN, segments []nodeSegment) map[types.UID]decision {
 	a := admission{
 		segments:    segments,
@@ -54,11 +58,11 @@ func admit(lans []v1beta1.LAN, segments []nodeSegment) map[types.UID]decision {
 		spokeHolder: map[string]*v1beta1.LAN{},
 		keepsNS:     map[types.UID]bool{},
 	}
-	verdicts := map[types.UID]decision{}
+	decisions := map[types.UID]decision{}
 	var ranked []*v1beta1.LAN
 	for _, lan := range byAge(lans) {
 		if beingDeleted(lan) {
-			verdicts[lan.UID] = a.keepAll(lan)
+			decisions[lan.UID] = a.keepAll(lan)
 			continue
 		}
 		ranked = append(ranked, lan)
@@ -68,18 +72,18 @@ func admit(lans []v1beta1.LAN, segments []nodeSegment) map[types.UID]decision {
 		a.admitLAN(lan)
 	}
 	for _, lan := range ranked {
-		verdicts[lan.UID] = a.explain(lan)
+		decisions[lan.UID] = a.explain(lan)
 	}
 	for _, lan := range ranked {
-		a.keepSpokes(lan, verdicts[lan.UID])
+		a.keepSpokes(lan, decisions[lan.UID])
 	}
 	for _, lan := range ranked {
-		a.admitSpokes(lan, verdicts[lan.UID])
+		a.admitSpokes(lan, decisions[lan.UID])
 	}
-	return verdicts
+	return decisions
 }
 
-// byAge orders LANs by creation time, then UID.
+// byAge sorts LANs by creation time, then UID.
 func byAge(lans []v1beta1.LAN) []*v1beta1.LAN {
 	ranked := make([]*v1beta1.LAN, len(lans))
 	for i := range lans {
@@ -91,11 +95,11 @@ func byAge(lans []v1beta1.LAN) []*v1beta1.LAN {
 	return ranked
 }
 
-// The tenures of LANs.
+// The priorities of LANs, the highest first.
 const (
-	holdsAll     = iota // holds all that it asks for
-	changesPort         // holds its ns, but asks for another port now
-	holdsNothing        // holds nothing
+	holdsAll     = iota // holds the ns and VNI that it asks for
+	changesPort         // holds its ns, but now asks for another VNI or port
+	holdsNothing        // does not hold the ns that it asks for
 )
 
 func priorityOf(lan *v1beta1.LAN) int {
@@ -109,14 +113,14 @@ func priorityOf(lan *v1beta1.LAN) int {
 	return holdsAll
 }
 
-// byPriority puts holders first, then who moves, then newcomers.
+// byPriority sorts LANs by priority, and keeps the order of LANs with the same priority.
 func byPriority(ranked []*v1beta1.LAN) []*v1beta1.LAN {
 	ordered := slices.Clone(ranked)
 	slices.SortStableFunc(ordered, func(x, y *v1beta1.LAN) int { return cmp.Compare(priorityOf(x), priorityOf(y)) })
 	return ordered
 }
 
-// keepAll leaves a LAN that is being deleted all that it holds.
+// keepAll lets a LAN that is being deleted keep all that it holds.
 func (a admission) keepAll(lan *v1beta1.LAN) decision {
 	holds := lan.Status.Holds.DeepCopy()
 	if holds != nil {
@@ -128,16 +132,17 @@ func (a admission) keepAll(lan *v1beta1.LAN) decision {
 	return decision{Holds: holds}
 }
 
-// admitLAN gives the LAN its ns and VNI if both are free.
+// admitLAN lets the LAN hold its ns and VNI if both are free.
 func (a admission) admitLAN(lan *v1beta1.LAN) {
 	spec := lan.Effective()
 	key := vniKey{spec.VNI, spec.VXLANPort}
-	if a.nsHolder[spec.NS] == nil && a.vniHolder[key] == nil && len(a.othersInNS(lan)) == 0 && len(a.othersOnVNI(lan)) == 0 {
+	if a.nsHolder[spec.NS] == nil && a.vniHolder[key] == nil &&
+		len(a.othersInNS(lan)) == 0 && len(a.othersOnVNI(lan)) == 0 {
 		a.nsHolder[spec.NS], a.vniHolder[key] = lan, lan
 	}
 }
 
-// explain is the verdict on the LAN, but for its spokes.
+// explain returns the decision on the LAN's ns and VNI.
 func (a admission) explain(lan *v1beta1.LAN) decision {
 	spec := lan.Effective()
 	key := vniKey{spec.VNI, spec.VXLANPort}
@@ -148,9 +153,11 @@ func (a admission) explain(lan *v1beta1.LAN) decision {
 			Refused: map[string]string{},
 		}
 	case a.nsHolder[spec.NS] != nil:
-		return heldByOther(a.nsHolder[spec.NS], "ns "+spec.NS, "ns cannot change: delete this LAN and create it with another ns, or without one")
+		return heldByOther(a.nsHolder[spec.NS], "ns "+spec.NS,
+			"ns cannot be changed: delete this LAN and create it with another ns, or without one")
 	case a.vniHolder[key] != nil:
-		return heldByOther(a.vniHolder[key], "vni "+key.String(), "vni cannot change: choose another vxlanPort, or delete this LAN and create it with another vni")
+		return heldByOther(a.vniHolder[key], "vni "+key.String(),
+			"vni cannot be changed: choose another vxlanPort, or delete this LAN and create it with another vni")
 	}
 	if left := a.othersOnVNI(lan); len(left) > 0 {
 		return inUseOnNodes(left, "vni "+key.String())
@@ -158,37 +165,38 @@ func (a admission) explain(lan *v1beta1.LAN) decision {
 	return inUseOnNodes(a.othersInNS(lan), "ns "+spec.NS)
 }
 
-// heldByOther refuses a LAN what another one holds.
-func heldByOther(other *v1beta1.LAN, what, wayOut string) decision {
+// heldByOther refuses something to a LAN because another LAN holds it.
+func heldByOther(other *v1beta1.LAN, what, remedy string) decision {
 	if beingDeleted(other) {
 		return decision{
 			Conflict: fmt.Sprintf("%s is still in use by %s (being deleted)", what, lanName(other)),
-			Remedy:   fmt.Sprintf("it is taken up by itself when that LAN is gone; what it waits for: kubectl describe lan -n %s %s", other.Namespace, other.Name),
+			Remedy: fmt.Sprintf("this LAN gets it when that LAN is gone; "+
+				"kubectl describe lan -n %s %s says what that LAN waits for", other.Namespace, other.Name),
 		}
 	}
-	return decision{Conflict: fmt.Sprintf("%s is %s's", what, lanName(other)), Remedy: wayOut}
+	return decision{Conflict: fmt.Sprintf("%s is held by %s", what, lanName(other)), Remedy: remedy}
 }
 
-// inUseOnNodes refuses a LAN what nodes still have of others.
+// inUseOnNodes refuses something to a LAN because nodes still have these segments of other LANs.
 func inUseOnNodes(left []nodeSegment, what string) decision {
 	how := "leaving"
 	if left[0].OnDemand() {
-		how = "made by its pods"
+		how = "created by its pods"
 	}
-	v := decision{
+	d := decision{
 		Conflict: fmt.Sprintf("%s is still in use by %s (%s) on node %s", what, left[0].LAN, how, left[0].Node),
-		Remedy:   "it is taken up by itself when the node has let it go",
+		Remedy:   "this LAN gets it when the node has removed it",
 	}
 	if more := len(left) - 1; more > 0 {
-		v.Conflict += fmt.Sprintf(" and %d more", more)
+		d.Conflict += fmt.Sprintf(" and %d more", more)
 	}
 	if pods := attachmentsIn(left, func(v1beta1.Attachment) bool { return true }); len(pods) > 0 {
-		v.Remedy = "it is taken up by itself when these pods are gone: " + enumerate(pods, ", ")
+		d.Remedy = "this LAN gets it when these pods are gone: " + enumerate(pods, ", ")
 	}
-	return v
+	return d
 }
 
-// othersInNS are the segments of other LANs under the name of the LAN's ns; none for a LAN that has the ns already.
+// othersInNS returns the segments of other LANs in the LAN's ns. It returns none for a LAN that already holds the ns.
 func (a admission) othersInNS(lan *v1beta1.LAN) []nodeSegment {
 	if a.keepsNS[lan.UID] {
 		return nil
@@ -197,8 +205,8 @@ func (a admission) othersInNS(lan *v1beta1.LAN) []nodeSegment {
 	return a.otherSegments(lan, func(s nodeSegment) bool { return s.NS == ns })
 }
 
-// othersOnVNI are the segments of other LANs that occupy the LAN's VNI and are there to stay until a pod or the node lets them go. Those of a
-// LAN that moved to another port are not: their node rebuilds them in a moment.
+// othersOnVNI returns the segments of other LANs that use the LAN's VNI and port. It leaves out segments of a LAN that
+// has changed its port, because their nodes will soon rebuild them, unless they are leaving.
 func (a admission) othersOnVNI(lan *v1beta1.LAN) []nodeSegment {
 	if priorityOf(lan) == holdsAll {
 		return nil
@@ -208,14 +216,14 @@ func (a admission) othersOnVNI(lan *v1beta1.LAN) []nodeSegment {
 		if s.VNI != spec.VNI || s.Port != spec.VXLANPort {
 			return false
 		}
-		moves := a.keepsNS[s.UID] && (a.keepsNS[lan.UID] || a.nsHolder[s.NS] != nil && a.nsHolder[s.NS].UID == s.UID)
-		return !moves || s.State == v1beta1.SegmentLeaving
+		rebuilt := a.keepsNS[s.UID] && (a.keepsNS[lan.UID] || a.nsHolder[s.NS] != nil && a.nsHolder[s.NS].UID == s.UID)
+		return !rebuilt || s.State == v1beta1.SegmentLeaving
 	})
 }
 
-// keepSpokes leaves an admitted LAN the spokes and pools that it holds and still asks for.
-func (a admission) keepSpokes(lan *v1beta1.LAN, v decision) {
-	if v.Holds == nil || lan.Status.Holds == nil {
+// keepSpokes lets an admitted LAN keep the spokes and pools that it holds and still asks for.
+func (a admission) keepSpokes(lan *v1beta1.LAN, d decision) {
+	if d.Holds == nil || lan.Status.Holds == nil {
 		return
 	}
 	names := lan.Spec.SpokesAndPools()
@@ -226,30 +234,32 @@ func (a admission) keepSpokes(lan *v1beta1.LAN, v decision) {
 	}
 }
 
-// admitSpokes gives an admitted LAN those of its spokes and pools that nobody holds, and fills in what it holds and what is refused.
-func (a admission) admitSpokes(lan *v1beta1.LAN, v decision) {
-	if v.Holds == nil {
+// admitSpokes lets an admitted LAN hold those of its spokes and pools that are free. It fills in d.Holds.Spokes and
+// d.Refused.
+func (a admission) admitSpokes(lan *v1beta1.LAN, d decision) {
+	if d.Holds == nil {
 		return
 	}
 	for _, spoke := range slices.Sorted(slices.Values(lan.Spec.SpokesAndPools())) {
 		holder := a.spokeHolder[spoke]
 		if holder != nil && holder != lan {
-			v.Refused[spoke] = heldByOther(holder, "spoke "+spoke, "").Conflict
+			d.Refused[spoke] = heldByOther(holder, "spoke "+spoke, "").Conflict
 			continue
 		}
 		if holder == nil {
-			everywhere := a.otherSegments(lan, func(nodeSegment) bool { return true })
-			if pods := attachmentsIn(everywhere, func(p v1beta1.Attachment) bool { return p.SpokeOrPool() == spoke }); len(pods) > 0 {
-				v.Refused[spoke] = fmt.Sprintf("spoke %s is still in use by %s", spoke, enumerate(pods, ", "))
+			others := a.otherSegments(lan, func(nodeSegment) bool { return true })
+			onSpoke := func(p v1beta1.Attachment) bool { return p.SpokeOrPool() == spoke }
+			if pods := attachmentsIn(others, onSpoke); len(pods) > 0 {
+				d.Refused[spoke] = fmt.Sprintf("spoke %s is still in use by %s", spoke, enumerate(pods, ", "))
 				continue
 			}
 		}
 		a.spokeHolder[spoke] = lan
-		v.Holds.Spokes = append(v.Holds.Spokes, spoke)
+		d.Holds.Spokes = append(d.Holds.Spokes, spoke)
 	}
 }
 
-// otherSegments are the segments of other LANs that match.
+// otherSegments returns the segments of other LANs that match.
 func (a admission) otherSegments(lan *v1beta1.LAN, match func(nodeSegment) bool) []nodeSegment {
 	var segments []nodeSegment
 	for _, s := range a.segments {
@@ -260,7 +270,7 @@ func (a admission) otherSegments(lan *v1beta1.LAN, match func(nodeSegment) bool)
 	return segments
 }
 
-// attachmentsIn are the attachments that match, in words: "default/srl-1 on worker1 (spoke srl of LAN default/lab)".
+// attachmentsIn returns the attachments that match, such as "default/srl-1 on worker1 (spoke srl of LAN default/lab)".
 func attachmentsIn(segments []nodeSegment, match func(v1beta1.Attachment) bool) []string {
 	var words []string
 	for _, s := range segments {
@@ -273,19 +283,20 @@ func attachmentsIn(segments []nodeSegment, match func(v1beta1.Attachment) bool) 
 	return words
 }
 
-// heldVNIs are those that LANs hold.
+// heldVNIs returns the VNIs that LANs hold according to their statuses.
 func heldVNIs(lans []v1beta1.LAN) map[vniKey]bool {
-	taken := map[vniKey]bool{}
+	held := map[vniKey]bool{}
 	for i := range lans {
 		if h := lans[i].Status.Holds; h != nil {
-			taken[vniKey{h.VNI, h.Port}] = true
+			held[vniKey{h.VNI, h.Port}] = true
 		}
 	}
-	return taken
+	return held
 }
 
-// heldThroughout is what a LAN held before and still holds: what may be written before anything is granted. A LAN that moves to another
-// port, where nobody has its VNI, keeps the rest: without anything held, nodes would tear it down.
+// heldThroughout returns what a LAN holds both before and after. It can be written before any LAN is granted more. A
+// LAN that changes to a port on which its VNI is free keeps the rest, because nodes would remove a LAN that holds
+// nothing.
 func heldThroughout(before, after *v1beta1.Holding, taken map[vniKey]bool) *v1beta1.Holding {
 	if before == nil || after == nil || before.NS != after.NS {
 		return nil
@@ -294,16 +305,16 @@ func heldThroughout(before, after *v1beta1.Holding, taken map[vniKey]bool) *v1be
 	if now != (vniKey{before.VNI, before.Port}) && taken[now] {
 		return nil
 	}
-	k := &v1beta1.Holding{NS: after.NS, VNI: after.VNI, Port: after.Port, Discovery: before.Discovery}
+	both := &v1beta1.Holding{NS: after.NS, VNI: after.VNI, Port: after.Port, Discovery: before.Discovery}
 	for _, spoke := range after.Spokes {
 		if slices.Contains(before.Spokes, spoke) {
-			k.Spokes = append(k.Spokes, spoke)
+			both.Spokes = append(both.Spokes, spoke)
 		}
 	}
-	return k
+	return both
 }
 
-// String names the port where it is not the usual one.
+// String returns the VNI, and the port if it is not the default.
 func (k vniKey) String() string {
 	if k.port == v1beta1.DefaultPort {
 		return fmt.Sprint(k.vni)
@@ -313,11 +324,11 @@ func (k vniKey) String() string {
 
 func lanName(lan *v1beta1.LAN) string { return lan.Namespace + "/" + lan.Name }
 
-// enumerate joins the first few words and says how many more there are.
-func enumerate(words []string, separator string) string {
-	const few = 3
-	if more := len(words) - few; more > 1 {
-		words = append(slices.Clone(words[:few]), fmt.Sprintf("and %d more", more))
+// enumerate joins the first three items and the number of the others.
+func enumerate(items []string, separator string) string {
+	const most = 3
+	if more := len(items) - most; more > 1 {
+		items = append(slices.Clone(items[:most]), fmt.Sprintf("and %d more", more))
 	}
-	return strings.Join(words, separator)
+	return strings.Join(items, separator)
 }

@@ -18,7 +18,7 @@ import (
 
 var epoch = metav1.NewTime(time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC))
 
-// lan is default/<name>, created that many seconds after the epoch, with UID uid-<name>.
+// lan returns the LAN default/<name> with UID uid-<name>, created that many seconds after the epoch.
 func lan(name string, second int, vni int32, spokes ...string) v1beta1.LAN {
 	return v1beta1.LAN{
 		ObjectMeta: metav1.ObjectMeta{
@@ -29,7 +29,7 @@ func lan(name string, second int, vni int32, spokes ...string) v1beta1.LAN {
 	}
 }
 
-// with changes a copy of a LAN.
+// with returns a changed copy of a LAN.
 func with(l v1beta1.LAN, changes ...func(*v1beta1.LAN)) v1beta1.LAN {
 	l = *l.DeepCopy()
 	for _, change := range changes {
@@ -42,7 +42,7 @@ func ns(name string) func(*v1beta1.LAN)    { return func(l *v1beta1.LAN) { l.Spe
 func port(port int32) func(*v1beta1.LAN)   { return func(l *v1beta1.LAN) { l.Spec.VXLANPort = port } }
 func uid(uid types.UID) func(*v1beta1.LAN) { return func(l *v1beta1.LAN) { l.UID = uid } }
 
-// withPools gives the LAN pools of three ports.
+// withPools adds pools of three ports to the spec.
 func withPools(names ...string) func(*v1beta1.LAN) {
 	return func(l *v1beta1.LAN) {
 		for _, name := range names {
@@ -59,33 +59,35 @@ func holding(spokes ...string) func(*v1beta1.LAN) {
 	}
 }
 
-// deleting makes somebody have deleted the LAN.
+// deleting marks the LAN as being deleted.
 func deleting(l *v1beta1.LAN) {
 	l.DeletionTimestamp, l.Finalizers = &epoch, []string{v1beta1.Finalizer}
 }
 
-// leavingSegment is a segment on worker1 that is leaving; its ns is derived from the LAN's name.
+// leavingSegment returns a segment on worker1 that is leaving. Its ns is the default for the LAN's name.
 func leavingSegment(uid types.UID, lan string, vni int32, pods ...v1beta1.Attachment) nodeSegment {
 	return nodeSegment{"worker1", v1beta1.SegmentStatus{
-		LAN: lan, UID: uid, NS: strings.Replace(lan, "/", ".", 1), VNI: vni, Port: 4789, State: v1beta1.SegmentLeaving, Attachments: pods,
+		LAN: lan, UID: uid, NS: strings.Replace(lan, "/", ".", 1), VNI: vni, Port: 4789, State: v1beta1.SegmentLeaving,
+		Attachments: pods,
 	}}
 }
 
-// readySegment is a segment of default/<name> on worker1 that is well.
+// readySegment returns a Ready segment of default/<name> on worker1.
 func readySegment(name string, vni, port int32) nodeSegment {
 	return nodeSegment{"worker1", v1beta1.SegmentStatus{
-		LAN: "default/" + name, UID: types.UID("uid-" + name), NS: "default." + name, VNI: vni, Port: port, State: v1beta1.SegmentReady,
+		LAN: "default/" + name, UID: types.UID("uid-" + name), NS: "default." + name, VNI: vni, Port: port,
+		State: v1beta1.SegmentReady,
 	}}
 }
 
 // summary is a verdict in one line.
-func summary(v decision) string {
-	if v.Holds == nil {
-		return v.Conflict
+func summary(d decision) string {
+	if d.Holds == nil {
+		return d.Conflict
 	}
-	words := []string{"holds " + strings.Join(v.Holds.Spokes, ",")}
-	for _, spoke := range slices.Sorted(maps.Keys(v.Refused)) {
-		words = append(words, v.Refused[spoke])
+	words := []string{"holds " + strings.Join(d.Holds.Spokes, ",")}
+	for _, spoke := range slices.Sorted(maps.Keys(d.Refused)) {
+		words = append(words, d.Refused[spoke])
 	}
 	return strings.Join(words, "; ")
 }
@@ -104,70 +106,76 @@ func TestHolderKeepsAndOldestLANGetsWhatIsFree(t *testing.T) {
 			map[string]string{"a": "holds srl,vm", "b": "holds x"},
 		},
 		{
-			"a pool's name is a spoke's",
-			[]v1beta1.LAN{with(lan("a", 0, 1), withPools("web", "db")), with(lan("b", 1, 2, "web", "x"), withPools("db", "y"))},
+			"pools and spokes share their names",
+			[]v1beta1.LAN{with(lan("a", 0, 1), withPools("web", "db")),
+				with(lan("b", 1, 2, "web", "x"), withPools("db", "y"))},
 			nil,
-			map[string]string{"a": "holds db,web", "b": "holds x,y; spoke db is default/a's; spoke web is default/a's"},
+			map[string]string{
+				"a": "holds db,web",
+				"b": "holds x,y; spoke db is held by default/a; spoke web is held by default/a",
+			},
 		},
 		{
 			"a pool is not free while a pod has a port of that name",
 			[]v1beta1.LAN{with(lan("a", 0, 1, "x"), withPools("web"))},
-			[]nodeSegment{leavingSegment("uid-gone", "default/gone", 7, v1beta1.Attachment{Spoke: "web_3", Pool: "web", Pod: "default/web-1"})},
-			map[string]string{"a": "holds x; spoke web is still in use by default/web-1 on worker1 (spoke web_3 of LAN default/gone)"},
+			[]nodeSegment{leavingSegment("uid-gone", "default/gone", 7,
+				v1beta1.Attachment{Spoke: "web_3", Pool: "web", Pod: "default/web-1"})},
+			map[string]string{"a": "holds x; spoke web is still in use by default/web-1 on worker1 (spoke web_3 of " +
+				"LAN default/gone)"},
 		},
 		{
-			"of two new LANs with one VNI the older gets it",
+			"the older of two new LANs gets their VNI",
 			[]v1beta1.LAN{lan("young", 1, 222, "x"), lan("lab", 0, 222, "y")},
 			nil,
-			map[string]string{"lab": "holds y", "young": "vni 222 is default/lab's"},
+			map[string]string{"lab": "holds y", "young": "vni 222 is held by default/lab"},
 		},
 		{
-			"of two created in the same second the smaller UID gets it",
+			"the smaller UID of two LANs created in the same second gets their VNI",
 			[]v1beta1.LAN{lan("b", 0, 222, "x"), lan("a", 0, 222, "y")},
 			nil,
-			map[string]string{"a": "holds y", "b": "vni 222 is default/a's"},
+			map[string]string{"a": "holds y", "b": "vni 222 is held by default/a"},
 		},
 		{
-			"a holder keeps its VNI against an older LAN",
+			"a holder keeps its VNI when an older LAN asks for it",
 			[]v1beta1.LAN{lan("old", 0, 222, "x"), with(lan("holder", 9, 222, "y"), holding("y"))},
 			nil,
-			map[string]string{"holder": "holds y", "old": "vni 222 is default/holder's"},
+			map[string]string{"holder": "holds y", "old": "vni 222 is held by default/holder"},
 		},
 		{
-			"one VNI on two ports is two claims",
+			"one VNI can be held on two ports",
 			[]v1beta1.LAN{lan("a", 0, 222, "x"), with(lan("b", 1, 222, "y"), port(4790))},
 			nil,
 			map[string]string{"a": "holds x", "b": "holds y"},
 		},
 		{
-			"an unusual port is named",
+			"a port that is not the default is in the message",
 			[]v1beta1.LAN{with(lan("a", 0, 222, "x"), port(4790)), with(lan("b", 1, 222, "y"), port(4790))},
 			nil,
-			map[string]string{"a": "holds x", "b": "vni 222 on port 4790 is default/a's"},
+			map[string]string{"a": "holds x", "b": "vni 222 on port 4790 is held by default/a"},
 		},
 		{
-			"the default port clashes with itself written out",
+			"the default port conflicts with the same port in a spec",
 			[]v1beta1.LAN{lan("a", 0, 222, "x"), with(lan("b", 1, 222, "y"), port(4789))},
 			nil,
-			map[string]string{"a": "holds x", "b": "vni 222 is default/a's"},
+			map[string]string{"a": "holds x", "b": "vni 222 is held by default/a"},
 		},
 		{
-			"a given ns clashes with a derived one",
+			"an ns in a spec conflicts with a default ns",
 			[]v1beta1.LAN{lan("a", 0, 1, "x"), with(lan("b", 1, 2, "y"), ns("default.a"))},
 			nil,
-			map[string]string{"a": "holds x", "b": "ns default.a is default/a's"},
+			map[string]string{"a": "holds x", "b": "ns default.a is held by default/a"},
 		},
 		{
-			"a clash over a spoke refuses that spoke alone",
+			"a conflict over a spoke refuses only that spoke",
 			[]v1beta1.LAN{lan("a", 0, 1, "srl", "vm"), lan("b", 1, 2, "srl", "host")},
 			nil,
-			map[string]string{"a": "holds srl,vm", "b": "holds host; spoke srl is default/a's"},
+			map[string]string{"a": "holds srl,vm", "b": "holds host; spoke srl is held by default/a"},
 		},
 		{
-			"a refused LAN holds no spoke back",
+			"a refused LAN holds no spoke",
 			[]v1beta1.LAN{lan("a", 0, 1, "x"), lan("b", 1, 1, "srl"), lan("c", 2, 3, "srl")},
 			nil,
-			map[string]string{"a": "holds x", "b": "vni 1 is default/a's", "c": "holds srl"},
+			map[string]string{"a": "holds x", "b": "vni 1 is held by default/a", "c": "holds srl"},
 		},
 		{
 			"a spoke that the holder no longer asks for is free",
@@ -176,43 +184,46 @@ func TestHolderKeepsAndOldestLANGetsWhatIsFree(t *testing.T) {
 			map[string]string{"a": "holds x", "b": "holds srl"},
 		},
 		{
-			"a holder keeps its spoke against an older LAN that adds it",
-			[]v1beta1.LAN{with(lan("old", 0, 1, "x", "srl"), holding("x")), with(lan("b", 1, 2, "srl"), holding("srl"))},
+			"a holder keeps its spoke when an older LAN adds it",
+			[]v1beta1.LAN{with(lan("old", 0, 1, "x", "srl"), holding("x")),
+				with(lan("b", 1, 2, "srl"), holding("srl"))},
 			nil,
-			map[string]string{"old": "holds x; spoke srl is default/b's", "b": "holds srl"},
+			map[string]string{"old": "holds x; spoke srl is held by default/b", "b": "holds srl"},
 		},
 		{
-			"a holder that moves to a taken port is refused and its ns is free",
-			[]v1beta1.LAN{with(lan("a", 0, 1, "x"), holding("x"), port(4790)), with(lan("b", 1, 1, "y"), port(4790), holding("y"))},
+			"a holder that changes to a port on which its VNI is held is refused",
+			[]v1beta1.LAN{with(lan("a", 0, 1, "x"), holding("x"), port(4790)),
+				with(lan("b", 1, 1, "y"), port(4790), holding("y"))},
 			nil,
-			map[string]string{"a": "vni 1 on port 4790 is default/b's", "b": "holds y"},
+			map[string]string{"a": "vni 1 on port 4790 is held by default/b", "b": "holds y"},
 		},
 		{
-			"a holder that moves to a free port keeps its ns against an older LAN",
-			[]v1beta1.LAN{with(lan("a", 1, 1, "x"), holding("x"), port(4790)), with(lan("old", 0, 2, "y"), ns("default.a"))},
+			"a holder that changes to a free port keeps its ns when an older LAN asks for it",
+			[]v1beta1.LAN{with(lan("a", 1, 1, "x"), holding("x"), port(4790)),
+				with(lan("old", 0, 2, "y"), ns("default.a"))},
 			nil,
-			map[string]string{"a": "holds x", "old": "ns default.a is default/a's"},
+			map[string]string{"a": "holds x", "old": "ns default.a is held by default/a"},
 		},
 		{
-			"an ns that pods of a deleted LAN hang on is not free",
+			"an ns with pods of a deleted LAN is not free",
 			[]v1beta1.LAN{with(lan("lab", 5, 1, "srl"), uid("new"))},
 			[]nodeSegment{leavingSegment("old", "default/lab", 1, pod("srl", "srl-1"))},
 			map[string]string{"lab": "vni 1 is still in use by default/lab (leaving) on node worker1"},
 		},
 		{
-			"nor is one of which a node has not taken everything away",
+			"an ns that a node has not removed yet is not free",
 			[]v1beta1.LAN{with(lan("lab", 5, 2, "srl"), uid("new"))},
 			[]nodeSegment{leavingSegment("old", "default/lab", 1)},
 			map[string]string{"lab": "ns default.lab is still in use by default/lab (leaving) on node worker1"},
 		},
 		{
-			"nor one of which nobody knows whose it is",
+			"an ns on a node is not free even if its LAN is unknown",
 			[]v1beta1.LAN{lan("lab", 5, 2, "srl")},
 			[]nodeSegment{leavingSegment("", "default/lab", 0)},
 			map[string]string{"lab": "ns default.lab is still in use by default/lab (leaving) on node worker1"},
 		},
 		{
-			"a VNI that a node still has of a LAN that is gone is not free",
+			"a VNI that a node still has after its LAN is gone is not free",
 			[]v1beta1.LAN{lan("b", 0, 1, "srl"), lan("c", 1, 1, "x")},
 			[]nodeSegment{leavingSegment("old", "default/a", 1), leavingSegment("old", "default/a", 1)},
 			map[string]string{
@@ -221,26 +232,31 @@ func TestHolderKeepsAndOldestLANGetsWhatIsFree(t *testing.T) {
 			},
 		},
 		{
-			"nor is one that pods have by its name",
+			"a VNI of a segment without a LAN object is not free",
 			[]v1beta1.LAN{lan("lab", 5, 1, "srl")},
-			[]nodeSegment{{"worker1", v1beta1.SegmentStatus{LAN: "megalos:1", NS: "megalos-1", VNI: 1, Port: 4789, State: v1beta1.SegmentReady}}},
-			map[string]string{"lab": "vni 1 is still in use by megalos:1 (made by its pods) on node worker1"},
+			[]nodeSegment{{"worker1", v1beta1.SegmentStatus{LAN: "megalos:1", NS: "megalos-1", VNI: 1, Port: 4789,
+				State: v1beta1.SegmentReady}}},
+			map[string]string{"lab": "vni 1 is still in use by megalos:1 (created by its pods) on node worker1"},
 		},
 		{
-			"on another port it is",
+			"a VNI that a node still has is free on another port",
 			[]v1beta1.LAN{with(lan("b", 0, 1, "srl"), port(4790))},
 			[]nodeSegment{leavingSegment("old", "default/a", 1)},
 			map[string]string{"b": "holds srl"},
 		},
 		{
-			"who holds a VNI keeps it, whatever comes back",
+			"a holder keeps its VNI when a node with an old segment comes back",
 			[]v1beta1.LAN{with(lan("b", 0, 1, "srl"), holding("srl"))},
 			[]nodeSegment{leavingSegment("old", "default/b", 1, pod("srl", "srl-1"))},
 			map[string]string{"b": "holds srl"},
 		},
 		{
 			"a LAN that is being deleted keeps what it holds, whatever its spec says",
-			[]v1beta1.LAN{with(lan("a", 0, 1, "srl", "vm"), holding("srl", "vm"), port(4790), func(l *v1beta1.LAN) { l.Spec.Spokes = []string{"x"} }, deleting), lan("b", 1, 1, "y"), lan("c", 2, 2, "srl", "x")},
+			[]v1beta1.LAN{
+				with(lan("a", 0, 1, "srl", "vm"), holding("srl", "vm"), port(4790),
+					func(l *v1beta1.LAN) { l.Spec.Spokes = []string{"x"} }, deleting),
+				lan("b", 1, 1, "y"), lan("c", 2, 2, "srl", "x"),
+			},
 			nil,
 			map[string]string{
 				"a": "holds srl,vm", "b": "vni 1 is still in use by default/a (being deleted)",
@@ -248,31 +264,35 @@ func TestHolderKeepsAndOldestLANGetsWhatIsFree(t *testing.T) {
 			},
 		},
 		{
-			"a LAN that is being deleted is given nothing",
+			"a LAN that is being deleted gets nothing",
 			[]v1beta1.LAN{with(lan("a", 0, 1, "srl"), deleting), lan("b", 1, 1, "srl")},
 			nil,
 			map[string]string{"a": "", "b": "holds srl"},
 		},
 		{
-			"two LANs that swap their ports are in nobody's way",
-			[]v1beta1.LAN{with(lan("a", 0, 1, "x"), holding("x"), port(4790)), with(lan("b", 1, 1, "y"), port(4790), holding("y"), port(4789))},
+			"two LANs can swap their ports",
+			[]v1beta1.LAN{with(lan("a", 0, 1, "x"), holding("x"), port(4790)),
+				with(lan("b", 1, 1, "y"), port(4790), holding("y"), port(4789))},
 			[]nodeSegment{readySegment("a", 1, 4789), readySegment("b", 1, 4790)},
 			map[string]string{"a": "holds x", "b": "holds y"},
 		},
 		{
-			"a VNI that another LAN has just left is free, unless a pod keeps it on a node",
-			[]v1beta1.LAN{with(lan("a", 0, 1, "x"), holding("x"), port(4790)), lan("b", 1, 1, "y"), with(lan("c", 0, 2, "z"), holding("z"), port(4790)), lan("d", 1, 2, "w")},
+			"a VNI that another LAN has just stopped using is free, unless a pod keeps it on a node",
+			[]v1beta1.LAN{with(lan("a", 0, 1, "x"), holding("x"), port(4790)), lan("b", 1, 1, "y"),
+				with(lan("c", 0, 2, "z"), holding("z"), port(4790)), lan("d", 1, 2, "w")},
 			[]nodeSegment{readySegment("a", 1, 4789), leavingSegment("uid-c", "default/c", 2, pod("z", "pod-z"))},
-			map[string]string{"a": "holds x", "b": "holds y", "c": "holds z", "d": "vni 2 is still in use by default/c (leaving) on node worker1"},
+			map[string]string{"a": "holds x", "b": "holds y", "c": "holds z",
+				"d": "vni 2 is still in use by default/c (leaving) on node worker1"},
 		},
 		{
-			"a spoke that a pod of another LAN hangs on is not free",
+			"a spoke with a pod of another LAN is not free",
 			[]v1beta1.LAN{with(lan("a", 0, 1, "x"), holding("x")), lan("b", 1, 2, "srl", "y")},
 			[]nodeSegment{leavingSegment("uid-a", "default/a", 1, pod("srl", "srl-1"))},
-			map[string]string{"a": "holds x", "b": "holds y; spoke srl is still in use by default/srl-1 on worker1 (spoke srl of LAN default/a)"},
+			map[string]string{"a": "holds x",
+				"b": "holds y; spoke srl is still in use by default/srl-1 on worker1 (spoke srl of LAN default/a)"},
 		},
 		{
-			"a LAN's own pods do not stand in its way",
+			"a LAN gets a spoke with its own pods",
 			[]v1beta1.LAN{lan("a", 0, 1, "srl")},
 			[]nodeSegment{leavingSegment("uid-a", "default/a", 1, pod("srl", "srl-1"))},
 			map[string]string{"a": "holds srl"},
@@ -280,10 +300,10 @@ func TestHolderKeepsAndOldestLANGetsWhatIsFree(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			have := map[string]string{}
-			for uid, v := range admit(test.lans, test.left) {
+			for uid, d := range admit(test.lans, test.left) {
 				for _, l := range test.lans {
 					if l.UID == uid {
-						have[l.Name] = summary(v)
+						have[l.Name] = summary(d)
 					}
 				}
 			}
@@ -294,7 +314,8 @@ func TestHolderKeepsAndOldestLANGetsWhatIsFree(t *testing.T) {
 	}
 }
 
-// randomLANs are a few LANs that clash a lot; some hold what they ask for, some what they once asked for, some nothing.
+// randomLANs returns a few LANs with many conflicts. Some hold what they ask for, some what they once asked for, and
+// some nothing.
 func randomLANs(r *rand.Rand) []v1beta1.LAN {
 	pick := func() string { return string(rune('a' + r.IntN(5))) }
 	lans := make([]v1beta1.LAN, 1+r.IntN(7))
@@ -321,7 +342,7 @@ func randomLANs(r *rand.Rand) []v1beta1.LAN {
 func failIfHeldTwice(t *testing.T, lans []v1beta1.LAN, holds func(*v1beta1.LAN) *v1beta1.Holding) {
 	t.Helper()
 	held := map[string]string{}
-	claim := func(l *v1beta1.LAN, what string) {
+	hold := func(l *v1beta1.LAN, what string) {
 		if held[what] != "" {
 			t.Fatalf("%s is held by %s and by %s", what, held[what], l.Name)
 		}
@@ -332,10 +353,10 @@ func failIfHeldTwice(t *testing.T, lans []v1beta1.LAN, holds func(*v1beta1.LAN) 
 		if h == nil {
 			continue
 		}
-		claim(&lans[i], "ns "+h.NS)
-		claim(&lans[i], fmt.Sprintf("vni %d port %d", h.VNI, h.Port))
+		hold(&lans[i], "ns "+h.NS)
+		hold(&lans[i], fmt.Sprintf("vni %d port %d", h.VNI, h.Port))
 		for _, spoke := range h.Spokes {
-			claim(&lans[i], "spoke "+spoke)
+			hold(&lans[i], "spoke "+spoke)
 		}
 	}
 }
@@ -344,20 +365,20 @@ func TestAdmissionHasOneHolderAndIsStable(t *testing.T) {
 	r := rand.New(rand.NewPCG(1, 2))
 	for range 20000 {
 		lans := randomLANs(r)
-		verdicts := admit(lans, nil)
-		failIfHeldTwice(t, lans, func(l *v1beta1.LAN) *v1beta1.Holding { return verdicts[l.UID].Holds })
+		decisions := admit(lans, nil)
+		failIfHeldTwice(t, lans, func(l *v1beta1.LAN) *v1beta1.Holding { return decisions[l.UID].Holds })
 
 		shuffled := slices.Clone(lans)
 		r.Shuffle(len(shuffled), func(i, j int) { shuffled[i], shuffled[j] = shuffled[j], shuffled[i] })
-		if again := admit(shuffled, nil); !equality.Semantic.DeepEqual(verdicts, again) {
-			t.Fatalf("the order in which LANs are listed matters:\n%v\n%v", verdicts, again)
+		if again := admit(shuffled, nil); !equality.Semantic.DeepEqual(decisions, again) {
+			t.Fatalf("the result depends on the order of the LANs:\n%v\n%v", decisions, again)
 		}
 
 		for i := range lans {
-			lans[i].Status.Holds = verdicts[lans[i].UID].Holds
+			lans[i].Status.Holds = decisions[lans[i].UID].Holds
 		}
-		if again := admit(lans, nil); !equality.Semantic.DeepEqual(verdicts, again) {
-			t.Fatalf("a second run decides otherwise:\n%v\n%v", verdicts, again)
+		if again := admit(lans, nil); !equality.Semantic.DeepEqual(decisions, again) {
+			t.Fatalf("a second run has another result:\n%v\n%v", decisions, again)
 		}
 	}
 }
@@ -366,42 +387,42 @@ func TestNothingIsRefusedThatNoLANHolds(t *testing.T) {
 	r := rand.New(rand.NewPCG(3, 4))
 	for range 5000 {
 		lans := randomLANs(r)
-		verdicts := admit(lans, nil)
+		decisions := admit(lans, nil)
 		held := map[string]bool{}
-		for _, v := range verdicts {
-			if v.Holds != nil {
-				held["ns "+v.Holds.NS], held["vni "+vniKey{v.Holds.VNI, v.Holds.Port}.String()] = true, true
-				for _, spoke := range v.Holds.Spokes {
+		for _, d := range decisions {
+			if d.Holds != nil {
+				held["ns "+d.Holds.NS], held["vni "+vniKey{d.Holds.VNI, d.Holds.Port}.String()] = true, true
+				for _, spoke := range d.Holds.Spokes {
 					held["spoke "+spoke] = true
 				}
 			}
 		}
 		for i := range lans {
-			v, e := verdicts[lans[i].UID], lans[i].Effective()
-			if v.Holds == nil && !held["ns "+e.NS] && !held["vni "+vniKey{e.VNI, e.VXLANPort}.String()] {
-				t.Fatalf("%s is refused (%s), but nobody holds its ns and VNI", lans[i].Name, v.Conflict)
+			d, e := decisions[lans[i].UID], lans[i].Effective()
+			if d.Holds == nil && !held["ns "+e.NS] && !held["vni "+vniKey{e.VNI, e.VXLANPort}.String()] {
+				t.Fatalf("%s is refused (%s), but no LAN holds its ns and VNI", lans[i].Name, d.Conflict)
 			}
-			for spoke := range v.Refused {
+			for spoke := range d.Refused {
 				if !held["spoke "+spoke] {
-					t.Fatalf("spoke %s is refused, but nobody holds it", spoke)
+					t.Fatalf("spoke %s is refused, but no LAN holds it", spoke)
 				}
 			}
 		}
 	}
 }
 
-// Statuses are written one after the other; at no moment in between may a claim stand in two.
+// Statuses are written one after the other. At no moment may two of them hold the same thing.
 func TestWritesInOrderNeverHaveTwoHolders(t *testing.T) {
 	r := rand.New(rand.NewPCG(5, 6))
 	for range 5000 {
 		lans := randomLANs(r)
-		for i := range lans { // a state that is right: what admit decided, before the specs change
+		for i := range lans { // a valid state: what admit decides before the specs change
 			lans[i].Status.Holds = nil
 		}
-		for uid, v := range admit(lans, nil) {
+		for uid, d := range admit(lans, nil) {
 			for i := range lans {
 				if lans[i].UID == uid {
-					lans[i].Status.Holds = v.Holds
+					lans[i].Status.Holds = d.Holds
 				}
 			}
 		}
@@ -414,9 +435,9 @@ func TestWritesInOrderNeverHaveTwoHolders(t *testing.T) {
 		}
 		want := admit(lans, nil)
 		now := func(l *v1beta1.LAN) *v1beta1.Holding { return l.Status.Holds }
-		taken := heldVNIs(lans)
+		held := heldVNIs(lans)
 		for i := range lans {
-			lans[i].Status.Holds = heldThroughout(lans[i].Status.Holds, want[lans[i].UID].Holds, taken)
+			lans[i].Status.Holds = heldThroughout(lans[i].Status.Holds, want[lans[i].UID].Holds, held)
 			failIfHeldTwice(t, lans, now)
 		}
 		for i := range lans {
@@ -426,15 +447,15 @@ func TestWritesInOrderNeverHaveTwoHolders(t *testing.T) {
 	}
 }
 
-// Nodes tear a LAN down that holds nothing, and kubelet would lose its spokes for a moment.
+// Nodes remove a LAN that holds nothing, and kubelet would then see its spokes disappear for a moment.
 func TestLANHoldsTheRestWhileItsPortChanges(t *testing.T) {
 	before := &v1beta1.Holding{NS: "default.lab", VNI: 222, Port: 4789, Spokes: []string{"srl", "vm"}}
 	after := &v1beta1.Holding{NS: "default.lab", VNI: 222, Port: 4790, Spokes: []string{"new", "srl"}}
 	want := &v1beta1.Holding{NS: "default.lab", VNI: 222, Port: 4790, Spokes: []string{"srl"}}
-	if k := heldThroughout(before, after, map[vniKey]bool{{222, 4789}: true}); !equality.Semantic.DeepEqual(k, want) {
-		t.Errorf("in between it holds %+v, want %+v", k, want)
+	if h := heldThroughout(before, after, map[vniKey]bool{{222, 4789}: true}); !equality.Semantic.DeepEqual(h, want) {
+		t.Errorf("meanwhile it holds %+v, want %+v", h, want)
 	}
-	if k := heldThroughout(before, after, map[vniKey]bool{{222, 4789}: true, {222, 4790}: true}); k != nil {
-		t.Errorf("it takes a VNI before the last holder has let go: %+v", k)
+	if h := heldThroughout(before, after, map[vniKey]bool{{222, 4789}: true, {222, 4790}: true}); h != nil {
+		t.Errorf("it holds a VNI that another LAN still holds: %+v", h)
 	}
 }

@@ -1,8 +1,10 @@
-// Package controller admits what LANs claim, writes their NADs, sums up in their status what the nodes report, and lets LANs that are
-// deleted go when no node has anything left of them.
+// Package controller decides what each LAN holds, writes the LANs' NADs and statuses, and removes the finalizer of a
+// deleted LAN when every node has removed it.
 //
-// Three reconcilers, each with a pure core. The first looks at all LANs together, one run at a time: admit decides what each holds
-// (status.holds), status says how it does. The second takes one LAN at a time and keeps two NADs for each spoke that it holds.
+// It has three reconcilers, each with a pure core. lanReconciler handles all LANs together, one run at a time: admit
+// decides what each LAN holds (status.holds), and status sums up what the nodes report. nadReconciler handles one LAN
+// at a time and keeps two NADs for each spoke and pool that it holds. residueReconciler handles one node at a time and
+// removes resources that no LAN has any more from its status.
 package controller
 
 import (
@@ -29,23 +31,24 @@ import (
 	"github.com/k8slan/k8slan/crd/v1beta1"
 )
 
-// NewScheme knows the kinds that the controller reads and writes.
+// NewScheme returns a scheme with the kinds that the controller reads and writes.
 func NewScheme() *runtime.Scheme {
 	scheme := runtime.NewScheme()
-	for _, add := range []func(*runtime.Scheme) error{clientgoscheme.AddToScheme, nadv1.AddToScheme, v1beta1.AddToScheme} {
+	kinds := []func(*runtime.Scheme) error{clientgoscheme.AddToScheme, nadv1.AddToScheme, v1beta1.AddToScheme}
+	for _, add := range kinds {
 		if err := add(scheme); err != nil {
-			panic(fmt.Sprintf("two types of one name in the scheme, a mistake in the program: %v", err))
+			panic(fmt.Sprintf("register types in the scheme: %v", err))
 		}
 	}
 	return scheme
 }
 
-// Setup registers the controller's reconcilers with a manager, whose scheme is NewScheme's. Where several replicas run, the manager
-// must elect a leader: claims are decided by one controller alone. discovery is that of LANs that do not say. m counts what they
-// do; whoever calls registers it.
+// Setup registers the controller's reconcilers with a manager, which must have the scheme of NewScheme. If several
+// replicas run, the manager must elect a leader, because only one controller may decide what LANs hold. discovery is
+// for LANs whose spec has none. The caller registers m with Prometheus.
 func Setup(mgr ctrl.Manager, discovery v1beta1.Discovery, m *Metrics) error {
 	if err := setupLANs(mgr, discovery, m); err != nil {
-		return fmt.Errorf("set up the controller of claims: %w", err)
+		return fmt.Errorf("set up the controller of LANs: %w", err)
 	}
 	if err := setupNADs(mgr); err != nil {
 		return fmt.Errorf("set up the controller of NADs: %w", err)
@@ -56,13 +59,15 @@ func Setup(mgr ctrl.Manager, discovery v1beta1.Discovery, m *Metrics) error {
 	return nil
 }
 
-// everything is the one key of the work queue of claims.
+// everything is the only key in the work queue of lanReconciler.
 type everything struct{}
 
 func setupLANs(mgr ctrl.Manager, discovery v1beta1.Discovery, m *Metrics) error {
-	all := handler.TypedEnqueueRequestsFromMapFunc(func(context.Context, client.Object) []everything { return []everything{{}} })
+	all := handler.TypedEnqueueRequestsFromMapFunc(func(context.Context, client.Object) []everything {
+		return []everything{{}}
+	})
 	return builder.TypedControllerManagedBy[everything](mgr).
-		Named("claims").
+		Named("claims"). // a label of metrics
 		Watches(&v1beta1.LAN{}, all).
 		Watches(&v1beta1.LANNode{}, all).
 		Watches(&corev1.Node{}, all, builder.WithPredicates(predicate.Funcs{
@@ -71,7 +76,9 @@ func setupLANs(mgr ctrl.Manager, discovery v1beta1.Discovery, m *Metrics) error 
 		Watches(&nadv1.NetworkAttachmentDefinition{}, all, builder.WithPredicates(predicate.Funcs{
 			CreateFunc: func(e event.CreateEvent) bool { return !belongsToLAN(e.Object) },
 			DeleteFunc: func(e event.DeleteEvent) bool { return !belongsToLAN(e.Object) },
-			UpdateFunc: func(e event.UpdateEvent) bool { return !belongsToLAN(e.ObjectOld) || !belongsToLAN(e.ObjectNew) },
+			UpdateFunc: func(e event.UpdateEvent) bool {
+				return !belongsToLAN(e.ObjectOld) || !belongsToLAN(e.ObjectNew)
+			},
 		})).
 		Complete(&lanReconciler{
 			cache:    mgr.GetClient(),
@@ -98,30 +105,34 @@ func setupResidue(mgr ctrl.Manager, m *Metrics) error {
 	return ctrl.NewControllerManagedBy(mgr).
 		Named("residue").
 		For(&corev1.Node{}, builder.WithPredicates(predicate.NewPredicateFuncs(hasResidue))).
-		Watches(&v1beta1.LAN{}, handler.EnqueueRequestsFromMapFunc(r.nodesWithResidue), builder.WithPredicates(predicate.Funcs{
-			CreateFunc: func(event.CreateEvent) bool { return false }, // gives nobody's spoke up
-			UpdateFunc: func(e event.UpdateEvent) bool {
-				return holdsElsewhere(e.ObjectOld.(*v1beta1.LAN), e.ObjectNew.(*v1beta1.LAN))
-			},
-		})).
+		Watches(&v1beta1.LAN{}, handler.EnqueueRequestsFromMapFunc(r.nodesWithResidue),
+			builder.WithPredicates(predicate.Funcs{
+				CreateFunc: func(event.CreateEvent) bool { return false }, // a new LAN leaves no residue
+				UpdateFunc: func(e event.UpdateEvent) bool {
+					return mayLeaveResidue(e.ObjectOld.(*v1beta1.LAN), e.ObjectNew.(*v1beta1.LAN))
+				},
+			})).
 		WithOptions(controller.Options{MaxConcurrentReconciles: 1}).
 		Complete(r)
 }
 
-// holdsElsewhere says whether other spokes are offered, or on other nodes.
-func holdsElsewhere(before, after *v1beta1.LAN) bool {
-	return !equality.Semantic.DeepEqual(before.Status.Holds, after.Status.Holds) || !maps.Equal(before.Spec.NodeSelector, after.Spec.NodeSelector)
+// mayLeaveResidue says whether a LAN's spokes or nodes have changed, so that a node may list a resource with the value
+// 0.
+func mayLeaveResidue(before, after *v1beta1.LAN) bool {
+	return !equality.Semantic.DeepEqual(before.Status.Holds, after.Status.Holds) ||
+		!maps.Equal(before.Spec.NodeSelector, after.Spec.NodeSelector)
 }
 
-// nodeChanged passes over kubelet's heartbeats.
+// nodeChanged says whether a Node's labels or health have changed. It ignores kubelet's heartbeats.
 func nodeChanged(before, after client.Object) bool {
-	return !equality.Semantic.DeepEqual(before.GetLabels(), after.GetLabels()) || healthOf(before.(*corev1.Node)) != healthOf(after.(*corev1.Node))
+	return !equality.Semantic.DeepEqual(before.GetLabels(), after.GetLabels()) ||
+		healthOf(before.(*corev1.Node)) != healthOf(after.(*corev1.Node))
 }
 
-// belongsToLAN tells whether a NAD belongs to some LAN and so is in nobody's way.
+// belongsToLAN says whether a NAD is owned by a LAN and so cannot be foreign to one.
 func belongsToLAN(nad client.Object) bool { return isLAN(metav1.GetControllerOf(nad)) }
 
-// apply runs a change on each object and gathers the errors, so that one bad object does not stop the others.
+// apply runs change on each object and joins the errors, so that one bad object does not stop the others.
 func apply[T any](objects []T, change func(*T) error) error {
 	var errs []error
 	for i := range objects {

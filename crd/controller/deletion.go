@@ -15,18 +15,18 @@ import (
 	"github.com/k8slan/k8slan/crd/v1beta1"
 )
 
-// blockers are what a LAN that is being deleted waits for, in words, and the lost nodes that it does not wait for.
+// blockers are what a LAN that is being deleted waits for, and the lost nodes that it does not wait for, as phrases.
 type blockers struct {
-	Pods   []string // that are attached
-	Nodes  []string // that have not said yet that nothing is left
-	Silent []string // the same, but do not answer
-	Lost   []string // that had something of the LAN and never said that it is gone
+	Pods   []string // attached pods
+	Nodes  []string // nodes that have not reported yet that they have removed the LAN
+	Silent []string // such nodes that do not answer
+	Lost   []string // lost nodes that had the LAN and did not report that they have removed it
 }
 
-// blockersOf says what holds a LAN that is being deleted. A node lets it go by its word alone: one that reports nothing of the LAN may
-// not have heard of it yet.
+// blockersOf returns what a LAN that is being deleted waits for. It waits for each node to list the LAN as gone,
+// because a node that reports nothing of the LAN may not have read it yet.
 func blockersOf(lan *v1beta1.LAN, nodes []node) blockers {
-	var h blockers
+	var b blockers
 	for _, n := range nodes {
 		if slices.ContainsFunc(n.Gone, func(g v1beta1.GoneLAN) bool { return g.UID == lan.UID }) {
 			continue
@@ -34,126 +34,134 @@ func blockersOf(lan *v1beta1.LAN, nodes []node) blockers {
 		i := slices.IndexFunc(n.Segments, func(s v1beta1.SegmentStatus) bool { return s.UID == lan.UID })
 		switch {
 		case n.Lost != "" && i >= 0:
-			h.Lost = append(h.Lost, fmt.Sprintf("node %s (%s)", n.Name, n.Lost))
+			b.Lost = append(b.Lost, fmt.Sprintf("node %s (%s)", n.Name, n.Lost))
 		case n.Lost != "":
 		case !n.Answers:
-			h.Silent = append(h.Silent, n.Name)
+			b.Silent = append(b.Silent, n.Name)
 		case i >= 0 && n.Segments[i].State == v1beta1.SegmentLeaving && n.Segments[i].Reason != "":
-			h.Nodes = append(h.Nodes, fmt.Sprintf("%s (%s)", n.Name, n.Segments[i].Message))
+			b.Nodes = append(b.Nodes, fmt.Sprintf("%s (%s)", n.Name, n.Segments[i].Message))
 		case i < 0 || len(n.Segments[i].Attachments) == 0:
-			h.Nodes = append(h.Nodes, n.Name)
+			b.Nodes = append(b.Nodes, n.Name)
 		}
 		if n.Lost != "" || i < 0 {
 			continue
 		}
 		for _, a := range n.Segments[i].Attachments {
-			h.Pods = append(h.Pods, fmt.Sprintf("%s on %s (spoke %s)", a.Pod, n.Name, a.Spoke))
+			b.Pods = append(b.Pods, fmt.Sprintf("%s on %s (spoke %s)", a.Pod, n.Name, a.Spoke))
 		}
 	}
 	attachments, used := lastKnown(lan, nodes)
 	for _, a := range attachments {
-		h.addLost(a.Node)
+		b.addLost(a.Node)
 	}
 	for _, pool := range used {
 		for _, n := range pool.Nodes {
-			h.addLost(n.Node)
+			b.addLost(n.Node)
 		}
 	}
-	return h
+	return b
 }
 
-func (h *blockers) addLost(node string) {
-	if lost := fmt.Sprintf("node %s (its LANNode is gone)", node); !slices.Contains(h.Lost, lost) {
-		h.Lost = append(h.Lost, lost)
+func (b *blockers) addLost(node string) {
+	if lost := fmt.Sprintf("node %s (its LANNode is gone)", node); !slices.Contains(b.Lost, lost) {
+		b.Lost = append(b.Lost, lost)
 	}
 }
 
-// lastKnown are the attachments that a LAN which is being deleted last had on nodes whose LANNode has gone since, and the use of its
-// pools there: Kubernetes' garbage collector deletes it with the Node, and what it said is known from the LAN alone then.
+// lastKnown returns the attachments and the use of pools that a LAN which is being deleted had on nodes whose LANNode
+// is gone. Kubernetes' garbage collector deletes a LANNode with its Node, and then only the LAN's status has this.
 func lastKnown(lan *v1beta1.LAN, nodes []node) (attachments []v1beta1.SpokeAttachment, pools []v1beta1.PoolStatus) {
 	if !beingDeleted(lan) {
 		return nil, nil
 	}
-	heard := func(name string) bool { return slices.ContainsFunc(nodes, func(n node) bool { return n.Name == name }) }
+	reports := func(name string) bool { return slices.ContainsFunc(nodes, func(n node) bool { return n.Name == name }) }
 	for _, spoke := range lan.Status.Spokes {
 		for _, a := range spoke.Attachments {
-			if !heard(a.Node) {
+			if !reports(a.Node) {
 				attachments = append(attachments, a)
 			}
 		}
 	}
 	for _, pool := range lan.Status.Pools {
-		pool.Nodes = slices.DeleteFunc(slices.Clone(pool.Nodes), func(n v1beta1.PoolNode) bool { return heard(n.Node) })
+		pool.Nodes = slices.DeleteFunc(slices.Clone(pool.Nodes),
+			func(n v1beta1.PoolNode) bool { return reports(n.Node) })
 		pools = append(pools, pool)
 	}
 	return attachments, pools
 }
 
-// empty is true when the LAN can go.
-func (h blockers) empty() bool { return len(h.Pods)+len(h.Nodes)+len(h.Silent) == 0 }
+// empty says whether the LAN waits for nothing.
+func (b blockers) empty() bool { return len(b.Pods)+len(b.Nodes)+len(b.Silent) == 0 }
 
-// problem is the state of the deletion: a reason and a sentence.
-func (h blockers) problem(lan *v1beta1.LAN) problem {
+// problem returns the state of the deletion as a reason and a sentence.
+func (b blockers) problem(lan *v1beta1.LAN) problem {
 	p := problem{Reason: v1beta1.ReasonDeleting}
 	var parts []string
-	if len(h.Pods) > 0 {
+	if len(b.Pods) > 0 {
 		p.Reason = v1beta1.ReasonInUse
-		parts = append(parts, fmt.Sprintf("%s stays until its pods are gone: %s", lan.Name, enumerate(h.Pods, ", ")))
+		parts = append(parts, fmt.Sprintf("%s stays until its pods are gone: %s", lan.Name, enumerate(b.Pods, ", ")))
 	}
-	if len(h.Silent) > 0 {
-		if len(h.Pods) == 0 {
+	if len(b.Silent) > 0 {
+		if len(b.Pods) == 0 {
 			p.Reason = v1beta1.ReasonUnreachable
 		}
-		parts = append(parts, fmt.Sprintf("%s waits for nodes that do not answer: %s; a node that is silent for %s counts no more",
-			lan.Name, enumerate(h.Silent, ", "), minutes(LostAfter)))
+		parts = append(parts, fmt.Sprintf(
+			"%s waits for nodes that do not answer: %s; it does not wait for a node that has not answered for %s",
+			lan.Name, enumerate(b.Silent, ", "), minutes(LostAfter)))
 	}
-	if len(h.Nodes) > 0 {
-		parts = append(parts, fmt.Sprintf("%s goes when these nodes have let it go: %s", lan.Name, enumerate(h.Nodes, ", ")))
+	if len(b.Nodes) > 0 {
+		parts = append(parts, fmt.Sprintf("%s stays until these nodes have removed it: %s",
+			lan.Name, enumerate(b.Nodes, ", ")))
 	}
-	if len(h.Lost) > 0 {
-		parts = append(parts, h.describeLost())
+	if len(b.Lost) > 0 {
+		parts = append(parts, b.describeLost())
 	}
 	if len(parts) == 0 {
-		parts = []string{lan.Name + " goes now"}
+		parts = []string{lan.Name + " is removed now"}
 	}
 	p.Message = strings.Join(parts, "; ")
 	return p
 }
 
-func (h blockers) describeLost() string {
-	return fmt.Sprintf("lost, does not count and may still forward: %s", enumerate(h.Lost, ", "))
+func (b blockers) describeLost() string {
+	return fmt.Sprintf("it does not wait for lost nodes, which may still forward: %s", enumerate(b.Lost, ", "))
 }
 
-// deletionDone is true for a LAN that only the controller's finalizer still holds.
+// deletionDone says whether a LAN that is being deleted waits for nothing but the removal of its finalizer.
 func deletionDone(lan *v1beta1.LAN, nodes []node) bool {
-	return beingDeleted(lan) && controllerutil.ContainsFinalizer(lan, v1beta1.Finalizer) && blockersOf(lan, nodes).empty()
+	return beingDeleted(lan) && controllerutil.ContainsFinalizer(lan, v1beta1.Finalizer) &&
+		blockersOf(lan, nodes).empty()
 }
 
-// addFinalizer puts the finalizer on a LAN that holds something or is about to: from then on it goes only when release says so.
-func (c *lanReconciler) addFinalizer(ctx context.Context, lan *v1beta1.LAN, want v1beta1.LANStatus) error {
+// addFinalizer adds the finalizer to a LAN that holds something or is about to. The object then stays until
+// removeFinalizers removes it.
+func (r *lanReconciler) addFinalizer(ctx context.Context, lan *v1beta1.LAN, want v1beta1.LANStatus) error {
 	if want.Holds == nil || beingDeleted(lan) {
 		return nil
 	}
-	return c.patchFinalizers(ctx, lan, controllerutil.AddFinalizer)
+	return r.patchFinalizers(ctx, lan, controllerutil.AddFinalizer)
 }
 
-// patchFinalizers writes what change does to a LAN's finalizers and nothing else, if nobody has written the LAN since it was read.
-func (c *lanReconciler) patchFinalizers(ctx context.Context, lan *v1beta1.LAN, change func(client.Object, string) bool) error {
+// patchFinalizers changes a LAN's finalizers and nothing else. It fails if the LAN has been written since it was read.
+func (r *lanReconciler) patchFinalizers(
+	ctx context.Context, lan *v1beta1.LAN, change func(client.Object, string) bool,
+) error {
 	before := lan.DeepCopy()
 	if !change(lan, v1beta1.Finalizer) {
 		return nil
 	}
 	patch := client.MergeFromWithOptions(before, client.MergeFromWithOptimisticLock{})
-	if err := c.cache.Patch(ctx, lan, patch); err != nil {
+	if err := r.cache.Patch(ctx, lan, patch); err != nil {
 		before.DeepCopyInto(lan)
 		return fmt.Errorf("write the finalizer of LAN %s: %w", lanName(lan), err)
 	}
 	return nil
 }
 
-// removeFinalizers lets those LANs go that are being deleted and that nothing holds any more. The view of the nodes may lag behind one
-// that has just come, so it is taken anew first; the word of a node, once given, stays true.
-func (c *lanReconciler) removeFinalizers(ctx context.Context, lans []v1beta1.LAN, nodes []node) error {
+// removeFinalizers removes the finalizer of each LAN that is being deleted and waits for nothing. The cache may lack a
+// node that has just joined, so it first lists the nodes from the API server. A node that lists a LAN as gone never
+// builds it again.
+func (r *lanReconciler) removeFinalizers(ctx context.Context, lans []v1beta1.LAN, nodes []node) error {
 	var free []*v1beta1.LAN
 	for i := range lans {
 		if deletionDone(&lans[i], nodes) {
@@ -163,23 +171,23 @@ func (c *lanReconciler) removeFinalizers(ctx context.Context, lans []v1beta1.LAN
 	if len(free) == 0 {
 		return nil
 	}
-	nodes, err := c.listNodes(ctx, c.live)
+	nodes, err := r.listNodes(ctx, r.live)
 	if err != nil {
 		return err
 	}
 	var errs []error
 	for _, lan := range free {
-		held := blockersOf(lan, nodes)
-		if !held.empty() {
+		rest := blockersOf(lan, nodes)
+		if !rest.empty() {
 			continue
 		}
-		if len(held.Lost) > 0 {
-			c.recorder.Eventf(lan, nil, corev1.EventTypeWarning, v1beta1.ReasonNodeLost, v1beta1.ConditionReady, "%s",
-				truncate(lan.Name+" goes without the word of all nodes; "+held.describeLost()))
+		if len(rest.Lost) > 0 {
+			r.recorder.Eventf(lan, nil, corev1.EventTypeWarning, v1beta1.ReasonNodeLost, v1beta1.ConditionReady, "%s",
+				truncate(lan.Name+" is removed; "+rest.describeLost()))
 		}
-		err := c.patchFinalizers(ctx, lan, controllerutil.RemoveFinalizer)
+		err := r.patchFinalizers(ctx, lan, controllerutil.RemoveFinalizer)
 		if err == nil {
-			log.FromContext(ctx).Info("LAN is gone", "lan", lanName(lan), "uid", lan.UID)
+			log.FromContext(ctx).Info("LAN is removed", "lan", lanName(lan), "uid", lan.UID)
 		}
 		errs = append(errs, ignoreOutdated(err))
 	}

@@ -10,18 +10,19 @@ import (
 
 var (
 	lansDesc = prometheus.NewDesc("k8slan_lans",
-		"LANs of the cluster by state. Told by the controller that leads.", []string{"state"}, nil)
+		"LANs of the cluster by state. Only the leading controller exports it.", []string{"state"}, nil)
 	lanSpokesDesc = prometheus.NewDesc("k8slan_lan_spokes",
-		"Spokes of the cluster's LANs, and ports of pools on all nodes, by state: attached, free, or refused because another LAN holds the name. Told by the controller that leads.",
+		"Spokes of the cluster's LANs, and ports of pools on all nodes, by state: attached, free, or refused because "+
+			"another LAN holds the name. Only the leading controller exports it.",
 		[]string{"state"}, nil)
 )
 
-// Metrics is what the controller tells Prometheus, beside what controller-runtime does. It is a prometheus.Collector.
+// Metrics has the controller's own metrics. It is a prometheus.Collector.
 type Metrics struct {
 	residue prometheus.Counter
 
 	mu     sync.Mutex
-	leads  bool // whether this controller has summed up anything: another one may lead
+	leads  bool // record has been called, so this controller leads
 	lans   map[v1beta1.LANState]int
 	spokes map[string]int
 }
@@ -30,11 +31,12 @@ type Metrics struct {
 func NewMetrics() *Metrics {
 	return &Metrics{residue: prometheus.NewCounter(prometheus.CounterOpts{
 		Name: "k8slan_residue_removed_total",
-		Help: "Resources of spokes that no LAN offers, removed from the status of Nodes, where kubelet leaves them with the value 0.",
+		Help: "Resources of spokes that no LAN holds, removed from the status of Nodes, where kubelet leaves them " +
+			"with the value 0.",
 	})}
 }
 
-// record keeps how all LANs are.
+// record counts LANs and spokes by the statuses of all LANs.
 func (m *Metrics) record(lans []v1beta1.LANStatus) {
 	states, spokes := map[v1beta1.LANState]int{}, map[string]int{}
 	for _, s := range lans {

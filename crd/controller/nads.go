@@ -16,11 +16,11 @@ const (
 	labelManagedBy = "app.kubernetes.io/managed-by"
 	labelLAN       = "lan.k8slan.io/lan"
 	managedBy      = "k8slan"
-	// annotationResource makes Multus look up the device that kubelet allocated.
+	// annotationResource makes Multus look up the device that kubelet allocated for this resource.
 	annotationResource = "k8s.v1.cni.cncf.io/resourceName"
 )
 
-// netConf is the CNI configuration in a NAD, as package cni reads it.
+// netConf is the CNI configuration in a NAD, in the form that package cni reads.
 type netConf struct {
 	CNIVersion   string          `json:"cniVersion"`
 	Name         string          `json:"name"`
@@ -34,7 +34,7 @@ type netConf struct {
 	IPAM         json.RawMessage `json:"ipam,omitempty"`
 }
 
-// wantNADs are the two NADs of every spoke and pool that the LAN holds.
+// wantNADs returns the two NADs of every spoke and pool that the LAN holds.
 func wantNADs(lan *v1beta1.LAN) ([]nadv1.NetworkAttachmentDefinition, error) {
 	if lan.Status.Holds == nil {
 		return nil, nil
@@ -92,12 +92,13 @@ func ownerReference(lan *v1beta1.LAN) metav1.OwnerReference {
 	return *metav1.NewControllerRef(lan, v1beta1.GroupVersion.WithKind("LAN"))
 }
 
-// nadChanges is what leads from the NADs that are there to those that should be.
+// nadChanges are the writes that lead from the present NADs to the desired ones.
 type nadChanges struct {
 	create, update, remove []nadv1.NetworkAttachmentDefinition
 }
 
-// diffNADs compares the NADs of the LAN's namespace with those that the LAN should have. What is not the LAN's is left alone.
+// diffNADs returns the changes from the NADs in the LAN's namespace to those that the LAN should have. It leaves NADs
+// that are not the LAN's as they are.
 func diffNADs(lan *v1beta1.LAN, want, have []nadv1.NetworkAttachmentDefinition) nadChanges {
 	var changes nadChanges
 	present := map[string]nadv1.NetworkAttachmentDefinition{}
@@ -122,7 +123,8 @@ func diffNADs(lan *v1beta1.LAN, want, have []nadv1.NetworkAttachmentDefinition) 
 	return changes
 }
 
-// mayRepair tells whether a NAD is the LAN's to repair: it belongs to it, or to a deleted LAN of its name, or to nobody but bears its labels.
+// mayRepair says whether the LAN may overwrite a NAD: its owner is the LAN or a deleted LAN of the same name, or it has
+// no owner and the LAN's labels.
 func mayRepair(lan *v1beta1.LAN, nad *nadv1.NetworkAttachmentDefinition) bool {
 	if owner := metav1.GetControllerOf(nad); owner != nil {
 		return isLAN(owner) && owner.Name == lan.Name
@@ -134,10 +136,11 @@ func isLAN(owner *metav1.OwnerReference) bool {
 	return owner != nil && owner.Kind == "LAN" && owner.APIVersion == v1beta1.GroupVersion.String()
 }
 
-// upToDate tells whether a NAD is as it should be; labels, annotations and owners that others added do no harm.
+// upToDate says whether a NAD has all that k8slan writes. Others may add labels, annotations and owners.
 func upToDate(have, want *nadv1.NetworkAttachmentDefinition) bool {
 	ref, owner := want.OwnerReferences[0], metav1.GetControllerOf(have)
-	return have.Spec.Config == want.Spec.Config && contains(have.Labels, want.Labels) && contains(have.Annotations, want.Annotations) &&
+	return have.Spec.Config == want.Spec.Config &&
+		contains(have.Labels, want.Labels) && contains(have.Annotations, want.Annotations) &&
 		owner != nil && owner.UID == ref.UID && owner.Name == ref.Name
 }
 
@@ -150,7 +153,7 @@ func contains(have, want map[string]string) bool {
 	return true
 }
 
-// repaired is the NAD that is there with all that k8slan writes set right.
+// repaired returns the present NAD with all that k8slan writes restored.
 func repaired(have, want nadv1.NetworkAttachmentDefinition) nadv1.NetworkAttachmentDefinition {
 	nad := *have.DeepCopy()
 	nad.Spec = want.Spec

@@ -25,8 +25,10 @@ func TestHeldSpokeHasTwoNADs(t *testing.T) {
 	l := with(lan("lab", 0, 222, "srl", "refused"), ns("knlvrf"), holding("srl"))
 	want := wantedNADs(t, l)
 	configs := map[string]string{
-		"k8slan-veth-srl": `{"cniVersion":"1.0.0","name":"k8slan-veth-srl","type":"k8slan","kind":"veth","lan":"default/lab","ns":"knlvrf","spoke":"srl","capabilities":{"mac":true}}`,
-		"k8slan-mac-srl":  `{"cniVersion":"1.0.0","name":"k8slan-mac-srl","type":"k8slan","kind":"macvtap","lan":"default/lab","ns":"knlvrf","spoke":"srl","capabilities":{"mac":true}}`,
+		"k8slan-veth-srl": `{"cniVersion":"1.0.0","name":"k8slan-veth-srl","type":"k8slan","kind":"veth",` +
+			`"lan":"default/lab","ns":"knlvrf","spoke":"srl","capabilities":{"mac":true}}`,
+		"k8slan-mac-srl": `{"cniVersion":"1.0.0","name":"k8slan-mac-srl","type":"k8slan","kind":"macvtap",` +
+			`"lan":"default/lab","ns":"knlvrf","spoke":"srl","capabilities":{"mac":true}}`,
 	}
 	if len(want) != len(configs) {
 		t.Fatalf("have %d NADs, want %d", len(want), len(configs))
@@ -46,7 +48,8 @@ func TestHeldSpokeHasTwoNADs(t *testing.T) {
 
 func TestIPAMGoesToPodsAndNotToVMs(t *testing.T) {
 	l := with(lan("lab", 0, 222, "srl"), holding("srl"))
-	if err := json.Unmarshal([]byte(`{"type": "host-local", "ranges": [[{"subnet": "10.1.0.0/24"}]]}`), &l.Spec.IPAM); err != nil {
+	if err := json.Unmarshal([]byte(`{"type": "host-local", "ranges": [[{"subnet": "10.1.0.0/24"}]]}`),
+		&l.Spec.IPAM); err != nil {
 		t.Fatal(err)
 	}
 	for _, nad := range wantedNADs(t, l) {
@@ -78,38 +81,48 @@ func TestOwnNADsAreRepairedAndForeignNADsAreKept(t *testing.T) {
 		have                   []nadv1.NetworkAttachmentDefinition
 		create, update, remove []string
 	}{
-		{name: "all there", have: right},
-		{name: "none there", create: []string{"k8slan-veth-srl", "k8slan-mac-srl"}},
+		{name: "all exist", have: right},
+		{name: "none exist", create: []string{"k8slan-veth-srl", "k8slan-mac-srl"}},
 		{name: "one deleted", have: right[1:], create: []string{"k8slan-veth-srl"}},
-		{name: "config edited", update: []string{"k8slan-veth-srl"}, have: edit(func(n *nadv1.NetworkAttachmentDefinition) { n.Spec.Config = "{}" })},
-		{name: "resource edited", update: []string{"k8slan-veth-srl"}, have: edit(func(n *nadv1.NetworkAttachmentDefinition) {
-			n.Annotations[annotationResource] = "macvtap.k8slan.io/other"
-		})},
-		{name: "label removed", update: []string{"k8slan-veth-srl"}, have: edit(func(n *nadv1.NetworkAttachmentDefinition) { n.Labels = nil })},
-		{name: "annotation added by somebody", have: edit(func(n *nadv1.NetworkAttachmentDefinition) { n.Annotations["team"] = "blue" })},
-		{name: "owner removed, labels left", update: []string{"k8slan-veth-srl"}, have: edit(func(n *nadv1.NetworkAttachmentDefinition) {
-			n.OwnerReferences = nil
-		})},
-		{name: "left over by a deleted LAN of that name", update: []string{"k8slan-veth-srl"}, have: edit(func(n *nadv1.NetworkAttachmentDefinition) {
-			n.OwnerReferences[0].UID = "old"
-		})},
+		{name: "config edited", update: []string{"k8slan-veth-srl"},
+			have: edit(func(n *nadv1.NetworkAttachmentDefinition) { n.Spec.Config = "{}" })},
+		{name: "resource edited", update: []string{"k8slan-veth-srl"},
+			have: edit(func(n *nadv1.NetworkAttachmentDefinition) {
+				n.Annotations[annotationResource] = "macvtap.k8slan.io/other"
+			})},
+		{name: "label removed", update: []string{"k8slan-veth-srl"},
+			have: edit(func(n *nadv1.NetworkAttachmentDefinition) { n.Labels = nil })},
+		{name: "annotation added by a user",
+			have: edit(func(n *nadv1.NetworkAttachmentDefinition) { n.Annotations["team"] = "blue" })},
+		{name: "owner removed, labels left", update: []string{"k8slan-veth-srl"},
+			have: edit(func(n *nadv1.NetworkAttachmentDefinition) {
+				n.OwnerReferences = nil
+			})},
+		{name: "left over by a deleted LAN of that name", update: []string{"k8slan-veth-srl"},
+			have: edit(func(n *nadv1.NetworkAttachmentDefinition) {
+				n.OwnerReferences[0].UID = "old"
+			})},
 		{name: "foreign", have: edit(func(n *nadv1.NetworkAttachmentDefinition) {
 			n.OwnerReferences, n.Labels, n.Spec.Config = nil, nil, "theirs"
 		})},
 		{name: "another LAN's", have: edit(func(n *nadv1.NetworkAttachmentDefinition) {
 			n.OwnerReferences, n.Spec.Config = []metav1.OwnerReference{ownerReference(&other)}, "theirs"
 		})},
-		{name: "of a spoke that went", remove: []string{"k8slan-veth-gone"}, have: append(edit(func(*nadv1.NetworkAttachmentDefinition) {}),
-			nadv1.NetworkAttachmentDefinition{ObjectMeta: metav1.ObjectMeta{
-				Namespace: "default", Name: "k8slan-veth-gone", OwnerReferences: []metav1.OwnerReference{ownerReference(&l)},
-			}})},
+		{name: "of a spoke that was removed", remove: []string{"k8slan-veth-gone"},
+			have: append(edit(func(*nadv1.NetworkAttachmentDefinition) {}),
+				nadv1.NetworkAttachmentDefinition{ObjectMeta: metav1.ObjectMeta{
+					Namespace: "default", Name: "k8slan-veth-gone",
+					OwnerReferences: []metav1.OwnerReference{ownerReference(&l)},
+				}})},
 		{name: "the user's own beside ours", have: append(edit(func(*nadv1.NetworkAttachmentDefinition) {}),
-			nadv1.NetworkAttachmentDefinition{ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: "k8slan-veth-mine"}})},
+			nadv1.NetworkAttachmentDefinition{ObjectMeta: metav1.ObjectMeta{Namespace: "default",
+				Name: "k8slan-veth-mine"}})},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			have := diffNADs(&l, right, test.have)
 			for verb, pair := range map[string][2][]string{
-				"create": {names(have.create), test.create}, "update": {names(have.update), test.update}, "remove": {names(have.remove), test.remove},
+				"create": {names(have.create), test.create}, "update": {names(have.update), test.update},
+				"remove": {names(have.remove), test.remove},
 			} {
 				if !slices.Equal(pair[0], pair[1]) {
 					t.Errorf("%s: have %v, want %v", verb, pair[0], pair[1])
@@ -117,7 +130,7 @@ func TestOwnNADsAreRepairedAndForeignNADsAreKept(t *testing.T) {
 			}
 			for _, nad := range have.update {
 				if again := diffNADs(&l, right[:1], []nadv1.NetworkAttachmentDefinition{nad}); len(again.update) > 0 {
-					t.Errorf("%s is not as it should be after the repair", nad.Name)
+					t.Errorf("%s still differs after the repair", nad.Name)
 				}
 			}
 		})
@@ -137,12 +150,15 @@ func TestHeldPoolHasTwoNADs(t *testing.T) {
 	configs := map[string]string{}
 	for _, nad := range wantedNADs(t, l) {
 		configs[nad.Name] = nad.Spec.Config
-		if r := nad.Annotations["k8s.v1.cni.cncf.io/resourceName"]; !strings.HasSuffix(nad.Name, "-srl") && r != "macvtap.k8slan.io/k8slan-veth-web" {
+		if r := nad.Annotations["k8s.v1.cni.cncf.io/resourceName"]; !strings.HasSuffix(nad.Name, "-srl") &&
+			r != "macvtap.k8slan.io/k8slan-veth-web" {
 			t.Errorf("%s: resource %q", nad.Name, r)
 		}
 	}
-	want := `{"cniVersion":"1.0.0","name":"k8slan-veth-web","type":"k8slan","kind":"veth","lan":"default/lab","ns":"default.lab","pool":"web","capabilities":{"mac":true}}`
-	if len(configs) != 4 || configs["k8slan-veth-web"] != want || !strings.Contains(configs["k8slan-mac-web"], `"kind":"macvtap"`) {
+	want := `{"cniVersion":"1.0.0","name":"k8slan-veth-web","type":"k8slan","kind":"veth",` +
+		`"lan":"default/lab","ns":"default.lab","pool":"web","capabilities":{"mac":true}}`
+	if len(configs) != 4 || configs["k8slan-veth-web"] != want ||
+		!strings.Contains(configs["k8slan-mac-web"], `"kind":"macvtap"`) {
 		t.Errorf("have %v", configs)
 	}
 }

@@ -18,16 +18,18 @@ import (
 	"github.com/k8slan/k8slan/crd/v1beta1"
 )
 
-// apiServer is a fake with these LANs; every write of a status is told to written.
+// apiServer returns a fake API server with these LANs. It calls written after every write of a status.
 func apiServer(t *testing.T, written func(*v1beta1.LAN), lans ...v1beta1.LAN) client.WithWatch {
 	t.Helper()
 	objects := make([]client.Object, len(lans))
 	for i := range lans {
 		objects[i] = lans[i].DeepCopy()
 	}
-	return fake.NewClientBuilder().WithScheme(NewScheme()).WithObjects(objects...).WithStatusSubresource(&v1beta1.LAN{}).
+	builder := fake.NewClientBuilder().WithScheme(NewScheme()).WithObjects(objects...)
+	return builder.WithStatusSubresource(&v1beta1.LAN{}).
 		WithInterceptorFuncs(interceptor.Funcs{
-			SubResourceUpdate: func(ctx context.Context, c client.Client, _ string, o client.Object, opts ...client.SubResourceUpdateOption) error {
+			SubResourceUpdate: func(ctx context.Context, c client.Client, _ string, o client.Object,
+				opts ...client.SubResourceUpdateOption) error {
 				if err := c.Status().Update(ctx, o, opts...); err != nil {
 					return err
 				}
@@ -48,13 +50,14 @@ func holds(t *testing.T, c client.Reader, name string) *v1beta1.Holding {
 
 func reconcileLANs(t *testing.T, cache client.Client, live client.Reader) {
 	t.Helper()
-	c := &lanReconciler{cache: cache, live: live, recorder: events.NewFakeRecorder(100), now: func() metav1.Time { return epoch }, metrics: NewMetrics()}
+	c := &lanReconciler{cache: cache, live: live, recorder: events.NewFakeRecorder(100),
+		now: func() metav1.Time { return epoch }, metrics: NewMetrics()}
 	if _, err := c.Reconcile(t.Context(), everything{}); err != nil {
 		t.Fatal(err)
 	}
 }
 
-// The cache does not yet show that "granted" was granted the VNI a moment ago, but it shows "older", which would have come first.
+// The cache does not show yet that "granted" got the VNI a moment ago. It shows "older", which would get it first.
 func TestNothingIsGrantedOnAnOutdatedView(t *testing.T) {
 	granted, older := lan("granted", 5, 222, "x"), lan("older", 0, 222, "y")
 	server := apiServer(t, func(*v1beta1.LAN) {}, with(granted, holding("x")), older)
@@ -92,7 +95,8 @@ func TestSpokeStaysWithOldHolderIfItsStatusCannotBeWritten(t *testing.T) {
 	waiting := with(lan("a-waits", 0, 1, "srl"), holding())
 	holder := with(lan("b-holds", 0, 2, "other"), holding("srl"))
 	server := apiServer(t, func(*v1beta1.LAN) {}, waiting, holder)
-	outdated := interceptor.NewClient(server, interceptor.Funcs{ // somebody writes b-holds between our reading and our writing
+	// b-holds is written between the read and the write of the controller
+	outdated := interceptor.NewClient(server, interceptor.Funcs{
 		List: func(ctx context.Context, c client.WithWatch, list client.ObjectList, opts ...client.ListOption) error {
 			err := c.List(ctx, list, opts...)
 			if lans, ok := list.(*v1beta1.LANList); ok {
@@ -113,7 +117,8 @@ func TestSpokeStaysWithOldHolderIfItsStatusCannotBeWritten(t *testing.T) {
 
 func TestSecondRunWritesNothing(t *testing.T) {
 	writes := 0
-	server := apiServer(t, func(*v1beta1.LAN) { writes++ }, lan("a", 0, 1, "srl"), lan("b", 1, 1, "x"), lan("c", 2, 3, "srl", "y"))
+	server := apiServer(t, func(*v1beta1.LAN) { writes++ }, lan("a", 0, 1, "srl"), lan("b", 1, 1, "x"),
+		lan("c", 2, 3, "srl", "y"))
 	reconcileLANs(t, server, server)
 	if writes != 3 {
 		t.Errorf("the first run writes %d times, want once for each LAN", writes)
@@ -135,7 +140,7 @@ func TestSecondRunWritesNothing(t *testing.T) {
 func TestLANThatHoldsSomethingHasFinalizer(t *testing.T) {
 	server := apiServer(t, func(l *v1beta1.LAN) {
 		if l.Status.Holds != nil && !slices.Contains(l.Finalizers, v1beta1.Finalizer) {
-			t.Errorf("LAN %s is granted what it asks for before it has the finalizer", l.Name)
+			t.Errorf("LAN %s holds something before it has the finalizer", l.Name)
 		}
 	}, lan("new", 0, 1, "srl"), lan("refused", 1, 1, "x"), with(lan("of-an-older-version", 0, 2, "vm"), holding("vm")))
 	reconcileLANs(t, server, server)
@@ -150,7 +155,7 @@ func TestLANThatHoldsSomethingHasFinalizer(t *testing.T) {
 	}
 }
 
-// The cache does not yet show a node that has come a moment ago, and that may have read of the LAN before it was deleted.
+// The cache lacks a node that has just joined and may have read the LAN before it was deleted.
 func TestDeletedLANWaitsForNodeThatCacheLacks(t *testing.T) {
 	gone := with(lan("lab", 0, 1, "srl"), holding("srl"), deleting)
 	server := apiServer(t, func(*v1beta1.LAN) {}, gone)
@@ -171,19 +176,20 @@ func TestDeletedLANWaitsForNodeThatCacheLacks(t *testing.T) {
 	var l v1beta1.LAN
 	reconcileLANs(t, lagging, server)
 	if err := server.Get(t.Context(), client.ObjectKey{Namespace: "default", Name: "lab"}, &l); err != nil {
-		t.Fatalf("it is gone: %v", err)
+		t.Fatalf("the LAN is gone: %v", err)
 	}
 	worker1.Status.Gone = []v1beta1.GoneLAN{{UID: gone.UID}}
 	if err := server.Update(t.Context(), worker1); err != nil {
 		t.Fatal(err)
 	}
 	reconcileLANs(t, lagging, server)
-	if err := server.Get(t.Context(), client.ObjectKey{Namespace: "default", Name: "lab"}, &l); !apierrors.IsNotFound(err) {
-		t.Errorf("every node has let it go, but: %v", err)
+	if err := server.Get(t.Context(), client.ObjectKey{Namespace: "default", Name: "lab"},
+		&l); !apierrors.IsNotFound(err) {
+		t.Errorf("every node has removed it, but: %v", err)
 	}
 }
 
-// A node offers a spoke as soon as it reads that the LAN holds it; a pod that comes then must find the NAD.
+// A node offers a spoke as soon as it reads that the LAN holds it. A pod that starts then must find the NAD.
 func TestNADsExistBeforeTheirSpokeIsGranted(t *testing.T) {
 	var server client.WithWatch
 	granted := 0
@@ -191,7 +197,8 @@ func TestNADsExistBeforeTheirSpokeIsGranted(t *testing.T) {
 		for _, spoke := range l.Status.Holds.Spokes {
 			for _, name := range []string{v1beta1.VethNAD(spoke), v1beta1.MacvtapNAD(spoke)} {
 				granted++
-				if err := server.Get(t.Context(), client.ObjectKey{Namespace: l.Namespace, Name: name}, &nadv1.NetworkAttachmentDefinition{}); err != nil {
+				if err := server.Get(t.Context(), client.ObjectKey{Namespace: l.Namespace, Name: name},
+					&nadv1.NetworkAttachmentDefinition{}); err != nil {
 					t.Errorf("when %s is granted: %v", spoke, err)
 				}
 			}

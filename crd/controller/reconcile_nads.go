@@ -18,11 +18,11 @@ import (
 	"github.com/k8slan/k8slan/crd/v1beta1"
 )
 
-// nadReconciler keeps the NADs of one LAN as they should be.
+// nadReconciler creates, repairs and deletes the NADs of one LAN.
 type nadReconciler struct{ client client.Client }
 
-// Reconcile creates, repairs and deletes the LAN's NADs. Those of a LAN that is being deleted stay until it is gone, because an attached
-// pod may get a new sandbox; then they are the garbage collector's.
+// Reconcile creates, repairs and deletes the LAN's NADs. The NADs of a LAN that is being deleted stay until it is gone,
+// because an attached pod may get a new sandbox. Then the garbage collector deletes them.
 func (r *nadReconciler) Reconcile(ctx context.Context, request ctrl.Request) (ctrl.Result, error) {
 	var lan v1beta1.LAN
 	if err := r.client.Get(ctx, request.NamespacedName, &lan); err != nil {
@@ -34,7 +34,7 @@ func (r *nadReconciler) Reconcile(ctx context.Context, request ctrl.Request) (ct
 	return ctrl.Result{}, r.syncNADs(ctx, &lan)
 }
 
-// syncNADs makes a LAN's NADs those of the spokes it holds.
+// syncNADs creates, repairs and deletes NADs until the LAN has those of the spokes that it holds.
 func (r *nadReconciler) syncNADs(ctx context.Context, lan *v1beta1.LAN) error {
 	var have nadv1.NetworkAttachmentDefinitionList
 	if err := r.client.List(ctx, &have, client.InNamespace(lan.Namespace)); err != nil {
@@ -46,18 +46,19 @@ func (r *nadReconciler) syncNADs(ctx context.Context, lan *v1beta1.LAN) error {
 	}
 	changes := diffNADs(lan, want, have.Items)
 	if lan.Status.ObservedGeneration != lan.Generation {
-		changes.remove = nil // what is too many may be what the status is about to grant
+		changes.remove = nil // the status is outdated: it may be about to hold these spokes
 	}
 	return r.apply(ctx, changes)
 }
 
 func (r *nadReconciler) apply(ctx context.Context, changes nadChanges) error {
-	do := func(verb string, write func(*nadv1.NetworkAttachmentDefinition) error) func(*nadv1.NetworkAttachmentDefinition) error {
+	type write = func(*nadv1.NetworkAttachmentDefinition) error
+	logged := func(verb string, f write) write {
 		return func(nad *nadv1.NetworkAttachmentDefinition) error {
-			err := write(nad)
+			err := f(nad)
 			switch {
 			case apierrors.IsAlreadyExists(err), apierrors.IsConflict(err), apierrors.IsNotFound(err):
-				return nil // the cache was behind; its next event leads here again
+				return nil // the cache was outdated; its next event starts the next run
 			case err != nil:
 				return fmt.Errorf("%s NAD %s/%s: %w", verb, nad.Namespace, nad.Name, err)
 			}
@@ -66,19 +67,25 @@ func (r *nadReconciler) apply(ctx context.Context, changes nadChanges) error {
 		}
 	}
 	return errors.Join(
-		apply(changes.create, do("create", func(nad *nadv1.NetworkAttachmentDefinition) error { return r.client.Create(ctx, nad) })),
-		apply(changes.update, do("repair", func(nad *nadv1.NetworkAttachmentDefinition) error { return r.client.Update(ctx, nad) })),
-		apply(changes.remove, do("delete", func(nad *nadv1.NetworkAttachmentDefinition) error {
+		apply(changes.create, logged("create", func(nad *nadv1.NetworkAttachmentDefinition) error {
+			return r.client.Create(ctx, nad)
+		})),
+		apply(changes.update, logged("repair", func(nad *nadv1.NetworkAttachmentDefinition) error {
+			return r.client.Update(ctx, nad)
+		})),
+		apply(changes.remove, logged("delete", func(nad *nadv1.NetworkAttachmentDefinition) error {
 			return r.client.Delete(ctx, nad, client.Preconditions{UID: &nad.UID, ResourceVersion: &nad.ResourceVersion})
 		})),
 	)
 }
 
-// lansOf are the LANs that a NAD concerns: its owner, and any LAN of its namespace that wants its name.
+// lansOf returns the LANs that a NAD concerns: its owner, and each LAN in its namespace that holds a spoke with this
+// NAD.
 func (r *nadReconciler) lansOf(ctx context.Context, nad client.Object) []reconcile.Request {
 	var requests []reconcile.Request
 	if owner := metav1.GetControllerOf(nad); isLAN(owner) {
-		requests = append(requests, reconcile.Request{NamespacedName: client.ObjectKey{Namespace: nad.GetNamespace(), Name: owner.Name}})
+		key := client.ObjectKey{Namespace: nad.GetNamespace(), Name: owner.Name}
+		requests = append(requests, reconcile.Request{NamespacedName: key})
 	}
 	spoke, ok := strings.CutPrefix(nad.GetName(), v1beta1.VethNAD(""))
 	if !ok {
@@ -88,8 +95,10 @@ func (r *nadReconciler) lansOf(ctx context.Context, nad client.Object) []reconci
 		return requests
 	}
 	var lans v1beta1.LANList
-	if err := r.client.List(ctx, &lans, client.InNamespace(nad.GetNamespace()), client.UnsafeDisableDeepCopy); err != nil {
-		log.FromContext(ctx).Error(err, "list the LANs that want a NAD", "nad", nad.GetNamespace()+"/"+nad.GetName())
+	err := r.client.List(ctx, &lans, client.InNamespace(nad.GetNamespace()), client.UnsafeDisableDeepCopy)
+	if err != nil {
+		log.FromContext(ctx).Error(err, "list the LANs of a NAD's namespace",
+			"nad", nad.GetNamespace()+"/"+nad.GetName())
 		return requests
 	}
 	for i := range lans.Items {

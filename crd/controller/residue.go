@@ -19,14 +19,16 @@ import (
 	"github.com/k8slan/k8slan/crd/v1beta1"
 )
 
-// Residue are the resources of spokes that a node's status lists with the value 0, sorted, without those to keep. kubelet forgets
-// a resource five minutes after its plugin has ended, and leaves it there so for ever (MachineInfo in
-// pkg/kubelet/nodestatus/setters.go). Before that its capacity is not 0, and kubelet would write it back.
+// Residue returns the resources of spokes that a node's status lists with the value 0, sorted, without those to keep.
+// kubelet forgets a resource five minutes after its plugin has ended, and leaves it in the status with the value 0 for
+// ever (MachineInfo in pkg/kubelet/nodestatus/setters.go). Before that, its capacity is not 0 and kubelet would write a
+// removed entry back.
 func Residue(n *corev1.Node, keep func(resource string) bool) []string {
 	var names []string
 	for name, capacity := range n.Status.Capacity {
-		allocatable := n.Status.Allocatable[name] // 0 where there is none
-		if strings.HasPrefix(string(name), v1beta1.Resource("")) && capacity.IsZero() && allocatable.IsZero() && !keep(string(name)) {
+		allocatable := n.Status.Allocatable[name] // 0 if it is missing
+		isSpoke := strings.HasPrefix(string(name), v1beta1.Resource(""))
+		if isSpoke && capacity.IsZero() && allocatable.IsZero() && !keep(string(name)) {
 			names = append(names, string(name))
 		}
 	}
@@ -34,7 +36,8 @@ func Residue(n *corev1.Node, keep func(resource string) bool) []string {
 	return names
 }
 
-// RemoveResidue takes resources out of a node's status, all or none: where one of them is not 0 any more, the API server refuses.
+// RemoveResidue removes resources from a node's status, all or none: the API server refuses the patch if one of them is
+// not 0 any more.
 func RemoveResidue(ctx context.Context, c client.Client, n *corev1.Node, resources []string) error {
 	type operation struct {
 		Op    string `json:"op"`
@@ -42,11 +45,13 @@ func RemoveResidue(ctx context.Context, c client.Client, n *corev1.Node, resourc
 		Value string `json:"value,omitempty"`
 	}
 	var patch []operation
-	for part, list := range map[string]corev1.ResourceList{"capacity": n.Status.Capacity, "allocatable": n.Status.Allocatable} {
+	parts := map[string]corev1.ResourceList{"capacity": n.Status.Capacity, "allocatable": n.Status.Allocatable}
+	for part, list := range parts {
 		for _, r := range resources {
 			if _, there := list[corev1.ResourceName(r)]; there {
 				path := "/status/" + part + "/" + strings.ReplaceAll(r, "/", "~1")
-				patch = append(patch, operation{Op: "test", Path: path, Value: "0"}, operation{Op: "remove", Path: path})
+				patch = append(patch,
+					operation{Op: "test", Path: path, Value: "0"}, operation{Op: "remove", Path: path})
 			}
 		}
 	}
@@ -61,13 +66,14 @@ func RemoveResidue(ctx context.Context, c client.Client, n *corev1.Node, resourc
 	return nil
 }
 
-// How long a node rests after a removal: a kubelet that writes back what was removed is not fought.
+// The pause of a node after a removal. It doubles while kubelet writes back what was removed.
 const (
 	minPause = time.Second
 	maxPause = 5 * time.Minute
 )
 
-// residueReconciler removes from one node at a time the resources of spokes that no LAN offers there. It must run one at a time.
+// residueReconciler removes resources of spokes that no LAN has on a node from that node's status. Only one may run at
+// a time.
 type residueReconciler struct {
 	client  client.Client
 	now     func() time.Time
@@ -75,14 +81,14 @@ type residueReconciler struct {
 	metrics *Metrics
 }
 
-// pause is a node's after a removal.
+// pause is the time after a removal in which a node's status is not written.
 type pause struct {
 	until   time.Time
 	length  time.Duration
 	removed []string
 }
 
-// Reconcile removes what is left on a node.
+// Reconcile removes the residue in one node's status.
 func (r *residueReconciler) Reconcile(ctx context.Context, request ctrl.Request) (ctrl.Result, error) {
 	var n corev1.Node
 	if err := r.client.Get(ctx, request.NamespacedName, &n); err != nil {
@@ -111,30 +117,31 @@ func (r *residueReconciler) Reconcile(ctx context.Context, request ctrl.Request)
 	}
 	r.pauses[n.Name] = next
 	r.metrics.residue.Add(float64(len(left)))
-	log.FromContext(ctx).Info("resources that no LAN offers are removed from the node's status", "node", n.Name, "resources", left)
+	log.FromContext(ctx).Info("removed resources that no LAN holds from the node's status",
+		"node", n.Name, "resources", left)
 	return ctrl.Result{}, nil
 }
 
-// heldOn says which resources are those of spokes that a LAN holds which spans the node. They stay, whatever their value: the
-// node's daemon may be away.
+// heldOn returns a function that says whether a resource belongs to a spoke of a LAN that spans the node. Such a
+// resource stays even with the value 0, because the node's daemon may not be running.
 func heldOn(n *corev1.Node, lans []v1beta1.LAN) func(resource string) bool {
-	offered := map[string]bool{}
+	held := map[string]bool{}
 	here := []node{{Name: n.Name, Labels: n.Labels, Exists: true}}
 	for i := range lans {
 		if holds := lans[i].Status.Holds; holds != nil && len(spannedBy(&lans[i], here)) > 0 {
 			for _, spoke := range holds.Spokes {
-				offered[v1beta1.Resource(spoke)] = true
+				held[v1beta1.Resource(spoke)] = true
 			}
 		}
 	}
-	return func(resource string) bool { return offered[resource] }
+	return func(resource string) bool { return held[resource] }
 }
 
-// nodesWithResidue are the nodes that a change of a LAN may leave something on.
+// nodesWithResidue returns the nodes that list spokes with the value 0, because a LAN has changed.
 func (r *residueReconciler) nodesWithResidue(ctx context.Context, _ client.Object) []reconcile.Request {
 	var nodes corev1.NodeList
 	if err := r.client.List(ctx, &nodes, client.UnsafeDisableDeepCopy); err != nil {
-		log.FromContext(ctx).Error(err, "list the nodes that may have resources left")
+		log.FromContext(ctx).Error(err, "list the nodes that may have residue")
 		return nil
 	}
 	var requests []reconcile.Request
@@ -146,7 +153,7 @@ func (r *residueReconciler) nodesWithResidue(ctx context.Context, _ client.Objec
 	return requests
 }
 
-// hasResidue is true for a node that lists a spoke with the value 0.
+// hasResidue says whether a node lists a spoke with the value 0.
 func hasResidue(n client.Object) bool {
 	return len(Residue(n.(*corev1.Node), func(string) bool { return false })) > 0
 }

@@ -316,7 +316,7 @@ func (f Objects) nodeStates(lan *v1beta1.LAN) []nodeState {
 			n.segment = ln.Status.Segments[i]
 			n.state, n.reason, n.sentence = string(n.segment.State), n.segment.Reason, n.segment.Message
 			if n.segment.State == v1beta1.SegmentReady && n.segment.Generation != lan.Generation {
-				n.reason, n.sentence = v1beta1.ReasonPending, "is still making the last change"
+				n.reason, n.sentence = v1beta1.ReasonPending, "is still applying the last change"
 			}
 		case spans(lan, byName[ln.Name]):
 			n.reason, n.sentence = v1beta1.ReasonPending, "does not report the LAN yet"

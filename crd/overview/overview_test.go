@@ -104,15 +104,15 @@ func TestStatusShowsAttachmentsAndProblems(t *testing.T) {
 		l.Status.Holds, l.Status.SpokeCount, l.Status.Nodes = nil, 0, "0/2"
 		l.Status.Conditions[0] = metav1.Condition{
 			Type: v1beta1.ConditionAccepted, Status: metav1.ConditionFalse,
-			Reason: v1beta1.ReasonConflict, Message: "vni 222 is default/lab's; choose another vni, or delete default/lab",
+			Reason: v1beta1.ReasonConflict, Message: "vni 222 is held by default/lab; choose another vni, or delete default/lab",
 		}
 	}
 	refused := func(l *v1beta1.LAN) {
 		l.Status.Holds.Spokes = l.Status.Holds.Spokes[:1]
-		l.Status.Spokes = []v1beta1.SpokeStatus{{Name: "edge-2", Refused: "spoke edge-2 is default/lab's"}}
+		l.Status.Spokes = []v1beta1.SpokeStatus{{Name: "edge-2", Refused: "spoke edge-2 is held by default/lab"}}
 		l.Status.Conditions[0] = metav1.Condition{
 			Type: v1beta1.ConditionAccepted, Status: metav1.ConditionFalse,
-			Reason: v1beta1.ReasonSpokeConflict, Message: "spoke edge-2 is default/lab's; the other spokes are held",
+			Reason: v1beta1.ReasonSpokeConflict, Message: "spoke edge-2 is held by default/lab; the other spokes are held",
 		}
 	}
 	pooled := func(l *v1beta1.LAN) {
@@ -121,7 +121,7 @@ func TestStatusShowsAttachmentsAndProblems(t *testing.T) {
 		l.Status.Pools = []v1beta1.PoolStatus{{Name: "web", Attached: 3, Ports: 2}}
 		l.Status.Conditions = append(l.Status.Conditions, metav1.Condition{
 			Type: v1beta1.ConditionPoolExceeded, Status: metav1.ConditionTrue,
-			Message: "pool web is of size 1, and more pods are attached: 2 on worker1",
+			Message: "pool web has size 1, and more pods are attached: 2 on worker1",
 		})
 	}
 	onTwo := func(l *v1beta1.LAN) {
@@ -180,12 +180,12 @@ func TestStatusShowsAttachmentsAndProblems(t *testing.T) {
 			LANNodes: []v1beta1.LANNode{lanNode("worker1", segment("core", "fe80::1")), lanNode("worker2", missing)}, Nodes: both,
 		}},
 		{name: "conflict", facts: Objects{
-			LANs:     []v1beta1.LAN{lan("copy", 222, unready(v1beta1.StateConflict, "vni 222 is default/lab's", v1beta1.ReasonConflict, "vni 222 is default/lab's"), clash)},
+			LANs:     []v1beta1.LAN{lan("copy", 222, unready(v1beta1.StateConflict, "vni 222 is held by default/lab", v1beta1.ReasonConflict, "vni 222 is held by default/lab"), clash)},
 			LANNodes: well.LANNodes, Nodes: both,
 		}},
 		{name: "spoke-refused", facts: Objects{
 			LANs: []v1beta1.LAN{lan("edge", 223, unready(v1beta1.StateDegraded, v1beta1.ReasonSpokeConflict, v1beta1.ReasonSpokeConflict,
-				"spoke edge-2 is default/lab's; spokes are offered on 1 of 1 nodes"), refused)},
+				"spoke edge-2 is held by default/lab; spokes are offered on 1 of 1 nodes"), refused)},
 			LANNodes: []v1beta1.LANNode{lanNode("worker1", segment("edge", "fe80::1"))}, Nodes: both[:1],
 		}},
 		{name: "pool-exceeded", facts: Objects{

@@ -339,7 +339,7 @@ func TestNADsAreWrittenRepairedAndRemoved(t *testing.T) {
 		}
 		node(t, "nads-1", nil)
 		edit(t, lan, func(l *v1beta1.LAN) { l.Spec.Spokes = []string{"n4"} })
-		sentence := "NetworkAttachmentDefinition default/k8slan-veth-n4 is not this LAN's; delete it, and k8slan writes its own"
+		sentence := "NetworkAttachmentDefinition default/k8slan-veth-n4 does not belong to this LAN; delete it, and k8slan creates its own"
 		awaitCondition(t, lan, "Ready", "False NADConflict: node nads-1 does not report the LAN yet; "+sentence+"; spokes are offered on 0 of 1 nodes")
 		awaitEvent(t, lan, "Warning NADConflict: node nads-1 does not report the LAN yet; "+sentence+"; spokes are offered on 0 of 1 nodes")
 		awaitNADs(t, lan, "k8slan-mac-n4")
@@ -363,21 +363,21 @@ func TestClashesAreExplainedAndTakenUp(t *testing.T) {
 	lab := createLAN(t, "clash-lab", "{vni: 903, spokes: [c1]}")
 	awaitSummary(t, lab, "Pending|NoNodes|c1|0/0")
 	vni := createLAN(t, "clash-vni", "{vni: 903, spokes: [c2]}")
-	awaitSummary(t, vni, "Conflict|vni 903 is default/clash-lab's|none|0/0")
+	awaitSummary(t, vni, "Conflict|vni 903 is held by default/clash-lab|none|0/0")
 	ns := createLAN(t, "clash-ns", "{vni: 904, ns: default.clash-lab, spokes: [c3]}")
-	awaitSummary(t, ns, "Conflict|ns default.clash-lab is default/clash-lab's|none|0/0")
-	reserved := "ns default.clash-lab is default/clash-lab's; ns cannot change: delete this LAN and create it with another ns, or without one"
+	awaitSummary(t, ns, "Conflict|ns default.clash-lab is held by default/clash-lab|none|0/0")
+	reserved := "ns default.clash-lab is held by default/clash-lab; ns cannot be changed: delete this LAN and create it with another ns, or without one"
 	awaitCondition(t, ns, "Accepted", "False Conflict: "+reserved)
 	awaitEvent(t, ns, "Warning Conflict: "+reserved)
 	spoke := createLAN(t, "clash-spoke", "{vni: 905, spokes: [c1, c4]}")
 	awaitSummary(t, spoke, "Degraded|SpokeConflict|c4|0/0")
 
-	sentence := "vni 903 is default/clash-lab's; vni cannot change: choose another vxlanPort, or delete this LAN and create it with another vni"
+	sentence := "vni 903 is held by default/clash-lab; vni cannot be changed: choose another vxlanPort, or delete this LAN and create it with another vni"
 	awaitCondition(t, vni, "Accepted", "False Conflict: "+sentence)
 	awaitEvent(t, vni, "Warning Conflict: "+sentence)
-	awaitCondition(t, spoke, "Accepted", "False SpokeConflict: spoke c1 is default/clash-lab's; the other spokes are held")
-	awaitEvent(t, spoke, "Warning SpokeConflict: spoke c1 is default/clash-lab's; the other spokes are held")
-	if list := spoke.Status.Spokes; len(list) != 1 || list[0].Name != "c1" || list[0].Refused != "spoke c1 is default/clash-lab's" {
+	awaitCondition(t, spoke, "Accepted", "False SpokeConflict: spoke c1 is held by default/clash-lab; the other spokes are held")
+	awaitEvent(t, spoke, "Warning SpokeConflict: spoke c1 is held by default/clash-lab; the other spokes are held")
+	if list := spoke.Status.Spokes; len(list) != 1 || list[0].Name != "c1" || list[0].Refused != "spoke c1 is held by default/clash-lab" {
 		t.Errorf("refused spokes: %+v", list)
 	}
 	awaitNADs(t, vni)
@@ -388,7 +388,7 @@ func TestClashesAreExplainedAndTakenUp(t *testing.T) {
 	edit(t, vni, func(l *v1beta1.LAN) { l.Spec.VXLANPort = 4790 })
 	awaitSummary(t, vni, "Pending|NoNodes|c2|0/0")
 	edit(t, vni, func(l *v1beta1.LAN) { l.Spec.VXLANPort = 0 })
-	awaitSummary(t, vni, "Conflict|vni 903 is default/clash-lab's|none|0/0")
+	awaitSummary(t, vni, "Conflict|vni 903 is held by default/clash-lab|none|0/0")
 	awaitNADs(t, vni)
 
 	// The holder lets go of its spoke, then of everything.
@@ -412,7 +412,7 @@ func TestAHolderKeepsItsClaimsWhileTheControllerIsAway(t *testing.T) {
 	stop()
 	edit(t, old, func(l *v1beta1.LAN) { l.Spec.VXLANPort, l.Spec.Spokes = 4790, []string{"w1", "w2"} })
 	startController(t)
-	awaitSummary(t, old, "Conflict|vni 906 on port 4790 is default/away-young's|none|0/0")
+	awaitSummary(t, old, "Conflict|vni 906 on port 4790 is held by default/away-young|none|0/0")
 	awaitSummary(t, young, "Pending|NoNodes|w2|0/0")
 }
 
@@ -427,7 +427,7 @@ func TestARecreatedLANWaitsForThePodsOfItsPredecessor(t *testing.T) {
 
 	report(t, worker, leaving(lan, pod("g1", "srl-1")))
 	again := createLAN(t, "again", "{vni: 907, spokes: [g1]}")
-	sentence := "vni 907 is still in use by default/again (leaving) on node predecessor-1; it is taken up by itself when these pods are gone: " +
+	sentence := "vni 907 is still in use by default/again (leaving) on node predecessor-1; this LAN gets it when these pods are gone: " +
 		"default/srl-1 on predecessor-1 (spoke g1 of LAN default/again)"
 	awaitCondition(t, again, "Accepted", "False Conflict: "+sentence)
 	awaitEvent(t, again, "Warning Conflict: "+sentence)
@@ -486,9 +486,9 @@ func TestStatusSumsUpTheNodes(t *testing.T) {
 
 	report(t, worker2, offered(lan, pod("srl", "srl-2")))
 	awaitEvent(t, lan, "Warning TwoNodes: spoke srl is attached twice: default/srl-1 on sum-1, default/srl-2 on sum-2; "+
-		"that is right during a live migration only, since both have the same MAC unless another was requested")
+		"this is right only during a live migration, because both have the same MAC unless another was requested")
 	awaitCondition(t, lan, "AttachedTwice", "True TwoNodes: spoke srl is attached twice: default/srl-1 on sum-1, default/srl-2 on sum-2; "+
-		"that is right during a live migration only, since both have the same MAC unless another was requested")
+		"this is right only during a live migration, because both have the same MAC unless another was requested")
 	report(t, worker1, offered(lan))
 	awaitCondition(t, lan, "AttachedTwice", "absent")
 	awaitEvent(t, lan, "Normal OneNode: no spoke is attached twice any more")
@@ -526,7 +526,7 @@ func TestNothingIsWrittenWhereNothingChanged(t *testing.T) {
 	lan := createLAN(t, "calm", "{vni: 909, spokes: [q1]}")
 	awaitSummary(t, lan, "Pending|Pending|q1|0/1")
 	refused := createLAN(t, "calm-refused", "{vni: 909, spokes: [q2]}")
-	awaitSummary(t, refused, "Conflict|vni 909 is default/calm's|none|0/1")
+	awaitSummary(t, refused, "Conflict|vni 909 is held by default/calm|none|0/1")
 	report(t, worker, offered(lan, pod("q1", "a")))
 	awaitSummary(t, lan, "Ready||q1|1/1")
 	awaitNADs(t, lan, "k8slan-veth-q1", "k8slan-mac-q1")

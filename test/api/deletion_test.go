@@ -56,18 +56,18 @@ func TestADeletedLANStaysUntilItsPodsAreGone(t *testing.T) {
 	next := createLAN(t, "del-next", "{vni: 930, spokes: [d1, d3]}")
 	inUse := "vni 930 is still in use by default/del (being deleted)"
 	awaitSummary(t, next, "Conflict|"+inUse+"|none|0/2")
-	awaitCondition(t, next, "Accepted", "False Conflict: "+inUse+"; it is taken up by itself when that LAN is gone; what it waits for: kubectl describe lan -n default del")
+	awaitCondition(t, next, "Accepted", "False Conflict: "+inUse+"; this LAN gets it when that LAN is gone; kubectl describe lan -n default del says what that LAN waits for")
 	spoke := createLAN(t, "del-spoke", "{vni: 931, spokes: [d2]}")
 	awaitCondition(t, spoke, "Accepted", "False SpokeConflict: spoke d2 is still in use by default/del (being deleted); the other spokes are held")
 
 	report(t, worker1, leaving(lan, srl))
 	report(t, worker2, leaving(lan))
 	awaitCondition(t, lan, "Ready", "False InUse: del stays until its pods are gone: default/srl-1 on del-1 (spoke d1); "+
-		"del goes when these nodes have let it go: del-2")
+		"del stays until these nodes have removed it: del-2")
 	letGo(t, worker2, lan)
 	awaitCondition(t, lan, "Ready", "False InUse: del stays until its pods are gone: default/srl-1 on del-1 (spoke d1)")
 	report(t, worker1) // nothing of it any more, but no word yet
-	awaitCondition(t, lan, "Ready", "False Deleting: del goes when these nodes have let it go: del-1")
+	awaitCondition(t, lan, "Ready", "False Deleting: del stays until these nodes have removed it: del-1")
 	awaitSummary(t, lan, "Deleting||d1,d2|0/2")
 	letGo(t, worker1, lan)
 	awaitGone(t, lan.DeepCopy())
@@ -85,7 +85,7 @@ func TestADeletedLANIsFinishedByAControllerThatWasAway(t *testing.T) {
 	lan := createLAN(t, "back", "{vni: 932, spokes: [e1]}")
 	awaitSummary(t, lan, "Pending|Pending|e1|0/1")
 	refused := createLAN(t, "back-refused", "{vni: 932, spokes: [e2]}")
-	awaitSummary(t, refused, "Conflict|vni 932 is default/back's|none|0/1")
+	awaitSummary(t, refused, "Conflict|vni 932 is held by default/back|none|0/1")
 	remove(t, refused) // it never held anything
 	stop()
 	deleteLAN(t, lan)
@@ -97,7 +97,7 @@ func TestADeletedLANIsFinishedByAControllerThatWasAway(t *testing.T) {
 func TestALostNodeDoesNotHoldADeletedLAN(t *testing.T) {
 	startController(t)
 	waits := func(name string) string {
-		return name + " waits for nodes that do not answer: " + name + "-1; a node that is silent for 5 minutes counts no more"
+		return name + " waits for nodes that do not answer: " + name + "-1; it does not wait for a node that has not answered for 5 minutes"
 	}
 	for i, test := range []struct {
 		name  string
@@ -136,7 +136,7 @@ func TestALostNodeDoesNotHoldADeletedLAN(t *testing.T) {
 				awaitCondition(t, lan, "Ready", "False InUse: "+held+"; "+waits(test.name))
 			}
 			awaitGone(t, lan.DeepCopy())
-			awaitEvent(t, lan, "Warning NodeLost: "+test.name+" goes without the word of all nodes; lost, does not count and may still forward: node "+
+			awaitEvent(t, lan, "Warning NodeLost: "+test.name+" is removed; it does not wait for lost nodes, which may still forward: node "+
 				test.name+"-1 ("+test.why+")")
 		})
 	}

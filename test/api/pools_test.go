@@ -26,7 +26,7 @@ func TestAPoolHasNADsAUseAndTheNameSpaceOfSpokes(t *testing.T) {
 		t.Errorf("%s: %s", resource, nad.Spec.Config)
 	}
 	clash := createLAN(t, "clash", "{vni: 952, spokes: [web, own]}")
-	awaitCondition(t, clash, "Accepted", "False SpokeConflict: spoke web is default/pool's; the other spokes are held")
+	awaitCondition(t, clash, "Accepted", "False SpokeConflict: spoke web is held by default/pool; the other spokes are held")
 
 	// use awaits that the LAN's only pool is used like that, and returns by how many pods on pool-1.
 	use := func(used, ports int32) (attached int32) {
@@ -57,7 +57,7 @@ func TestAPoolHasNADsAUseAndTheNameSpaceOfSpokes(t *testing.T) {
 	}
 
 	edit(t, lan, func(l *v1beta1.LAN) { l.Spec.SpokePools[0].Size = 2 })
-	sentence := "pool web is of size 2, and more pods are attached: 3 on pool-1; they stay until they go by themselves, and no more are placed there before"
+	sentence := "pool web has size 2, and more pods are attached: 3 on pool-1; they stay attached, and no more pods are placed there until enough of them are gone"
 	awaitCondition(t, lan, "PoolExceeded", "True Shrunk: "+sentence)
 	awaitEvent(t, lan, "Warning Shrunk: "+sentence)
 	offers(2, onPort("web", 0), onPort("web", 2))

@@ -45,8 +45,8 @@ func TestOneOfTwoLANsThatClaimTheSameIsRefusedUntilTheOtherGoes(t *testing.T) {
 	l.apply(l.lanYAML("same-ns", 1082, []string{"ns-1"}, "ns: e2e-held"))
 	l.apply(l.lanYAML("same-spoke", 1083, []string{"held", "free"}))
 	for name, why := range map[string]string{
-		"same-vni": "vni 1081 is " + l.namespace + "/holder's",
-		"same-ns":  "ns e2e-held is " + l.namespace + "/holder's",
+		"same-vni": "vni 1081 is held by " + l.namespace + "/holder",
+		"same-ns":  "ns e2e-held is held by " + l.namespace + "/holder",
 	} {
 		l.awaitLAN(name, "refused", func(lan *v1beta1.LAN) bool {
 			return lan.Status.State == v1beta1.StateConflict && lan.Status.Reason == why && lan.Status.Holds == nil &&
@@ -54,7 +54,7 @@ func TestOneOfTwoLANsThatClaimTheSameIsRefusedUntilTheOtherGoes(t *testing.T) {
 		})
 		l.awaitEvent(name, v1beta1.ReasonConflict, why)
 	}
-	why := "spoke held is " + l.namespace + "/holder's"
+	why := "spoke held is held by " + l.namespace + "/holder"
 	l.awaitLAN("same-spoke", "without the spoke", func(lan *v1beta1.LAN) bool {
 		c := condition(lan, v1beta1.ConditionAccepted)
 		return c.Reason == v1beta1.ReasonSpokeConflict && strings.Contains(c.Message, why) && len(lan.Status.Holds.Spokes) == 1 && lan.Status.State == v1beta1.StateDegraded

@@ -162,7 +162,7 @@ func TestDeploymentOnAPoolTalksIsScaledAndLeavesNothing(t *testing.T) {
 		l.awaitAllocatable(worker1, "web", 6)
 		size(2)
 		l.awaitAllocatable(worker1, "web", 2)
-		exceeded := "pool web is of size 2, and more pods are attached: 4 on worker1, 4 on worker2"
+		exceeded := "pool web has size 2, and more pods are attached: 4 on worker1, 4 on worker2"
 		l.awaitLAN("web", "exceeded", func(lan *v1beta1.LAN) bool {
 			return meta.IsStatusConditionTrue(lan.Status.Conditions, v1beta1.ConditionPoolExceeded) &&
 				strings.Contains(condition(lan, v1beta1.ConditionPoolExceeded).Message, exceeded) && isUsed(lan, 8, 4)
