@@ -11,8 +11,8 @@ import (
 	"sigs.k8s.io/yaml"
 )
 
-// ApplyCRDs brings the CustomResourceDefinitions in files, one in each, to the state that they have there. One that is not
-// in the cluster is passed over: to make it is the installation's.
+// ApplyCRDs applies the CustomResourceDefinitions in files, one in each file. It skips those that are not in the
+// cluster, because Helm creates them on installation.
 func (r Release) ApplyCRDs(ctx context.Context, files fs.FS) error {
 	names, err := fs.Glob(files, "*.yaml")
 	if err != nil {
@@ -23,24 +23,25 @@ func (r Release) ApplyCRDs(ctx context.Context, files fs.FS) error {
 		if err != nil {
 			return err
 		}
-		definition := &unstructured.Unstructured{}
-		if err := yaml.Unmarshal(content, &definition.Object); err != nil {
+		want := &unstructured.Unstructured{}
+		if err := yaml.Unmarshal(content, &want.Object); err != nil {
 			return fmt.Errorf("read %s: %w", name, err)
 		}
-		there := definition.DeepCopy()
-		err = r.Client.Get(ctx, client.ObjectKeyFromObject(there), there)
+		have := want.DeepCopy()
+		err = r.Client.Get(ctx, client.ObjectKeyFromObject(have), have)
 		if apierrors.IsNotFound(err) {
-			r.Log.Info("CRD is not there yet", "crd", definition.GetName())
+			r.Log.Info("CRD does not exist", "crd", want.GetName())
 			continue
 		}
 		if err != nil {
-			return fmt.Errorf("get CRD %s: %w", definition.GetName(), err)
+			return fmt.Errorf("get CRD %s: %w", want.GetName(), err)
 		}
-		err = r.Client.Apply(ctx, client.ApplyConfigurationFromUnstructured(definition), client.FieldOwner("k8slan"), client.ForceOwnership)
+		err = r.Client.Apply(ctx, client.ApplyConfigurationFromUnstructured(want),
+			client.FieldOwner("k8slan"), client.ForceOwnership)
 		if err != nil {
-			return fmt.Errorf("apply CRD %s: %w", definition.GetName(), err)
+			return fmt.Errorf("apply CRD %s: %w", want.GetName(), err)
 		}
-		r.Log.Info("CRD is up to date", "crd", definition.GetName())
+		r.Log.Info("CRD is up to date", "crd", want.GetName())
 	}
 	return nil
 }

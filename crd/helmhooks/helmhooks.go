@@ -1,4 +1,4 @@
-// Package release does what Helm cannot when it brings a release of k8slan into a cluster, or takes one out.
+// Package helmhooks does the steps of an upgrade and an uninstallation that Helm cannot do by itself.
 package helmhooks
 
 import (
@@ -21,24 +21,24 @@ import (
 	"github.com/k8slan/k8slan/crd/v1beta1"
 )
 
-// Names in the chart.
+// Names of objects in the chart.
 const (
-	Daemon     = "k8slan-ds"
-	Controller = "k8slan-controller-manager"
-	Puller     = "k8slan-pull"
-	Cleaner    = "k8slan-clean"
-	Lease      = "k8slan-controller"
+	Daemon     = "k8slan-ds"                 // DaemonSet
+	Controller = "k8slan-controller-manager" // Deployment
+	Puller     = "k8slan-pull"               // DaemonSet of an upgrade, which pulls the image
+	Cleaner    = "k8slan-clean"              // DaemonSet of an uninstallation, which cleans nodes
+	Lease      = "k8slan-controller"         // Lease of the leading controller
 )
 
-// Release is one installation.
+// Release is one installation of the chart.
 type Release struct {
 	Client    client.WithWatch
 	Namespace string // of the installation
 	Log       *slog.Logger
 }
 
-// Stop deletes the daemon and the controller, and returns when the last of their pods is gone from every node that
-// answers, or with an error when ctx ends before. What is attached goes on talking.
+// Stop deletes the daemon and the controller, and waits until their pods are gone from every node that answers. It
+// fails if ctx ends before. Attached pods keep their interfaces.
 func (r Release) Stop(ctx context.Context) error {
 	r.logAttachedPods(ctx)
 	here := metav1.ObjectMeta{Namespace: r.Namespace}
@@ -50,13 +50,16 @@ func (r Release) Stop(ctx context.Context) error {
 			return fmt.Errorf("delete %s: %w", o.GetName(), err)
 		}
 	}
-	which := []client.ListOption{client.InNamespace(r.Namespace), client.MatchingLabels{"app.kubernetes.io/name": "k8slan"}}
+	pods := []client.ListOption{
+		client.InNamespace(r.Namespace), client.MatchingLabels{"app.kubernetes.io/name": "k8slan"},
+	}
 	var left []string
-	err := waitUntil(ctx, r.Client, &corev1.PodList{}, which, func(all []corev1.Pod) (bool, error) {
-		dead, err := r.unreachableNodes(ctx)
+	err := waitUntil(ctx, r.Client, &corev1.PodList{}, pods, func(all []corev1.Pod) (bool, error) {
+		unreachable, err := r.unreachableNodes(ctx)
 		left = nil
 		for _, p := range all {
-			if c := p.Labels["app.kubernetes.io/component"]; (c == "node" || c == "controller") && p.Spec.NodeName != "" && !dead[p.Spec.NodeName] {
+			component, node := p.Labels["app.kubernetes.io/component"], p.Spec.NodeName
+			if (component == "node" || component == "controller") && node != "" && !unreachable[node] {
 				left = append(left, p.Name)
 			}
 		}
@@ -69,35 +72,38 @@ func (r Release) Stop(ctx context.Context) error {
 	return nil
 }
 
-// logAttachedPods names who is about to lose an interface.
+// logAttachedPods logs the pods that are about to lose an interface.
 func (r Release) logAttachedPods(ctx context.Context) {
 	var lans v1beta1.LANList
 	if err := r.Client.List(ctx, &lans); err != nil {
-		r.Log.Warn("cannot tell who is attached", "err", err)
+		r.Log.Warn("cannot list LANs, so the log has no list of attached pods", "err", err)
 		return
 	}
 	for _, lan := range lans.Items {
+		name := lan.Namespace + "/" + lan.Name
 		for _, spoke := range lan.Status.Spokes {
 			for _, a := range spoke.Attachments {
-				r.Log.Warn("a pod loses its interface", "pod", a.Pod, "interface", a.Interface, "node", a.Node,
-					"lan", lan.Namespace+"/"+lan.Name, "spoke", spoke.Name)
+				r.Log.Warn("a pod loses its interface",
+					"pod", a.Pod, "interface", a.Interface, "node", a.Node, "lan", name, "spoke", spoke.Name)
 			}
 		}
 		for _, pool := range lan.Status.Pools {
 			for _, n := range pool.Nodes {
-				r.Log.Warn("pods lose their interfaces", "pods", n.Attached, "node", n.Node, "lan", lan.Namespace+"/"+lan.Name, "pool", pool.Name)
+				r.Log.Warn("pods lose their interfaces", "pods", n.Attached, "node", n.Node, "lan", name,
+					"pool", pool.Name)
 			}
 		}
 	}
 }
 
-// WaitForCleanNodes returns when the cleaner has done its work on every node that answers. Where that takes longer than ctx it
-// says which nodes are left, and that is no error: a node must not hold the others up.
+// WaitForCleanNodes waits until every node that answers is clean. If ctx ends before, it logs the nodes that are not,
+// and returns no error, because one node must not block the uninstallation of the others.
 func (r Release) WaitForCleanNodes(ctx context.Context) error {
 	left, err := r.waitForDaemonSet(ctx, Cleaner)
 	for _, node := range left {
-		r.Log.Warn("node is not clean: it does not answer, or its pod says why; when it is back: "+
-			"kubectl debug node/"+node+" --profile=sysadmin --image=<k8slan's image> -- /k8slan clean --host", "node", node)
+		r.Log.Warn("node is not clean, because it does not answer or its pod failed; when it is back, run "+
+			"kubectl debug node/"+node+" --profile=sysadmin --image=<k8slan's image> -- /k8slan clean --host",
+			"node", node)
 	}
 	if err != nil && ctx.Err() == nil {
 		return fmt.Errorf("wait until the nodes are clean: %w", err)
@@ -108,22 +114,23 @@ func (r Release) WaitForCleanNodes(ctx context.Context) error {
 	return nil
 }
 
-// WaitForImage returns when every node that answers has the new image, or with an error when ctx ends before.
+// WaitForImage waits until every node that answers has the new image. It fails if ctx ends before.
 func (r Release) WaitForImage(ctx context.Context) error {
 	left, err := r.waitForDaemonSet(ctx, Puller)
 	if err != nil {
-		return fmt.Errorf("wait until the nodes have the new image; %s have not, see kubectl -n %s describe pods -l app.kubernetes.io/component=pull; "+
-			"nothing has been changed: %w", strings.Join(left, ", "), r.Namespace, err)
+		return fmt.Errorf("wait until the nodes have the new image: %w; nodes without it: %s; see "+
+			"kubectl -n %s describe pods -l app.kubernetes.io/component=pull; nothing has been changed",
+			err, strings.Join(left, ", "), r.Namespace)
 	}
 	r.Log.Info("every node that answers has the new image", "without", len(left))
 	return nil
 }
 
-// waitForDaemonSet returns when a DaemonSet's pods are ready on every node that answers, or with an error when ctx ends
-// before; and on which nodes they are not.
+// waitForDaemonSet waits until a DaemonSet's pods are ready on every node that answers, and returns the nodes on which
+// they are not. It fails if ctx ends before.
 func (r Release) waitForDaemonSet(ctx context.Context, name string) (left []string, err error) {
-	which := []client.ListOption{client.InNamespace(r.Namespace), client.MatchingFields{"metadata.name": name}}
-	err = waitUntil(ctx, r.Client, &appsv1.DaemonSetList{}, which, func(all []appsv1.DaemonSet) (done bool, err error) {
+	set := []client.ListOption{client.InNamespace(r.Namespace), client.MatchingFields{"metadata.name": name}}
+	err = waitUntil(ctx, r.Client, &appsv1.DaemonSetList{}, set, func(all []appsv1.DaemonSet) (done bool, err error) {
 		if len(all) != 1 || all[0].Status.ObservedGeneration != all[0].Generation {
 			return false, nil
 		}
@@ -133,14 +140,16 @@ func (r Release) waitForDaemonSet(ctx context.Context, name string) (left []stri
 	return left, err
 }
 
-// podsReady says whether a DaemonSet's pods are ready but on nodes that do not answer, and on which nodes they are not.
+// podsReady says whether a DaemonSet's pods are ready on every node that answers, and returns the nodes on which they
+// are not.
 func (r Release) podsReady(ctx context.Context, set appsv1.DaemonSet) (done bool, left []string, err error) {
-	dead, err := r.unreachableNodes(ctx)
+	unreachable, err := r.unreachableNodes(ctx)
 	if err != nil {
 		return false, nil, err
 	}
 	var pods corev1.PodList
-	if err := r.Client.List(ctx, &pods, client.InNamespace(r.Namespace), client.MatchingLabels(set.Spec.Selector.MatchLabels)); err != nil {
+	labels := client.MatchingLabels(set.Spec.Selector.MatchLabels)
+	if err := r.Client.List(ctx, &pods, client.InNamespace(r.Namespace), labels); err != nil {
 		return false, nil, fmt.Errorf("list the pods of %s: %w", set.Name, err)
 	}
 	done = len(pods.Items) >= int(set.Status.DesiredNumberScheduled)
@@ -152,12 +161,12 @@ func (r Release) podsReady(ctx context.Context, set appsv1.DaemonSet) (done bool
 		if !ready {
 			left = append(left, node)
 		}
-		done = done && (ready || dead[node])
+		done = done && (ready || unreachable[node])
 	}
 	return done, left, nil
 }
 
-// nodeOf is the node that a DaemonSet's pod is for, bound to it or not yet.
+// nodeOf returns the node of a DaemonSet's pod, which need not be bound to it yet.
 func nodeOf(p corev1.Pod) string {
 	if p.Spec.NodeName != "" || p.Spec.Affinity == nil || p.Spec.Affinity.NodeAffinity == nil ||
 		p.Spec.Affinity.NodeAffinity.RequiredDuringSchedulingIgnoredDuringExecution == nil {
@@ -173,26 +182,26 @@ func nodeOf(p corev1.Pod) string {
 	return ""
 }
 
-// unreachableNodes are those that do not answer.
+// unreachableNodes returns, by name, whether a node does not answer.
 func (r Release) unreachableNodes(ctx context.Context) (map[string]bool, error) {
 	var nodes corev1.NodeList
 	if err := r.Client.List(ctx, &nodes); err != nil {
 		return nil, fmt.Errorf("list nodes: %w", err)
 	}
-	dead := map[string]bool{}
+	unreachable := map[string]bool{}
 	for _, n := range nodes.Items {
-		dead[n.Name] = !slices.ContainsFunc(n.Status.Conditions, func(c corev1.NodeCondition) bool {
+		unreachable[n.Name] = !slices.ContainsFunc(n.Status.Conditions, func(c corev1.NodeCondition) bool {
 			return c.Type == corev1.NodeReady && c.Status == corev1.ConditionTrue
 		})
 	}
-	return dead, nil
+	return unreachable, nil
 }
 
-// ReasonUninstalled is why a LAN is not Ready when k8slan is gone.
+// ReasonUninstalled is the reason for which a LAN is not Ready after k8slan was uninstalled.
 const ReasonUninstalled = "Uninstalled"
 
-// RemoveObjects removes what k8slan made in the API: NADs, LANNodes, the lease of the controller, and the finalizers of LANs.
-// LANs stay, with a status that says how things are and what they hold, so that a later installation gives it to them again.
+// RemoveObjects removes what k8slan wrote to the API: NADs, LANNodes, the controller's lease, and the finalizers of
+// LANs. LANs stay. Their statuses keep what they hold, so that they get the same again from a later installation.
 func (r Release) RemoveObjects(ctx context.Context) error {
 	lease := &coordinationv1.Lease{ObjectMeta: metav1.ObjectMeta{Namespace: r.Namespace, Name: Lease}}
 	return errors.Join(
@@ -212,7 +221,8 @@ func (r Release) removeNADs(ctx context.Context) error {
 	deleted := 0
 	for i := range nads.Items {
 		nad := &nads.Items[i]
-		if owner := metav1.GetControllerOf(nad); owner == nil || owner.Kind != "LAN" || owner.APIVersion != v1beta1.GroupVersion.String() {
+		owner := metav1.GetControllerOf(nad)
+		if owner == nil || owner.Kind != "LAN" || owner.APIVersion != v1beta1.GroupVersion.String() {
 			continue
 		}
 		if err := ignoreAbsent(r.Client.Delete(ctx, nad, client.Preconditions{UID: &nad.UID})); err != nil {
@@ -221,7 +231,7 @@ func (r Release) removeNADs(ctx context.Context) error {
 		}
 		deleted++
 	}
-	r.Log.Info("NADs are deleted", "number", deleted)
+	r.Log.Info("deleted NADs", "number", deleted)
 	return errors.Join(errs...)
 }
 
@@ -236,7 +246,7 @@ func (r Release) uninstallLANs(ctx context.Context) error {
 			errs = append(errs, fmt.Errorf("LAN %s/%s: %w", lans.Items[i].Namespace, lans.Items[i].Name, err))
 		}
 	}
-	r.Log.Info("LANs are kept without k8slan's finalizer", "number", len(lans.Items))
+	r.Log.Info("removed the finalizers of LANs, which stay", "number", len(lans.Items))
 	return errors.Join(errs...)
 }
 
@@ -247,18 +257,22 @@ func (r Release) uninstallLAN(ctx context.Context, lan *v1beta1.LAN) error {
 		Conditions: lan.Status.Conditions, Reason: ReasonUninstalled,
 	}
 	meta.SetStatusCondition(&lan.Status.Conditions, metav1.Condition{
-		Type: v1beta1.ConditionReady, Status: metav1.ConditionFalse, ObservedGeneration: lan.Generation, Reason: ReasonUninstalled,
-		Message: "k8slan is not installed any more; once it is again, it takes the LAN up by itself",
+		Type: v1beta1.ConditionReady, Status: metav1.ConditionFalse, ObservedGeneration: lan.Generation,
+		Reason:  ReasonUninstalled,
+		Message: "k8slan is not installed any more; the LAN works again when k8slan is installed again",
 	})
 	if err := r.Client.Status().Patch(ctx, lan, client.MergeFrom(before)); err != nil {
-		return fmt.Errorf("say that it is uninstalled: %w", err)
+		return fmt.Errorf("write the status: %w", err)
 	}
 	before = lan.DeepCopy()
-	lan.Finalizers = slices.DeleteFunc(lan.Finalizers, func(f string) bool { return strings.HasPrefix(f, v1beta1.GroupVersion.Group+"/") })
+	lan.Finalizers = slices.DeleteFunc(lan.Finalizers, func(f string) bool {
+		return strings.HasPrefix(f, v1beta1.GroupVersion.Group+"/")
+	})
 	if len(lan.Finalizers) == len(before.Finalizers) {
 		return nil
 	}
-	if err := r.Client.Patch(ctx, lan, client.MergeFromWithOptions(before, client.MergeFromWithOptimisticLock{})); err != nil {
+	patch := client.MergeFromWithOptions(before, client.MergeFromWithOptimisticLock{})
+	if err := r.Client.Patch(ctx, lan, patch); err != nil {
 		return fmt.Errorf("remove the finalizer: %w", err)
 	}
 	return nil
@@ -271,7 +285,7 @@ func (r Release) removeLANNodes(ctx context.Context) error {
 	return nil
 }
 
-// ignoreAbsent passes over what is not there any more, or whose kind is not.
+// ignoreAbsent drops the error that an object or its kind does not exist.
 func ignoreAbsent(err error) error {
 	if apierrors.IsNotFound(err) || meta.IsNoMatchError(err) {
 		return nil

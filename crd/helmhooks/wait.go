@@ -11,19 +11,25 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 )
 
-// waitUntil watches objects until they fit.
-func waitUntil[T any](ctx context.Context, c client.WithWatch, kind client.ObjectList, which []client.ListOption, fits func([]T) (bool, error)) error {
+// waitUntil lists and watches objects, and returns when fits returns true for all of them together.
+func waitUntil[T any](
+	ctx context.Context, c client.WithWatch, kind client.ObjectList, selection []client.ListOption,
+	fits func([]T) (bool, error),
+) error {
+	with := func(options metav1.ListOptions) []client.ListOption {
+		return append(selection, &client.ListOptions{Raw: &options})
+	}
 	source := &cache.ListWatch{
 		ListWithContextFunc: func(ctx context.Context, options metav1.ListOptions) (runtime.Object, error) {
 			list := kind.DeepCopyObject().(client.ObjectList)
-			return list, c.List(ctx, list, append(which, &client.ListOptions{Raw: &options})...)
+			return list, c.List(ctx, list, with(options)...)
 		},
 		WatchFuncWithContext: func(ctx context.Context, options metav1.ListOptions) (watch.Interface, error) {
-			return c.Watch(ctx, kind.DeepCopyObject().(client.ObjectList), append(which, &client.ListOptions{Raw: &options})...)
+			return c.Watch(ctx, kind.DeepCopyObject().(client.ObjectList), with(options)...)
 		},
 	}
 	var store cache.Store
-	look := func() (bool, error) {
+	check := func() (bool, error) {
 		var all []T
 		for _, o := range store.List() {
 			all = append(all, *o.(*T))
@@ -34,8 +40,8 @@ func waitUntil[T any](ctx context.Context, c client.WithWatch, kind client.Objec
 	_, err := watchtools.UntilWithSync(ctx, source, one.(runtime.Object),
 		func(s cache.Store) (bool, error) {
 			store = s
-			return look()
+			return check()
 		},
-		func(watch.Event) (bool, error) { return look() })
+		func(watch.Event) (bool, error) { return check() })
 	return err
 }
