@@ -13,37 +13,42 @@ import (
 	"github.com/k8slan/k8slan/crd/v1beta1"
 )
 
-// NodeTable is where a node has the MACs of a LAN.
+// NodeTable is the table by which a node forwards the frames of a LAN.
 type NodeTable struct {
 	Node    string
 	Entries []MACEntry
 }
 
-// MACEntry is where a node has a MAC: on a port of its own, or behind a VTEP.
+// MACEntry is an entry of the table: a MAC on a port of the node, or behind a VTEP.
 type MACEntry struct {
 	MAC      string
-	Spoke    string        // by whose port it speaks; empty behind a VTEP
+	Spoke    string        // whose port it is on; empty behind a VTEP
 	VTEP     string        // behind which it is; empty on a port
-	LastSeen time.Duration // on a port, how long ago it spoke last
+	LastSeen time.Duration // on a port, the time since its last frame
 }
 
 // MACs are the MACs of one LAN.
 type MACs struct {
 	LAN      v1beta1.LAN
 	LANNodes []v1beta1.LANNode
-	Tables   []NodeTable // of nodes that were asked
-	Only     []string    // MACs to show, as text; empty: all
+	Tables   []NodeTable // of the nodes that were asked
+	Only     []string    // MACs to show, as text; empty for all
 }
 
-// MACs is the text of where the MACs are. agree is false where nodes have one in different places, or one that was asked for nowhere.
+// MACs renders where the MACs are. agree is false if nodes have a MAC in different places, or no node has one of
+// m.Only.
 func (s Screen) MACs(m MACs) (text string, agree bool) {
 	var p page
 	p.Screen = s
 	all := m.locate()
 	p.line(fmt.Sprintf("%s  %s, vni %d, %s; %s asked", p.paint(bold, lanName(&m.LAN)),
-		cmp.Or(m.LAN.Status.Discovery, "unknown"), m.LAN.Spec.VNI, plural(len(all), "MAC"), plural(len(m.Tables), "node")))
+		cmp.Or(m.LAN.Status.Discovery, "unknown"), m.LAN.Spec.VNI,
+		plural(len(all), "MAC"), plural(len(m.Tables), "node")))
 	agree = true
-	t := table{head: []string{"MAC", "NODE", "SPOKE", "POD", "SINCE", "HEARD", "VTEP"}, spare: []string{"VTEP", "SPOKE", "SINCE"}}
+	t := table{
+		head:  []string{"MAC", "NODE", "SPOKE", "POD", "SINCE", "SEEN", "VTEP"},
+		spare: []string{"VTEP", "SPOKE", "SINCE"},
+	}
 	for _, mac := range sortedKeys(all) {
 		if len(m.Only) > 0 && !slices.Contains(m.Only, mac) {
 			continue
@@ -58,39 +63,40 @@ func (s Screen) MACs(m MACs) (text string, agree bool) {
 	p.table(t)
 	for _, mac := range m.Only {
 		if all[mac] == nil {
-			p.sentence("  ", mac+" is on no node that was asked: it has not spoken for minutes, or is not on this LAN")
+			p.sentence("  ", mac+" is on no node that was asked: it has sent no frame for minutes, or is not on this "+
+				"LAN")
 			agree = false
 		}
 	}
 	return p.text.String(), agree
 }
 
-// macLocations is who has a MAC.
+// macLocations are the places where the nodes that were asked have a MAC.
 type macLocations struct {
-	local      []location
-	remote     map[string][]string // nodes that have it there, by VTEP
-	nodeOfVTEP map[string]string   // nodes, by VTEP
+	local      []location          // on ports of nodes
+	remote     map[string][]string // by VTEP, the nodes that have it behind that VTEP
+	nodeOfVTEP map[string]string
 }
 
-// location is a MAC's place on the node that it is on.
+// location is a port of a node that has a MAC, or its VTEP if no port is known.
 type location struct {
 	node, spoke, pod, vtep, lastSeen string
-	attached                         metav1.Time // of the pod whose own MAC it is
+	attached                         metav1.Time // since when, if it is the MAC of the pod itself
 }
 
-func (s location) since(now time.Time) string {
-	if s.attached.IsZero() {
+func (l location) since(now time.Time) string {
+	if l.attached.IsZero() {
 		return ""
 	}
-	return age(now, s.attached)
+	return age(now, l.attached)
 }
 
-// locate are all MACs that a node has, and those of pods that have not spoken.
+// locate returns the locations of all MACs in the nodes' tables, and of the MACs of pods that have sent no frame.
 func (m MACs) locate() map[string]*macLocations {
-	all, owner := map[string]*macLocations{}, map[string]string{}
+	all, nodeOfVTEP := map[string]*macLocations{}, map[string]string{}
 	of := func(mac string) *macLocations {
 		if all[mac] == nil {
-			all[mac] = &macLocations{remote: map[string][]string{}, nodeOfVTEP: owner}
+			all[mac] = &macLocations{remote: map[string][]string{}, nodeOfVTEP: nodeOfVTEP}
 		}
 		return all[mac]
 	}
@@ -98,97 +104,105 @@ func (m MACs) locate() map[string]*macLocations {
 	for _, n := range m.LANNodes {
 		for _, s := range n.Status.Segments {
 			if IsSegmentOf(&m.LAN, s) {
-				segments[n.Name], owner[s.VTEP] = s, n.Name
+				segments[n.Name], nodeOfVTEP[s.VTEP] = s, n.Name
 			}
 		}
 	}
-	for _, t := range slices.SortedFunc(slices.Values(m.Tables), func(a, b NodeTable) int { return cmp.Compare(a.Node, b.Node) }) {
+	byNode := func(a, b NodeTable) int { return cmp.Compare(a.Node, b.Node) }
+	for _, t := range slices.SortedFunc(slices.Values(m.Tables), byNode) {
 		segment := segments[t.Node]
-		for _, place := range t.Entries {
-			s := of(place.MAC)
-			if place.Spoke == "" {
-				s.remote[place.VTEP] = append(s.remote[place.VTEP], t.Node)
+		for _, e := range t.Entries {
+			if e.Spoke == "" {
+				of(e.MAC).remote[e.VTEP] = append(of(e.MAC).remote[e.VTEP], t.Node)
 				continue
 			}
-			at := location{node: t.Node, spoke: place.Spoke, vtep: segment.VTEP, lastSeen: duration.HumanDuration(place.LastSeen) + " ago"}
-			for _, a := range segment.Attachments {
-				if a.Spoke == place.Spoke {
-					at.pod = a.Pod
-					if a.MAC == place.MAC {
-						at.attached = a.Since
-					}
-				}
-			}
-			s.local = append(s.local, at)
+			of(e.MAC).local = append(of(e.MAC).local, onPort(t.Node, segment, e))
 		}
 		for _, a := range segment.Attachments {
-			s := all[a.MAC]
-			if a.Kind == v1beta1.KindVeth && (s == nil || !s.isOn(t.Node)) { // a VM that has not spoken may be on its way here
-				s = of(a.MAC)
-				s.local = append(s.local, location{node: t.Node, spoke: a.Spoke, pod: a.Pod, vtep: segment.VTEP, attached: a.Since})
+			known := all[a.MAC] != nil && all[a.MAC].isOn(t.Node)
+			if a.Kind != v1beta1.KindVeth || known { // a VM that has sent no frame may be migrating to this node
+				continue
 			}
+			of(a.MAC).local = append(of(a.MAC).local,
+				location{node: t.Node, spoke: a.Spoke, pod: a.Pod, vtep: segment.VTEP, attached: a.Since})
 		}
 	}
 	return all
 }
 
-func (s *macLocations) isOn(node string) bool {
-	return slices.ContainsFunc(s.local, func(at location) bool { return at.node == node })
+// onPort returns the location of a MAC on a port of a node.
+func onPort(node string, segment v1beta1.SegmentStatus, e MACEntry) location {
+	l := location{
+		node: node, spoke: e.Spoke, vtep: segment.VTEP, lastSeen: duration.HumanDuration(e.LastSeen) + " ago",
+	}
+	for _, a := range segment.Attachments {
+		if a.Spoke == e.Spoke {
+			l.pod = a.Pod
+			if a.MAC == e.MAC {
+				l.attached = a.Since
+			}
+		}
+	}
+	return l
 }
 
-// rows are where the MAC is; where no node that was asked has it, where the others have it.
-func (s *macLocations) rows() []location {
-	if len(s.local) > 0 {
-		return s.local
-	}
-	var spots []location
-	for _, vtep := range sortedKeys(s.remote) {
-		spots = append(spots, location{node: s.nodeOfVTEP[vtep], vtep: vtep})
-	}
-	return spots
+func (m *macLocations) isOn(node string) bool {
+	return slices.ContainsFunc(m.local, func(l location) bool { return l.node == node })
 }
 
-// disagreement says who has a MAC elsewhere than it is; empty where all is well.
-func (m MACs) disagreement(s *macLocations) string {
+// rows returns the ports that have the MAC or, if there are none, the VTEPs behind which nodes have it.
+func (m *macLocations) rows() []location {
+	if len(m.local) > 0 {
+		return m.local
+	}
+	var locations []location
+	for _, vtep := range sortedKeys(m.remote) {
+		locations = append(locations, location{node: m.nodeOfVTEP[vtep], vtep: vtep})
+	}
+	return locations
+}
+
+// disagreement says which nodes do not have a MAC where it is. It returns "" if all have it there.
+func (m MACs) disagreement(mac *macLocations) string {
 	var words []string
-	var at []string // VTEPs
-	for _, here := range s.local {
-		at = append(at, here.vtep)
+	var vteps []string // of the nodes that have it on a port
+	for _, l := range mac.local {
+		vteps = append(vteps, l.vtep)
 	}
-	if len(s.local) > 1 {
-		words = append(words, fmt.Sprintf("is on %d nodes at once, and each keeps its own", len(s.local)))
+	if len(mac.local) > 1 {
+		words = append(words, fmt.Sprintf("is on %d nodes at once, and each keeps its own", len(mac.local)))
 	}
-	if len(s.local) == 0 && len(s.remote) > 1 {
+	if len(mac.local) == 0 && len(mac.remote) > 1 {
 		words = append(words, "the nodes do not agree where it is")
 	}
 	known := map[string]bool{}
-	for _, vtep := range sortedKeys(s.remote) {
-		for _, node := range s.remote[vtep] {
+	for _, vtep := range sortedKeys(mac.remote) {
+		for _, node := range mac.remote[vtep] {
 			known[node] = true
 		}
-		if len(s.local) > 0 && !slices.Contains(at, vtep) || len(s.local) == 0 && len(s.remote) > 1 {
+		if len(mac.local) > 0 && !slices.Contains(vteps, vtep) || len(mac.local) == 0 && len(mac.remote) > 1 {
 			to := vtep
-			if owner := s.nodeOfVTEP[vtep]; owner != "" {
-				to = owner + " (" + vtep + ")"
+			if node := mac.nodeOfVTEP[vtep]; node != "" {
+				to = node + " (" + vtep + ")"
 			}
-			words = append(words, fmt.Sprintf("frames for it go to %s from %s", to, joinNodes(s.remote[vtep])))
+			words = append(words, fmt.Sprintf("frames for it from %s go to %s", joinNodes(mac.remote[vtep]), to))
 		}
 	}
 	if m.LAN.Status.Discovery == string(v1beta1.EVPN) {
-		var unaware []string
+		var without []string
 		for _, t := range m.Tables {
-			if !known[t.Node] && !s.isOn(t.Node) {
-				unaware = append(unaware, t.Node)
+			if !known[t.Node] && !mac.isOn(t.Node) {
+				without = append(without, t.Node)
 			}
 		}
-		if len(unaware) > 0 {
-			words = append(words, "not told to "+joinNodes(unaware)+": frames for it are flooded from there")
+		if len(without) > 0 {
+			words = append(words, "unknown on "+joinNodes(without)+": frames for it are flooded from there")
 		}
 	}
 	return strings.Join(words, "; ")
 }
 
-// joinNodes names nodes, but not many.
+// joinNodes joins the names of nodes, but not of many.
 func joinNodes(nodes []string) string {
 	slices.Sort(nodes)
 	if more := len(nodes) - maxNodes; more > 1 {
@@ -197,7 +211,7 @@ func joinNodes(nodes []string) string {
 	return strings.Join(nodes, ", ")
 }
 
-// maxNodes is how many nodes are named in a sentence.
+// maxNodes is the largest number of node names in a sentence.
 const maxNodes = 5
 
 func plural(n int, what string) string {

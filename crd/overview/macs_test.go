@@ -23,8 +23,8 @@ func TestMACsShowsPlacesAndDisagreements(t *testing.T) {
 		lanNode("worker2", segment("lab", "192.0.2.2", own(pod("lab-2", "srl-2", v1beta1.KindVeth), pod2))),
 		lanNode("worker3", segment("lab", "192.0.2.3")),
 	}
-	port := func(mac, spoke string, heard time.Duration) MACEntry {
-		return MACEntry{MAC: mac, Spoke: spoke, LastSeen: heard}
+	port := func(mac, spoke string, lastSeen time.Duration) MACEntry {
+		return MACEntry{MAC: mac, Spoke: spoke, LastSeen: lastSeen}
 	}
 	behind := func(mac, vtep string) MACEntry { return MACEntry{MAC: mac, VTEP: vtep} }
 
@@ -36,20 +36,24 @@ func TestMACsShowsPlacesAndDisagreements(t *testing.T) {
 	}{
 		{name: "macs", agree: true, macs: MACs{
 			LAN: lan("lab", 222, evpn), LANNodes: nodes, Tables: []NodeTable{
-				// the VM has another guest's MAC behind its port; srl-2 has not spoken
-				{Node: "worker2", Entries: []MACEntry{behind(pod1, "192.0.2.1"), behind(vm, "192.0.2.1"), behind(guest, "192.0.2.1"), behind(outside, "192.0.2.99")}},
+				// the VM's port has the MAC of another guest, too; srl-2 has sent no frame
+				{Node: "worker2", Entries: []MACEntry{behind(pod1, "192.0.2.1"), behind(vm, "192.0.2.1"),
+					behind(guest, "192.0.2.1"), behind(outside, "192.0.2.99")}},
 				{Node: "worker1", Entries: []MACEntry{
-					port(pod1, "lab-1", 3*time.Second), port(vm, "lab-3", 0), port(guest, "lab-3", 4*time.Minute), behind(pod2, "192.0.2.2"), behind(outside, "192.0.2.99"),
+					port(pod1, "lab-1", 3*time.Second), port(vm, "lab-3", 0), port(guest, "lab-3", 4*time.Minute),
+					behind(pod2, "192.0.2.2"), behind(outside, "192.0.2.99"),
 				}},
 			},
 		}},
 		{name: "macs-differ", screen: Screen{Width: 90}, macs: MACs{
 			LAN: lan("lab", 222, evpn), LANNodes: nodes, Tables: []NodeTable{
-				{Node: "worker1", Entries: []MACEntry{port(pod1, "lab-1", time.Second), port(guest, "lab-3", time.Second), behind(pod2, "192.0.2.3"), behind(outside, "192.0.2.98")}},
-				{Node: "worker2", Entries: []MACEntry{port(guest, "lab-2", time.Minute), behind(outside, "192.0.2.99"), port(pod2, "lab-2", time.Second)}},
+				{Node: "worker1", Entries: []MACEntry{port(pod1, "lab-1", time.Second),
+					port(guest, "lab-3", time.Second), behind(pod2, "192.0.2.3"), behind(outside, "192.0.2.98")}},
+				{Node: "worker2", Entries: []MACEntry{port(guest, "lab-2", time.Minute), behind(outside, "192.0.2.99"),
+					port(pod2, "lab-2", time.Second)}},
 			},
 		}},
-		{name: "macs-learnt", agree: true, macs: MACs{ // that a node has not learnt a MAC is as it should be
+		{name: "macs-learned", agree: true, macs: MACs{ // without EVPN, a node need not have learned a MAC
 			LAN: lan("lab", 222), LANNodes: nodes, Tables: []NodeTable{
 				{Node: "worker1", Entries: []MACEntry{port(pod1, "lab-1", time.Second)}},
 				{Node: "worker2", Entries: []MACEntry{port(pod2, "lab-2", time.Second), behind(pod1, "192.0.2.1")}},
@@ -57,8 +61,10 @@ func TestMACsShowsPlacesAndDisagreements(t *testing.T) {
 		}},
 		{name: "macs-on-demand", agree: true, macs: MACs{
 			LAN: demanded().OnDemand("")[0], LANNodes: demanded().LANNodes, Tables: []NodeTable{
-				{Node: "worker1", Entries: []MACEntry{port(pod1, "1a1a1a1a1a1a1a", time.Second), behind(pod2, "192.0.2.2")}},
-				{Node: "worker2", Entries: []MACEntry{behind(pod1, "192.0.2.1"), port(pod2, "2b2b2b2b2b2b2b", time.Second)}},
+				{Node: "worker1", Entries: []MACEntry{port(pod1, "1a1a1a1a1a1a1a", time.Second),
+					behind(pod2, "192.0.2.2")}},
+				{Node: "worker2", Entries: []MACEntry{behind(pod1, "192.0.2.1"),
+					port(pod2, "2b2b2b2b2b2b2b", time.Second)}},
 			},
 		}},
 		{name: "macs-named", macs: MACs{

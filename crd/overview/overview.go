@@ -1,4 +1,4 @@
-// Package overview tells in text where LANs are, who is on them, and what is wrong.
+// Package overview renders LANs, their attachments, their nodes and their problems as text for a terminal.
 package overview
 
 import (
@@ -18,64 +18,65 @@ import (
 	"github.com/k8slan/k8slan/crd/v1beta1"
 )
 
-// Objects are the objects that the text is made of.
+// Objects are the objects from which the text is rendered.
 type Objects struct {
 	LANs       []v1beta1.LAN
 	LANNodes   []v1beta1.LANNode
 	Nodes      []corev1.Node
-	Unreadable []string // sentences: what could not be read, and why
+	Unreadable []string // sentences about what could not be read, and why
 }
 
-// Screen is what the text is for.
+// Screen says how to render the text.
 type Screen struct {
-	Width  int  // in characters; 0: no limit
-	Colour bool // by the escape sequences of a terminal
-	Brief  bool // of a LAN that is Ready, the headline is enough
+	Width  int  // in characters; 0 means no limit
+	Colour bool // with the escape sequences of a terminal
+	Brief  bool // only the headline of a LAN that is Ready
 	Now    time.Time
 }
 
-// AllReady says whether every LAN is Ready as its spec is now.
+// AllReady says whether every LAN is Ready with its present spec.
 func AllReady(lans []v1beta1.LAN) bool {
 	return !slices.ContainsFunc(lans, func(l v1beta1.LAN) bool { return !ready(&l) })
 }
 
 func ready(l *v1beta1.LAN) bool {
-	return l.Status.State == v1beta1.StateReady && l.Status.ObservedGeneration == l.Generation && l.DeletionTimestamp.IsZero()
+	return l.Status.State == v1beta1.StateReady && l.Status.ObservedGeneration == l.Generation &&
+		l.DeletionTimestamp.IsZero()
 }
 
-// Status is the text.
-func (s Screen) Status(f Objects) string {
+// Status renders the status of the LANs.
+func (s Screen) Status(o Objects) string {
 	var p page
 	p.Screen = s
-	for _, why := range f.Unreadable {
+	for _, why := range o.Unreadable {
 		p.sentence("", why)
 	}
-	for i := range f.LANs {
-		lan := &f.LANs[i]
+	for i := range o.LANs {
+		lan := &o.LANs[i]
 		brief := s.Brief && ready(lan)
-		if i > 0 && !(brief && ready(&f.LANs[i-1])) {
+		if i > 0 && !(brief && ready(&o.LANs[i-1])) {
 			p.line("")
 		}
 		p.headline(lan)
 		if brief {
 			continue
 		}
-		nodes := f.nodeStates(lan)
+		nodes := o.nodeStates(lan)
 		p.faults(lan, nodes)
-		p.spokes(lan, f.attachments(lan))
+		p.spokes(lan, o.attachments(lan))
 		p.nodes(nodes)
 	}
-	if slices.ContainsFunc(f.LANs, func(l v1beta1.LAN) bool { return l.Status.Discovery == string(v1beta1.EVPN) }) {
-		p.sessions(f)
+	if slices.ContainsFunc(o.LANs, func(l v1beta1.LAN) bool { return l.Status.Discovery == string(v1beta1.EVPN) }) {
+		p.sessions(o)
 	}
 	return p.text.String()
 }
 
-// sessions are a line about those of all nodes that answer, and a table of those that are down.
-func (p *page) sessions(f Objects) {
+// sessions writes a line about the BGP sessions of all nodes that answer, and a table of those that are down.
+func (p *page) sessions(o Objects) {
 	t := table{head: []string{"NODE", "PEER", "AS", "DOWN SINCE"}, spare: []string{"AS"}}
-	byName, all := f.nodesByName(), 0
-	for _, ln := range f.LANNodes {
+	byName, all := o.nodesByName(), 0
+	for _, ln := range o.LANNodes {
 		if n := byName[ln.Name]; n != nil && !answers(n) {
 			continue
 		}
@@ -101,36 +102,37 @@ func (p *page) sessions(f Objects) {
 	p.table(t)
 }
 
-func (f Objects) nodesByName() map[string]*corev1.Node {
+func (o Objects) nodesByName() map[string]*corev1.Node {
 	byName := map[string]*corev1.Node{}
-	for i := range f.Nodes {
-		byName[f.Nodes[i].Name] = &f.Nodes[i]
+	for i := range o.Nodes {
+		byName[o.Nodes[i].Name] = &o.Nodes[i]
 	}
 	return byName
 }
 
-// OnDemand are the LANs that no object wants, as if one did, sorted by name: those with a pod of the namespace or, where that is empty, all.
-func (f Objects) OnDemand(namespace string) (lans []v1beta1.LAN) {
+// OnDemand returns LANs for the segments that have no LAN object, sorted by name. It returns those with a pod in the
+// namespace or, if that is empty, all.
+func (o Objects) OnDemand(namespace string) (lans []v1beta1.LAN) {
 	vnis := map[string]int32{} // by name
-	for _, n := range f.LANNodes {
+	for _, n := range o.LANNodes {
 		for _, s := range n.Status.Segments {
-			if s.OnDemand() && (namespace == "" || slices.ContainsFunc(s.Attachments, func(a v1beta1.Attachment) bool {
-				return strings.HasPrefix(a.Pod, namespace+"/")
-			})) {
+			inNamespace := func(a v1beta1.Attachment) bool { return strings.HasPrefix(a.Pod, namespace+"/") }
+			if s.OnDemand() && (namespace == "" || slices.ContainsFunc(s.Attachments, inNamespace)) {
 				vnis[s.LAN] = s.VNI
 			}
 		}
 	}
 	for _, name := range sortedKeys(vnis) {
 		lan := v1beta1.LAN{ObjectMeta: metav1.ObjectMeta{Name: name}, Spec: v1beta1.LANSpec{VNI: vnis[name]}}
-		nodes, ready := f.nodeStates(&lan), 0
+		nodes, ready := o.nodeStates(&lan), 0
 		for _, n := range nodes {
 			lan.Status.Attached += int32(len(n.segment.Attachments))
 			if n.state == string(v1beta1.SegmentReady) {
 				ready++
 			}
 		}
-		lan.Status.Discovery, lan.Status.Nodes, lan.Status.State = string(v1beta1.EVPN), fmt.Sprintf("%d/%d", ready, len(nodes)), v1beta1.StateReady
+		lan.Status.Discovery, lan.Status.Nodes = string(v1beta1.EVPN), fmt.Sprintf("%d/%d", ready, len(nodes))
+		lan.Status.State = v1beta1.StateReady
 		if ready < len(nodes) {
 			lan.Status.State = v1beta1.StateDegraded
 		}
@@ -139,10 +141,10 @@ func (f Objects) OnDemand(namespace string) (lans []v1beta1.LAN) {
 	return lans
 }
 
-// isOnDemand says whether no object wants the LAN.
+// isOnDemand says whether the LAN is one of those that OnDemand returns.
 func isOnDemand(lan *v1beta1.LAN) bool { return lan.Namespace == "" }
 
-// IsSegmentOf says whether a node's segment is of the LAN.
+// IsSegmentOf says whether a node's segment belongs to the LAN.
 func IsSegmentOf(lan *v1beta1.LAN, s v1beta1.SegmentStatus) bool {
 	if isOnDemand(lan) {
 		return s.OnDemand() && s.LAN == lan.Name
@@ -150,7 +152,7 @@ func IsSegmentOf(lan *v1beta1.LAN, s v1beta1.SegmentStatus) bool {
 	return s.UID == lan.UID
 }
 
-// lanName is what the LAN is called.
+// lanName returns the LAN's namespace/name, or megalos:<vni> without a LAN object.
 func lanName(lan *v1beta1.LAN) string {
 	if isOnDemand(lan) {
 		return lan.Name
@@ -158,7 +160,7 @@ func lanName(lan *v1beta1.LAN) string {
 	return lan.Namespace + "/" + lan.Name
 }
 
-// headline sums a LAN up.
+// headline writes a LAN's name, state and numbers.
 func (p *page) headline(lan *v1beta1.LAN) {
 	st := lan.Status
 	state := cmp.Or(string(st.State), "Unknown")
@@ -175,10 +177,11 @@ func (p *page) headline(lan *v1beta1.LAN) {
 	if isOnDemand(lan) {
 		words = append(words, fmt.Sprintf("no LAN object, %d attached", st.Attached))
 	} else {
-		words = append(words, fmt.Sprintf("%d spokes, %d attached", st.SpokeCount, st.Attached), age(p.Now, lan.CreationTimestamp))
+		words = append(words,
+			fmt.Sprintf("%d spokes, %d attached", st.SpokeCount, st.Attached), age(p.Now, lan.CreationTimestamp))
 	}
 	name, colour := lanName(lan), colourOf(state)
-	if st.Reason != "" && st.Reason != state && !strings.Contains(st.Reason, " ") { // a reason of several words stands below, as a sentence
+	if st.Reason != "" && st.Reason != state && !strings.Contains(st.Reason, " ") { // a phrase is in a condition, too
 		state += " " + st.Reason
 	}
 	head, about := p.paint(bold, name)+"  "+p.paint(colour, state), strings.Join(words, ", ")
@@ -190,7 +193,7 @@ func (p *page) headline(lan *v1beta1.LAN) {
 	p.line(head + "  " + about)
 }
 
-// faults are the LAN's own, beside those of its nodes.
+// faults writes the LAN's own problems. Those of its nodes are in the table of nodes.
 func (p *page) faults(lan *v1beta1.LAN, nodes []nodeState) {
 	for _, sentence := range faultsOf(lan, nodes) {
 		p.sentence("  ", sentence)
@@ -199,7 +202,7 @@ func (p *page) faults(lan *v1beta1.LAN, nodes []nodeState) {
 
 func faultsOf(lan *v1beta1.LAN, nodes []nodeState) (sentences []string) {
 	if len(lan.Status.Conditions) == 0 && !isOnDemand(lan) {
-		return []string{"no controller has looked at it yet: kubectl get pods -n k8slan-system"}
+		return []string{"the controller has not observed it yet: kubectl get pods -n k8slan-system"}
 	}
 	accepted := meta.FindStatusCondition(lan.Status.Conditions, v1beta1.ConditionAccepted)
 	refused := accepted != nil && accepted.Status == metav1.ConditionFalse
@@ -212,8 +215,8 @@ func faultsOf(lan *v1beta1.LAN, nodes []nodeState) (sentences []string) {
 		}
 	}
 	c := meta.FindStatusCondition(lan.Status.Conditions, v1beta1.ConditionReady)
-	said := refused || slices.ContainsFunc(nodes, func(n nodeState) bool { return n.reason == lan.Status.Reason && n.sentence != "" })
-	if c != nil && c.Status == metav1.ConditionFalse && !said {
+	onNode := func(n nodeState) bool { return n.reason == lan.Status.Reason && n.sentence != "" }
+	if c != nil && c.Status == metav1.ConditionFalse && !refused && !slices.ContainsFunc(nodes, onNode) {
 		sentences = append(sentences, c.Message)
 	}
 	if mtus := mtuMismatch(nodes); mtus != "" {
@@ -222,7 +225,7 @@ func faultsOf(lan *v1beta1.LAN, nodes []nodeState) (sentences []string) {
 	return sentences
 }
 
-// mtuMismatch says that a LAN has not the same MTU everywhere; empty where it has.
+// mtuMismatch says that a LAN has different MTUs on its nodes. It returns "" if they are the same.
 func mtuMismatch(nodes []nodeState) string {
 	var words []string
 	var smallest, largest int32
@@ -239,20 +242,21 @@ func mtuMismatch(nodes []nodeState) string {
 	if smallest == largest {
 		return ""
 	}
-	return fmt.Sprintf("its MTU is %s, because their underlays differ: longer packets than %d bytes do not reach every node; give all the same, or set spec.mtu to %[2]d",
-		strings.Join(words, ", "), smallest)
+	return fmt.Sprintf("its MTU is %s, because their underlays differ: packets longer than %d bytes do not reach "+
+		"every node; give all underlays the same MTU, or set spec.mtu to %[2]d", strings.Join(words, ", "), smallest)
 }
 
-// attachments are who is on the LAN, by spoke: as the nodes say or, where that could not be read, the LAN's status.
-func (f Objects) attachments(lan *v1beta1.LAN) map[string][]v1beta1.SpokeAttachment {
+// attachments returns the LAN's attachments by spoke, from the LANNodes or, if they could not be read, from the LAN's
+// status.
+func (o Objects) attachments(lan *v1beta1.LAN) map[string][]v1beta1.SpokeAttachment {
 	bySpoke := map[string][]v1beta1.SpokeAttachment{}
-	if len(f.LANNodes) == 0 {
+	if len(o.LANNodes) == 0 {
 		for _, s := range lan.Status.Spokes {
 			bySpoke[s.Name] = s.Attachments
 		}
 		return bySpoke
 	}
-	for _, n := range f.LANNodes {
+	for _, n := range o.LANNodes {
 		for _, seg := range n.Status.Segments {
 			if !IsSegmentOf(lan, seg) {
 				continue
@@ -265,9 +269,12 @@ func (f Objects) attachments(lan *v1beta1.LAN) map[string][]v1beta1.SpokeAttachm
 	return bySpoke
 }
 
-// spokes are a table of those that are attached, a line of those that are free, and one for each pool.
+// spokes writes a table of the spokes with attachments, a line of the free ones, and a line for each pool.
 func (p *page) spokes(lan *v1beta1.LAN, attached map[string][]v1beta1.SpokeAttachment) {
-	t := table{head: []string{"SPOKE", "POD", "NODE", "INTERFACE", "MAC", "KIND", "SINCE"}, spare: []string{"KIND", "INTERFACE", "MAC"}}
+	t := table{
+		head:  []string{"SPOKE", "POD", "NODE", "INTERFACE", "MAC", "KIND", "SINCE"},
+		spare: []string{"KIND", "INTERFACE", "MAC"},
+	}
 	for _, spoke := range sortedKeys(attached) {
 		for _, a := range attached[spoke] {
 			t.row(plain(spoke, a.Pod, a.Node, a.Interface, a.MAC, string(a.Kind), age(p.Now, a.Since)))
@@ -293,10 +300,10 @@ func (p *page) spokes(lan *v1beta1.LAN, attached map[string][]v1beta1.SpokeAttac
 	}
 }
 
-// maxFree is how many free spokes are named.
+// maxFree is the largest number of free spokes in the line.
 const maxFree = 20
 
-// nodeState is a LAN on one node.
+// nodeState is the state of a LAN on one node.
 type nodeState struct {
 	name             string
 	segment          v1beta1.SegmentStatus
@@ -304,11 +311,11 @@ type nodeState struct {
 	reason, sentence string // what is wrong
 }
 
-// nodeStates are the nodes that have the LAN, or should.
-func (f Objects) nodeStates(lan *v1beta1.LAN) []nodeState {
-	byName := f.nodesByName()
+// nodeStates returns the LAN's states on the nodes that have it or should have it.
+func (o Objects) nodeStates(lan *v1beta1.LAN) []nodeState {
+	byName := o.nodesByName()
 	var nodes []nodeState
-	for _, ln := range f.LANNodes {
+	for _, ln := range o.LANNodes {
 		n := nodeState{name: ln.Name, state: "Pending"}
 		i := slices.IndexFunc(ln.Status.Segments, func(s v1beta1.SegmentStatus) bool { return IsSegmentOf(lan, s) })
 		switch {
@@ -325,7 +332,7 @@ func (f Objects) nodeStates(lan *v1beta1.LAN) []nodeState {
 		}
 		if node := byName[ln.Name]; node != nil && !answers(node) {
 			n.state, n.reason = "Silent", v1beta1.ReasonUnreachable
-			n.sentence = "does not answer; it may still forward. This is what it said last"
+			n.sentence = "does not answer; it may still forward. This is its last report"
 		}
 		nodes = append(nodes, n)
 	}
@@ -333,7 +340,7 @@ func (f Objects) nodeStates(lan *v1beta1.LAN) []nodeState {
 	return nodes
 }
 
-// spans says whether the LAN is to be on a node.
+// spans says whether the LAN should be on a node.
 func spans(lan *v1beta1.LAN, node *corev1.Node) bool {
 	if node == nil || lan.Status.Holds == nil || !lan.DeletionTimestamp.IsZero() {
 		return false
@@ -345,16 +352,19 @@ func spans(lan *v1beta1.LAN, node *corev1.Node) bool {
 	return selector.AsSelector().Matches(labels.Set(node.Labels))
 }
 
-// answers says whether the node controller hears of a node: kubelet's own word that it is not ready is an answer.
+// answers says whether a node's kubelet still reports its status. A node that reports that it is not ready answers.
 func answers(node *corev1.Node) bool {
 	return !slices.ContainsFunc(node.Status.Conditions, func(c corev1.NodeCondition) bool {
 		return c.Type == corev1.NodeReady && c.Status == corev1.ConditionUnknown
 	})
 }
 
-// nodes are a table, with a sentence below each node where something is wrong.
+// nodes writes a table of nodes, with a sentence below each node that has a problem.
 func (p *page) nodes(nodes []nodeState) {
-	t := table{head: []string{"NODE", "STATE", "VTEP", "UNDERLAY", "MTU", "OFFERED", "ATTACHED"}, spare: []string{"OFFERED", "ATTACHED", "MTU"}}
+	t := table{
+		head:  []string{"NODE", "STATE", "VTEP", "UNDERLAY", "MTU", "OFFERED", "ATTACHED"},
+		spare: []string{"OFFERED", "ATTACHED", "MTU"},
+	}
 	for _, n := range nodes {
 		s := n.segment
 		mtu := ""
@@ -365,7 +375,8 @@ func (p *page) nodes(nodes []nodeState) {
 		if n.reason != "" && n.reason != n.state {
 			state += " " + n.reason
 		}
-		cells := plain(n.name, state, s.VTEP, s.Underlay, mtu, strconv.Itoa(int(s.Offered)), strconv.Itoa(len(s.Attachments)))
+		cells := plain(n.name, state, s.VTEP, s.Underlay, mtu,
+			strconv.Itoa(int(s.Offered)), strconv.Itoa(len(s.Attachments)))
 		cells[1].colour = colourOf(n.state)
 		t.row(cells)
 		if n.sentence != "" {

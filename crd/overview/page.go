@@ -7,7 +7,7 @@ import (
 	"unicode/utf8"
 )
 
-// colour is an SGR parameter (ECMA-48, 8.3.117).
+// colour is an SGR parameter of a terminal (ECMA-48, 8.3.117).
 type colour string
 
 const (
@@ -28,7 +28,7 @@ func colourOf(state string) colour {
 	return red
 }
 
-// page is text that is being written.
+// page is the text while it is being written.
 type page struct {
 	Screen
 	text strings.Builder
@@ -46,7 +46,7 @@ func (p *page) paint(c colour, s string) string {
 	return "\x1b[" + string(c) + "m" + s + "\x1b[0m"
 }
 
-// sentence writes one with its lines broken where the screen ends.
+// sentence writes a sentence and breaks its lines at the width of the screen.
 func (p *page) sentence(indent, s string) {
 	line := indent
 	for i, word := range strings.Fields(s) {
@@ -62,13 +62,13 @@ func (p *page) sentence(indent, s string) {
 	p.line(line)
 }
 
-// cell is one of a table.
+// cell is a cell of a table.
 type cell struct {
 	text   string
 	colour colour
 }
 
-// plain are cells; an empty one is a dash.
+// plain returns cells without colour. An empty text becomes a dash.
 func plain(texts ...string) []cell {
 	cells := make([]cell, len(texts))
 	for i, t := range texts {
@@ -80,12 +80,12 @@ func plain(texts ...string) []cell {
 	return cells
 }
 
-// table is one with a headline, and sentences below some of its rows.
+// table is a table with a headline, and sentences below some of its rows.
 type table struct {
 	head  []string
-	spare []string // heads of the columns that a narrow screen does without, the first one first
+	spare []string // heads of the columns to drop on a narrow screen, in this order
 	rows  [][]cell
-	below map[int]string // by the row's number
+	below map[int]string // sentences by the number of the row
 }
 
 func (t *table) row(cells []cell) {
@@ -96,12 +96,12 @@ func (t *table) row(cells []cell) {
 }
 
 const (
-	gap      = 2 // between columns, and at the left
-	narrowed = 8 // no column is made narrower than that
+	gap      = 2 // number of blanks between columns, and at the left
+	minWidth = 8 // width below which no column is cut
 )
 
-// table writes a table; one without rows is nothing. Where it is wider than the screen, it loses columns that can be spared,
-// and then its widest ones are cut.
+// table writes a table, or nothing if it has no rows. If the table is wider than the screen, it drops spare columns and
+// then cuts the widest ones.
 func (p *page) table(t table) {
 	if len(t.rows) == 0 {
 		return
@@ -115,7 +115,7 @@ func (p *page) table(t table) {
 	}
 	for p.Width > 0 && total > p.Width {
 		widest := slices.Index(widths, slices.Max(widths))
-		if widths[widest] <= narrowed {
+		if widths[widest] <= minWidth {
 			break
 		}
 		widths[widest]--
@@ -130,7 +130,7 @@ func (p *page) table(t table) {
 	}
 }
 
-// widths are those of the columns, and of all.
+// widths returns the widths of the columns and of the whole table.
 func (t *table) widths() (widths []int, total int) {
 	for i, h := range t.head {
 		width := len(h)
@@ -143,7 +143,7 @@ func (t *table) widths() (widths []int, total int) {
 	return widths, total
 }
 
-// drop takes a column away.
+// drop removes a column.
 func (t *table) drop(column int) {
 	t.head = slices.Delete(t.head, column, column+1)
 	for i := range t.rows {
@@ -155,12 +155,13 @@ func (p *page) row(widths []int, cells []cell) {
 	var line strings.Builder
 	for i, c := range cells {
 		text := cut(c.text, widths[i])
-		line.WriteString(strings.Repeat(" ", gap) + p.paint(c.colour, text) + strings.Repeat(" ", widths[i]-utf8.RuneCountInString(text)))
+		padding := strings.Repeat(" ", widths[i]-utf8.RuneCountInString(text))
+		line.WriteString(strings.Repeat(" ", gap) + p.paint(c.colour, text) + padding)
 	}
 	p.line(line.String())
 }
 
-// cut shortens a text that is too long, and shows that it did.
+// cut shortens a text that is too long, and ends it with an ellipsis.
 func cut(s string, width int) string {
 	runes := []rune(s)
 	if len(runes) <= width {
