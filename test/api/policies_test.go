@@ -73,8 +73,8 @@ func TestLANsBeyondTheLimitsAreRefusedWithTheWayOut(t *testing.T) {
 	t.Cleanup(func() { remove(t, before) })
 	policies(t, "policy-limits.yaml", "limits.vniRange=[1000,1999]", `limits.underlayDevices=["","eth1"]`)
 	const (
-		vni    = "this cluster's administrator allows LANs the VNIs 1000 to 1999 (limits.vniRange of k8slan's chart), and vni is 222; choose one of the range, or ask the administrator to widen it"
-		device = "this cluster's administrator allows LANs to go over the device that a node takes by itself, eth1 (limits.underlayDevices of k8slan's chart), and this one asks for eth2; set defaultVxlanDev and vxlanDevMap accordingly, or ask the administrator to allow it"
+		vni    = "this cluster's administrator allows the VNIs 1000 to 1999 (limits.vniRange of k8slan's chart), and vni is 222; choose a VNI in the range, or ask the administrator to widen it"
+		device = "this cluster's administrator allows these underlay devices: the device that a node chooses, eth1 (limits.underlayDevices of k8slan's chart), and this LAN asks for eth2; change defaultVxlanDev or vxlanDevMap, or ask the administrator to allow it"
 	)
 	eventually(t, func() string { // a policy counts a moment after it is there
 		if said := tried(t, manifest("lab", "{vni: 222, spokes: [srl]}")); !strings.Contains(said, vni) {
@@ -112,7 +112,7 @@ func TestLANsBeyondTheLimitsAreRefusedWithTheWayOut(t *testing.T) {
 func TestOnlyTheDefaultRoutesDeviceIsForbiddenByALimitThatLeavesItOut(t *testing.T) {
 	policies(t, "policy-limits.yaml", `limits.underlayDevices=["eth1"]`)
 	eventually(t, func() string {
-		const want = "allows LANs to go over eth1 (limits.underlayDevices of k8slan's chart), and this one asks for the device that a node takes by itself; "
+		const want = "allows these underlay devices: eth1 (limits.underlayDevices of k8slan's chart), and this LAN asks for the device that a node chooses; "
 		if said := tried(t, manifest("lab", "{vni: 222, spokes: [srl]}")); !strings.Contains(said, want) {
 			return "a LAN without a device: " + said + "; want " + want
 		}
@@ -154,7 +154,7 @@ func TestDaemonWritesTheLANNodeOfItsOwnNodeAlone(t *testing.T) {
 			"status": c.Status().Update(t.Context(), own.DeepCopy(), client.DryRunAll),
 			"delete": c.Delete(t.Context(), own.DeepCopy(), client.DryRunAll),
 		} {
-			if err == nil || !strings.Contains(err.Error(), "k8slan's daemon writes the LANNode of its own node alone") {
+			if err == nil || !strings.Contains(err.Error(), "k8slan's daemon may write only the LANNode of its own node") {
 				t.Errorf("%s, %s of worker1's LANNode: %v", who, what, err)
 			}
 		}
@@ -188,7 +188,7 @@ func TestControllerChangesNothingOfALANButItsFinalizer(t *testing.T) {
 	}
 	eventually(t, func() string {
 		err := change(func(l *v1beta1.LAN) { l.Spec.Spokes = []string{"other"} })
-		if err == nil || !strings.Contains(err.Error(), "changes nothing of a LAN but its own finalizer") {
+		if err == nil || !strings.Contains(err.Error(), "may change only its own finalizer") {
 			return "the controller edits a spec: " + errorText(err)
 		}
 		return ""

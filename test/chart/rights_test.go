@@ -12,18 +12,18 @@ import (
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 )
 
-var update = flag.Bool("update", false, "write docs/rights.md anew")
+var update = flag.Bool("update", false, "write docs/rights.md")
 
 const rightsPage = "../../docs/rights.md"
 
-// accounts are our service accounts, in the order of the page, and who they are.
+// accounts are k8slan's service accounts in the order of the page, each with the program that uses it.
 var accounts = []struct{ name, who string }{
 	{"k8slan-node", "The daemon on every node."},
 	{"k8slan-controller", "The controller."},
-	{"k8slan-test", "The pod of `helm test` that asks; exists only while it runs."},
-	{"k8slan-upgrade", "The job of `helm upgrade`; exists only while it runs."},
-	{"k8slan-uninstall", "The jobs of `helm uninstall`; exists only while they run."},
-	{"k8slan-residue", "The last step of `helm uninstall`; removes itself within minutes."},
+	{"k8slan-test", "The job of `helm test`. It exists only while the test runs."},
+	{"k8slan-upgrade", "The job of `helm upgrade`. It exists only while the upgrade runs."},
+	{"k8slan-uninstall", "The jobs of `helm uninstall`. It exists only while they run."},
+	{"k8slan-residue", "The last step of `helm uninstall`. It removes itself within minutes."},
 }
 
 func TestRightsPageMatchesChart(t *testing.T) {
@@ -38,18 +38,18 @@ func TestRightsPageMatchesChart(t *testing.T) {
 		t.Fatal(err)
 	}
 	if string(have) != want {
-		t.Error("docs/rights.md is not what the chart grants: run make generate")
+		t.Error("docs/rights.md differs from the rights in the chart: run make generate")
 	}
 }
 
-// rights is the page.
+// rights returns the text of the page.
 func rights(t *testing.T, objects []unstructured.Unstructured) string {
 	t.Helper()
 	var page strings.Builder
 	page.WriteString(`# Rights
 
-What each of k8slan's service accounts may do in the cluster. This page is generated from the chart (` + "`make generate`" + `).
-No rule has a wildcard, and none reaches Secrets.
+This page lists what k8slan's service accounts may do in the cluster. It is generated from the chart
+(` + "`make generate`" + `). No rule has a wildcard, and none allows access to Secrets.
 `)
 	granted := map[string][]string{}
 	for _, o := range objects {
@@ -67,8 +67,9 @@ No rule has a wildcard, and none reaches Secrets.
 		}
 	}
 	for _, o := range objects {
-		if o.GetKind() == "ServiceAccount" && !slices.ContainsFunc(accounts, func(a struct{ name, who string }) bool { return a.name == o.GetName() }) {
-			t.Errorf("service account %s is missing in the list of accounts of this test", o.GetName())
+		if o.GetKind() == "ServiceAccount" && !slices.ContainsFunc(accounts,
+			func(a struct{ name, who string }) bool { return a.name == o.GetName() }) {
+			t.Errorf("service account %s is missing from the list of accounts in this test", o.GetName())
 		}
 	}
 	for _, a := range accounts {
@@ -79,9 +80,11 @@ No rule has a wildcard, and none reaches Secrets.
 		delete(granted, a.name)
 	}
 	for name := range granted {
-		t.Errorf("rights are bound to service account %s, which the chart does not make", name)
+		t.Errorf("rights are bound to service account %s, which the chart does not have", name)
 	}
-	page.WriteString("\n## For people\n\nThe chart adds to Kubernetes' own roles; `edit` takes in `view`, and `admin` takes in `edit`.\n\n| role | resource | verbs |\n|---|---|---|\n")
+	page.WriteString("\n## For users\n\nThe chart adds to Kubernetes' own roles. `edit` includes `view`, and `admin` " +
+		"includes `edit`.\n\n" +
+		"| role | resource | verbs |\n|---|---|---|\n")
 	for _, o := range objects {
 		for label := range o.GetLabels() {
 			if role, ok := strings.CutPrefix(label, "rbac.authorization.k8s.io/aggregate-to-"); ok {
@@ -91,25 +94,29 @@ No rule has a wildcard, and none reaches Secrets.
 			}
 		}
 	}
-	page.WriteString("\n## What RBAC cannot say\n\nValidatingAdmissionPolicies say it; they run in the API server, and k8slan has no webhook.\n\n| policy | what it refuses |\n|---|---|\n")
+	page.WriteString("\n## Beyond RBAC\n\nValidatingAdmissionPolicies refuse what RBAC cannot. They run in the API " +
+		"server; k8slan has no webhook." +
+		"\n\n| policy | what it refuses |\n|---|---|\n")
 	for _, o := range objects {
 		if o.GetKind() != "ValidatingAdmissionPolicy" {
 			continue
 		}
 		refuses := o.GetAnnotations()["lan.k8slan.io/refuses"]
 		if refuses == "" {
-			t.Errorf("policy %s has no annotation lan.k8slan.io/refuses, which says what it refuses", o.GetName())
+			t.Errorf("policy %s lacks the annotation lan.k8slan.io/refuses, which says what it refuses", o.GetName())
 		}
 		fmt.Fprintf(&page, "| `%s` | %s |\n", o.GetName(), refuses)
 	}
 	return page.String()
 }
 
-// roleOf finds the rules that a binding refers to.
-func roleOf(t *testing.T, objects []unstructured.Unstructured, ref rbacv1.RoleRef, namespace string) []rbacv1.PolicyRule {
+// roleOf returns the rules of the role that a binding refers to.
+func roleOf(t *testing.T, objects []unstructured.Unstructured, ref rbacv1.RoleRef,
+	namespace string) []rbacv1.PolicyRule {
 	t.Helper()
 	for _, o := range objects {
-		if o.GetKind() == ref.Kind && o.GetName() == ref.Name && (ref.Kind == "ClusterRole" || o.GetNamespace() == namespace) {
+		if o.GetKind() == ref.Kind && o.GetName() == ref.Name &&
+			(ref.Kind == "ClusterRole" || o.GetNamespace() == namespace) {
 			return convert[rbacv1.ClusterRole](t, o).Rules
 		}
 	}
@@ -117,7 +124,7 @@ func roleOf(t *testing.T, objects []unstructured.Unstructured, ref rbacv1.RoleRe
 	return nil
 }
 
-// rows are the lines of a table.
+// rows returns the lines of a table of rules.
 func rows(rules []rbacv1.PolicyRule, where string) []string {
 	var lines []string
 	for _, rule := range rules {
@@ -126,7 +133,7 @@ func rows(rules []rbacv1.PolicyRule, where string) []string {
 	return lines
 }
 
-// resources names what a rule is about.
+// resources returns the names of a rule's resources.
 func resources(rule rbacv1.PolicyRule) string {
 	var names []string
 	for _, group := range rule.APIGroups {
@@ -145,8 +152,9 @@ func resources(rule rbacv1.PolicyRule) string {
 	return text
 }
 
-// renderAll renders the chart with everything that is off by default.
+// renderAll renders the chart with all that is off by default switched on.
 func renderAll(t *testing.T) []unstructured.Unstructured {
 	t.Helper()
-	return render(t, "k8slan-system", "limits.vniRange={1000,1999}", "limits.underlayDevices={eth1}", "uninstall.removeLANs=true", "evpn.enabled=true")
+	return render(t, "k8slan-system", "limits.vniRange={1000,1999}", "limits.underlayDevices={eth1}",
+		"uninstall.removeLANs=true", "evpn.enabled=true")
 }

@@ -10,23 +10,23 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{- end }}
 
-{{- /* The labels by which a workload finds its pods; takes the component's name. */ -}}
+{{- /* The labels by which a workload selects its pods. The argument is the component's name. */ -}}
 {{- define "k8slan.selector" -}}
 app.kubernetes.io/name: k8slan
 app.kubernetes.io/component: {{ . }}
 {{- end }}
 
-{{- /* Whether nodes speak BGP: empty if not. */ -}}
+{{- /* "true" if nodes speak BGP, or else empty. */ -}}
 {{- define "k8slan.evpn" -}}
 {{- if or .Values.evpn.enabled (eq .Values.discovery "evpn") }}true{{ end }}
 {{- end }}
 
-{{- /* The same of reflectors. */ -}}
+{{- /* "true" if reflectors run, or else empty. */ -}}
 {{- define "k8slan.reflectors" -}}
 {{- if and (include "k8slan.evpn" .) .Values.evpn.reflectors.replicas }}true{{ end }}
 {{- end }}
 
-{{- /* A router as the daemon's flag has it; takes what the values say of it, and its place among them. */ -}}
+{{- /* A router in the form of the daemon's flag. The arguments are an item of evpn.peers and its index. */ -}}
 {{- define "k8slan.peer" -}}
 {{- $p := index . 0 -}}
 address={{ $p.address }}
@@ -38,7 +38,7 @@ address={{ $p.address }}
 {{- if $p.ipv6VTEPs }},ipv6-vteps{{ end }}
 {{- end }}
 
-{{- /* The Secrets with passwords of BGP sessions that a daemon has, as JSON. */ -}}
+{{- /* The Secrets with the passwords of a daemon's BGP sessions, as JSON. */ -}}
 {{- define "k8slan.passwords" -}}
 {{- $all := list }}
 {{- if include "k8slan.evpn" . }}
@@ -52,21 +52,21 @@ address={{ $p.address }}
 {{- toJson $all }}
 {{- end }}
 
-{{- /* Devices as a sentence has them; takes a list in which "" is the default route's. */ -}}
+{{- /* Devices as a part of a sentence. The argument is a list in which "" is the device that a node chooses. */ -}}
 {{- define "k8slan.devices" -}}
 {{- $names := list }}
-{{- range . }}{{ $names = append $names (. | default "the device that a node takes by itself") }}{{ end }}
+{{- range . }}{{ $names = append $names (. | default "the device that a node chooses") }}{{ end }}
 {{- join ", " $names }}
 {{- end }}
 
-{{- /* What Helm runs at an event: takes the event and the weight, and optionally the policy of deletion. */ -}}
+{{- /* Annotations of a hook. The arguments are the event, the weight, and optionally the policy of deletion. */ -}}
 {{- define "k8slan.hook" -}}
 helm.sh/hook: {{ index . 0 }}
 helm.sh/hook-weight: {{ index . 1 | quote }}
 helm.sh/hook-delete-policy: {{ if gt (len .) 2 }}{{ index . 2 }}{{ else }}before-hook-creation,hook-succeeded{{ end }}
 {{- end }}
 
-{{- /* A container that does one thing with the API server; takes the root, the container's name and its arguments. */ -}}
+{{- /* A container of a hook. The arguments are the root, the container's name and its arguments. */ -}}
 {{- define "k8slan.hookContainer" -}}
 {{- $root := index . 0 -}}
 name: {{ index . 1 }}
@@ -100,7 +100,7 @@ resources:
     memory: 256Mi
 {{- end }}
 
-{{- /* Where pods of the controller's kind may run. */ -}}
+{{- /* The nodes on which the controller, the reflectors and the hooks may run. */ -}}
 {{- define "k8slan.placement" -}}
 {{- with .Values.image.pullSecrets }}
 imagePullSecrets:
