@@ -73,10 +73,10 @@ func (s *Socket) Close() error { return s.conn.Close() }
 func (s *Socket) Run(ctx context.Context, role RoleFunc, bound func(mac [6]byte, ip netip.Addr)) error {
 	links := links{role: role, known: map[int]Role{}, socket: s}
 	pace := rate.NewLimiter(frameRate, frameBurst)
-	for buf := make([]byte, longest); ; {
+	for buf := make([]byte, longest); ctx.Err() == nil; {
 		size, from, err := s.conn.Recvfrom(ctx, buf, 0)
 		if ctx.Err() != nil {
-			return nil
+			break
 		}
 		if err != nil {
 			return fmt.Errorf("receive ARP: %w", err)
@@ -91,9 +91,10 @@ func (s *Socket) Run(ctx context.Context, role RoleFunc, bound func(mac [6]byte,
 			}
 		}
 		if pace.Wait(ctx) != nil {
-			return nil
+			break
 		}
 	}
+	return nil
 }
 
 // links remembers the roles of links. One that turns out to be ignored goes into the socket's filter.
