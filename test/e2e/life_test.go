@@ -55,7 +55,7 @@ func (m machine) killDaemon(more ...string) func(*corev1.Pod) bool {
 }
 
 // renewDaemon gives the node a daemon in a new pod. One that has ended before in its pod is started again later each time (10 s, 20 s and so on), and
-// after bgp.NodeRestart the others take the node for dead.
+// after bgp.RestartTime the others take the node for dead.
 func (m machine) renewDaemon() {
 	m.Helper()
 	var old *corev1.Pod

@@ -120,17 +120,13 @@ func with(b []byte, at int, value byte) []byte {
 	return b
 }
 
-// A malformed UPDATE ends the session of its sender, with a reason, or is ignored. Routes of others stay, and none
-// comes from it.
-func TestMalformedUpdateAffectsNoOtherSession(t *testing.T) {
-	t.Parallel()
-	port := freePort(t)
-	startReflector(t, port, "")
+// malformedUpdates returns malformed UPDATE messages by what is wrong with them, and a valid one.
+func malformedUpdates() map[string][]byte {
 	withReach := func(nextHop, nlri []byte, more ...[]byte) []byte {
 		return update(append([][]byte{origin, asPath, localPref, targets, reach(nextHop, nlri)}, more...)...)
 	}
 	halfCommunity, cutOffTunnel := attribute(0xc0, 16, []byte{0, 2, 0, 0}), attribute(0xc0, 22, []byte{0, 6})
-	bad := map[string][]byte{
+	return map[string][]byte{
 		"a length beyond the end":      withReach(nextHop, with(macIP(9), 1, 200)),
 		"cut off":                      withReach(nextHop, macIP(9)[:7]),
 		"a MAC of 40 bits":             withReach(nextHop, with(macIP(9), 24, 40)),
@@ -143,8 +139,16 @@ func TestMalformedUpdateAffectsNoOtherSession(t *testing.T) {
 		"another marker than all ones": with(good(9), 3, 0),
 		"nothing wrong":                good(8),
 	}
+}
+
+// A malformed UPDATE ends the session of its sender, with a reason, or is ignored. Routes of others stay, and none
+// comes from it.
+func TestMalformedUpdateAffectsNoOtherSession(t *testing.T) {
+	t.Parallel()
+	port := freePort(t)
+	startReflector(t, port, "")
 	peers, names, next := []bgp.Peer{peerAt(port, 2)}, map[netip.Addr]string{}, byte(20)
-	for name, message := range bad {
+	for name, message := range malformedUpdates() {
 		at := netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, next}), port)
 		rawRouter(t, at, message, good(next))
 		names[at.Addr()] = name
