@@ -19,7 +19,7 @@ type entry struct {
 	seen       bool // report is of an observation after want last changed in more than tables
 	initial    bool // present or wanted at start-up, not yet observed
 	dirty      bool // to be reconciled
-	tablesOnly bool // of a dirty one: only remotes, FDB or neighbours changed
+	tablesOnly bool // of a dirty one: only remotes, FDB or neighbors changed
 
 	notBefore time.Time // a rest after each observation, and a longer one after each failure
 }

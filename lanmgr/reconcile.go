@@ -16,7 +16,7 @@ type task struct {
 	netns      string
 	want       *segment.Segment // nil: not wanted
 	last       *Report          // nil: none
-	tablesOnly bool             // only remotes, FDB or neighbours changed
+	tablesOnly bool             // only remotes, FDB or neighbors changed
 }
 
 // result is what came of it.
@@ -72,7 +72,8 @@ func (m *Manager) finish(t task, r result) {
 	default:
 		m.restAfter(e, r.took)
 	}
-	e.report = &r.Report
+	report := r.Report // without r.done, which may be large
+	e.report = &report
 }
 
 // forget drops what is known of a segment of which the node has nothing left. m.mu is held.
