@@ -10,8 +10,6 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
-
-	"github.com/k8slan/k8slan/lanmgr/netns"
 )
 
 // DefaultRun is where k8slan keeps what lives as long as the node is up.
@@ -53,14 +51,6 @@ func (n *Node) Close() {
 
 func (n *Node) netnsPath(name string) string { return filepath.Join(n.paths.Run, "netns", name) }
 
-// host opens the node's own network namespace.
-func (n *Node) host() (netns.Handle, error) {
-	if n.paths.HostNetns != "" {
-		return netns.Open(n.paths.HostNetns)
-	}
-	return netns.Current()
-}
-
 // checkName fails unless the name is the plain name of a file.
 func checkName(netnsName string) error {
 	isDir := netnsName == "" || netnsName == "." || netnsName == ".."
@@ -85,33 +75,6 @@ func (n *Node) List() ([]string, error) {
 		names = append(names, e.Name())
 	}
 	return names, nil
-}
-
-// InLANNetns runs f on a thread that is in a segment's network namespace. Sockets that f opens stay there. It fails
-// with ErrNoLAN where there is no such namespace.
-func (n *Node) InLANNetns(netnsName string, f func() error) error {
-	if err := checkName(netnsName); err != nil {
-		return err
-	}
-	ns, err := netns.Open(n.netnsPath(netnsName))
-	if errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("%w (no %s)", ErrNoLAN, n.netnsPath(netnsName))
-	}
-	if err != nil {
-		return err
-	}
-	defer ns.Close()
-	return netns.Do(ns, f)
-}
-
-// InHostNetns runs f on a thread that is in the node's own network namespace.
-func (n *Node) InHostNetns(f func() error) error {
-	ns, err := n.host()
-	if err != nil {
-		return err
-	}
-	defer ns.Close()
-	return netns.Do(ns, f)
 }
 
 // removeFile removes a file. It is no error if there is none.
