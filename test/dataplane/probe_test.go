@@ -96,7 +96,7 @@ func TestProbeReportsWhatPassesAndWhereFramesAreLost(t *testing.T) {
 		},
 		{
 			name:  "neither node is a member for the other",
-			there: "is dropped there as a stranger's: the LAN has strictPeers",
+			there: "is dropped there because that is not a member: the LAN has strictPeers",
 			back:  "kubectl get lannode worker2 -o yaml",
 			fault: func(t *testing.T, a, b node, s segment.Segment, _ *host) {
 				for _, h := range []node{a, b} {

@@ -100,7 +100,7 @@ func TestProbeSaysWhatPassesAndWhereTheRestIsLost(t *testing.T) {
 				node.run("nft", "add table inet probed; add chain inet probed out { type filter hook output priority 0; }; add rule inet probed out udp dport 4801 drop")
 				node.afterwards("nft", "delete table inet probed")
 			},
-			[]string{wellThere, back + "nothing passes. VXLAN vx1088 of node worker2 took it, but it did not leave by eth1: a firewall on worker2 drops outgoing UDP port 4801"},
+			[]string{wellThere, back + "nothing passes. VXLAN vx1088 of node worker2 sent it, but it did not leave by eth1: a firewall on worker2 drops outgoing UDP port 4801"},
 		},
 		{
 			"a firewall between the nodes", func(_ lab, node machine) { node.cable("eth1").rule("udp dport 4801 drop") },
@@ -254,7 +254,7 @@ func TestProbeNamesTheRemoteThatANodeDoesNotKnow(t *testing.T) {
 				l.awaitSegment(worker2, c.lan, "at its new address", func(s v1beta1.SegmentStatus) bool { return s.VTEP == is })
 				l.probes(1, []string{
 					fmt.Sprintf("Node worker1 does not know node worker2 as a remote: its VXLAN vx%d has the remotes %s, and the other's address is %s", c.vni, c.vteps[1], is),
-					back + "nothing passes. It came to " + c.device + " of node worker1 from " + is + ", and is dropped there as a stranger's: the LAN has strictPeers",
+					back + "nothing passes. It came to " + c.device + " of node worker1 from " + is + ", and is dropped there because that is not a member: the LAN has strictPeers",
 				}, c.lan)
 			})
 			l.machine(worker1).awaitRemotes(c.lan, c.vteps[1])

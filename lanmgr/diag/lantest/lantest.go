@@ -1,5 +1,4 @@
-// Package probe sends frames through a LAN and tells what comes of them: from pod to pod, where one end asks and the other answers,
-// and from node to node, where stations hear them on their way.
+// Package lantest sends frames through a LAN between two pods of helm test: one end asks, the other answers.
 package lantest
 
 import (
@@ -20,34 +19,34 @@ import (
 
 const (
 	etherType = 0x88b5 // IEEE 802, for local experiments
-	header    = 14
-	minFrame  = 60 // of an Ethernet frame, without its checksum
+	header    = 14     // length of an Ethernet header
+	minFrame  = 60     // length of an Ethernet frame without its checksum
 
-	kindHello     = 1 // to everyone: who is there?
+	kindHello     = 1 // broadcast, to find the other end
 	kindAsk       = 2
 	kindAnswer    = 3
-	kindArrived   = 4 // a frame of that number arrived, of the kinds that package path sends
-	kindTestFrame = 0 // is that frame itself
+	kindArrived   = 4 // a test frame of package probe arrived, with that number
+	kindTestFrame = 0 // a test frame itself
 
-	// helloInterval is the pause between two questions who is there, while nobody answers.
+	// helloInterval is the pause between two hellos while there is no answer.
 	helloInterval = 200 * time.Millisecond
 	// answerTimeout is how long an answer may take before its frame counts as lost.
 	answerTimeout = time.Second
-	// maxLost is how many frames are lost before no more are sent.
+	// maxLost is the number of lost frames after which no more are sent.
 	maxLost = 10
 )
 
 var magic = []byte("k8slan probe")
 
-// Port is an interface that frames go out of and come in at.
+// Port is an interface that sends and receives frames.
 type Port struct {
 	MAC   net.HardwareAddr
 	MTU   int // in bytes
 	Wire  Wire
-	Owner string // what the other end is told, such as the name of the node
+	Owner string // name for the other end, such as that of the node
 }
 
-// Wire is what a port sends to and hears.
+// Wire sends and receives the frames of a port.
 type Wire interface {
 	Send(frame []byte) error
 	// Receive returns the next frame, or ctx's error when that ends.
@@ -55,7 +54,7 @@ type Wire interface {
 	Close() error
 }
 
-// Open opens an interface of this network namespace, which takes CAP_NET_RAW.
+// Open opens an interface of this network namespace. It needs CAP_NET_RAW.
 func Open(iface, owner string) (*Port, error) {
 	s, err := packet.Open(iface)
 	if err != nil {
@@ -67,7 +66,7 @@ func Open(iface, owner string) (*Port, error) {
 // Close closes the port.
 func (p *Port) Close() error { return p.Wire.Close() }
 
-// message is a frame of the probe's.
+// message is a frame of this package.
 type message struct {
 	from   net.HardwareAddr
 	kind   byte
@@ -75,7 +74,7 @@ type message struct {
 	owner  string
 }
 
-// send sends a frame of so many bytes.
+// send sends a frame of that many bytes.
 func (p *Port) send(to net.HardwareAddr, m message, size int) error {
 	frame := make([]byte, 0, size)
 	frame = append(append(frame, to...), p.MAC...)
@@ -89,7 +88,7 @@ func (p *Port) send(to net.HardwareAddr, m message, size int) error {
 	return p.Wire.Send(frame)
 }
 
-// receive returns the probe's next frame and its size, or ctx's error.
+// receive returns the next message or test frame and its size, or ctx's error.
 func (p *Port) receive(ctx context.Context) (message, int, error) {
 	for {
 		f, err := p.Wire.Receive(ctx)
@@ -109,7 +108,8 @@ func (p *Port) receive(ctx context.Context) (message, int, error) {
 }
 
 func parse(frame []byte) (message, bool) {
-	if len(frame) < minFrame || binary.BigEndian.Uint16(frame[12:]) != etherType || !bytes.HasPrefix(frame[header:], magic) {
+	if len(frame) < minFrame || binary.BigEndian.Uint16(frame[12:]) != etherType ||
+		!bytes.HasPrefix(frame[header:], magic) {
 		return message{}, false
 	}
 	m := message{from: net.HardwareAddr(bytes.Clone(frame[6:12]))}
@@ -123,8 +123,8 @@ func parse(frame []byte) (message, bool) {
 	return m, true
 }
 
-// Answer answers every question with a frame of the same size, and tells whoever asked last of the frames of other kinds that arrive,
-// until ctx ends.
+// Answer answers every hello and question with a frame of the same size. It also reports the test frames that arrive to
+// the port that asked last. It ends with ctx.
 func (p *Port) Answer(ctx context.Context) error {
 	var asker net.HardwareAddr
 	for ctx.Err() == nil {
@@ -144,21 +144,21 @@ func (p *Port) Answer(ctx context.Context) error {
 	return nil
 }
 
-// Peer is whoever answers at the other end.
+// Peer is the other end.
 type Peer struct {
 	Owner string
 	MAC   net.HardwareAddr
 }
 
-// Result is what became of frames.
+// Result counts frames and their answers.
 type Result struct {
-	Sent          int // half of them as short and half as long as may be
-	Lost          int // those of them that had no answer of the same size
+	Sent          int // half of them as short and half as long as possible
+	Lost          int // without an answer of the same size
 	Short, Long   int // bytes
 	Slowest, Mean time.Duration
 }
 
-// Count sends count frames, one after the other, and counts the answers. Of a peer that loses many it sends fewer.
+// Count sends count frames, one after the other, and counts the answers. It stops early if many are lost.
 func (p *Port) Count(ctx context.Context, peer Peer, count int) (Result, error) {
 	r := Result{Short: minFrame, Long: p.MTU + header}
 	var total time.Duration
@@ -189,11 +189,11 @@ func (p *Port) Count(ctx context.Context, peer Peer, count int) (Result, error) 
 	return r, nil
 }
 
-// Find asks everyone until somebody answers.
+// Find broadcasts hellos until another port answers.
 func (p *Port) Find(ctx context.Context) (Peer, error) {
-	everyone := net.HardwareAddr{0xff, 0xff, 0xff, 0xff, 0xff, 0xff}
+	broadcast := net.HardwareAddr{0xff, 0xff, 0xff, 0xff, 0xff, 0xff}
 	for ctx.Err() == nil {
-		if err := p.send(everyone, message{kind: kindHello}, minFrame); err != nil {
+		if err := p.send(broadcast, message{kind: kindHello}, minFrame); err != nil {
 			return Peer{}, err
 		}
 		m, err := p.awaitAnswer(ctx, helloInterval, 0)
@@ -201,10 +201,12 @@ func (p *Port) Find(ctx context.Context) (Peer, error) {
 			return Peer{m.owner, m.from}, err
 		}
 	}
-	return Peer{}, errors.New("nobody answered: either the other pod does not run, or no frame passes between the nodes; " +
-		"see kubectl get lans,lannodes, whether the underlay carries multicast, and kubectl k8slan probe between two pods on a LAN of these nodes")
+	return Peer{}, errors.New("no answer: either the other pod does not run, or no frame passes between the nodes; " +
+		"see kubectl get lans,lannodes, check whether the underlay carries multicast, " +
+		"and run kubectl k8slan probe between two pods on a LAN of these nodes")
 }
 
+// ask sends a question and reports whether its answer came.
 func (p *Port) ask(ctx context.Context, to net.HardwareAddr, number uint32, size int) (answered bool, err error) {
 	if err := p.send(to, message{kind: kindAsk, number: number}, size); err != nil {
 		return false, err
@@ -216,13 +218,13 @@ func (p *Port) ask(ctx context.Context, to net.HardwareAddr, number uint32, size
 	return err == nil && m.size == size, err
 }
 
-// answered is an answer and its frame's size.
+// answered is an answer and the size of its frame.
 type answered struct {
 	message
 	size int
 }
 
-// awaitAnswer waits so long for the answer of that number, or returns context.DeadlineExceeded.
+// awaitAnswer waits for the answer with that number. It returns context.DeadlineExceeded if none comes in time.
 func (p *Port) awaitAnswer(ctx context.Context, within time.Duration, number uint32) (answered, error) {
 	ctx, cancel := context.WithTimeout(ctx, within)
 	defer cancel()
@@ -237,30 +239,32 @@ func (p *Port) awaitAnswer(ctx context.Context, within time.Duration, number uin
 	}
 }
 
-// ProbeKinds sends frames of every kind to the peer, and says which arrive there.
+// ProbeKinds sends frames of every kind to the peer, and returns which arrive there.
 func (p *Port) ProbeKinds(ctx context.Context, peer Peer) (probe.Path, error) {
 	ctx, cancel := context.WithCancel(ctx)
-	orders, order := io.Pipe()
-	sent, saySent := io.Pipe()
-	heard, sayHeard := io.Pipe()
+	readOrders, orders := io.Pipe()
+	sent, writeSent := io.Pipe()
+	arrived, writeArrived := io.Pipe()
 	var both sync.WaitGroup
-	both.Go(func() { saySent.CloseWithError(p.sendFrames(orders, saySent)) })
-	both.Go(func() { sayHeard.CloseWithError(p.writeArrivals(ctx, peer, sayHeard)) })
+	both.Go(func() { writeSent.CloseWithError(p.sendFrames(readOrders, writeSent)) })
+	both.Go(func() { writeArrived.CloseWithError(p.writeArrivals(ctx, peer, writeArrived)) })
 	defer both.Wait()
-	defer func() { _, _, _ = order.Close(), sent.Close(), heard.Close() }()
+	defer func() { _, _, _ = orders.Close(), sent.Close(), arrived.Close() }()
 	defer cancel()
-	return probe.OneWay(ctx, probe.Endpoint{Node: p.Owner, Orders: order, Messages: sent}, probe.Endpoint{Node: peer.Owner, Messages: heard})
+	from := probe.Endpoint{Node: p.Owner, Orders: orders, Messages: sent}
+	to := probe.Endpoint{Node: peer.Owner, Messages: arrived}
+	return probe.OneWay(ctx, from, to)
 }
 
-// facts are what is known of an end without looking at its node.
+// facts returns what is known about an end without observing its node.
 func (p *Port) facts(owner string, mac net.HardwareAddr) *probe.Facts {
 	return &probe.Facts{Pod: "pod on " + owner, MAC: mac, MTU: p.MTU, Port: probe.Link{Up: true, Carrier: true}}
 }
 
-// sendFrames sends what orders say, until they end.
+// sendFrames carries out orders until they end.
 func (p *Port) sendFrames(orders io.Reader, out io.Writer) error {
-	lines, says := json.NewDecoder(orders), json.NewEncoder(out)
-	if err := says.Encode(probe.Message{Facts: p.facts(p.Owner, p.MAC)}); err != nil {
+	lines, messages := json.NewDecoder(orders), json.NewEncoder(out)
+	if err := messages.Encode(probe.Message{Facts: p.facts(p.Owner, p.MAC)}); err != nil {
 		return err
 	}
 	for {
@@ -272,20 +276,21 @@ func (p *Port) sendFrames(orders io.Reader, out io.Writer) error {
 		if err := p.Wire.Send(o.Bytes); err != nil {
 			sent.Error = err.Error()
 		}
-		if err := says.Encode(probe.Message{Sent: &sent}); err != nil {
+		if err := messages.Encode(probe.Message{Sent: &sent}); err != nil {
 			return err
 		}
 	}
 }
 
-// writeArrivals says which frames the other end tells of, until ctx ends.
+// writeArrivals writes which test frames the other end reports, until ctx ends.
 func (p *Port) writeArrivals(ctx context.Context, peer Peer, out io.Writer) error {
-	says := json.NewEncoder(out)
-	err := says.Encode(probe.Message{Facts: p.facts(peer.Owner, peer.MAC)})
+	messages := json.NewEncoder(out)
+	err := messages.Encode(probe.Message{Facts: p.facts(peer.Owner, peer.MAC)})
 	for err == nil {
 		var m message
 		if m, _, err = p.receive(ctx); err == nil && m.kind == kindArrived {
-			err = says.Encode(probe.Message{Sighting: &probe.Sighting{ID: m.number, Where: probe.AtPort, Outgoing: true}})
+			s := probe.Sighting{ID: m.number, Where: probe.AtPort, Outgoing: true}
+			err = messages.Encode(probe.Message{Sighting: &s})
 		}
 	}
 	return err

@@ -10,7 +10,7 @@ import (
 	"github.com/k8slan/k8slan/lanmgr/diag/packet"
 )
 
-// cable is one end of a wire. It loses what is longer than limit, and of every size what loses says.
+// cable is one end of a wire. It loses frames that are longer than limit, and frames for which loses is true.
 type cable struct {
 	in, out chan packet.Frame
 	limit   int
@@ -35,14 +35,15 @@ func (c *cable) Receive(ctx context.Context) (packet.Frame, error) {
 
 func (c *cable) Close() error { return nil }
 
-// wire returns two ports that are connected, and the end of one.
+// wire returns two connected ports, and the cable of the first.
 func wire(t *testing.T) (one, two *Port, end *cable) {
 	t.Helper()
 	there, back := make(chan packet.Frame, 4096), make(chan packet.Frame, 4096)
 	all := func([]byte) bool { return false }
 	end = &cable{back, there, packet.Largest, all}
 	one = &Port{MAC: net.HardwareAddr{2, 0, 0, 0, 0, 1}, MTU: 1400, Wire: end, Owner: "node-one"}
-	two = &Port{MAC: net.HardwareAddr{2, 0, 0, 0, 0, 2}, MTU: 1400, Wire: &cable{there, back, packet.Largest, all}, Owner: strings.Repeat("n", 253)}
+	two = &Port{MAC: net.HardwareAddr{2, 0, 0, 0, 0, 2},
+		MTU: 1400, Wire: &cable{there, back, packet.Largest, all}, Owner: strings.Repeat("n", 253)}
 	return one, two, end
 }
 
@@ -71,9 +72,9 @@ func TestLostAndTruncatedFramesAreCounted(t *testing.T) {
 
 func lostAndTruncated(t *testing.T) {
 	one, two, _ := wire(t)
-	go func() { // answers long frames short, and every fourth not at all
+	go func() { // answers long frames with short ones, and every fourth frame not at all
 		for {
-			m, _, err := two.receive(t.Context()) // which ends with the test
+			m, _, err := two.receive(t.Context()) // the context ends with the test
 			if err != nil {
 				return
 			}
@@ -88,11 +89,11 @@ func lostAndTruncated(t *testing.T) {
 	}
 	r, err = one.Count(t.Context(), Peer{MAC: two.MAC}, 1000)
 	if err != nil || r.Lost != 10 || r.Sent > 20 {
-		t.Errorf("of a thousand: %+v, %v; want no more after 10 that were lost", r, err)
+		t.Errorf("with a thousand frames: %+v, %v; want it to stop after 10 lost frames", r, err)
 	}
 }
 
-func TestSilenceIsToldWithTheWayOut(t *testing.T) {
+func TestErrorWithoutAnswerSaysWhatToCheck(t *testing.T) {
 	one, _, _ := wire(t)
 	ctx, cancel := context.WithTimeout(t.Context(), helloInterval/2)
 	defer cancel()
@@ -101,17 +102,26 @@ func TestSilenceIsToldWithTheWayOut(t *testing.T) {
 	}
 }
 
-func TestEveryKindOfFrameIsToldOf(t *testing.T) {
+func TestEveryKindOfFrameIsInTheVerdict(t *testing.T) {
 	for name, c := range map[string]struct {
 		limit int
 		loses func(frame []byte) bool
-		well  bool
+		ok    bool
 		want  string
 	}{
-		"all":        {packet.Largest, func([]byte) bool { return false }, true, "pod on node-one → pod on nnn"},
-		"their size": {packet.Largest, func([]byte) bool { return false }, true, "every kind of frame passes, packets of up to 1400 bytes, up to 4 VLAN tags and maybe more."},
-		"long ones":  {1234 + 14, func([]byte) bool { return false }, false, "packets of up to 1234 bytes pass, longer ones do not; the LAN's MTU is 1400."},
-		"LACP":       {packet.Largest, func(f []byte) bool { return f[0] == 1 && f[1] == 0x80 && f[5] == 2 }, false, "some kinds of frames do not pass: the address of LACP. For where it is lost, run kubectl k8slan probe"},
+		"all": {packet.Largest, func([]byte) bool { return false }, true, "pod on node-one → pod on nnn"},
+		"their size": {
+			packet.Largest, func([]byte) bool { return false }, true,
+			"every kind of frame passes, packets of up to 1400 bytes, up to 4 VLAN tags and maybe more.",
+		},
+		"long ones": {
+			1234 + 14, func([]byte) bool { return false }, false,
+			"packets of up to 1234 bytes pass, longer ones do not; the LAN's MTU is 1400.",
+		},
+		"LACP": {
+			packet.Largest, func(f []byte) bool { return f[0] == 1 && f[1] == 0x80 && f[5] == 2 }, false,
+			"some kinds of frames do not pass: the address of LACP. For where it is lost, run kubectl k8slan probe",
+		},
 	} {
 		t.Run(name, inABubble(func(t *testing.T) {
 			one, two, end := wire(t)
@@ -123,13 +133,13 @@ func TestEveryKindOfFrameIsToldOf(t *testing.T) {
 				t.Fatal(err)
 			}
 			end.limit, end.loses = c.limit, c.loses
-			course, err := one.ProbeKinds(ctx, peer)
+			path, err := one.ProbeKinds(ctx, peer)
 			if err != nil {
 				t.Fatal(err)
 			}
-			well, said := course.Verdict()
-			if well != c.well || !strings.Contains(strings.Join(said, "\n"), c.want) {
-				t.Errorf("%t, %q; want %t, %q", well, said, c.well, c.want)
+			ok, sentences := path.Verdict()
+			if ok != c.ok || !strings.Contains(strings.Join(sentences, "\n"), c.want) {
+				t.Errorf("%t, %q; want %t, %q", ok, sentences, c.ok, c.want)
 			}
 			cancel()
 			if err := <-over; err != nil {
@@ -139,7 +149,7 @@ func TestEveryKindOfFrameIsToldOf(t *testing.T) {
 	}
 }
 
-// inABubble has a test that waits for what is lost wait in no time.
+// inABubble runs a test with a fake clock, so that waiting for lost frames takes no time.
 func inABubble(test func(*testing.T)) func(*testing.T) {
 	return func(t *testing.T) { synctest.Test(t, test) }
 }

@@ -1,4 +1,4 @@
-// Package packet sends and receives whole Ethernet frames at a link of the node, and writes them down.
+// Package packet sends and receives whole Ethernet frames on a link of the node, and writes them as pcap.
 package packet
 
 import (
@@ -16,22 +16,22 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Largest is the longest frame that a socket takes, in bytes: veths hand on what is still to be cut, up to 64 KiB of
-// payload.
+// Largest is the longest frame that a socket receives, in bytes. Frames on a veth may not be segmented yet, and then
+// have up to 64 KiB of payload.
 const Largest = 1<<16 + 64
 
-// buffer is how much the kernel may keep for a socket, in bytes: a busy second.
+// buffer is the size of a socket's receive buffer in bytes. It holds the frames of a busy second.
 const buffer = 32 << 20
 
-// Frame is one frame at a link.
+// Frame is one frame on a link.
 type Frame struct {
-	Bytes      []byte // from the destination address on, VLAN tags where they were, without the checksum
-	Outgoing   bool   // the link sends it, for a pod's port: to the pod
+	Bytes      []byte // from the destination address on, with VLAN tags, without the checksum
+	Outgoing   bool   // the link sent it; on a pod's port: to the pod
 	Unfinished bool   // its TCP, UDP or SCTP checksum is left to hardware
 	At         time.Time
 }
 
-// Socket is a packet socket on one link: it receives what the link receives and what it sends, and sends.
+// Socket is a packet socket on one link. It receives the frames that the link receives and sends, and it can send.
 type Socket struct {
 	Link net.Interface // as it was when the socket was opened
 
@@ -39,8 +39,8 @@ type Socket struct {
 	buffer []byte
 }
 
-// Open opens a link of the calling thread's network namespace, which takes CAP_NET_RAW. Frames are kept for Receive
-// from now on: those that the filter passes, or all without one.
+// Open opens a link of the calling thread's network namespace. It needs CAP_NET_RAW. From then on the kernel keeps
+// frames for Receive: those that the filter passes, or all frames without a filter.
 func Open(link string, filter ...bpf.RawInstruction) (*Socket, error) {
 	l, err := net.InterfaceByName(link)
 	if err != nil {
@@ -56,7 +56,7 @@ func Open(link string, filter ...bpf.RawInstruction) (*Socket, error) {
 	return &Socket{Link: *l, conn: conn, buffer: make([]byte, Largest)}, nil
 }
 
-// open opens a packet socket that receives nothing until it is bound: it has no protocol.
+// open opens a packet socket. It has no protocol until it is bound, so that it receives nothing from other links.
 func open(link string) (*socket.Conn, error) {
 	conn, err := socket.Socket(unix.AF_PACKET, unix.SOCK_RAW, 0, link, nil)
 	if err != nil {
@@ -82,10 +82,10 @@ func configure(conn *socket.Conn, ifindex int, filter []bpf.RawInstruction) erro
 	return conn.Bind(&unix.SockaddrLinklayer{Protocol: all, Ifindex: ifindex})
 }
 
-// Close closes the socket. A call of Receive that waits gets an error.
+// Close closes the socket; a Receive that waits returns an error.
 func (s *Socket) Close() error { return s.conn.Close() }
 
-// Send sends a frame as it is.
+// Send sends a frame unchanged.
 func (s *Socket) Send(frame []byte) error {
 	if _, err := s.conn.Write(frame); err != nil {
 		return fmt.Errorf("send a frame of %d bytes: %w", len(frame), err)
@@ -93,8 +93,8 @@ func (s *Socket) Send(frame []byte) error {
 	return nil
 }
 
-// SendUnfinished sends a frame whose checksum is left to hardware: of all bytes from start on, to be put at offset from
-// there. It is for links of the calling thread's network namespace.
+// SendUnfinished sends a frame whose checksum is left to hardware. The checksum covers all bytes from start on, and
+// belongs at offset from there. The link must be in the calling thread's network namespace.
 func (s *Socket) SendUnfinished(frame []byte, start, offset uint16) error {
 	conn, err := open(s.Link.Name)
 	if err != nil {
@@ -118,10 +118,10 @@ func (s *Socket) SendUnfinished(frame []byte, start, offset uint16) error {
 	return nil
 }
 
-// ErrNoFrame says that no frame waits.
-var ErrNoFrame = errors.New("no frame waits")
+// ErrNoFrame says that no frame is waiting.
+var ErrNoFrame = errors.New("no frame is waiting")
 
-// Receive returns the next frame, or ctx's error when that ends. Its bytes are the caller's.
+// Receive returns the next frame, or ctx's error when ctx ends. The caller owns the frame's bytes.
 func (s *Socket) Receive(ctx context.Context) (Frame, error) {
 	control := newControl()
 	n, controls, _, from, err := s.conn.Recvmsg(ctx, s.buffer, control, 0)
@@ -131,7 +131,7 @@ func (s *Socket) Receive(ctx context.Context) (Frame, error) {
 	return s.frame(n, control[:controls], from, err)
 }
 
-// Next returns a frame that waits already, or ErrNoFrame.
+// Next returns a frame that is already waiting, or ErrNoFrame.
 func (s *Socket) Next() (Frame, error) {
 	raw, err := s.conn.SyscallConn()
 	if err != nil {
@@ -151,7 +151,7 @@ func (s *Socket) Next() (Frame, error) {
 	return s.frame(n, control[:controls], from, errors.Join(err, receiveErr))
 }
 
-// newControl has room for what the kernel reports beside a frame.
+// newControl returns a buffer for the control messages of a frame.
 func newControl() []byte {
 	return make([]byte, unix.CmsgSpace(auxdataSize)+unix.CmsgSpace(timespecSize))
 }
@@ -161,7 +161,7 @@ const (
 	timespecSize = int(unsafe.Sizeof(unix.Timespec{}))
 )
 
-// frame is the received frame in the buffer.
+// frame returns the frame in the buffer.
 func (s *Socket) frame(n int, control []byte, from unix.Sockaddr, err error) (Frame, error) {
 	if err != nil {
 		return Frame{}, fmt.Errorf("receive on %s: %w", s.Link.Name, err)
@@ -173,11 +173,12 @@ func (s *Socket) frame(n int, control []byte, from unix.Sockaddr, err error) (Fr
 	return f, f.readControl(control)
 }
 
-// readControl takes what the kernel says beside a frame: it keeps the outermost VLAN tag there, which is put back.
+// readControl reads the control messages that come with a frame. They contain the outermost VLAN tag, which the kernel
+// removes from the frame, and readControl inserts it again.
 func (f *Frame) readControl(control []byte) error {
 	messages, err := unix.ParseSocketControlMessage(control)
 	if err != nil {
-		return fmt.Errorf("read what the kernel says about a frame: %w", err)
+		return fmt.Errorf("read the control messages of a frame: %w", err)
 	}
 	for _, m := range messages {
 		isPacket, isSocket := m.Header.Level == unix.SOL_PACKET, m.Header.Level == unix.SOL_SOCKET
@@ -201,11 +202,11 @@ func (f *Frame) readControl(control []byte) error {
 	return nil
 }
 
-// Dropped is how many frames the kernel had no room for since the last call.
+// Dropped returns the number of frames that the kernel dropped since the last call because the buffer was full.
 func (s *Socket) Dropped() (dropped uint32, err error) {
 	stats, err := s.conn.GetsockoptTpacketStats(unix.SOL_PACKET, unix.PACKET_STATISTICS)
 	if err != nil {
-		return 0, fmt.Errorf("ask how many frames were dropped on %s: %w", s.Link.Name, err)
+		return 0, fmt.Errorf("count dropped frames on %s: %w", s.Link.Name, err)
 	}
 	return stats.Drops, nil
 }

@@ -12,7 +12,7 @@ import (
 // Writer writes frames as pcap with nanoseconds (draft-ietf-opsawg-pcap), which tcpdump and Wireshark read.
 type Writer struct{ to *bufio.Writer }
 
-// NewWriter writes the file's header.
+// NewWriter writes the header of the file.
 func NewWriter(w io.Writer) (Writer, error) {
 	const (
 		magic    = 0xa1b23c4d
@@ -25,13 +25,14 @@ func NewWriter(w io.Writer) (Writer, error) {
 		header = binary.LittleEndian.AppendUint32(header, v)
 	}
 	_, err := p.to.Write(header)
-	return p, errors.Join(err, p.to.Flush()) // at once: who reads a pipe waits for it
+	return p, errors.Join(err, p.to.Flush()) // immediately, because a reader of a pipe waits for the header
 }
 
 // Write writes a frame; it may stay in the writer until Flush.
 func (p Writer) Write(f Frame) error {
 	var header []byte
-	for _, v := range []uint32{uint32(f.At.Unix()), uint32(f.At.Nanosecond()), uint32(len(f.Bytes)), uint32(len(f.Bytes))} {
+	length := uint32(len(f.Bytes))
+	for _, v := range []uint32{uint32(f.At.Unix()), uint32(f.At.Nanosecond()), length, length} {
 		header = binary.LittleEndian.AppendUint32(header, v)
 	}
 	_, err := p.to.Write(header)
@@ -41,11 +42,11 @@ func (p Writer) Write(f Frame) error {
 	return err
 }
 
-// Flush hands on what was written.
+// Flush writes all buffered frames.
 func (p Writer) Flush() error { return p.to.Flush() }
 
-// Capture writes what the link carries, both ways, until ctx ends or count frames are written; 0 is no limit. A reader
-// sees every frame as soon as none waits behind it.
+// Capture writes the link's frames in both directions, until ctx ends or count frames are written; 0: no limit. It
+// flushes whenever no other frame is waiting.
 func Capture(ctx context.Context, s *Socket, w io.Writer, count int) (written int, err error) {
 	p, err := NewWriter(w)
 	if err != nil {

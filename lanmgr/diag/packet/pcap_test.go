@@ -7,7 +7,7 @@ import (
 	"time"
 )
 
-// The bytes are those that tcpdump and Wireshark read as two frames in nanoseconds.
+// tcpdump and Wireshark read these bytes as two frames with times in nanoseconds.
 func TestFramesAreWrittenAsPcap(t *testing.T) {
 	var out bytes.Buffer
 	p, err := NewWriter(&out)
@@ -15,9 +15,12 @@ func TestFramesAreWrittenAsPcap(t *testing.T) {
 		t.Fatal(err)
 	}
 	if out.Len() != 24 {
-		t.Errorf("the header is of %d bytes before the first frame, want 24: who reads a pipe waits for it", out.Len())
+		t.Errorf("%d bytes are written before the first frame, want the header of 24", out.Len())
 	}
-	for _, f := range []Frame{{Bytes: []byte{1, 2, 3}, At: time.Unix(1, 5)}, {Bytes: []byte{4}, At: time.Unix(2, 999_999_999)}} {
+	for _, f := range []Frame{
+		{Bytes: []byte{1, 2, 3}, At: time.Unix(1, 5)},
+		{Bytes: []byte{4}, At: time.Unix(2, 999_999_999)},
+	} {
 		if err := p.Write(f); err != nil {
 			t.Fatal(err)
 		}

@@ -8,17 +8,17 @@ import (
 )
 
 const (
-	etherType = 0x88b5 // IEEE 802, for local experiments: no kernel and no network function does anything on it
-	tagged    = 0x8100
-	provider  = 0x88a8
+	etherType = 0x88b5 // IEEE 802, for local experiments: kernels and network functions ignore it
+	tagged    = 0x8100 // IEEE 802.1Q
+	provider  = 0x88a8 // IEEE 802.1ad
 	ipv4      = 0x0800
 	ipv6      = 0x86dd
 	udp       = 17
-	minFrame  = 60 // of an Ethernet frame, without its checksum
+	minFrame  = 60 // length of an Ethernet frame without its checksum
 	maxTags   = 4  // VLAN tags
 )
 
-// Source begins the address that a probe's frames come from; the next two bytes tell the direction.
+// Source is the beginning of the source address of a probe's frames. The next two bytes are the direction.
 var Source = []byte{0x02, 0x6b, 0x38, 0x70}
 
 var magic = []byte("k8slan path ")
@@ -26,7 +26,7 @@ var magic = []byte("k8slan path ")
 // unusedMAC is a unicast address that no interface has.
 var unusedMAC = []byte{0x02, 0x6b, 0x38, 0x71, 0x00, 0x00}
 
-// testFrame is a frame that waits to be sent.
+// testFrame is a frame to send, with its result so far.
 type testFrame struct {
 	FrameResult
 	bytes         func(id uint32) []byte
@@ -34,22 +34,23 @@ type testFrame struct {
 	start, offset uint16
 }
 
-func (r testFrame) order(id uint32) Order {
-	return Order{ID: id, Bytes: r.bytes(id), Unfinished: r.unfinished, Start: r.start, Offset: r.offset}
+func (f testFrame) order(id uint32) Order {
+	return Order{ID: id, Bytes: f.bytes(id), Unfinished: f.unfinished, Start: f.start, Offset: f.offset}
 }
 
-// knownUnicast is the kind that passes on a way that bridge and VXLAN have learnt, maybe where nothing else does.
+// knownUnicast is the kind of frame for which bridge and VXLAN may have learned a path. It can pass where floods do
+// not.
 const knownUnicast = "unicast to the other's address"
 
-// catalog is one frame of every kind. What kind it is says its destination, its tags or its size: none is a message to anybody, so
-// that no pod does anything on it.
+// catalog returns one frame of every kind. Kinds differ in destination, tags or size. No frame is a valid message of a
+// protocol, so pods ignore them.
 func catalog(direction, mtu int, peer []byte) []testFrame {
-	everyone := []byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff}
+	broadcast := []byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff}
 	kind := func(name string, to []byte, tags ...uint16) testFrame {
 		return newFrame(name, direction, to, minFrame-14, tags...)
 	}
-	rounds := []testFrame{
-		kind("broadcast", everyone),
+	frames := []testFrame{
+		kind("broadcast", broadcast),
 		kind("multicast", []byte{0x03, 0x6b, 0x38, 0x70, 0, 1}),
 		kind("unicast to an unknown address", unusedMAC),
 		kind(knownUnicast, peer),
@@ -70,16 +71,17 @@ func catalog(direction, mtu int, peer []byte) []testFrame {
 		packet4(direction), packet6(direction),
 	}
 	unfinished := packet4(direction)
-	unfinished.Kind, unfinished.unfinished, unfinished.start, unfinished.offset = "an unfinished checksum", true, 14+20, 6
-	return append(rounds, unfinished)
+	unfinished.Kind, unfinished.unfinished, unfinished.start, unfinished.offset = "an unfinished checksum",
+		true, 14+20, 6
+	return append(frames, unfinished)
 }
 
-// frameOfSize is a frame of so many bytes of payload.
+// frameOfSize returns a frame with that many bytes of payload.
 func frameOfSize(direction, payload int) testFrame {
 	return newFrame("size", direction, unusedMAC, payload)
 }
 
-// header is a frame's up to its EtherType; tags are pairs of protocol and content, the outermost first.
+// header returns a frame's bytes up to its EtherType. tags are pairs of protocol and content, the outermost first.
 func header(direction int, to []byte, kind uint16, tags ...uint16) []byte {
 	h := slices.Concat(to, Source, []byte{0, byte(direction)})
 	for _, t := range tags {
@@ -88,7 +90,7 @@ func header(direction int, to []byte, kind uint16, tags ...uint16) []byte {
 	return binary.BigEndian.AppendUint16(h, kind)
 }
 
-// mark is what a frame is recognized by.
+// mark returns the bytes by which Recognize finds a frame.
 func mark(id uint32) []byte { return binary.BigEndian.AppendUint32(slices.Clone(magic), id) }
 
 func newFrame(name string, direction int, to []byte, payload int, tags ...uint16) testFrame {
@@ -102,8 +104,8 @@ func newFrame(name string, direction int, to []byte, payload int, tags ...uint16
 	}
 }
 
-// packet4 is a datagram between addresses for documentation (RFC 5737), to the port where everything is thrown away. Its
-// checksum has the pseudo header alone, as it has where the rest is left to hardware.
+// packet4 returns a datagram between documentation addresses (RFC 5737), to the discard port. Its checksum covers only
+// the pseudo header, like one whose rest is left to hardware.
 func packet4(direction int) testFrame {
 	return testFrame{FrameResult: FrameResult{Kind: "IPv4", Payload: 46}, bytes: func(id uint32) []byte {
 		data := mark(id)
@@ -115,7 +117,7 @@ func packet4(direction int) testFrame {
 	}}
 }
 
-// packet6 is the same in IPv6 (RFC 3849).
+// packet6 returns the same datagram in IPv6 (RFC 3849), with a complete checksum.
 func packet6(direction int) testFrame {
 	return testFrame{FrameResult: FrameResult{Kind: "IPv6", Payload: 64}, bytes: func(id uint32) []byte {
 		data := mark(id)
@@ -128,7 +130,7 @@ func packet6(direction int) testFrame {
 	}}
 }
 
-// sum is that of the Internet checksum (RFC 1071) over parts, all but the last of even lengths.
+// sum returns the sum of the Internet checksum (RFC 1071) over parts. All parts but the last have even lengths.
 func sum(parts ...[]byte) uint16 {
 	var s uint32
 	for _, p := range parts {
@@ -147,7 +149,7 @@ func sum(parts ...[]byte) uint16 {
 
 func pad(frame []byte) []byte { return append(frame, make([]byte, max(0, minFrame-len(frame)))...) }
 
-// Recognize is the number of a probe's frame, also of one inside a packet of the underlay.
+// Recognize returns the number of a probe's frame, which may be inside a packet of the underlay.
 func Recognize(frame []byte) (id uint32, ok bool) {
 	i := bytes.Index(frame, magic)
 	if i < 0 || len(frame) < i+len(magic)+4 {
@@ -156,7 +158,7 @@ func Recognize(frame []byte) (id uint32, ok bool) {
 	return binary.BigEndian.Uint32(frame[i+len(magic):]), true
 }
 
-// OuterSource is where a packet on the underlay comes from; the zero Addr of one that is not IP.
+// OuterSource returns the IP source of a packet on the underlay, and the zero Addr if it is not an IP packet.
 func OuterSource(packet []byte) netip.Addr {
 	const ethernet = 14
 	var a netip.Addr
@@ -169,8 +171,8 @@ func OuterSource(packet []byte) netip.Addr {
 	return a
 }
 
-// Outer reads what is around a frame on the underlay (RFC 7348): the VNI, and whether the UDP checksum is wrong. Of a packet that is not
-// whole, or not of a VXLAN, they are 0 and false.
+// Outer returns the VNI of a VXLAN packet on the underlay (RFC 7348), and whether its UDP checksum is wrong. It returns
+// 0 and false for a packet that is not whole or not of a VXLAN.
 func Outer(packet []byte) (vni uint32, wrongChecksum bool) {
 	const ethernet, udpHeader, vxlan = 14, 8, 8
 	if len(packet) < ethernet {
@@ -179,7 +181,7 @@ func Outer(packet []byte) (vni uint32, wrongChecksum bool) {
 	var addresses, datagram []byte
 	switch ip := packet[ethernet:]; binary.BigEndian.Uint16(packet[12:]) {
 	case ipv4:
-		if len(ip) < 20 || ip[9] != udp || binary.BigEndian.Uint16(ip[6:])&0x3fff != 0 { // more parts, or not the first
+		if len(ip) < 20 || ip[9] != udp || binary.BigEndian.Uint16(ip[6:])&0x3fff != 0 { // a fragment
 			return 0, false
 		}
 		begin, end := int(ip[0]&0xf)*4, int(binary.BigEndian.Uint16(ip[2:]))
@@ -201,7 +203,7 @@ func Outer(packet []byte) (vni uint32, wrongChecksum bool) {
 		return 0, false
 	}
 	vni = binary.BigEndian.Uint32(datagram[udpHeader+4:]) >> 8
-	if binary.BigEndian.Uint16(datagram[6:]) == 0 { // there is none
+	if binary.BigEndian.Uint16(datagram[6:]) == 0 { // no checksum
 		return vni, false
 	}
 	length := binary.BigEndian.AppendUint16([]byte{0, udp}, uint16(len(datagram)))
