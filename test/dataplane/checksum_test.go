@@ -60,11 +60,11 @@ func TestRawReaderReceivesFinishedChecksums(t *testing.T) {
 }
 
 // addPodAddresses adds addresses on the LAN to a pod.
-func (h node) addPodAddresses(t *testing.T, st *host, n int) {
+func (n node) addPodAddresses(t *testing.T, pod *host, number int) {
 	t.Helper()
-	st.Sysctl(t, "net/ipv6/conf/"+ifname+"/accept_dad", "0") // no other pod has them
-	must(t, h.setPodAddresses(t, st, fmt.Sprintf("10.77.0.%d/24", n), fmt.Sprintf("fd77::%d/64", n)))
-	st.AwaitCarrier(t, ifname)
+	pod.Sysctl(t, "net/ipv6/conf/"+ifname+"/accept_dad", "0") // no other pod has them
+	must(t, n.setPodAddresses(t, pod, fmt.Sprintf("10.77.0.%d/24", number), fmt.Sprintf("fd77::%d/64", number)))
+	pod.AwaitCarrier(t, ifname)
 }
 
 // expectRaw sends TCP and UDP from one pod to another and expects a raw reader in the second to receive unfinished

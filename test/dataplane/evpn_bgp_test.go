@@ -71,10 +71,10 @@ type speaker struct {
 	end      func()
 }
 
-// startSpeaker starts a speaker with one session, to a reflector; n is the speaker's number.
-func (h node) startSpeaker(t *testing.T, s segment.Segment, n byte, reflector netip.AddrPort) *speaker {
+// startSpeaker starts a speaker with a number and one session, to a reflector.
+func (n node) startSpeaker(t *testing.T, s segment.Segment, number byte, reflector netip.AddrPort) *speaker {
 	t.Helper()
-	return h.startSpeakerTo(t, s, n, reflectorPeer(n, reflector))
+	return n.startSpeakerTo(t, s, number, reflectorPeer(number, reflector))
 }
 
 // reflectorPeer is a reflector on the loopback device, as the speaker with that number connects to it.
@@ -84,14 +84,14 @@ func reflectorPeer(n byte, at netip.AddrPort) bgp.Peer {
 }
 
 // startSpeakerTo starts a speaker with these peers.
-func (h node) startSpeakerTo(t *testing.T, s segment.Segment, n byte, peers ...bgp.Peer) *speaker {
+func (n node) startSpeakerTo(t *testing.T, s segment.Segment, number byte, peers ...bgp.Peer) *speaker {
 	t.Helper()
 	routes := make(chan segment.Routes)
-	sp := &speaker{managed: h.manage(t), s: withEVPN(s), routes: routes}
+	sp := &speaker{managed: n.manage(t), s: withEVPN(s), routes: routes}
 	sp.s.Remotes, sp.s.FDB, sp.s.Neighbors = nil, nil, nil
-	h.observe(t, s) // its kernel reports events of a namespace from the first observation on
+	n.observe(t, s) // its kernel reports events of a namespace from the first observation on
 	sp.instance = evpn.New(evpn.Config{
-		AS: 65000, RouterID: netip.AddrFrom4([4]byte{127, 0, 0, 1 + n}), Kernel: watch.New(h.kernel), Peers: peers,
+		AS: 65000, RouterID: netip.AddrFrom4([4]byte{127, 0, 0, 1 + number}), Kernel: watch.New(n.kernel), Peers: peers,
 		Log: slog.New(slog.DiscardHandler),
 	})
 	sp.Set([]segment.Segment{sp.s})

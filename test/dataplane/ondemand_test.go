@@ -45,11 +45,11 @@ func onDemandSegment(vni uint32) segment.Segment {
 }
 
 // startOnDemandDaemon starts the daemon's part for segments without a LAN object: those with a pod are kept and join
-// EVPN. n is the node's number.
-func (h node) startOnDemandDaemon(t *testing.T, n byte, reflector netip.AddrPort) *speaker {
+// EVPN. The number is that of the node.
+func (n node) startOnDemandDaemon(t *testing.T, number byte, reflector netip.AddrPort) *speaker {
 	t.Helper()
-	source := netip.AddrFrom4([4]byte{127, 0, 0, 1 + n})
-	m := h.manage(t)
+	source := netip.AddrFrom4([4]byte{127, 0, 0, 1 + number})
+	m := n.manage(t)
 	fab := evpn.New(evpn.Config{
 		AS: 65000, RouterID: source, Kernel: watch.New(m.daemon), Log: slog.New(slog.DiscardHandler),
 		Peers: []bgp.Peer{{
