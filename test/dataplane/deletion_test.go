@@ -127,7 +127,7 @@ func (r *race) run(t *testing.T, tries int) {
 // once creates the LAN and deletes it while the pod attaches.
 func (r *race) once(t *testing.T, s segment.Segment, sandbox string) error {
 	r.add(s)
-	if err := r.awaitReport(s, "the LAN to stand", func(report lanmgr.Report) bool {
+	if err := r.awaitReport(s, "the LAN to be built", func(report lanmgr.Report) bool {
 		return report.Built && !report.Leaving && report.Segment.Equal(s)
 	}); err != nil {
 		return err

@@ -99,7 +99,7 @@ func TestFilterMatchesItsFields(t *testing.T) {
 		filter Filter
 		want   bool
 	}{
-		"nothing said":      {Filter{}, true},
+		"an empty filter":   {Filter{}, true},
 		"ethertype":         {Filter{EtherType: typeLLDP}, true},
 		"other ethertype":   {Filter{EtherType: typeARP}, false},
 		"source":            {Filter{Src: testSrc}, true},
