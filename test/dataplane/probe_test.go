@@ -131,8 +131,9 @@ func TestProbeReportsWhatPassesAndWhereFramesAreLost(t *testing.T) {
 			a.reconcile(t, a.withUnderlay(t, s))
 			b.reconcile(t, b.withUnderlay(t, s))
 			one, two := a.claim(t, s, "one", segment.Veth), b.claim(t, s, "two", segment.Veth)
-			for _, st := range []*host{one, two} {
-				st.AwaitCarrier(t, ifname)
+			for n, pod := range map[node]*host{a: one, b: two} {
+				pod.AwaitCarrier(t, ifname)
+				n.lanNetns(s).AwaitCarrier(t, pod.HostInterface)
 			}
 			a.reconcile(t, a.withUnderlay(t, s)) // with a claim, the VXLAN goes up
 			b.reconcile(t, b.withUnderlay(t, s))
