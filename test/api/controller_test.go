@@ -569,13 +569,26 @@ func TestALANOfFiveHundredSpokes(t *testing.T) {
 	for i := range spokes {
 		spokes[i] = fmt.Sprintf("big-%d", i)
 	}
+	added, err := api.Watch(t.Context(), &nadv1.NetworkAttachmentDefinitionList{}, client.InNamespace("default"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer added.Stop()
 	lan := createLAN(t, "big", "{vni: 910, spokes: ["+strings.Join(spokes, ", ")+"]}")
-	eventually(t, func() string {
-		if n := len(nadsOf(t, lan)); n != 2*len(spokes) {
-			return fmt.Sprintf("%d NADs, want %d", n, 2*len(spokes))
+	late := time.After(deadline)
+	for n := 0; n < 2*len(spokes); {
+		select {
+		case e := <-added.ResultChan():
+			if nad, ok := e.Object.(*nadv1.NetworkAttachmentDefinition); ok && e.Type == "ADDED" && metav1.IsControlledBy(nad, lan) {
+				n++
+			}
+		case <-late:
+			t.Fatalf("%d NADs, want %d", n, 2*len(spokes))
 		}
-		return ""
-	})
+	}
+	if n := len(nadsOf(t, lan)); n != 2*len(spokes) {
+		t.Errorf("%d NADs, want %d", n, 2*len(spokes))
+	}
 	if n := read(t, lan).Status.SpokeCount; n != v1beta1.MaxSpokes {
 		t.Errorf("status counts %d spokes", n)
 	}

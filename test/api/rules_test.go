@@ -61,6 +61,7 @@ func tried(t *testing.T, manifest string) string {
 }
 
 func TestManifestsThatAreAccepted(t *testing.T) {
+	t.Parallel()
 	many := make([]string, v1beta1.MaxSpokes)
 	for i := range many {
 		many[i] = fmt.Sprintf("leaf-%d", i)
@@ -106,6 +107,7 @@ func TestManifestsThatAreAccepted(t *testing.T) {
 }
 
 func TestManifestsThatAreRefusedAndTheSentence(t *testing.T) {
+	t.Parallel()
 	for _, test := range []struct{ name, spec, want string }{
 		{"no vni", "{spokes: [srl]}", "spec.vni: Required value"},
 		{"no spokes", "{vni: 222}", "spec.spokes: Required value: a LAN needs at least one spoke in spokes or one pool in spokePools"},
@@ -257,6 +259,7 @@ func TestWhatCanBeEditedAndWhatNot(t *testing.T) {
 
 // kubectl reads YAML 1.1, to which an unquoted off is a boolean.
 func TestChecksumsAreOffHoweverTheyAreWritten(t *testing.T) {
+	t.Parallel()
 	for _, off := range []string{"off", "Off", "false", `"off"`} {
 		t.Run(off, func(t *testing.T) {
 			spec := fmt.Sprintf("{vni: 222, spokes: [srl, vm, host], txChecksum: %s, spokeOptions: {srl: {txChecksum: on}}}", off)
@@ -277,6 +280,7 @@ func TestChecksumsAreOffHoweverTheyAreWritten(t *testing.T) {
 }
 
 func TestKubectlExplainsEveryField(t *testing.T) {
+	t.Parallel()
 	for _, path := range []string{"lan.spec", "lan.status", "lan.spec.ipam", "lan.spec.spokeOptions", "lan.spec.spokePools", "lan.status.holds", "lan.status.pools", "lan.status.pools.nodes", "lannode.status", "lannode.status.segments", "lannode.status.segments.attachments", "lannode.status.gone"} {
 		out, err := kube.kubectl(t.Context(), "", "explain", path)
 		if err != nil {

@@ -62,11 +62,13 @@ func TestBindingsOfLocalHostsAreSnooped(t *testing.T) {
 	bound := make(chan shown, 100)
 	ctx, stop := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
-	go func() {
-		ended <- watch.New(a.kernel).WatchBindings(ctx, onA.Netns, watch.BindingEvents{Bound: func(mac [6]byte, ip netip.Addr) {
+	events := watch.BindingEvents{
+		Bound: func(mac [6]byte, ip netip.Addr) {
 			bound <- shown{net.HardwareAddr(mac[:]).String(), ip.String()}
-		}, Recreated: func() {}})
-	}()
+		},
+		Recreated: func() {},
+	}
+	go func() { ended <- watch.New(a.kernel).WatchBindings(ctx, onA.Netns, events) }()
 	until := func(what string, send func()) (all []shown) {
 		t.Helper()
 		again := time.NewTicker(50 * time.Millisecond) // snooping begins some time after the start
