@@ -553,7 +553,7 @@ func (p *pod) awaitRemotes(t *testing.T, want ...netip.Addr) {
 }
 
 // host returns the pod as a host on the LAN.
-func (p *pod) station(t *testing.T) *host {
+func (p *pod) host(t *testing.T) *host {
 	t.Helper()
 	l := p.link(t, kubelan)
 	at := kernel.Attachment{MAC: l.Attrs().HardwareAddr, MTU: l.Attrs().MTU}

@@ -57,7 +57,7 @@ func TestSidecarsOfThreePodsAreOneLAN(t *testing.T) {
 			for _, sc := range tm.startAll(t, settings{"KL_IP_FAMILY": family, "KL_VXLAN_ADDRESSES": ""}) {
 				defer sc.stop(t)
 			}
-			one, two := tm.pods[0].station(t), tm.pods[1].station(t)
+			one, two := tm.pods[0].host(t), tm.pods[1].host(t)
 			everythingCrosses(t, one, two)
 			everythingCrosses(t, two, one)
 		})
@@ -164,7 +164,7 @@ func TestSidecarOfAServiceWithAThousandPods(t *testing.T) {
 	b.start(t, b.settings())
 	b.awaitRemotes(t, append([]netip.Addr{a.ipv4}, endpoints[2:]...)...)
 
-	one, two := a.station(t), b.station(t)
+	one, two := a.host(t), b.host(t)
 	crosses(t, one, two, frames.Stream(nil, one.MAC, 1, 1))
 	crosses(t, two, one, frames.Stream(nil, two.MAC, 1, 1))
 	stream := startStream(t, 2, one, two)
@@ -204,7 +204,7 @@ func TestSidecarFollowsPodsWithoutLoss(t *testing.T) {
 	set := func(endpoints ...discoveryv1.Endpoint) { tm.slice(t, "lan-1", "lan", endpoints...) }
 	set(ready(a.ipv4, b.ipv4, c.ipv4)...)
 	tm.startAll(t, settings{"KL_READY_ONLY": "true"})
-	one, two, three := a.station(t), b.station(t), c.station(t)
+	one, two, three := a.host(t), b.host(t), c.host(t)
 	crosses(t, one, two, frames.Stream(nil, one.MAC, 9, 1))
 	crosses(t, two, one, frames.Stream(nil, two.MAC, 9, 2))
 	updates := tables(t, a.Namespace)
@@ -279,7 +279,7 @@ func TestSidecarAppliesAChangedConfiguration(t *testing.T) {
 		p.awaitRemotes(t, tm.others(p, false)...)
 	}
 	index := a.index(t)
-	one, two := a.station(t), b.station(t)
+	one, two := a.host(t), b.host(t)
 	crosses(t, one, two, frames.Stream(nil, one.MAC, 9, 1))
 	crosses(t, two, one, frames.Stream(nil, two.MAC, 9, 2))
 	there, back := startStream(t, 1, one, two), startStream(t, 2, two, one)
@@ -355,7 +355,7 @@ func TestSidecarWithStrictPeersDropsNonMembers(t *testing.T) {
 			tm.service(t, "lan")
 			sidecars := tm.startAll(t, settings{"KL_IP_FAMILY": family, "KL_STRICT_PEERS": "true"})
 			a, b := tm.pods[0], tm.pods[1]
-			one, two := a.station(t), b.station(t)
+			one, two := a.host(t), b.host(t)
 			from, to := nonMember.ipv4, a.ipv4
 			if ipv6 {
 				from, to = nonMember.ipv6, a.ipv6
@@ -408,7 +408,7 @@ func TestTwoSidecarsInOnePod(t *testing.T) {
 		ping(t, b.Namespace, "192.168.70.1")
 	}
 	reach()
-	one, two := a.station(t), b.station(t)
+	one, two := a.host(t), b.host(t)
 	crosses(t, two, one, frames.Stream(nil, two.MAC, 9, 1))
 	stream := startStream(t, 1, two, one)
 	others[0].kill()
@@ -450,7 +450,7 @@ func TestRestartedSidecarAdoptsItsInterface(t *testing.T) {
 	a.awaitRemotes(t, b.ipv4)
 	b.awaitRemotes(t, a.ipv4)
 	a.awaitHealth(t, http.StatusNoContent)
-	one, two := a.station(t), b.station(t)
+	one, two := a.host(t), b.host(t)
 	crosses(t, one, two, frames.Stream(nil, one.MAC, 9, 1))
 	crosses(t, two, one, frames.Stream(nil, two.MAC, 9, 2))
 	there, back := startStream(t, 1, one, two), startStream(t, 2, two, one)
@@ -682,7 +682,7 @@ func TestSidecarWithoutAPIServer(t *testing.T) {
 	a.awaitRemotes(t, b.ipv4)
 	b.awaitRemotes(t, a.ipv4)
 	a.awaitHealth(t, http.StatusNoContent)
-	one, two := a.station(t), b.station(t)
+	one, two := a.host(t), b.host(t)
 	crosses(t, one, two, frames.Stream(nil, one.MAC, 9, 1))
 	crosses(t, two, one, frames.Stream(nil, two.MAC, 9, 2))
 	there, back := startStream(t, 1, one, two), startStream(t, 2, two, one)
@@ -732,7 +732,7 @@ func TestSidecarWarnsWhenNoFramesArrive(t *testing.T) {
 	}))
 	a.awaitHealth(t, http.StatusNoContent)
 	b.awaitHealth(t, http.StatusNoContent)
-	from := a.station(t)
+	from := a.host(t)
 	eventuallyWithin(t, 2*daemonTimeout, "the warning", func() bool {
 		if err := from.Send(frames.Stream(nil, from.MAC, 1, 1)); err != nil {
 			t.Error(err)
@@ -747,6 +747,6 @@ func TestSidecarWarnsWhenNoFramesArrive(t *testing.T) {
 	other.stop(t)
 	b.start(t, b.settings().with(settings{"KL_SERVICES": "", "KL_PEERS": a.ipv4.String()}))
 	b.awaitHealth(t, http.StatusNoContent)
-	crosses(t, b.station(t), from, frames.Stream(nil, b.link(t, kubelan).Attrs().HardwareAddr, 1, 2))
+	crosses(t, b.host(t), from, frames.Stream(nil, b.link(t, kubelan).Attrs().HardwareAddr, 1, 2))
 	unanswered.awaitLog(t, "level=INFO", "frames arrive")
 }
