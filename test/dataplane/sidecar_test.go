@@ -228,7 +228,7 @@ func TestSidecarFollowsPodsWithoutLoss(t *testing.T) {
 	// Flooded frames are not lost either.
 	set(ready(a.ipv4, b.ipv4)...)
 	expectEntries(t, updates, remoteEvent{unix.RTM_DELNEIGH, c.ipv4})
-	drain(t, three.Wire)
+	must(t, three.Drain())
 	flooded := startStream(t, 3, one, &flood)
 	for range 5 {
 		set(endpointsOf(true, b.ipv4)...)
@@ -301,10 +301,10 @@ func TestSidecarAppliesAChangedConfiguration(t *testing.T) {
 	})
 
 	for _, wrong := range []string{"services: [lan]\nvxlan: {vni: 0}\n", "nonsense: 1\n", "services: [lan"} {
-		before := sc.countLog(t, "all stays as it was")
+		before := sc.countLog(t, "the old values stay")
 		a.configure(t, wrong)
 		eventually(t, "the mistake to be logged", func() bool {
-			return sc.countLog(t, "all stays as it was") == before+1
+			return sc.countLog(t, "the old values stay") == before+1
 		})
 	}
 	sc.awaitLog(t, `vxlan.vni: \"0\" is not a number from 1 to 16777215`)
@@ -367,7 +367,7 @@ func TestSidecarWithStrictPeersDropsNonMembers(t *testing.T) {
 				frame, err := next(one.Wire, 100*time.Millisecond)
 				return err != nil && frame == nil
 			})
-			drain(t, one.Wire)
+			must(t, one.Drain())
 			for seq := range uint64(100) {
 				send(nonMemberFrame(seq))
 			}

@@ -1,8 +1,6 @@
 package dataplane
 
 import (
-	"context"
-	"errors"
 	"fmt"
 	"strings"
 	"testing"
@@ -22,7 +20,7 @@ func TestLANReturnsWithItsUnderlay(t *testing.T) {
 	here, near := a.attach(t, s, "here", segment.Veth), a.attach(t, s, "near", segment.Veth)
 	far := b.attach(t, s, "far", segment.Veth)
 	bothWays(t, here, far)
-	drain(t, near)
+	must(t, near.Drain())
 	before, index := describe(a.observe(t, s)), a.withUnderlay(t, s).VXLAN.UnderlayIndex
 
 	a.PullOut(t)
@@ -45,19 +43,5 @@ func TestLANReturnsWithItsUnderlay(t *testing.T) {
 	old, now := fmt.Sprintf("UnderlayIndex:%d}", index), fmt.Sprintf("UnderlayIndex:%d}", again.VXLAN.UnderlayIndex)
 	if got, want := describe(a.observe(t, s)), strings.Replace(before, old, now, 1); got != want {
 		t.Errorf("the segment is\n%s\nwant\n%s", got, want)
-	}
-}
-
-// drain drops the frames that a wire has received so far.
-func drain(t *testing.T, w netlab.Wire) {
-	t.Helper()
-	ctx, cancel := context.WithCancel(t.Context())
-	cancel()
-	for {
-		if _, err := w.Receive(ctx); errors.Is(err, context.Canceled) {
-			return
-		} else if err != nil {
-			t.Fatal(err)
-		}
 	}
 }

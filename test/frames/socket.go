@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"syscall"
 	"unsafe"
 
 	"github.com/mdlayher/socket"
@@ -74,6 +75,33 @@ func (r *Receiver) Receive(ctx context.Context) (frame []byte, err error) {
 }
 
 const auxdataSize = int(unsafe.Sizeof(unix.TpacketAuxdata{}))
+
+// Drain drops the frames that have arrived so far.
+func (r *Receiver) Drain() error {
+	raw, err := r.conn.SyscallConn()
+	if err != nil {
+		return fmt.Errorf("drop the frames that have arrived: %w", err)
+	}
+	return Drain(raw)
+}
+
+// Drain reads from a non-blocking file until nothing is left.
+func Drain(file syscall.RawConn) error {
+	var readErr error
+	buffer := make([]byte, 1<<16)
+	err := file.Control(func(fd uintptr) {
+		for readErr == nil || errors.Is(readErr, unix.EINTR) {
+			_, readErr = unix.Read(int(fd), buffer)
+		}
+	})
+	if !errors.Is(readErr, unix.EAGAIN) {
+		err = errors.Join(err, readErr)
+	}
+	if err != nil {
+		return fmt.Errorf("drop the frames that have arrived: %w", err)
+	}
+	return nil
+}
 
 // Dropped returns how many frames the kernel had to drop since the last call, because Receive was too slow.
 func (r *Receiver) Dropped() (uint32, error) {

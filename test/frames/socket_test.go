@@ -122,6 +122,22 @@ func TestReceiverCanBeAskedAgainAfterAContextEnded(t *testing.T) {
 	}
 }
 
+func TestDrainDropsWhatHasArrived(t *testing.T) {
+	ns := pair(t)
+	r, s := receiver(t, ns, "b"), sender(t, ns, "a")
+	want := frames.Stream(nil, testSrc, 1, 2)
+	first, second := frames.Stream(nil, testSrc, 1, 0), frames.Stream(nil, testSrc, 1, 1)
+	err := errors.Join(s.Send(first), s.Send(second), r.Drain(), s.Send(want))
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	if got, err := r.Receive(ctx); err != nil || !bytes.Equal(got, want) {
+		t.Errorf("received %x (%v), want %x", got, err, want)
+	}
+}
+
 func TestDroppedFramesAreReported(t *testing.T) {
 	ns := pair(t)
 	r, s := receiver(t, ns, "b"), sender(t, ns, "a")

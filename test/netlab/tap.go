@@ -14,6 +14,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/k8slan/k8slan/test/frames"
 )
 
 // virtioHeader is the length of the header that QEMU has before each frame, struct virtio_net_hdr_mrg_rxbuf.
@@ -163,6 +165,9 @@ func (w tap) receive(ctx context.Context) ([]byte, error) {
 	}
 	return bytes.Clone(w.buf[:n]), nil
 }
+
+// Drain drops the frames that the kernel has for the guest.
+func (w tap) Drain() error { return frames.Drain(w.raw) }
 
 // Close closes the tap, as the end of a VM does.
 func (w tap) Close() error { return w.file.Close() }

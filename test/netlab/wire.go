@@ -18,6 +18,8 @@ type Wire interface {
 	// Receive returns the next frame from another host; frames are queued from the opening on. It returns the context's
 	// error when the context ends first.
 	Receive(ctx context.Context) ([]byte, error)
+	// Drain drops the frames that have come in so far.
+	Drain() error
 	// Close closes the wire before its test ends.
 	Close() error
 }
