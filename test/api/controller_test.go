@@ -33,16 +33,17 @@ import (
 	"github.com/k8slan/k8slan/crd/v1beta1"
 )
 
-// startController runs the controller with the chart's rights until stop is called or the test ends.
+// startController runs the controller with its rights in the chart until stop is called or the test ends.
 func startController(t *testing.T) (stop func()) {
 	t.Helper()
 	cfg := rest.CopyConfig(kube.Client)
 	cfg.Impersonate = rest.ImpersonationConfig{UserName: controllerAccount}
 	mgr, err := ctrl.NewManager(cfg, ctrl.Options{
-		Scheme:     controller.NewScheme(),
-		Logger:     logr.Discard(),
-		Metrics:    metricsserver.Options{BindAddress: "0"},
-		Controller: config.Controller{SkipNameValidation: ptr.To(true)}, // one after the other in one program
+		Scheme:  controller.NewScheme(),
+		Logger:  logr.Discard(),
+		Metrics: metricsserver.Options{BindAddress: "0"},
+		// several run one after the other in this program
+		Controller: config.Controller{SkipNameValidation: ptr.To(true)},
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -63,7 +64,7 @@ func startController(t *testing.T) (stop func()) {
 	return stop
 }
 
-// create makes an object that goes with the test.
+// create creates an object and removes it after the test.
 func create[T client.Object](t *testing.T, object T) T {
 	t.Helper()
 	if err := api.Create(t.Context(), object); err != nil {
@@ -73,7 +74,7 @@ func create[T client.Object](t *testing.T, object T) T {
 	return object
 }
 
-// createLAN makes a LAN in namespace default.
+// createLAN creates a LAN in namespace default and removes it after the test.
 func createLAN(t *testing.T, name, spec string) *v1beta1.LAN {
 	t.Helper()
 	var lan v1beta1.LAN
@@ -84,11 +85,11 @@ func createLAN(t *testing.T, name, spec string) *v1beta1.LAN {
 	if err := api.Create(t.Context(), &lan); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { forget(t, lan.DeepCopy()) })
+	t.Cleanup(func() { removeByForce(t, lan.DeepCopy()) })
 	return &lan
 }
 
-// edit changes an object that others may be changing.
+// edit changes an object, and retries if it was written meanwhile.
 func edit[T client.Object](t *testing.T, object T, change func(T)) {
 	t.Helper()
 	eventually(t, func() string {
@@ -111,14 +112,14 @@ func read[T client.Object](t *testing.T, object T) T {
 	return object
 }
 
-// node makes a Node that runs k8slan.
+// node creates a Node that runs k8slan.
 func node(t *testing.T, name string, labels map[string]string) *v1beta1.LANNode {
 	t.Helper()
 	create(t, &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: name, Labels: labels}})
 	return create(t, &v1beta1.LANNode{ObjectMeta: metav1.ObjectMeta{Name: name}})
 }
 
-// report writes what a node has, as its daemon does.
+// report writes the segments of a node into its LANNode, as its daemon does.
 func report(t *testing.T, node *v1beta1.LANNode, segments ...v1beta1.SegmentStatus) {
 	t.Helper()
 	node.Status.Segments, node.Status.Gone = segments, nil
@@ -127,29 +128,31 @@ func report(t *testing.T, node *v1beta1.LANNode, segments ...v1beta1.SegmentStat
 	}
 }
 
-// letGo writes that a node has nothing left of LANs that are being deleted, as its daemon does.
-func letGo(t *testing.T, node *v1beta1.LANNode, lans ...*v1beta1.LAN) {
+// reportGone writes that a node has removed LANs that are being deleted, as its daemon does.
+func reportGone(t *testing.T, node *v1beta1.LANNode, lans ...*v1beta1.LAN) {
 	t.Helper()
 	node.Status.Segments, node.Status.Gone = nil, nil
 	for _, l := range lans {
-		node.Status.Gone = append(node.Status.Gone, v1beta1.GoneLAN{LAN: "default/" + l.Name, UID: l.UID, Generation: l.Generation})
+		node.Status.Gone = append(node.Status.Gone, v1beta1.GoneLAN{LAN: "default/" + l.Name, UID: l.UID,
+			Generation: l.Generation})
 	}
 	if err := api.Status().Update(t.Context(), node); err != nil {
 		t.Fatal(err)
 	}
 }
 
-// leaving is a segment of a LAN that is not wanted any more.
+// leaving returns a segment of a LAN that is leaving the node.
 func leaving(lan *v1beta1.LAN, attachments ...v1beta1.Attachment) v1beta1.SegmentStatus {
 	s := offered(lan, attachments...)
 	s.State, s.Offered = v1beta1.SegmentLeaving, 0
 	return s
 }
 
-// offered is a segment of the LAN that offers all its spokes.
+// offered returns a segment of the LAN that offers all its spokes.
 func offered(lan *v1beta1.LAN, attachments ...v1beta1.Attachment) v1beta1.SegmentStatus {
 	return v1beta1.SegmentStatus{
-		LAN: lan.Namespace + "/" + lan.Name, UID: lan.UID, Generation: lan.Generation, NS: lan.Effective().NS, VNI: lan.Spec.VNI, Port: lan.Effective().VXLANPort,
+		LAN: lan.Namespace + "/" + lan.Name, UID: lan.UID, Generation: lan.Generation, NS: lan.Effective().NS,
+		VNI: lan.Spec.VNI, Port: lan.Effective().VXLANPort,
 		State: v1beta1.SegmentReady, Offered: int32(len(lan.Spec.Spokes)), Attachments: attachments,
 	}
 }
@@ -161,7 +164,7 @@ func pod(spoke, name string) v1beta1.Attachment {
 	}
 }
 
-// summary is a LAN's status in one line.
+// summary returns a LAN's status in one line.
 func summary(lan *v1beta1.LAN) string {
 	spokes := "none"
 	if h := lan.Status.Holds; h != nil {
@@ -180,7 +183,7 @@ func awaitSummary(t *testing.T, lan *v1beta1.LAN, want string) {
 	})
 }
 
-// awaitCondition waits until a condition says so: "False UnderlayMissing: …".
+// awaitCondition waits until a condition is like "False UnderlayMissing: …".
 func awaitCondition(t *testing.T, lan *v1beta1.LAN, kind, want string) {
 	t.Helper()
 	eventually(t, func() string {
@@ -195,7 +198,7 @@ func awaitCondition(t *testing.T, lan *v1beta1.LAN, kind, want string) {
 	})
 }
 
-// awaitEvent waits for an event on the LAN: "Warning Conflict: …".
+// awaitEvent waits for an event on the LAN like "Warning Conflict: …".
 func awaitEvent(t *testing.T, lan *v1beta1.LAN, want string) {
 	t.Helper()
 	eventually(t, func() string {
@@ -216,7 +219,7 @@ func awaitEvent(t *testing.T, lan *v1beta1.LAN, want string) {
 	})
 }
 
-// nadsOf are the LAN's NADs by name.
+// nadsOf returns the LAN's NADs by name.
 func nadsOf(t *testing.T, lan *v1beta1.LAN) map[string]nadv1.NetworkAttachmentDefinition {
 	t.Helper()
 	var list nadv1.NetworkAttachmentDefinitionList
@@ -269,28 +272,32 @@ func TestNADsAreWrittenRepairedAndRemoved(t *testing.T) {
 	awaitNADs(t, lan, "k8slan-veth-n1", "k8slan-mac-n1", "k8slan-veth-n2", "k8slan-mac-n2")
 
 	written := nadsOf(t, lan)["k8slan-veth-n1"]
-	config := `{"cniVersion":"1.0.0","name":"k8slan-veth-n1","type":"k8slan","kind":"veth","lan":"default/nads","ns":"nadns","spoke":"n1","capabilities":{"mac":true}}`
+	config := `{"cniVersion":"1.0.0","name":"k8slan-veth-n1","type":"k8slan","kind":"veth","lan":"default/nads",` +
+		`"ns":"nadns","spoke":"n1","capabilities":{"mac":true}}`
 	if written.Spec.Config != config {
 		t.Errorf("\nhave %s\nwant %s", written.Spec.Config, config)
 	}
 	for _, nad := range nadsOf(t, lan) {
 		spoke := nad.Name[strings.LastIndex(nad.Name, "-")+1:]
-		if have, want := nad.Annotations["k8s.v1.cni.cncf.io/resourceName"], "macvtap.k8slan.io/k8slan-veth-"+spoke; have != want {
+		have, want := nad.Annotations["k8s.v1.cni.cncf.io/resourceName"], "macvtap.k8slan.io/k8slan-veth-"+spoke
+		if have != want {
 			t.Errorf("%s names resource %q, want %q", nad.Name, have, want)
 		}
 	}
 
 	t.Run("edited by hand", func(t *testing.T) {
 		edit(t, written.DeepCopy(), func(nad *nadv1.NetworkAttachmentDefinition) {
-			nad.Spec.Config, nad.Annotations["k8s.v1.cni.cncf.io/resourceName"], nad.Annotations["team"] = "{}", "other/one", "blue"
+			nad.Spec.Config, nad.Annotations["k8s.v1.cni.cncf.io/resourceName"], nad.Annotations["team"] = "{}",
+				"other/one", "blue"
 		})
 		eventually(t, func() string {
 			nad := nadsOf(t, lan)["k8slan-veth-n1"]
-			if nad.Spec.Config != config || nad.Annotations["k8s.v1.cni.cncf.io/resourceName"] != "macvtap.k8slan.io/k8slan-veth-n1" {
+			if nad.Spec.Config != config ||
+				nad.Annotations["k8s.v1.cni.cncf.io/resourceName"] != "macvtap.k8slan.io/k8slan-veth-n1" {
 				return fmt.Sprintf("not repaired: %s %v", nad.Spec.Config, nad.Annotations)
 			}
 			if nad.Annotations["team"] != "blue" {
-				return "what others annotated is lost"
+				return "the annotation of a user is lost"
 			}
 			return ""
 		})
@@ -302,12 +309,12 @@ func TestNADsAreWrittenRepairedAndRemoved(t *testing.T) {
 		}
 		eventually(t, func() string {
 			if nad, ok := nadsOf(t, lan)["k8slan-mac-n2"]; !ok || nad.UID == gone.UID {
-				return "the NAD has not come back"
+				return "the NAD was not created again"
 			}
 			return ""
 		})
 	})
-	t.Run("a spoke goes and another comes", func(t *testing.T) {
+	t.Run("a spoke is replaced", func(t *testing.T) {
 		stays := nadsOf(t, lan)["k8slan-veth-n2"].ResourceVersion
 		edit(t, lan, func(l *v1beta1.LAN) { l.Spec.Spokes = []string{"n2", "n3"} })
 		awaitNADs(t, lan, "k8slan-veth-n2", "k8slan-mac-n2", "k8slan-veth-n3", "k8slan-mac-n3")
@@ -315,21 +322,23 @@ func TestNADsAreWrittenRepairedAndRemoved(t *testing.T) {
 			t.Error("the NAD of the spoke that stays was written")
 		}
 	})
-	t.Run("addresses from IPAM", func(t *testing.T) {
+	t.Run("IPAM is added", func(t *testing.T) {
 		edit(t, lan, func(l *v1beta1.LAN) {
-			if err := yaml.Unmarshal([]byte("{type: static, addresses: [{address: 10.1.0.1/24}]}"), &l.Spec.IPAM); err != nil {
+			if err := yaml.Unmarshal([]byte("{type: static, addresses: [{address: 10.1.0.1/24}]}"),
+				&l.Spec.IPAM); err != nil {
 				t.Fatal(err)
 			}
 		})
 		eventually(t, func() string {
 			veth, macvtap := nadsOf(t, lan)["k8slan-veth-n2"].Spec.Config, nadsOf(t, lan)["k8slan-mac-n2"].Spec.Config
-			if !strings.HasSuffix(veth, `"ipam":{"addresses":[{"address":"10.1.0.1/24"}],"type":"static"}}`) || strings.Contains(macvtap, "ipam") {
+			if !strings.HasSuffix(veth, `"ipam":{"addresses":[{"address":"10.1.0.1/24"}],"type":"static"}}`) ||
+				strings.Contains(macvtap, "ipam") {
 				return "have " + veth + " and " + macvtap
 			}
 			return ""
 		})
 	})
-	t.Run("a foreign NAD in the way", func(t *testing.T) {
+	t.Run("a NAD of a user has its name", func(t *testing.T) {
 		foreign := &nadv1.NetworkAttachmentDefinition{
 			ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: "k8slan-veth-n4"},
 			Spec:       nadv1.NetworkAttachmentDefinitionSpec{Config: `{"type":"bridge"}`},
@@ -339,26 +348,29 @@ func TestNADsAreWrittenRepairedAndRemoved(t *testing.T) {
 		}
 		node(t, "nads-1", nil)
 		edit(t, lan, func(l *v1beta1.LAN) { l.Spec.Spokes = []string{"n4"} })
-		sentence := "NetworkAttachmentDefinition default/k8slan-veth-n4 does not belong to this LAN; delete it, and k8slan creates its own"
-		awaitCondition(t, lan, "Ready", "False NADConflict: node nads-1 does not report the LAN yet; "+sentence+"; spokes are offered on 0 of 1 nodes")
-		awaitEvent(t, lan, "Warning NADConflict: node nads-1 does not report the LAN yet; "+sentence+"; spokes are offered on 0 of 1 nodes")
+		sentence := "node nads-1 does not report the LAN yet; " +
+			"NetworkAttachmentDefinition default/k8slan-veth-n4 does not belong to this LAN; " +
+			"delete it, and k8slan creates its own; spokes are offered on 0 of 1 nodes"
+		awaitCondition(t, lan, "Ready", "False NADConflict: "+sentence)
+		awaitEvent(t, lan, "Warning NADConflict: "+sentence)
 		awaitNADs(t, lan, "k8slan-mac-n4")
 		if config := read(t, foreign).Spec.Config; config != `{"type":"bridge"}` {
-			t.Errorf("the foreign NAD was overwritten with %s", config)
+			t.Errorf("the user's NAD was overwritten with %s", config)
 		}
 		if err := api.Delete(t.Context(), foreign); err != nil {
 			t.Fatal(err)
 		}
 		awaitNADs(t, lan, "k8slan-veth-n4", "k8slan-mac-n4")
-		awaitCondition(t, lan, "Ready", "False Pending: node nads-1 does not report the LAN yet; spokes are offered on 0 of 1 nodes")
+		awaitCondition(t, lan, "Ready",
+			"False Pending: node nads-1 does not report the LAN yet; spokes are offered on 0 of 1 nodes")
 	})
 	t.Run("the LAN is deleted", func(t *testing.T) {
-		forget(t, lan.DeepCopy())
+		removeByForce(t, lan.DeepCopy())
 		awaitNADs(t, lan)
 	})
 }
 
-func TestClashesAreExplainedAndTakenUp(t *testing.T) {
+func TestConflictsAreExplainedAndResolved(t *testing.T) {
 	startController(t)
 	lab := createLAN(t, "clash-lab", "{vni: 903, spokes: [c1]}")
 	awaitSummary(t, lab, "Pending|NoNodes|c1|0/0")
@@ -366,32 +378,36 @@ func TestClashesAreExplainedAndTakenUp(t *testing.T) {
 	awaitSummary(t, vni, "Conflict|vni 903 is held by default/clash-lab|none|0/0")
 	ns := createLAN(t, "clash-ns", "{vni: 904, ns: default.clash-lab, spokes: [c3]}")
 	awaitSummary(t, ns, "Conflict|ns default.clash-lab is held by default/clash-lab|none|0/0")
-	reserved := "ns default.clash-lab is held by default/clash-lab; ns cannot be changed: delete this LAN and create it with another ns, or without one"
+	reserved := "ns default.clash-lab is held by default/clash-lab; ns cannot be changed: delete this LAN and create " +
+		"it with another ns, or without one"
 	awaitCondition(t, ns, "Accepted", "False Conflict: "+reserved)
 	awaitEvent(t, ns, "Warning Conflict: "+reserved)
 	spoke := createLAN(t, "clash-spoke", "{vni: 905, spokes: [c1, c4]}")
 	awaitSummary(t, spoke, "Degraded|SpokeConflict|c4|0/0")
 
-	sentence := "vni 903 is held by default/clash-lab; vni cannot be changed: choose another vxlanPort, or delete this LAN and create it with another vni"
+	sentence := "vni 903 is held by default/clash-lab; vni cannot be changed: choose another vxlanPort, or delete " +
+		"this LAN and create it with another vni"
 	awaitCondition(t, vni, "Accepted", "False Conflict: "+sentence)
 	awaitEvent(t, vni, "Warning Conflict: "+sentence)
-	awaitCondition(t, spoke, "Accepted", "False SpokeConflict: spoke c1 is held by default/clash-lab; the other spokes are held")
+	awaitCondition(t, spoke, "Accepted",
+		"False SpokeConflict: spoke c1 is held by default/clash-lab; the other spokes are held")
 	awaitEvent(t, spoke, "Warning SpokeConflict: spoke c1 is held by default/clash-lab; the other spokes are held")
-	if list := spoke.Status.Spokes; len(list) != 1 || list[0].Name != "c1" || list[0].Refused != "spoke c1 is held by default/clash-lab" {
+	if list := spoke.Status.Spokes; len(list) != 1 || list[0].Name != "c1" ||
+		list[0].Refused != "spoke c1 is held by default/clash-lab" {
 		t.Errorf("refused spokes: %+v", list)
 	}
 	awaitNADs(t, vni)
 	awaitNADs(t, spoke, "k8slan-veth-c4", "k8slan-mac-c4")
 	awaitNADs(t, lab, "k8slan-veth-c1", "k8slan-mac-c1")
 
-	// Another port is another VNI.
+	// The VNI is free on another port.
 	edit(t, vni, func(l *v1beta1.LAN) { l.Spec.VXLANPort = 4790 })
 	awaitSummary(t, vni, "Pending|NoNodes|c2|0/0")
 	edit(t, vni, func(l *v1beta1.LAN) { l.Spec.VXLANPort = 0 })
 	awaitSummary(t, vni, "Conflict|vni 903 is held by default/clash-lab|none|0/0")
 	awaitNADs(t, vni)
 
-	// The holder lets go of its spoke, then of everything.
+	// The holder gives up its spoke, and is then deleted.
 	edit(t, lab, func(l *v1beta1.LAN) { l.Spec.Spokes = []string{"c5"} })
 	awaitSummary(t, spoke, "Pending|NoNodes|c1,c4|0/0")
 	awaitEvent(t, spoke, "Normal Held: holds ns default.clash-spoke, vni 905 and its spokes")
@@ -403,7 +419,7 @@ func TestClashesAreExplainedAndTakenUp(t *testing.T) {
 	awaitEvent(t, vni, "Normal Held: holds ns default.clash-vni, vni 903 and its spokes")
 }
 
-func TestAHolderKeepsItsClaimsWhileTheControllerIsAway(t *testing.T) {
+func TestLANKeepsWhatItHoldsWhileControllerIsAway(t *testing.T) {
 	stop := startController(t)
 	old := createLAN(t, "away-old", "{vni: 906, spokes: [w1]}")
 	awaitSummary(t, old, "Pending|NoNodes|w1|0/0")
@@ -416,18 +432,19 @@ func TestAHolderKeepsItsClaimsWhileTheControllerIsAway(t *testing.T) {
 	awaitSummary(t, young, "Pending|NoNodes|w2|0/0")
 }
 
-func TestARecreatedLANWaitsForThePodsOfItsPredecessor(t *testing.T) {
+func TestRecreatedLANWaitsForPodsOfItsPredecessor(t *testing.T) {
 	startController(t)
 	worker := node(t, "predecessor-1", nil)
 	lan := createLAN(t, "again", "{vni: 907, spokes: [g1]}")
 	awaitSummary(t, lan, "Pending|Pending|g1|0/1")
 	report(t, worker, offered(lan, pod("g1", "srl-1")))
 	awaitSummary(t, lan, "Ready||g1|1/1")
-	forget(t, lan.DeepCopy()) // as if its node had been lost, and came back now
+	removeByForce(t, lan.DeepCopy()) // as if its node had been lost, and came back now
 
 	report(t, worker, leaving(lan, pod("g1", "srl-1")))
 	again := createLAN(t, "again", "{vni: 907, spokes: [g1]}")
-	sentence := "vni 907 is still in use by default/again (leaving) on node predecessor-1; this LAN gets it when these pods are gone: " +
+	sentence := "vni 907 is still in use by default/again (leaving) on node predecessor-1; this LAN gets it when " +
+		"these pods are gone: " +
 		"default/srl-1 on predecessor-1 (spoke g1 of LAN default/again)"
 	awaitCondition(t, again, "Accepted", "False Conflict: "+sentence)
 	awaitEvent(t, again, "Warning Conflict: "+sentence)
@@ -436,9 +453,10 @@ func TestARecreatedLANWaitsForThePodsOfItsPredecessor(t *testing.T) {
 	awaitEvent(t, again, "Normal Held: holds ns default.again, vni 907 and its spokes")
 }
 
-func TestStatusSumsUpTheNodes(t *testing.T) {
+func TestStatusSumsUpNodes(t *testing.T) {
 	startController(t)
-	worker1, worker2 := node(t, "sum-1", map[string]string{"lab": "yes"}), node(t, "sum-2", map[string]string{"lab": "yes"})
+	worker1, worker2 := node(t, "sum-1", map[string]string{"lab": "yes"}),
+		node(t, "sum-2", map[string]string{"lab": "yes"})
 	node(t, "sum-3", nil)
 	lan := createLAN(t, "sum", "{vni: 908, spokes: [srl, vm], nodeSelector: {lab: 'yes'}}")
 	awaitSummary(t, lan, "Pending|Pending|srl,vm|0/2")
@@ -462,33 +480,37 @@ func TestStatusSumsUpTheNodes(t *testing.T) {
 			lines := strings.Split(strings.TrimSpace(out), "\n")
 			header, row := strings.Fields(lines[0]), strings.Fields(lines[1])
 			want := []string{"sum", "908", "multicast", "2", "1", "1/2", "Degraded", "UnderlayMissing"}
-			if strings.Join(header, " ") != "NAME VNI DISCOVERY SPOKES ATTACHED NODES STATE REASON AGE" || !slices.Equal(row[:len(want)], want) {
+			if strings.Join(header, " ") != "NAME VNI DISCOVERY SPOKES ATTACHED NODES STATE REASON AGE" ||
+				!slices.Equal(row[:len(want)], want) {
 				t.Errorf("kubectl get %s:\n%s", kind, out)
 			}
 		}
 		out, err := kube.kubectl(t.Context(), "", "get", "k8slan", "-A")
-		if err != nil || !strings.Contains(out, "lan.lan.k8slan.io/sum") || !strings.Contains(out, "lannode.lan.k8slan.io/sum-1") {
+		if err != nil || !strings.Contains(out, "lan.lan.k8slan.io/sum") ||
+			!strings.Contains(out, "lannode.lan.k8slan.io/sum-1") {
 			t.Errorf("kubectl get k8slan -A: %v\n%s", err, out)
 		}
 	})
 
 	report(t, worker2, offered(lan))
-	if _, err := kube.kubectl(t.Context(), "", "wait", "--for=condition=Ready", "lan/sum", "--timeout=30s"); err != nil {
+	if _, err := kube.kubectl(t.Context(), "", "wait", "--for=condition=Ready", "lan/sum",
+		"--timeout=30s"); err != nil {
 		t.Fatal(err)
 	}
 	awaitSummary(t, lan, "Ready||srl,vm|2/2")
 	awaitEvent(t, lan, "Normal Offered: spokes are offered on 2 of 2 nodes")
 	want := v1beta1.SpokeAttachment{Node: "sum-1", Attachment: pod("srl", "srl-1")}
 	if s := lan.Status.Spokes; len(s) != 1 || len(s[0].Attachments) != 1 || s[0].Name != "srl" ||
-		s[0].Attachments[0].Node != want.Node || s[0].Attachments[0].Pod != want.Pod || !s[0].Attachments[0].Since.Equal(&want.Since) {
+		s[0].Attachments[0].Node != want.Node || s[0].Attachments[0].Pod != want.Pod ||
+		!s[0].Attachments[0].Since.Equal(&want.Since) {
 		t.Errorf("spokes: %+v", lan.Status.Spokes)
 	}
 
 	report(t, worker2, offered(lan, pod("srl", "srl-2")))
-	awaitEvent(t, lan, "Warning TwoNodes: spoke srl is attached twice: default/srl-1 on sum-1, default/srl-2 on sum-2; "+
-		"this is right only during a live migration, because both have the same MAC unless another was requested")
-	awaitCondition(t, lan, "AttachedTwice", "True TwoNodes: spoke srl is attached twice: default/srl-1 on sum-1, default/srl-2 on sum-2; "+
-		"this is right only during a live migration, because both have the same MAC unless another was requested")
+	twice := "spoke srl is attached twice: default/srl-1 on sum-1, default/srl-2 on sum-2; " +
+		"this is right only during a live migration, because both have the same MAC unless another was requested"
+	awaitEvent(t, lan, "Warning TwoNodes: "+twice)
+	awaitCondition(t, lan, "AttachedTwice", "True TwoNodes: "+twice)
 	report(t, worker1, offered(lan))
 	awaitCondition(t, lan, "AttachedTwice", "absent")
 	awaitEvent(t, lan, "Normal OneNode: no spoke is attached twice any more")
@@ -497,7 +519,7 @@ func TestStatusSumsUpTheNodes(t *testing.T) {
 	awaitSummary(t, lan, "Ready||srl,vm|1/1")
 }
 
-// reconciled counts the runs of a controller that have ended.
+// reconciled returns the number of finished runs of a reconciler.
 func reconciled(t *testing.T, name string) float64 {
 	t.Helper()
 	families, err := metrics.Registry.Gather()
@@ -542,7 +564,10 @@ func TestNothingIsWrittenWhereNothingChanged(t *testing.T) {
 	before := versions()
 	for i := range 3 {
 		claims, nads := reconciled(t, "claims"), reconciled(t, "nads")
-		edit(t, worker, func(n *v1beta1.LANNode) { metav1.SetMetaDataAnnotation(&n.ObjectMeta, "round", fmt.Sprint(i)) })
+		edit(t, worker, func(n *v1beta1.LANNode) {
+			metav1.SetMetaDataAnnotation(&n.ObjectMeta, "round",
+				fmt.Sprint(i))
+		})
 		nad := nadsOf(t, lan)["k8slan-mac-q1"]
 		edit(t, &nad, func(n *nadv1.NetworkAttachmentDefinition) {
 			metav1.SetMetaDataAnnotation(&n.ObjectMeta, "round", fmt.Sprint(i))
@@ -550,20 +575,20 @@ func TestNothingIsWrittenWhereNothingChanged(t *testing.T) {
 		written := versions()
 		eventually(t, func() string {
 			if reconciled(t, "claims") == claims || reconciled(t, "nads") == nads {
-				return "the controller does not look at the change"
+				return "the controller does not react to the change"
 			}
 			return ""
 		})
 		if after := versions(); after != written {
-			t.Fatalf("written without need: versions before %s, after %s", written, after)
+			t.Fatalf("objects were written without a change: versions before %s, after %s", written, after)
 		}
 	}
 	if lans := strings.Fields(versions())[:2]; !slices.Equal(lans, strings.Fields(before)[:2]) {
-		t.Error("LANs were written although nothing in them changed")
+		t.Error("LANs were written without a change")
 	}
 }
 
-func TestALANOfFiveHundredSpokes(t *testing.T) {
+func TestLANWithFiveHundredSpokes(t *testing.T) {
 	startController(t)
 	spokes := make([]string, v1beta1.MaxSpokes)
 	for i := range spokes {
@@ -590,12 +615,12 @@ func TestALANOfFiveHundredSpokes(t *testing.T) {
 		t.Errorf("%d NADs, want %d", n, 2*len(spokes))
 	}
 	if n := read(t, lan).Status.SpokeCount; n != v1beta1.MaxSpokes {
-		t.Errorf("status counts %d spokes", n)
+		t.Errorf("the status has %d spokes, want %d", n, v1beta1.MaxSpokes)
 	}
 }
 
-// What stands in the objects is watched at every step: the API server's events are the cluster's states, one after the other.
-func TestNoClaimEverHasTwoHolders(t *testing.T) {
+// The watch shows the objects after every write, because the API server sends an event for each.
+func TestNothingIsEverHeldTwice(t *testing.T) {
 	startController(t)
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
@@ -625,35 +650,37 @@ func TestNoClaimEverHasTwoHolders(t *testing.T) {
 
 	var crowd sync.WaitGroup
 	for i := range 12 {
-		crowd.Go(func() { liveALAN(t, fmt.Sprintf("crowd-%d", i), rand.New(rand.NewPCG(7, uint64(i)))) })
+		crowd.Go(func() { churnLAN(t, fmt.Sprintf("crowd-%d", i), rand.New(rand.NewPCG(7, uint64(i)))) })
 	}
 	crowd.Wait()
-	awaitQuiet(t)
+	awaitNoLANs(t)
 	cancel()
 	if events := <-seen; events < 12 {
 		t.Errorf("saw %d events", events)
 	}
 }
 
-// liveALAN creates, edits and deletes a LAN a few times; several at once want the same few VNIs and spokes.
-func liveALAN(t *testing.T, name string, r *rand.Rand) {
+// churnLAN creates, edits and deletes LANs. Several run at the same time and ask for the same few VNIs and spokes.
+func churnLAN(t *testing.T, name string, r *rand.Rand) {
 	for round := range 4 {
 		lan := &v1beta1.LAN{
-			ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: fmt.Sprintf("%s-%d", name, round)}, // the last one may not be gone yet
-			Spec:       v1beta1.LANSpec{VNI: int32(920 + r.IntN(4)), NS: fmt.Sprintf("crowd-%d", r.IntN(10)), Spokes: few(r)},
+			// the one before may not be gone yet
+			ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: fmt.Sprintf("%s-%d", name, round)},
+			Spec: v1beta1.LANSpec{VNI: int32(920 + r.IntN(4)), NS: fmt.Sprintf("crowd-%d", r.IntN(10)),
+				Spokes: randomSpokes(r)},
 		}
 		if err := api.Create(t.Context(), lan); err != nil {
 			t.Errorf("create %s: %v", name, err)
 			return
 		}
 		for range 4 {
-			answered(t, lan)
+			awaitObserved(t, lan)
 			err := api.Get(t.Context(), client.ObjectKeyFromObject(lan), lan)
-			lan.Spec.VXLANPort, lan.Spec.Spokes = int32(4789+r.IntN(2)), few(r)
+			lan.Spec.VXLANPort, lan.Spec.Spokes = int32(4789+r.IntN(2)), randomSpokes(r)
 			if err == nil {
 				err = api.Update(t.Context(), lan)
 			}
-			if err != nil && !apierrors.IsConflict(err) { // the controller writes, too
+			if err != nil && !apierrors.IsConflict(err) { // the controller writes it, too
 				t.Errorf("edit %s: %v", name, err)
 			}
 		}
@@ -663,46 +690,47 @@ func liveALAN(t *testing.T, name string, r *rand.Rand) {
 	}
 }
 
-// answered waits until the controller has seen the LAN as it is.
-func answered(t *testing.T, lan *v1beta1.LAN) {
-	err := wait.PollUntilContextTimeout(t.Context(), 5*time.Millisecond, deadline, true, func(ctx context.Context) (bool, error) {
-		err := api.Get(ctx, client.ObjectKeyFromObject(lan), lan)
-		return lan.Status.ObservedGeneration == lan.Generation, err
-	})
+// awaitObserved waits until the controller has observed the LAN's spec.
+func awaitObserved(t *testing.T, lan *v1beta1.LAN) {
+	err := wait.PollUntilContextTimeout(t.Context(), 5*time.Millisecond, deadline, true,
+		func(ctx context.Context) (bool, error) {
+			err := api.Get(ctx, client.ObjectKeyFromObject(lan), lan)
+			return lan.Status.ObservedGeneration == lan.Generation, err
+		})
 	if err != nil {
-		t.Errorf("the controller does not answer LAN %s: %v", lan.Name, err)
+		t.Errorf("the controller does not observe LAN %s: %v", lan.Name, err)
 	}
 }
 
-func few(r *rand.Rand) []string {
+func randomSpokes(r *rand.Rand) []string {
 	all := []string{"z1", "z2", "z3", "z4", "z5"}
 	r.Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
 	return all[:1+r.IntN(4)]
 }
 
-// heldTwice names a claim that two LANs hold; empty if there is none.
+// heldTwice names something that two LANs hold. It returns "" if there is nothing.
 func heldTwice(held map[types.UID]*v1beta1.Holding) string {
 	holders := map[string]types.UID{}
 	for uid, h := range held {
 		if h == nil {
 			continue
 		}
-		claims := []string{"ns " + h.NS, fmt.Sprintf("vni %d on port %d", h.VNI, h.Port)}
+		things := []string{"ns " + h.NS, fmt.Sprintf("vni %d on port %d", h.VNI, h.Port)}
 		for _, spoke := range h.Spokes {
-			claims = append(claims, "spoke "+spoke)
+			things = append(things, "spoke "+spoke)
 		}
-		for _, claim := range claims {
-			if holders[claim] != "" {
-				return claim + " is held twice"
+		for _, thing := range things {
+			if holders[thing] != "" {
+				return thing + " is held twice"
 			}
-			holders[claim] = uid
+			holders[thing] = uid
 		}
 	}
 	return ""
 }
 
-// awaitQuiet waits until the LANs of the crowd are gone.
-func awaitQuiet(t *testing.T) {
+// awaitNoLANs waits until no LAN is left in namespace default.
+func awaitNoLANs(t *testing.T) {
 	t.Helper()
 	eventually(t, func() string {
 		var lans v1beta1.LANList

@@ -12,17 +12,20 @@ import (
 	"github.com/k8slan/k8slan/crd/v1beta1"
 )
 
-// A LANNode is sent to very many nodes whenever it changes. What the API server notes on who wrote which field is sent as well.
-func TestWhatIsNotedOfALANNodesFieldsDoesNotGrowWithItsLANs(t *testing.T) {
-	// Of an object that is made without a field it would never note any (skipnonapplied.go in apimachinery's managedfields).
-	n := create(t, &v1beta1.LANNode{ObjectMeta: metav1.ObjectMeta{Name: "noted", Labels: map[string]string{"test": "noted"}}})
-	noted := func(lans int) int {
+// A LANNode is sent to many nodes on every change, and its managedFields with it.
+func TestManagedFieldsOfLANNodeDoNotGrowWithLANs(t *testing.T) {
+	// Without a field on creation, the API server would keep no managedFields (skipnonapplied.go in apimachinery's
+	// managedfields).
+	n := create(t, &v1beta1.LANNode{ObjectMeta: metav1.ObjectMeta{Name: "managed",
+		Labels: map[string]string{"test": "managed"}}})
+	size := func(lans int) int {
 		t.Helper()
 		n.Status.Segments = nil
 		for i := range lans {
 			name := fmt.Sprint("lan-", i)
 			n.Status.Segments = append(n.Status.Segments, v1beta1.SegmentStatus{
-				LAN: "default/" + name, UID: types.UID("uid-" + name), NS: "default." + name, State: v1beta1.SegmentReady, VNI: int32(1 + i), MTU: 1442,
+				LAN: "default/" + name, UID: types.UID("uid-" + name), NS: "default." + name,
+				State: v1beta1.SegmentReady, VNI: int32(1 + i), MTU: 1442,
 			})
 		}
 		if err := api.Status().Update(t.Context(), n); err != nil {
@@ -36,13 +39,13 @@ func TestWhatIsNotedOfALANNodesFieldsDoesNotGrowWithItsLANs(t *testing.T) {
 			t.Fatal(err)
 		}
 		if len(n.ManagedFields) == 0 {
-			t.Fatal("nothing is noted")
+			t.Fatal("the LANNode has no managedFields")
 		}
 		return len(fields)
 	}
-	one, many := noted(1), noted(50)
+	one, many := size(1), size(50)
 	t.Logf("%d bytes with one LAN, %d with 50", one, many)
 	if many > one+50 {
-		t.Errorf("%d bytes are noted with one LAN, %d with 50", one, many)
+		t.Errorf("managedFields have %d bytes with one LAN and %d with 50", one, many)
 	}
 }

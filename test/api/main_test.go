@@ -1,5 +1,5 @@
-// Package api tests the API and its controller against a real API server: etcd and kube-apiserver on loopback, started from the
-// programs of the test cluster (package cluster builds them if need be). It needs no root.
+// Package api tests the API and its controller against a real API server: etcd and kube-apiserver on loopback, with the
+// programs of the test cluster, which package cluster builds if they are missing. It needs no root.
 package api
 
 import (
@@ -26,7 +26,7 @@ import (
 
 var (
 	kube *server          // started by TestMain
-	api  client.WithWatch // as the cluster's administrator
+	api  client.WithWatch // with the rights of an administrator
 )
 
 func TestMain(m *testing.M) {
@@ -35,7 +35,7 @@ func TestMain(m *testing.M) {
 
 func run(m *testing.M) int {
 	log.SetLogger(logr.Discard())
-	ctx, cancel := context.WithTimeout(context.Background(), 25*time.Minute) // where Kubernetes has to be built first
+	ctx, cancel := context.WithTimeout(context.Background(), 25*time.Minute) // long enough to build Kubernetes
 	defer cancel()
 	s, err := startServer(ctx)
 	if s != nil {
@@ -52,7 +52,7 @@ func run(m *testing.M) int {
 	return m.Run()
 }
 
-// prepare installs the CRDs, ours and that of the NADs.
+// prepare installs the CRDs of k8slan and of NADs.
 func prepare(ctx context.Context, s *server) error {
 	scheme := controller.NewScheme()
 	if err := apiextensionsv1.AddToScheme(scheme); err != nil {
@@ -62,7 +62,8 @@ func prepare(ctx context.Context, s *server) error {
 	if api, err = client.NewWithWatch(s.Client, client.Options{Scheme: scheme}); err != nil {
 		return err
 	}
-	nads, err := moduleFile("github.com/k8snetworkplumbingwg/network-attachment-definition-client", "artifacts/networks-crd.yaml")
+	nads, err := moduleFile("github.com/k8snetworkplumbingwg/network-attachment-definition-client",
+		"artifacts/networks-crd.yaml")
 	if err != nil {
 		return err
 	}
@@ -89,13 +90,13 @@ func prepare(ctx context.Context, s *server) error {
 	return s.collectGarbage()
 }
 
-// controllerAccount is whom the chart gives the controller's rights.
+// controllerAccount is the controller's service account in the chart.
 const (
 	chartNamespace    = "k8slan-system"
 	controllerAccount = "system:serviceaccount:" + chartNamespace + ":k8slan-controller"
 )
 
-// grant gives the controller the rights that the chart gives it, no more.
+// grant gives the controller exactly the rights that it has in the chart.
 func grant(ctx context.Context, s *server) error {
 	if _, err := s.kubectl(ctx, "", "create", "namespace", chartNamespace); err != nil {
 		return err
@@ -111,7 +112,7 @@ func grant(ctx context.Context, s *server) error {
 	return err
 }
 
-// stderr is what a program that failed said.
+// stderr returns what a failed program wrote to its standard error.
 func stderr(err error) string {
 	var exit *exec.ExitError
 	if errors.As(err, &exit) {
@@ -120,7 +121,7 @@ func stderr(err error) string {
 	return ""
 }
 
-// moduleFile reads a file of a module that this one requires.
+// moduleFile reads a file of a module in go.mod.
 func moduleFile(module, file string) ([]byte, error) {
 	out, err := exec.Command("go", "list", "-m", "-f", "{{.Dir}}", module).Output()
 	if err != nil {

@@ -14,7 +14,7 @@ import (
 	"github.com/k8slan/k8slan/test/cluster/apiserver"
 )
 
-// server is an API server on loopback, and a controller manager that does nothing but collect garbage.
+// server is an API server on loopback, with a controller manager that only collects garbage.
 type server struct {
 	*apiserver.Server
 	kubernetes string // directory of the Kubernetes programs
@@ -38,7 +38,7 @@ func startServer(ctx context.Context) (*server, error) {
 	return &server{started, programs["kubernetes"], programs["helm"]}, err
 }
 
-// collectGarbage starts the garbage collector. It learns of new kinds only twice a minute, so the CRDs should be there before.
+// collectGarbage starts the garbage collector. It looks for new kinds only twice a minute, so create the CRDs before.
 func (s *server) collectGarbage() error {
 	_, err := s.Run(filepath.Join(s.kubernetes, "kube-controller-manager"), "--kubeconfig="+s.Kubeconfig,
 		"--controllers=garbage-collector-controller", "--leader-elect=false", "--secure-port=0",
@@ -46,9 +46,10 @@ func (s *server) collectGarbage() error {
 	return err
 }
 
-// kubectl runs the real one.
+// kubectl runs kubectl and returns its standard output.
 func (s *server) kubectl(ctx context.Context, stdin string, args ...string) (string, error) {
-	cmd := exec.CommandContext(ctx, filepath.Join(s.kubernetes, "kubectl"), append([]string{"--kubeconfig=" + s.Kubeconfig}, args...)...)
+	cmd := exec.CommandContext(ctx, filepath.Join(s.kubernetes, "kubectl"),
+		append([]string{"--kubeconfig=" + s.Kubeconfig}, args...)...)
 	cmd.Env = append(os.Environ(), "HOME="+s.Dir)
 	cmd.Stdin = strings.NewReader(stdin)
 	var out, errs bytes.Buffer

@@ -13,23 +13,24 @@ import (
 	"github.com/k8slan/k8slan/crd/v1beta1"
 )
 
-// deadline is far beyond what anything here takes; it bounds a failure.
+// deadline is much longer than anything here takes. It limits the time until a failure.
 const deadline = 2 * time.Minute
 
-// eventually waits until look finds nothing amiss; what it found last is the failure.
-func eventually(t *testing.T, look func() (amiss string)) {
+// eventually waits until check returns "". The test fails with what it returned last.
+func eventually(t *testing.T, check func() (problem string)) {
 	t.Helper()
-	amiss := ""
-	err := wait.PollUntilContextTimeout(t.Context(), 20*time.Millisecond, deadline, true, func(context.Context) (bool, error) {
-		amiss = look()
-		return amiss == "", nil
-	})
+	problem := ""
+	err := wait.PollUntilContextTimeout(t.Context(), 20*time.Millisecond, deadline, true,
+		func(context.Context) (bool, error) {
+			problem = check()
+			return problem == "", nil
+		})
 	if err != nil {
-		t.Fatal(amiss)
+		t.Fatal(problem)
 	}
 }
 
-// remove deletes an object, if it is there, and waits until it is gone.
+// remove deletes an object, if it exists, and waits until it is gone.
 func remove(t *testing.T, object client.Object) {
 	t.Helper()
 	ctx := context.WithoutCancel(t.Context()) // clean-up happens after the test's context ends
@@ -40,8 +41,8 @@ func remove(t *testing.T, object client.Object) {
 	awaitGone(t, object)
 }
 
-// forget is remove for a LAN that the nodes of the test, or the controller, may never let go.
-func forget(t *testing.T, lan *v1beta1.LAN) {
+// removeByForce removes a LAN with its finalizers, which the controller may never remove.
+func removeByForce(t *testing.T, lan *v1beta1.LAN) {
 	t.Helper()
 	ctx := context.WithoutCancel(t.Context())
 	err := api.Delete(ctx, lan)
@@ -66,6 +67,6 @@ func awaitGone(t *testing.T, object client.Object) {
 		return apierrors.IsNotFound(err) || err == nil && object.GetUID() != uid, client.IgnoreNotFound(err)
 	}
 	if err := wait.PollUntilContextTimeout(ctx, 20*time.Millisecond, deadline, true, gone); err != nil {
-		t.Errorf("%s is still there: %v", object.GetName(), err)
+		t.Errorf("%s still exists: %v", object.GetName(), err)
 	}
 }
