@@ -1,13 +1,17 @@
 package deviceplugin_test
 
 import (
+	"cmp"
 	"context"
 	"errors"
+	"fmt"
 	"io/fs"
 	"maps"
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -177,7 +181,7 @@ func (k *fakeKubelet) setRefuse(err error) {
 }
 
 // patience is how long a test waits for something that usually takes milliseconds.
-const patience = 20 * time.Second
+const patience = time.Minute
 
 // await waits until want is true for the resource, and returns it.
 func (k *fakeKubelet) await(t testing.TB, name string, want func(resource) bool) resource {
@@ -199,9 +203,21 @@ func (k *fakeKubelet) awaitAll(t testing.TB, want func(map[string]resource) bool
 		select {
 		case <-changed:
 		case <-deadline:
-			t.Fatalf("timeout; kubelet has %+v", seen)
+			t.Fatalf("timeout; kubelet has %d resources, %s", len(seen), sample(seen))
 		}
 	}
+}
+
+// sample prints a few resources, those first that list no devices.
+func sample(seen map[string]resource) string {
+	names := slices.SortedFunc(maps.Keys(seen), func(a, b string) int {
+		return cmp.Or(cmp.Compare(len(seen[a].Devices), len(seen[b].Devices)), cmp.Compare(a, b))
+	})
+	var b strings.Builder
+	for _, name := range names[:min(len(names), 5)] {
+		fmt.Fprintf(&b, "%s: %+v; ", name, seen[name])
+	}
+	return b.String()
 }
 
 func (k *fakeKubelet) allocate(name string, ids ...string) (*pluginapi.AllocateResponse, error) {
