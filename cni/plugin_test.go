@@ -42,8 +42,10 @@ type host struct {
 }
 
 func newHost(t *testing.T) *host {
-	h := &host{t: t, node: newMemoryNode(lab),
-		cdi: filepath.Join(t.TempDir(), "cdi"), bin: t.TempDir(), runDir: "/run/k8slan"}
+	h := &host{
+		t: t, node: newMemoryNode(lab),
+		cdi: filepath.Join(t.TempDir(), "cdi"), bin: t.TempDir(), runDir: "/run/k8slan",
+	}
 	for _, pod := range []string{"/netns/1", "/netns/2"} {
 		h.node.pods[pod] = map[string]string{}
 	}
@@ -62,9 +64,11 @@ type call struct {
 
 // pod1 returns the call that Multus makes for a pod in the LAN's own namespace.
 func pod1(verb, config string) call {
-	return call{verb, "c1", "/netns/1", "net1",
+	return call{
+		verb, "c1", "/netns/1", "net1",
 		"IgnoreUnknown=true;K8S_POD_NAMESPACE=default;K8S_POD_NAME=srl-1;K8S_POD_INFRA_CONTAINER_ID=c1;" +
-			"K8S_POD_UID=1-2;K8S_POD_NAMESPACE=default;K8S_POD_NAME=srl-1", config} // Multus repeats the runtime's keys
+			"K8S_POD_UID=1-2;K8S_POD_NAMESPACE=default;K8S_POD_NAME=srl-1", config,
+	} // Multus repeats the runtime's keys
 }
 
 func pod2(verb, config string) call {
@@ -524,8 +528,10 @@ func TestPodGetsThePortThatKubeletAllocated(t *testing.T) {
 		t.Errorf("result %+v, node has\n%s", r, h.node)
 	}
 	d := h.device("macvtap.k8slan.io-spoke_web_1_" + segment.ClaimID("c1", "net1") + ".json")
-	want := []string{"K8SLAN_WEB_LAN=default/lab",
-		"K8SLAN_WEB_INTERFACE=net1", "K8SLAN_WEB_MAC=" + mac, "K8SLAN_WEB_MTU=1422"}
+	want := []string{
+		"K8SLAN_WEB_LAN=default/lab",
+		"K8SLAN_WEB_INTERFACE=net1", "K8SLAN_WEB_MAC=" + mac, "K8SLAN_WEB_MTU=1422",
+	}
 	if d.Name != "web_1" || !slices.Equal(d.ContainerEdits.Env, want) {
 		t.Errorf("device %+v", d)
 	}

@@ -248,7 +248,11 @@ func TestImpossibleImagesAreRefused(t *testing.T) {
 }
 
 func TestDynamicProgramIsRefusedForTheProduct(t *testing.T) {
-	err := K8slan(context.Background(), filepath.Join(t.TempDir(), "x.tar"), Product{Version: "v1", K8slan: "/bin/ls", CNI: "/bin/ls"})
+	err := K8slan(
+		context.Background(),
+		filepath.Join(t.TempDir(), "x.tar"),
+		Product{Version: "v1", K8slan: "/bin/ls", CNI: "/bin/ls"},
+	)
 	if err == nil || !strings.Contains(err.Error(), "not static") {
 		t.Fatalf("error is %v, want one that says the program is not static", err)
 	}
@@ -260,7 +264,11 @@ func TestProductHasItsProgramsAndRunsTheFirst(t *testing.T) {
 		t.Fatal(err)
 	}
 	archive := filepath.Join(t.TempDir(), "dist", "k8slan.tar")
-	if err := K8slan(context.Background(), archive, Product{Version: "1.2.3", K8slan: program, CNI: program, Tools: []File{Copy("/bin/sh", program, 0o755)}}); err != nil {
+	if err := K8slan(
+		context.Background(),
+		archive,
+		Product{Version: "1.2.3", K8slan: program, CNI: program, Tools: []File{Copy("/bin/sh", program, 0o755)}},
+	); err != nil {
 		t.Fatal(err)
 	}
 	l := readArchive(t, archive)

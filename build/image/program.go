@@ -28,7 +28,17 @@ func Build(ctx context.Context, dir, folder string) (binary string, err error) {
 		return "", fmt.Errorf("build %s: %w", folder, err)
 	}
 	binary = filepath.Join(dir, path.Base(folder))
-	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-buildvcs=false", "-ldflags=-s -w -buildid=", "-o", binary, "./"+folder)
+	cmd := exec.CommandContext(
+		ctx,
+		"go",
+		"build",
+		"-trimpath",
+		"-buildvcs=false",
+		"-ldflags=-s -w -buildid=",
+		"-o",
+		binary,
+		"./"+folder,
+	)
 	cmd.Dir = root
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=")
 	if out, err := cmd.CombinedOutput(); err != nil {
@@ -58,7 +68,14 @@ func CheckStatic(program string) error {
 	for _, p := range f.Progs {
 		if p.Type == elf.PT_INTERP {
 			interp, err := io.ReadAll(p.Open())
-			return errors.Join(err, fmt.Errorf("program %s is not static, it needs %s: build it with CGO_ENABLED=0", program, bytes.TrimRight(interp, "\x00")))
+			return errors.Join(
+				err,
+				fmt.Errorf(
+					"program %s is not static, it needs %s: build it with CGO_ENABLED=0",
+					program,
+					bytes.TrimRight(interp, "\x00"),
+				),
+			)
 		}
 	}
 	return nil

@@ -12,8 +12,10 @@ import (
 func TestAPortIsFoundByItsNameOrThatOfItsPool(t *testing.T) {
 	lans := []v1beta1.LAN{{
 		ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: "lab"},
-		Spec: v1beta1.LANSpec{Spokes: []string{"srl"},
-			SpokePools: []v1beta1.SpokePool{{Name: "web", Size: 3}, {Name: "refused", Size: 3}}},
+		Spec: v1beta1.LANSpec{
+			Spokes:     []string{"srl"},
+			SpokePools: []v1beta1.SpokePool{{Name: "web", Size: 3}, {Name: "refused", Size: 3}},
+		},
 		Status: v1beta1.LANStatus{Holds: &v1beta1.Holding{NS: "default.lab", Spokes: []string{"srl", "web"}}},
 	}}
 	on := func(node string, attachments ...v1beta1.Attachment) v1beta1.LANNode {

@@ -39,11 +39,13 @@ func TestANodesAnswerIsRead(t *testing.T) {
 // Exactly the nodes with a pod on the LAN are queried. The error names each node that does not answer.
 func TestOnlyNodesWithPodsAreQueried(t *testing.T) {
 	on := func(node string, attachments ...v1beta1.Attachment) v1beta1.LANNode {
-		return v1beta1.LANNode{ObjectMeta: metav1.ObjectMeta{Name: node},
+		return v1beta1.LANNode{
+			ObjectMeta: metav1.ObjectMeta{Name: node},
 			Status: v1beta1.LANNodeStatus{Segments: []v1beta1.SegmentStatus{
 				{UID: "lab", NS: "default.lab", Attachments: attachments},
 				{UID: "other", NS: "default.other", Attachments: []v1beta1.Attachment{{}}},
-			}}}
+			}},
+		}
 	}
 	nodes := []v1beta1.LANNode{on("worker1", v1beta1.Attachment{}), on("worker2"), on("worker3", v1beta1.Attachment{})}
 	lan := &v1beta1.LAN{ObjectMeta: metav1.ObjectMeta{Namespace: "default", UID: "lab"}}

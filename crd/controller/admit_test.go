@@ -107,8 +107,10 @@ func TestHolderKeepsAndOldestLANGetsWhatIsFree(t *testing.T) {
 		},
 		{
 			"pools and spokes share their names",
-			[]v1beta1.LAN{with(lan("a", 0, 1), withPools("web", "db")),
-				with(lan("b", 1, 2, "web", "x"), withPools("db", "y"))},
+			[]v1beta1.LAN{
+				with(lan("a", 0, 1), withPools("web", "db")),
+				with(lan("b", 1, 2, "web", "x"), withPools("db", "y")),
+			},
 			nil,
 			map[string]string{
 				"a": "holds db,web",
@@ -185,22 +187,28 @@ func TestHolderKeepsAndOldestLANGetsWhatIsFree(t *testing.T) {
 		},
 		{
 			"a holder keeps its spoke when an older LAN adds it",
-			[]v1beta1.LAN{with(lan("old", 0, 1, "x", "srl"), holding("x")),
-				with(lan("b", 1, 2, "srl"), holding("srl"))},
+			[]v1beta1.LAN{
+				with(lan("old", 0, 1, "x", "srl"), holding("x")),
+				with(lan("b", 1, 2, "srl"), holding("srl")),
+			},
 			nil,
 			map[string]string{"old": "holds x; spoke srl is held by default/b", "b": "holds srl"},
 		},
 		{
 			"a holder that changes to a port on which its VNI is held is refused",
-			[]v1beta1.LAN{with(lan("a", 0, 1, "x"), holding("x"), port(4790)),
-				with(lan("b", 1, 1, "y"), port(4790), holding("y"))},
+			[]v1beta1.LAN{
+				with(lan("a", 0, 1, "x"), holding("x"), port(4790)),
+				with(lan("b", 1, 1, "y"), port(4790), holding("y")),
+			},
 			nil,
 			map[string]string{"a": "vni 1 on port 4790 is held by default/b", "b": "holds y"},
 		},
 		{
 			"a holder that changes to a free port keeps its ns when an older LAN asks for it",
-			[]v1beta1.LAN{with(lan("a", 1, 1, "x"), holding("x"), port(4790)),
-				with(lan("old", 0, 2, "y"), ns("default.a"))},
+			[]v1beta1.LAN{
+				with(lan("a", 1, 1, "x"), holding("x"), port(4790)),
+				with(lan("old", 0, 2, "y"), ns("default.a")),
+			},
 			nil,
 			map[string]string{"a": "holds x", "old": "ns default.a is held by default/a"},
 		},
@@ -234,8 +242,10 @@ func TestHolderKeepsAndOldestLANGetsWhatIsFree(t *testing.T) {
 		{
 			"a VNI of a segment without a LAN object is not free",
 			[]v1beta1.LAN{lan("lab", 5, 1, "srl")},
-			[]nodeSegment{{"worker1", v1beta1.SegmentStatus{LAN: "megalos:1", NS: "megalos-1", VNI: 1, Port: 4789,
-				State: v1beta1.SegmentReady}}},
+			[]nodeSegment{{"worker1", v1beta1.SegmentStatus{
+				LAN: "megalos:1", NS: "megalos-1", VNI: 1, Port: 4789,
+				State: v1beta1.SegmentReady,
+			}}},
 			map[string]string{"lab": "vni 1 is still in use by megalos:1 (created by its pods) on node worker1"},
 		},
 		{
@@ -271,25 +281,33 @@ func TestHolderKeepsAndOldestLANGetsWhatIsFree(t *testing.T) {
 		},
 		{
 			"two LANs can swap their ports",
-			[]v1beta1.LAN{with(lan("a", 0, 1, "x"), holding("x"), port(4790)),
-				with(lan("b", 1, 1, "y"), port(4790), holding("y"), port(4789))},
+			[]v1beta1.LAN{
+				with(lan("a", 0, 1, "x"), holding("x"), port(4790)),
+				with(lan("b", 1, 1, "y"), port(4790), holding("y"), port(4789)),
+			},
 			[]nodeSegment{readySegment("a", 1, 4789), readySegment("b", 1, 4790)},
 			map[string]string{"a": "holds x", "b": "holds y"},
 		},
 		{
 			"a VNI that another LAN has just stopped using is free, unless a pod keeps it on a node",
-			[]v1beta1.LAN{with(lan("a", 0, 1, "x"), holding("x"), port(4790)), lan("b", 1, 1, "y"),
-				with(lan("c", 0, 2, "z"), holding("z"), port(4790)), lan("d", 1, 2, "w")},
+			[]v1beta1.LAN{
+				with(lan("a", 0, 1, "x"), holding("x"), port(4790)), lan("b", 1, 1, "y"),
+				with(lan("c", 0, 2, "z"), holding("z"), port(4790)), lan("d", 1, 2, "w"),
+			},
 			[]nodeSegment{readySegment("a", 1, 4789), leavingSegment("uid-c", "default/c", 2, pod("z", "pod-z"))},
-			map[string]string{"a": "holds x", "b": "holds y", "c": "holds z",
-				"d": "vni 2 is still in use by default/c (leaving) on node worker1"},
+			map[string]string{
+				"a": "holds x", "b": "holds y", "c": "holds z",
+				"d": "vni 2 is still in use by default/c (leaving) on node worker1",
+			},
 		},
 		{
 			"a spoke with a pod of another LAN is not free",
 			[]v1beta1.LAN{with(lan("a", 0, 1, "x"), holding("x")), lan("b", 1, 2, "srl", "y")},
 			[]nodeSegment{leavingSegment("uid-a", "default/a", 1, pod("srl", "srl-1"))},
-			map[string]string{"a": "holds x",
-				"b": "holds y; spoke srl is still in use by default/srl-1 on worker1 (spoke srl of LAN default/a)"},
+			map[string]string{
+				"a": "holds x",
+				"b": "holds y; spoke srl is still in use by default/srl-1 on worker1 (spoke srl of LAN default/a)",
+			},
 		},
 		{
 			"a LAN gets a spoke with its own pods",

@@ -40,16 +40,21 @@ func TestOnlyLeaderExportsLANMetrics(t *testing.T) {
 	}
 	on := []v1beta1.SpokeAttachment{{Node: "worker1"}}
 	m.record([]v1beta1.LANStatus{
-		{State: v1beta1.StateReady, Holds: &v1beta1.Holding{Spokes: []string{"a", "b", "c"}},
+		{
+			State: v1beta1.StateReady, Holds: &v1beta1.Holding{Spokes: []string{"a", "b", "c"}},
 			Spokes: []v1beta1.SpokeStatus{
 				{Name: "a", Attachments: on}, {Name: "withdrawn", Attachments: on},
-			}},
+			},
+		},
 		{State: v1beta1.StateReady, Holds: &v1beta1.Holding{Spokes: []string{"web"}}, Pools: []v1beta1.PoolStatus{
-			{Name: "web", Attached: 3, Ports: 10}, {Name: "small", Attached: 5, Ports: 4},
+			{Name: "web", Attached: 3, Ports: 10},
+			{Name: "small", Attached: 5, Ports: 4},
 			{Name: "db", Refused: "held by another LAN"},
 		}},
-		{State: v1beta1.StateReady, Holds: &v1beta1.Holding{Spokes: []string{"d"}},
-			Spokes: []v1beta1.SpokeStatus{{Name: "a", Refused: "held by another LAN"}}},
+		{
+			State: v1beta1.StateReady, Holds: &v1beta1.Holding{Spokes: []string{"d"}},
+			Spokes: []v1beta1.SpokeStatus{{Name: "a", Refused: "held by another LAN"}},
+		},
 		{State: v1beta1.StateConflict},
 	})
 	want := map[string]float64{

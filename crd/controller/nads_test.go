@@ -84,39 +84,55 @@ func TestOwnNADsAreRepairedAndForeignNADsAreKept(t *testing.T) {
 		{name: "all exist", have: right},
 		{name: "none exist", create: []string{"k8slan-veth-srl", "k8slan-mac-srl"}},
 		{name: "one deleted", have: right[1:], create: []string{"k8slan-veth-srl"}},
-		{name: "config edited", update: []string{"k8slan-veth-srl"},
-			have: edit(func(n *nadv1.NetworkAttachmentDefinition) { n.Spec.Config = "{}" })},
-		{name: "resource edited", update: []string{"k8slan-veth-srl"},
+		{
+			name: "config edited", update: []string{"k8slan-veth-srl"},
+			have: edit(func(n *nadv1.NetworkAttachmentDefinition) { n.Spec.Config = "{}" }),
+		},
+		{
+			name: "resource edited", update: []string{"k8slan-veth-srl"},
 			have: edit(func(n *nadv1.NetworkAttachmentDefinition) {
 				n.Annotations[annotationResource] = "macvtap.k8slan.io/other"
-			})},
-		{name: "label removed", update: []string{"k8slan-veth-srl"},
-			have: edit(func(n *nadv1.NetworkAttachmentDefinition) { n.Labels = nil })},
-		{name: "annotation added by a user",
-			have: edit(func(n *nadv1.NetworkAttachmentDefinition) { n.Annotations["team"] = "blue" })},
-		{name: "owner removed, labels left", update: []string{"k8slan-veth-srl"},
+			}),
+		},
+		{
+			name: "label removed", update: []string{"k8slan-veth-srl"},
+			have: edit(func(n *nadv1.NetworkAttachmentDefinition) { n.Labels = nil }),
+		},
+		{
+			name: "annotation added by a user",
+			have: edit(func(n *nadv1.NetworkAttachmentDefinition) { n.Annotations["team"] = "blue" }),
+		},
+		{
+			name: "owner removed, labels left", update: []string{"k8slan-veth-srl"},
 			have: edit(func(n *nadv1.NetworkAttachmentDefinition) {
 				n.OwnerReferences = nil
-			})},
-		{name: "left over by a deleted LAN of that name", update: []string{"k8slan-veth-srl"},
+			}),
+		},
+		{
+			name: "left over by a deleted LAN of that name", update: []string{"k8slan-veth-srl"},
 			have: edit(func(n *nadv1.NetworkAttachmentDefinition) {
 				n.OwnerReferences[0].UID = "old"
-			})},
+			}),
+		},
 		{name: "foreign", have: edit(func(n *nadv1.NetworkAttachmentDefinition) {
 			n.OwnerReferences, n.Labels, n.Spec.Config = nil, nil, "theirs"
 		})},
 		{name: "another LAN's", have: edit(func(n *nadv1.NetworkAttachmentDefinition) {
 			n.OwnerReferences, n.Spec.Config = []metav1.OwnerReference{ownerReference(&other)}, "theirs"
 		})},
-		{name: "of a spoke that was removed", remove: []string{"k8slan-veth-gone"},
+		{
+			name: "of a spoke that was removed", remove: []string{"k8slan-veth-gone"},
 			have: append(edit(func(*nadv1.NetworkAttachmentDefinition) {}),
 				nadv1.NetworkAttachmentDefinition{ObjectMeta: metav1.ObjectMeta{
 					Namespace: "default", Name: "k8slan-veth-gone",
 					OwnerReferences: []metav1.OwnerReference{ownerReference(&l)},
-				}})},
+				}}),
+		},
 		{name: "the user's own beside ours", have: append(edit(func(*nadv1.NetworkAttachmentDefinition) {}),
-			nadv1.NetworkAttachmentDefinition{ObjectMeta: metav1.ObjectMeta{Namespace: "default",
-				Name: "k8slan-veth-mine"}})},
+			nadv1.NetworkAttachmentDefinition{ObjectMeta: metav1.ObjectMeta{
+				Namespace: "default",
+				Name:      "k8slan-veth-mine",
+			}})},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			have := diffNADs(&l, right, test.have)

@@ -29,7 +29,8 @@ func apiServer(t *testing.T, written func(*v1beta1.LAN), lans ...v1beta1.LAN) cl
 	return builder.WithStatusSubresource(&v1beta1.LAN{}).
 		WithInterceptorFuncs(interceptor.Funcs{
 			SubResourceUpdate: func(ctx context.Context, c client.Client, _ string, o client.Object,
-				opts ...client.SubResourceUpdateOption) error {
+				opts ...client.SubResourceUpdateOption,
+			) error {
 				if err := c.Status().Update(ctx, o, opts...); err != nil {
 					return err
 				}
@@ -50,8 +51,10 @@ func holds(t *testing.T, c client.Reader, name string) *v1beta1.Holding {
 
 func reconcileLANs(t *testing.T, cache client.Client, live client.Reader) {
 	t.Helper()
-	c := &lanReconciler{cache: cache, live: live, recorder: events.NewFakeRecorder(100),
-		now: func() metav1.Time { return epoch }, metrics: NewMetrics()}
+	c := &lanReconciler{
+		cache: cache, live: live, recorder: events.NewFakeRecorder(100),
+		now: func() metav1.Time { return epoch }, metrics: NewMetrics(),
+	}
 	if _, err := c.Reconcile(t.Context(), everything{}); err != nil {
 		t.Fatal(err)
 	}

@@ -29,7 +29,8 @@ func resources(values map[string]string) corev1.ResourceList {
 }
 
 func TestResidueIsZeroAndHeldByNoLAN(t *testing.T) {
-	n := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "worker1", Labels: map[string]string{"rack": "a"}},
+	n := &corev1.Node{
+		ObjectMeta: metav1.ObjectMeta{Name: "worker1", Labels: map[string]string{"rack": "a"}},
 		Status: corev1.NodeStatus{
 			Capacity: resources(map[string]string{
 				"cpu": "0", "macvtap.network.kubevirt.io/dataplane": "0", "example.com/k8slan-veth-x": "0",
@@ -37,7 +38,8 @@ func TestResidueIsZeroAndHeldByNoLAN(t *testing.T) {
 				"deleted-with-pods": "0", "back": "0",
 			}),
 			Allocatable: resources(map[string]string{"gone": "0", "just-ended": "0", "held": "0", "back": "1"}),
-		}}
+		},
+	}
 	racks := func(rack v1beta1.LabelValue) func(*v1beta1.LAN) {
 		return func(l *v1beta1.LAN) { l.Spec.NodeSelector = map[string]v1beta1.LabelValue{"rack": rack} }
 	}
@@ -54,14 +56,18 @@ func TestResidueIsZeroAndHeldByNoLAN(t *testing.T) {
 }
 
 func TestPauseDoublesWhenKubeletWritesResidueBack(t *testing.T) {
-	zero := corev1.NodeStatus{Capacity: resources(map[string]string{"cpu": "4", "gone": "0"}),
-		Allocatable: resources(map[string]string{"cpu": "4", "gone": "0"})}
+	zero := corev1.NodeStatus{
+		Capacity:    resources(map[string]string{"cpu": "4", "gone": "0"}),
+		Allocatable: resources(map[string]string{"cpu": "4", "gone": "0"}),
+	}
 	n := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "worker1"}, Status: zero}
 	server := fake.NewClientBuilder().WithScheme(NewScheme()).WithObjects(n).WithStatusSubresource(n).Build()
 	now := epoch.Time
 	m := NewMetrics()
-	r := &residueReconciler{client: server, now: func() time.Time { return now }, pauses: map[string]pause{},
-		metrics: m}
+	r := &residueReconciler{
+		client: server, now: func() time.Time { return now }, pauses: map[string]pause{},
+		metrics: m,
+	}
 	reconcile := func() (wait time.Duration, left bool) {
 		t.Helper()
 		result, err := r.Reconcile(t.Context(), ctrl.Request{NamespacedName: client.ObjectKey{Name: "worker1"}})

@@ -45,8 +45,10 @@ func outdated(seg v1beta1.SegmentStatus) v1beta1.SegmentStatus {
 }
 
 func pod(spoke, name string) v1beta1.Attachment {
-	return v1beta1.Attachment{Spoke: spoke, Pod: "default/" + name, Interface: "net1", MAC: "02:00:00:00:00:01",
-		Kind: v1beta1.KindVeth, Since: epoch}
+	return v1beta1.Attachment{
+		Spoke: spoke, Pod: "default/" + name, Interface: "net1", MAC: "02:00:00:00:00:01",
+		Kind: v1beta1.KindVeth, Since: epoch,
+	}
 }
 
 func TestStatusReportsAttachmentsAndProblems(t *testing.T) {
@@ -65,17 +67,21 @@ func TestStatusReportsAttachmentsAndProblems(t *testing.T) {
 		ready          string // reason: message
 	}{
 		{
-			name: "all well", decision: held, nodes: []node{worker("worker1", segment(2, pod("srl", "srl-1"))),
-				worker("worker2", segment(2))},
+			name: "all well", decision: held, nodes: []node{
+				worker("worker1", segment(2, pod("srl", "srl-1"))),
+				worker("worker2", segment(2)),
+			},
 			state: "Ready", onNode: "2/2", attached: 1,
 			accepted: "holds ns default.lab, vni 222 and its spokes",
 			ready:    "Offered: spokes are offered on 2 of 2 nodes",
 		},
 		{
 			name: "one node without the underlay", decision: held,
-			nodes: []node{worker("worker1", segment(2)),
+			nodes: []node{
+				worker("worker1", segment(2)),
 				worker("worker2", unwell("NotReady", "UnderlayMissing",
-					`no device "eth7" (spec.vxlanDevMap.worker2)`))},
+					`no device "eth7" (spec.vxlanDevMap.worker2)`)),
+			},
 			state: "Degraded", reason: "UnderlayMissing", onNode: "1/2",
 			accepted: "holds ns default.lab, vni 222 and its spokes",
 			ready: `UnderlayMissing: node worker2: no device "eth7" (spec.vxlanDevMap.worker2); ` +
@@ -83,8 +89,10 @@ func TestStatusReportsAttachmentsAndProblems(t *testing.T) {
 		},
 		{
 			name: "an underlay without carrier is degraded but offered", decision: held,
-			nodes: []node{worker("worker1", segment(2)),
-				worker("worker2", unwell("Degraded", "UnderlayDown", "eth1 has no carrier"))},
+			nodes: []node{
+				worker("worker1", segment(2)),
+				worker("worker2", unwell("Degraded", "UnderlayDown", "eth1 has no carrier")),
+			},
 			state: "Degraded", reason: "UnderlayDown", onNode: "1/2",
 			accepted: "holds ns default.lab, vni 222 and its spokes",
 			ready:    "UnderlayDown: node worker2: eth1 has no carrier; spokes are offered on 2 of 2 nodes",
@@ -98,8 +106,10 @@ func TestStatusReportsAttachmentsAndProblems(t *testing.T) {
 		},
 		{
 			name: "no report yet", decision: held,
-			nodes: []node{worker("worker1"), worker("worker2", segment(1)),
-				worker("worker3", unwell("NotReady", "", "is being built"))},
+			nodes: []node{
+				worker("worker1"), worker("worker2", segment(1)),
+				worker("worker3", unwell("NotReady", "", "is being built")),
+			},
 			state: "Pending", reason: "Pending", onNode: "0/3",
 			accepted: "holds ns default.lab, vni 222 and its spokes",
 			ready: "Pending: node worker1 does not report the LAN yet; node worker2 offers 1 of 2 spokes so far; " +
@@ -112,8 +122,10 @@ func TestStatusReportsAttachmentsAndProblems(t *testing.T) {
 		},
 		{
 			name: "a node that is lost", decision: held,
-			nodes: []node{worker("worker1", segment(2)),
-				{Name: "worker2", Exists: true, Segments: []v1beta1.SegmentStatus{segment(2)}}},
+			nodes: []node{
+				worker("worker1", segment(2)),
+				{Name: "worker2", Exists: true, Segments: []v1beta1.SegmentStatus{segment(2)}},
+			},
 			state: "Degraded", reason: "Unreachable", onNode: "1/2",
 			accepted: "holds ns default.lab, vni 222 and its spokes",
 			ready: "Unreachable: node worker2 does not answer; it may still forward; spokes are offered on 1 of 2 " +
@@ -215,8 +227,10 @@ func TestLANSpansExistingNodesThatMatch(t *testing.T) {
 		return corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: name, Labels: map[string]string{"lab": label}}}
 	}
 	report := func(name string) v1beta1.LANNode {
-		return v1beta1.LANNode{ObjectMeta: metav1.ObjectMeta{Name: name},
-			Status: v1beta1.LANNodeStatus{Segments: []v1beta1.SegmentStatus{segment(1)}}}
+		return v1beta1.LANNode{
+			ObjectMeta: metav1.ObjectMeta{Name: name},
+			Status:     v1beta1.LANNodeStatus{Segments: []v1beta1.SegmentStatus{segment(1)}},
+		}
 	}
 	nodes := nodesOf(
 		[]corev1.Node{object("in", "yes"), object("out", "no"), object("without-k8slan", "yes")},
@@ -248,8 +262,10 @@ func TestNodeIsLostWhenRemovedOutOfServiceOrLongSilent(t *testing.T) {
 		{name: "silent", ready: "Unknown", silent: time.Minute, left: 4 * time.Minute},
 		{name: "silent for long", ready: "Unknown", silent: 5 * time.Minute, lost: "it has not answered for 5 minutes"},
 		{name: "out of service", ready: "Unknown", taints: []corev1.Taint{outOfService}, lost: "it is out of service"},
-		{name: "marked as out of service but ready", ready: "True", taints: []corev1.Taint{outOfService},
-			answers: true},
+		{
+			name: "marked as out of service but ready", ready: "True", taints: []corev1.Taint{outOfService},
+			answers: true,
+		},
 		{name: "its Node is gone", gone: true, lost: "its Node is gone"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -258,8 +274,10 @@ func TestNodeIsLostWhenRemovedOutOfServiceOrLongSilent(t *testing.T) {
 				n := corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "n"}, Spec: corev1.NodeSpec{Taints: test.taints}}
 				if test.ready != "" {
 					since := metav1.NewTime(epoch.Add(-test.silent))
-					n.Status.Conditions = []corev1.NodeCondition{{Type: corev1.NodeReady, Status: test.ready,
-						LastTransitionTime: since}}
+					n.Status.Conditions = []corev1.NodeCondition{{
+						Type: corev1.NodeReady, Status: test.ready,
+						LastTransitionTime: since,
+					}}
 				}
 				objects = append(objects, n)
 			}
@@ -304,8 +322,10 @@ func TestDeletedLANSaysWhatItWaitsFor(t *testing.T) {
 		want   string   // empty if its deletion is done
 	}{
 		{name: "no node at all"},
-		{name: "every node has removed it", nodes: []node{gone(worker("worker1"), "uid-lab"),
-			gone(worker("worker2"), "uid-x", "uid-lab")}},
+		{name: "every node has removed it", nodes: []node{
+			gone(worker("worker1"), "uid-lab"),
+			gone(worker("worker2"), "uid-x", "uid-lab"),
+		}},
 		{
 			name:   "a node that reports nothing may not have read it",
 			nodes:  []node{gone(worker("worker1"), "uid-lab"), worker("worker2")},
@@ -317,8 +337,10 @@ func TestDeletedLANSaysWhatItWaitsFor(t *testing.T) {
 		},
 		{
 			name: "pods are attached",
-			nodes: []node{worker("worker1", leaving(pod("srl", "srl-1"))), gone(worker("worker2"), "uid-lab"),
-				worker("worker3", segment(1, pod("vm", "vm-1")))},
+			nodes: []node{
+				worker("worker1", leaving(pod("srl", "srl-1"))), gone(worker("worker2"), "uid-lab"),
+				worker("worker3", segment(1, pod("vm", "vm-1"))),
+			},
 			reason: "InUse", want: "lab stays until its pods are gone: default/srl-1 on worker1 (spoke srl), " +
 				"default/vm-1 on worker3 (spoke vm)",
 		},
@@ -328,8 +350,10 @@ func TestDeletedLANSaysWhatItWaitsFor(t *testing.T) {
 				"buffer space available. It is tried again)",
 		},
 		{
-			name: "a node does not answer", nodes: []node{silent(worker("worker1", segment(1, pod("srl", "srl-1")))),
-				silent(worker("worker2"))},
+			name: "a node does not answer", nodes: []node{
+				silent(worker("worker1", segment(1, pod("srl", "srl-1")))),
+				silent(worker("worker2")),
+			},
 			reason: "InUse", want: "lab stays until its pods are gone: default/srl-1 on worker1 (spoke srl); " +
 				"lab waits for nodes that do not answer: worker1, worker2; it does not wait " +
 				"for a node that has not answered for 5 minutes",
@@ -339,8 +363,10 @@ func TestDeletedLANSaysWhatItWaitsFor(t *testing.T) {
 			reason: "Unreachable", want: "lab waits for nodes that do not answer: worker1; it does not wait " +
 				"for a node that has not answered for 5 minutes",
 		},
-		{name: "a node that is lost", nodes: []node{lost(worker("worker1", segment(1, pod("srl", "srl-1")))),
-			lost(worker("worker2"))}},
+		{name: "a node that is lost", nodes: []node{
+			lost(worker("worker1", segment(1, pod("srl", "srl-1")))),
+			lost(worker("worker2")),
+		}},
 		{
 			name:   "a node that is lost and one that is not",
 			nodes:  []node{lost(worker("worker1", segment(1, pod("srl", "srl-1")))), worker("worker2")},
@@ -358,8 +384,10 @@ func TestDeletedLANSaysWhatItWaitsFor(t *testing.T) {
 			l := with(lan("lab", 0, 222, "srl", "vm"), holding("srl", "vm"), deleting)
 			for _, on := range test.had {
 				l.Status.Spokes = append(l.Status.Spokes,
-					v1beta1.SpokeStatus{Name: "srl", Attachments: []v1beta1.SpokeAttachment{{Node: on,
-						Attachment: pod("srl", "srl-1")}}})
+					v1beta1.SpokeStatus{Name: "srl", Attachments: []v1beta1.SpokeAttachment{{
+						Node:       on,
+						Attachment: pod("srl", "srl-1"),
+					}}})
 			}
 			if deletionDone(&l, test.nodes) != (test.want == "") {
 				t.Errorf("its deletion is done: %v", deletionDone(&l, test.nodes))
@@ -387,8 +415,10 @@ func TestDeletedLANSaysWhatItWaitsFor(t *testing.T) {
 func TestSpokeOnTwoNodesHasCondition(t *testing.T) {
 	l := lan("lab", 0, 222, "vm")
 	held := decision{Holds: &v1beta1.Holding{Spokes: []string{"vm"}}}
-	s := status(&l, held, []node{worker("worker1", segment(1, pod("vm", "a"))),
-		worker("worker2", segment(1, pod("vm", "b")))}, nil, epoch)
+	s := status(&l, held, []node{
+		worker("worker1", segment(1, pod("vm", "a"))),
+		worker("worker2", segment(1, pod("vm", "b"))),
+	}, nil, epoch)
 	twice := meta.FindStatusCondition(s.Conditions, v1beta1.ConditionAttachedTwice)
 	if twice == nil || !strings.Contains(twice.Message,
 		"spoke vm is attached twice: default/a on worker1, default/b on worker2") {
@@ -435,8 +465,10 @@ func TestPoolsAreSummedUp(t *testing.T) {
 	for _, p := range s.Pools {
 		have = append(have, fmt.Sprint(p.Name, " ", p.Attached, "/", p.Ports, " ", p.Nodes, " ", p.Refused))
 	}
-	want := []string{"db 0/6 [] ", "old 1/0 [{worker1 1}] ", "refused 0/0 [] spoke refused is held by default/other",
-		"web 3/6 [{worker1 2} {worker2 1}] "}
+	want := []string{
+		"db 0/6 [] ", "old 1/0 [{worker1 1}] ", "refused 0/0 [] spoke refused is held by default/other",
+		"web 3/6 [{worker1 2} {worker2 1}] ",
+	}
 	if !slices.Equal(have, want) {
 		t.Errorf("\nhave %q\nwant %q", have, want)
 	}
@@ -511,27 +543,61 @@ func TestEventsReportOnlyChanges(t *testing.T) {
 		{"nothing changed", []metav1.Condition{missing, refused}, []metav1.Condition{missing, refused}, ""},
 		{"accepted at once", nil, []metav1.Condition{accepted, pending}, ""},
 		{"ready", []metav1.Condition{pending}, []metav1.Condition{ready}, "Normal Offered"},
-		{"ready on more nodes", []metav1.Condition{ready},
-			[]metav1.Condition{condition("Ready", "True", "Offered", "on 3 of 3")}, ""},
+		{
+			"ready on more nodes",
+			[]metav1.Condition{ready},
+			[]metav1.Condition{condition("Ready", "True", "Offered", "on 3 of 3")},
+			"",
+		},
 		{"no longer ready", []metav1.Condition{ready}, []metav1.Condition{missing}, "Warning UnderlayMissing"},
 		{"refused", nil, []metav1.Condition{refused, condition("Ready", "False", "Conflict", "…")}, "Warning Conflict"},
 		{"granted later", []metav1.Condition{refused}, []metav1.Condition{accepted}, "Normal Held"},
-		{"attached twice", nil, []metav1.Condition{condition("AttachedTwice", "True", "TwoNodes", "…")},
-			"Warning TwoNodes"},
-		{"attached once again", []metav1.Condition{condition("AttachedTwice", "True", "TwoNodes", "…")}, nil,
-			"Normal OneNode"},
-		{"a pool exceeded", nil, []metav1.Condition{condition("PoolExceeded", "True", "Shrunk", "…")},
-			"Warning Shrunk"},
-		{"exceeded by fewer pods", []metav1.Condition{condition("PoolExceeded", "True", "Shrunk", "5")},
-			[]metav1.Condition{condition("PoolExceeded", "True", "Shrunk", "4")}, ""},
-		{"a pool no longer exceeded", []metav1.Condition{condition("PoolExceeded", "True", "Shrunk", "…")}, nil,
-			"Normal Fits"},
-		{"deleted", []metav1.Condition{ready},
-			[]metav1.Condition{condition("Ready", "False", "Deleting", "stays until")}, ""},
-		{"deleted in use", []metav1.Condition{ready}, []metav1.Condition{condition("Ready", "False", "InUse", "a, b")},
-			"Warning InUse"},
-		{"one pod less", []metav1.Condition{condition("Ready", "False", "InUse", "a, b")},
-			[]metav1.Condition{condition("Ready", "False", "InUse", "a")}, ""},
+		{
+			"attached twice", nil,
+			[]metav1.Condition{condition("AttachedTwice", "True", "TwoNodes", "…")},
+			"Warning TwoNodes",
+		},
+		{
+			"attached once again",
+			[]metav1.Condition{condition("AttachedTwice", "True", "TwoNodes", "…")},
+			nil,
+			"Normal OneNode",
+		},
+		{
+			"a pool exceeded", nil,
+			[]metav1.Condition{condition("PoolExceeded", "True", "Shrunk", "…")},
+			"Warning Shrunk",
+		},
+		{
+			"exceeded by fewer pods",
+			[]metav1.Condition{condition("PoolExceeded", "True", "Shrunk", "5")},
+			[]metav1.Condition{condition("PoolExceeded", "True", "Shrunk", "4")},
+			"",
+		},
+		{
+			"a pool no longer exceeded",
+			[]metav1.Condition{condition("PoolExceeded", "True", "Shrunk", "…")},
+			nil,
+			"Normal Fits",
+		},
+		{
+			"deleted",
+			[]metav1.Condition{ready},
+			[]metav1.Condition{condition("Ready", "False", "Deleting", "stays until")},
+			"",
+		},
+		{
+			"deleted in use",
+			[]metav1.Condition{ready},
+			[]metav1.Condition{condition("Ready", "False", "InUse", "a, b")},
+			"Warning InUse",
+		},
+		{
+			"one pod less",
+			[]metav1.Condition{condition("Ready", "False", "InUse", "a, b")},
+			[]metav1.Condition{condition("Ready", "False", "InUse", "a")},
+			"",
+		},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			var have []string

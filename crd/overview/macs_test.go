@@ -37,8 +37,10 @@ func TestMACsShowsPlacesAndDisagreements(t *testing.T) {
 		{name: "macs", agree: true, macs: MACs{
 			LAN: lan("lab", 222, evpn), LANNodes: nodes, Tables: []NodeTable{
 				// the VM's port has the MAC of another guest, too; srl-2 has sent no frame
-				{Node: "worker2", Entries: []MACEntry{behind(pod1, "192.0.2.1"), behind(vm, "192.0.2.1"),
-					behind(guest, "192.0.2.1"), behind(outside, "192.0.2.99")}},
+				{Node: "worker2", Entries: []MACEntry{
+					behind(pod1, "192.0.2.1"), behind(vm, "192.0.2.1"),
+					behind(guest, "192.0.2.1"), behind(outside, "192.0.2.99"),
+				}},
 				{Node: "worker1", Entries: []MACEntry{
 					port(pod1, "lab-1", 3*time.Second), port(vm, "lab-3", 0), port(guest, "lab-3", 4*time.Minute),
 					behind(pod2, "192.0.2.2"), behind(outside, "192.0.2.99"),
@@ -47,10 +49,14 @@ func TestMACsShowsPlacesAndDisagreements(t *testing.T) {
 		}},
 		{name: "macs-differ", screen: Screen{Width: 90}, macs: MACs{
 			LAN: lan("lab", 222, evpn), LANNodes: nodes, Tables: []NodeTable{
-				{Node: "worker1", Entries: []MACEntry{port(pod1, "lab-1", time.Second),
-					port(guest, "lab-3", time.Second), behind(pod2, "192.0.2.3"), behind(outside, "192.0.2.98")}},
-				{Node: "worker2", Entries: []MACEntry{port(guest, "lab-2", time.Minute), behind(outside, "192.0.2.99"),
-					port(pod2, "lab-2", time.Second)}},
+				{Node: "worker1", Entries: []MACEntry{
+					port(pod1, "lab-1", time.Second),
+					port(guest, "lab-3", time.Second), behind(pod2, "192.0.2.3"), behind(outside, "192.0.2.98"),
+				}},
+				{Node: "worker2", Entries: []MACEntry{
+					port(guest, "lab-2", time.Minute), behind(outside, "192.0.2.99"),
+					port(pod2, "lab-2", time.Second),
+				}},
 			},
 		}},
 		{name: "macs-learned", agree: true, macs: MACs{ // without EVPN, a node need not have learned a MAC
@@ -61,10 +67,14 @@ func TestMACsShowsPlacesAndDisagreements(t *testing.T) {
 		}},
 		{name: "macs-on-demand", agree: true, macs: MACs{
 			LAN: demanded().OnDemand("")[0], LANNodes: demanded().LANNodes, Tables: []NodeTable{
-				{Node: "worker1", Entries: []MACEntry{port(pod1, "1a1a1a1a1a1a1a", time.Second),
-					behind(pod2, "192.0.2.2")}},
-				{Node: "worker2", Entries: []MACEntry{behind(pod1, "192.0.2.1"),
-					port(pod2, "2b2b2b2b2b2b2b", time.Second)}},
+				{Node: "worker1", Entries: []MACEntry{
+					port(pod1, "1a1a1a1a1a1a1a", time.Second),
+					behind(pod2, "192.0.2.2"),
+				}},
+				{Node: "worker2", Entries: []MACEntry{
+					behind(pod1, "192.0.2.1"),
+					port(pod2, "2b2b2b2b2b2b2b", time.Second),
+				}},
 			},
 		}},
 		{name: "macs-named", macs: MACs{

@@ -25,13 +25,17 @@ func ago(d time.Duration) metav1.Time { return metav1.NewTime(now.Add(-d)) }
 // lan returns a LAN that is Ready and has two spokes.
 func lan(name string, vni int32, change ...func(*v1beta1.LAN)) v1beta1.LAN {
 	l := v1beta1.LAN{
-		ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: name, UID: types.UID("uid-" + name), Generation: 1,
-			CreationTimestamp: ago(3 * time.Hour)},
+		ObjectMeta: metav1.ObjectMeta{
+			Namespace: "default", Name: name, UID: types.UID("uid-" + name), Generation: 1,
+			CreationTimestamp: ago(3 * time.Hour),
+		},
 		Spec: v1beta1.LANSpec{VNI: vni, Spokes: []string{name + "-1", name + "-2"}},
 		Status: v1beta1.LANStatus{
 			ObservedGeneration: 1, State: v1beta1.StateReady, Discovery: "multicast", Nodes: "2/2", SpokeCount: 2,
-			Holds: &v1beta1.Holding{NS: "default." + name, VNI: vni, Port: 4789,
-				Spokes: []string{name + "-1", name + "-2"}},
+			Holds: &v1beta1.Holding{
+				NS: "default." + name, VNI: vni, Port: 4789,
+				Spokes: []string{name + "-1", name + "-2"},
+			},
 			Conditions: []metav1.Condition{
 				{Type: v1beta1.ConditionAccepted, Status: metav1.ConditionTrue, Reason: v1beta1.ReasonHeld},
 				{Type: v1beta1.ConditionReady, Status: metav1.ConditionTrue, Reason: v1beta1.ReasonOffered},
@@ -47,8 +51,10 @@ func lan(name string, vni int32, change ...func(*v1beta1.LAN)) v1beta1.LAN {
 func unready(state v1beta1.LANState, reason, conditionReason, message string) func(*v1beta1.LAN) {
 	return func(l *v1beta1.LAN) {
 		l.Status.State, l.Status.Reason = state, reason
-		l.Status.Conditions[1] = metav1.Condition{Type: v1beta1.ConditionReady, Status: metav1.ConditionFalse,
-			Reason: conditionReason, Message: message}
+		l.Status.Conditions[1] = metav1.Condition{
+			Type: v1beta1.ConditionReady, Status: metav1.ConditionFalse,
+			Reason: conditionReason, Message: message,
+		}
 	}
 }
 
@@ -63,8 +69,10 @@ func segment(lan, vtep string, attachments ...v1beta1.Attachment) v1beta1.Segmen
 }
 
 func pod(spoke, name string, kind v1beta1.AttachmentKind) v1beta1.Attachment {
-	return v1beta1.Attachment{Spoke: spoke, Pod: "default/" + name, Interface: "net1", MAC: "02:6b:5c:10:00:01",
-		Kind: kind, Since: ago(5 * time.Minute)}
+	return v1beta1.Attachment{
+		Spoke: spoke, Pod: "default/" + name, Interface: "net1", MAC: "02:6b:5c:10:00:01",
+		Kind: kind, Since: ago(5 * time.Minute),
+	}
 }
 
 func lanNode(name string, segments ...v1beta1.SegmentStatus) v1beta1.LANNode {
@@ -240,9 +248,13 @@ func TestStatusShowsAttachmentsAndProblems(t *testing.T) {
 		}},
 		{name: "nodes-unread", objects: Objects{
 			LANs: []v1beta1.LAN{lan("lab", 222, attached(1), func(l *v1beta1.LAN) {
-				l.Status.Spokes = []v1beta1.SpokeStatus{{Name: "lab-1",
-					Attachments: []v1beta1.SpokeAttachment{{Node: "worker1",
-						Attachment: pod("lab-1", "srl-1", v1beta1.KindVeth)}}}}
+				l.Status.Spokes = []v1beta1.SpokeStatus{{
+					Name: "lab-1",
+					Attachments: []v1beta1.SpokeAttachment{{
+						Node:       "worker1",
+						Attachment: pod("lab-1", "srl-1", v1beta1.KindVeth),
+					}},
+				}}
 			})},
 			Unreadable: []string{
 				"You may not list lannodes in this cluster, so some of what they say is missing here.",
@@ -310,8 +322,10 @@ func onDemand(vni int32, vtep string, attachments ...v1beta1.Attachment) v1beta1
 
 // demanded returns two nodes with two such LANs. One of them has only pods of another namespace.
 func demanded() Objects {
-	blue := onDemand(5002, "192.0.2.2", v1beta1.Attachment{Spoke: "0a0a0a0a0a0a0a", Pod: "blue/r1", Interface: "net0",
-		MAC: "02:aa:00:00:00:03", Kind: v1beta1.KindVeth, Since: ago(0)})
+	blue := onDemand(5002, "192.0.2.2", v1beta1.Attachment{
+		Spoke: "0a0a0a0a0a0a0a", Pod: "blue/r1", Interface: "net0",
+		MAC: "02:aa:00:00:00:03", Kind: v1beta1.KindVeth, Since: ago(0),
+	})
 	r2 := pod("2b2b2b2b2b2b2b", "r2", v1beta1.KindVeth)
 	r2.MAC = "02:6b:5c:10:00:02"
 	down := onDemand(5001, "192.0.2.2", r2)

@@ -308,6 +308,7 @@ func (o AddAltName) String() string {
 func (o DelAltName) String() string {
 	return fmt.Sprintf("ip link property del %s altname %s", o.Name, o.AltName)
 }
+
 func (o VerifyClaim) String() string { return fmt.Sprintf("verify claim %s on %s", o.ClaimID, o.Spoke) }
 
 // LinkGroup is the link group of all links that attach spokes. One message deletes them all, in 0.15 ms a link instead

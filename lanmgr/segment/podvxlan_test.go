@@ -78,8 +78,10 @@ func TestDiffOfAPodVXLAN(t *testing.T) {
 			SetAlias{"kubelan", "k8slan prepared 192.168.70.1/24"},
 			AddAddress{"kubelan", other},
 		}},
-		{"the pod has another address", func(want *PodVXLAN, _ *PodVXLANState) { want.VXLAN.Local = moved.Local },
-			[]Op{SetVXLAN{moved}}},
+		{
+			"the pod has another address", func(want *PodVXLAN, _ *PodVXLANState) { want.VXLAN.Local = moved.Local },
+			[]Op{SetVXLAN{moved}},
+		},
 		{"it is down and has another MTU", func(_ *PodVXLAN, have *PodVXLANState) {
 			have.Link.Up, have.Link.MTU = false, 1500
 		}, []Op{SetMTU{"kubelan", 1450}, SetUp{"kubelan"}}},

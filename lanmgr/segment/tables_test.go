@@ -292,7 +292,8 @@ func TestDiffOfTheNeighbors(t *testing.T) {
 		},
 		{
 			"the VXLAN was taken out of the bridge", on,
-			change(answering(on), "vx2", func(l *segment.Link) { l.Master = 0 }), []string{
+			change(answering(on), "vx2", func(l *segment.Link) { l.Master = 0 }),
+			[]string{
 				"ip link set vx2 master br2", "ip link set vx2 type bridge_slave group_fwd_mask 0xfffd",
 				"bridge link set dev vx2 learning off", suppress,
 			},

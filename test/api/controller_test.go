@@ -133,8 +133,10 @@ func reportGone(t *testing.T, node *v1beta1.LANNode, lans ...*v1beta1.LAN) {
 	t.Helper()
 	node.Status.Segments, node.Status.Gone = nil, nil
 	for _, l := range lans {
-		node.Status.Gone = append(node.Status.Gone, v1beta1.GoneLAN{LAN: "default/" + l.Name, UID: l.UID,
-			Generation: l.Generation})
+		node.Status.Gone = append(node.Status.Gone, v1beta1.GoneLAN{
+			LAN: "default/" + l.Name, UID: l.UID,
+			Generation: l.Generation,
+		})
 	}
 	if err := api.Status().Update(t.Context(), node); err != nil {
 		t.Fatal(err)
@@ -604,7 +606,8 @@ func TestLANWithFiveHundredSpokes(t *testing.T) {
 	for n := 0; n < 2*len(spokes); {
 		select {
 		case e := <-added.ResultChan():
-			if nad, ok := e.Object.(*nadv1.NetworkAttachmentDefinition); ok && e.Type == "ADDED" && metav1.IsControlledBy(nad, lan) {
+			if nad, ok := e.Object.(*nadv1.NetworkAttachmentDefinition); ok && e.Type == "ADDED" &&
+				metav1.IsControlledBy(nad, lan) {
 				n++
 			}
 		case <-late:
@@ -666,8 +669,10 @@ func churnLAN(t *testing.T, name string, r *rand.Rand) {
 		lan := &v1beta1.LAN{
 			// the one before may not be gone yet
 			ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: fmt.Sprintf("%s-%d", name, round)},
-			Spec: v1beta1.LANSpec{VNI: int32(920 + r.IntN(4)), NS: fmt.Sprintf("crowd-%d", r.IntN(10)),
-				Spokes: randomSpokes(r)},
+			Spec: v1beta1.LANSpec{
+				VNI: int32(920 + r.IntN(4)), NS: fmt.Sprintf("crowd-%d", r.IntN(10)),
+				Spokes: randomSpokes(r),
+			},
 		}
 		if err := api.Create(t.Context(), lan); err != nil {
 			t.Errorf("create %s: %v", name, err)

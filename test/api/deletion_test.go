@@ -123,8 +123,10 @@ func TestDeletedLANDoesNotWaitForLostNode(t *testing.T) {
 		{"lost-out", func(t *testing.T, node string) {
 			setSilent(t, node, time.Now())
 			edit(t, &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: node}}, func(n *corev1.Node) {
-				n.Spec.Taints = []corev1.Taint{{Key: "node.kubernetes.io/out-of-service", Value: "nodeshutdown",
-					Effect: corev1.TaintEffectNoExecute}}
+				n.Spec.Taints = []corev1.Taint{{
+					Key: "node.kubernetes.io/out-of-service", Value: "nodeshutdown",
+					Effect: corev1.TaintEffectNoExecute,
+				}}
 			})
 		}, false, "it is out of service"},
 		{"lost-silent", func(t *testing.T, node string) {

@@ -16,8 +16,10 @@ import (
 func TestManagedFieldsOfLANNodeDoNotGrowWithLANs(t *testing.T) {
 	// Without a field on creation, the API server would keep no managedFields (skipnonapplied.go in apimachinery's
 	// managedfields).
-	n := create(t, &v1beta1.LANNode{ObjectMeta: metav1.ObjectMeta{Name: "managed",
-		Labels: map[string]string{"test": "managed"}}})
+	n := create(t, &v1beta1.LANNode{ObjectMeta: metav1.ObjectMeta{
+		Name:   "managed",
+		Labels: map[string]string{"test": "managed"},
+	}})
 	size := func(lans int) int {
 		t.Helper()
 		n.Status.Segments = nil

@@ -87,8 +87,10 @@ func TestLANsBeyondLimitsAreRefusedWithReason(t *testing.T) {
 	})
 	for _, c := range []struct{ name, spec, want string }{
 		{"within", "{vni: 1000, spokes: [srl]}", ""},
-		{"the last VNI, an allowed device",
-			"{vni: 1999, spokes: [srl], defaultVxlanDev: eth1, vxlanDevMap: {worker1: eth1}}", ""},
+		{
+			"the last VNI, an allowed device",
+			"{vni: 1999, spokes: [srl], defaultVxlanDev: eth1, vxlanDevMap: {worker1: eth1}}", "",
+		},
 		{"one too many", "{vni: 2000, spokes: [srl]}", "vni is 2000"},
 		{"another default", "{vni: 1000, spokes: [srl], defaultVxlanDev: eth2}", device},
 		{"another for one node", "{vni: 1000, spokes: [srl], vxlanDevMap: {worker1: eth1, worker2: eth2}}", device},
@@ -156,8 +158,10 @@ func TestDaemonWritesOnlyItsOwnLANNode(t *testing.T) {
 	if err := api.Get(t.Context(), client.ObjectKeyFromObject(own), own); err != nil {
 		t.Fatal(err)
 	}
-	for who, c := range map[string]client.Client{"worker2's token": on("worker2"),
-		"a token of no node": clientAs(t, daemon, nil)} {
+	for who, c := range map[string]client.Client{
+		"worker2's token":    on("worker2"),
+		"a token of no node": clientAs(t, daemon, nil),
+	} {
 		for what, err := range map[string]error{
 			"update": c.Update(t.Context(), own.DeepCopy(), client.DryRunAll),
 			"status": c.Status().Update(t.Context(), own.DeepCopy(), client.DryRunAll),
@@ -176,8 +180,10 @@ func TestDaemonWritesOnlyItsOwnLANNode(t *testing.T) {
 
 func TestControllerChangesOnlyItsFinalizerOnLANs(t *testing.T) {
 	lan := &v1beta1.LAN{
-		ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: "mine", Labels: map[string]string{"a": "b"},
-			Finalizers: []string{"example.com/theirs"}},
+		ObjectMeta: metav1.ObjectMeta{
+			Namespace: "default", Name: "mine", Labels: map[string]string{"a": "b"},
+			Finalizers: []string{"example.com/theirs"},
+		},
 		Spec: v1beta1.LANSpec{VNI: 6, Spokes: []string{"mine"}},
 	}
 	if err := api.Create(t.Context(), lan); err != nil {

@@ -39,8 +39,10 @@ func awaitResources(t *testing.T, node string, want ...string) {
 	slices.Sort(want)
 	eventually(t, func() string {
 		n := read(t, &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: node}})
-		for part, list := range map[string]corev1.ResourceList{"capacity": n.Status.Capacity,
-			"allocatable": n.Status.Allocatable} {
+		for part, list := range map[string]corev1.ResourceList{
+			"capacity":    n.Status.Capacity,
+			"allocatable": n.Status.Allocatable,
+		} {
 			var have []string
 			for name := range maps.Keys(list) {
 				have = append(have, string(name))

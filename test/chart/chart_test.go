@@ -36,8 +36,10 @@ const (
 )
 
 func TestEveryNamespacedObjectIsInTheReleasesNamespace(t *testing.T) {
-	clusterWide := []string{"ClusterRole", "ClusterRoleBinding", "CustomResourceDefinition",
-		"ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding"}
+	clusterWide := []string{
+		"ClusterRole", "ClusterRoleBinding", "CustomResourceDefinition",
+		"ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding",
+	}
 	for _, o := range render(t, "blue") {
 		if got := o.GetNamespace(); got != "blue" && !slices.Contains(clusterWide, o.GetKind()) {
 			t.Errorf("%s %s is in namespace %q, want blue", o.GetKind(), o.GetName(), got)
@@ -436,8 +438,10 @@ func render(t *testing.T, namespace string, set ...string) []unstructured.Unstru
 // renderWith does what render does, with more flags for Helm.
 func renderWith(t *testing.T, flags []string, namespace string, set ...string) []unstructured.Unstructured {
 	t.Helper()
-	args := append([]string{"template", "k8slan", chart, "--namespace", namespace, "--include-crds", "--kube-version",
-		"1.31.0"}, flags...)
+	args := append([]string{
+		"template", "k8slan", chart, "--namespace", namespace, "--include-crds", "--kube-version",
+		"1.31.0",
+	}, flags...)
 	for _, value := range set {
 		args = append(args, "--set", value)
 	}

@@ -112,7 +112,8 @@ This page lists what k8slan's service accounts may do in the cluster. It is gene
 
 // roleOf returns the rules of the role that a binding refers to.
 func roleOf(t *testing.T, objects []unstructured.Unstructured, ref rbacv1.RoleRef,
-	namespace string) []rbacv1.PolicyRule {
+	namespace string,
+) []rbacv1.PolicyRule {
 	t.Helper()
 	for _, o := range objects {
 		if o.GetKind() == ref.Kind && o.GetName() == ref.Name &&

@@ -58,7 +58,8 @@ func TestFRRInAnotherAS(t *testing.T) {
 		as: 65001, peerAS: 65000, role: asVTEP, behindRouter: true, nodes: ` neighbor nodes password secret
  neighbor nodes ebgp-multihop 2
  no bgp ebgp-requires-policy
-`})
+`,
+	})
 	defer router.logState(t)
 	there := router.attach(t, onA)
 	peer := func(n byte) bgp.Peer {

@@ -109,8 +109,8 @@ func expectLANWithNode(t *testing.T, tm *team, family string, is6 bool) {
 	daemon.end()
 }
 
-// evpnSettings are settings for EVPN with a reflector: over IPv6 by its address and without an API server, over IPv4 by a
-// Service.
+// evpnSettings are settings for EVPN with a reflector: over IPv6 by its address and without an API server, over IPv4 by
+// a Service.
 func (tm *team) evpnSettings(t *testing.T, reflector *reflector, family string, is6 bool) settings {
 	t.Helper()
 	port := int32(reflector.at.Port())

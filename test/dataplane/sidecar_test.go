@@ -618,7 +618,8 @@ func TestSidecarReportsWrongConfigurations(t *testing.T) {
 		"bad service name": {"", settings{"KL_SERVICES": "a/b/c"}, []string{"services:", `"a/b/c"`}},
 		"no services":      {"", settings{"KL_SERVICES": ""}, []string{"services: there are none"}},
 		"VNI out of range": {
-			"", settings{"KL_VXLAN_VNI": "16777216"},
+			"",
+			settings{"KL_VXLAN_VNI": "16777216"},
 			[]string{`vxlan.vni: "16777216" is not a number from 1 to 16777215`},
 		},
 		"port out of range": {"", settings{"KL_VXLAN_PORT": "0"}, []string{"vxlan.port:"}},
@@ -627,7 +628,8 @@ func TestSidecarReportsWrongConfigurations(t *testing.T) {
 		"log level":         {"", settings{"KL_LOG_LEVEL": "loud"}, []string{"log_level:", "loud"}},
 		"http address":      {"", settings{"KL_HTTP_ADDRESS": "here"}, []string{"http_address:", "here"}},
 		"address in use": {
-			"", settings{"KL_HTTP_ADDRESS": s.serverAddress()},
+			"",
+			settings{"KL_HTTP_ADDRESS": s.serverAddress()},
 			[]string{"http_address", "address already in use"},
 		},
 		"no ordinal":    {"", settings{"KL_POD": "web"}, []string{"vxlan.addresses:", `"web"`}},

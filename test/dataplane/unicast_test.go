@@ -259,7 +259,9 @@ func TestVXLANJoinsItsNewGroup(t *testing.T) {
 				return s
 			}
 			for i, s := range [][2]segment.Segment{
-				{group(onA, 20), group(onB, 20)}, {group(onA, 21), group(onB, 21)}, {onA, onB},
+				{group(onA, 20), group(onB, 20)},
+				{group(onA, 21), group(onB, 21)},
+				{onA, onB},
 				{group(onA, 22), group(onB, 22)},
 			} {
 				a.reconcile(t, s[0])

@@ -58,7 +58,12 @@ type programs map[string]string
 
 // withPrograms builds the programs in folders, lets describe make an image of
 // them, and returns its archive in cacheDir, written unless it is there.
-func withPrograms(ctx context.Context, cacheDir string, describe func(programs) (image.Image, error), folders ...string) (string, error) {
+func withPrograms(
+	ctx context.Context,
+	cacheDir string,
+	describe func(programs) (image.Image, error),
+	folders ...string,
+) (string, error) {
 	if err := os.MkdirAll(cacheDir, 0o755); err != nil {
 		return "", fmt.Errorf("make the image cache: %w", err)
 	}

@@ -39,8 +39,24 @@ func initramfs(files []image.File) ([]byte, error) {
 
 func cpioEntry(out *bytes.Buffer, name string, inode int, mode int64, data []byte) {
 	const root, oneLink, noTime, noDevice, noSum = 0, 1, 0, 0, 0
-	fmt.Fprintf(out, "070701%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%s\x00", inode, mode, root, root, oneLink,
-		noTime, len(data), noDevice, noDevice, noDevice, noDevice, len(name)+1, noSum, name)
+	fmt.Fprintf(
+		out,
+		"070701%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%s\x00",
+		inode,
+		mode,
+		root,
+		root,
+		oneLink,
+		noTime,
+		len(data),
+		noDevice,
+		noDevice,
+		noDevice,
+		noDevice,
+		len(name)+1,
+		noSum,
+		name,
+	)
 	pad(out)
 	out.Write(data)
 	pad(out)

@@ -45,7 +45,14 @@ remember_owner = 0
 // the same inputs.
 func Libvirt(ctx context.Context, cacheDir string) (archivePath string, err error) {
 	return withPrograms(ctx, cacheDir, func(bin programs) (image.Image, error) {
-		if err := debian.Install(ctx, slog.Default(), "qemu-system-x86", "seabios", "libvirt-daemon", "libvirt-clients"); err != nil {
+		if err := debian.Install(
+			ctx,
+			slog.Default(),
+			"qemu-system-x86",
+			"seabios",
+			"libvirt-daemon",
+			"libvirt-clients",
+		); err != nil {
 			return image.Image{}, err
 		}
 		files, err := machineFiles(ctx, cacheDir, bin, libvirtPrograms...)
@@ -63,8 +70,14 @@ func Libvirt(ctx context.Context, cacheDir string) (archivePath string, err erro
 			return image.File{Path: path, Mode: fs.ModeDir | 0o755, UID: QEMUUser, GID: QEMUUser}
 		}
 		return image.Image{
-			Name:       LibvirtName,
-			Files:      append(files, own(varRun), own(privateDir), own(privateDir+"/libvirt"), image.Text(privateDir+"/libvirt/qemu.conf", qemuConf)),
+			Name: LibvirtName,
+			Files: append(
+				files,
+				own(varRun),
+				own(privateDir),
+				own(privateDir+"/libvirt"),
+				image.Text(privateDir+"/libvirt/qemu.conf", qemuConf),
+			),
 			Entrypoint: []string{"/vm", "launch"},
 			User:       fmt.Sprintf("%d:%d", QEMUUser, QEMUUser),
 			Env: []string{

@@ -131,7 +131,10 @@ func guestFiles(ctx context.Context, kernel string, bin programs) ([]byte, error
 		image.Dir("/tmp", fs.ModeSticky|0o777),
 	)
 	for i, name := range guestModules {
-		files = append(files, image.Copy(fmt.Sprintf("/lib/modules/%02d-%s.ko", i, name), filepath.Join(kernel, name+".ko"), 0o644))
+		files = append(
+			files,
+			image.Copy(fmt.Sprintf("/lib/modules/%02d-%s.ko", i, name), filepath.Join(kernel, name+".ko"), 0o644),
+		)
 	}
 	return initramfs(files)
 }

@@ -157,7 +157,17 @@ func compile(p *packages.Package, dir, run string) (*tests, error) {
 		binary: filepath.Join(dir, "mutants.test"), dir: filepath.Dir(p.CompiledGoFiles[0]), run: run,
 		reached: filepath.Join(dir, "reached"),
 	}
-	cmd := exec.Command("go", "test", "-c", "-vet=off", "-overlay", filepath.Join(dir, "overlay.json"), "-o", t.binary, p.PkgPath)
+	cmd := exec.Command(
+		"go",
+		"test",
+		"-c",
+		"-vet=off",
+		"-overlay",
+		filepath.Join(dir, "overlay.json"),
+		"-o",
+		t.binary,
+		p.PkgPath,
+	)
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return nil, fmt.Errorf("compile the mutants of %s: %w\n%s", p.PkgPath, err, out)
 	}

@@ -87,7 +87,10 @@ func run(args []string) error {
 		return fmt.Errorf("%s lists tests that do not exist: %s", o.core, strings.Join(missing, " "))
 	}
 	if len(result.skipped) > 0 && os.Getenv("K8SLAN_NO_SKIP") == "1" {
-		return fmt.Errorf("skipped, and K8SLAN_NO_SKIP requires every test to run: %s", strings.Join(result.skipped, " "))
+		return fmt.Errorf(
+			"skipped, and K8SLAN_NO_SKIP requires every test to run: %s",
+			strings.Join(result.skipped, " "),
+		)
 	}
 	return nil
 }

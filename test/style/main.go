@@ -23,7 +23,9 @@ const (
 )
 
 // dialect are words that docs/glossary.md has better ones for.
-var dialect = regexp.MustCompile(`(?i)\b(told|tells?|hears?|heard|anew|wish|wishes|wished|nobody|somebody|whoever|strangers?)\b`)
+var dialect = regexp.MustCompile(
+	`(?i)\b(told|tells?|hears?|heard|anew|wish|wishes|wished|nobody|somebody|whoever|strangers?)\b`,
+)
 
 // camel finds the places where a word begins inside an identifier.
 var camel = regexp.MustCompile(`([a-z0-9])([A-Z])`)
@@ -56,11 +58,13 @@ func run() error {
 		}
 		found.add(name, string(text))
 	}
-	fmt.Printf("style: %d words that are no terms of the field in product code (fewer than %d), %d elsewhere; %d wide lines\n",
+	fmt.Printf("style: %d words that are no terms of the field in product code (fewer than %d), %d elsewhere; %d "+
+		"wide lines\n",
 		len(found.product), most, len(found.elsewhere), len(found.wide))
 	var errs []error
 	if len(found.product) >= most {
-		errs = append(errs, fmt.Errorf("too many words that are no terms of the field; docs/glossary.md has better ones:\n%s",
+		errs = append(errs, fmt.Errorf("too many words that are no terms of the field; docs/glossary.md has better "+
+			"ones:\n%s",
 			strings.Join(found.product, "\n")))
 	}
 	if len(found.wide) > 0 {
@@ -101,7 +105,9 @@ func (f *findings) add(name, text string) {
 // isText reports whether a file is written by people.
 func isText(name string) bool {
 	switch {
-	case strings.Contains(name, "/testdata/"), strings.Contains(name, "zz_generated"), strings.HasPrefix(name, "test/style/"):
+	case strings.Contains(name, "/testdata/"),
+		strings.Contains(name, "zz_generated"),
+		strings.HasPrefix(name, "test/style/"):
 		return false
 	case strings.HasPrefix(name, "crd/manifests/"), strings.HasPrefix(name, "charts/k8slan/crds/"): // generated
 		return path.Ext(name) == ".go"
@@ -137,9 +143,11 @@ func mayBeWide(name, line string, fenced bool) bool {
 	case ".md":
 		return fenced || strings.HasPrefix(trimmed, "|")
 	case ".go":
-		return strings.HasPrefix(trimmed, "// +") || strings.HasPrefix(trimmed, "//go:") || strings.HasPrefix(trimmed, "//nolint")
+		return strings.HasPrefix(trimmed, "// +") || strings.HasPrefix(trimmed, "//go:") ||
+			strings.HasPrefix(trimmed, "//nolint")
 	case ".yaml", ".tpl":
-		return strings.Contains(line, "{{") || bytes.ContainsAny([]byte(line), "`") || strings.HasPrefix(trimmed, "expression:") ||
+		return strings.Contains(line, "{{") || bytes.ContainsAny([]byte(line), "`") ||
+			strings.HasPrefix(trimmed, "expression:") ||
 			strings.HasPrefix(trimmed, "messageExpression:")
 	}
 	return path.Base(name) == "Makefile" && !strings.HasPrefix(trimmed, "#")

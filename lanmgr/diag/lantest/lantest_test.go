@@ -42,8 +42,10 @@ func wire(t *testing.T) (one, two *Port, end *cable) {
 	all := func([]byte) bool { return false }
 	end = &cable{back, there, packet.Largest, all}
 	one = &Port{MAC: net.HardwareAddr{2, 0, 0, 0, 0, 1}, MTU: 1400, Wire: end, Owner: "node-one"}
-	two = &Port{MAC: net.HardwareAddr{2, 0, 0, 0, 0, 2},
-		MTU: 1400, Wire: &cable{there, back, packet.Largest, all}, Owner: strings.Repeat("n", 253)}
+	two = &Port{
+		MAC: net.HardwareAddr{2, 0, 0, 0, 0, 2},
+		MTU: 1400, Wire: &cable{there, back, packet.Largest, all}, Owner: strings.Repeat("n", 253),
+	}
 	return one, two, end
 }
 

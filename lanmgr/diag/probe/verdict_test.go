@@ -222,15 +222,19 @@ func TestVNIAndChecksumOfAPacketAreRead(t *testing.T) {
 			return ip[12:], append(header(0, unusedMAC, ipv4), ip...)
 		},
 		"IPv6": func(datagram []byte) (pseudo, packet []byte) {
-			ip := []byte{0x60, 0, 0, 0, 0,
-				byte(len(datagram)), udp, 64, 0x20, 1, 0xd, 0xb8, 23: 1, 24: 0x20, 1, 0xd, 0xb8, 39: 2}
+			ip := []byte{
+				0x60, 0, 0, 0, 0,
+				byte(len(datagram)), udp, 64, 0x20, 1, 0xd, 0xb8, 23: 1, 24: 0x20, 1, 0xd, 0xb8, 39: 2,
+			}
 			return ip[8:], append(header(0, unusedMAC, ipv6), ip...)
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			for _, padding := range []int{0, 1} { // of even and of odd length
-				datagram := append([]byte{0x12,
-					0x34, 0x12, 0xb5, 0, byte(16 + len(frame) + padding), 0, 0, 8, 0, 0, 0, 0, 0, 222, 0}, frame...)
+				datagram := append([]byte{
+					0x12,
+					0x34, 0x12, 0xb5, 0, byte(16 + len(frame) + padding), 0, 0, 8, 0, 0, 0, 0, 0, 222, 0,
+				}, frame...)
 				datagram = append(datagram, make([]byte, padding)...)
 				pseudo, before := around(datagram)
 				packet := func() []byte { return append(append([]byte{}, before...), datagram...) }

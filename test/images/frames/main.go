@@ -143,7 +143,12 @@ func listen(iface *string) *cobra.Command {
 	flags.Uint16Var(&etherType, "ethertype", 0, "only frames of this outermost type, such as 0x88cc")
 	flags.StringVar(&src, "src", "", "only frames from this address")
 	flags.StringVar(&dst, "dst", "", "only frames to this address")
-	flags.StringVar(&marker, "marker", "", "only frames that contain this text; "+frames.Marker+" is in all that frames sends")
+	flags.StringVar(
+		&marker,
+		"marker",
+		"",
+		"only frames that contain this text; "+frames.Marker+" is in all that frames sends",
+	)
 	return cmd
 }
 
@@ -152,7 +157,8 @@ func stream(iface *string) *cobra.Command {
 	var count int
 	root := &cobra.Command{Use: "stream", Short: "Send numbered frames at an even rate, or count what is lost of them"}
 	root.PersistentFlags().Uint32Var(&id, "id", 1, "the stream's number, if there are several")
-	root.PersistentFlags().IntVarP(&count, "count", "n", 1000, "how many frames the stream has; 0: until the sender is interrupted")
+	root.PersistentFlags().IntVarP(&count, "count", "n", 1000, "how many frames the stream has; 0: until the sender "+
+		"is interrupted")
 	root.AddCommand(streamSend(iface, &id, &count), streamReceive(iface, &id, &count))
 	return root
 }
@@ -194,7 +200,8 @@ func streamReceive(iface *string, id *uint32, count *int) *cobra.Command {
 		Use:   "receive",
 		Short: "Count what arrives of a stream, and print it as JSON",
 		Long: "Count what arrives of a stream until it is complete or the time is over, and print\n" +
-			"{\"received\":…,\"lost\":…,\"duplicates\":…,\"reordered\":…,\"longestLoss\":…,\"firstLost\":…,\"resumed\":…}.\n" +
+			"{\"received\":…,\"lost\":…,\"duplicates\":…,\"reordered\":…," +
+			"\"longestLoss\":…,\"firstLost\":…,\"resumed\":…}.\n" +
 			"The line \"listening\" on standard error says that from now on nothing is missed.",
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -220,7 +227,8 @@ func respond(iface *string) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "respond",
 		Short: "Answer ARP, ping and TCP from raw frames, and print as JSON what came",
-		Long: "Answer ARP, neighbour discovery, ping and TCP for addresses that the kernel doesn't have, from raw frames,\n" +
+		Long: "Answer ARP, neighbour discovery, ping and TCP for addresses that the kernel doesn't have, from raw " +
+			"frames,\n" +
 			"dropping what has a wrong checksum or is larger than the MTU. At the end, or when terminated, print\n" +
 			"{\"pings\":…,\"good\":…,\"bad\":…,\"tooLarge\":…,\"opened\":…,\"closed\":…,\"bytes\":…}.\n" +
 			"The line \"listening\" on standard error says that from now on nothing is missed.",

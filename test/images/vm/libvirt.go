@@ -31,11 +31,16 @@ var domainXML string
 // domain fills in the domain that libvirt is to run on the macvtap.
 func (m machine) domain(link *net.Interface) ([]byte, error) {
 	var xml bytes.Buffer
-	err := template.Must(template.New("domain").Option("missingkey=error").Parse(domainXML)).Execute(&xml, map[string]any{
-		"Queues": m.Queues, "Kernel": kernel, "Initramfs": initramfs, "CommandLine": m.commandLine(), "QEMU": qemu,
-		"MAC": link.HardwareAddr, "Interface": link.Name, "MTU": link.MTU,
-		"Console": filepath.Join(privateDir, "console"), "CommandsBackend": commandsBackend,
-	})
+	err := template.Must(
+		template.New("domain").Option("missingkey=error").Parse(domainXML),
+	).Execute(
+		&xml,
+		map[string]any{
+			"Queues": m.Queues, "Kernel": kernel, "Initramfs": initramfs, "CommandLine": m.commandLine(), "QEMU": qemu,
+			"MAC": link.HardwareAddr, "Interface": link.Name, "MTU": link.MTU,
+			"Console": filepath.Join(privateDir, "console"), "CommandsBackend": commandsBackend,
+		},
+	)
 	return xml.Bytes(), err
 }
 

@@ -49,7 +49,8 @@ func findMacvtap(name string) (*net.Interface, error) {
 	if name == "" {
 		found, err := filepath.Glob("/sys/class/net/*/macvtap")
 		if err != nil || len(found) != 1 {
-			return nil, fmt.Errorf("%d macvtaps are in this network namespace, want one, or its name by --interface (%v)", len(found), err)
+			return nil, fmt.Errorf("%d macvtaps are in this network namespace, want one, or its name by --interface "+
+				"(%v)", len(found), err)
 		}
 		name = filepath.Base(filepath.Dir(found[0]))
 	}
@@ -80,15 +81,42 @@ func (m machine) become(t tap) error {
 
 func (m machine) arguments(t tap) []string {
 	return []string{
-		qemu, "-machine", "q35", "-accel", "tcg", "-m", "192", "-smp", "1",
-		"-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-serial", "stdio",
-		"-kernel", kernel, "-initrd", initramfs,
-		"-append", m.commandLine(),
+		qemu,
+		"-machine",
+		"q35",
+		"-accel",
+		"tcg",
+		"-m",
+		"192",
+		"-smp",
+		"1",
+		"-nodefaults",
+		"-no-user-config",
+		"-no-reboot",
+		"-display",
+		"none",
+		"-serial",
+		"stdio",
+		"-kernel",
+		kernel,
+		"-initrd",
+		initramfs,
+		"-append",
+		m.commandLine(),
 		// The LAN's NIC comes first and is eth0.
-		"-netdev", fmt.Sprintf("tap,id=lan,fd=%d,vhost=off", t.fd),
-		"-device", fmt.Sprintf("virtio-net-pci,netdev=lan,mac=%s,host_mtu=%d,romfile=%s", t.link.HardwareAddr, t.link.MTU, m.offloads()),
-		"-netdev", commandsBackend,
-		"-device", "virtio-net-pci,netdev=commands,romfile=",
+		"-netdev",
+		fmt.Sprintf("tap,id=lan,fd=%d,vhost=off", t.fd),
+		"-device",
+		fmt.Sprintf(
+			"virtio-net-pci,netdev=lan,mac=%s,host_mtu=%d,romfile=%s",
+			t.link.HardwareAddr,
+			t.link.MTU,
+			m.offloads(),
+		),
+		"-netdev",
+		commandsBackend,
+		"-device",
+		"virtio-net-pci,netdev=commands,romfile=",
 	}
 }
 

@@ -61,7 +61,14 @@ func run() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			fmt.Fprintf(cmd.OutOrStdout(), "vm: macvtap %s, %s, mtu %d: opened %s\n", t.link.Name, t.link.HardwareAddr, t.link.MTU, t.path)
+			fmt.Fprintf(
+				cmd.OutOrStdout(),
+				"vm: macvtap %s, %s, mtu %d: opened %s\n",
+				t.link.Name,
+				t.link.HardwareAddr,
+				t.link.MTU,
+				t.path,
+			)
 			if wait {
 				fmt.Fprintln(cmd.OutOrStdout(), "vm: waiting for: vm start")
 				if err := awaitStart(); err != nil {
@@ -73,8 +80,10 @@ func run() *cobra.Command {
 	}
 	flags := cmd.Flags()
 	m.flags(flags)
-	flags.BoolVar(&m.Plain, "plain", os.Getenv("VM_PLAIN") != "", "the NIC offers no offloads; or a VM_PLAIN that isn't empty")
-	flags.BoolVar(&wait, "wait", os.Getenv("VM_WAIT") != "", "open the tap, but start QEMU only after: vm start; or a VM_WAIT that isn't empty")
+	flags.BoolVar(&m.Plain, "plain", os.Getenv("VM_PLAIN") != "", "the NIC offers no offloads; or a VM_PLAIN that "+
+		"isn't empty")
+	flags.BoolVar(&wait, "wait", os.Getenv("VM_WAIT") != "", "open the tap, but start QEMU only after: vm start; or "+
+		"a VM_WAIT that isn't empty")
 	return cmd
 }
 
@@ -107,8 +116,10 @@ func launch() *cobra.Command {
 
 // flags are those of a machine, however it is run.
 func (m *machine) flags(flags *pflag.FlagSet) {
-	flags.StringVar(&m.Interface, "interface", os.Getenv("VM_INTERFACE"), "the macvtap, if there are several; or VM_INTERFACE")
-	flags.StringVar(&m.Addresses, "addresses", os.Getenv("VM_ADDRESSES"), "the guest's addresses with prefix lengths, with commas; or VM_ADDRESSES")
+	flags.StringVar(&m.Interface, "interface", os.Getenv("VM_INTERFACE"), "the macvtap, if there are several; or "+
+		"VM_INTERFACE")
+	flags.StringVar(&m.Addresses, "addresses", os.Getenv("VM_ADDRESSES"), "the guest's addresses with prefix "+
+		"lengths, with commas; or VM_ADDRESSES")
 }
 
 func start() *cobra.Command {

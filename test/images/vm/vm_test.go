@@ -86,7 +86,9 @@ func newPod(t *testing.T) pod {
 	}
 	attrs = netlink.NewLinkAttrs()
 	attrs.Name, attrs.MTU, attrs.ParentIndex = macvtap, mtu, plug.Index
-	if err := h.LinkAdd(&netlink.Macvtap{Macvlan: netlink.Macvlan{LinkAttrs: attrs, Mode: netlink.MACVLAN_MODE_PASSTHRU}}); err != nil {
+	if err := h.LinkAdd(
+		&netlink.Macvtap{Macvlan: netlink.Macvlan{LinkAttrs: attrs, Mode: netlink.MACVLAN_MODE_PASSTHRU}},
+	); err != nil {
 		t.Fatal("make a macvtap: ", err)
 	}
 	for _, name := range []string{"peer", "plug", macvtap} {
@@ -330,7 +332,23 @@ func testSends(t *testing.T, p pod, c container) {
 }
 
 func testTwoTags(t *testing.T, p pod, c container) {
-	c.exec(t, nil, "ip", "link", "add", "link", "eth0", "name", "provider", "type", "vlan", "proto", "802.1ad", "id", "20")
+	c.exec(
+		t,
+		nil,
+		"ip",
+		"link",
+		"add",
+		"link",
+		"eth0",
+		"name",
+		"provider",
+		"type",
+		"vlan",
+		"proto",
+		"802.1ad",
+		"id",
+		"20",
+	)
 	c.exec(t, nil, "ip", "link", "set", "provider", "up")
 	peer := receiver(t, p)
 	c.exec(t, nil, "frames", "catalog", "-i", "provider", "--name", "full-mtu-8021q")

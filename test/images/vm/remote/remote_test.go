@@ -52,7 +52,8 @@ func TestImpossibleCommandsAreErrors(t *testing.T) {
 		c, _ := serve(t)
 		var out bytes.Buffer
 		_, err := c.Run(context.Background(), args, &out, &out)
-		if err == nil || !strings.Contains(err.Error(), "command") && !strings.Contains(err.Error(), "/no/such/program") {
+		if err == nil ||
+			!strings.Contains(err.Error(), "command") && !strings.Contains(err.Error(), "/no/such/program") {
 			t.Errorf("%q: error is %v", args, err)
 		}
 	}
