@@ -100,10 +100,8 @@ func (m *fakeManager) work() {
 		for _, s := range m.want {
 			wanted[s.Netns] = true
 			err := m.refuse[s.Netns]
-			m.reports = append(
-				m.reports,
-				lanmgr.Report{Segment: s, Built: err == nil, Err: err, Claims: m.claims[s.Netns]},
-			)
+			report := lanmgr.Report{Segment: s, Built: err == nil, Err: err, Claims: m.claims[s.Netns]}
+			m.reports = append(m.reports, report)
 		}
 		for _, r := range old {
 			if claims := m.claims[r.Segment.Netns]; !wanted[r.Segment.Netns] && len(claims) > 0 {
@@ -143,11 +141,8 @@ func (m *fakeManager) Observed() bool {
 func (m *fakeManager) Removed(lan segment.LAN, netns string) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return !m.hold &&
-		!slices.ContainsFunc(
-			m.reports,
-			func(r lanmgr.Report) bool { return r.Segment.Netns == netns && r.Segment.LAN == lan },
-		)
+	isIt := func(r lanmgr.Report) bool { return r.Segment.Netns == netns && r.Segment.LAN == lan }
+	return !m.hold && !slices.ContainsFunc(m.reports, isIt)
 }
 
 func (m *fakeManager) Changed() <-chan struct{} { return m.changed }
@@ -191,14 +186,14 @@ func (k *fakeKernel) Underlays(context.Context) (kernel.Underlays, error) {
 	return u, k.err
 }
 
-func (k *fakeKernel) Watch(ctx context.Context, poke func(string)) error {
-	poke("")
+func (k *fakeKernel) Watch(ctx context.Context, onEvent func(string)) error {
+	onEvent("")
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
 		case netns := <-k.events:
-			poke(netns)
+			onEvent(netns)
 		}
 	}
 }
@@ -500,10 +495,8 @@ func (w *world) update(change func(*v1beta1.LAN)) {
 
 func claim(spoke, pod string) segment.Claim {
 	return segment.Claim{
-		ID: segment.ClaimID(
-			pod,
-			"net1",
-		), Spoke: spoke, Kind: segment.Veth, PodNamespace: "default", Pod: pod, Interface: "net1",
+		ID: segment.ClaimID(pod, "net1"), Spoke: spoke, Kind: segment.Veth,
+		PodNamespace: "default", Pod: pod, Interface: "net1",
 		MAC: net.HardwareAddr{2, 0, 0, 0, 0, 1}, Since: time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC),
 	}
 }
@@ -544,10 +537,9 @@ func TestNodeWithoutLANsReportsItself(t *testing.T) {
 	w := newWorld(t)
 	w.start()
 	w.awaitAdvertised("")
-	w.awaitStatus(
-		"a version",
-		func(s v1beta1.LANNodeStatus) bool { return s.Version == "v1.2.3" && len(s.Segments) == 0 },
-	)
+	w.awaitStatus("a version", func(s v1beta1.LANNodeStatus) bool {
+		return s.Version == "v1.2.3" && len(s.Segments) == 0
+	})
 }
 
 func TestNothingIsPlannedBeforeTheNodesLinksAreKnown(t *testing.T) {
@@ -696,10 +688,9 @@ func TestDeletedLANLeavesWithItsLastPod(t *testing.T) {
 			len(s.Segments[0].Attachments) == 1
 	})
 	w.manager.change(func() { w.manager.claims, w.manager.reports = nil, nil })
-	w.awaitStatus(
-		"the segment to be removed",
-		func(s v1beta1.LANNodeStatus) bool { return len(s.Segments) == 0 && s.Attached == 0 },
-	)
+	w.awaitStatus("the segment to be removed", func(s v1beta1.LANNodeStatus) bool {
+		return len(s.Segments) == 0 && s.Attached == 0
+	})
 }
 
 // The controller's finalizer keeps the LAN object until every node has acknowledged the deletion.
@@ -756,9 +747,9 @@ func TestNothingIsPublishedBeforeEverySegmentIsObserved(t *testing.T) {
 	w.awaitStatus("attached", func(s v1beta1.LANNodeStatus) bool { return s.Attached == 1 })
 	stop()
 
-	w.manager.change(
-		func() { w.manager.want, w.manager.reports, w.manager.unobserved, w.manager.hold = nil, nil, true, true },
-	)
+	w.manager.change(func() {
+		w.manager.want, w.manager.reports, w.manager.unobserved, w.manager.hold = nil, nil, true, true
+	})
 	sets, _ := w.manager.wanted()
 	writes := w.written()
 	w.start()
@@ -767,18 +758,14 @@ func TestNothingIsPublishedBeforeEverySegmentIsObserved(t *testing.T) {
 	w.manager.change(func() { w.manager.unobserved, w.manager.hold = false, false })
 	w.awaitAdvertised("srl vm")
 	w.update(func(l *v1beta1.LAN) { l.Spec.Spokes = []string{"srl", "vm", "more"} })
-	w.awaitStatus(
-		"written again",
-		func(s v1beta1.LANNodeStatus) bool { return len(s.Segments) == 1 && s.Segments[0].Generation == 4 },
-	)
+	w.awaitStatus("the new generation", func(s v1beta1.LANNodeStatus) bool {
+		return len(s.Segments) == 1 && s.Segments[0].Generation == 4
+	})
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.leastAttached != 1 || w.writes != writes+1 {
-		t.Errorf(
-			"%d writes, one of them with %d attachments; want 1 write, and 1 attachment in each",
-			w.writes-writes,
-			w.leastAttached,
-		)
+		t.Errorf("%d writes, one of them with %d attachments; want 1 write, and 1 attachment in each",
+			w.writes-writes, w.leastAttached)
 	}
 }
 
@@ -858,10 +845,8 @@ func TestBurstOfAttachmentsTakesFewWrites(t *testing.T) {
 	before := w.written()
 	for n := range pods {
 		w.manager.change(func() {
-			w.manager.claims["default.lab"] = append(
-				slices.Clone(w.manager.claims["default.lab"]),
-				claim(fmt.Sprint("s", n), fmt.Sprint("pod-", n)),
-			)
+			claims := slices.Clone(w.manager.claims["default.lab"])
+			w.manager.claims["default.lab"] = append(claims, claim(fmt.Sprint("s", n), fmt.Sprint("pod-", n)))
 		})
 	}
 	w.awaitStatus("all attached", func(s v1beta1.LANNodeStatus) bool { return s.Attached == pods })
@@ -871,11 +856,11 @@ func TestBurstOfAttachmentsTakesFewWrites(t *testing.T) {
 	}
 	w.manager.change(func() {}) // a report without a change
 	w.kernel.events <- "default.lab"
-	w.await(
-		t,
-		"the event",
-		func() bool { w.manager.mu.Lock(); defer w.manager.mu.Unlock(); return len(w.manager.enqueued) > 0 },
-	)
+	w.await(t, "the event", func() bool {
+		w.manager.mu.Lock()
+		defer w.manager.mu.Unlock()
+		return len(w.manager.enqueued) > 0
+	})
 	if writes := w.written() - before; writes > 4 {
 		t.Errorf("%d writes without a change", writes)
 	}
@@ -954,19 +939,13 @@ func TestLANNodeOfAThousandAttachmentsIsSmall(t *testing.T) {
 			},
 			Netns: fmt.Sprint("netns-", n), MTU: 1422, Spokes: []string{fmt.Sprint("a", n), fmt.Sprint("b", n)},
 			VXLAN: segment.VXLAN{
-				Name:          "vx",
-				VNI:           uint32(n),
-				Underlay:      "eth0",
-				UnderlayIndex: 2,
-				Group:         netip.MustParseAddr("ff02::14"),
+				Name: "vx", VNI: uint32(n), Underlay: "eth0", UnderlayIndex: 2, Group: netip.MustParseAddr("ff02::14"),
 			},
 		}
 		plans = append(plans, agent.Plan{Segment: s, VTEP: netip.MustParseAddr("fe80::5054:ff:fe12:3456")})
 		reports = append(reports, lanmgr.Report{Segment: s, Built: true, Claims: []segment.Claim{
-			claim(
-				s.Spokes[0],
-				"a-deployment-of-routers-6d4cf56db6-x2v8j",
-			), claim(s.Spokes[1], "a-deployment-of-routers-6d4cf56db6-k7w2p"),
+			claim(s.Spokes[0], "a-deployment-of-routers-6d4cf56db6-x2v8j"),
+			claim(s.Spokes[1], "a-deployment-of-routers-6d4cf56db6-k7w2p"),
 		}})
 	}
 	status := agent.Status(plans, reports, kernel.Underlays{}, nil, "v1.0.0")

@@ -14,6 +14,7 @@ import (
 	"k8s.io/apimachinery/pkg/api/equality"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
+	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"github.com/k8slan/k8slan/crd/v1beta1"
 	"github.com/k8slan/k8slan/lanmgr/evpn"
@@ -104,47 +105,55 @@ func (f *fakeEVPN) Fill(s *segment.Segment) {
 
 func (f *fakeEVPN) Changed() <-chan struct{} { return f.changed }
 
-// A LAN with discovery evpn is joined to EVPN with the MACs of its pods, and imported routes are part of its segment.
-func TestEVPNLANIsJoinedToEVPN(t *testing.T) {
-	w := newWorld(t, lab(func(l *v1beta1.LAN) {
+// localVTEP is the address of the underlay in newEVPNWorld, remoteVTEP that of another router.
+var localVTEP, remoteVTEP = netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("192.0.2.2")
+
+// newEVPNWorld returns a world with EVPN and these LANs, whose underlay has localVTEP.
+func newEVPNWorld(t *testing.T, lans ...client.Object) (*world, *fakeEVPN) {
+	w := newWorld(t, lans...)
+	device := w.kernel.underlays.Devices["eth0"]
+	device.Addresses = []netip.Addr{localVTEP}
+	w.kernel.underlays.Devices["eth0"] = device
+	f := &fakeEVPN{board: w.board, changed: make(chan struct{}, 1)}
+	w.evpn = f
+	return w, f
+}
+
+// evpnLAN returns a LAN with discovery evpn, and what EVPN gets of it.
+func evpnLAN() (*v1beta1.LAN, macvrf.LAN) {
+	object := lab(func(l *v1beta1.LAN) {
 		l.Spec.Discovery = v1beta1.EVPN
 		l.Spec.EVPN = &v1beta1.EVPNOptions{
 			ImportTargets: []v1beta1.RouteTarget{"64512:7"},
 			ExportTargets: []v1beta1.RouteTarget{"65000:8", "65000:222"},
 			RD:            7,
 		}
-	}))
-	device := w.kernel.underlays.Devices["eth0"]
-	vtep := netip.MustParseAddr("192.0.2.1")
-	device.Addresses = []netip.Addr{vtep}
-	w.kernel.underlays.Devices["eth0"] = device
-	f := &fakeEVPN{board: w.board, changed: make(chan struct{}, 1)}
-	w.evpn = f
-	stop := w.start()
-	defer stop()
-	lan := macvrf.LAN{
-		VNI: 222, VTEP: vtep, RD: 7,
-		Import: []macvrf.Target{
-			macvrf.NewTarget(64512, 7),
-		}, Export: []macvrf.Target{macvrf.NewTarget(65000, 222), macvrf.NewTarget(65000, 8)},
+	})
+	return object, macvrf.LAN{
+		VNI: 222, VTEP: localVTEP, RD: 7,
+		Import: []macvrf.Target{macvrf.NewTarget(64512, 7)},
+		Export: []macvrf.Target{macvrf.NewTarget(65000, 222), macvrf.NewTarget(65000, 8)},
 	}
+}
+
+// A LAN with discovery evpn is joined to EVPN with the MACs of its pods, and imported routes are part of its segment.
+func TestEVPNLANIsJoinedToEVPN(t *testing.T) {
+	object, lan := evpnLAN()
+	w, f := newEVPNWorld(t, object)
+	w.start()
 	w.await(t, "the LAN to be joined", f.has(map[string]macvrf.LAN{"default.lab": lan}))
 
 	vm := claim("vm", "vm-1")
 	vm.Kind = segment.Macvtap
 	w.manager.change(func() { w.manager.claims["default.lab"] = []segment.Claim{claim("srl", "pod-1"), vm} })
 	lan.Claimed, lan.Attached = true, []macvrf.MAC{macvrf.MAC(claim("srl", "pod-1").MAC)}
-	w.await(
-		t,
-		"the MAC of the pod to be advertised, and not that of the VM",
-		f.has(map[string]macvrf.LAN{"default.lab": lan}),
-	)
+	what := "the MAC of the pod to be advertised, and not that of the VM"
+	w.await(t, what, f.has(map[string]macvrf.LAN{"default.lab": lan}))
 
-	remote := netip.MustParseAddr("192.0.2.2")
 	f.change(func() {
 		f.fill = segment.Segment{
-			Remotes: []netip.Addr{remote},
-			FDB:     []segment.FDBEntry{{MAC: [6]byte{2}, VTEP: remote}},
+			Remotes: []netip.Addr{remoteVTEP},
+			FDB:     []segment.FDBEntry{{MAC: [6]byte{2}, VTEP: remoteVTEP}},
 			Partial: true,
 		}
 	})
@@ -152,75 +161,6 @@ func TestEVPNLANIsJoinedToEVPN(t *testing.T) {
 		_, want := w.manager.wanted()
 		return len(want) == 1 && want[0].VXLAN.NoLearning && len(want[0].Remotes) == 1 && len(want[0].FDB) == 1 &&
 			want[0].Partial
-	})
-
-	degraded := func(reason, word string) func(v1beta1.LANNodeStatus) bool {
-		return func(s v1beta1.LANNodeStatus) bool {
-			return len(s.Segments) == 1 && s.Segments[0].State == v1beta1.SegmentDegraded &&
-				s.Segments[0].Reason == reason &&
-				strings.Contains(s.Segments[0].Message, word) &&
-				s.Segments[0].Offered == 2
-		}
-	}
-	f.change(func() {
-		f.problems.Down = []bgp.Session{{Peer: bgp.Peer{Address: remote, AS: 65000}, Why: "no TCP connection"}}
-	})
-	w.awaitStatus(
-		"a problem with a session that is down",
-		degraded(v1beta1.ReasonBGPDown, "192.0.2.2:179 of AS 65000 (no TCP connection)"),
-	)
-	f.change(func() { f.problems = evpn.Problems{NoPeers: true} })
-	w.awaitStatus("a problem without peers", degraded(v1beta1.ReasonBGPDown, "evpn.reflectors.replicas"))
-	f.change(func() { f.problems = evpn.Problems{Duplicates: []macvrf.MAC{{2, 1}, {2, 2}}} })
-	w.awaitStatus(
-		"a problem with MACs on two nodes",
-		degraded(v1beta1.ReasonMACTwice, "02:01:00:00:00:00 speaks on this node and on another, and 1 other MAC"),
-	)
-	f.change(func() {
-		f.problems = evpn.Problems{
-			Refused: macvrf.Refusal{
-				Route:  macvrf.Route{Key: macvrf.Key{Type: macvrf.Multicast}, VTEP: remote},
-				Reason: macvrf.OtherVNI,
-			},
-			Refusals: 1,
-		}
-	})
-	w.awaitStatus(
-		"a problem with a refused route",
-		degraded(v1beta1.ReasonRoutesRefused, "from VTEP 192.0.2.2 is not used: its VNI is not that of the LAN"),
-	)
-	f.change(func() { f.problems.Refusals++ })
-	w.awaitStatus(
-		"a problem with several refused routes",
-		degraded(v1beta1.ReasonRoutesRefused, "its VNI is not that of the LAN; other routes are refused, too"),
-	)
-	f.change(func() { f.problems = evpn.Problems{Withheld: []bgp.Peer{{Address: remote, AS: 65000}}} })
-	w.awaitStatus(
-		"a problem with a peer that gets no routes",
-		degraded(v1beta1.ReasonRoutesWithheld, "192.0.2.2:179 of AS 65000: no route of the LAN is advertised"),
-	)
-	f.change(func() { f.problems = evpn.Problems{} })
-	w.awaitStatus("the LAN to be ready", ready)
-
-	// One session of several that is down is no LAN's problem, but it is in the status.
-	since := time.Date(2026, 11, 21, 12, 0, 0, 500, time.UTC)
-	session := func(at string, up bool, why string) bgp.Session {
-		return bgp.Session{
-			Peer:  bgp.Peer{Address: netip.MustParseAddr(at), AS: 65000, Password: "secret"},
-			Up:    up,
-			Since: since,
-			Why:   why,
-		}
-	}
-	f.change(func() {
-		f.peers = []bgp.Session{session("192.0.2.8", true, ""), session("2001:db8::9", false, "no TCP connection")}
-	})
-	w.awaitStatus("the sessions in the status", func(s v1beta1.LANNodeStatus) bool {
-		at := metav1.NewTime(since.Truncate(time.Second))
-		return ready(s) && equality.Semantic.DeepEqual(s.Sessions, []v1beta1.BGPSession{
-			{Peer: "192.0.2.8:179", AS: 65000, State: v1beta1.SessionUp, Since: at},
-			{Peer: "[2001:db8::9]:179", AS: 65000, State: v1beta1.SessionDown, Since: at, Message: "no TCP connection"},
-		})
 	})
 
 	w.update(func(l *v1beta1.LAN) { l.Spec.NodeSelector = map[string]v1beta1.LabelValue{"role": "other"} })
@@ -244,6 +184,76 @@ func TestEVPNLANIsJoinedToEVPN(t *testing.T) {
 	})
 }
 
+func TestProblemsOfEVPNDegradeTheLAN(t *testing.T) {
+	object, _ := evpnLAN()
+	w, f := newEVPNWorld(t, object)
+	w.start()
+	w.awaitStatus("the LAN to be ready", ready)
+	peer := bgp.Peer{Address: remoteVTEP, AS: 65000}
+	refusal := macvrf.Refusal{
+		Route:  macvrf.Route{Key: macvrf.Key{Type: macvrf.Multicast}, VTEP: remoteVTEP},
+		Reason: macvrf.OtherVNI,
+	}
+	for _, c := range []struct {
+		name            string
+		problems        evpn.Problems
+		reason, message string
+	}{
+		{
+			"a session that is down", evpn.Problems{Down: []bgp.Session{{Peer: peer, Why: "no TCP connection"}}},
+			v1beta1.ReasonBGPDown, "192.0.2.2:179 of AS 65000 (no TCP connection)",
+		},
+		{"no peers", evpn.Problems{NoPeers: true}, v1beta1.ReasonBGPDown, "evpn.reflectors.replicas"},
+		{
+			"MACs on two nodes", evpn.Problems{Duplicates: []macvrf.MAC{{2, 1}, {2, 2}}},
+			v1beta1.ReasonMACTwice, "02:01:00:00:00:00 speaks on this node and on another, and 1 other MAC",
+		},
+		{
+			"a refused route", evpn.Problems{Refused: refusal, Refusals: 1},
+			v1beta1.ReasonRoutesRefused, "from VTEP 192.0.2.2 is not used: its VNI is not that of the LAN",
+		},
+		{
+			"several refused routes", evpn.Problems{Refused: refusal, Refusals: 2},
+			v1beta1.ReasonRoutesRefused, "its VNI is not that of the LAN; other routes are refused, too",
+		},
+		{
+			"a peer that gets no routes", evpn.Problems{Withheld: []bgp.Peer{peer}},
+			v1beta1.ReasonRoutesWithheld, "192.0.2.2:179 of AS 65000: no route of the LAN is advertised",
+		},
+	} {
+		f.change(func() { f.problems = c.problems })
+		w.awaitStatus(c.name, func(s v1beta1.LANNodeStatus) bool {
+			return len(s.Segments) == 1 && s.Segments[0].State == v1beta1.SegmentDegraded &&
+				s.Segments[0].Reason == c.reason && strings.Contains(s.Segments[0].Message, c.message) &&
+				s.Segments[0].Offered == 2
+		})
+	}
+	f.change(func() { f.problems = evpn.Problems{} })
+	w.awaitStatus("the LAN to be ready again", ready)
+}
+
+// One session of several that is down is no LAN's problem, but it is in the status.
+func TestBGPSessionsAreInTheStatus(t *testing.T) {
+	object, _ := evpnLAN()
+	w, f := newEVPNWorld(t, object)
+	w.start()
+	since := time.Date(2026, 11, 21, 12, 0, 0, 500, time.UTC)
+	session := func(at string, up bool, why string) bgp.Session {
+		peer := bgp.Peer{Address: netip.MustParseAddr(at), AS: 65000, Password: "secret"}
+		return bgp.Session{Peer: peer, Up: up, Since: since, Why: why}
+	}
+	f.change(func() {
+		f.peers = []bgp.Session{session("192.0.2.8", true, ""), session("2001:db8::9", false, "no TCP connection")}
+	})
+	w.awaitStatus("the sessions in the status", func(s v1beta1.LANNodeStatus) bool {
+		at := metav1.NewTime(since.Truncate(time.Second))
+		return ready(s) && equality.Semantic.DeepEqual(s.Sessions, []v1beta1.BGPSession{
+			{Peer: "192.0.2.8:179", AS: 65000, State: v1beta1.SessionUp, Since: at},
+			{Peer: "[2001:db8::9]:179", AS: 65000, State: v1beta1.SessionDown, Since: at, Message: "no TCP connection"},
+		})
+	})
+}
+
 // The agent uses every pod of the Service as a reflector, ready or not, and no pod of another Service.
 func TestReflectorsAreThePodsOfTheirService(t *testing.T) {
 	slice := func(namespace, service, name string, port int32, addresses ...string) *discoveryv1.EndpointSlice {
@@ -257,10 +267,8 @@ func TestReflectorsAreThePodsOfTheirService(t *testing.T) {
 		}
 		for i, a := range addresses {
 			ready := i > 0
-			s.Endpoints = append(
-				s.Endpoints,
-				discoveryv1.Endpoint{Addresses: []string{a}, Conditions: discoveryv1.EndpointConditions{Ready: &ready}},
-			)
+			conditions := discoveryv1.EndpointConditions{Ready: &ready}
+			s.Endpoints = append(s.Endpoints, discoveryv1.Endpoint{Addresses: []string{a}, Conditions: conditions})
 		}
 		return s
 	}
@@ -297,15 +305,9 @@ func TestTwoEVPNLANsWithOneVNIAreNotMixed(t *testing.T) {
 		l.CreationTimestamp.Time = older.CreationTimestamp.Add(time.Hour)
 		l.Status.Holds.NS, l.Status.Holds.Port, l.Status.Holds.Spokes = "default.other", 4790, nil
 	})
-	w := newWorld(t, older, younger)
-	device := w.kernel.underlays.Devices["eth0"]
-	vtep := netip.MustParseAddr("192.0.2.1")
-	device.Addresses = []netip.Addr{vtep}
-	w.kernel.underlays.Devices["eth0"] = device
-	f := &fakeEVPN{board: w.board, changed: make(chan struct{}, 1)}
-	w.evpn = f
+	w, f := newEVPNWorld(t, older, younger)
 	w.start()
-	w.await(t, "the older LAN to be joined", f.has(map[string]macvrf.LAN{"default.lab": {VNI: 222, VTEP: vtep}}))
+	w.await(t, "the older LAN to be joined", f.has(map[string]macvrf.LAN{"default.lab": {VNI: 222, VTEP: localVTEP}}))
 	w.awaitStatus("the problem of the other", func(s v1beta1.LANNodeStatus) bool {
 		return len(s.Segments) == 2 && s.Segments[0].State == v1beta1.SegmentReady &&
 			s.Segments[1].Reason == v1beta1.ReasonVNITaken &&

@@ -136,13 +136,9 @@ func TestLANThatAcceptsNonMembersIsDegraded(t *testing.T) {
 
 func TestLANNodeHasTheAddressesOfUsedUnderlays(t *testing.T) {
 	w := newWorld(t, lab(nil))
-	w.kernel.underlays.Devices["eth0"] = withAddresses(
-		w.kernel.underlays.Devices["eth0"],
-		"192.0.2.1",
-		"2001:db8::1",
-		"fe80::1",
-	)
-	w.kernel.underlays.Devices["jumbo"] = withAddresses(w.kernel.underlays.Devices["jumbo"], "203.0.113.1")
+	devices := w.kernel.underlays.Devices
+	devices["eth0"] = withAddresses(devices["eth0"], "192.0.2.1", "2001:db8::1", "fe80::1")
+	devices["jumbo"] = withAddresses(devices["jumbo"], "203.0.113.1")
 	stop := w.start()
 	w.awaitStatus("the addresses of eth0, and no others", func(s v1beta1.LANNodeStatus) bool {
 		return len(s.Underlays) == 1 && s.Underlays[0].Name == "eth0" &&
@@ -167,9 +163,8 @@ func TestLeavingSegmentsKeepTheirMembers(t *testing.T) {
 	have := agent.StrictLANs([]agent.Plan{strict, open}, map[string]segment.Segment{
 		"strict": moved, "open": open.Segment, "old": here("old", 3), "lost": {Netns: "lost"},
 	}, members)
-	if want := "default/strict 1:4789 192.0.2.2; default/old 3:4789 unknown; default/strict 1:8472 unknown"; filtered(
-		have,
-	) != want {
+	want := "default/strict 1:4789 192.0.2.2; default/old 3:4789 unknown; default/strict 1:8472 unknown"
+	if filtered(have) != want {
 		t.Errorf("strict LANs are %s, want %s", filtered(have), want)
 	}
 }

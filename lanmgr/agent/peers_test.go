@@ -195,31 +195,22 @@ func TestUnicastLANUsesTheUnderlaysAddress(t *testing.T) {
 
 	// A link that is down has no IPv6 address. The VXLAN stays nevertheless.
 	before, _ := agent.NewPlan(lab(unicast), onlySix, segment.Segment{})
-	down := with(
-		func(d *kernel.Underlay) { d.IPv4, d.IPv6, d.Up, d.Carrier = netip.Addr{}, netip.Addr{}, false, false },
-	)
+	down := with(func(d *kernel.Underlay) {
+		d.IPv4, d.IPv6, d.Up, d.Carrier = netip.Addr{}, netip.Addr{}, false, false
+	})
 	down.VTEPs = []netip.Prefix{netip.MustParsePrefix("2001:db8::/64")} // nor does another device's address replace it
 	after, _ := agent.NewPlan(lab(unicast), down, before.Segment)
 	if after.Segment.VXLAN != before.Segment.VXLAN || after.Problem.Reason != v1beta1.ReasonUnderlayDown {
-		t.Errorf(
-			"while the link is down: %+v, %+v; before: %+v",
-			after.Segment.VXLAN,
-			after.Problem,
-			before.Segment.VXLAN,
-		)
+		t.Errorf("while the link is down: %+v, %+v; before: %+v",
+			after.Segment.VXLAN, after.Problem, before.Segment.VXLAN)
 	}
 }
 
 // A device loses its IPv6 addresses with its link. When they are back, they are tentative first. The VXLAN stays
 // unchanged.
 func TestVTEPStaysWhileItsLinkIsDown(t *testing.T) {
-	four, six, newer := netip.MustParseAddr(
-		"192.0.2.1",
-	), netip.MustParseAddr(
-		"2001:db8::1",
-	), netip.MustParseAddr(
-		"2001:db8::2",
-	)
+	four := netip.MustParseAddr("192.0.2.1")
+	six, newer := netip.MustParseAddr("2001:db8::1"), netip.MustParseAddr("2001:db8::2")
 	eth0 := func(up bool, usable []netip.Addr, tentative ...netip.Addr) kernel.Underlay {
 		return kernel.Underlay{
 			Index:     2,
@@ -325,8 +316,8 @@ func TestDefaultDiscoveryComesFromTheStatus(t *testing.T) {
 	if p, _ := agent.NewPlan(lab(held), worker1(), segment.Segment{}); !p.Unicast {
 		t.Error("a LAN without spec.discovery does not have that of its status, unicast")
 	}
-	says := func(l *v1beta1.LAN) { held(l); l.Spec.Discovery = v1beta1.Multicast }
-	if p, _ := agent.NewPlan(lab(says), worker1(), segment.Segment{}); p.Unicast {
+	multicast := func(l *v1beta1.LAN) { held(l); l.Spec.Discovery = v1beta1.Multicast }
+	if p, _ := agent.NewPlan(lab(multicast), worker1(), segment.Segment{}); p.Unicast {
 		t.Error("a LAN with spec.discovery multicast is unicast")
 	}
 }

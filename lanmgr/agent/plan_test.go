@@ -130,11 +130,9 @@ func TestUnderlayIsTheNodesThenTheLANsThenTheDefaultRoutes(t *testing.T) {
 		{"by hostname label", devices("host1", "jumbo"), "eth1", "jumbo"},
 		{"only other nodes'", devices("worker2", "jumbo"), "eth1", "eth1"},
 	} {
-		plan, _ := agent.NewPlan(
-			lab(func(l *v1beta1.LAN) { l.Spec.VXLANDevMap, l.Spec.DefaultVXLANDev = c.byNode, c.common }),
-			worker1(),
-			segment.Segment{},
-		)
+		plan, _ := agent.NewPlan(lab(func(l *v1beta1.LAN) {
+			l.Spec.VXLANDevMap, l.Spec.DefaultVXLANDev = c.byNode, c.common
+		}), worker1(), segment.Segment{})
 		if got := plan.Segment.VXLAN.Underlay; got != c.want {
 			t.Errorf("%s: underlay = %q, want %q", c.name, got, c.want)
 		}
@@ -320,11 +318,8 @@ func TestLANKeepsItsMTUWhileItsUnderlayIsMissing(t *testing.T) {
 	delete(here.Underlays.Devices, "eth0")
 	plan, _ := agent.NewPlan(lab(nil), here, segment.Segment{MTU: 8922})
 	if plan.Segment.MTU != 8922 || plan.Segment.VXLAN.UnderlayIndex != 0 {
-		t.Errorf(
-			"MTU %d, underlay %d; want 8922 without an underlay",
-			plan.Segment.MTU,
-			plan.Segment.VXLAN.UnderlayIndex,
-		)
+		t.Errorf("MTU %d, underlay %d; want 8922 without an underlay",
+			plan.Segment.MTU, plan.Segment.VXLAN.UnderlayIndex)
 	}
 }
 
@@ -411,11 +406,8 @@ func TestPoolHasOneSpokePerPort(t *testing.T) {
 	if plan.Segment.Node != "worker1" || !slices.Equal(plan.Segment.MACByOrdinal, []string{"db"}) {
 		t.Errorf("node %q, by ordinal %v", plan.Segment.Node, plan.Segment.MACByOrdinal)
 	}
-	plan, _ = agent.NewPlan(
-		pooled(func(l *v1beta1.LAN) { l.Status.Holds.Spokes = []string{"srl"} }),
-		worker1(),
-		segment.Segment{},
-	)
+	notHeld := pooled(func(l *v1beta1.LAN) { l.Status.Holds.Spokes = []string{"srl"} })
+	plan, _ = agent.NewPlan(notHeld, worker1(), segment.Segment{})
 	if got := strings.Join(plan.Segment.Spokes, " "); got != "srl" {
 		t.Errorf("without a held pool the spokes are %s", got)
 	}
@@ -437,30 +429,20 @@ func TestPoolIsAdvertisedWithItsBuiltPorts(t *testing.T) {
 	before, _ := agent.NewPlan(pooled(nil), worker1(), segment.Segment{})
 	report := lanmgr.Report{Segment: before.Segment, Built: true}
 	for size, want := range map[int32]int{11: 11, 12: 11, 3: 3} {
-		plan, _ := agent.NewPlan(
-			pooled(func(l *v1beta1.LAN) { l.Spec.SpokePools[0].Size = size }),
-			worker1(),
-			segment.Segment{},
-		)
+		resized := pooled(func(l *v1beta1.LAN) { l.Spec.SpokePools[0].Size = size })
+		plan, _ := agent.NewPlan(resized, worker1(), segment.Segment{})
 		got := agent.Advertised([]agent.Plan{plan}, []lanmgr.Report{report})
-		if !slices.Equal(
-			got,
-			[]agent.Spoke{
-				{Name: "db", Ports: 2, Healthy: true},
-				{Name: "srl", Healthy: true},
-				{Name: "web", Ports: want, Healthy: true},
-			},
-		) {
+		if !slices.Equal(got, []agent.Spoke{
+			{Name: "db", Ports: 2, Healthy: true},
+			{Name: "srl", Healthy: true},
+			{Name: "web", Ports: want, Healthy: true},
+		}) {
 			t.Errorf("with %d ports wanted and 11 built, %v are advertised", size, got)
 		}
 	}
 	report.Claims = []segment.Claim{
-		{
-			ID:    "k1",
-			Spoke: "srl",
-			Kind:  segment.Veth,
-			Since: time.Now(),
-		}, {ID: "k2", Spoke: "web_10", Kind: segment.Veth, Since: time.Now()},
+		{ID: "k1", Spoke: "srl", Kind: segment.Veth, Since: time.Now()},
+		{ID: "k2", Spoke: "web_10", Kind: segment.Veth, Since: time.Now()},
 	}
 	seg := agent.Status([]agent.Plan{before}, []lanmgr.Report{report}, kernel.Underlays{}, nil, "").Segments[0]
 	if seg.Offered != 14 || seg.Attachments[0].Pool != "" || seg.Attachments[1].Spoke != "web_10" ||
