@@ -36,10 +36,17 @@ func expectAnswer(t *testing.T, asks, other *host, question []byte, mac net.Hard
 	}
 }
 
-// With suppression a node answers for hosts on other nodes that it knows, and floods questions for all others. It is
-// switched on and off while the LAN is in use, and leaves nothing.
-func TestNodeAnswersARPAndNDForRemoteHosts(t *testing.T) {
-	t.Parallel()
+// suppressing is a node with a LAN that is built without and with suppression, and a pod that asks for another node's pod.
+type suppressing struct {
+	node
+	off, on      segment.Segment
+	one, two     *host  // one is on the node
+	asks4, asks6 []byte // questions for two
+}
+
+// newSuppressing makes two nodes with the LAN and a pod each. The first node knows the other node's pod.
+func newSuppressing(t *testing.T) *suppressing {
+	t.Helper()
 	a, b, onA, onB := unicastHosts(t, families["IPv4"], 443)
 	onA, onB = withEVPN(onA), withEVPN(onB)
 	onA.Remotes, onB.Remotes = []netip.Addr{onB.VXLAN.Local}, []netip.Addr{onA.VXLAN.Local}
@@ -51,95 +58,130 @@ func TestNodeAnswersARPAndNDForRemoteHosts(t *testing.T) {
 	onB.FDB = []segment.FDBEntry{{MAC: [6]byte(one.MAC), VTEP: onA.VXLAN.Local}}
 	a.reconcile(t, onA)
 	b.reconcile(t, onB)
-	off, on := onA, onA
+	on := onA
 	on.VXLAN.SuppressNeighbors = true
 	on.Neighbors = []segment.Neighbor{
 		{IP: netip.MustParseAddr("10.0.0.2"), MAC: far}, {IP: netip.MustParseAddr("fd00::2"), MAC: far},
 	}
-	allowed := func(ops []segment.Op) {
-		t.Helper()
-		for _, op := range ops {
-			switch op.(type) {
-			case segment.WriteRecord, segment.SetSuppress, segment.SetNeighborDiscovery,
-				segment.AddNeighbors, segment.DelNeighbors:
-			default:
-				t.Errorf("did %s", op)
-			}
+	return &suppressing{
+		node: a, off: onA, on: on, one: one, two: two,
+		asks4: arp(1, broadcast, one.MAC, "10.0.0.1", "10.0.0.2"),
+		asks6: neighborDiscovery(135, solicited(2), one.MAC, "fd00::1", "ff02::1:ff00:2", "fd00::2"),
+	}
+}
+
+// change reconciles the node and expects operations for suppression only.
+func (n *suppressing) change(t *testing.T, to segment.Segment) {
+	t.Helper()
+	for _, op := range n.reconcile(t, to) {
+		switch op.(type) {
+		case segment.WriteRecord, segment.SetSuppress, segment.SetNeighborDiscovery,
+			segment.AddNeighbors, segment.DelNeighbors:
+		default:
+			t.Errorf("did %s", op)
 		}
 	}
-	asks4 := arp(1, broadcast, one.MAC, "10.0.0.1", "10.0.0.2")
-	asks6 := neighborDiscovery(135, solicited(2), one.MAC, "fd00::1", "ff02::1:ff00:2", "fd00::2")
-	crosses(t, one, two, asks4)
-	crosses(t, one, two, asks6)
+}
 
-	allowed(a.reconcile(t, on))
-	if ops := a.reconcile(t, on); len(ops) > 0 {
+// With suppression a node answers for hosts on other nodes that it knows, and floods questions for all others. It is
+// switched on and off while the LAN is in use, and leaves nothing.
+func TestNodeAnswersARPAndNDForRemoteHosts(t *testing.T) {
+	t.Parallel()
+	n := newSuppressing(t)
+	crosses(t, n.one, n.two, n.asks4)
+	crosses(t, n.one, n.two, n.asks6)
+	n.change(t, n.on)
+	if ops := n.reconcile(t, n.on); len(ops) > 0 {
 		t.Errorf("reconciling again did %v", ops)
 	}
-	expectAnswer(t, one, two, asks4, two.MAC, []byte{8, 6, 0, 1, 8, 0, 6, 4, 0, 2}, []byte{10, 0, 0, 2})
-	expectAnswer(t, one, two, asks6, two.MAC, []byte{136, 0}, netip.MustParseAddr("fd00::2").AsSlice())
+	n.expectAnswers(t)
+	n.expectNothingOnTheUnderlay(t)
+	n.expectEntriesKeptUntilImport(t)
+
+	fewer := n.on
+	fewer.Neighbors = n.on.Neighbors[:1]
+	n.change(t, fewer)
+	crosses(t, n.one, n.two, n.asks6)
+
+	there, back := startStream(t, 1, n.one, n.two), startStream(t, 2, n.two, n.one)
+	for range 20 {
+		n.change(t, n.off)
+		n.change(t, n.on)
+	}
+	there.expectAll(t)
+	back.expectAll(t)
+	expectAnswer(t, n.one, n.two, n.asks4, n.two.MAC, []byte{10, 0, 0, 2})
+	n.change(t, n.off)
+	n.expectNothingLeft(t)
+}
+
+// expectAnswers expects the node to answer for the pod that it knows, and to flood other questions.
+func (n *suppressing) expectAnswers(t *testing.T) {
+	t.Helper()
+	one, two := n.one, n.two
+	expectAnswer(t, one, two, n.asks4, two.MAC, []byte{8, 6, 0, 1, 8, 0, 6, 4, 0, 2}, []byte{10, 0, 0, 2})
+	expectAnswer(t, one, two, n.asks6, two.MAC, []byte{136, 0}, netip.MustParseAddr("fd00::2").AsSlice())
 	crosses(t, one, two, arp(1, broadcast, one.MAC, "10.0.0.1", "10.0.0.3"))
 	crosses(t, one, two, neighborDiscovery(135, solicited(3), one.MAC, "fd00::1", "ff02::1:ff00:3", "fd00::3"))
 	isDropped(t, one, two, arp(1, broadcast, one.MAC, "10.0.0.1", "10.0.0.1")) // gratuitous ARP
-	vxlan := func() uint64 {
-		link, err := a.lanNetns(on).Netlink(t).LinkByName(on.VXLAN.Name)
+}
+
+// expectNothingOnTheUnderlay expects that questions which the node answers are not sent to the other node, and that the
+// bridge's own IPv6 sends nothing.
+func (n *suppressing) expectNothingOnTheUnderlay(t *testing.T) {
+	t.Helper()
+	packets := func() uint64 {
+		link, err := n.lanNetns(n.on).Netlink(t).LinkByName(n.on.VXLAN.Name)
 		must(t, err)
 		return link.Attrs().Statistics.TxPackets
 	}
-	sent := vxlan()
+	sent := packets()
 	for range 100 {
-		must(t, one.Send(asks4))
-		must(t, one.Send(asks6))
+		must(t, n.one.Send(n.asks4))
+		must(t, n.one.Send(n.asks6))
 	}
-	expectAnswer(t, one, two, asks6, two.MAC, []byte{136, 0})
-	if over := vxlan() - sent; over != 1 {
+	expectAnswer(t, n.one, n.two, n.asks6, n.two.MAC, []byte{136, 0})
+	if over := packets() - sent; over != 1 {
 		t.Errorf("200 questions and the one after them are %d packets on the underlay, want 1", over)
 	}
 	const report = 1500 * time.Millisecond // the kernel would send a report of groups within a second
 	quiet, cancel := context.WithTimeout(t.Context(), report)
 	defer cancel()
-	must(t, expectSilence(quiet, two, func(frame []byte) bool { return !bytes.Equal(frame[6:12], one.MAC) }))
+	must(t, expectSilence(quiet, n.two, func(frame []byte) bool { return !bytes.Equal(frame[6:12], n.one.MAC) }))
+}
 
-	a.kernel = a.newKernel(t) // another daemon, which has no routes yet
-	nothing, partial := on, on
+// expectEntriesKeptUntilImport starts another daemon, which has no routes yet, and expects it to change nothing.
+func (n *suppressing) expectEntriesKeptUntilImport(t *testing.T) {
+	t.Helper()
+	n.kernel = n.newKernel(t)
+	nothing, partial := n.on, n.on
 	nothing.Remotes, nothing.FDB, nothing.Neighbors = nil, nil, nil
 	partial.Neighbors, partial.FDB, partial.Partial = []segment.Neighbor{}, []segment.FDBEntry{}, true
 	for _, s := range []segment.Segment{nothing, partial} {
-		if ops := a.reconcile(t, s); len(ops) > 0 {
+		if ops := n.reconcile(t, s); len(ops) > 0 {
 			t.Errorf("before all routes are imported did %v", ops)
 		}
 	}
-	expectAnswer(t, one, two, asks6, two.MAC, []byte{136, 0})
+	expectAnswer(t, n.one, n.two, n.asks6, n.two.MAC, []byte{136, 0})
+}
 
-	fewer := on
-	fewer.Neighbors = on.Neighbors[:1]
-	allowed(a.reconcile(t, fewer))
-	crosses(t, one, two, asks6)
-
-	there, back := startStream(t, 1, one, two), startStream(t, 2, two, one)
-	for range 20 {
-		allowed(a.reconcile(t, off))
-		allowed(a.reconcile(t, on))
-	}
-	there.expectAll(t)
-	back.expectAll(t)
-	expectAnswer(t, one, two, asks4, two.MAC, []byte{10, 0, 0, 2})
-
-	allowed(a.reconcile(t, off))
-	have := a.observe(t, off)
-	bridge, _ := have.Link(off.Bridge)
-	port, _ := have.Link(off.VXLAN.Name)
-	link, err := a.lanNetns(off).Netlink(t).LinkByName(off.Bridge)
+// expectNothingLeft expects that suppression is off and has left no entries.
+func (n *suppressing) expectNothingLeft(t *testing.T) {
+	t.Helper()
+	have := n.observe(t, n.off)
+	bridge, _ := have.Link(n.off.Bridge)
+	port, _ := have.Link(n.off.VXLAN.Name)
+	link, err := n.lanNetns(n.off).Netlink(t).LinkByName(n.off.Bridge)
 	must(t, err)
-	left, err := a.lanNetns(off).Netlink(t).NeighList(link.Attrs().Index, 0)
+	left, err := n.lanNetns(n.off).Netlink(t).NeighList(link.Attrs().Index, 0)
 	must(t, err)
 	hasMAC := func(n netlink.Neigh) bool { return len(n.HardwareAddr) > 0 }
 	if port.Suppress || bridge.IPv6 || slices.ContainsFunc(left, hasMAC) {
-		t.Errorf("left: suppression %t, IPv6 %t, neighbours %v", port.Suppress, bridge.IPv6, left)
+		t.Errorf("left: suppression %t, IPv6 %t, neighbors %v", port.Suppress, bridge.IPv6, left)
 	}
-	crosses(t, one, two, asks4)
-	crosses(t, one, two, asks6)
-	crosses(t, one, two, frames.Stream(two.MAC, one.MAC, 3, 1))
+	crosses(t, n.one, n.two, n.asks4)
+	crosses(t, n.one, n.two, n.asks6)
+	crosses(t, n.one, n.two, frames.Stream(n.two.MAC, n.one.MAC, 3, 1))
 }
 
 // A bridge whose MTU is too small for IPv6 has no IPv6, as in a kernel without it, and gets it with a larger MTU.

@@ -188,84 +188,105 @@ func TestStrictLANAcceptsOnlyMembers(t *testing.T) {
 	for name, f := range families {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			a, b, onA, onB := unicastHosts(t, f, 311)
-			open := a.withUnderlay(t, unicast(lan("open", 312, "three"), f.vteps[0]))
-			a.reconcile(t, onA)
-			a.reconcile(t, open)
-			b.reconcile(t, onB)
-			one, two := a.attach(t, onA, "one", segment.Veth), b.attach(t, onB, "two", segment.Veth)
-			three := a.attach(t, open, "three", segment.Veth)
-			other := addNode(t, a.underlay, "nonmember")
-			address := f.vteps[1].Next().Next()
-			other.addUnderlayAddress(t, netip.PrefixFrom(address, f.bits))
-			send, sendOpen := other.sender(t, address, f.vteps[0], onA), other.sender(t, address, f.vteps[0], open)
-			sendFragments := func(frame []byte) { other.fragments(t, address, f.vteps[0], onA, frame) }
-			if address.Is4() { // the kernel always reassembles IPv4
-				sendFragments = send
-			}
-
-			// Without a filter the frames of a non-member are accepted.
-			send(nonMemberFrame(1))
-			expectNext(t, one, nonMemberFrame(1))
-			sendFragments(nonMemberFrame(2))
-			expectNext(t, one, nonMemberFrame(2))
-
-			filter, stop := a.filter(t)
-			filter.Set([]firewall.LAN{strict(onA, f.vteps[1])})
-			eventually(t, "the filter", func() bool { return drops(filter, onA) == 0 })
-			for i := range uint64(10) {
-				sendFragments(nonMemberFrame(i))
-			}
-			for i := range uint64(10) {
-				send(nonMemberFrame(i))
-			}
-			eventually(t, "the packets of the non-member to be dropped", func() bool {
-				return drops(filter, onA) >= 10
-			})
-			crosses(t, two, one, frames.Stream(nil, two.MAC, 9, 1))
-			crosses(t, one, two, frames.Stream(two.MAC, one.MAC, 9, 1))
-			sendOpen(nonMemberFrame(3)) // to a LAN that is not strict
-			expectNext(t, three, nonMemberFrame(3))
-
-			// The address counts: a node of the LAN is a non-member when others are the members.
-			filter.Set([]firewall.LAN{strict(onA, f.vteps[1].Next(), f.vteps[1].Next().Next().Next())})
-			before := drops(filter, onA)
-			eventually(t, "the other node to be a non-member", func() bool {
-				must(t, two.Send(frames.Stream(nil, two.MAC, 9, 2)))
-				return drops(filter, onA) > before
-			})
-			filter.Set([]firewall.LAN{strict(onA, f.vteps[1])})
-			set := map[bool]string{true: "members4", false: "members6"}[address.Is4()]
-			eventually(t, "the one member", func() bool { return a.elements(t, set) == 1 })
-			must(t, two.Send(frames.Stream(nil, two.MAC, 9, 3)))
-			again := frames.Stream(nil, two.MAC, 9, 3)
-			_, err := netlab.Await(one, frameTimeout, func(frame []byte) bool { return slices.Equal(frame, again) })
-			must(t, err)
-
-			// The filter drops and counts while the daemon does not run, and before it knows the members.
-			count := drops(filter, onA)
-			stop()
-			send(nonMemberFrame(4))
-			filter, stop = a.filter(t)
-			filter.Set([]firewall.LAN{{Name: onA.LAN.String(), Port: onA.VXLAN.Port, VNI: onA.VXLAN.VNI}})
-			eventually(t, "the packet to be counted", func() bool { return drops(filter, onA) == count+1 })
-			crosses(t, two, one, frames.Stream(nil, two.MAC, 9, 4))
-
-			filter.Set(nil)
-			eventually(t, "the filter to be removed", func() bool { return a.elements(t, "lans") == -1 })
-			send(nonMemberFrame(5))
-			expectNext(t, one, nonMemberFrame(5))
-			stop()
-			filter, stop = a.filter(t)
-			filter.Set([]firewall.LAN{strict(onA, f.vteps[1])})
-			eventually(t, "the filter", func() bool { return drops(filter, onA) == 0 })
-			stop()
-			must(t, firewall.Remove(a.Path, firewall.TableName))
-			must(t, firewall.Remove(a.Path, firewall.TableName))
-			send(nonMemberFrame(6))
-			expectNext(t, one, nonMemberFrame(6))
+			expectOnlyMembers(t, f)
 		})
 	}
+}
+
+func expectOnlyMembers(t *testing.T, f family) {
+	t.Helper()
+	a, b, onA, onB := unicastHosts(t, f, 311)
+	open := a.withUnderlay(t, unicast(lan("open", 312, "three"), f.vteps[0]))
+	a.reconcile(t, onA)
+	a.reconcile(t, open)
+	b.reconcile(t, onB)
+	one, two := a.attach(t, onA, "one", segment.Veth), b.attach(t, onB, "two", segment.Veth)
+	three := a.attach(t, open, "three", segment.Veth)
+	other := addNode(t, a.underlay, "nonmember")
+	address := f.vteps[1].Next().Next()
+	other.addUnderlayAddress(t, netip.PrefixFrom(address, f.bits))
+	send, sendOpen := other.sender(t, address, f.vteps[0], onA), other.sender(t, address, f.vteps[0], open)
+	sendFragments := func(frame []byte) { other.fragments(t, address, f.vteps[0], onA, frame) }
+	if address.Is4() { // the kernel always reassembles IPv4
+		sendFragments = send
+	}
+
+	// Without a filter the frames of a non-member are accepted.
+	send(nonMemberFrame(1))
+	expectNext(t, one, nonMemberFrame(1))
+	sendFragments(nonMemberFrame(2))
+	expectNext(t, one, nonMemberFrame(2))
+
+	filter, stop := a.filter(t)
+	filter.Set([]firewall.LAN{strict(onA, f.vteps[1])})
+	eventually(t, "the filter", func() bool { return drops(filter, onA) == 0 })
+	for i := range uint64(10) {
+		sendFragments(nonMemberFrame(i))
+	}
+	for i := range uint64(10) {
+		send(nonMemberFrame(i))
+	}
+	eventually(t, "the packets of the non-member to be dropped", func() bool { return drops(filter, onA) >= 10 })
+	crosses(t, two, one, frames.Stream(nil, two.MAC, 9, 1))
+	crosses(t, one, two, frames.Stream(two.MAC, one.MAC, 9, 1))
+	sendOpen(nonMemberFrame(3)) // to a LAN that is not strict
+	expectNext(t, three, nonMemberFrame(3))
+
+	expectAddressCounts(t, a, filter, onA, f, one, two)
+	stop()
+	expectFilterWithoutDaemon(t, a, onA, f.vteps[1], send, one, two)
+}
+
+// expectAddressCounts expects a node of the LAN to be a non-member while the filter has other addresses.
+func expectAddressCounts(t *testing.T, a node, filter *firewall.Filter, s segment.Segment, f family, one, two *host) {
+	t.Helper()
+	member := f.vteps[1]
+	filter.Set([]firewall.LAN{strict(s, member.Next(), member.Next().Next().Next())})
+	before := drops(filter, s)
+	eventually(t, "the other node to be a non-member", func() bool {
+		must(t, two.Send(frames.Stream(nil, two.MAC, 9, 2)))
+		return drops(filter, s) > before
+	})
+	filter.Set([]firewall.LAN{strict(s, member)})
+	set := map[bool]string{true: "members4", false: "members6"}[member.Is4()]
+	eventually(t, "the one member", func() bool { return a.elements(t, set) == 1 })
+	again := frames.Stream(nil, two.MAC, 9, 3)
+	must(t, two.Send(again))
+	_, err := netlab.Await(one, frameTimeout, func(frame []byte) bool { return slices.Equal(frame, again) })
+	must(t, err)
+}
+
+// expectFilterWithoutDaemon expects the filter to drop and count while the daemon does not run, and before it knows the
+// members; a removed filter drops nothing.
+func expectFilterWithoutDaemon(
+	t *testing.T, a node, s segment.Segment, member netip.Addr, send func(frame []byte), one, two *host,
+) {
+	t.Helper()
+	count := func(f *firewall.Filter) int { return drops(f, s) }
+	filter, stop := a.filter(t)
+	filter.Set([]firewall.LAN{strict(s, member)})
+	eventually(t, "the filter", func() bool { return count(filter) >= 0 })
+	before := count(filter)
+	stop()
+	send(nonMemberFrame(4))
+	filter, stop = a.filter(t)
+	filter.Set([]firewall.LAN{{Name: s.LAN.String(), Port: s.VXLAN.Port, VNI: s.VXLAN.VNI}})
+	eventually(t, "the packet to be counted", func() bool { return count(filter) == before+1 })
+	crosses(t, two, one, frames.Stream(nil, two.MAC, 9, 4))
+
+	filter.Set(nil)
+	eventually(t, "the filter to be removed", func() bool { return a.elements(t, "lans") == -1 })
+	send(nonMemberFrame(5))
+	expectNext(t, one, nonMemberFrame(5))
+	stop()
+	filter, stop = a.filter(t)
+	filter.Set([]firewall.LAN{strict(s, member)})
+	eventually(t, "the filter", func() bool { return count(filter) == 0 })
+	stop()
+	must(t, firewall.Remove(a.Path, firewall.TableName))
+	must(t, firewall.Remove(a.Path, firewall.TableName))
+	send(nonMemberFrame(6))
+	expectNext(t, one, nonMemberFrame(6))
 }
 
 // A LAN with a group can be strict, too: its members send from the addresses of the underlay device.
