@@ -14,8 +14,10 @@ func FuzzConfig(f *testing.F) {
 	for _, seed := range []string{
 		config(nil),
 		config(keys{"kind": "macvtap", "owner": 0, "promiscMode": true}),
-		config(keys{"cniVersion": "1.1.0",
-			"cni.dev/valid-attachments": []keys{{"containerID": "other", "ifname": "net1"}}}),
+		config(keys{
+			"cniVersion":                "1.1.0",
+			"cni.dev/valid-attachments": []keys{{"containerID": "other", "ifname": "net1"}},
+		}),
 		config(keys{"cniVersion": "1.1.0", "cni.dev/valid-attachments": []any{nil, 1, "x"}}),
 		config(keys{"cniVersion": ""}),
 		config(keys{"cniVersion": "0.2.0"}),
@@ -24,14 +26,22 @@ func FuzzConfig(f *testing.F) {
 		config(keys{"spoke": "srl", "deviceID": []string{"srl"}}),
 		config(keys{"ipam": keys{"type": "host-local"}}),
 		config(keys{"ipam": keys{"type": nil}, "dns": []int{1}}),
-		config(keys{"runtimeConfig": keys{"mac": "02:00:00:00:00:01"},
-			"args": keys{"cni": keys{"mac": 3, "mtu": 1e9}}}),
-		config(keys{"prevResult": keys{"cniVersion": "0.4.0",
-			"interfaces": []any{nil}, "ips": []any{nil}, "routes": []any{nil}}}),
-		config(keys{"prevResult": keys{"cniVersion": "1.0.0",
-			"interfaces": []keys{{"name": "net1", "sandbox": "/netns/1", "mac": "ff:ff:ff:ff:ff:ff"}}}}),
-		config(keys{"prevResult": keys{"interfaces": []keys{{"name": "net1", "sandbox": "/netns/1"}},
-			"ips": []keys{{"address": "::ffff:10.0.0.1/120"}}}}),
+		config(keys{
+			"runtimeConfig": keys{"mac": "02:00:00:00:00:01"},
+			"args":          keys{"cni": keys{"mac": 3, "mtu": 1e9}},
+		}),
+		config(keys{"prevResult": keys{
+			"cniVersion": "0.4.0",
+			"interfaces": []any{nil}, "ips": []any{nil}, "routes": []any{nil},
+		}}),
+		config(keys{"prevResult": keys{
+			"cniVersion": "1.0.0",
+			"interfaces": []keys{{"name": "net1", "sandbox": "/netns/1", "mac": "ff:ff:ff:ff:ff:ff"}},
+		}}),
+		config(keys{"prevResult": keys{
+			"interfaces": []keys{{"name": "net1", "sandbox": "/netns/1"}},
+			"ips":        []keys{{"address": "::ffff:10.0.0.1/120"}},
+		}}),
 		config(keys{"prevResult": "text"}),
 		`{"name":"a","cniVersion":"1.1.0","KIND":"veth","kind":"macvtap","ns":null,"spoke":{},"lan":[]}`,
 		`{"name":"a","prevResult":{"IPs":[null],"ips":[{}]}}`,
@@ -42,8 +52,10 @@ func FuzzConfig(f *testing.F) {
 			f.Add(uint8(verb), seed, "c1", "net1", kubernetes)
 		}
 	}
-	for _, args := range []string{"", ";;;", "=", "MAC", "MAC=",
-		"MAC=x", "MAC=02:00:00:00:00:01;MAC=02:00:00:00:00:02", "K8S_POD_NAMESPACE=../x", "K8S_POD_NAME=a b=c"} {
+	for _, args := range []string{
+		"", ";;;", "=", "MAC", "MAC=",
+		"MAC=x", "MAC=02:00:00:00:00:01;MAC=02:00:00:00:00:02", "K8S_POD_NAMESPACE=../x", "K8S_POD_NAME=a b=c",
+	} {
 		f.Add(uint8(0), config(nil), "c1", "net1", args)
 	}
 	for _, ifname := range []string{"", ".", "..", "a/b", "a b", "sixteen-letters-", "net1\n", "\xff"} {

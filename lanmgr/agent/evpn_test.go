@@ -200,24 +200,29 @@ func TestProblemsOfEVPNDegradeTheLAN(t *testing.T) {
 		reason, message string
 	}{
 		{
-			"a session that is down", evpn.Problems{Down: []bgp.Session{{Peer: peer, Why: "no TCP connection"}}},
+			"a session that is down",
+			evpn.Problems{Down: []bgp.Session{{Peer: peer, Why: "no TCP connection"}}},
 			v1beta1.ReasonBGPDown, "192.0.2.2:179 of AS 65000 (no TCP connection)",
 		},
 		{"no peers", evpn.Problems{NoPeers: true}, v1beta1.ReasonBGPDown, "evpn.reflectors.replicas"},
 		{
-			"MACs on two nodes", evpn.Problems{Duplicates: []macvrf.MAC{{2, 1}, {2, 2}}},
+			"MACs on two nodes",
+			evpn.Problems{Duplicates: []macvrf.MAC{{2, 1}, {2, 2}}},
 			v1beta1.ReasonMACTwice, "02:01:00:00:00:00 speaks on this node and on another, and 1 other MAC",
 		},
 		{
-			"a refused route", evpn.Problems{Refused: refusal, Refusals: 1},
+			"a refused route",
+			evpn.Problems{Refused: refusal, Refusals: 1},
 			v1beta1.ReasonRoutesRefused, "from VTEP 192.0.2.2 is not used: its VNI is not that of the LAN",
 		},
 		{
-			"several refused routes", evpn.Problems{Refused: refusal, Refusals: 2},
+			"several refused routes",
+			evpn.Problems{Refused: refusal, Refusals: 2},
 			v1beta1.ReasonRoutesRefused, "its VNI is not that of the LAN; other routes are refused, too",
 		},
 		{
-			"a peer that gets no routes", evpn.Problems{Withheld: []bgp.Peer{peer}},
+			"a peer that gets no routes",
+			evpn.Problems{Withheld: []bgp.Peer{peer}},
 			v1beta1.ReasonRoutesWithheld, "192.0.2.2:179 of AS 65000: no route of the LAN is advertised",
 		},
 	} {

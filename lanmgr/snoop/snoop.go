@@ -76,7 +76,7 @@ func (s *Socket) Run(ctx context.Context, role RoleFunc, bound func(mac [6]byte,
 	for buf := make([]byte, longest); ctx.Err() == nil; {
 		size, from, err := s.conn.Recvfrom(ctx, buf, 0)
 		if ctx.Err() != nil {
-			break
+			return nil
 		}
 		if err != nil {
 			return fmt.Errorf("receive ARP: %w", err)
@@ -91,7 +91,7 @@ func (s *Socket) Run(ctx context.Context, role RoleFunc, bound func(mac [6]byte,
 			}
 		}
 		if pace.Wait(ctx) != nil {
-			break
+			return nil
 		}
 	}
 	return nil

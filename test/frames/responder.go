@@ -31,7 +31,7 @@ type Received struct {
 	Bytes    uint64 `json:"bytes"`    // of all connections' data, in order
 }
 
-// Receivedved returns the count so far.
+// Received returns the count so far.
 func (r *Responder) Received() Received { return r.received }
 
 // session is a TCP connection by its two ends.
