@@ -19,7 +19,7 @@ import (
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
-	"k8s.io/apimachinery/pkg/util/wait"
+	"k8s.io/apimachinery/pkg/watch"
 	"k8s.io/client-go/rest"
 	"k8s.io/utils/ptr"
 	ctrl "sigs.k8s.io/controller-runtime"
@@ -622,49 +622,81 @@ func TestLANWithFiveHundredSpokes(t *testing.T) {
 	}
 }
 
-// The watch shows the objects after every write, because the API server sends an event for each.
+// ledger has the LANs of namespace default as the API server's events show them, one state of the cluster after the
+// other.
+type ledger struct {
+	mu      sync.Mutex
+	lans    map[types.UID]*v1beta1.LAN
+	events  int
+	changed chan struct{} // closed and made again with each event
+}
+
+// follow adds events until the watch ends, and expects nothing to be held twice after any of them.
+func (l *ledger) follow(t *testing.T, events <-chan watch.Event) {
+	for e := range events {
+		lan, ok := e.Object.(*v1beta1.LAN)
+		if !ok {
+			continue
+		}
+		l.mu.Lock()
+		l.events++
+		l.lans[lan.UID] = lan
+		if e.Type == watch.Deleted {
+			delete(l.lans, lan.UID)
+		}
+		if twice := heldTwice(l.lans); twice != "" {
+			t.Errorf("%s after %s %s", twice, e.Type, lan.Name)
+		}
+		close(l.changed)
+		l.changed = make(chan struct{})
+		l.mu.Unlock()
+	}
+}
+
+// awaitObserved waits until the controller has observed the LAN's spec, and returns the LAN.
+func (l *ledger) awaitObserved(t *testing.T, lan *v1beta1.LAN) *v1beta1.LAN {
+	late := time.After(deadline)
+	for {
+		l.mu.Lock()
+		now, changed := l.lans[lan.UID], l.changed
+		l.mu.Unlock()
+		if now != nil && now.Generation >= lan.Generation && now.Status.ObservedGeneration == now.Generation {
+			return now.DeepCopy()
+		}
+		select {
+		case <-changed:
+		case <-late:
+			t.Errorf("the controller does not observe LAN %s", lan.Name)
+			return lan
+		}
+	}
+}
+
 func TestNothingIsEverHeldTwice(t *testing.T) {
 	startController(t)
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
-	watch, err := api.Watch(ctx, &v1beta1.LANList{}, client.InNamespace("default"))
+	events, err := api.Watch(ctx, &v1beta1.LANList{}, client.InNamespace("default"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	seen := make(chan int)
-	go func() {
-		held, events := map[types.UID]*v1beta1.Holding{}, 0
-		for e := range watch.ResultChan() {
-			lan, ok := e.Object.(*v1beta1.LAN)
-			if !ok {
-				continue
-			}
-			events++
-			held[lan.UID] = lan.Status.Holds
-			if e.Type == "DELETED" {
-				delete(held, lan.UID)
-			}
-			if twice := heldTwice(held); twice != "" {
-				t.Errorf("%s after %s %s", twice, e.Type, lan.Name)
-			}
-		}
-		seen <- events
-	}()
-
-	var crowd sync.WaitGroup
+	l := &ledger{lans: map[types.UID]*v1beta1.LAN{}, changed: make(chan struct{})}
+	var following, crowd sync.WaitGroup
+	following.Go(func() { l.follow(t, events.ResultChan()) })
 	for i := range 12 {
-		crowd.Go(func() { churnLAN(t, fmt.Sprintf("crowd-%d", i), rand.New(rand.NewPCG(7, uint64(i)))) })
+		crowd.Go(func() { churnLAN(t, l, fmt.Sprintf("crowd-%d", i), rand.New(rand.NewPCG(7, uint64(i)))) })
 	}
 	crowd.Wait()
 	awaitNoLANs(t)
 	cancel()
-	if events := <-seen; events < 12 {
-		t.Errorf("saw %d events", events)
+	following.Wait()
+	if l.events < 12 {
+		t.Errorf("saw %d events", l.events)
 	}
 }
 
 // churnLAN creates, edits and deletes LANs. Several run at the same time and ask for the same few VNIs and spokes.
-func churnLAN(t *testing.T, name string, r *rand.Rand) {
+func churnLAN(t *testing.T, l *ledger, name string, r *rand.Rand) {
 	for round := range 4 {
 		lan := &v1beta1.LAN{
 			// the one before may not be gone yet
@@ -679,12 +711,9 @@ func churnLAN(t *testing.T, name string, r *rand.Rand) {
 			return
 		}
 		for range 4 {
-			awaitObserved(t, lan)
-			err := api.Get(t.Context(), client.ObjectKeyFromObject(lan), lan)
+			lan = l.awaitObserved(t, lan)
 			lan.Spec.VXLANPort, lan.Spec.Spokes = int32(4789+r.IntN(2)), randomSpokes(r)
-			if err == nil {
-				err = api.Update(t.Context(), lan)
-			}
+			err := api.Update(t.Context(), lan)
 			if err != nil && !apierrors.IsConflict(err) { // the controller writes it, too
 				t.Errorf("edit %s: %v", name, err)
 			}
@@ -695,18 +724,6 @@ func churnLAN(t *testing.T, name string, r *rand.Rand) {
 	}
 }
 
-// awaitObserved waits until the controller has observed the LAN's spec.
-func awaitObserved(t *testing.T, lan *v1beta1.LAN) {
-	err := wait.PollUntilContextTimeout(t.Context(), 5*time.Millisecond, deadline, true,
-		func(ctx context.Context) (bool, error) {
-			err := api.Get(ctx, client.ObjectKeyFromObject(lan), lan)
-			return lan.Status.ObservedGeneration == lan.Generation, err
-		})
-	if err != nil {
-		t.Errorf("the controller does not observe LAN %s: %v", lan.Name, err)
-	}
-}
-
 func randomSpokes(r *rand.Rand) []string {
 	all := []string{"z1", "z2", "z3", "z4", "z5"}
 	r.Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
@@ -714,9 +731,10 @@ func randomSpokes(r *rand.Rand) []string {
 }
 
 // heldTwice names something that two LANs hold. It returns "" if there is nothing.
-func heldTwice(held map[types.UID]*v1beta1.Holding) string {
+func heldTwice(lans map[types.UID]*v1beta1.LAN) string {
 	holders := map[string]types.UID{}
-	for uid, h := range held {
+	for uid, lan := range lans {
+		h := lan.Status.Holds
 		if h == nil {
 			continue
 		}
