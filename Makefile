@@ -44,7 +44,10 @@ generate: ## Generate deepcopy functions, CRDs and their copy in the chart, and 
 
 .PHONY: demo
 demo: ## Bring the cluster up, install k8slan, let two pods and a VM talk
-	go run ./test/demo
+	@echo 'building the demo: the first time, Go downloads modules, which bin/demo.log lists'
+	@mkdir -p bin
+	@go build -o bin/demo ./test/demo 2> bin/demo.log || { cat bin/demo.log; exit 1; }
+	@bin/demo
 
 .PHONY: cluster
 cluster: ## Bring up a two-node Kubernetes on this machine; the first time builds it

@@ -63,7 +63,7 @@ func (c client) ready(ctx context.Context) error {
 	return body.Close()
 }
 
-// watched is what a watch says of an object, as far as it matters here.
+// watched is the part of an event of a watch that is read here.
 type watched struct {
 	Object struct {
 		Status struct {
@@ -104,7 +104,7 @@ func (c client) waitPodsAllowed(ctx context.Context) error {
 // watch shows every state of an object, the present one first, to done, until
 // that returns true.
 func (c client) watch(ctx context.Context, collection, name string, done func(watched) bool) error {
-	// Without a resource version the first event is the object as it is.
+	// Without a resource version the first event is the present object.
 	body, err := c.get(ctx, collection+"?watch=1&fieldSelector="+url.QueryEscape("metadata.name="+name))
 	if err != nil {
 		return err

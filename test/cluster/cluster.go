@@ -12,6 +12,8 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 
@@ -25,11 +27,17 @@ type Config struct {
 	CacheDir string       // what is built once, see CacheDir
 	Images   []string     // OCI archives to load into every node; one has the sandbox image, localhost/k8slan/pause:1
 	Log      *slog.Logger // progress; slog.Default() if nil
+	// Progress is called while a component is built, with how many of its packages are compiled of how many: of 0 until
+	// that is known, and of as many when it is built. If it is nil, the log has it once a minute.
+	Progress func(component string, done, total int)
 }
 
 func (cfg Config) withDefaults() Config {
 	if cfg.Log == nil {
 		cfg.Log = slog.Default()
+	}
+	if cfg.Progress == nil {
+		cfg.Progress = logProgress(cfg.Log)
 	}
 	return cfg
 }
@@ -79,14 +87,16 @@ func Open(name string) (*Cluster, error) {
 		return nil, fmt.Errorf("%w in %s: the machine has booted since it was", ErrNotUp, c.state.dir())
 	}
 	if r.Devices != len(devices()) {
-		return nil, fmt.Errorf("%w in %s but one of an earlier version, whose nodes have %d devices", ErrNotUp, c.state.dir(), r.Devices)
+		return nil, fmt.Errorf("%w in %s but one of an earlier version, whose nodes have %d devices", ErrNotUp,
+			c.state.dir(), r.Devices)
 	}
 	_, alive, err := c.state.running("kube-apiserver")
 	if err != nil {
 		return nil, err
 	}
 	if !alive {
-		return nil, fmt.Errorf("%w in %s: its API server has ended%s", ErrNotUp, c.state.dir(), c.state.tail("kube-apiserver"))
+		return nil, fmt.Errorf("%w in %s: its API server has ended%s", ErrNotUp, c.state.dir(),
+			c.state.tail("kube-apiserver"))
 	}
 	return c, nil
 }
@@ -146,10 +156,10 @@ func (n *Node) loadImage(ctx context.Context, archive string) error {
 	return nil
 }
 
-// Process is one of the cluster's processes and how it fares.
+// Process is one of the cluster's processes.
 type Process struct {
 	Name string
-	PID  int // as the machine counts; 0 if it does not run
+	PID  int // in the machine; 0 if it does not run
 	Log  string
 }
 
@@ -175,16 +185,90 @@ func (c *Cluster) Processes() ([]Process, error) {
 	return all, nil
 }
 
-// Build builds one of the components in test/cluster/components, if the cache
-// has not got it, and returns the directory with its programs. The working
+// Build builds one of the components in test/cluster/components, unless the cache
+// has it, and returns the directory with its programs. The working
 // directory must be in k8slan's module.
 func Build(ctx context.Context, cfg Config, name string) (binDir string, err error) {
+	dirs, err := BuildAll(ctx, cfg, name)
+	return dirs[name], err
+}
+
+// BuildAll builds several components side by side, and returns the directories
+// with their programs by name.
+func BuildAll(ctx context.Context, cfg Config, names ...string) (binDirs map[string]string, err error) {
 	cfg = cfg.withDefaults()
 	source, err := moduleDir(ctx)
 	if err != nil {
-		return "", err
+		return nil, err
 	}
-	return component.Build(ctx, cfg.Log, filepath.Join(source, "test/cluster/components"), filepath.Join(cfg.CacheDir, "components"), name)
+	builder := component.Builder{
+		Source: filepath.Join(source, "test/cluster/components"), Cache: filepath.Join(cfg.CacheDir, "components"),
+		Log: cfg.Log, Progress: cfg.Progress,
+	}
+	var mu sync.Mutex
+	binDirs = map[string]string{}
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(sideBySide)
+	for _, name := range names {
+		g.Go(func() error {
+			dir, err := builder.Build(ctx, name)
+			if err != nil {
+				return err
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			binDirs[name] = dir
+			return linkTool(cfg.ToolDir(), dir, tools[name])
+		})
+	}
+	return binDirs, g.Wait()
+}
+
+// sideBySide is how many components are built at the same time: while one downloads or links, another compiles.
+const sideBySide = 2
+
+// tools are the programs for people, by their components.
+var tools = map[string]string{"kubernetes": "kubectl", "helm": "helm"}
+
+// ToolDir has the newest kubectl and helm that were built.
+func (cfg Config) ToolDir() string { return filepath.Join(cfg.CacheDir, "bin") }
+
+// linkTool keeps the newest version of a program at a path that does not change.
+func linkTool(dir, programs, tool string) error {
+	if tool == "" {
+		return nil
+	}
+	link, target := filepath.Join(dir, tool), filepath.Join(programs, tool)
+	if have, err := os.Readlink(link); err == nil && have == target {
+		return nil
+	}
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return fmt.Errorf("link %s: %w", tool, err)
+	}
+	if err := os.Remove(link); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("link %s: %w", tool, err)
+	}
+	if err := os.Symlink(target, link); err != nil && !errors.Is(err, fs.ErrExist) {
+		return fmt.Errorf("link %s: %w", tool, err)
+	}
+	return nil
+}
+
+// logProgress logs once a minute how much of a component is compiled.
+func logProgress(log *slog.Logger) func(name string, done, total int) {
+	var mu sync.Mutex
+	last := map[string]time.Time{}
+	return func(name string, done, total int) {
+		mu.Lock()
+		defer mu.Unlock()
+		if last[name].IsZero() {
+			last[name] = time.Now()
+		}
+		if time.Since(last[name]) >= time.Minute {
+			last[name] = time.Now()
+			log.Info("building", "component", name, "packages", done, "of", total)
+		}
+	}
 }
 
 // Components names what Build can build.

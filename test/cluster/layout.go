@@ -30,7 +30,7 @@ const (
 	clusterDomain = "cluster.local"
 )
 
-// spec is what tells one node from the other.
+// spec is how one node differs from the other.
 type spec struct {
 	Name     string
 	IPv4     string
@@ -42,8 +42,10 @@ type spec struct {
 
 func specs() []spec {
 	return []spec{
-		{Name: "worker1", IPv4: "10.77.0.11", IPv6: "fd77::11", PodCIDR: "10.244.1.0/24", PodCIDR6: "fd44:0:0:1::/64", number: 1},
-		{Name: "worker2", IPv4: "10.77.0.12", IPv6: "fd77::12", PodCIDR: "10.244.2.0/24", PodCIDR6: "fd44:0:0:2::/64", number: 2},
+		{Name: "worker1", IPv4: "10.77.0.11", IPv6: "fd77::11", PodCIDR: "10.244.1.0/24", PodCIDR6: "fd44:0:0:1::/64",
+			number: 1},
+		{Name: "worker2", IPv4: "10.77.0.12", IPv6: "fd77::12", PodCIDR: "10.244.2.0/24", PodCIDR6: "fd44:0:0:2::/64",
+			number: 2},
 	}
 }
 
@@ -74,7 +76,8 @@ func (s spec) bridge(d device) string {
 	return lanBridge
 }
 
-// addresses are those of a device of the node, of IPv4 (/24) and IPv6 (/64); none but a link-local one if they are empty.
+// addresses returns the IPv4 (/24) and IPv6 (/64) address of a device of the node. If they are empty, the device has
+// only a link-local one.
 func (s spec) addresses(d device) (ipv4, ipv6 string) {
 	switch d {
 	case control:
@@ -120,8 +123,20 @@ func Name(getenv func(string) string) (string, error) {
 	return name, nil
 }
 
+// Beside is the name of another cluster for the same checkout: 0 is the cluster of
+// that name itself, 1 the one with a 2 behind its name, and so on up to 8.
+func Beside(name string, n int) (string, error) {
+	if n == 0 {
+		return name, checkName(name)
+	}
+	name += strconv.Itoa(n + 1)
+	return name, checkName(name)
+}
+
+// checkName accepts a letter, a digit from 2 to 9, both, or neither.
 func checkName(name string) error {
-	if name == "" || len(name) == 1 && name[0] >= 'a' && name[0] <= 'z' {
+	letters := strings.TrimRight(name, "23456789")
+	if len(letters) <= 1 && strings.Trim(letters, "abcdefghijklmnopqrstuvwxyz") == "" && len(name)-len(letters) <= 1 {
 		return nil
 	}
 	return fmt.Errorf("a cluster is called by a letter from a to z or, the usual one, by none, not %q", name)
@@ -158,11 +173,15 @@ const netnsDir = "/run/netns"
 func (s state) underlayNetns() string { return s.named("k8slan-underlay") }
 func (s state) underlayPath() string  { return filepath.Join(netnsDir, s.underlayNetns()) }
 
-// address is the API server's for the machine's own programs.
+// address is the API server's for the machine's own programs. Each name has a port of its own.
 func (s state) address() string {
 	port := 26443
-	if s != "" {
-		port += 1 + int(s[0]-'a')
+	for _, c := range s {
+		if c >= 'a' {
+			port += 1 + int(c-'a')
+		} else {
+			port += 27 * int(c-'1')
+		}
 	}
 	return net.JoinHostPort("127.0.0.1", strconv.Itoa(port))
 }

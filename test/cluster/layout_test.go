@@ -53,7 +53,8 @@ func TestConfigurationFilesAreWellFormed(t *testing.T) {
 	}
 	for _, document := range append(strings.Split(objects, "\n---\n"), string(kubelet)) {
 		var object struct{ APIVersion, Kind string }
-		if err := yaml.Unmarshal([]byte(document), &object); err != nil || object.Kind == "" || object.APIVersion == "" {
+		if err := yaml.Unmarshal([]byte(document), &object); err != nil || object.Kind == "" ||
+			object.APIVersion == "" {
 			t.Errorf("%+v, error %v, in\n%s", object, err, document)
 		}
 	}
@@ -70,7 +71,8 @@ func TestPortNamesFitTheKernel(t *testing.T) {
 }
 
 func TestOnlyTheNodesDevicesCanBeBroken(t *testing.T) {
-	for name, want := range map[string]bool{"eth0": true, "eth1": true, "eth2": true, "eth3": true, "eth4": true, "eth5": false, "lo": false, "": false} {
+	for name, want := range map[string]bool{"eth0": true, "eth1": true, "eth2": true, "eth3": true, "eth4": true,
+		"eth5": false, "lo": false, "": false} {
 		if _, err := parseDevice(name); (err == nil) != want {
 			t.Errorf("%q: %v", name, err)
 		}
@@ -91,7 +93,7 @@ func TestCacheDirectory(t *testing.T) {
 
 func TestClustersOfOneMachineShareNoName(t *testing.T) {
 	taken := map[string]state{}
-	for _, s := range []state{"", "a", "b", "z"} {
+	for _, s := range []state{"", "a", "b", "z", "2", "3", "9", "a2", "b2", "z9"} {
 		if err := checkName(string(s)); err != nil {
 			t.Error(err)
 		}
@@ -104,11 +106,29 @@ func TestClustersOfOneMachineShareNoName(t *testing.T) {
 	}
 }
 
-func TestClusterNameIsALetter(t *testing.T) {
-	for value, ok := range map[string]bool{"": true, "b": true, "B": false, "bb": false, "/": false, "1": false} {
+func TestClusterNameIsALetterAndADigit(t *testing.T) {
+	for value, ok := range map[string]bool{
+		"": true, "b": true, "2": true, "b2": true,
+		"B": false, "bb": false, "/": false, "1": false, "22": false, "2b": false, "b22": false,
+	} {
 		name, err := Name(func(string) string { return value })
 		if (err == nil) != ok || ok && name != value {
 			t.Errorf("K8SLAN_CLUSTER=%q: %q, %v", value, name, err)
 		}
+	}
+}
+
+func TestACheckoutHasClustersBesideItsFirst(t *testing.T) {
+	for _, c := range []struct {
+		name string
+		n    int
+		want string
+	}{{"", 0, ""}, {"", 1, "2"}, {"b", 0, "b"}, {"b", 1, "b2"}, {"b", 2, "b3"}} {
+		if got, err := Beside(c.name, c.n); err != nil || got != c.want {
+			t.Errorf("Beside(%q, %d) is %q, %v; want %q", c.name, c.n, got, err, c.want)
+		}
+	}
+	if got, err := Beside("2", 1); err == nil {
+		t.Errorf("there is a cluster %q beside cluster 2", got)
 	}
 }

@@ -25,7 +25,8 @@ func (s state) createUnderlay() error {
 		return fmt.Errorf("make network namespace %s: %w", s.underlayNetns(), err)
 	}
 	err := setSysctls(s.underlayPath(), map[string]string{
-		"net/ipv4/ip_forward":          "1", // webhooks and Services: the control plane reaches pods through their nodes
+		// webhooks and Services: the control plane reaches pods through their nodes
+		"net/ipv4/ip_forward":          "1",
 		"net/ipv6/conf/all/forwarding": "1",
 		// Ports and the LANs' bridge say nothing of their own.
 		"net/ipv6/conf/default/disable_ipv6": "1",
@@ -41,7 +42,8 @@ func (s state) createUnderlay() error {
 		if err := setUp(h, "lo"); err != nil {
 			return err
 		}
-		bridges, addresses := []string{controlBridge, lanBridge, subnetBridge}, map[string][2]string{controlBridge: {controlIPv4, controlIPv6}}
+		bridges, addresses := []string{controlBridge, lanBridge, subnetBridge},
+			map[string][2]string{controlBridge: {controlIPv4, controlIPv6}}
 		for _, n := range specs() {
 			ipv4, ipv6 := n.router()
 			bridges, addresses[n.bridge(routed)] = append(bridges, n.bridge(routed)), [2]string{ipv4, ipv6}
@@ -52,7 +54,8 @@ func (s state) createUnderlay() error {
 			}
 		}
 		for name, a := range addresses {
-			if err := setSysctls(s.underlayPath(), map[string]string{"net/ipv6/conf/" + name + "/disable_ipv6": "0"}); err != nil {
+			if err := setSysctls(s.underlayPath(),
+				map[string]string{"net/ipv6/conf/" + name + "/disable_ipv6": "0"}); err != nil {
 				return err
 			}
 			if err := errors.Join(askOften(s.underlayPath(), name), address(h, name, a[0], a[1])); err != nil {
@@ -92,8 +95,8 @@ func (s state) dropMulticast() error {
 
 // shareNetnsDir makes the folder of named network namespaces a shared mount of
 // its own, as ip-netns(8) does before it makes its first. Done later, by
-// somebody's "ip netns add", it would cover the cluster's name, and nobody
-// could remove that any more.
+// another program's "ip netns add", it would cover the cluster's name, which
+// could then not be removed.
 func shareNetnsDir() error {
 	if err := os.MkdirAll(netnsDir, 0o755); err != nil {
 		return err
@@ -207,7 +210,7 @@ func askOften(netns, device string) error {
 }
 
 // configure sets a device of the node up and gives it its addresses and the
-// node its routes by it, as far as they are not there.
+// node its routes by it, unless they exist.
 func (n *Node) configure(h *netlink.Handle, d device) error {
 	if err := setUp(h, d.String()); err != nil {
 		return err
@@ -280,7 +283,7 @@ func (n *Node) unplug(d device) error {
 		if err != nil {
 			return fmt.Errorf("find %s: %w", n.port(d), err)
 		}
-		// A node that loses power takes its devices along at any moment.
+		// The devices vanish at any moment when a node loses power.
 		if err := h.LinkDel(port); err != nil && !errors.Is(err, unix.ENODEV) {
 			return fmt.Errorf("remove %s: %w", n.port(d), err)
 		}
@@ -298,7 +301,7 @@ func (n *Node) UnderlayPort(dev string) (netns, port string, err error) {
 	return n.state.underlayPath(), n.port(d), nil
 }
 
-// CutUnderlay takes a device's carrier away: the cable is out.
+// CutUnderlay removes a device's carrier, as if its cable were pulled.
 func (n *Node) CutUnderlay(dev string) error {
 	d, err := parseDevice(dev)
 	if err != nil {
@@ -316,7 +319,7 @@ func (n *Node) CutUnderlay(dev string) error {
 	})
 }
 
-// RemoveUnderlay deletes a device of the node: the card is out.
+// RemoveUnderlay deletes a device of the node, as if its card were pulled.
 func (n *Node) RemoveUnderlay(dev string) error {
 	d, err := parseDevice(dev)
 	if err != nil {
@@ -385,8 +388,8 @@ func setUp(h *netlink.Handle, name string) error {
 	return nil
 }
 
-// address gives a device its IPv4 (/24) and IPv6 (/64) address, if it has not
-// got them; the latter is usable at once.
+// address gives a device its IPv4 (/24) and IPv6 (/64) address, unless it has
+// them. The IPv6 address is usable at once.
 func address(h *netlink.Handle, name, ipv4, ipv6 string) error {
 	link, err := h.LinkByName(name)
 	if err != nil {

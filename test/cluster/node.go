@@ -72,7 +72,7 @@ func (n *Node) KillProcess(ctx context.Context, name string) error {
 			continue // another one, or one that has ended meanwhile
 		}
 		if err != nil {
-			return fmt.Errorf("look at process %d of %s: %w", pid, n.Name, err)
+			return fmt.Errorf("identify process %d of %s: %w", pid, n.Name, err)
 		}
 		if err := r.Stop(ctx, unix.SIGKILL); err != nil {
 			return fmt.Errorf("kill %s in %s: %w", name, n.Name, err)
@@ -134,7 +134,8 @@ func (n *Node) RestartKubelet(ctx context.Context) error {
 // above all, is lost; its disk (nodeinit.Kept) stays.
 func (n *Node) PowerOff(ctx context.Context) error {
 	for _, d := range devices() {
-		// First: the kernel ends a killed process's connections, and without power nobody says goodbye.
+		// This comes first: the kernel closes the connections of a killed process, and without power nothing closes
+		// them.
 		if err := n.unplug(d); err != nil {
 			return err
 		}
@@ -266,12 +267,12 @@ func (n *Node) waitReady(ctx context.Context) error {
 const (
 	startTimeout = 3 * time.Minute       // for any one process to become ready
 	waitDelay    = 5 * time.Second       // for a helper's streams to close after its end
-	tryInterval  = 20 * time.Millisecond // between looks at a process that is starting
+	tryInterval  = 20 * time.Millisecond // between checks of a process that is starting
 )
 
-// until calls ready until it returns nil, the process has ended or a minute is
-// over. A program that is starting says nowhere when its socket listens, so
-// this tries.
+// until calls ready until it returns nil, the process has ended or startTimeout
+// is over. A starting program reports nowhere when its socket listens, so
+// until tries.
 func (s state) until(ctx context.Context, name string, r process.Record, ready func(context.Context) error) error {
 	ctx, cancel := context.WithTimeout(ctx, startTimeout)
 	defer cancel()

@@ -40,7 +40,7 @@ func (s state) helper(ctx context.Context, args ...string) *exec.Cmd {
 	return cmd
 }
 
-// spawn starts a process that goes on running, and remembers it by name.
+// spawn starts a process that continues to run, and records it by name.
 func (s state) spawn(ctx context.Context, place, name string, argv ...string) (process.Record, error) {
 	r, err := s.spawned(ctx, name, append([]string{"spawn", place, "--"}, argv...)...)
 	if err != nil {
@@ -49,7 +49,7 @@ func (s state) spawn(ctx context.Context, place, name string, argv ...string) (p
 	return r, nil
 }
 
-// spawned runs the helper, which prints the number of the process it started,
+// spawned runs the helper, which prints the ID of the process it started,
 // with the log of the process as standard error.
 func (s state) spawned(ctx context.Context, name string, args ...string) (process.Record, error) {
 	log, err := os.OpenFile(s.log(name), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
@@ -99,8 +99,8 @@ func (s state) tail(name string) string {
 }
 
 // Spawn starts argv in a place, a node or one of the two beside them, with its
-// output on standard error, prints its number on out and lets it go. It moves
-// the calling program there: it is what the helper does.
+// output on standard error, prints its process ID on out and does not wait for
+// it. It moves the calling program there: it is what the helper does.
 func Spawn(name, place string, argv []string, out io.Writer) error {
 	s := state(name)
 	if err := s.enter(place); err != nil {
@@ -117,7 +117,7 @@ func Spawn(name, place string, argv []string, out io.Writer) error {
 	return err
 }
 
-// SpawnNode starts the first process of a node and prints its number; like
+// SpawnNode starts the first process of a node and prints its process ID; like
 // Spawn it is what the helper does.
 func SpawnNode(cluster, name string, out io.Writer) error {
 	s := state(cluster)
@@ -189,9 +189,9 @@ func Forward(log *slog.Logger, name string) error {
 	return forward.Serve(log, listener, s.underlayPath(), apiServer)
 }
 
-// enter moves the calling program to a place, for ever.
+// enter moves the calling program to a place for good.
 func (s state) enter(place string) error {
-	// What is looked for there, is looked for in its own directories.
+	// The program searches the directories of that place.
 	if err := os.Setenv("PATH", s.searchPath()); err != nil {
 		return err
 	}

@@ -32,15 +32,15 @@ func packages() []string {
 func components() []string { return []string{"kubernetes", "etcd", "containerd", "cni", "multus"} }
 
 // Up brings the cluster up and returns when both nodes are Ready and have the
-// images. If one is up already, it returns that as it is. Leftovers of one
-// that is not are removed first. It needs root.
+// images. If one is up already, it returns that one unchanged. It first removes
+// what an earlier cluster left. It needs root.
 //
-// If it fails, what has been started stays, to be looked at; Down removes it.
+// If it fails, what has been started stays for inspection; Down removes it.
 func Up(ctx context.Context, cfg Config) (*Cluster, error) {
 	cfg = cfg.withDefaults()
 	c, err := Open(cfg.Name)
 	if err == nil {
-		cfg.Log.Info("the cluster is up already; its images are left as they are", "state", c.state.dir())
+		cfg.Log.Info("the cluster is up already; its images stay", "state", c.state.dir())
 		return c, nil
 	}
 	if !errors.Is(err, ErrNotUp) {
@@ -54,7 +54,8 @@ func Up(ctx context.Context, cfg Config) (*Cluster, error) {
 	}
 	c = newCluster(cfg)
 	if err := c.up(ctx, cfg); err != nil {
-		return nil, fmt.Errorf("bring up the cluster: %w\nlogs are in %s; `cluster down` removes what was started", err, c.Logs())
+		return nil, fmt.Errorf("bring up the cluster: %w\nlogs are in %s; `cluster down` removes what was started", err,
+			c.Logs())
 	}
 	return c, nil
 }
@@ -80,14 +81,11 @@ func (c *Cluster) up(ctx context.Context, cfg Config) error {
 	if err := c.start(ctx, cfg.Images); err != nil {
 		return err
 	}
-	kubectl, err := linkKubectl(cfg.CacheDir, programs["kubernetes"])
-	if err != nil {
-		return err
-	}
 	if err := c.finish(); err != nil {
 		return err
 	}
-	c.log.Info("the cluster is up", "seconds", int(time.Since(begin).Seconds()), "kubeconfig", c.Kubeconfig(), "kubectl", kubectl)
+	c.log.Info("the cluster is up", "seconds", int(time.Since(begin).Seconds()), "kubeconfig", c.Kubeconfig(),
+		"tools", cfg.ToolDir())
 	return nil
 }
 
@@ -97,11 +95,8 @@ func (c *Cluster) prepare(ctx context.Context, cfg Config) (programs map[string]
 	if err := debian.Install(ctx, cfg.Log, packages()...); err != nil {
 		return nil, err
 	}
-	programs = map[string]string{}
-	for _, name := range components() {
-		if programs[name], err = Build(ctx, cfg, name); err != nil {
-			return nil, err
-		}
+	if programs, err = BuildAll(ctx, cfg, components()...); err != nil {
+		return nil, err
 	}
 	source, err := moduleDir(ctx)
 	if err != nil {
@@ -323,8 +318,9 @@ func (c *Cluster) startAPI(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	// Before the API server: the first look at that goes through it.
-	if _, err := c.state.spawn(ctx, placeMachine, "proxy", c.state.bin("cluster"), "--name", string(c.state), "proxy"); err != nil {
+	// The forwarder comes first: the check of the API server goes through it.
+	if _, err := c.state.spawn(ctx, placeMachine, "proxy", c.state.bin("cluster"), "--name", string(c.state),
+		"proxy"); err != nil {
 		return err
 	}
 	return c.StartAPIServer(ctx)
@@ -368,7 +364,8 @@ func (c *Cluster) apiServerFlags() []string {
 		"--cert-dir=" + c.state.path("pki"),
 		"--tls-cert-file=" + pki("apiserver.crt"), "--tls-private-key-file=" + pki("apiserver.key"),
 		"--client-ca-file=" + pki("ca.crt"),
-		"--kubelet-client-certificate=" + pki("kubelet-client.crt"), "--kubelet-client-key=" + pki("kubelet-client.key"),
+		"--kubelet-client-certificate=" + pki("kubelet-client.crt"), "--kubelet-client-key=" +
+			pki("kubelet-client.key"),
 		"--kubelet-preferred-address-types=InternalIP",
 		"--service-account-issuer=https://kubernetes.default.svc",
 		"--service-account-key-file=" + pki("service-accounts.pub"),
@@ -379,7 +376,8 @@ func (c *Cluster) apiServerFlags() []string {
 		"--requestheader-username-headers=X-Remote-User", "--requestheader-group-headers=X-Remote-Group",
 		"--requestheader-extra-headers-prefix=X-Remote-Extra-",
 		"--proxy-client-cert-file=" + pki("front-proxy.crt"), "--proxy-client-key-file=" + pki("front-proxy.key"),
-		"--enable-aggregator-routing=true", // there is no kube-proxy beside the API server: it calls endpoints, not Services
+		// there is no kube-proxy beside the API server: it calls endpoints, not Services
+		"--enable-aggregator-routing=true",
 		// Pods leave a dead node within half a minute, not five.
 		"--default-not-ready-toleration-seconds=20", "--default-unreachable-toleration-seconds=20",
 	}
@@ -390,20 +388,24 @@ func (c *Cluster) apiServerFlags() []string {
 func (c *Cluster) startControllers(ctx context.Context) error {
 	flags := func(kubeconfig string, more ...string) []string {
 		path := c.state.pki(kubeconfig + ".kubeconfig")
-		return append(more, "--kubeconfig="+path, "--authentication-kubeconfig="+path, "--authorization-kubeconfig="+path,
+		return append(more, "--kubeconfig="+path, "--authentication-kubeconfig="+path,
+			"--authorization-kubeconfig="+path,
 			"--leader-elect=false", "--cert-dir="+c.state.path("pki"))
 	}
-	manager, err := c.state.spawn(ctx, placeControlPlane, "kube-controller-manager", flags("controller-manager", "kube-controller-manager",
-		"--service-account-private-key-file="+c.state.pki("service-accounts.key"), "--root-ca-file="+c.state.pki("ca.crt"),
-		"--use-service-account-credentials=true",
-		"--kube-api-qps=500", "--kube-api-burst=500", // else it holds back for seconds when it starts
-		"--cluster-signing-cert-file="+c.state.pki("ca.crt"), "--cluster-signing-key-file="+c.state.pki("ca.key"),
-		// A dead node shows after eight seconds, not fifty; kubelets renew their leases every second.
-		"--node-monitor-period=1s", "--node-monitor-grace-period=8s")...)
+	manager, err := c.state.spawn(ctx, placeControlPlane, "kube-controller-manager",
+		flags("controller-manager", "kube-controller-manager",
+			"--service-account-private-key-file="+c.state.pki("service-accounts.key"),
+			"--root-ca-file="+c.state.pki("ca.crt"),
+			"--use-service-account-credentials=true",
+			"--kube-api-qps=500", "--kube-api-burst=500", // else it holds back for seconds when it starts
+			"--cluster-signing-cert-file="+c.state.pki("ca.crt"), "--cluster-signing-key-file="+c.state.pki("ca.key"),
+			// A dead node shows after eight seconds, not fifty; kubelets renew their leases every second.
+			"--node-monitor-period=1s", "--node-monitor-grace-period=8s")...)
 	if err != nil {
 		return err
 	}
-	if _, err := c.state.spawn(ctx, placeControlPlane, "kube-scheduler", flags("scheduler", "kube-scheduler")...); err != nil {
+	if _, err := c.state.spawn(ctx, placeControlPlane, "kube-scheduler",
+		flags("scheduler", "kube-scheduler")...); err != nil {
 		return err
 	}
 	client, err := c.state.client()
@@ -419,28 +421,14 @@ func (c *Cluster) applyManifests(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	apply := exec.CommandContext(ctx, c.Kubectl(), "--kubeconfig="+c.Kubeconfig(), "--cache-dir="+c.state.path("kubectl-cache"),
+	apply := exec.CommandContext(ctx, c.Kubectl(), "--kubeconfig="+c.Kubeconfig(),
+		"--cache-dir="+c.state.path("kubectl-cache"),
 		"apply", "--server-side", "-f", "-")
 	apply.Stdin = strings.NewReader(objects)
 	if _, err := output(apply); err != nil {
 		return fmt.Errorf("create the cluster's first objects: %w", err)
 	}
 	return nil
-}
-
-// linkKubectl keeps the newest kubectl at a path that does not change.
-func linkKubectl(cache, programs string) (string, error) {
-	link := filepath.Join(cache, "bin", "kubectl")
-	if err := os.MkdirAll(filepath.Dir(link), 0o755); err != nil {
-		return "", fmt.Errorf("link kubectl: %w", err)
-	}
-	if err := os.Remove(link); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return "", fmt.Errorf("link kubectl: %w", err)
-	}
-	if err := os.Symlink(filepath.Join(programs, "kubectl"), link); err != nil {
-		return "", fmt.Errorf("link kubectl: %w", err)
-	}
-	return link, nil
 }
 
 // finish marks the cluster as complete.

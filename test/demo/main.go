@@ -12,6 +12,8 @@ import (
 	"syscall"
 	"time"
 
+	"golang.org/x/sync/errgroup"
+
 	"github.com/k8slan/k8slan/test/cluster"
 	"github.com/k8slan/k8slan/test/cluster/install"
 )
@@ -47,12 +49,12 @@ func demo(ctx context.Context) error {
 	defer details.Close()
 	p := &progress{out: os.Stdout, terminal: isTerminal(os.Stdout), began: time.Now()}
 	bed, err := install.New(ctx, cluster.Config{
-		Name: name, CacheDir: cache, Log: slog.New(slog.NewTextHandler(details, nil)),
+		Name: name, CacheDir: cache, Log: slog.New(slog.NewTextHandler(details, nil)), Progress: p.building,
 	})
 	if err != nil {
 		return err
 	}
-	fmt.Fprintf(p.out, "details: %s\n", details.Name())
+	fmt.Fprintf(p.out, "details: %s\nthe first time, to build all of it takes minutes\n", details.Name())
 	if err := setUp(ctx, p, bed); err != nil {
 		return fmt.Errorf("%w\ndetails are in %s and %s", err, details.Name(), cluster.LogDir(name))
 	}
@@ -65,19 +67,15 @@ func demo(ctx context.Context) error {
 
 // setUp goes from whatever the machine has to three attachments that are ready.
 func setUp(ctx context.Context, p *progress, bed *install.Bed) error {
-	for _, name := range cluster.Components() {
-		build := func(ctx context.Context) error { return bed.Program(ctx, name) }
-		if err := p.step(ctx, name+", built from its Go module"+patience(name), build); err != nil {
-			return err
-		}
-	}
 	for _, s := range []struct {
 		what string
 		do   func(context.Context) error
 	}{
-		{"images of the pods and of the VM", bed.Images},
+		{"Kubernetes, Helm and k8slan, built from their Go modules", func(ctx context.Context) error {
+			return buildAll(ctx, bed)
+		}},
 		{"a cluster: worker1 and worker2", bed.Up},
-		{"k8slan, built and loaded into both nodes", bed.Build},
+		{"k8slan, loaded into both nodes", bed.Load},
 		{"k8slan, installed with Helm", func(ctx context.Context) error { return bed.Chart(ctx) }},
 		{"LAN lan-example, with the spokes srl and vm", func(ctx context.Context) error { return applyLAN(ctx, bed) }},
 		{"a third spoke, host, while it runs", func(ctx context.Context) error { return addSpoke(ctx, bed) }},
@@ -91,12 +89,12 @@ func setUp(ctx context.Context, p *progress, bed *install.Bed) error {
 	return nil
 }
 
-// patience says what to expect of the one step that takes long.
-func patience(component string) string {
-	if component == "kubernetes" {
-		return " (the first time: 6 minutes)"
-	}
-	return ""
+// buildAll builds everything that can be built without a cluster, side by side.
+func buildAll(ctx context.Context, bed *install.Bed) error {
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return bed.Components(ctx) })
+	g.Go(func() error { return bed.Build(ctx) })
+	return g.Wait()
 }
 
 func applyLAN(ctx context.Context, bed *install.Bed) error {
@@ -112,7 +110,8 @@ func awaitLAN(ctx context.Context, bed *install.Bed) error {
 }
 
 func addSpoke(ctx context.Context, bed *install.Bed) error {
-	if _, err := bed.Kubectl(ctx, "patch", "lan", "lan-example", "--type=merge", "-p", `{"spec":{"spokes":["srl","vm","host"]}}`); err != nil {
+	if _, err := bed.Kubectl(ctx, "patch", "lan", "lan-example", "--type=merge", "-p",
+		`{"spec":{"spokes":["srl","vm","host"]}}`); err != nil {
 		return err
 	}
 	return awaitLAN(ctx, bed)

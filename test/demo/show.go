@@ -42,7 +42,7 @@ func show(ctx context.Context, out io.Writer, bed *install.Bed) error {
 	return errors.Join(append(failed, showLLDP(ctx, out, bed))...)
 }
 
-// showNodes prints each node's segment as its LANNode tells it.
+// showNodes prints each node's segments from its LANNode.
 func showNodes(ctx context.Context, out io.Writer, bed *install.Bed) error {
 	text, err := bed.Kubectl(ctx, "get", "lannodes", "-o", "json")
 	if err != nil {
@@ -55,7 +55,8 @@ func showNodes(ctx context.Context, out io.Writer, bed *install.Bed) error {
 	for _, n := range nodes.Items {
 		fmt.Fprintf(out, "\n%s\n", n.Name)
 		for _, s := range n.Status.Segments {
-			fmt.Fprintf(out, " └ LAN %s  mtu %d  netns %s  %s\n    ├ vxlan over %s (%s)\n", s.LAN, s.MTU, s.NS, s.State, s.Underlay, s.VTEP)
+			fmt.Fprintf(out, " └ LAN %s  mtu %d  netns %s  %s\n    ├ vxlan over %s (%s)\n", s.LAN, s.MTU, s.NS, s.State,
+				s.Underlay, s.VTEP)
 			for _, a := range s.Attachments {
 				fmt.Fprintf(out, "    ├ %-5s %-7s %s  %s  %s\n", a.Spoke, a.Kind, a.Pod, a.Interface, a.MAC)
 			}
@@ -100,7 +101,8 @@ func showLLDP(ctx context.Context, out io.Writer, bed *install.Bed) error {
 
 // sendLLDP returns when the frame was seen in the guest.
 func sendLLDP(ctx context.Context, bed *install.Bed) error {
-	listen := bed.KubectlCommand(ctx, "exec", "vm-1", "--", "/vm", "exec", "frames", "-i", "eth0", "listen", "--ethertype", "0x88cc", "-n", "1", "--for", "20s")
+	listen := bed.KubectlCommand(ctx, "exec", "vm-1", "--", "/vm", "exec", "frames", "-i", "eth0", "listen",
+		"--ethertype", "0x88cc", "-n", "1", "--for", "20s")
 	stderr, err := listen.StderrPipe()
 	if err != nil {
 		return err
@@ -116,12 +118,12 @@ func sendLLDP(ctx context.Context, bed *install.Bed) error {
 }
 
 func next(bed *install.Bed) string {
-	return fmt.Sprintf(`  export KUBECONFIG=%s; alias kubectl=%s
+	return fmt.Sprintf(`  export KUBECONFIG=%s PATH=$PATH:%s
   kubectl get lans,lannodes -A
   kubectl describe lan lan-example
   kubectl exec -it srl-1 -- ping 192.0.2.3
   kubectl exec -it vm-1 -- /vm exec ip addr          # in the guest
   go run ./test/cluster/cmd/cluster exec worker1 -- nsenter --net=/run/k8slan/netns/knlvrf ip -d link
-  make cluster-down                                  # takes everything away again
-`, bed.Cluster.Kubeconfig(), bed.Cluster.Kubectl())
+  make cluster-down                                  # removes all of it
+`, bed.Cluster.Kubeconfig(), bed.ToolDir())
 }

@@ -23,14 +23,17 @@ func (l lab) awaitState(name string, state v1beta1.LANState, sentence string) *v
 	})
 }
 
-// leavesNothing awaits that nothing of a LAN is left on the node; its spokes' names begin with the LAN's.
-func (m machine) leavesNothing(lan string) {
+// awaitNothingOfLAN returns when nothing of a LAN is left on the node. The names of its spokes begin with its own name.
+func (m machine) awaitNothingOfLAN(lan string) {
 	m.Helper()
 	ours := func(file string) bool {
 		return strings.HasPrefix(file, m.namespace+"."+lan) || strings.Contains(file, lan+"-")
 	}
-	for _, dir := range []string{"/run/k8slan/netns", "/run/k8slan/lan", "/run/k8slan/lock", "/var/run/cdi", "/var/lib/kubelet/device-plugins"} {
-		m.until("all of LAN "+lan+" to go from "+dir, func() bool { return !slices.ContainsFunc(m.files(dir), ours) })
+	for _, dir := range []string{"/run/k8slan/netns", "/run/k8slan/lan", "/run/k8slan/lock", "/var/run/cdi",
+		"/var/lib/kubelet/device-plugins"} {
+		m.until("the files of LAN "+lan+" to leave "+dir, func() bool {
+			return !slices.ContainsFunc(m.files(dir), ours)
+		})
 	}
 }
 
@@ -39,11 +42,14 @@ func TestDeletedLANStaysForItsPodsAndThenLeavesNothing(t *testing.T) {
 	one, two := l.pair("left", 1074)
 	begin := time.Now()
 	l.delete(&v1beta1.LAN{}, "left")
-	both := "left stays until its pods are gone: " + l.namespace + "/left-1 on worker1 (spoke left-1), " + l.namespace + "/left-2 on worker2 (spoke left-2)"
+	both := "left stays until its pods are gone: " + l.namespace + "/left-1 on worker1 (spoke left-1), " + l.namespace +
+		"/left-2 on worker2 (spoke left-2)"
 	l.awaitState("left", v1beta1.StateDeleting, both)
-	l.logTime("until the deleted LAN said which pods hold it", begin)
+	l.logTime("until the deleted LAN named the pods that hold it", begin)
 	l.awaitEvent("left", v1beta1.ReasonInUse, both)
-	l.awaitSegment(worker2, "left", "leaving", func(s v1beta1.SegmentStatus) bool { return s.State == v1beta1.SegmentLeaving })
+	l.awaitSegment(worker2, "left", "leaving", func(s v1beta1.SegmentStatus) bool {
+		return s.State == v1beta1.SegmentLeaving
+	})
 	for _, node := range []string{worker1, worker2} {
 		l.awaitAllocatable(node, "left-3", 0)
 	}
@@ -52,29 +58,31 @@ func TestDeletedLANStaysForItsPodsAndThenLeavesNothing(t *testing.T) {
 	one.pings(address(2))
 
 	l.delete(&corev1.Pod{}, two.pod)
-	l.awaitState("left", v1beta1.StateDeleting, "left stays until its pods are gone: "+l.namespace+"/left-1 on worker1 (spoke left-1)")
+	l.awaitState("left", v1beta1.StateDeleting,
+		"left stays until its pods are gone: "+l.namespace+"/left-1 on worker1 (spoke left-1)")
 	l.delete(&corev1.Pod{}, one.pod)
 	l.awaitPodGone(one.pod)
 	begin = time.Now()
 	l.awaitGone("left")
-	l.logTime("from the end of the last pod to that of the LAN", begin)
+	l.logTime("from the end of the last pod to the end of the LAN", begin)
 	for _, m := range l.machines() {
-		m.leavesNothing("left")
+		m.awaitNothingOfLAN("left")
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
-	_, err := await(ctx, bed.client, &nadv1.NetworkAttachmentDefinitionList{}, []client.ListOption{client.InNamespace(l.namespace)},
+	_, err := await(ctx, l.bed.client, &nadv1.NetworkAttachmentDefinitionList{},
+		[]client.ListOption{client.InNamespace(l.namespace)},
 		func(all []*nadv1.NetworkAttachmentDefinition) bool { return len(all) == 0 })
 	if err != nil {
-		t.Fatalf("waited for the LAN's NADs to go: %v", err)
+		t.Fatalf("waited for the end of the LAN's NADs: %v", err)
 	}
 }
 
-func TestLANIsDeletedAndMadeAgainAtOnce(t *testing.T) {
+func TestLANIsDeletedAndRecreatedAtOnce(t *testing.T) {
 	l := newLab(t)
 	one, two := l.pair("before", 1090)
 
-	// Under another name, while pods hang on the first.
+	// Under another name, while pods are attached to the first.
 	l.delete(&v1beta1.LAN{}, "before")
 	l.apply(l.lanYAML("after", 1090, []string{"before-1", "before-2", "after-3"}))
 	inUse := "vni 1090 is still in use by " + l.namespace + "/before (being deleted)"
@@ -98,13 +106,13 @@ func TestLANIsDeletedAndMadeAgainAtOnce(t *testing.T) {
 		l.awaitPodGone(s.pod)
 	}
 
-	// Under the same name, with the same of everything.
+	// Under the same name, with the same spec.
 	begin = time.Now()
 	l.delete(&v1beta1.LAN{}, "after")
 	l.awaitGone("after")
-	l.logTime("deletion of a LAN that nobody uses", begin)
+	l.logTime("deletion of a LAN without pods", begin)
 	l.lan("after", 1090, []string{"before-1", "before-2", "after-3"})
-	l.logTime("until it was made again and Ready", begin)
+	l.logTime("until it was created again and Ready", begin)
 	third := l.start(pod("third-1", worker1, "before-1"), pod("third-2", worker2, "before-2"))
 	for i, s := range third {
 		s.address(address(i+1) + "/24")
@@ -113,22 +121,27 @@ func TestLANIsDeletedAndMadeAgainAtOnce(t *testing.T) {
 }
 
 func TestDeadNodeDoesNotHoldADeletedLAN(t *testing.T) {
+	l := newLab(t)
 	for _, c := range []struct {
 		name, why string
 		vni       int
 		lose      func(l lab, ctx context.Context) error
 	}{
-		// Its Node is gone, or its LANNode: that is deleted with it.
+		// The reason names the Node, or the LANNode, which is deleted with it.
 		{"gone", "Node is gone)", 1091, func(l lab, ctx context.Context) error {
-			return bed.client.Delete(ctx, &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: worker2}})
+			return l.bed.client.Delete(ctx, &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: worker2}})
 		}},
 		{"out", "it is out of service)", 1092, func(l lab, ctx context.Context) error {
-			one(l, &corev1.NodeList{}, "", worker2, "not ready", func(n *corev1.Node) bool { return n != nil && !isNodeReady(n) })
-			return taint(ctx, worker2, corev1.Taint{Key: corev1.TaintNodeOutOfService, Value: "nodeshutdown", Effect: corev1.TaintEffectNoExecute})
+			one(l, &corev1.NodeList{}, "", worker2, "not ready", func(n *corev1.Node) bool {
+				return n != nil && !isNodeReady(n)
+			})
+			return l.bed.taint(ctx, worker2, corev1.Taint{
+				Key: corev1.TaintNodeOutOfService, Value: "nodeshutdown", Effect: corev1.TaintEffectNoExecute,
+			})
 		}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			l := newLab(t)
+			l := l.fresh(t)
 			one, _ := l.pair(c.name, c.vni)
 			ctx, cancel := context.WithTimeout(t.Context(), 3*patience)
 			defer cancel()
@@ -143,19 +156,19 @@ func TestDeadNodeDoesNotHoldADeletedLAN(t *testing.T) {
 				t.Fatal(err)
 			}
 			l.awaitGone(c.name)
-			l.logTime("from the node's death to the end of the LAN", begin)
+			l.logTime("from the loss of the node to the end of the LAN", begin)
 			l.awaitEvent(c.name, v1beta1.ReasonNodeLost, "may still forward", "node worker2 (it", c.why)
 
 			m.powerOn(ctx)
-			if err := taint(ctx, worker2); err != nil {
+			if err := l.bed.taint(ctx, worker2); err != nil {
 				t.Fatal(err)
 			}
-			if err := bed.awaitInstalled(ctx); err != nil {
+			if err := l.bed.awaitInstalled(ctx); err != nil {
 				t.Fatal(err)
 			}
-			m.leavesNothing(c.name)
+			m.awaitNothingOfLAN(c.name)
 			l.awaitNothingOn(worker2, c.name)
-			l.lan(c.name, c.vni, []string{c.name + "-1", c.name + "-2"}) // takes the VNI and both nodes again
+			l.lan(c.name, c.vni, []string{c.name + "-1", c.name + "-2"}) // uses the VNI and both nodes again
 		})
 	}
 }
@@ -166,22 +179,26 @@ func isNodeReady(n *corev1.Node) bool {
 	})
 }
 
-// taint gives a node the taint of one that is out of service, or takes it away.
-func taint(ctx context.Context, node string, taints ...corev1.Taint) error {
+// taint replaces the out-of-service taint of a node by these taints.
+func (b *testbed) taint(ctx context.Context, node string, taints ...corev1.Taint) error {
 	n := &corev1.Node{}
-	if err := bed.client.Get(ctx, client.ObjectKey{Name: node}, n); err != nil {
+	if err := b.client.Get(ctx, client.ObjectKey{Name: node}, n); err != nil {
 		return err
 	}
 	before := n.DeepCopy()
-	n.Spec.Taints = slices.DeleteFunc(n.Spec.Taints, func(t corev1.Taint) bool { return t.Key == corev1.TaintNodeOutOfService })
+	n.Spec.Taints = slices.DeleteFunc(n.Spec.Taints, func(t corev1.Taint) bool {
+		return t.Key == corev1.TaintNodeOutOfService
+	})
 	n.Spec.Taints = append(n.Spec.Taints, taints...)
-	return bed.client.Patch(ctx, n, client.MergeFrom(before))
+	return b.client.Patch(ctx, n, client.MergeFrom(before))
 }
 
 // awaitNothingOn returns when a node reports nothing of a LAN.
 func (l lab) awaitNothingOn(node, lan string) {
 	l.Helper()
 	one(l, &v1beta1.LANNodeList{}, "", node, "without LAN "+lan, func(n *v1beta1.LANNode) bool {
-		return n != nil && !slices.ContainsFunc(n.Status.Segments, func(s v1beta1.SegmentStatus) bool { return s.LAN == l.namespace+"/"+lan })
+		return n != nil && !slices.ContainsFunc(n.Status.Segments, func(s v1beta1.SegmentStatus) bool {
+			return s.LAN == l.namespace+"/"+lan
+		})
 	})
 }

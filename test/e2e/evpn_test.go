@@ -17,16 +17,18 @@ import (
 	"github.com/k8slan/k8slan/test/cluster/install"
 )
 
-// The networks carry no multicast, and nodes know of each other by the reflectors alone.
+// The networks carry no multicast, so nodes know each other only from the reflectors.
 func TestFramesOfEveryKindCrossByEVPN(t *testing.T) { newLab(t).framesCross(evpns, 1170) }
 
-func TestAPodIsReachedByEVPNAtOnce(t *testing.T) {
+func TestPodIsReachedByEVPNAtOnce(t *testing.T) {
+	l := newLab(t)
 	for i, u := range []underlay{evpn4, evpn6r} {
-		t.Run(u.name, func(t *testing.T) { newLab(t).over(u).podIsReached(1190+i, aMoment, 50*time.Millisecond) })
+		t.Run(u.name, func(t *testing.T) { l.fresh(t).over(u).podIsReached(1190+i, 50*time.Millisecond) })
 	}
 }
 
-// A LAN that does not say is by EVPN where the chart does, and sessions can have a password; while a node's is wrong, its LANs say so.
+// A LAN without a discovery uses EVPN if that is the chart's. Sessions can have a password; while a node's password is
+// wrong, the status of its LANs says so.
 func TestEVPNByDefaultAndWithAPassword(t *testing.T) {
 	u := evpn4
 	u.discovery = ""
@@ -36,8 +38,8 @@ func TestEVPNByDefaultAndWithAPassword(t *testing.T) {
 	l.reinstall()
 	ctx, cancel := context.WithTimeout(t.Context(), 3*patience)
 	defer cancel()
-	l.try(bed.Chart(ctx, "discovery=evpn", "evpn.reflectors.passwordSecret="+secret.Name))
-	l.try(bed.awaitInstalled(ctx))
+	l.try(l.bed.chart(ctx, "discovery=evpn", "evpn.reflectors.passwordSecret="+secret.Name))
+	l.try(l.bed.awaitDeployment(ctx, "k8slan-reflector"))
 	one, two := l.pair("bydefault", 1176)
 	if lan := l.ready("bydefault"); lan.Status.Discovery != string(v1beta1.EVPN) {
 		t.Errorf("status.discovery is %q", lan.Status.Discovery)
@@ -46,18 +48,23 @@ func TestEVPNByDefaultAndWithAPassword(t *testing.T) {
 		l.awaitSessions(node, v1beta1.SessionUp)
 	}
 
-	// The reflectors get another password than the nodes have, and then those get it, too.
+	// The reflectors get another password than the nodes have, and then the nodes get it, too.
+	// The patch sets a strategy that the chart does not have.
+	l.kubectlAfterwards("--namespace", install.Namespace, "delete", "deployment", "k8slan-reflector")
 	losesNothing(one, two, func() {
-		l.kubectl("--namespace", install.Namespace, "patch", "deployment", "k8slan-reflector", "--type", "json", "--patch",
-			`[{"op": "replace", "path": "/spec/template/spec/volumes/0/secret/secretName", "value": "`+other.Name+`"}]`)
+		l.kubectl("--namespace", install.Namespace, "patch", "deployment", "k8slan-reflector", "--type", "json",
+			"--patch",
+			`[{"op": "replace", "path": "/spec/strategy", "value": {"type": "Recreate"}},
+			{"op": "replace", "path": "/spec/template/spec/volumes/0/secret/secretName", "value": "`+other.Name+`"}]`)
 		for _, node := range []string{worker1, worker2} {
 			l.awaitSessions(node, v1beta1.SessionDown)
 			l.awaitSegment(node, "bydefault", "without BGP", func(s v1beta1.SegmentStatus) bool {
-				return s.Reason == v1beta1.ReasonBGPDown && strings.Contains(s.Message, "a wrong password looks like this")
+				return s.Reason == v1beta1.ReasonBGPDown &&
+					strings.Contains(s.Message, "a wrong password looks like this")
 			})
 		}
 		secret.Data = other.Data
-		l.try(bed.client.Update(ctx, secret))
+		l.try(l.bed.client.Update(ctx, secret))
 		begin := time.Now()
 		for _, node := range []string{worker1, worker2} {
 			l.awaitSessions(node, v1beta1.SessionUp)
@@ -66,8 +73,8 @@ func TestEVPNByDefaultAndWithAPassword(t *testing.T) {
 	})
 }
 
-// Both nodes say the same of where a MAC is, and follow a VM that goes to the other.
-func TestMACsAreShownWhereTheyAre(t *testing.T) {
+// Both nodes report the same place of each MAC, also after a VM has moved to the other node.
+func TestKubectlShowsWhereMACsAre(t *testing.T) {
 	l := newLab(t).over(evpn4)
 	one, two := l.pair("macs", 1179)
 	vtep := map[string]string{worker1: l.underlay.vteps[0], worker2: l.underlay.vteps[1]}
@@ -82,11 +89,14 @@ func TestMACsAreShownWhereTheyAre(t *testing.T) {
 		if guest.mac.String() != mac {
 			t.Fatalf("the VM's MAC is %s, it was %s", guest.mac, mac)
 		}
-		l.awaitSegment(node, "macs", "with two attached", func(s v1beta1.SegmentStatus) bool { return len(s.Attachments) == 2 })
+		l.awaitSegment(node, "macs", "with two attachments", func(s v1beta1.SegmentStatus) bool {
+			return len(s.Attachments) == 2
+		})
 		for s, at := range map[string]string{one.mac.String(): worker1, two.mac.String(): worker2, mac: node} {
 			rows := strings.Split(strings.TrimSpace(l.k8slan(0, "macs", "macs", s)), "\n")
-			if len(rows) != 3 || !containsAll(rows[0], []string{"evpn, vni 1179, 3 MACs; 2 nodes asked"}) || !containsAll(rows[2], []string{s, at, vtep[at], " ago "}) {
-				t.Errorf("of %s, which is on %s, kubectl k8slan macs says\n%s", s, at, strings.Join(rows, "\n"))
+			if len(rows) != 3 || !containsAll(rows[0], []string{"evpn, vni 1179, 3 MACs; 2 nodes asked"}) ||
+				!containsAll(rows[2], []string{s, at, vtep[at], " ago "}) {
+				t.Errorf("kubectl k8slan macs shows MAC %s, which is on %s, as\n%s", s, at, strings.Join(rows, "\n"))
 			}
 		}
 		if node == worker1 {
@@ -95,58 +105,70 @@ func TestMACsAreShownWhereTheyAre(t *testing.T) {
 		}
 	}
 	for _, r := range l.reflectors() {
-		l.awaitMetric("sessions of "+r.Name, func() float64 { return l.scrape(r).value("k8slan_reflector_sessions") }, 2)
-		l.awaitMetric("routes of "+r.Name, func() float64 { return l.scrape(r).value("k8slan_reflector_routes") }, 2+3) // a multicast route of each node, and three MACs
+		l.awaitMetric("sessions of "+r.Name, func() float64 {
+			return l.scrape(r).value("k8slan_reflector_sessions")
+		}, 2)
+		// a multicast route of each node, and three MACs
+		l.awaitMetric("routes of "+r.Name, func() float64 { return l.scrape(r).value("k8slan_reflector_routes") }, 2+3)
 	}
 	nowhere := "02:00:5e:00:53:01"
 	if out := l.k8slan(1, "macs", "macs", nowhere); !strings.Contains(out, nowhere+" is on no node that was asked") {
-		t.Errorf("of a MAC that nobody has kubectl k8slan macs says\n%s", out)
+		t.Errorf("kubectl k8slan macs shows a MAC that no host has as\n%s", out)
 	}
-	if out := l.k8slan(0, "status", "macs"); !containsAll(out, []string{"macs  Ready  vni 1179, evpn, 2/2 nodes", "BGP  Up  4 of 4 sessions are up"}) {
-		t.Errorf("kubectl k8slan status says\n%s", out)
+	if out := l.k8slan(0, "status", "macs"); !containsAll(out,
+		[]string{"macs  Ready  vni 1179, evpn, 2/2 nodes", "BGP  Up  4 of 4 sessions are up"}) {
+		t.Errorf("kubectl k8slan status prints\n%s", out)
 	}
 }
 
-// password is a Secret with that password, for the time of the test.
+// password creates a Secret with that password for the time of the test.
 func (l lab) password(name, text string) *corev1.Secret {
 	l.Helper()
-	s := &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: install.Namespace, Name: name}, Data: map[string][]byte{"password": []byte(text)}}
-	l.try(bed.client.Create(l.Context(), s))
+	s := &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: install.Namespace, Name: name},
+		Data: map[string][]byte{"password": []byte(text)}}
+	l.try(l.bed.client.Create(l.Context(), s))
 	l.Cleanup(func() {
 		ctx, cancel := context.WithTimeout(context.Background(), patience)
 		defer cancel()
-		if err := bed.client.Delete(ctx, s); err != nil {
+		if err := l.bed.client.Delete(ctx, s); err != nil {
 			l.Error(err)
 		}
 	})
 	return s
 }
 
-// awaitSessions returns when a node has two BGP sessions in that state.
-func (l lab) awaitSessions(node string, state v1beta1.SessionState) {
+// awaitSessions returns when a node has two BGP sessions in that state, with the time since which both are in it.
+func (l lab) awaitSessions(node string, state v1beta1.SessionState) (since time.Time) {
 	l.Helper()
-	one(l, &v1beta1.LANNodeList{}, "", node, "with two sessions "+string(state), func(n *v1beta1.LANNode) bool {
-		return n != nil && len(n.Status.Sessions) == 2 && n.Status.Sessions[0].State == state && n.Status.Sessions[1].State == state
+	n := one(l, &v1beta1.LANNodeList{}, "", node, "with two sessions "+string(state), func(n *v1beta1.LANNode) bool {
+		return n != nil && len(n.Status.Sessions) == 2 && n.Status.Sessions[0].State == state &&
+			n.Status.Sessions[1].State == state
 	})
-}
-
-func TestFaultsByEVPN(t *testing.T) {
-	for _, c := range []struct {
-		what     string
-		underlay underlay
-		fault    func(lab)
-	}{
-		{"the daemon is killed", evpn4r, lab.daemonIsKilledWhilePodsTalk},
-		{"daemons are stopped in order", evpn4r, lab.daemonsAreStoppedWhilePodsTalk},
-		{"reflectors are killed and move", evpn4, lab.reflectorsAreLostWhilePodsTalk},
-		{"a node dies and comes back", evpn4r, lab.deadNodeIsForgotten},
-		{"the underlay is cut and comes back", evpn6, lab.trafficIsBackWithinASecondOfItsUnderlay},
-	} {
-		t.Run(c.what, func(t *testing.T) { c.fault(newLab(t).over(c.underlay)) })
+	for _, s := range n.Status.Sessions {
+		if s.Since.After(since) {
+			since = s.Since.Time
+		}
 	}
+	return since
 }
 
-// A rollout of all daemons, and one that is told to stop.
+func TestDaemonIsKilledByEVPN(t *testing.T) { newLab(t).over(evpn4r).daemonIsKilledWhilePodsTalk() }
+
+func TestDaemonsAreStoppedByEVPN(t *testing.T) {
+	newLab(t).over(evpn4r).daemonsAreStoppedWhilePodsTalk()
+}
+
+func TestReflectorsAreLostWhilePodsTalk(t *testing.T) {
+	newLab(t).over(evpn4).reflectorsAreLostWhilePodsTalk()
+}
+
+func TestDeadNodeIsForgottenByEVPN(t *testing.T) { newLab(t).over(evpn4r).deadNodeIsForgotten() }
+
+func TestTrafficIsBackWithinASecondOfItsUnderlayByEVPN(t *testing.T) {
+	newLab(t).over(evpn6).trafficIsBackWithinASecondOfItsUnderlay()
+}
+
+// All daemons are rolled out, and then one is stopped by SIGTERM.
 func (l lab) daemonsAreStoppedWhilePodsTalk() {
 	l.Helper()
 	one, two := l.pair("stopped", 1178)
@@ -161,17 +183,17 @@ func (l lab) daemonsAreStoppedWhilePodsTalk() {
 		begin := time.Now()
 		l.kubectl("rollout", "restart", "--namespace", install.Namespace, "daemonset/k8slan-ds")
 		l.kubectl("rollout", "status", "--namespace", install.Namespace, "daemonset/k8slan-ds")
-		l.logTime("until all daemons were new", begin)
+		l.logTime("until all daemons were replaced", begin)
 		reached()
 		begin = time.Now()
 		l.awaitDaemon(worker2, "restarted", l.machine(worker2).signalDaemon("TERM"))
-		l.logTime("until the daemon was back that was stopped", begin)
-		<-time.After(bgp.RestartTime + 2*aMoment) // by then what it has not told again is gone
+		l.logTime("until the stopped daemon was back", begin)
+		<-time.After(bgp.RestartTime + 2*aMoment) // by then a route that it has not advertised again is withdrawn
 		reached()
 	})
 }
 
-// deadNodeIsForgotten takes the power from a node that a reflector is on.
+// deadNodeIsForgotten switches off a node that has a reflector.
 func (l lab) deadNodeIsForgotten() {
 	l.Helper()
 	l.spreadReflectors()
@@ -192,36 +214,38 @@ func (l lab) deadNodeIsForgotten() {
 			l.Errorf("a dead node was a remote for %s, want %s at most", took, most)
 		}
 		dead.powerOn(ctx)
-		l.awaitPod(lost.pod, "another one that runs", func(p *corev1.Pod) bool { return string(p.UID) != lost.uid && isRunning(p) })
+		l.awaitPod(lost.pod, "another one that runs", func(p *corev1.Pod) bool {
+			return string(p.UID) != lost.uid && isRunning(p)
+		})
 		alive.awaitRemotes("edead", l.underlay.vteps[1])
 	})
-	l.try(bed.awaitInstalled(ctx))
+	l.try(l.bed.awaitInstalled(ctx))
 }
 
-// spreadReflectors has one reflector on each node, and nodes that have heard all of both.
+// spreadReflectors returns when each node has one reflector, and all nodes have received all routes from both.
 func (l lab) spreadReflectors() {
 	l.Helper()
-	for { // the scheduler spreads them, where both nodes take pods
+	for { // the scheduler spreads them if both nodes accept pods
 		pods := l.reflectors()
 		if pods[0].Spec.NodeName != pods[1].Spec.NodeName {
 			break
 		}
-		l.try(bed.client.Delete(l.Context(), &pods[0]))
+		l.try(l.bed.client.Delete(l.Context(), &pods[0]))
 		l.awaitReflectors("another one", func(now []*corev1.Pod) bool {
 			return !slices.ContainsFunc(now, func(p *corev1.Pod) bool { return p.UID == pods[0].UID })
 		})
 	}
 	for _, node := range []string{worker1, worker2} {
-		l.awaitSessions(node, v1beta1.SessionUp)
+		since := l.awaitSessions(node, v1beta1.SessionUp)
+		<-time.After(time.Until(since.Add(bgp.SyncTime + time.Second))) // since is in whole seconds
 	}
-	<-time.After(bgp.SyncTime)
 }
 
 func (l lab) reflectorsAreLostWhilePodsTalk() {
 	l.Helper()
 	one, two := l.pair("reflected", 1175)
 	third := l.machine(worker2).sandbox("reflected", "reflected-3")
-	reached := func() { // a pod that is new, by who is still there
+	reached := func() { // a new pod, through the reflectors that run
 		l.Helper()
 		third.must("ADD")
 		third.pings(address(3), address(1))
@@ -229,22 +253,16 @@ func (l lab) reflectorsAreLostWhilePodsTalk() {
 	}
 	losesNothing(one, two, func() {
 		pods := l.reflectors()
-		back := l.kill(pods[0])
-		reached()
-		back()
-
 		begin := time.Now()
 		first, second := l.kill(pods[0]), l.kill(pods[1])
 		first()
 		second()
 		l.logTime("until both reflectors were back", begin)
-		<-time.After(bgp.SyncTime + 2*aMoment) // by then what nobody has told again is gone
+		<-time.After(bgp.SyncTime + 2*aMoment) // by then a route that no node has advertised again is withdrawn
 		reached()
 
 		for i := range pods {
-			if err := bed.client.Delete(l.Context(), &pods[i]); err != nil {
-				l.Fatal(err)
-			}
+			l.try(l.bed.client.Delete(l.Context(), &pods[i]))
 		}
 		l.awaitReflectors("two others that are ready", func(now []*corev1.Pod) bool {
 			return len(now) == len(pods) && !slices.ContainsFunc(now, func(p *corev1.Pod) bool {
@@ -252,10 +270,15 @@ func (l lab) reflectorsAreLostWhilePodsTalk() {
 			})
 		})
 		reached()
+
+		// Last, because kubelet lets a container wait before it starts it a second time.
+		back := l.kill(l.reflectors()[0])
+		reached()
+		back()
 	})
 }
 
-// reflectors are the pods that reflect routes.
+// reflectors returns the pods of the reflectors.
 func (l lab) reflectors() (pods []corev1.Pod) {
 	l.Helper()
 	for _, p := range l.awaitReflectors("two that are ready", func(now []*corev1.Pod) bool {
@@ -269,15 +292,16 @@ func (l lab) reflectors() (pods []corev1.Pod) {
 // awaitReflectors returns when the reflectors' pods fit.
 func (l lab) awaitReflectors(what string, fits func([]*corev1.Pod) bool) (pods []*corev1.Pod) {
 	l.Helper()
-	which := []client.ListOption{client.InNamespace(install.Namespace), client.MatchingLabels{"app.kubernetes.io/component": "reflector"}}
-	pods, err := await(l.Context(), bed.client, &corev1.PodList{}, which, fits)
+	which := []client.ListOption{client.InNamespace(install.Namespace),
+		client.MatchingLabels{"app.kubernetes.io/component": "reflector"}}
+	pods, err := await(l.Context(), l.bed.client, &corev1.PodList{}, which, fits)
 	if err != nil {
 		l.Fatalf("waited for reflectors, %s: %v", what, err)
 	}
 	return pods
 }
 
-// kill kills what runs in a pod of one container. The function that it returns returns when kubelet has started it again.
+// kill kills the program of a reflector's pod. The function back returns when kubelet has started it again.
 func (l lab) kill(p corev1.Pod) (back func()) {
 	l.Helper()
 	m := l.machine(p.Spec.NodeName)
@@ -292,7 +316,7 @@ func (l lab) kill(p corev1.Pod) (back func()) {
 	m.run("pkill", "-9", "-f", "^/k8slan reflector .*[[]"+p.Status.PodIP+"[]]")
 	return func() {
 		l.Helper()
-		l.awaitReflectors("started anew, restart "+strconv.Itoa(int(restarts)+1), func(now []*corev1.Pod) bool {
+		l.awaitReflectors("started again, restart "+strconv.Itoa(int(restarts)+1), func(now []*corev1.Pod) bool {
 			return slices.ContainsFunc(now, func(o *corev1.Pod) bool {
 				return o.UID == p.UID && isRunning(o) && o.Status.ContainerStatuses[0].RestartCount > restarts
 			})

@@ -11,7 +11,6 @@ import (
 )
 
 func TestLANIsEditedWhilePodsTalk(t *testing.T) {
-	t.Parallel()
 	l := newLab(t)
 	one, two := l.pair("edits", 1136)
 	m, ns := l.machine(worker2), l.namespace+".edits"
@@ -21,12 +20,13 @@ func TestLANIsEditedWhilePodsTalk(t *testing.T) {
 			l.ready("edits")
 		}
 	}
-	t.Run("another MTU loses nothing, and is for pods that come", func(t *testing.T) {
+	t.Run("another MTU loses no frame and applies to new pods", func(t *testing.T) {
 		l, one, two := l.in(t), one.in(t), two.in(t)
 		losesNothing(one, two, edit(func(s *v1beta1.LANSpec) { s.MTU = 1300 }))
 		third := l.start(pod("edits-3", worker2, "edits-3"))[0]
-		if two.look(); third.mtu != 1300 || two.mtu != l.underlay.mtu {
-			t.Errorf("MTU of a new pod is %d, want 1300; of an old one %d, want %d as before", third.mtu, two.mtu, l.underlay.mtu)
+		if two.readLink(); third.mtu != 1300 || two.mtu != l.underlay.mtu {
+			t.Errorf("MTU of a new pod is %d, want 1300; of an old one %d, want %d as before", third.mtu, two.mtu,
+				l.underlay.mtu)
 		}
 	})
 	t.Run("another UDP port interrupts for a second at most", func(t *testing.T) {
@@ -35,7 +35,7 @@ func TestLANIsEditedWhilePodsTalk(t *testing.T) {
 	t.Run("another group interrupts for a second at most", func(t *testing.T) {
 		losesLittle(one.in(t), two.in(t), edit(func(s *v1beta1.LANSpec) { s.VXLANGroup = l.underlay.otherGroup() }))
 	})
-	t.Run("a node that is not selected any more keeps what is attached", func(t *testing.T) {
+	t.Run("a node that is no longer selected keeps its attachments", func(t *testing.T) {
 		l := l.in(t)
 		losesNothing(one.in(t), two.in(t), func() {
 			l.edit("edits", func(s *v1beta1.LANSpec) {
@@ -53,23 +53,26 @@ func TestLANIsEditedWhilePodsTalk(t *testing.T) {
 	two.pings(address(1))
 }
 
-func TestSpokeOnTwoNodesIsToldAndWorks(t *testing.T) {
-	t.Parallel()
+func TestSpokeOnTwoNodesIsReportedAndWorks(t *testing.T) {
 	l := newLab(t)
 	l.lan("twice", 1137, []string{"twice-1", "twice-2"})
 	l.start(pod("source", worker1, "twice-1"), pod("target", worker2, "twice-1"))
 	l.awaitLAN("twice", "AttachedTwice", func(lan *v1beta1.LAN) bool {
 		c := condition(lan, v1beta1.ConditionAttachedTwice)
-		return c.Status == metav1.ConditionTrue && c.Reason == v1beta1.ReasonTwoNodes && lan.Status.State == v1beta1.StateReady && len(attachments(lan, "twice-1")) == 2 &&
-			containsAll(c.Message, []string{"spoke twice-1", l.namespace + "/source on worker1", l.namespace + "/target on worker2"})
+		return c.Status == metav1.ConditionTrue && c.Reason == v1beta1.ReasonTwoNodes &&
+			lan.Status.State == v1beta1.StateReady && len(attachments(lan, "twice-1")) == 2 &&
+			containsAll(c.Message,
+				[]string{"spoke twice-1", l.namespace + "/source on worker1", l.namespace + "/target on worker2"})
 	})
 	l.awaitEvent("twice", v1beta1.ReasonTwoNodes, "source on worker1", "target on worker2")
 	l.delete(&corev1.Pod{}, "source")
 	l.awaitLAN("twice", "attached once", func(lan *v1beta1.LAN) bool {
-		return meta.FindStatusCondition(lan.Status.Conditions, v1beta1.ConditionAttachedTwice) == nil && len(attachments(lan, "twice-1")) == 1
+		return meta.FindStatusCondition(lan.Status.Conditions, v1beta1.ConditionAttachedTwice) == nil &&
+			len(attachments(lan, "twice-1")) == 1
 	})
-	target, far := l.station(pod("target", worker2, "twice-1")), l.start(pod("far", worker1, "twice-2"))[0]
-	target.run("ip", "addr", "add", address(1)+"/24", "dev", target.link) // of IPv6 it has none: the two had the same MAC
+	target, far := l.host(pod("target", worker2, "twice-1")), l.start(pod("far", worker1, "twice-2"))[0]
+	// it has no IPv6 address, because the two pods had the same MAC
+	target.run("ip", "addr", "add", address(1)+"/24", "dev", target.link)
 	far.address(address(2) + "/24")
 	far.pings(address(1))
 }

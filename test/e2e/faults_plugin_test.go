@@ -8,14 +8,14 @@ import (
 	"github.com/k8slan/k8slan/crd/v1beta1"
 )
 
-// sandbox is a network namespace on a node that the tests attach by calling the CNI plugin themselves, without kubelet,
-// containerd and Multus.
+// sandbox is a network namespace on a node. Tests attach it by a call of the CNI plugin, without kubelet, containerd
+// and Multus.
 type sandbox struct {
 	machine
 	lan, spoke string
 }
 
-// sandbox makes the namespace; it goes with the test.
+// sandbox creates the namespace for the time of the test.
 func (m machine) sandbox(lan, spoke string) sandbox {
 	m.Helper()
 	s := sandbox{m, lan, spoke}
@@ -31,18 +31,20 @@ func (s sandbox) call(verb string) error {
 	s.Helper()
 	ctx, cancel := context.WithTimeout(s.Context(), patience)
 	defer cancel()
-	config := fmt.Sprintf(`{"cniVersion": "1.1.0", "name": "%s", "type": "k8slan", "kind": "veth", "lan": "%s/%s", "ns": "%[2]s.%[3]s", "spoke": "%[4]s", "deviceID": "%[4]s"}`,
+	config := fmt.Sprintf(`{"cniVersion": "1.1.0", "name": "%s", "type": "k8slan", "kind": "veth", "lan": "%s/%s", `+
+		`"ns": "%[2]s.%[3]s", "spoke": "%[4]s", "deviceID": "%[4]s"}`,
 		v1beta1.VethNAD(s.spoke), s.namespace, s.lan, s.spoke)
-	said, err := s.Exec(ctx, "env", "CNI_COMMAND="+verb, "CNI_CONTAINERID="+s.name(), "CNI_NETNS=/run/netns/"+s.name(), "CNI_IFNAME=net1", "CNI_PATH=/opt/cni/bin",
+	out, err := s.Exec(ctx, "env", "CNI_COMMAND="+verb, "CNI_CONTAINERID="+s.name(), "CNI_NETNS=/run/netns/"+s.name(),
+		"CNI_IFNAME=net1", "CNI_PATH=/opt/cni/bin",
 		"CNI_ARGS=IgnoreUnknown=1;K8S_POD_NAMESPACE="+s.namespace+";K8S_POD_NAME="+s.name()+";K8S_POD_UID=1",
 		"sh", "-c", "echo '"+config+"' | /opt/cni/bin/k8slan")
 	if err != nil {
-		return fmt.Errorf("%s: %w: %s", verb, err, said)
+		return fmt.Errorf("%s: %w: %s", verb, err, out)
 	}
 	return nil
 }
 
-// must is call, and it must succeed.
+// must calls the plugin, which must succeed.
 func (s sandbox) must(verb string) {
 	s.Helper()
 	if err := s.call(verb); err != nil {
@@ -54,7 +56,8 @@ func (s sandbox) must(verb string) {
 func (s sandbox) pings(from, to string) {
 	s.Helper()
 	s.run("ip", "-n", s.name(), "addr", "replace", from+"/24", "dev", "net1")
-	if out := s.run("ip", "netns", "exec", s.name(), "ping", "-c", "2", "-W", "5", to); !strings.Contains(out, " 0% packet loss") {
-		s.Errorf("%s was pinged: %s", to, out)
+	out := s.run("ip", "netns", "exec", s.name(), "ping", "-c", "2", "-i", "0.1", "-W", "5", to)
+	if !strings.Contains(out, " 0% packet loss") {
+		s.Errorf("ping %s: %s", to, out)
 	}
 }

@@ -3,6 +3,7 @@ package e2e
 import (
 	"context"
 	"fmt"
+	"slices"
 	"time"
 
 	appsv1 "k8s.io/api/apps/v1"
@@ -16,42 +17,42 @@ import (
 	"github.com/k8slan/k8slan/test/cluster/install"
 )
 
-// patience is how long a test waits for what takes a second or two on an idle machine.
+// patience is how long a test waits for something that takes a second or two on an idle machine.
 const patience = 3 * time.Minute
 
-// sweep removes what earlier runs and the demo left: pods on LANs, LANs, and the tests' namespaces.
+// sweep removes the remains of earlier runs and of the demo: pods on LANs, LANs, and the tests' namespaces.
 func (b *testbed) sweep(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, 2*patience)
 	defer cancel()
 	var pods corev1.PodList
 	if err := b.client.List(ctx, &pods); err != nil {
-		return fmt.Errorf("look for what earlier runs left: %w", err)
+		return fmt.Errorf("list the remains of earlier runs: %w", err)
 	}
 	for _, p := range pods.Items {
 		if p.Annotations[networksAnnotation] != "" {
 			if err := b.client.Delete(ctx, &p, client.GracePeriodSeconds(0)); client.IgnoreNotFound(err) != nil {
-				return fmt.Errorf("remove what earlier runs left: %w", err)
+				return fmt.Errorf("remove the remains of earlier runs: %w", err)
 			}
 		}
 	}
 	var namespaces corev1.NamespaceList
 	if err := b.client.List(ctx, &namespaces, client.HasLabels{testLabel}); err != nil {
-		return fmt.Errorf("look for what earlier runs left: %w", err)
+		return fmt.Errorf("list the remains of earlier runs: %w", err)
 	}
 	for _, ns := range namespaces.Items {
 		if err := b.client.Delete(ctx, &ns); client.IgnoreNotFound(err) != nil {
-			return fmt.Errorf("remove what earlier runs left: %w", err)
+			return fmt.Errorf("remove the remains of earlier runs: %w", err)
 		}
 	}
 	var lans v1beta1.LANList
 	if err := b.client.List(ctx, &lans); meta.IsNoMatchError(err) || apierrors.IsNotFound(err) {
-		return nil // a cluster that has never seen k8slan
+		return nil // k8slan was never installed on this cluster
 	} else if err != nil {
-		return fmt.Errorf("look for what earlier runs left: %w", err)
+		return fmt.Errorf("list the remains of earlier runs: %w", err)
 	}
 	for _, lan := range lans.Items {
 		if err := b.client.Delete(ctx, &lan); client.IgnoreNotFound(err) != nil {
-			return fmt.Errorf("remove what earlier runs left: %w", err)
+			return fmt.Errorf("remove the remains of earlier runs: %w", err)
 		}
 	}
 	_, err := await(ctx, b.client, &corev1.NamespaceList{}, []client.ListOption{client.HasLabels{testLabel}},
@@ -59,21 +60,38 @@ func (b *testbed) sweep(ctx context.Context) error {
 	return err
 }
 
-// chartDir is the chart, in the checkout.
+// chartDir is the path of the chart in the checkout.
 const chartDir = "charts/k8slan"
 
-// byEVPN has the chart run what LANs with discovery evpn need.
-const byEVPN = "evpn.enabled=true"
+// usualValues are the chart's values of all tests that do not ask for others.
+var usualValues = []string{
+	"node.metricsPort=" + metricsPort, "controller.metricsPort=" + metricsPort,
+	"evpn.enabled=true", "evpn.reflectors.metricsPort=" + metricsPort, "node.megalos=true",
+}
 
-// chart installs the chart, or what changed in it, and returns when all of k8slan is ready.
-func (b *testbed) chart(ctx context.Context) error {
-	if err := b.Chart(ctx, "node.metricsPort="+metricsPort, "controller.metricsPort="+metricsPort, byEVPN, "evpn.reflectors.metricsPort="+metricsPort, "node.megalos=true"); err != nil {
+// chart installs the chart with the usual values and changes to them, and returns when all of k8slan is ready but the
+// reflectors: they are replaced one after the other, 10 s apart, and only EVPN needs them.
+func (b *testbed) chart(ctx context.Context, changes ...string) error {
+	if err := b.chartOf(ctx, b.Bed, changes...); err != nil {
+		return err
+	}
+	b.usual = len(changes) == 0
+	return nil
+}
+
+// chartOf installs another version's chart.
+func (b *testbed) chartOf(ctx context.Context, version *install.Bed, changes ...string) error {
+	var args []string
+	for _, v := range append(slices.Clone(usualValues), changes...) {
+		args = append(args, "--set", v)
+	}
+	if err := version.Install(ctx, args...); err != nil {
 		return err
 	}
 	return b.awaitInstalled(ctx)
 }
 
-// awaitInstalled returns when the daemon, the controller and the reflectors are ready.
+// awaitInstalled returns when the daemons and the controllers are ready.
 func (b *testbed) awaitInstalled(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, 2*patience)
 	defer cancel()
@@ -83,10 +101,17 @@ func (b *testbed) awaitInstalled(ctx context.Context) error {
 	}); err != nil {
 		return fmt.Errorf("wait for daemonset k8slan-ds: %w", err)
 	}
-	if _, err := await(ctx, b.client, &appsv1.DeploymentList{}, here, func(all []*appsv1.Deployment) bool {
-		return len(all) == 2 && deploymentReady(all[0]) && deploymentReady(all[1])
-	}); err != nil {
-		return fmt.Errorf("wait for deployments k8slan-controller-manager and k8slan-reflector: %w", err)
+	return b.awaitDeployment(ctx, "k8slan-controller-manager")
+}
+
+// awaitDeployment returns when all pods of one of k8slan's Deployments are new and ready, and no other is left.
+func (b *testbed) awaitDeployment(ctx context.Context, name string) error {
+	which := []client.ListOption{client.InNamespace(install.Namespace), client.MatchingFields{"metadata.name": name}}
+	_, err := await(ctx, b.client, &appsv1.DeploymentList{}, which, func(all []*appsv1.Deployment) bool {
+		return len(all) == 1 && deploymentReady(all[0])
+	})
+	if err != nil {
+		return fmt.Errorf("wait for deployment %s: %w", name, err)
 	}
 	return nil
 }
@@ -103,5 +128,5 @@ func deploymentReady(d *appsv1.Deployment) bool {
 		s.UpdatedReplicas == *d.Spec.Replicas && s.ReadyReplicas == *d.Spec.Replicas
 }
 
-// created orders by age.
-func created(o metav1.Object) time.Time { return o.GetCreationTimestamp().Time }
+// creationTime returns when an object was created.
+func creationTime(o metav1.Object) time.Time { return o.GetCreationTimestamp().Time }

@@ -33,16 +33,16 @@ spec:
 `, name, l.namespace[len("e2e-"):], vni, l.underlay.device))
 }
 
-// asked is an interface that a pod asks Multus for.
-type asked struct {
+// attachmentRequest is an interface that a pod asks Multus for.
+type attachmentRequest struct {
 	Name      string `json:"name"` // of the network
 	Namespace string `json:"namespace"`
 	Interface string `json:"interface"`
 	MAC       string `json:"mac,omitempty"`
 }
 
-// device is a pod as Kathará makes one: nothing but its interfaces tells of its networks.
-func (l lab) device(name, node string, interfaces ...asked) guest {
+// katharaPod returns a pod as Kathará creates it: only its interfaces name its networks.
+func (l lab) katharaPod(name, node string, interfaces ...attachmentRequest) workload {
 	l.Helper()
 	for i := range interfaces {
 		interfaces[i].Namespace, interfaces[i].Interface = l.namespace, "net"+strconv.Itoa(i)
@@ -51,22 +51,22 @@ func (l lab) device(name, node string, interfaces ...asked) guest {
 	if err != nil {
 		l.Fatal(err)
 	}
-	return guest{Name: name, Node: node, Networks: string(networks)}
+	return workload{Name: name, Node: node, Networks: string(networks)}
 }
 
-// interfaces await that the device runs and are where it speaks, with the MACs that it asked for.
-func (l lab) interfaces(g guest) (all []station) {
+// katharaHosts returns the hosts of a pod once it runs, one for each interface. They must have the requested MACs.
+func (l lab) katharaHosts(g workload) (all []host) {
 	l.Helper()
-	var wanted []asked
-	if err := json.Unmarshal([]byte(g.Networks), &wanted); err != nil {
+	var requests []attachmentRequest
+	if err := json.Unmarshal([]byte(g.Networks), &requests); err != nil {
 		l.Fatal(err)
 	}
 	p := l.awaitRunning(g.Name)
-	for _, i := range wanted {
-		s := station{lab: l, pod: p.Name, node: p.Spec.NodeName, uid: string(p.UID), link: i.Interface}
-		s.look()
+	for _, i := range requests {
+		s := host{lab: l, pod: p.Name, node: p.Spec.NodeName, uid: string(p.UID), link: i.Interface}
+		s.readLink()
 		if i.MAC != "" && s.mac.String() != i.MAC {
-			l.Errorf("%s of %s has MAC %s, asked for %s", i.Interface, g.Name, s.mac, i.MAC)
+			l.Errorf("%s of %s has MAC %s, want %s", i.Interface, g.Name, s.mac, i.MAC)
 		}
 		if s.mtu != l.underlay.mtu {
 			l.Errorf("%s of %s has MTU %d", i.Interface, g.Name, s.mtu)
@@ -76,31 +76,33 @@ func (l lab) interfaces(g guest) (all []station) {
 	return all
 }
 
-// awaitVNI returns what a node reports of the LAN made for a VNI once who is attached there are these pods, each with that MAC.
+// awaitVNI returns what a node reports of an on-demand LAN once exactly these pods are attached there, each with its
+// MAC.
 func (l lab) awaitVNI(node string, vni int, pods map[string]string) v1beta1.SegmentStatus {
 	l.Helper()
 	var found v1beta1.SegmentStatus
-	one(l, &v1beta1.LANNodeList{}, "", node, fmt.Sprintf("telling of VNI %d with %v", vni, pods), func(n *v1beta1.LANNode) bool {
-		if n == nil {
-			return false
-		}
-		found = v1beta1.SegmentStatus{}
-		for _, s := range n.Status.Segments {
-			if s.LAN == fmt.Sprintf("megalos:%d", vni) {
-				found = s
+	one(l, &v1beta1.LANNodeList{}, "", node, fmt.Sprintf("with VNI %d and the pods %v", vni, pods),
+		func(n *v1beta1.LANNode) bool {
+			if n == nil {
+				return false
 			}
-		}
-		have := map[string]string{}
-		for _, a := range found.Attachments {
-			have[strings.TrimPrefix(a.Pod, l.namespace+"/")] = a.MAC
-		}
-		return maps.Equal(have, pods) && (found.State == v1beta1.SegmentReady || len(pods) == 0 && found.LAN == "")
-	})
+			found = v1beta1.SegmentStatus{}
+			for _, s := range n.Status.Segments {
+				if s.LAN == fmt.Sprintf("megalos:%d", vni) {
+					found = s
+				}
+			}
+			have := map[string]string{}
+			for _, a := range found.Attachments {
+				have[strings.TrimPrefix(a.Pod, l.namespace+"/")] = a.MAC
+			}
+			return maps.Equal(have, pods) && (found.State == v1beta1.SegmentReady || len(pods) == 0 && found.LAN == "")
+		})
 	return found
 }
 
-// ofVNIs are the names of what a node has of LANs that were made for VNIs.
-func (m machine) ofVNIs() (names []string) {
+// vniFiles returns the paths of the files and mounts that a node has of on-demand LANs.
+func (m machine) vniFiles() (names []string) {
 	m.Helper()
 	for _, dir := range []string{"/run/k8slan/netns", "/run/k8slan/lan", "/run/k8slan/lock"} {
 		for _, file := range m.files(dir) {
@@ -109,10 +111,11 @@ func (m machine) ofVNIs() (names []string) {
 			}
 		}
 	}
-	return append(names, strings.Fields(m.run("sh", "-c", "grep -o '/run/k8slan/netns/megalos-[0-9]*' /proc/1/mountinfo || true"))...)
+	return append(names, strings.Fields(m.run("sh", "-c",
+		"grep -o '/run/k8slan/netns/megalos-[0-9]*' /proc/1/mountinfo || true"))...)
 }
 
-// hasVNI says whether any network namespace has the VXLAN of a VNI on the underlay: the kernel allows one.
+// hasVNI says whether any network namespace has a VXLAN with a VNI on the underlay. The kernel allows only one.
 func (m machine) hasVNI(vni int) bool {
 	m.Helper()
 	local := m.underlay.vteps[slices.Index([]string{worker1, worker2}, m.Name)]
@@ -121,15 +124,15 @@ ip link set probe up && echo free; ip link del probe 2>/dev/null; true`, vni, lo
 	return !strings.Contains(out, "free")
 }
 
-// onDemand matches the CDI file of a spoke that is made with its claim.
+// onDemand matches the CDI file of an on-demand spoke.
 var onDemand = regexp.MustCompile(`spoke_[0-9a-f]{14}_`)
 
-// awaitNothingOf returns when neither node has anything of the VNIs any more. What the plugin makes it has taken away when the pods are gone; that
-// the kernel has ended what was in the network namespace, it says nowhere.
+// awaitNothingOf returns when neither node has any part of the VNIs. The plugin has removed its files when the pods are
+// gone; the kernel deletes the links of a network namespace some time later, and reports that nowhere.
 func (l lab) awaitNothingOf(vnis ...int) {
 	l.Helper()
 	for _, m := range l.machines() {
-		if left := m.ofVNIs(); len(left) > 0 {
+		if left := m.vniFiles(); len(left) > 0 {
 			l.Errorf("%s has %q", m, left)
 		}
 		for _, file := range m.files("/var/run/cdi") {
@@ -138,7 +141,7 @@ func (l lab) awaitNothingOf(vnis ...int) {
 			}
 		}
 		for _, vni := range vnis {
-			m.until(fmt.Sprintf("VNI %d to be free", vni), func() bool { return !m.hasVNI(vni) })
+			m.until(fmt.Sprintf("VNI %d to become free", vni), func() bool { return !m.hasVNI(vni) })
 			l.awaitVNI(m.Name, vni, map[string]string{})
 		}
 	}
@@ -150,26 +153,27 @@ func TestKatharaPodsMeetByVNI(t *testing.T) {
 	l := newLab(t).over(evpn4)
 	l.network("red", red)
 	l.network("blue", blue)
-	guests := []guest{
-		l.device("r1", worker1, asked{Name: "red", MAC: "02:aa:00:00:00:01"}, asked{Name: "blue", MAC: "02:aa:00:00:00:02"}),
-		l.device("r2", worker2, asked{Name: "red", MAC: "02:aa:00:00:00:03"}),
-		l.device("r3", worker2, asked{Name: "blue", MAC: "02:aa:00:00:00:04"}),
+	guests := []workload{
+		l.katharaPod("r1", worker1, attachmentRequest{Name: "red", MAC: "02:aa:00:00:00:01"},
+			attachmentRequest{Name: "blue", MAC: "02:aa:00:00:00:02"}),
+		l.katharaPod("r2", worker2, attachmentRequest{Name: "red", MAC: "02:aa:00:00:00:03"}),
+		l.katharaPod("r3", worker2, attachmentRequest{Name: "blue", MAC: "02:aa:00:00:00:04"}),
 	}
 	begin := time.Now()
 	l.create(guests...)
-	r1, r2, r3 := l.interfaces(guests[0]), l.interfaces(guests[1]), l.interfaces(guests[2])
+	r1, r2, r3 := l.katharaHosts(guests[0]), l.katharaHosts(guests[1]), l.katharaHosts(guests[2])
 	l.logTime("until three pods ran", begin)
 	for i, vteps := 0, l.underlay.vteps; i < 2; i++ {
 		node := []string{worker1, worker2}[i]
 		onRed := l.awaitVNI(node, red, []map[string]string{{"r1": "02:aa:00:00:00:01"}, {"r2": "02:aa:00:00:00:03"}}[i])
 		l.awaitVNI(node, blue, []map[string]string{{"r1": "02:aa:00:00:00:02"}, {"r3": "02:aa:00:00:00:04"}}[i])
 		if onRed.VTEP != vteps[i] || onRed.Underlay != l.underlay.device || onRed.VNI != red || onRed.Offered != 0 {
-			t.Errorf("%s tells of %+v", node, onRed)
+			t.Errorf("%s reports %+v", node, onRed)
 		}
 		if !l.machine(node).hasVNI(red) {
-			t.Error("a VNI that is there is not found")
+			t.Error("VNI 5001 exists and is not found")
 		}
-		daemon := l.daemonOf(node)
+		daemon := *l.podOf("node", node)
 		l.awaitMetric("attached pods", func() float64 {
 			have, want := l.scrape(daemon).value(`k8slan_attachments{kind="veth"}`), l.attachedOn(node, "veth")
 			if have != want {
@@ -187,37 +191,40 @@ func TestKatharaPodsMeetByVNI(t *testing.T) {
 	crosses(r1[0], r2[0])
 	crosses(r2[0], r1[0])
 
-	// What floods red does not reach blue: the first frame that arrives there is blue's own.
-	ear := r3[0].listen("listen", "--for", "20s", "--count", "1", "--marker", frames.Marker)
+	// Floods on red do not reach blue: the first frame that arrives there is blue's own.
+	listener := r3[0].listen("listen", "--for", "20s", "--count", "1", "--marker", frames.Marker)
 	r1[0].run("frames", "-i", r1[0].link, "catalog")
 	r2[0].run("frames", "-i", r2[0].link, "catalog")
 	r1[1].run("frames", "-i", r1[1].link, "stream", "send", "--count", "1")
-	if heard, err := ear.all(); err != nil || len(heard) != 1 || !strings.Contains(heard[0], strings.ReplaceAll(r1[1].mac.String(), ":", "")) {
-		t.Errorf("on blue came %q (%v), want r1's frame there alone", heard, err)
+	if received, err := listener.all(); err != nil || len(received) != 1 ||
+		!strings.Contains(received[0], strings.ReplaceAll(r1[1].mac.String(), ":", "")) {
+		t.Errorf("blue received %q (%v), want only r1's frame", received, err)
 	}
 
 	out := l.k8slan(0, "status")
 	if !containsAll(out, []string{
-		"megalos:5001  Ready  vni 5001, evpn, 2/2 nodes, no LAN object, 2 attached", "megalos:70002  Ready", l.namespace + "/r1", l.namespace + "/r3",
+		"megalos:5001  Ready  vni 5001, evpn, 2/2 nodes, no LAN object, 2 attached", "megalos:70002  Ready",
+		l.namespace + "/r1", l.namespace + "/r3",
 	}) {
-		t.Errorf("kubectl k8slan status says\n%s", out)
+		t.Errorf("kubectl k8slan status prints\n%s", out)
 	}
 	out = l.k8slan(0, "macs", "megalos:5001")
-	if !containsAll(out, []string{"megalos:5001  evpn, vni 5001, ", "; 2 nodes asked", "02:aa:00:00:00:01  worker1", "02:aa:00:00:00:03  worker2"}) {
-		t.Errorf("kubectl k8slan macs says\n%s", out)
+	if !containsAll(out, []string{"megalos:5001  evpn, vni 5001, ", "; 2 nodes asked", "02:aa:00:00:00:01  worker1",
+		"02:aa:00:00:00:03  worker2"}) {
+		t.Errorf("kubectl k8slan macs prints\n%s", out)
 	}
 
 	m := l.machine(worker2)
-	m.renewDaemon()
+	m.replaceDaemon()
 	l.awaitSessions(worker2, v1beta1.SessionUp)
 	links := m.indexes("megalos-" + strconv.Itoa(red))
 	losesNothing(r1[0], r2[0], func() {
 		l.awaitDaemon(worker2, "restarted", m.killDaemon())
 		l.awaitSessions(worker2, v1beta1.SessionUp)
 		l.awaitVNI(worker2, red, map[string]string{"r2": "02:aa:00:00:00:03"})
-		late := l.device("r4", worker2, asked{Name: "red"})
+		late := l.katharaPod("r4", worker2, attachmentRequest{Name: "red"})
 		l.create(late)
-		r4 := l.interfaces(late)[0]
+		r4 := l.katharaHosts(late)[0]
 		r4.address("10.98.0.4/24")
 		r4.pings("10.98.0.1", "10.98.0.2")
 		l.delete(&corev1.Pod{}, "r4")
@@ -236,43 +243,35 @@ func TestKatharaPodsMeetByVNI(t *testing.T) {
 	l.awaitNothingOf(red, blue)
 }
 
-// daemonOf is the daemon's pod on a node.
-func (l lab) daemonOf(node string) corev1.Pod {
-	l.Helper()
-	pods := l.programs(l.Context(), "node")
-	i := slices.IndexFunc(pods, func(p corev1.Pod) bool { return p.Spec.NodeName == node })
-	if i < 0 {
-		l.Fatalf("%s has no daemon", node)
-	}
-	return pods[i]
-}
-
-// A pod that has gone while the daemon hung, or while kubelet was away, with its network, leaves nothing; a node that was without power has its pods again.
-func TestKatharaPodsGoWhateverElseIsAway(t *testing.T) {
+// A pod that ends while the daemon is paused leaves nothing; nor does one whose network is deleted while kubelet is
+// down. After a loss of power a node has its pods again.
+func TestKatharaPodsEndWithoutDaemonKubeletOrPower(t *testing.T) {
 	const vni = 5002
 	l := newLab(t).over(evpn4)
 	l.network("red", vni)
-	near, far := l.device("r1", worker1, asked{Name: "red"}), l.device("r2", worker2, asked{Name: "red", MAC: "02:aa:00:00:00:02"})
+	near, far := l.katharaPod("r1", worker1, attachmentRequest{Name: "red"}),
+		l.katharaPod("r2", worker2, attachmentRequest{Name: "red", MAC: "02:aa:00:00:00:02"})
 	m := l.machine(worker2)
 	l.create(near)
-	one := l.interfaces(near)[0]
+	one := l.katharaHosts(near)[0]
 	one.address("10.98.0.1/24")
 	ctx, cancel := context.WithTimeout(t.Context(), 4*patience)
 	defer cancel()
-	meet := func() station {
+	meet := func() host {
 		t.Helper()
 		l.awaitVNI(worker2, vni, map[string]string{"r2": "02:aa:00:00:00:02"})
-		two := l.interfaces(far)[0]
+		two := l.katharaHosts(far)[0]
 		two.address("10.98.0.2/24")
-		m.until("worker1 to be a remote", func() bool { // a daemon that has just begun has to find the reflectors first
-			return slices.Contains(m.remotesIn(m.inside(fmt.Sprintf("megalos-%d", vni))), netip.MustParseAddr(l.underlay.vteps[0]))
+		m.until("worker1 to be a remote", func() bool { // a daemon that has just started must find the reflectors first
+			return slices.Contains(m.remotesIn(m.lanNetns(fmt.Sprintf("megalos-%d", vni))),
+				netip.MustParseAddr(l.underlay.vteps[0]))
 		})
 		two.pings("10.98.0.1")
 		return two
 	}
-	gone := func() {
+	wantsGone := func() {
 		t.Helper()
-		m.until("nothing to be left", func() bool { return len(m.ofVNIs()) == 0 && !m.hasVNI(vni) })
+		m.until("the end of the VNI", func() bool { return len(m.vniFiles()) == 0 && !m.hasVNI(vni) })
 		l.awaitVNI(worker2, vni, map[string]string{})
 	}
 
@@ -282,32 +281,32 @@ func TestKatharaPodsGoWhateverElseIsAway(t *testing.T) {
 	m.run("kill", "-STOP", daemon)
 	l.delete(&corev1.Pod{}, "r2")
 	l.awaitPodGone("r2")
-	if left := m.ofVNIs(); len(left) > 0 {
+	if left := m.vniFiles(); len(left) > 0 {
 		t.Errorf("without the daemon %s has %q", m, left)
 	}
 	m.run("kill", "-CONT", daemon)
-	gone()
+	wantsGone()
 
 	l.create(far)
 	two := meet()
 	l.try(m.StopKubelet(ctx))
 	t.Cleanup(func() {
 		if t.Failed() {
-			_ = m.StartKubelet(context.Background()) // it may run
+			_ = m.StartKubelet(context.Background()) // it may run already
 		}
 	})
 	l.delete(&nadv1.NetworkAttachmentDefinition{}, "red")
 	l.delete(&corev1.Pod{}, "r2", client.GracePeriodSeconds(0))
 	l.try(m.StartKubelet(ctx))
 	m.awaitSandboxGone(two.uid)
-	gone()
+	wantsGone()
 
 	l.network("red", vni)
 	l.create(far)
 	before := meet()
 	m.powerOff(ctx)
 	m.powerOn(ctx)
-	l.awaitPod("r2", "running anew", func(p *corev1.Pod) bool {
+	l.awaitPod("r2", "running again", func(p *corev1.Pod) bool {
 		return string(p.UID) == before.uid && isRunning(p) && p.Status.ContainerStatuses[0].RestartCount > 0
 	})
 	meet()
@@ -316,19 +315,21 @@ func TestKatharaPodsGoWhateverElseIsAway(t *testing.T) {
 	l.awaitPodGone("r1")
 	l.awaitPodGone("r2")
 	l.awaitNothingOf(vni)
-	if err := bed.awaitInstalled(ctx); err != nil {
+	if err := l.bed.awaitInstalled(ctx); err != nil {
 		t.Error(err)
 	}
 }
 
-// Who is attached when the chart takes networks of type megalos away stays, and can go; nobody else comes, and then the plugin's name goes.
+// When the chart disables networks of type megalos, attached pods stay attached and can end; no new pod can attach, and
+// then the plugin's second name is removed.
 func TestKatharaPodsOutliveTheChartsOption(t *testing.T) {
 	const vni = 5003
 	l := newLab(t).over(evpn4)
 	l.network("red", vni)
-	guests := []guest{l.device("r1", worker1, asked{Name: "red"}), l.device("r2", worker2, asked{Name: "red"})}
+	guests := []workload{l.katharaPod("r1", worker1, attachmentRequest{Name: "red"}),
+		l.katharaPod("r2", worker2, attachmentRequest{Name: "red"})}
 	l.create(guests...)
-	one, two := l.interfaces(guests[0])[0], l.interfaces(guests[1])[0]
+	one, two := l.katharaHosts(guests[0])[0], l.katharaHosts(guests[1])[0]
 	one.address("10.98.0.1/24")
 	two.address("10.98.0.2/24")
 	one.pings("10.98.0.2")
@@ -336,12 +337,12 @@ func TestKatharaPodsOutliveTheChartsOption(t *testing.T) {
 	defer cancel()
 	l.reinstall()
 	losesNothing(one, two, func() {
-		l.try(bed.Chart(ctx, byEVPN))
-		l.try(bed.awaitInstalled(ctx))
+		l.try(l.bed.chart(ctx, "node.megalos=false"))
 	})
-	l.create(l.device("r3", worker1, asked{Name: "red"}))
-	l.awaitEvent("r3", "FailedCreatePodSandBox", fmt.Sprintf("VNI %d: networks of type megalos are disabled on this node", vni))
-	guests = append(guests, guest{Name: "r3"})
+	l.create(l.katharaPod("r3", worker1, attachmentRequest{Name: "red"}))
+	l.awaitEvent("r3", "FailedCreatePodSandBox",
+		fmt.Sprintf("VNI %d: networks of type megalos are disabled on this node", vni))
+	guests = append(guests, workload{Name: "r3"})
 	for _, g := range guests {
 		l.delete(&corev1.Pod{}, g.Name)
 	}
@@ -352,41 +353,46 @@ func TestKatharaPodsOutliveTheChartsOption(t *testing.T) {
 	for _, m := range l.machines() {
 		l.awaitDaemon(m.Name, "restarted", m.killDaemon())
 		if slices.Contains(m.files("/opt/cni/bin"), "megalos") {
-			t.Errorf("%s still has the plugin by that name", m)
+			t.Errorf("%s still has the plugin by the name megalos", m)
 		}
 	}
 }
 
-// A VNI that a LAN has is that LAN: closed to other namespaces, unless it says that it is open.
-func TestKatharaPodsAskForTheVNIOfALAN(t *testing.T) {
+// The VNI of a LAN means that LAN. It is closed to other namespaces, unless the LAN allows them.
+func TestKatharaPodsUseTheVNIOfALAN(t *testing.T) {
 	const vni = 1178
 	l := newLab(t).over(evpn4)
 	one, two := l.pair("owned", vni)
-	blue := l.elsewhere()
+	blue := l.otherNamespace()
 	blue.network("stolen", vni)
-	thief := blue.device("thief", worker2, asked{Name: "stolen", MAC: "02:aa:00:00:00:09"})
+	thief := blue.katharaPod("thief", worker2, attachmentRequest{Name: "stolen", MAC: "02:aa:00:00:00:09"})
 	blue.create(thief)
 	blue.awaitEvent("thief", "FailedCreatePodSandBox",
-		fmt.Sprintf(`VNI %d belongs to LAN %s/owned, which is not open to namespace "%s"; its owner can add that to spec.allowedNamespaces, or choose another vxlanId`, vni, l.namespace, blue.namespace))
+		fmt.Sprintf(`VNI %d belongs to LAN %s/owned, which is not open to namespace "%s"; its owner can add that to `+
+			`spec.allowedNamespaces, or choose another vxlanId`, vni, l.namespace, blue.namespace))
 	l.edit("owned", func(s *v1beta1.LANSpec) { s.AllowedNamespaces = []string{blue.namespace} })
 	blue.awaitRunning("thief")
-	s := station{lab: blue, pod: "thief", node: worker2, link: "net0"}
-	s.look()
+	s := host{lab: blue, pod: "thief", node: worker2, link: "net0"}
+	s.readLink()
 	s.address(address(9) + "/24")
 	s.pings(address(1), address(2))
 	crosses(s, one)
-	segment := l.awaitSegment(worker2, "owned", "with two pods", func(s v1beta1.SegmentStatus) bool { return len(s.Attachments) == 2 })
+	segment := l.awaitSegment(worker2, "owned", "with two pods", func(s v1beta1.SegmentStatus) bool {
+		return len(s.Attachments) == 2
+	})
 	if !slices.ContainsFunc(segment.Attachments, func(a v1beta1.Attachment) bool {
 		return a.Pod == blue.namespace+"/thief" && a.MAC == "02:aa:00:00:00:09"
 	}) {
-		t.Errorf("%s tells of %+v", worker2, segment.Attachments)
+		t.Errorf("%s reports %+v", worker2, segment.Attachments)
 	}
-	if left := l.machine(worker2).ofVNIs(); len(left) > 0 {
+	if left := l.machine(worker2).vniFiles(); len(left) > 0 {
 		t.Errorf("%s has %q", worker2, left)
 	}
 	losesNothing(one, two, func() {
 		blue.delete(&corev1.Pod{}, "thief")
 		blue.awaitPodGone("thief")
 	})
-	l.awaitSegment(worker2, "owned", "with one pod", func(s v1beta1.SegmentStatus) bool { return len(s.Attachments) == 1 })
+	l.awaitSegment(worker2, "owned", "with one pod", func(s v1beta1.SegmentStatus) bool {
+		return len(s.Attachments) == 1
+	})
 }

@@ -16,13 +16,13 @@ import (
 	"github.com/k8slan/k8slan/test/cluster/install"
 )
 
-// metricsPort is that of the daemon on each node, and of controller and reflectors in their pods.
+// metricsPort is the port of the daemon on each node, and of controller and reflectors in their pods.
 const metricsPort = "9472"
 
-// exposition is what a program answers at /metrics.
+// exposition is the answer of a program at /metrics.
 type exposition string
 
-// value is that of a series, as it is written there; 0 where there is none.
+// value returns the value of a series; 0 if there is none.
 func (e exposition) value(series string) float64 {
 	for line := range strings.Lines(string(e)) {
 		if words := strings.TrimPrefix(line, series+" "); words != line {
@@ -36,11 +36,12 @@ func (e exposition) value(series string) float64 {
 	return 0
 }
 
-// programs are the pods of daemon ("node") or controller that run.
+// programs returns the running pods of the daemon ("node") or the controller.
 func (l lab) programs(ctx context.Context, component string) []corev1.Pod {
 	l.Helper()
 	var pods corev1.PodList
-	err := bed.client.List(ctx, &pods, client.InNamespace(install.Namespace), client.MatchingLabels{"app.kubernetes.io/component": component},
+	err := l.bed.client.List(ctx, &pods, client.InNamespace(install.Namespace),
+		client.MatchingLabels{"app.kubernetes.io/component": component},
 		client.MatchingFields{"status.phase": "Running"})
 	if err != nil {
 		l.Fatal(err)
@@ -51,10 +52,11 @@ func (l lab) programs(ctx context.Context, component string) []corev1.Pod {
 // scrape asks a pod for its metrics, as Prometheus would.
 func (l lab) scrape(pod corev1.Pod) exposition {
 	l.Helper()
-	return exposition(l.kubectl("get", "--raw", "/api/v1/namespaces/"+pod.Namespace+"/pods/"+pod.Name+":"+metricsPort+"/proxy/metrics"))
+	return exposition(l.kubectl("get", "--raw",
+		"/api/v1/namespaces/"+pod.Namespace+"/pods/"+pod.Name+":"+metricsPort+"/proxy/metrics"))
 }
 
-// awaitMetric scrapes again and again: a counter tells nobody that it has moved.
+// awaitMetric scrapes until a value is large enough: a change of a counter is no event anywhere.
 func (l lab) awaitMetric(what string, scrape func() float64, least float64) {
 	l.Helper()
 	again, deadline := time.NewTicker(200*time.Millisecond), time.After(patience)
@@ -68,17 +70,17 @@ func (l lab) awaitMetric(what string, scrape func() float64, least float64) {
 	}
 }
 
-// lanNode is what the node reports.
+// lanNode returns the LANNode of a node.
 func (l lab) lanNode(node string) *v1beta1.LANNode {
 	l.Helper()
 	lanNode := &v1beta1.LANNode{}
-	if err := bed.client.Get(l.Context(), client.ObjectKey{Name: node}, lanNode); err != nil {
+	if err := l.bed.client.Get(l.Context(), client.ObjectKey{Name: node}, lanNode); err != nil {
 		l.Fatal(err)
 	}
 	return lanNode
 }
 
-// attachedOn is how many attachments of a kind the node reports.
+// attachedOn returns how many attachments of a kind the node reports.
 func (l lab) attachedOn(node, kind string) (count float64) {
 	l.Helper()
 	for _, s := range l.lanNode(node).Status.Segments {
@@ -93,12 +95,7 @@ func (l lab) attachedOn(node, kind string) (count float64) {
 
 func TestMetricsCountWhatHappensInTheCluster(t *testing.T) {
 	l := newLab(t)
-	var daemon corev1.Pod
-	for _, p := range l.programs(t.Context(), "node") {
-		if p.Spec.NodeName == worker1 {
-			daemon = p
-		}
-	}
+	daemon := *l.podOf("node", worker1)
 	before := l.scrape(daemon)
 	rises := func(series string) {
 		t.Helper()
@@ -113,7 +110,7 @@ func TestMetricsCountWhatHappensInTheCluster(t *testing.T) {
 		}
 		return have
 	}, 1)
-	l.awaitMetric("spokes on offer, all known to kubelet, as in LANNode", func() float64 {
+	l.awaitMetric("healthy spokes, all registered with kubelet, as in LANNode", func() float64 {
 		now, offered := l.scrape(daemon), int32(0)
 		for _, s := range l.lanNode(worker1).Status.Segments {
 			offered += s.Offered
@@ -158,7 +155,7 @@ func TestMetricsCountWhatHappensInTheCluster(t *testing.T) {
 	l.awaitMetric("Ready LANs", lans, 1)
 	l.awaitMetric("attached spokes", func() float64 { lans(); return spokes }, 2)
 	if len(leaders) != 1 {
-		t.Errorf("%v tell of LANs, want the leader alone", leaders)
+		t.Errorf("%v have metrics of LANs, want only the leader", leaders)
 	}
 	for _, p := range append(l.programs(t.Context(), "controller"), daemon) {
 		problems, err := promlint.New(strings.NewReader(string(l.scrape(p)))).Lint()

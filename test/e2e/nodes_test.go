@@ -29,29 +29,29 @@ const (
 	worker2 = "worker2"
 )
 
-// machine is one of the nodes, looked at from below Kubernetes.
+// machine is one of the nodes, without Kubernetes.
 type machine struct {
 	*cluster.Node
 	lab
 }
 
-// machines are the nodes.
+// machines returns both nodes.
 func (l lab) machines() []machine { return []machine{l.machine(worker1), l.machine(worker2)} }
 
-func (l lab) machine(name string) machine { return machine{bed.Cluster.Node(name), l} }
+func (l lab) machine(name string) machine { return machine{l.bed.Cluster.Node(name), l} }
 
 // String is the node's name.
 func (m machine) String() string { return m.Name }
 
-// powerOff cuts the node's power. After the test it has power again, and no taint, whatever became of the test: the
-// next one wants two nodes.
+// powerOff cuts the node's power. After the test the node has power again and no taint, even if the test fails, because
+// the next test needs two nodes.
 func (m machine) powerOff(ctx context.Context) {
 	m.Helper()
 	m.Cleanup(func() {
 		ctx, cancel := context.WithTimeout(context.Background(), 2*patience)
 		defer cancel()
-		if err := errors.Join(m.PowerOn(ctx), taint(ctx, m.Name)); err != nil {
-			m.Errorf("give %s back: %v", m, err)
+		if err := errors.Join(m.PowerOn(ctx), m.bed.taint(ctx, m.Name)); err != nil {
+			m.Errorf("switch %s on again: %v", m, err)
 		}
 	})
 	if err := m.PowerOff(ctx); err != nil {
@@ -59,7 +59,7 @@ func (m machine) powerOff(ctx context.Context) {
 	}
 }
 
-// powerOn gives the node its power back, and returns when it is Ready.
+// powerOn gives the node power again, and returns when it is Ready.
 func (m machine) powerOn(ctx context.Context) {
 	m.Helper()
 	if err := m.PowerOn(ctx); err != nil {
@@ -67,7 +67,7 @@ func (m machine) powerOn(ctx context.Context) {
 	}
 }
 
-// afterwards runs a command in the node when the test is over.
+// afterwards runs a command in the node after the test.
 func (m machine) afterwards(command ...string) {
 	m.Cleanup(func() {
 		ctx, cancel := context.WithTimeout(context.Background(), patience)
@@ -90,8 +90,8 @@ func (m machine) run(command ...string) string {
 	return strings.TrimSpace(string(out))
 }
 
-// host is the node's own network namespace.
-func (m machine) host() netlab.Namespace {
+// ownNetns returns the node's own network namespace.
+func (m machine) ownNetns() netlab.Namespace {
 	m.Helper()
 	path, err := m.Netns()
 	if err != nil {
@@ -100,19 +100,19 @@ func (m machine) host() netlab.Namespace {
 	return netlab.At(path)
 }
 
-// path is a path of the node's, seen from here.
+// path translates a path in the node to one of this machine.
 func (m machine) path(inNode string) string {
 	m.Helper()
-	process := strings.TrimSuffix(m.host().Path, "/ns/net")
+	process := strings.TrimSuffix(m.ownNetns().Path, "/ns/net")
 	return filepath.Join(process, "root", inNode)
 }
 
-// inside is a LAN's network namespace on the node.
-func (m machine) inside(ns string) netlab.Namespace {
+// lanNetns returns a LAN's network namespace on the node.
+func (m machine) lanNetns(ns string) netlab.Namespace {
 	return netlab.At(m.path("/run/k8slan/netns/" + ns))
 }
 
-// files lists a directory of the node; none if it isn't there.
+// files lists a directory of the node; none if it does not exist.
 func (m machine) files(dir string) []string {
 	m.Helper()
 	entries, err := os.ReadDir(m.path(dir))
@@ -126,10 +126,10 @@ func (m machine) files(dir string) []string {
 	return names
 }
 
-// awaitLinks returns when the links of a LAN's network namespace fit.
+// awaitLinks returns when the links in a LAN's network namespace fit.
 func (m machine) awaitLinks(ns, what string, fits func(linkList) bool) {
 	m.Helper()
-	fd, err := vnetns.GetFromPath(m.inside(ns).Path)
+	fd, err := vnetns.GetFromPath(m.lanNetns(ns).Path)
 	if err != nil {
 		m.Fatalf("open network namespace %s of %s: %v", ns, m, err)
 	}
@@ -161,15 +161,15 @@ func (m machine) awaitLinks(ns, what string, fits func(linkList) bool) {
 	}
 }
 
-// linkList is the links of a network namespace.
+// linkList is the links in a network namespace.
 type linkList []netlink.Link
 
-// have says whether there are links of all these names.
+// have says whether links of all these names exist.
 func (l linkList) have(names ...string) bool {
 	return !slices.ContainsFunc(names, func(name string) bool { return l.link(name) == nil })
 }
 
-// link is the link of that name, nil if there is none.
+// link returns the link of that name, nil if there is none.
 func (l linkList) link(name string) netlink.Link {
 	for _, link := range l {
 		if link.Attrs().Name == name {
@@ -194,7 +194,7 @@ func (l linkList) String() string {
 	return strings.Join(names, " ")
 }
 
-// until looks again and again until it fits: for what says nowhere when it changes.
+// until asks again and again until the answer is yes. It is for states whose change is not an event anywhere.
 func (m machine) until(what string, fits func() bool) {
 	m.Helper()
 	again, deadline := time.NewTicker(50*time.Millisecond), time.After(patience)
@@ -208,13 +208,14 @@ func (m machine) until(what string, fits func() bool) {
 	}
 }
 
-// sandboxGone says whether the runtime runs nothing of a pod any more, its sandbox included, whose end comes after CNI DEL.
+// sandboxGone says whether the runtime no longer runs any part of a pod. The sandbox is the last part; it ends after
+// CNI DEL.
 func (m machine) sandboxGone(uid string) bool {
 	m.Helper()
 	return len(m.tasks(uid)) == 0
 }
 
-// tasks are the runtime's IDs of a pod's sandbox and containers that it still has.
+// tasks returns the runtime's IDs of the sandbox and the containers that a pod still has.
 func (m machine) tasks(uid string) (ids []string) {
 	m.Helper()
 	configs, err := filepath.Glob(m.path("/run/containerd/io.containerd.runtime.v2.task/k8s.io/*/config.json"))
@@ -233,43 +234,43 @@ func (m machine) tasks(uid string) (ids []string) {
 	return ids
 }
 
-// hang keeps all of a pod as it is, whatever kubelet wants, until goOn is called or the test ends: the shim, through which the
-// runtime ends a pod's containers, is stopped.
-func (m machine) hang(uid string) (goOn func()) {
+// freeze keeps a pod's containers from ending until thaw is called or the test ends. It stops the shim, through which
+// the runtime ends them.
+func (m machine) freeze(uid string) (thaw func()) {
 	m.Helper()
 	shim := "containerd-shim.* -id (" + strings.Join(m.tasks(uid), "|") + ") "
 	m.run("pkill", "-STOP", "-f", shim)
-	goOn = sync.OnceFunc(func() { m.run("pkill", "-CONT", "-f", shim) })
+	thaw = sync.OnceFunc(func() { m.run("pkill", "-CONT", "-f", shim) })
 	m.Cleanup(func() {
 		ctx, cancel := context.WithTimeout(context.Background(), patience)
 		defer cancel()
-		_, _ = m.Exec(ctx, "pkill", "-CONT", "-f", shim) // of a test that has failed; none may be left
+		_, _ = m.Exec(ctx, "pkill", "-CONT", "-f", shim) // a test that has failed may not leave one
 	})
-	return goOn
+	return thaw
 }
 
-// awaitSandboxGone returns when the runtime has nothing of a pod any more.
+// awaitSandboxGone returns when the runtime no longer runs any part of a pod.
 func (m machine) awaitSandboxGone(uid string) {
 	m.Helper()
-	m.until("the sandbox of pod "+uid+" to be gone", func() bool { return m.sandboxGone(uid) })
+	m.until("the end of the sandbox of pod "+uid, func() bool { return m.sandboxGone(uid) })
 }
 
-// tapOwner returns user and group of the one tap that the process with that command line sees in its /dev.
+// tapOwner returns user and group of the only tap in the /dev of the process with that command line.
 func (m machine) tapOwner(command string) string {
 	m.Helper()
 	return m.run("sh", "-ec", `stat -c %u:%g /proc/$(pgrep -o -f "`+command+`")/root/dev/tap*`)
 }
 
-// daemon returns the process number of k8slan's daemon in the node.
+// daemon returns the process ID of k8slan's daemon in the node.
 func (m machine) daemon() string {
 	m.Helper()
 	return m.run("pgrep", "-o", "-f", "^/k8slan node")
 }
 
-// indexes are the indexes of the links in a LAN's network namespace.
+// indexes returns the indexes of the links in a LAN's network namespace.
 func (m machine) indexes(ns string) map[string]int {
 	m.Helper()
-	fd, err := vnetns.GetFromPath(m.inside(ns).Path)
+	fd, err := vnetns.GetFromPath(m.lanNetns(ns).Path)
 	if err != nil {
 		m.Fatal(err)
 	}
@@ -290,17 +291,20 @@ func (m machine) indexes(ns string) map[string]int {
 	return all
 }
 
-// allocatable is how many spokes, whose names begin so, kubelet says that it can allocate or has allocated; -1 while it says nothing.
+// allocatable returns how many spokes with names of that prefix kubelet can allocate or has allocated; -1 while it does
+// not answer.
 func (m machine) allocatable(ctx context.Context, prefix string) int {
 	m.Helper()
-	conn, err := grpc.NewClient("unix:"+m.path("/var/lib/kubelet/pod-resources/kubelet.sock"), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	conn, err := grpc.NewClient("unix:"+m.path("/var/lib/kubelet/pod-resources/kubelet.sock"),
+		grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
 		m.Fatal(err)
 	}
 	defer conn.Close()
 	ctx, cancel := context.WithTimeout(ctx, time.Second)
 	defer cancel()
-	answer, err := podresources.NewPodResourcesListerClient(conn).GetAllocatableResources(ctx, &podresources.AllocatableResourcesRequest{})
+	answer, err := podresources.NewPodResourcesListerClient(conn).GetAllocatableResources(ctx,
+		&podresources.AllocatableResourcesRequest{})
 	if err != nil {
 		return -1
 	}
@@ -313,7 +317,7 @@ func (m machine) allocatable(ctx context.Context, prefix string) int {
 	return count
 }
 
-// awaitSocket returns when a socket of the node's was made, after that time.
+// awaitSocket returns when a socket of the node was created after that time.
 func (m machine) awaitSocket(path string, after time.Time) (made time.Time) {
 	m.Helper()
 	m.until("socket "+path, func() bool {

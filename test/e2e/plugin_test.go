@@ -18,12 +18,13 @@ import (
 	"github.com/k8slan/k8slan/test/frames"
 )
 
-// plugin is kubectl k8slan in the lab's namespace, ready to be started.
+// plugin returns a command of kubectl k8slan in the lab's namespace.
 func (l lab) plugin(ctx context.Context, args ...string) *exec.Cmd {
-	return exec.CommandContext(ctx, bed.Built("kubectl-k8slan"), append([]string{"--kubeconfig", bed.Cluster.Kubeconfig(), "--namespace", l.namespace}, args...)...)
+	return exec.CommandContext(ctx, l.bed.Built("kubectl-k8slan"),
+		append([]string{"--kubeconfig", l.bed.Cluster.Kubeconfig(), "--namespace", l.namespace}, args...)...)
 }
 
-// k8slan runs kubectl k8slan, which must end with that code, and returns what it prints.
+// k8slan runs kubectl k8slan, which must exit with that code, and returns its output.
 func (l lab) k8slan(code int, args ...string) string {
 	l.Helper()
 	ctx, cancel := context.WithTimeout(l.Context(), patience)
@@ -47,38 +48,43 @@ func TestStatusShowsLANsPodsAndNodesOnOneScreen(t *testing.T) {
 	l.apply(l.lanYAML("seen-broken", 1086, []string{"seen-3"}, "vxlanDevMap: {worker2: eth7}"))
 	l.ready("seen")
 	l.start(pod("seen-1", worker1, "seen-1"))
-	l.awaitLAN("seen", "told of its pod", func(lan *v1beta1.LAN) bool { return lan.Status.Attached == 1 })
-	l.awaitLAN("seen-broken", "Degraded", func(lan *v1beta1.LAN) bool { return lan.Status.State == v1beta1.StateDegraded })
+	l.awaitLAN("seen", "with its pod", func(lan *v1beta1.LAN) bool { return lan.Status.Attached == 1 })
+	l.awaitLAN("seen-broken", "Degraded", func(lan *v1beta1.LAN) bool {
+		return lan.Status.State == v1beta1.StateDegraded
+	})
 
 	out := l.k8slan(0, "status", "seen")
 	if !containsAll(out, []string{
 		l.namespace + "/seen  Ready  vni 1085, multicast, 2/2 nodes, 2 spokes, 1 attached",
 		l.namespace + "/seen-1", "free: seen-2", worker1, worker2, "eth1",
 	}) {
-		t.Errorf("kubectl k8slan status says\n%s", out)
+		t.Errorf("kubectl k8slan status prints\n%s", out)
 	}
 	out = l.k8slan(1, "status")
-	if !containsAll(out, []string{"/seen  Ready", "/seen-broken  Degraded UnderlayMissing", `no device "eth7" (spec.vxlanDevMap.worker2)`}) {
-		t.Errorf("kubectl k8slan status of a LAN that is not well says\n%s", out)
+	if !containsAll(out, []string{"/seen  Ready", "/seen-broken  Degraded UnderlayMissing",
+		`no device "eth7" (spec.vxlanDevMap.worker2)`}) {
+		t.Errorf("kubectl k8slan status of a degraded LAN prints\n%s", out)
 	}
-	if out := l.k8slan(1, "status", "nowhere"); !strings.Contains(out, "there is no LAN nowhere in namespace "+l.namespace) {
-		t.Errorf("kubectl k8slan status of a LAN that is not there says\n%s", out)
+	if out := l.k8slan(1, "status", "nowhere"); !strings.Contains(out,
+		"there is no LAN nowhere in namespace "+l.namespace) {
+		t.Errorf("kubectl k8slan status of a missing LAN prints\n%s", out)
 	}
-	if out := l.k8slan(2, "status", "--as", "nobody"); !strings.Contains(out, "forbidden") {
-		t.Errorf("kubectl k8slan status for somebody without rights says\n%s", out)
+	if out := l.k8slan(2, "status", "--as", "guest"); !strings.Contains(out, "forbidden") {
+		t.Errorf("kubectl k8slan status for a user without rights prints\n%s", out)
 	}
 }
 
-// capturing is a capture that has begun.
+// capturing is a capture that runs.
 type capturing struct {
 	*exec.Cmd
 	stdout bytes.Buffer
-	said   chan string // all of standard error, at its end
+	stderr chan string // all of standard error, at its end
 }
 
 func (l lab) capture(args ...string) *capturing {
 	l.Helper()
-	c := &capturing{Cmd: l.plugin(context.Background(), append([]string{"capture"}, args...)...), said: make(chan string, 1)}
+	c := &capturing{Cmd: l.plugin(context.Background(), append([]string{"capture"}, args...)...),
+		stderr: make(chan string, 1)}
 	c.Stdout = &c.stdout
 	stderr, err := c.StderrPipe()
 	if err != nil {
@@ -87,26 +93,26 @@ func (l lab) capture(args ...string) *capturing {
 	if err := c.Start(); err != nil {
 		l.Fatal(err)
 	}
-	l.Cleanup(func() { _ = c.Process.Kill() }) // one that has ended is not there
+	l.Cleanup(func() { _ = c.Process.Kill() }) // it fails if the capture has ended
 	lines := bufio.NewScanner(stderr)
 	if !lines.Scan() || !strings.HasPrefix(lines.Text(), "capturing ") {
-		l.Fatalf("kubectl k8slan capture says %q", lines.Text())
+		l.Fatalf("kubectl k8slan capture prints %q", lines.Text())
 	}
 	go func() {
 		var all strings.Builder
 		for lines.Scan() {
 			all.WriteString(lines.Text() + "\n")
 		}
-		c.said <- all.String()
+		c.stderr <- all.String()
 	}()
 	return c
 }
 
-// framesOf reads a pcap file of nanoseconds.
+// framesOf reads a pcap file with nanoseconds.
 func framesOf(t *testing.T, pcap []byte) (frames []string) {
 	t.Helper()
 	if len(pcap) < 24 || binary.LittleEndian.Uint32(pcap) != 0xa1b23c4d {
-		t.Fatalf("%d bytes are no pcap file", len(pcap))
+		t.Fatalf("%d bytes are not a pcap file", len(pcap))
 	}
 	for rest := pcap[24:]; len(rest) > 0; {
 		if len(rest) < 16 || len(rest) < 16+int(binary.LittleEndian.Uint32(rest[8:])) {
@@ -119,26 +125,28 @@ func framesOf(t *testing.T, pcap []byte) (frames []string) {
 	return frames
 }
 
-func TestCaptureWritesWhatASpokeCarriesBothWays(t *testing.T) {
+func TestCaptureWritesTheFramesOfASpoke(t *testing.T) {
 	l := newLab(t)
 	l.lan("caught", 1087, []string{"caught-1", "caught-2", "caught-3"})
 	both := l.start(pod("caught-1", worker1, "caught-1"), pod("caught-2", worker2, "caught-2"))
 	one, two := both[0], both[1]
-	l.awaitSegment(worker1, "caught", "told of its pod", func(s v1beta1.SegmentStatus) bool { return len(s.Attachments) == 1 })
+	l.awaitSegment(worker1, "caught", "with its pod", func(s v1beta1.SegmentStatus) bool {
+		return len(s.Attachments) == 1
+	})
 	begin := time.Now()
 	c := l.capture("caught-1")
-	l.logTime("until the capture had begun", begin)
+	l.logTime("until the capture had started", begin)
 	crosses(one, two)
-	crosses(two, one) // what has arrived there was captured before
+	crosses(two, one) // a frame that has arrived is in the capture
 	if err := c.Process.Signal(os.Interrupt); err != nil {
 		t.Fatal(err)
 	}
-	said := <-c.said
+	stderr := <-c.stderr
 	if err := c.Wait(); err != nil {
 		t.Errorf("kubectl k8slan capture: %v", err)
 	}
-	if !strings.Contains(said, " frames, 0 more were dropped") {
-		t.Errorf("kubectl k8slan capture ends with %q", said)
+	if !strings.Contains(stderr, " frames, 0 more were dropped") {
+		t.Errorf("kubectl k8slan capture ends with %q", stderr)
 	}
 	got := framesOf(t, c.stdout.Bytes())
 	for _, from := range both {
@@ -153,29 +161,36 @@ func TestCaptureWritesWhatASpokeCarriesBothWays(t *testing.T) {
 	if err := killed.Process.Kill(); err != nil {
 		t.Fatal(err)
 	}
-	l.machine(worker1).until("the capture of a plugin that was killed to end", func() bool {
-		return !strings.Contains(l.machine(worker1).run("sh", "-c", "cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' ' '"), "capture --ns="+l.namespace+".caught")
+	l.machine(worker1).until("the end of the capture of a killed plugin", func() bool {
+		return !strings.Contains(l.machine(worker1).run("sh", "-c",
+			"cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' ' '"), "capture --ns="+l.namespace+".caught")
 	})
 
-	if out := l.k8slan(2, "capture", "caught-3"); !strings.Contains(out, "give --node to capture at its port on a node") {
-		t.Errorf("the capture of a free spoke says %s", out)
+	const hint = "give --node to capture at its port on a node"
+	if out := l.k8slan(2, "capture", "caught-3"); !strings.Contains(out, hint) {
+		t.Errorf("a capture of a free spoke prints %s", out)
 	}
 	if out := l.k8slan(2, "capture", "never"); !strings.Contains(out, "no LAN has a spoke never") {
-		t.Errorf("the capture of a spoke that is not there says %s", out)
+		t.Errorf("a capture of a missing spoke prints %s", out)
 	}
-	l.kubectl("create", "serviceaccount", "looker")
-	l.kubectl("create", "clusterrolebinding", l.namespace, "--clusterrole=view", "--serviceaccount="+l.namespace+":looker")
-	t.Cleanup(func() { l.clean("delete", "clusterrolebinding", l.namespace) })
-	if out := l.k8slan(2, "capture", "caught-1", "--as", "system:serviceaccount:"+l.namespace+":looker"); !containsAll(out, []string{"forbidden", "pods/exec", "k8slan-system"}) {
-		t.Errorf("a capture by somebody who may only look says %s", out)
+	l.kubectl("create", "serviceaccount", "viewer")
+	l.kubectl("create", "clusterrolebinding", l.namespace, "--clusterrole=view",
+		"--serviceaccount="+l.namespace+":viewer")
+	l.kubectlAfterwards("delete", "clusterrolebinding", l.namespace)
+	if out := l.k8slan(2, "capture", "caught-1", "--as",
+		"system:serviceaccount:"+l.namespace+":viewer"); !containsAll(out,
+		[]string{"forbidden", "pods/exec", "k8slan-system"}) {
+		t.Errorf("a capture by a user with role view prints %s", out)
 	}
 }
 
-// clean runs kubectl after the test.
-func (l lab) clean(args ...string) {
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
-	defer cancel()
-	if _, err := bed.Kubectl(ctx, args...); err != nil {
-		l.Error(err)
-	}
+// kubectlAfterwards runs kubectl after the test.
+func (l lab) kubectlAfterwards(args ...string) {
+	l.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), patience)
+		defer cancel()
+		if _, err := l.bed.Kubectl(ctx, args...); err != nil {
+			l.Error(err)
+		}
+	})
 }

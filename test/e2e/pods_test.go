@@ -22,7 +22,7 @@ const networksAnnotation = "k8s.v1.cni.cncf.io/networks"
 //go:embed manifests
 var manifests embed.FS
 
-// manifest is one of the manifests, filled in where it has something to fill in.
+// manifest returns one of the manifests, with its template filled in.
 func (l lab) manifest(name string, with any) string {
 	l.Helper()
 	t, err := template.New(name+".yaml").Option("missingkey=error").ParseFS(manifests, "manifests/"+name+".yaml")
@@ -36,25 +36,25 @@ func (l lab) manifest(name string, with any) string {
 	return out.String()
 }
 
-// guest is a pod or a VM as its user describes it.
-type guest struct {
+// workload is a pod or a VM as a user describes it.
+type workload struct {
 	Name, Node string
-	Networks   string   // value of the annotation
-	Spokes     []string // with a resource limit each
-	Addresses  string   // of a VM's guest, with prefix lengths, with commas
+	Networks   string   // the value of the annotation
+	Spokes     []string // one resource limit each
+	Addresses  string   // of a VM's guest, with prefix lengths, separated by commas
 	Plain      bool     // a VM whose NIC offers its guest no offloads
-	Wait       bool     // a VM that opens its tap, but starts QEMU only when told
+	Wait       bool     // a VM that opens its tap, but starts QEMU only on command
 	vm         bool
 }
 
-// pod is a pod on one spoke.
-func pod(name, node, spoke string) guest {
-	return guest{Name: name, Node: node, Networks: v1beta1.VethNAD(spoke), Spokes: []string{spoke}}
+// pod returns a pod on one spoke.
+func pod(name, node, spoke string) workload {
+	return workload{Name: name, Node: node, Networks: v1beta1.VethNAD(spoke), Spokes: []string{spoke}}
 }
 
-// vm is a VM on one spoke, with an interface called as KubeVirt calls them.
-func vm(name, node, spoke string, addresses ...string) guest {
-	return guest{
+// vm returns a VM on one spoke, whose interface has the name that KubeVirt uses.
+func vm(name, node, spoke string, addresses ...string) workload {
+	return workload{
 		Name: name, Node: node, Networks: v1beta1.MacvtapNAD(spoke) + "@" + tapName, Spokes: []string{spoke},
 		Addresses: strings.Join(addresses, ","), vm: true,
 	}
@@ -63,8 +63,8 @@ func vm(name, node, spoke string, addresses ...string) guest {
 // tapName is KubeVirt's name for a pod's interface: "pod" and 11 hexadecimal digits of a hash of the network's name.
 const tapName = "pod37a8eec1ce1"
 
-// yaml is the guest's manifest.
-func (l lab) yaml(g guest) string {
+// yaml returns the workload's manifest.
+func (l lab) yaml(g workload) string {
 	l.Helper()
 	if g.vm {
 		return l.manifest("vm", g)
@@ -72,35 +72,35 @@ func (l lab) yaml(g guest) string {
 	return l.manifest("pod", g)
 }
 
-// create creates the guests.
-func (l lab) create(guests ...guest) {
+// create creates pods and VMs.
+func (l lab) create(all ...workload) {
 	l.Helper()
-	for _, g := range guests {
+	for _, g := range all {
 		l.apply(l.yaml(g))
 	}
 }
 
-// start creates the guests and returns where they speak once they run.
-func (l lab) start(guests ...guest) []station {
+// start creates pods and VMs, and returns their hosts once they run.
+func (l lab) start(all ...workload) []host {
 	l.Helper()
-	l.create(guests...)
-	var stations []station
-	for _, g := range guests {
-		stations = append(stations, l.station(g))
+	l.create(all...)
+	var hosts []host
+	for _, g := range all {
+		hosts = append(hosts, l.host(g))
 	}
-	return stations
+	return hosts
 }
 
-// startSet creates a StatefulSet of one pod on one spoke, which is made anew where kubelet rejects it, and returns
-// where the pod speaks once it runs.
-func (l lab) startSet(name, node, spoke string) station {
+// startSet creates a StatefulSet of one pod on one spoke, and returns the pod's host once it runs. If kubelet rejects
+// the pod, the StatefulSet creates it again.
+func (l lab) startSet(name, node, spoke string) host {
 	l.Helper()
 	l.apply(l.controlled("StatefulSet", pod(name, node, spoke)))
-	return l.station(pod(name+"-0", node, spoke))
+	return l.host(pod(name+"-0", node, spoke))
 }
 
-// controlled is a StatefulSet or a Deployment of one such guest.
-func (l lab) controlled(kind string, g guest) string {
+// controlled returns the manifest of a StatefulSet or a Deployment of one such workload.
+func (l lab) controlled(kind string, g workload) string {
 	l.Helper()
 	template := &unstructured.Unstructured{}
 	if err := yaml.Unmarshal([]byte(l.yaml(g)), &template.Object); err != nil {
@@ -124,7 +124,7 @@ func (l lab) controlled(kind string, g guest) string {
 	return string(manifest)
 }
 
-// appLabel is how a controller's pods are recognized.
+// appLabel marks the pods of a controller.
 const appLabel = "app"
 
 // onlyPodOf returns the pod of a controller once it fits.
@@ -133,18 +133,20 @@ func (l lab) onlyPodOf(name, what string, fits func(*corev1.Pod) bool) *corev1.P
 	ctx, cancel := context.WithTimeout(l.Context(), patience)
 	defer cancel()
 	which := []client.ListOption{client.InNamespace(l.namespace), client.MatchingLabels{appLabel: name}}
-	all, err := await(ctx, bed.client, &corev1.PodList{}, which, func(all []*corev1.Pod) bool { return slices.ContainsFunc(all, fits) })
+	all, err := await(ctx, l.bed.client, &corev1.PodList{}, which, func(all []*corev1.Pod) bool {
+		return slices.ContainsFunc(all, fits)
+	})
 	if err != nil {
 		l.Fatalf("waited for a pod of %s to be %s: %v", name, what, err)
 	}
 	return all[slices.IndexFunc(all, fits)]
 }
 
-// station awaits that the guest runs and returns where it speaks.
-func (l lab) station(g guest) station {
+// host returns the host of a workload once it runs.
+func (l lab) host(g workload) host {
 	l.Helper()
 	p := l.awaitRunning(g.Name)
-	s := station{lab: l, pod: p.Name, node: p.Spec.NodeName, uid: string(p.UID), link: "net1"}
+	s := host{lab: l, pod: p.Name, node: p.Spec.NodeName, uid: string(p.UID), link: "net1"}
 	if _, name, ok := strings.Cut(g.Networks, "@"); ok {
 		s.link = name
 	}
@@ -154,7 +156,7 @@ func (l lab) station(g guest) station {
 		}
 		s.prefix, s.link = []string{"/vm", "exec"}, "eth0"
 	}
-	s.look()
+	s.readLink()
 	return s
 }
 
@@ -171,27 +173,29 @@ func (l lab) awaitRunning(name string) *corev1.Pod {
 }
 
 func isRunning(p *corev1.Pod) bool {
-	return p.Status.Phase == corev1.PodRunning && p.DeletionTimestamp == nil && len(p.Status.ContainerStatuses) == len(p.Spec.Containers) &&
+	return p.Status.Phase == corev1.PodRunning && p.DeletionTimestamp == nil &&
+		len(p.Status.ContainerStatuses) == len(p.Spec.Containers) &&
 		!slices.ContainsFunc(p.Status.ContainerStatuses, func(c corev1.ContainerStatus) bool { return !c.Ready })
 }
 
-// awaitPending returns when the scheduler has said that it finds no node that offers the spoke.
+// awaitPending returns when the scheduler has found that no node has the spoke's resource.
 func (l lab) awaitPending(name, spoke string) {
 	l.Helper()
 	l.awaitPod(name, "unschedulable for want of spoke "+spoke, func(p *corev1.Pod) bool {
 		for _, c := range p.Status.Conditions {
 			if c.Type == corev1.PodScheduled && c.Status == corev1.ConditionFalse {
-				return p.Status.Phase == corev1.PodPending && strings.Contains(c.Message, "Insufficient "+v1beta1.Resource(spoke))
+				return p.Status.Phase == corev1.PodPending &&
+					strings.Contains(c.Message, "Insufficient "+v1beta1.Resource(spoke))
 			}
 		}
 		return false
 	})
 }
 
-// awaitAllocatable returns when a node offers so many of a spoke to the scheduler.
+// awaitAllocatable returns when a node has count of a spoke's resource for the scheduler.
 func (l lab) awaitAllocatable(node, spoke string, count int64) {
 	l.Helper()
-	one(l, &corev1.NodeList{}, "", node, fmt.Sprintf("offering %d of spoke %s", count, spoke), func(n *corev1.Node) bool {
+	one(l, &corev1.NodeList{}, "", node, fmt.Sprintf("with %d of spoke %s", count, spoke), func(n *corev1.Node) bool {
 		if n == nil {
 			return false
 		}
@@ -206,16 +210,16 @@ func (l lab) awaitPodGone(name string) {
 	one(l, &corev1.PodList{}, l.namespace, name, "gone", func(p *corev1.Pod) bool { return p == nil })
 }
 
-// lan applies a LAN with some spokes and further lines of its spec, and awaits that it is Ready.
+// lan applies a LAN with spokes and further lines of its spec, and returns when it is Ready.
 func (l lab) lan(name string, vni int, spokes []string, more ...string) *v1beta1.LAN {
 	l.Helper()
 	l.apply(l.lanYAML(name, vni, spokes, more...))
 	return l.ready(name)
 }
 
-// pair is a LAN with a pod on each node, which have addresses and have answered each other. It has one spoke more than
-// these two, whose names are the LAN's with -1, -2 and -3.
-func (l lab) pair(name string, vni int, more ...string) (one, two station) {
+// pair creates a LAN with a pod on each node, gives the pods addresses, and lets one ping the other. The LAN has a
+// third spoke; the spokes are called like the LAN, with -1, -2 and -3.
+func (l lab) pair(name string, vni int, more ...string) (one, two host) {
 	l.Helper()
 	l.lan(name, vni, []string{name + "-1", name + "-2", name + "-3"}, more...)
 	both := l.start(pod(name+"-1", worker1, name+"-1"), pod(name+"-2", worker2, name+"-2"))
@@ -226,7 +230,7 @@ func (l lab) pair(name string, vni int, more ...string) (one, two station) {
 	return both[0], both[1]
 }
 
-// address is that of one of a pair.
+// address returns the address of one pod of a pair.
 func address(i int) string { return fmt.Sprintf("10.99.0.%d", i) }
 
 func (l lab) lanYAML(name string, vni int, spokes []string, more ...string) string {

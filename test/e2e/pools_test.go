@@ -20,7 +20,7 @@ import (
 	"github.com/k8slan/k8slan/crd/v1beta1"
 )
 
-// pool applies a LAN that has one pool of its own name, with further lines, and awaits that it is Ready.
+// pool applies a LAN with one pool of the same name and further lines, and returns when it is Ready.
 func (l lab) pool(name string, vni, size int, more ...string) {
 	l.Helper()
 	l.apply(fmt.Sprintf(`apiVersion: lan.k8slan.io/v1beta1
@@ -41,8 +41,9 @@ spec:
 	}
 }
 
-// replicas creates a Deployment of so many such pods; where the guest has no node, as even over the nodes as can be.
-func (l lab) replicas(g guest, number int) {
+// replicas creates a Deployment of number such pods. If the pod names no node, the Deployment spreads them evenly over
+// the nodes.
+func (l lab) replicas(g workload, number int) {
 	l.Helper()
 	var set appsv1.Deployment
 	if err := yaml.Unmarshal([]byte(l.controlled("Deployment", g)), &set); err != nil {
@@ -52,12 +53,13 @@ func (l lab) replicas(g guest, number int) {
 		spec := &set.Spec.Template.Spec
 		spec.NodeSelector = nil
 		spec.TopologySpreadConstraints = []corev1.TopologySpreadConstraint{{
-			MaxSkew: 1, TopologyKey: corev1.LabelHostname, WhenUnsatisfiable: corev1.DoNotSchedule, LabelSelector: set.Spec.Selector,
+			MaxSkew: 1, TopologyKey: corev1.LabelHostname, WhenUnsatisfiable: corev1.DoNotSchedule,
+			LabelSelector: set.Spec.Selector,
 		}}
 	}
 	replicas := int32(number)
 	set.Namespace, set.Spec.Replicas = l.namespace, &replicas
-	if err := bed.client.Create(l.Context(), &set); err != nil {
+	if err := l.bed.client.Create(l.Context(), &set); err != nil {
 		l.Fatalf("create Deployment %s: %v", g.Name, err)
 	}
 }
@@ -67,16 +69,16 @@ func (l lab) scale(name string, number int32) {
 	l.Helper()
 	set := &appsv1.Deployment{ObjectMeta: metav1.ObjectMeta{Namespace: l.namespace, Name: name}}
 	patch := merge(fmt.Sprintf(`{"spec": {"replicas": %d}}`, number))
-	if err := bed.client.Patch(l.Context(), set, patch); err != nil {
+	if err := l.bed.client.Patch(l.Context(), set, patch); err != nil {
 		l.Fatalf("scale Deployment %s: %v", name, err)
 	}
 }
 
-// awaitPods returns a controller's pods once there are so many and all run.
+// awaitPods returns a controller's pods once exactly number of them exist and all run.
 func (l lab) awaitPods(ctx context.Context, name string, number int) []*corev1.Pod {
 	l.Helper()
 	which := []client.ListOption{client.InNamespace(l.namespace), client.MatchingLabels{appLabel: name}}
-	all, err := await(ctx, bed.client, &corev1.PodList{}, which, func(all []*corev1.Pod) bool {
+	all, err := await(ctx, l.bed.client, &corev1.PodList{}, which, func(all []*corev1.Pod) bool {
 		return len(all) == number && !slices.ContainsFunc(all, func(p *corev1.Pod) bool { return !isRunning(p) })
 	})
 	if err != nil {
@@ -85,14 +87,14 @@ func (l lab) awaitPods(ctx context.Context, name string, number int) []*corev1.P
 	return all
 }
 
-// stations are where so many pods of a controller speak, each with an address.
-func (l lab) stations(name string, number int) (all []station) {
+// hosts gives number pods of a controller an address each, and returns their hosts.
+func (l lab) hosts(name string, number int) (all []host) {
 	l.Helper()
 	ctx, cancel := context.WithTimeout(l.Context(), patience)
 	defer cancel()
 	for i, p := range l.awaitPods(ctx, name, number) {
-		s := station{lab: l, pod: p.Name, node: p.Spec.NodeName, uid: string(p.UID), link: "net1"}
-		s.look()
+		s := host{lab: l, pod: p.Name, node: p.Spec.NodeName, uid: string(p.UID), link: "net1"}
+		s.readLink()
 		s.sh("ip addr flush dev net1")
 		s.address(address(i+1) + "/24")
 		all = append(all, s)
@@ -100,8 +102,8 @@ func (l lab) stations(name string, number int) (all []station) {
 	return all
 }
 
-// allPing wants each to be answered by all others, and that no two have one MAC.
-func allPing(all []station) {
+// allPing wants each host to get answers from all others, and no two to have the same MAC.
+func allPing(all []host) {
 	all[0].Helper()
 	macs := map[string]string{}
 	for i, s := range all {
@@ -119,10 +121,12 @@ func allPing(all []station) {
 	}
 }
 
-// awaitUse returns a LAN when so many of the ports of its only pool have pods.
+// awaitUse returns a LAN when its only pool has that many ports, of which that many have a pod.
 func (l lab) awaitUse(name string, attached, ports int) *v1beta1.LAN {
 	l.Helper()
-	return l.awaitLAN(name, fmt.Sprintf("used %d/%d", attached, ports), func(lan *v1beta1.LAN) bool { return isUsed(lan, attached, ports) })
+	return l.awaitLAN(name, fmt.Sprintf("used %d/%d", attached, ports), func(lan *v1beta1.LAN) bool {
+		return isUsed(lan, attached, ports)
+	})
 }
 
 func isUsed(lan *v1beta1.LAN, attached, ports int) bool {
@@ -135,27 +139,30 @@ func TestDeploymentOnAPoolTalksIsScaledAndLeavesNothing(t *testing.T) {
 	l.pool("web", 1150, 4)
 	begin := time.Now()
 	l.replicas(pod("web", "", "web"), 5)
-	five := l.stations("web", 5)
+	five := l.hosts("web", 5)
 	l.logTime("until 5 pods on a pool of 2 nodes were attached and had addresses", begin)
 	allPing(five)
 	if mac := five[0].sh("echo $K8SLAN_WEB_MAC"); mac != five[0].mac.String() {
-		t.Errorf("the container is told the MAC %q, %s has %s", mac, five[0], five[0].mac)
+		t.Errorf("K8SLAN_WEB_MAC is %q, %s has %s", mac, five[0], five[0].mac)
 	}
 	lan := l.awaitUse("web", 5, 8)
-	if lan.Status.Attached != 5 || lan.Status.SpokeCount != 4 || len(lan.Status.Spokes) != 0 || len(lan.Status.Pools[0].Nodes) != 2 {
+	if lan.Status.Attached != 5 || lan.Status.SpokeCount != 4 || len(lan.Status.Spokes) != 0 ||
+		len(lan.Status.Pools[0].Nodes) != 2 {
 		t.Errorf("status is %+v", lan.Status)
 	}
-	seg := l.awaitSegment(worker1, "web", "attached", func(s v1beta1.SegmentStatus) bool { return len(s.Attachments) > 0 })
+	seg := l.awaitSegment(worker1, "web", "attached", func(s v1beta1.SegmentStatus) bool {
+		return len(s.Attachments) > 0
+	})
 	if a := seg.Attachments[0]; a.Spoke != "web_0" || a.Pool != "web" || seg.Offered != 4 {
-		t.Errorf("worker1 offers %d and has first %+v, want the port of the lowest number", seg.Offered, a)
+		t.Errorf("worker1 advertises %d ports and has %+v first, want the port with the lowest number", seg.Offered, a)
 	}
 
 	l.scale("web", 8)
-	eight := l.stations("web", 8)
+	eight := l.hosts("web", 8)
 	allPing(eight)
 	l.awaitUse("web", 8, 8)
 
-	// Grown under the pods, then made smaller than its use: nobody is thrown out.
+	// The pool grows under the pods, then becomes smaller than its use. No pod loses its port.
 	size := func(n int32) { l.edit("web", func(s *v1beta1.LANSpec) { s.SpokePools[0].Size = n }) }
 	losesNothing(eight[0], eight[7], func() {
 		size(6)
@@ -178,24 +185,30 @@ func TestDeploymentOnAPoolTalksIsScaledAndLeavesNothing(t *testing.T) {
 	two := pod("two", worker2, "web")
 	two.Networks += ", " + two.Networks
 	l.apply(strings.Replace(l.yaml(two), "veth-web: 1", "veth-web: 2", 1))
-	l.station(two).sh("ip link show net1 && ip link show net2")
+	l.host(two).sh("ip link show net1 && ip link show net2")
 	l.awaitUse("web", 2, 8)
 	l.delete(&corev1.Pod{}, "two")
 	l.awaitUse("web", 0, 8)
 	for _, m := range l.machines() {
-		m.awaitLinks(l.namespace+".web", "all ports to wait", func(links linkList) bool {
-			ports := slices.DeleteFunc(slices.Clone(links), func(l netlink.Link) bool { return !strings.HasPrefix(l.Attrs().Name, "web_") })
+		m.awaitLinks(l.namespace+".web", "all ports, waiting for pods", func(links linkList) bool {
+			ports := slices.DeleteFunc(slices.Clone(links), func(l netlink.Link) bool {
+				return !strings.HasPrefix(l.Attrs().Name, "web_")
+			})
 			return len(ports) == 8 && len(links) == 8+3 // lo, bridge and VXLAN
 		})
-		m.until("the CDI devices to go", func() bool {
-			return !slices.ContainsFunc(m.files("/var/run/cdi"), func(f string) bool { return strings.Contains(f, "spoke_web_") })
+		m.until("the end of the CDI devices", func() bool {
+			return !slices.ContainsFunc(m.files("/var/run/cdi"), func(f string) bool {
+				return strings.Contains(f, "spoke_web_")
+			})
 		})
 	}
 	l.delete(&v1beta1.LAN{}, "web")
 	l.awaitGone("web")
 	for _, m := range l.machines() {
-		m.leavesNothing("web")
-		m.until("the device plugin to go", func() bool { return !slices.Contains(m.files("/var/lib/kubelet/device-plugins"), "k8slan-web.sock") })
+		m.awaitNothingOfLAN("web")
+		m.until("the end of the device plugin", func() bool {
+			return !slices.Contains(m.files("/var/lib/kubelet/device-plugins"), "k8slan-web.sock")
+		})
 	}
 }
 
@@ -206,16 +219,20 @@ func TestStatefulSetKeepsItsMACsByOrdinal(t *testing.T) {
 	set := &appsv1.StatefulSet{ObjectMeta: metav1.ObjectMeta{Namespace: l.namespace, Name: "db"}}
 	change := func(patch string) {
 		t.Helper()
-		if err := bed.client.Patch(t.Context(), set, merge(patch)); err != nil {
+		if err := l.bed.client.Patch(t.Context(), set, merge(patch)); err != nil {
 			t.Fatal(err)
 		}
 	}
 	change(`{"spec": {"replicas": 2}}`)
 	macs := func(node string) map[string]string {
 		t.Helper()
-		l.onlyPodOf("db", "on "+node, func(p *corev1.Pod) bool { return p.Name == "db-0" && p.Spec.NodeName == node && isRunning(p) })
-		l.onlyPodOf("db", "on "+node, func(p *corev1.Pod) bool { return p.Name == "db-1" && p.Spec.NodeName == node && isRunning(p) })
-		all := l.stations("db", 2)
+		l.onlyPodOf("db", "on "+node, func(p *corev1.Pod) bool {
+			return p.Name == "db-0" && p.Spec.NodeName == node && isRunning(p)
+		})
+		l.onlyPodOf("db", "on "+node, func(p *corev1.Pod) bool {
+			return p.Name == "db-1" && p.Spec.NodeName == node && isRunning(p)
+		})
+		all := l.hosts("db", 2)
 		allPing(all)
 		have := map[string]string{}
 		for _, s := range all {
@@ -229,41 +246,33 @@ func TestStatefulSetKeepsItsMACsByOrdinal(t *testing.T) {
 		t.Errorf("on worker1 the MACs were %v, on worker2 %v", before, after)
 	}
 	l.create(pod("nameless", worker1, "db"))
-	l.awaitEvent("nameless", "FailedCreatePodSandBox", `the pod has no ordinal: pool db derives MACs from it, and the pod is called "nameless"`, "macBy: ordinal")
+	l.awaitEvent("nameless", "FailedCreatePodSandBox",
+		`the pod has no ordinal: pool db derives MACs from it, and the pod is called "nameless"`, "macBy: ordinal")
 }
 
-// What a pod on a LAN costs beside one without, where a node has all the pods that it takes.
-func TestAsManyPodsAsFitOnANodeGetAPortEach(t *testing.T) {
+func TestFullNodeHasAPortForEachPod(t *testing.T) {
 	l := newLab(t)
 	fit := l.roomOn(worker1)
 	l.pool("full", 1152, fit)
-	fill := func(g guest, attached func()) time.Duration {
-		t.Helper()
-		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
-		defer cancel()
-		begin := time.Now()
-		l.replicas(g, fit)
-		l.awaitPods(ctx, g.Name, fit)
-		took := time.Since(begin)
-		attached()
-		l.scale(g.Name, 0)
-		l.awaitPods(ctx, g.Name, 0)
-		return took
-	}
-	without := fill(guest{Name: "bare", Node: worker1}, func() {})
-	with := fill(pod("full", worker1, "full"), func() { l.awaitUse("full", fit, 2*fit) })
+	ctx, cancel := context.WithTimeout(t.Context(), 2*patience)
+	defer cancel()
+	begin := time.Now()
+	l.replicas(pod("full", worker1, "full"), fit)
+	l.awaitPods(ctx, "full", fit)
+	l.logTime(fmt.Sprintf("until %d pods ran, with a port of a pool each", fit), begin)
+	l.awaitUse("full", fit, 2*fit)
+	l.scale("full", 0)
+	l.awaitPods(ctx, "full", 0)
 	l.awaitUse("full", 0, 2*fit)
-	t.Logf("%d pods on one node: all run after %s, with a port of a pool each after %s, %.2f times as long",
-		fit, without.Round(time.Millisecond), with.Round(time.Millisecond), with.Seconds()/without.Seconds())
 }
 
-// roomOn is how many more pods a node takes.
+// roomOn returns how many more pods a node accepts.
 func (l lab) roomOn(node string) int {
 	l.Helper()
 	n := one(l, &corev1.NodeList{}, "", node, "there", func(n *corev1.Node) bool { return n != nil })
 	room := int(n.Status.Allocatable.Pods().Value())
 	var pods corev1.PodList
-	if err := bed.client.List(l.Context(), &pods, client.MatchingFields{"spec.nodeName": node}); err != nil {
+	if err := l.bed.client.List(l.Context(), &pods, client.MatchingFields{"spec.nodeName": node}); err != nil {
 		l.Fatal(err)
 	}
 	for _, p := range pods.Items {

@@ -30,64 +30,53 @@ import (
 	"github.com/k8slan/k8slan/test/netlab"
 )
 
-// TestSidecars is on a cluster where k8slan is not installed, with the documentation's own examples and commands.
+// k8slan is not installed on the cluster. The examples and commands are those of the documentation.
 func TestSidecars(t *testing.T) {
 	l := newLab(t)
 	l.reinstall()
 	ctx, cancel := context.WithTimeout(t.Context(), 12*patience)
 	defer cancel()
 	l.helm(ctx, "uninstall", install.Release, "--namespace", install.Namespace)
-	t.Run("of a cluster with an API server", func(t *testing.T) {
-		for _, c := range []struct {
-			what  string
-			prove func(lab)
-		}{
-			{"kubelan's configuration", lab.kubelanIsReplaced},
-			{"no right to endpoints", lab.sidecarHasNoRight},
-			{"kubelan's program", lab.kubelansProgram},
-			{"a StatefulSet with native sidecars", lab.nativeSidecars},
-			{"a Deployment that hears its peers alone", lab.deploymentOfSidecars},
-			{"two LANs in one pod", lab.twoSidecars},
-			{"over IPv6", lab.sidecarsOverIPv6},
-			{"a mistake in the configuration", lab.sidecarIsMisconfigured},
-		} {
-			t.Run(c.what, func(t *testing.T) {
-				t.Parallel()
-				c.prove(newLab(t).withSidecars())
-			})
-		}
+	l.apart(map[string]func(lab){
+		"kubelan's configuration":        lab.kubelanIsReplaced,
+		"no right to endpoints":          lab.sidecarHasNoRight,
+		"kubelan's program":              lab.kubelansProgram,
+		"a Deployment with strict peers": lab.deploymentOfSidecars,
+		"two LANs in one pod":            lab.twoSidecars,
+		"over IPv6":                      lab.sidecarsOverIPv6,
+		"a mistake in the configuration": lab.sidecarIsMisconfigured,
 	})
-	t.Run("the API server is away", func(t *testing.T) { newLab(t).withSidecars().sidecarsHaveNoAPIServer() })
+	t.Run("the API server is away", func(t *testing.T) { l.fresh(t).sidecarsHaveNoAPIServer() })
 	for _, m := range l.machines() {
-		m.isClean()
+		m.wantsClean()
 	}
 }
 
-// withSidecars has a test that fails tell what sidecars say.
-func (l lab) withSidecars() lab {
+// logSidecars logs what the sidecars have logged, if the test fails.
+func (l lab) logSidecars() {
 	l.Cleanup(func() {
 		if !l.Failed() {
 			return
 		}
 		ctx, cancel := context.WithTimeout(context.Background(), patience)
 		defer cancel()
-		out, err := bed.Kubectl(ctx, "logs", "--namespace", l.namespace, "--selector", appLabel, "--all-containers", "--prefix", "--tail=60")
+		out, err := l.bed.Kubectl(ctx, "logs", "--namespace", l.namespace, "--selector", appLabel, "--all-containers",
+			"--prefix", "--tail=60")
 		l.Logf("--- sidecars (%v)\n%s", err, out)
 	})
-	return l
 }
 
-// kubelan is a manifest as kubelan's users have it.
+// kubelan fills in a manifest like those of kubelan's users.
 type kubelan struct {
 	Namespace string
 	Replicas  int
-	Program   string // how the sidecar's container starts it
-	Level     string // of what it logs
-	Change    bool   // with a hook for changes of peers
-	Rights    bool   // to EndpointSlices
+	Program   string // the line that starts it in the sidecar's container
+	Level     string // of its log
+	Change    bool   // whether it has a hook for changes of peers
+	Rights    bool   // whether it may read EndpointSlices
 }
 
-// asSidecar is all of the manifest that is not kubelan's, beside the image's name.
+// asSidecar is the only line, beside the image's name, that differs from a manifest for kubelan.
 const asSidecar = "args: [sidecar]"
 
 func (l lab) kubelan(k kubelan) {
@@ -96,35 +85,40 @@ func (l lab) kubelan(k kubelan) {
 	l.Cleanup(func() {
 		ctx, cancel := context.WithTimeout(context.Background(), patience)
 		defer cancel()
-		if _, err := bed.Kubectl(ctx, "delete", "--ignore-not-found", "clusterrole/kubelan-"+l.namespace, "clusterrolebinding/kubelan-"+l.namespace); err != nil {
+		if _, err := l.bed.Kubectl(ctx, "delete", "--ignore-not-found", "clusterrole/kubelan-"+l.namespace,
+			"clusterrolebinding/kubelan-"+l.namespace); err != nil {
 			l.Error(err)
 		}
 	})
-	l.apply(here(l.manifest("kubelan", k)))
+	l.apply(l.here(l.manifest("kubelan", k)))
 }
 
-// example is a manifest of the documentation.
+// example returns a manifest of the documentation.
 func (l lab) example(path string) string {
 	l.Helper()
 	content, err := os.ReadFile(filepath.Join("../..", path))
 	if err != nil {
 		l.Fatal(err)
 	}
-	return here(string(content))
+	return l.here(string(content))
 }
 
-// accounts is where an example says its service account, which is called as its pods are labelled.
+// accounts finds the service account of an example, which has the name that is the label of its pods.
 var accounts = regexp.MustCompile(`(?m)^      serviceAccountName: (.*)$`)
 
-// here is a manifest with the images that there are, and pods on both nodes.
-func here(manifest string) string {
+// here changes a manifest to the images of the cluster, and spreads its pods over both nodes.
+func (l lab) here(manifest string) string {
 	manifest = accounts.ReplaceAllString(manifest, `$0
       topologySpreadConstraints:
-      - {maxSkew: 1, topologyKey: kubernetes.io/hostname, whenUnsatisfiable: DoNotSchedule, labelSelector: {matchLabels: {app: $1}}}`)
-	return strings.NewReplacer("image: "+image.Repository+"\n", "image: "+bed.Image()+"\n", "image: alpine\n", "image: "+images.ToolboxName+"\n").Replace(manifest)
+      - maxSkew: 1
+        topologyKey: kubernetes.io/hostname
+        whenUnsatisfiable: DoNotSchedule
+        labelSelector: {matchLabels: {app: $1}}`)
+	return strings.NewReplacer("image: "+image.Repository+"\n", "image: "+l.bed.Image()+"\n", "image: alpine\n",
+		"image: "+images.ToolboxName+"\n").Replace(manifest)
 }
 
-// documented runs the first commands of docs/sidecar.md that have an example in them.
+// documented runs the first commands of docs/sidecar.md that apply an example.
 func (l lab) documented() {
 	l.Helper()
 	text, err := os.ReadFile("../../docs/sidecar.md")
@@ -141,25 +135,25 @@ func (l lab) documented() {
 	}
 }
 
-// member is a pod that is in the LAN by a sidecar, seen from the container beside.
-func (l lab) member(name, link string) station {
+// member returns the host of a pod that is in the LAN through a sidecar. Its commands run in the container beside.
+func (l lab) member(name, link string) host {
 	l.Helper()
-	s := l.beside(name)
+	s := l.appContainer(name)
 	s.awaitHealth()
 	s.link = link
-	s.look()
+	s.readLink()
 	return s
 }
 
-// beside is the container beside a pod's sidecar.
-func (l lab) beside(name string) station {
+// appContainer returns the container beside a pod's sidecar.
+func (l lab) appContainer(name string) host {
 	l.Helper()
 	p := l.awaitRunning(name)
-	return station{lab: l, pod: p.Name, node: p.Spec.NodeName, uid: string(p.UID), container: "app"}
+	return host{lab: l, pod: p.Name, node: p.Spec.NodeName, uid: string(p.UID), container: "app"}
 }
 
-// awaitHealth returns when the pod's sidecar says that all is well.
-func (s station) awaitHealth() {
+// awaitHealth returns when the pod's sidecar reports that it is healthy.
+func (s host) awaitHealth() {
 	s.Helper()
 	s.machine(s.node).until("health of "+s.String(), func() bool {
 		code, _ := s.health()
@@ -167,8 +161,8 @@ func (s station) awaitHealth() {
 	})
 }
 
-// members are the pods of a StatefulSet.
-func (l lab) members(set, link string, count int) (all []station) {
+// members returns the pods of a StatefulSet.
+func (l lab) members(set, link string, count int) (all []host) {
 	l.Helper()
 	for i := range count {
 		all = append(all, l.member(fmt.Sprintf("%s-%d", set, i), link))
@@ -179,8 +173,8 @@ func (l lab) members(set, link string, count int) (all []station) {
 	return all
 }
 
-// allReach wants each to find every other by ARP and by ping.
-func allReach(all []station, address func(i int) string) {
+// allReach wants each host to reach every other by ARP and by ping.
+func allReach(all []host, address func(i int) string) {
 	all[0].Helper()
 	for i, s := range all {
 		var others []string
@@ -193,10 +187,10 @@ func allReach(all []station, address func(i int) string) {
 	}
 }
 
-// inOrder is the address of a StatefulSet's pod.
-func inOrder(i int) string { return fmt.Sprintf("192.168.69.%d", i+1) }
+// ordinalAddress returns the address of a StatefulSet's pod.
+func ordinalAddress(i int) string { return fmt.Sprintf("192.168.69.%d", i+1) }
 
-// scaleSet gives a StatefulSet another number of pods, and returns when there are as many.
+// scaleSet scales a StatefulSet, and returns when it has that number of pods.
 func (l lab) scaleSet(set string, from, to int) {
 	l.Helper()
 	l.kubectl("scale", "statefulset", set, "--replicas", strconv.Itoa(to))
@@ -206,14 +200,15 @@ func (l lab) scaleSet(set string, from, to int) {
 	}
 }
 
-// scales scales a StatefulSet of two or more to five and to two, and wants nothing between the first two to be lost, nor of what is flooded.
-func (l lab) scales(set string, all []station) {
+// scales scales a StatefulSet of at least two to five and to two. Between the first two, no frame may be lost, flooded
+// ones included.
+func (l lab) scales(set string, all []host) {
 	l.Helper()
 	one, two := all[0], all[1]
 	flood := startFlood(two, one)
 	losesNothing(one, two, func() {
 		l.scaleSet(set, len(all), 5)
-		allReach([]station{one, l.member(set+"-4", one.link)}, func(i int) string { return inOrder(4 * i) })
+		allReach([]host{one, l.member(set+"-4", one.link)}, func(i int) string { return ordinalAddress(4 * i) })
 		l.scaleSet(set, 5, 2)
 		one.awaitPeers(two)
 		two.awaitPeers(one)
@@ -223,8 +218,8 @@ func (l lab) scales(set string, all []station) {
 	}
 }
 
-// process is the number that the station's node has for a container's first process.
-func (s station) process(container string) string {
+// process returns the process ID, in the node, of a container's first process.
+func (s host) process(container string) string {
 	s.Helper()
 	m := s.machine(s.node)
 	for _, id := range m.tasks(s.uid) {
@@ -238,20 +233,20 @@ func (s station) process(container string) string {
 	return ""
 }
 
-// netns is the pod's network namespace.
-func (s station) netns() netlab.Namespace {
+// netns returns the pod's network namespace.
+func (s host) netns() netlab.Namespace {
 	s.Helper()
 	return netlab.At(s.machine(s.node).path("/proc/" + s.process(s.inContainer()) + "/ns/net"))
 }
 
-// ip is the pod's on the cluster's own network.
-func (s station) ip() string {
+// ip returns the pod's address on the cluster's own network.
+func (s host) ip() string {
 	s.Helper()
 	return s.awaitRunning(s.pod).Status.PodIP
 }
 
-// awaitPeers returns when these are whom the pod sends to, and no other.
-func (s station) awaitPeers(peers ...station) {
+// awaitPeers returns when the pod sends exactly to these peers.
+func (s host) awaitPeers(peers ...host) {
 	s.Helper()
 	var want []netip.Addr
 	for _, p := range peers {
@@ -259,26 +254,28 @@ func (s station) awaitPeers(peers ...station) {
 	}
 	slices.SortFunc(want, netip.Addr.Compare)
 	ns := s.netns()
-	s.machine(s.node).until(fmt.Sprintf("the peers %v of %s", want, s), func() bool { return slices.Equal(s.peers(ns), want) })
+	s.machine(s.node).until(fmt.Sprintf("the peers %v of %s", want, s), func() bool {
+		return slices.Equal(s.peers(ns), want)
+	})
 }
 
-func (s station) peers(ns netlab.Namespace) []netip.Addr {
+func (s host) peers(ns netlab.Namespace) []netip.Addr {
 	s.Helper()
 	peers := s.remotesIn(ns)
 	slices.SortFunc(peers, netip.Addr.Compare)
 	return peers
 }
 
-// frames is how many the station's link has received.
-func (s station) frames() uint64 {
+// frames returns how many frames the host's link has received.
+func (s host) frames() uint64 {
 	s.Helper()
 	link, err := s.netns().Netlink(s.T).LinkByName(s.link)
 	s.lab.try(err)
 	return link.Attrs().Statistics.RxPackets
 }
 
-// towards are the addresses that the pod sends frames for single MACs to.
-func (s station) towards() (all []string) {
+// towards returns the addresses to which the pod sends frames for single MACs.
+func (s host) towards() (all []string) {
 	s.Helper()
 	handle := s.netns().Netlink(s.T)
 	link, err := handle.LinkByName(s.link)
@@ -293,8 +290,8 @@ func (s station) towards() (all []string) {
 	return all
 }
 
-// health is what the pod's sidecar answers to kubelet's probe.
-func (s station) health() (code int, body string) {
+// health returns the answer of the pod's sidecar to kubelet's probe.
+func (s host) health() (code int, body string) {
 	s.Helper()
 	var c net.Conn
 	err := s.netns().Do(func() (err error) {
@@ -302,7 +299,7 @@ func (s station) health() (code int, body string) {
 		return err
 	})
 	if errors.Is(err, unix.ECONNREFUSED) {
-		return 0, "" // it is starting
+		return 0, "" // it has not started yet
 	}
 	s.lab.try(err)
 	defer c.Close()
@@ -311,18 +308,19 @@ func (s station) health() (code int, body string) {
 	answer, err := http.ReadResponse(bufio.NewReader(c), nil)
 	s.lab.try(err)
 	defer answer.Body.Close()
-	said, err := io.ReadAll(answer.Body)
+	content, err := io.ReadAll(answer.Body)
 	s.lab.try(err)
-	return answer.StatusCode, string(said)
+	return answer.StatusCode, string(content)
 }
 
-// containers are all of a pod that go on running.
+// containers returns all containers of a pod, native sidecars included.
 func containers(p *corev1.Pod) []corev1.ContainerStatus {
 	return append(slices.Clone(p.Status.InitContainerStatuses), p.Status.ContainerStatuses...)
 }
 
-// restarts sends a container's process a signal that ends it, and returns, when kubelet has started it again, how it ended.
-func (s station) restarts(container, signal string) *corev1.ContainerStateTerminated {
+// restartContainer sends a container's process a signal that ends it. Once kubelet has started it again, the function
+// returns how it ended.
+func (s host) restartContainer(container, signal string) *corev1.ContainerStateTerminated {
 	s.Helper()
 	var before int32
 	is := func(c corev1.ContainerStatus) bool { return c.Name == container }
@@ -339,8 +337,8 @@ func (s station) restarts(container, signal string) *corev1.ContainerStateTermin
 	return ended
 }
 
-// isKilled kills the first pod's sidecar, which has not heard that the last one left.
-func (l lab) isKilled(set, container string, all []station) {
+// killSidecar kills the first pod's sidecar, which does not know yet that the last pod has ended.
+func (l lab) killSidecar(set, container string, all []host) {
 	l.Helper()
 	one, two, last := all[0], all[1], all[len(all)-1]
 	gone, ns, index := netip.MustParseAddr(last.ip()), one.netns(), one.index()
@@ -349,33 +347,34 @@ func (l lab) isKilled(set, container string, all []station) {
 		m.run("kill", "-STOP", one.process(container))
 		l.scaleSet(set, len(all), len(all)-1)
 		if !slices.Contains(one.peers(ns), gone) || !slices.Contains(one.towards(), gone.String()) {
-			l.Errorf("%s sends to %v and, for single MACs, %v; want %s among both", one, one.peers(ns), one.towards(), gone)
+			l.Errorf("%s sends to %v and, for single MACs, to %v; want %s among both", one, one.peers(ns),
+				one.towards(), gone)
 		}
 		begin := time.Now()
-		one.restarts(container, "KILL")
+		one.restartContainer(container, "KILL")
 		one.awaitPeers(all[1 : len(all)-1]...)
-		l.logTime("until a sidecar that was killed was back and had its peers right", begin)
+		l.logTime("until a killed sidecar was back and had the right peers", begin)
 		if slices.Contains(one.towards(), gone.String()) {
-			l.Errorf("%s still sends to %s, which is gone", one, gone)
+			l.Errorf("%s still sends to %s, which has ended", one, gone)
 		}
 	})
 	if is := one.index(); is != index {
-		l.Errorf("the interface was made anew: its index is %s, it was %s", is, index)
+		l.Errorf("the interface was recreated: its index is %s, it was %s", is, index)
 	}
-	if said := l.kubectl("logs", one.pod, "-c", container); strings.Contains(said, "hook=up") {
-		l.Errorf("the up hook has run again:\n%s", said)
+	if log := l.kubectl("logs", one.pod, "-c", container); strings.Contains(log, "hook=up") {
+		l.Errorf("the up hook has run again:\n%s", log)
 	}
 }
 
-// ends ends a pod's sidecar in order, whose interface goes with it; the next one makes another.
-func (s station) ends(container string) {
+// stopSidecar stops a pod's sidecar by SIGTERM. It removes its interface; the next sidecar creates another.
+func (s host) stopSidecar(container string) {
 	s.Helper()
 	index := s.index()
-	if ended := s.restarts(container, "TERM"); ended.ExitCode != 0 {
+	if ended := s.restartContainer(container, "TERM"); ended.ExitCode != 0 {
 		s.Errorf("the sidecar of %s ended with %+v", s, ended)
 	}
-	if said := s.kubectl("logs", s.pod, "-c", container, "--previous"); !strings.Contains(said, "interface removed") {
-		s.Errorf("the sidecar of %s does not say that it removed the interface:\n%s", s, said)
+	if log := s.kubectl("logs", s.pod, "-c", container, "--previous"); !strings.Contains(log, "interface removed") {
+		s.Errorf("the sidecar of %s does not log that it removed the interface:\n%s", s, log)
 	}
 	s.machine(s.node).until("another interface of "+s.String(), func() bool {
 		is, err := s.try("cat", "/sys/class/net/"+s.link+"/ifindex")
@@ -383,12 +382,13 @@ func (s station) ends(container string) {
 	})
 }
 
-// reload changes what sidecars are configured with, and returns when they know.
-func (l lab) reload(app, container string, change func(), all ...station) {
+// reload changes the configuration of sidecars, and returns when they have read it.
+func (l lab) reload(app, container string, change func(), all ...host) {
 	l.Helper()
 	change()
-	// Kubelet looks at a pod that changes at once, at others within a minute.
-	l.kubectl("annotate", "pods", "--selector", appLabel+"="+app, "--overwrite", "k8slan.io/e2e="+strconv.FormatInt(time.Now().UnixNano(), 10))
+	// Kubelet updates the volumes of a changed pod at once, those of others within a minute.
+	l.kubectl("annotate", "pods", "--selector", appLabel+"="+app, "--overwrite",
+		"k8slan.io/e2e="+strconv.FormatInt(time.Now().UnixNano(), 10))
 	for _, s := range all {
 		s.container = container
 		s.awaitLog("configuration changed")
@@ -396,12 +396,13 @@ func (l lab) reload(app, container string, change func(), all ...station) {
 }
 
 func (l lab) kubelanIsReplaced() {
+	l.logSidecars()
 	k := kubelan{Replicas: 3, Program: asSidecar, Level: "DEBUG", Rights: true}
 	l.kubelan(k)
 	l.kubectl("rollout", "status", "statefulset", "kubelan")
 	all := l.members("kubelan", "kubelan", 3)
-	allReach(all, inOrder)
-	l.isKilled("kubelan", "kubelan", all)
+	allReach(all, ordinalAddress)
+	l.killSidecar("kubelan", "kubelan", all)
 	one, two := all[0], all[1]
 	l.scales("kubelan", all[:2])
 	index := one.index()
@@ -413,87 +414,97 @@ func (l lab) kubelanIsReplaced() {
 		l.scaleSet("kubelan", 2, 3)
 		sidecar := one
 		sidecar.container = "kubelan"
-		sidecar.awaitLog(fmt.Sprintf("%s/kubelan has %s on kubelan, deleted false", l.namespace, l.member("kubelan-2", "kubelan").ip()))
+		sidecar.awaitLog(fmt.Sprintf("%s/kubelan has %s on kubelan, deleted false", l.namespace,
+			l.member("kubelan-2", "kubelan").ip()))
 	})
 	if is := one.index(); is != index {
-		l.Errorf("the interface was made anew: its index is %s, it was %s", is, index)
+		l.Errorf("the interface was recreated: its index is %s, it was %s", is, index)
 	}
-	two.ends("kubelan") // the other one has been killed, and kubelet would let it wait
-	allReach(all[:2], inOrder)
+	two.stopSidecar("kubelan") // the other one was killed already, so kubelet would wait before it starts it again
+	allReach(all[:2], ordinalAddress)
 }
 
 func (l lab) kubelansProgram() {
+	l.logSidecars()
 	l.kubelan(kubelan{Replicas: 2, Program: "command: [/usr/local/bin/kubelan]", Level: "WARN", Rights: true})
 	l.kubectl("rollout", "status", "statefulset", "kubelan")
-	allReach(l.members("kubelan", "kubelan", 2), inOrder)
+	allReach(l.members("kubelan", "kubelan", 2), ordinalAddress)
 }
 
-// sidecarHasNoRight until long after its start.
+// sidecarHasNoRight gives a sidecar its right long after its start.
 func (l lab) sidecarHasNoRight() {
+	l.logSidecars()
 	whole := l.example("docs/examples/sidecar-statefulset.yaml")
-	l.apply(strings.Join(slices.DeleteFunc(strings.Split(whole, "---\n"), func(document string) bool { return strings.Contains(document, "kind: RoleBinding\n") }), "---\n"))
+	l.apply(strings.Join(slices.DeleteFunc(strings.Split(whole, "---\n"), func(document string) bool {
+		return strings.Contains(document, "kind: RoleBinding\n")
+	}), "---\n"))
 	p := l.awaitPod("lan-0", "starting its sidecar", func(p *corev1.Pod) bool {
 		return len(p.Status.InitContainerStatuses) == 1 && p.Status.InitContainerStatuses[0].State.Running != nil
 	})
-	sidecar := station{lab: l, pod: p.Name, node: p.Spec.NodeName, uid: string(p.UID), container: "k8slan"}
+	sidecar := host{lab: l, pod: p.Name, node: p.Spec.NodeName, uid: string(p.UID), container: "k8slan"}
 	const reason = "the pod's service account may not"
 	sidecar.awaitLog(reason)
-	l.machine(sidecar.node).until("health to tell of it", func() bool { // before, it tells of the interface
-		code, said := sidecar.health()
-		return code == http.StatusInternalServerError && strings.Contains(said, reason)
+	l.machine(sidecar.node).until("the missing right in health", func() bool { // at first, health reports the interface
+		code, body := sidecar.health()
+		return code == http.StatusInternalServerError && strings.Contains(body, reason)
 	})
 	<-time.After(20 * time.Second)
 	l.apply(whole)
 	begin := time.Now()
 	sidecar.awaitHealth()
-	l.logTime("until a right that was given was used", begin)
+	l.logTime("until a new right was used", begin)
 	if took := time.Since(begin); took > 10*time.Second {
-		l.Errorf("a right that was given was used after %s, want seconds", took)
+		l.Errorf("a new right was used after %s, want seconds", took)
 	}
 	l.kubectl("rollout", "status", "statefulset", "lan")
-	allReach(l.members("lan", "kubelan", 3), inOrder)
-	if said := l.kubectl("logs", sidecar.pod, "-c", "k8slan"); strings.Count(said, reason) != 1 {
-		l.Errorf("the missing right is told other than once:\n%s", said)
+	allReach(l.members("lan", "kubelan", 3), ordinalAddress)
+	if log := l.kubectl("logs", sidecar.pod, "-c", "k8slan"); strings.Count(log, reason) != 1 {
+		l.Errorf("the missing right is not logged once:\n%s", log)
 	}
 }
 
-func (l lab) nativeSidecars() {
+// The test runs the first example of the documentation with its own commands.
+func TestNativeSidecarsJoinAStatefulSetToALAN(t *testing.T) {
+	l := newLab(t)
+	l.logSidecars()
 	l.documented()
 	all := l.members("lan", "kubelan", 3)
-	allReach(all, inOrder)
-	l.isKilled("lan", "k8slan", all)
-	all[1].ends("k8slan") // kubelet would let the other one wait, which has been killed
-	allReach(all[:2], inOrder)
+	allReach(all, ordinalAddress)
+	l.killSidecar("lan", "k8slan", all)
+	all[1].stopSidecar("k8slan") // the other one was killed already, so kubelet would wait before it starts it again
+	allReach(all[:2], ordinalAddress)
 }
 
 func (l lab) deploymentOfSidecars() {
+	l.logSidecars()
 	const path = "docs/examples/sidecar-deployment.yaml"
 	l.apply(l.example(path))
 	all := l.deployed()
-	allReach(all, inOrder)
+	allReach(all, ordinalAddress)
 	one, two, three := all[0], all[1], all[2]
 
-	stranger := l.plain()
-	send := stranger.toVXLAN(one.ip(), 4790, 7001)
-	said, after := frames.Stream(nil, segment.MAC(segment.LAN{}, "stranger"), 66, 1), frames.Stream(nil, two.mac, 1, 0)
-	hears := func(what string, do func(), want []byte) {
+	nonMember := l.plain()
+	send := nonMember.toVXLAN(one.ip(), 4790, 7001)
+	foreign, after := frames.Stream(nil, segment.MAC(segment.LAN{}, "nonmember"), 66, 1),
+		frames.Stream(nil, two.mac, 1, 0)
+	receives := func(what string, do func(), want []byte) {
 		l.Helper()
-		ear := one.listen("listen", "--for", "20s", "--count", "1", "--marker", frames.Marker)
+		listener := one.listen("listen", "--for", "20s", "--count", "1", "--marker", frames.Marker)
 		do()
-		heard, err := ear.all()
-		if err != nil || len(heard) != 1 || heard[0] != hexed(want) {
-			l.Errorf("%s: heard %v, %v; want %s", what, heard, err, hexed(want))
+		received, err := listener.all()
+		if err != nil || len(received) != 1 || received[0] != hexed(want) {
+			l.Errorf("%s: received %v, %v; want %s", what, received, err, hexed(want))
 		}
 	}
 	const packets = 10
-	hears("a stranger, then a peer", func() {
+	receives("frames of a non-member and then of a peer", func() {
 		for range packets {
-			send(said)
+			send(foreign)
 		}
-		l.machine(one.node).until("the packets to be dropped", func() bool { return one.dropped() == packets })
+		l.machine(one.node).until("the dropped packets", func() bool { return one.dropped() == packets })
 		two.run("frames", "-i", two.link, "stream", "send", "--count", "1")
 	}, after)
-	// One leaves the Service, and goes on running.
+	// One pod leaves the Service and continues to run.
 	flood := "frames -i lan0 stream send %s --count 0 --rate 1000 >/tmp/sent 2>&1 & echo $! >/tmp/sender"
 	one.sh(flood, "")
 	two.sh(flood, "--dst "+three.mac.String())
@@ -505,9 +516,9 @@ func (l lab) deploymentOfSidecars() {
 	before = three.frames()
 	<-time.After(time.Second)
 	if more := three.frames() - before; more > 0 {
-		l.Errorf("%d frames came to %s in the second second after it left", more, three)
+		l.Errorf("%d frames arrived at %s in the second second after it left", more, three)
 	}
-	for _, s := range []station{one, two} {
+	for _, s := range []host{one, two} {
 		s.sh("kill -INT $(cat /tmp/sender)")
 		if slices.Contains(s.peers(s.netns()), left) {
 			l.Errorf("%s still has %s as a peer", s, left)
@@ -516,11 +527,13 @@ func (l lab) deploymentOfSidecars() {
 
 	index := one.index()
 	losesNothing(two, one, func() {
-		l.reload("peers", "k8slan", func() { l.apply(strings.Replace(l.example(path), "strict_peers: true", "strict_peers: false", 1)) }, one)
+		l.reload("peers", "k8slan", func() {
+			l.apply(strings.Replace(l.example(path), "strict_peers: true", "strict_peers: false", 1))
+		}, one)
 	})
-	hears("a stranger, where all are heard", func() { send(said) }, said)
+	receives("a frame of a non-member without strict peers", func() { send(foreign) }, foreign)
 	if is := one.index(); is != index {
-		l.Errorf("the interface was made anew: its index is %s, it was %s", is, index)
+		l.Errorf("the interface was recreated: its index is %s, it was %s", is, index)
 	}
 
 	l.kubectl("rollout", "restart", "deployment", "peers")
@@ -530,36 +543,37 @@ func (l lab) deploymentOfSidecars() {
 			l.Errorf("%s is not new", s)
 		}
 	}
-	allReach(again, inOrder)
+	allReach(again, ordinalAddress)
 	for i, s := range again {
 		s.awaitPeers(slices.Delete(slices.Clone(again), i, i+1)...)
 	}
 }
 
-// deployed are the pods of the documentation's Deployment, each with an address from the sidecar's container.
-func (l lab) deployed() (all []station) {
+// deployed gives the pods of the documentation's Deployment an address each, in the sidecar's container, and returns
+// them.
+func (l lab) deployed() (all []host) {
 	l.Helper()
 	l.kubectl("rollout", "status", "deployment", "peers")
 	ctx, cancel := context.WithTimeout(l.Context(), patience)
 	defer cancel()
 	for i, p := range l.awaitPods(ctx, "peers", 3) {
 		s := l.member(p.Name, "lan0")
-		l.kubectl("exec", s.pod, "-c", "k8slan", "--", "ip", "addr", "add", inOrder(i)+"/24", "dev", s.link)
+		l.kubectl("exec", s.pod, "-c", "k8slan", "--", "ip", "addr", "add", ordinalAddress(i)+"/24", "dev", s.link)
 		all = append(all, s)
 	}
 	return all
 }
 
-// plain is a pod that is in no LAN.
-func (l lab) plain() station {
+// plain creates a pod that is in no LAN.
+func (l lab) plain() host {
 	l.Helper()
-	l.create(guest{Name: "stranger", Node: worker2})
-	p := l.awaitRunning("stranger")
-	return station{lab: l, pod: p.Name, node: p.Spec.NodeName, uid: string(p.UID)}
+	l.create(workload{Name: "nonmember", Node: worker2})
+	p := l.awaitRunning("nonmember")
+	return host{lab: l, pod: p.Name, node: p.Spec.NodeName, uid: string(p.UID)}
 }
 
-// toVXLAN is what sends a frame from the pod to another's address as a packet of a VXLAN.
-func (s station) toVXLAN(address string, port int, vni uint32) func(frame []byte) {
+// toVXLAN returns a function that sends a frame from the pod to another address in a packet of a VXLAN.
+func (s host) toVXLAN(address string, port int, vni uint32) func(frame []byte) {
 	s.Helper()
 	var c net.Conn
 	s.lab.try(s.netns().Do(func() (err error) {
@@ -574,13 +588,14 @@ func (s station) toVXLAN(address string, port int, vni uint32) func(frame []byte
 	}
 }
 
-// counted is a set's element with what it has counted.
+// counted finds the count of a set's element.
 var counted = regexp.MustCompile(`counter packets (\d+)`)
 
-// dropped is how many packets of strangers the pod's filter has dropped.
-func (s station) dropped() int {
+// dropped returns how many packets of non-members the pod's filter has dropped.
+func (s host) dropped() int {
 	s.Helper()
-	out := s.machine(s.node).run("nsenter", "--net=/proc/"+s.process(s.container)+"/ns/net", "nft", "list", "set", "inet", "k8slan-"+s.link, "lans")
+	out := s.machine(s.node).run("nsenter", "--net=/proc/"+s.process(s.container)+"/ns/net", "nft", "list", "set",
+		"inet", "k8slan-"+s.link, "lans")
 	n := 0
 	if found := counted.FindStringSubmatch(out); found != nil {
 		n, _ = strconv.Atoi(found[1])
@@ -589,32 +604,37 @@ func (s station) dropped() int {
 }
 
 func (l lab) twoSidecars() {
+	l.logSidecars()
 	l.apply(l.example("docs/examples/sidecar-two-lans.yaml"))
 	l.kubectl("rollout", "status", "statefulset", "two")
 	inside, outside := l.members("two", "inside", 2), l.members("two", "outside", 2)
 	allReach(inside, func(i int) string { return fmt.Sprintf("10.70.2.%d", i+1) })
 	allReach(outside, func(i int) string { return fmt.Sprintf("10.70.3.%d", i+1) })
-	ear := outside[1].listen("listen", "--for", "20s", "--count", "1", "--marker", frames.Marker)
+	listener := outside[1].listen("listen", "--for", "20s", "--count", "1", "--marker", frames.Marker)
 	losesNothing(inside[0], inside[1], func() {})
 	outside[0].run("frames", "-i", "outside", "stream", "send", "--id", "7", "--count", "1")
-	heard, err := ear.all()
-	if want := hexed(frames.Stream(nil, outside[0].mac, 7, 0)); err != nil || len(heard) != 1 || heard[0] != want {
-		l.Errorf("the other LAN heard %v, %v; want %s alone", heard, err, want)
+	received, err := listener.all()
+	if want := hexed(frames.Stream(nil, outside[0].mac, 7, 0)); err != nil || len(received) != 1 ||
+		received[0] != want {
+		l.Errorf("the other LAN carried %v, %v; want only %s", received, err, want)
 	}
-	losesNothing(outside[0], outside[1], func() { inside[0].ends("inside") })
+	losesNothing(outside[0], outside[1], func() { inside[0].stopSidecar("inside") })
 	allReach(inside, func(i int) string { return fmt.Sprintf("10.70.2.%d", i+1) })
 }
 
-// sidecarsOverIPv6 is the StatefulSet of the documentation on a cluster with addresses of both families, with what the documentation says of IPv6.
+// sidecarsOverIPv6 runs the documentation's StatefulSet, changed as the documentation describes for IPv6. The cluster
+// has addresses of both families.
 func (l lab) sidecarsOverIPv6() {
+	l.logSidecars()
 	l.apply(strings.NewReplacer(
 		"  clusterIP: None\n", "  clusterIP: None\n  ipFamilies: [IPv6]\n",
 		"fieldPath: status.podIP\n", "fieldPath: status.podIPs\n",
-		"            - name: KL_SERVICES\n", "            - name: KL_IP_FAMILY\n              value: ipv6\n            - name: KL_SERVICES\n",
+		"            - name: KL_SERVICES\n",
+		"            - name: KL_IP_FAMILY\n              value: ipv6\n            - name: KL_SERVICES\n",
 	).Replace(l.example("docs/examples/sidecar-statefulset.yaml")))
 	l.kubectl("rollout", "status", "statefulset", "lan")
 	all := l.members("lan", "kubelan", 3)
-	allReach(all, inOrder)
+	allReach(all, ordinalAddress)
 	one, two := all[0], all[1]
 	losesNothing(one, two, func() {
 		l.scaleSet("lan", 3, 4)
@@ -632,51 +652,56 @@ func (l lab) sidecarsOverIPv6() {
 }
 
 func (l lab) sidecarIsMisconfigured() {
+	l.logSidecars()
 	l.apply(strings.Replace(l.example("docs/examples/sidecar-deployment.yaml"), "vni: 7001", "vin: 7001", 1))
 	p := l.onlyPodOf("peers", "one whose sidecar has ended", func(p *corev1.Pod) bool {
-		return slices.ContainsFunc(p.Status.ContainerStatuses, func(c corev1.ContainerStatus) bool { return c.LastTerminationState.Terminated != nil })
+		return slices.ContainsFunc(p.Status.ContainerStatuses, func(c corev1.ContainerStatus) bool {
+			return c.LastTerminationState.Terminated != nil
+		})
 	})
 	i := slices.IndexFunc(p.Status.ContainerStatuses, func(c corev1.ContainerStatus) bool { return c.Name == "k8slan" })
 	ended := p.Status.ContainerStatuses[i].LastTerminationState.Terminated
 	if ended == nil || ended.ExitCode != 1 || strings.Count(strings.TrimSpace(ended.Message), "\n") > 0 {
 		l.Errorf("the container ended with %+v", ended)
 	}
-	if out := l.kubectl("describe", "pod", p.Name); !strings.Contains(out, "k8slan: configuration (/run/config/kubelan.yaml): vxlan.vin: unknown key") {
-		l.Errorf("kubectl describe pod does not say what is wrong:\n%s", out)
+	if out := l.kubectl("describe", "pod", p.Name); !strings.Contains(out,
+		"k8slan: configuration (/run/config/kubelan.yaml): vxlan.vin: unknown key") {
+		l.Errorf("kubectl describe pod does not show the mistake:\n%s", out)
 	}
 }
 
 func (l lab) sidecarsHaveNoAPIServer() {
+	l.logSidecars()
 	l.documented()
 	all := l.members("lan", "kubelan", 3)
-	allReach(all, inOrder)
+	allReach(all, ordinalAddress)
 	spaces := []netlab.Namespace{all[0].netns(), all[1].netns()}
 	ctx, cancel := context.WithTimeout(l.Context(), 4*patience)
 	defer cancel()
-	l.Cleanup(func() { // every other test wants it
+	l.Cleanup(func() { // every other test needs it
 		ctx, cancel := context.WithTimeout(context.Background(), patience)
 		defer cancel()
-		if err := bed.Cluster.StartAPIServer(ctx); err != nil {
+		if err := l.bed.Cluster.StartAPIServer(ctx); err != nil {
 			l.Error(err)
 		}
 	})
 	losesNothing(all[0], all[1], func() {
 		peers := all[0].peers(spaces[0])
-		l.try(bed.Cluster.StopAPIServer(ctx))
-		<-time.After(5 * time.Second)
+		l.try(l.bed.Cluster.StopAPIServer(ctx))
+		<-time.After(3 * time.Second)
 		for _, s := range all {
-			if code, said := s.health(); code != http.StatusNoContent {
-				l.Errorf("%s: without an API server health is %d: %s", s, code, said)
+			if code, body := s.health(); code != http.StatusNoContent {
+				l.Errorf("%s: without an API server health is %d: %s", s, code, body)
 			}
 		}
 		if is := all[0].peers(spaces[0]); !slices.Equal(is, peers) {
 			l.Errorf("without an API server %s sends to %v, with it to %v", all[0], is, peers)
 		}
-		l.try(bed.Cluster.StartAPIServer(ctx))
+		l.try(l.bed.Cluster.StartAPIServer(ctx))
 	})
 	l.awaitCluster(ctx)
 	begin := time.Now()
 	l.scaleSet("lan", 3, 2)
 	all[0].awaitPeers(all[1])
-	l.logTime("until a change was known after the API server was back", begin)
+	l.logTime("until the sidecars knew a change after the API server was back", begin)
 }

@@ -17,37 +17,36 @@ func TestPodsWaitForAMissingUnderlay(t *testing.T) {
 	l := newLab(t)
 	l.apply(l.lanYAML("lost", 1050, []string{"lost-1", "lost-2"}, "vxlanDevMap: {worker2: eth7}"))
 	l.create(pod("lost-1", worker1, "lost-1"), pod("lost-2", worker2, "lost-2"))
-	l.waitsFor(v1beta1.ReasonUnderlayMissing, "lost", "lost-2", `no device "eth7" (spec.vxlanDevMap.worker2)`)
+	l.wantsWaiting(v1beta1.ReasonUnderlayMissing, "lost", "lost-2", `no device "eth7" (spec.vxlanDevMap.worker2)`)
 
 	var addresses []string
 	if l.underlay.oneByOne() {
 		addresses = append(addresses, l.underlay.spare().address(1))
 	}
 	l.machine(worker2).addDevice("eth7", addresses...)
-	l.works("lost")
+	l.wantsWorking("lost")
 }
 
 func TestPodsWaitForIPv6OnTheUnderlay(t *testing.T) {
 	l := newLab(t).over(multicast)
 	m := l.machine(worker2)
 	m.addDevice("eth8")
-	m.host().Sysctl(t, "net/ipv6/conf/eth8/disable_ipv6", "1")
+	m.ownNetns().Sysctl(t, "net/ipv6/conf/eth8/disable_ipv6", "1")
 	l.apply(l.lanYAML("sixless", 1051, []string{"sixless-1", "sixless-2"}, "vxlanDevMap: {worker2: eth8}"))
 	l.create(pod("sixless-1", worker1, "sixless-1"), pod("sixless-2", worker2, "sixless-2"))
-	l.waitsFor(v1beta1.ReasonUnderlayNoAddress, "sixless", "sixless-2", `IPv6 is switched off on device "eth8"`)
+	l.wantsWaiting(v1beta1.ReasonUnderlayNoAddress, "sixless", "sixless-2", `IPv6 is switched off on device "eth8"`)
 
-	m.host().Sysctl(t, "net/ipv6/conf/eth8/disable_ipv6", "0")
-	l.works("sixless")
+	m.ownNetns().Sysctl(t, "net/ipv6/conf/eth8/disable_ipv6", "0")
+	l.wantsWorking("sixless")
 }
 
-// waitsFor wants a LAN whose pod on worker2 waits, and that everybody is told why.
-func (l lab) waitsFor(reason, lan, pod, sentence string) {
+// wantsWaiting wants a pod on worker2 to wait for its LAN, and LANNode, LAN and events to have the reason.
+func (l lab) wantsWaiting(reason, lan, pod, sentence string) {
 	l.Helper()
 	l.awaitPending(pod, pod)
-	s := l.awaitSegment(worker2, lan, "NotReady", func(s v1beta1.SegmentStatus) bool { return s.State == v1beta1.SegmentNotReady })
-	if s.Reason != reason || !containsAll(s.Message, []string{sentence}) {
-		l.Errorf("LANNode says %s: %s; want %s: %s", s.Reason, s.Message, reason, sentence)
-	}
+	l.awaitSegment(worker2, lan, "NotReady for "+reason+": "+sentence, func(s v1beta1.SegmentStatus) bool {
+		return s.State == v1beta1.SegmentNotReady && s.Reason == reason && strings.Contains(s.Message, sentence)
+	})
 	l.awaitLAN(lan, "Degraded for "+reason, func(lan *v1beta1.LAN) bool {
 		c := condition(lan, v1beta1.ConditionReady)
 		return lan.Status.State == v1beta1.StateDegraded && lan.Status.Reason == reason && lan.Status.Nodes == "1/2" &&
@@ -56,21 +55,21 @@ func (l lab) waitsFor(reason, lan, pod, sentence string) {
 	l.awaitEvent(lan, reason, worker2, sentence)
 }
 
-// works wants the pods <lan>-1 and <lan>-2 to run and talk.
-func (l lab) works(lan string) {
+// wantsWorking wants the pods <lan>-1 and <lan>-2 to run and to reach each other.
+func (l lab) wantsWorking(lan string) {
 	l.Helper()
 	begin := time.Now()
 	l.ready(lan)
 	l.logTime("until the LAN was Ready", begin)
-	one, two := l.station(pod(lan+"-1", worker1, lan+"-1")), l.station(pod(lan+"-2", worker2, lan+"-2"))
-	l.logTime("until the pod that waited ran", begin)
+	one, two := l.host(pod(lan+"-1", worker1, lan+"-1")), l.host(pod(lan+"-2", worker2, lan+"-2"))
+	l.logTime("until the waiting pod ran", begin)
 	one.address(address(1) + "/24")
 	two.address(address(2) + "/24")
 	one.reaches(address(2))
 	two.pings(address(1))
 }
 
-// An underlay is back when its address is: IPv6 asks for a second or two whether somebody else has it.
+// An underlay is back when its address is back: IPv6 first looks for duplicates of it for a second or two.
 func TestTrafficIsBackWithinASecondOfItsUnderlay(t *testing.T) {
 	newLab(t).trafficIsBackWithinASecondOfItsUnderlay()
 }
@@ -95,7 +94,7 @@ func (l lab) trafficIsBackWithinASecondOfItsUnderlay() {
 		{"after its carrier was lost", func() {
 			l.try(node.CutUnderlay(device))
 			degraded(v1beta1.ReasonUnderlayDown)
-			l.start(pod("cut-3", worker2, "cut-3")) // spokes are offered all the same
+			l.start(pod("cut-3", worker2, "cut-3")) // spokes are healthy all the same
 		}, func() { l.try(node.RestoreUnderlay(device)) }},
 		{"after it was set down", func() {
 			node.run("ip", "link", "set", device, "down")
@@ -104,7 +103,7 @@ func (l lab) trafficIsBackWithinASecondOfItsUnderlay() {
 		{"after it was removed", func() {
 			l.try(node.RemoveUnderlay(device))
 			degraded(v1beta1.ReasonUnderlayMissing)
-			l.awaitAllocatable(worker2, "cut-3", 0) // kubelet rejects for good what the scheduler binds before it knows
+			l.awaitAllocatable(worker2, "cut-3", 0) // a pod that the scheduler binds before fails for good
 			l.delete(&corev1.Pod{}, "cut-3")
 			l.awaitPodGone("cut-3")
 			l.create(pod("cut-3", worker2, "cut-3"))
@@ -128,11 +127,11 @@ func (l lab) trafficIsBackWithinASecondOfItsUnderlay() {
 	l.awaitRunning("cut-3")
 }
 
-// Where nobody asks for duplicate addresses, the underlay is back with its link.
+// Without duplicate address detection, the underlay is back when its link is.
 func TestTrafficIsBackWithinASecondOfItsUnderlaysLink(t *testing.T) {
 	l := newLab(t)
 	node := l.machine(worker2)
-	for _, device := range []string{l.underlay.second, "default"} { // of a new device, what is default counts
+	for _, device := range []string{l.underlay.second, "default"} { // a new device has the default
 		setting := "/proc/sys/net/ipv6/conf/" + device + "/accept_dad"
 		before := strings.TrimSpace(node.run("cat", setting))
 		node.run("sh", "-c", "echo 0 >"+setting)
@@ -177,9 +176,9 @@ func TestTrafficIsBackWithinASecondOfItsUnderlaysLink(t *testing.T) {
 	}
 }
 
-// trafficIsBack breaks the underlay between two pods, mends it, and wants traffic back within a second of the moment that
-// mended returns.
-func trafficIsBack(one, two station, broken func(), mended func() time.Time) {
+// trafficIsBack breaks the underlay between two pods and restores it. It wants traffic back within a second of the time
+// that mended returns.
+func trafficIsBack(one, two host, broken func(), mended func() time.Time) {
 	one.Helper()
 	streams := []stream{startStream(one, two), startStream(two, one)}
 	broken()
@@ -188,7 +187,7 @@ func trafficIsBack(one, two station, broken func(), mended func() time.Time) {
 	for _, s := range streams {
 		tally := s.end()
 		if tally.Lost == 0 || tally.Resumed.IsZero() {
-			continue // the kernel kept what it could not send; a stream that never came back has failed in end
+			continue // the kernel kept the frames until it could send them; end fails for a stream that never came back
 		}
 		took := tally.Resumed.Sub(back)
 		one.Logf("the stream to %s was back %s after the underlay", s.to, took.Round(time.Millisecond))
@@ -198,7 +197,7 @@ func trafficIsBack(one, two station, broken func(), mended func() time.Time) {
 	}
 }
 
-// awaitAddress returns when a device of the node has an IPv6 address that nobody else has.
+// awaitAddress returns when a device of the node has an IPv6 address that is not tentative.
 func (m machine) awaitAddress(device string) time.Time {
 	m.Helper()
 	const tentative = 0x40 // IFA_F_TENTATIVE, in the fifth field
@@ -222,7 +221,7 @@ func (m machine) awaitAddress(device string) time.Time {
 	return time.Now()
 }
 
-// restoreAfterwards puts a device back at the test's end, if the test has not got so far.
+// restoreAfterwards restores a device after a failed test.
 func (l lab) restoreAfterwards(m machine, device string) {
 	l.Cleanup(func() {
 		if !l.Failed() {

@@ -24,74 +24,69 @@ import (
 	"github.com/k8slan/k8slan/test/cluster/install"
 )
 
-func TestUpgradeFromThePreviousCommitTouchesNoAttachment(t *testing.T) {
+func TestUpgradeKeepsPodsAttached(t *testing.T) {
 	l := newLab(t)
 	ctx, cancel := context.WithTimeout(t.Context(), 6*patience)
 	defer cancel()
 	dir := t.TempDir()
-	previous, commit, err := bed.Previous(ctx, dir)
+	previous, commit, err := l.bed.Previous(ctx, dir)
 	if errors.Is(err, install.ErrNoHistory) {
 		t.Logf("NO UPGRADE FROM ANOTHER COMMIT WAS TESTED, only from this one under another version: %v", err)
-		previous, err = bed.As("previous", dir), nil
+		previous, err = l.bed.As("previous", dir), nil
 	}
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Logf("the previous commit is %s", commit)
 	l.reinstall()
-	for _, step := range []func(context.Context) error{
-		previous.Build, previous.Definitions, func(ctx context.Context) error { return previous.Chart(ctx, byEVPN) },
-	} {
-		if err := step(ctx); err != nil {
-			t.Fatal(err)
-		}
-	}
+	l.try(inOrder(ctx, previous.Build, previous.Definitions, previous.Load))
+	l.try(l.bed.chartOf(ctx, previous))
 	l.awaitVersion(previous.Version())
 	one, two := l.pair("upgraded", 1077)
 
-	var gaps []*gap
+	var gaps []*outages
 	losesNothing(one, two, func() {
 		for _, m := range l.machines() {
-			gaps = append(gaps, m.watchOffer("upgraded-3"))
+			gaps = append(gaps, m.watchResource("upgraded-3"))
 		}
 		begin := time.Now()
-		if err := bed.Chart(ctx, byEVPN); err != nil {
-			t.Fatal(err)
-		}
+		l.try(l.bed.chart(ctx))
 		l.logTime("helm upgrade", begin)
-		l.awaitVersion(bed.Version())
+		l.awaitVersion(l.bed.Version())
 		for _, g := range gaps {
-			g.tell()
+			g.end()
 		}
 	})
-	for _, s := range []station{one, two} {
+	for _, s := range []host{one, two} {
 		p := l.awaitRunning(s.pod)
 		if string(p.UID) != s.uid || p.Status.ContainerStatuses[0].RestartCount != 0 {
-			t.Errorf("%s was touched: %+v", s, p.Status.ContainerStatuses)
+			t.Errorf("%s was restarted: %+v", s, p.Status.ContainerStatuses)
 		}
 	}
 	for _, m := range l.machines() {
-		if have, want := sum(l, m.path("/opt/cni/bin/k8slan")), sum(l, bed.Built("k8slan-cni")); have != want {
+		if have, want := sum(l, m.path("/opt/cni/bin/k8slan")), sum(l, l.bed.Built("k8slan-cni")); have != want {
 			t.Errorf("%s does not have the new CNI plugin", m)
 		}
 	}
-	l.definitionsAreThoseOfTheProgram()
+	l.wantsCurrentCRDs()
 	l.ready("upgraded")
 	third := l.start(pod("upgraded-3", worker1, "upgraded-3"))[0]
 	third.address(address(3) + "/24")
 	third.pings(address(1), address(2))
 }
 
-// awaitVersion returns when the daemons of both nodes are of that version.
+// awaitVersion returns when the daemons of both nodes have that version.
 func (l lab) awaitVersion(version string) {
 	l.Helper()
 	for _, node := range []string{worker1, worker2} {
-		one(l, &v1beta1.LANNodeList{}, "", node, "of version "+version, func(n *v1beta1.LANNode) bool { return n != nil && n.Status.Version == version })
+		one(l, &v1beta1.LANNodeList{}, "", node, "of version "+version, func(n *v1beta1.LANNode) bool {
+			return n != nil && n.Status.Version == version
+		})
 	}
 }
 
-// definitionsAreThoseOfTheProgram wants the CRDs in the cluster to be what this version has.
-func (l lab) definitionsAreThoseOfTheProgram() {
+// wantsCurrentCRDs wants the CRDs in the cluster to be those of this version.
+func (l lab) wantsCurrentCRDs() {
 	l.Helper()
 	for _, file := range []string{"lan.k8slan.io_lans.yaml", "lan.k8slan.io_lannodes.yaml"} {
 		content, err := definitions.Files.ReadFile(file)
@@ -121,8 +116,9 @@ func sum(l lab, path string) [sha256.Size]byte {
 	return sha256.Sum256(content)
 }
 
-// gap is the time in which kubelet does not give a spoke out, from the first look without it to the first with it again.
-type gap struct {
+// outages are the times during which kubelet cannot allocate a spoke, from its first answer without the spoke to the
+// first with it.
+type outages struct {
 	m     machine
 	spoke string
 	stop  context.CancelFunc
@@ -131,29 +127,31 @@ type gap struct {
 	spans []time.Duration
 }
 
-// watchOffer asks kubelet again and again whether it would give a spoke out: nothing tells when that changes.
-func (m machine) watchOffer(spoke string) *gap {
+// watchResource asks kubelet again and again whether it can allocate a spoke, because a change is no event anywhere.
+func (m machine) watchResource(spoke string) *outages {
 	m.Helper()
-	conn, err := grpc.NewClient("unix:"+m.path("/var/lib/kubelet/pod-resources/kubelet.sock"), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	conn, err := grpc.NewClient("unix:"+m.path("/var/lib/kubelet/pod-resources/kubelet.sock"),
+		grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
 		m.Fatal(err)
 	}
 	ctx, cancel := context.WithCancel(m.Context())
-	g := &gap{m: m, spoke: spoke, stop: cancel}
+	g := &outages{m: m, spoke: spoke, stop: cancel}
 	g.wait.Go(func() {
 		defer conn.Close()
 		var gone time.Time
-		again := time.NewTicker(25 * time.Millisecond) // kubelet answers 100 such questions a second
+		again := time.NewTicker(25 * time.Millisecond) // kubelet answers 100 such calls a second
 		defer again.Stop()
 		for {
-			answer, err := podresources.NewPodResourcesListerClient(conn).GetAllocatableResources(ctx, &podresources.AllocatableResourcesRequest{})
-			offered := slices.ContainsFunc(answer.GetDevices(), func(d *podresources.ContainerDevices) bool {
+			answer, err := podresources.NewPodResourcesListerClient(conn).GetAllocatableResources(ctx,
+				&podresources.AllocatableResourcesRequest{})
+			healthy := slices.ContainsFunc(answer.GetDevices(), func(d *podresources.ContainerDevices) bool {
 				return d.GetResourceName() == v1beta1.Resource(spoke) && len(d.GetDeviceIds()) > 0
 			})
 			switch {
-			case err == nil && !offered && gone.IsZero():
+			case err == nil && !healthy && gone.IsZero():
 				gone = time.Now()
-			case offered && !gone.IsZero():
+			case healthy && !gone.IsZero():
 				g.spans = append(g.spans, time.Since(gone))
 				gone = time.Time{}
 			}
@@ -167,25 +165,26 @@ func (m machine) watchOffer(spoke string) *gap {
 	return g
 }
 
-// tell ends the watch and wants that there was one gap.
-func (g *gap) tell() {
+// end ends the watch and wants exactly one outage.
+func (g *outages) end() {
 	g.m.Helper()
 	g.stop()
 	g.wait.Wait()
-	g.m.Logf("%s did not offer spoke %s for %v", g.m, g.spoke, g.spans)
+	g.m.Logf("%s could not allocate spoke %s for %v", g.m, g.spoke, g.spans)
 	if len(g.spans) != 1 {
-		g.m.Errorf("%s took spoke %s back %d times, want once", g.m, g.spoke, len(g.spans))
+		g.m.Errorf("%s withdrew spoke %s %d times, want once", g.m, g.spoke, len(g.spans))
 	}
 }
 
-func TestUpgradeToAnImageThatNobodyHasChangesNothing(t *testing.T) {
+func TestUpgradeToAMissingImageChangesNothing(t *testing.T) {
 	l := newLab(t)
 	ctx, cancel := context.WithTimeout(t.Context(), 2*patience)
 	defer cancel()
 	l.reinstall()
 	daemons := func() (uids []string) {
 		var pods corev1.PodList
-		if err := bed.client.List(ctx, &pods, client.InNamespace(install.Namespace), client.MatchingLabels{"app.kubernetes.io/component": "node"}); err != nil {
+		if err := l.bed.client.List(ctx, &pods, client.InNamespace(install.Namespace),
+			client.MatchingLabels{"app.kubernetes.io/component": "node"}); err != nil {
 			t.Fatal(err)
 		}
 		for _, p := range pods.Items {
@@ -195,8 +194,8 @@ func TestUpgradeToAnImageThatNobodyHasChangesNothing(t *testing.T) {
 		return uids
 	}
 	before := daemons()
-	// The pods that wait run the image that is there, as they would if one node alone could not get the new one.
-	_, err := bed.Helm(ctx, "upgrade", install.Release, chartDir, "--namespace", install.Namespace, "--reuse-values",
+	// The hook's pods run the present image, as if only one node could not get the new one.
+	_, err := l.bed.Helm(ctx, "upgrade", install.Release, chartDir, "--namespace", install.Namespace, "--reuse-values",
 		"--set", "image.tag=nowhere", "--set", "upgrade.timeout=5s", "--timeout", "15s")
 	if err == nil {
 		t.Error("helm upgrade succeeds with an image that no node can get")

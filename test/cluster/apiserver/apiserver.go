@@ -33,8 +33,8 @@ import (
 type Config struct {
 	Kubernetes, Etcd string // directories of their programs
 
-	// Do runs a function in the network namespace that the server is to be in, on a thread that lives for as long as the function
-	// runs; nil: in this process's own.
+	// Do runs a function in the network namespace that the server is to be in, on a thread that lives for as long as
+	// the function runs; nil: in this process's own.
 	Do func(func() error) error
 	// Address is what the API server listens on; empty: 127.0.0.1.
 	Address string
@@ -81,9 +81,11 @@ func (s *Server) start(ctx context.Context) error {
 		return err
 	}
 	etcdURL, peerURL := "http://127.0.0.1:"+ports[0], "http://127.0.0.1:"+ports[1]
-	if _, err := s.Run(filepath.Join(s.config.Etcd, "etcd"), "--unsafe-no-fsync", "--data-dir="+filepath.Join(s.Dir, "etcd"),
+	if _, err := s.Run(filepath.Join(s.config.Etcd, "etcd"), "--unsafe-no-fsync",
+		"--data-dir="+filepath.Join(s.Dir, "etcd"),
 		"--listen-client-urls="+etcdURL, "--advertise-client-urls="+etcdURL,
-		"--listen-peer-urls="+peerURL, "--initial-advertise-peer-urls="+peerURL, "--initial-cluster=default="+peerURL); err != nil {
+		"--listen-peer-urls="+peerURL, "--initial-advertise-peer-urls="+peerURL,
+		"--initial-cluster=default="+peerURL); err != nil {
 		return err
 	}
 	if err := s.writeCredentials("https://" + net.JoinHostPort(s.config.Address, ports[2])); err != nil {
@@ -91,10 +93,12 @@ func (s *Server) start(ctx context.Context) error {
 	}
 	key := filepath.Join(s.Dir, "service-accounts.key")
 	s.APIServer, err = s.Run(filepath.Join(s.config.Kubernetes, "kube-apiserver"), "--etcd-servers="+etcdURL,
-		"--bind-address="+s.config.Address, "--advertise-address="+s.config.Address, "--secure-port="+ports[2], "--cert-dir="+filepath.Join(s.Dir, "certs"),
+		"--bind-address="+s.config.Address, "--advertise-address="+s.config.Address, "--secure-port="+ports[2],
+		"--cert-dir="+filepath.Join(s.Dir, "certs"),
 		"--endpoint-reconciler-type=none", "--service-cluster-ip-range=10.96.0.0/16",
 		"--authorization-mode=RBAC", "--token-auth-file="+filepath.Join(s.Dir, "tokens.csv"),
-		"--service-account-issuer=https://kubernetes.default.svc", "--service-account-key-file="+key, "--service-account-signing-key-file="+key,
+		"--service-account-issuer=https://kubernetes.default.svc", "--service-account-key-file="+key,
+		"--service-account-signing-key-file="+key,
 		"--disable-admission-plugins=ServiceAccount", "--watch-cache=true")
 	if err != nil {
 		return err
@@ -116,11 +120,13 @@ func (s *Server) writeCredentials(url string) error {
 	if err := os.WriteFile(filepath.Join(s.Dir, "service-accounts.key"), block, 0o600); err != nil {
 		return err
 	}
-	if err := os.WriteFile(filepath.Join(s.Dir, "tokens.csv"), []byte(token+",admin,admin,system:masters\n"), 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(s.Dir, "tokens.csv"), []byte(token+",admin,admin,system:masters\n"),
+		0o600); err != nil {
 		return err
 	}
 	s.Client = &rest.Config{
-		Host: url, BearerToken: token, TLSClientConfig: rest.TLSClientConfig{Insecure: true}, QPS: 1000, Burst: 2000, Dial: s.dial,
+		Host: url, BearerToken: token, TLSClientConfig: rest.TLSClientConfig{Insecure: true}, QPS: 1000, Burst: 2000,
+		Dial: s.dial,
 	}
 	kubeconfig := clientcmdapi.NewConfig()
 	kubeconfig.Clusters["api"] = &clientcmdapi.Cluster{Server: url, InsecureSkipTLSVerify: true}
@@ -183,10 +189,11 @@ func (s *Server) ready(ctx context.Context) error {
 		return err
 	}
 	var last error
-	err = wait.PollUntilContextTimeout(ctx, 50*time.Millisecond, time.Minute, true, func(ctx context.Context) (bool, error) {
-		last = d.RESTClient().Get().AbsPath("/readyz").Do(ctx).Error()
-		return last == nil, nil
-	})
+	err = wait.PollUntilContextTimeout(ctx, 50*time.Millisecond, time.Minute, true,
+		func(ctx context.Context) (bool, error) {
+			last = d.RESTClient().Get().AbsPath("/readyz").Do(ctx).Error()
+			return last == nil, nil
+		})
 	if err != nil {
 		return fmt.Errorf("the API server is not ready after a minute: %w\n%s", errors.Join(last, err), s.logs())
 	}
@@ -214,7 +221,7 @@ func (s *Server) logs() string {
 	return words.String()
 }
 
-// freePorts asks the kernel for TCP ports that nobody uses.
+// freePorts asks the kernel for unused TCP ports.
 func (s *Server) freePorts(n int) (ports []string, err error) {
 	err = s.config.Do(func() error {
 		for range n {

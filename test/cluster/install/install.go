@@ -24,16 +24,22 @@ const (
 	Release   = "k8slan"
 )
 
-// Bed is a cluster with what is needed to put k8slan on it.
+// Bed is a cluster with what is needed to install k8slan on it.
 type Bed struct {
 	cluster.Config
-	Cluster *cluster.Cluster // once Up has returned
+	Cluster *cluster.Cluster // set by Up
 
 	root string // of the checkout
-	tag  string // of the image
-	work string // for what is built from the checkout
+	work string // the directory with what is built from the checkout
 
 	version string // that the programs are built as; empty: test
+	*product
+}
+
+// product is the image that Build makes, for all clusters of one checkout.
+type product struct {
+	tag     string
+	archive string // its path
 }
 
 // New returns a bed for the checkout that the working directory is in.
@@ -42,30 +48,37 @@ func New(ctx context.Context, cfg cluster.Config) (*Bed, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Bed{Config: cfg, root: filepath.Dir(strings.TrimSpace(gomod)), work: filepath.Join(cfg.CacheDir, "checkout"+cfg.Name)}, nil
+	return &Bed{
+		Config:  cfg,
+		root:    filepath.Dir(strings.TrimSpace(gomod)),
+		work:    filepath.Join(cfg.CacheDir, "checkout"+cfg.Name),
+		product: &product{},
+	}, nil
 }
 
-// Programs builds Kubernetes, etcd, containerd, Multus and Helm, or finds them built.
-func (b *Bed) Programs(ctx context.Context) error {
-	for _, name := range cluster.Components() {
-		if err := b.Program(ctx, name); err != nil {
-			return err
-		}
-	}
-	return nil
+// Beside returns a bed for the same checkout on another cluster, which uses what this one has built.
+func (b *Bed) Beside(name string) *Bed {
+	other := *b
+	other.Name, other.Cluster = name, nil
+	return &other
 }
 
-// Program does that for one of them.
-func (b *Bed) Program(ctx context.Context, name string) error {
-	_, err := cluster.Build(ctx, b.Config, name)
-	return err
+// Components builds what the cluster runs, Helm, and the images that test pods run, or finds them built.
+func (b *Bed) Components(ctx context.Context) error {
+	g, gctx := errgroup.WithContext(ctx)
+	g.Go(func() error {
+		_, err := cluster.BuildAll(gctx, b.Config, cluster.Components()...)
+		return err
+	})
+	g.Go(func() error { return b.images(gctx) })
+	return g.Wait()
 }
 
-// Images builds the images that test pods run, or finds them built.
-func (b *Bed) Images(ctx context.Context) error {
+// images builds the images that test pods run, or finds them built.
+func (b *Bed) images(ctx context.Context) error {
 	b.Config.Images = nil
-	for _, make := range []func(context.Context, string) (string, error){images.Pause, images.Toolbox, images.VM} {
-		archive, err := make(ctx, b.CacheDir)
+	for _, build := range []func(context.Context, string) (string, error){images.Pause, images.Toolbox, images.VM} {
+		archive, err := build(ctx, b.CacheDir)
 		if err != nil {
 			return err
 		}
@@ -74,7 +87,7 @@ func (b *Bed) Images(ctx context.Context) error {
 	return nil
 }
 
-// Up brings the cluster up, or takes the one that is, and gives both nodes the images.
+// Up brings the cluster up, or uses the one that is up, and loads the images into both nodes.
 func (b *Bed) Up(ctx context.Context) error {
 	c, err := cluster.Open(b.Name)
 	if errors.Is(err, cluster.ErrNotUp) {
@@ -93,9 +106,9 @@ func (b *Bed) Up(ctx context.Context) error {
 	return nil
 }
 
-// Previous returns a bed on the same cluster for the commit before the checkout's, or for the one that K8SLAN_UPGRADE_FROM
-// names, and says which that is. It lies in dir from then on. Where there is no such commit, or no k8slan in it, the error
-// is ErrNoHistory.
+// Previous returns a bed on the same cluster for the commit before the checkout's, or for the one that
+// K8SLAN_UPGRADE_FROM names, and says which that is. It lies in dir from then on. Where there is no such commit, or no
+// k8slan in it, the error is ErrNoHistory.
 func (b *Bed) Previous(ctx context.Context, dir string) (previous *Bed, commit string, err error) {
 	from := os.Getenv("K8SLAN_UPGRADE_FROM")
 	commit, err = run(ctx, b.root, "git", "rev-parse", "--short", cmp.Or(from, "HEAD^"))
@@ -120,7 +133,8 @@ func (b *Bed) Previous(ctx context.Context, dir string) (previous *Bed, commit s
 	if _, err := os.Stat(filepath.Join(root, "charts/k8slan/Chart.yaml")); err != nil {
 		return nil, "", fmt.Errorf("%w that has a k8slan: %w", ErrNoHistory, err)
 	}
-	return &Bed{Config: b.Config, Cluster: b.Cluster, root: root, work: filepath.Join(dir, "built"), version: commit}, commit, nil
+	return &Bed{Config: b.Config, Cluster: b.Cluster, root: root, work: filepath.Join(dir, "built"), version: commit,
+		product: &product{}}, commit, nil
 }
 
 // ErrNoHistory says that the checkout is not one of git's, or has one commit.
@@ -128,7 +142,7 @@ var ErrNoHistory = errors.New("the checkout has no commit before this one")
 
 // As returns a bed for the same checkout, built as another version.
 func (b *Bed) As(version, dir string) *Bed {
-	return &Bed{Config: b.Config, Cluster: b.Cluster, root: b.root, work: dir, version: version}
+	return &Bed{Config: b.Config, Cluster: b.Cluster, root: b.root, work: dir, version: version, product: &product{}}
 }
 
 // Version is what the installed programs call themselves.
@@ -142,14 +156,16 @@ func (b *Bed) Built(program string) string { return filepath.Join(b.work, progra
 
 // Definitions brings the CRDs to the state they have in the checkout: Helm never changes one that is there.
 func (b *Bed) Definitions(ctx context.Context) error {
-	_, err := b.Kubectl(ctx, "apply", "--server-side", "--force-conflicts", "-f", filepath.Join(b.root, "charts/k8slan/crds"))
+	_, err := b.Kubectl(ctx, "apply", "--server-side", "--force-conflicts", "-f",
+		filepath.Join(b.root, "charts/k8slan/crds"))
 	return err
 }
 
-// Build builds k8slan's two programs and its image from the checkout and loads it into both nodes.
-// The image's tag is made of the image itself, so that a changed one is rolled out.
+// Build builds k8slan's programs and its image from the checkout.
+// The image's tag is a hash of the programs, so that a changed image is rolled out.
 func (b *Bed) Build(ctx context.Context) error {
-	if _, err := run(ctx, b.root, "go", "build", "-trimpath", "-ldflags", "-s -w -X main.version="+b.Version(), "-o", b.work+"/", "./cmd/..."); err != nil {
+	if _, err := run(ctx, b.root, "go", "build", "-trimpath", "-ldflags", "-s -w -X main.version="+b.Version(), "-o",
+		b.work+"/", "./cmd/..."); err != nil {
 		return err
 	}
 	programs := image.Product{K8slan: filepath.Join(b.work, "k8slan"), CNI: filepath.Join(b.work, "k8slan-cni")}
@@ -161,24 +177,30 @@ func (b *Bed) Build(ctx context.Context) error {
 		return err
 	}
 	b.tag, programs.Version = "test-"+sum, "test-"+sum
-	archive := filepath.Join(b.work, "k8slan.tar")
-	if err := image.K8slan(ctx, archive, programs); err != nil {
-		return err
-	}
-	return b.Cluster.LoadImage(ctx, archive)
+	b.archive = filepath.Join(b.work, "k8slan.tar")
+	return image.K8slan(ctx, b.archive, programs)
 }
 
-// Chart installs the chart with Helm, or upgrades what is installed, and returns when daemon and controller are ready.
+// Load loads the image that Build made into both nodes.
+func (b *Bed) Load(ctx context.Context) error { return b.Cluster.LoadImage(ctx, b.archive) }
+
+// Chart installs the chart with these values, or upgrades what is installed, and returns when daemon and controller are
+// ready.
 func (b *Bed) Chart(ctx context.Context, values ...string) error {
-	args := []string{
-		"upgrade", "--install", Release, filepath.Join(b.root, "charts/k8slan"),
-		"--namespace", Namespace, "--create-namespace", "--wait", "--timeout", "3m",
-		"--set", "image.tag=" + b.tag, "--set", "image.pullPolicy=Never",
-	}
+	args := []string{"--wait", "--timeout", "3m"}
 	for _, v := range values {
 		args = append(args, "--set", v)
 	}
-	_, err := b.Helm(ctx, args...)
+	return b.Install(ctx, args...)
+}
+
+// Install installs the chart with further arguments of helm upgrade, or upgrades what is installed.
+func (b *Bed) Install(ctx context.Context, args ...string) error {
+	_, err := b.Helm(ctx, append([]string{
+		"upgrade", "--install", Release, filepath.Join(b.root, "charts/k8slan"), "--namespace", Namespace,
+		"--create-namespace",
+		"--set", "image.tag=" + b.tag, "--set", "image.pullPolicy=Never",
+	}, args...)...)
 	return err
 }
 
@@ -197,7 +219,8 @@ func (b *Bed) HelmCommand(ctx context.Context, args ...string) (*exec.Cmd, error
 	if err != nil {
 		return nil, err
 	}
-	cmd := exec.CommandContext(ctx, filepath.Join(dir, "helm"), append([]string{"--kubeconfig", b.Cluster.Kubeconfig()}, args...)...)
+	cmd := exec.CommandContext(ctx, filepath.Join(dir, "helm"),
+		append([]string{"--kubeconfig", b.Cluster.Kubeconfig()}, args...)...)
 	cmd.Dir = b.root
 	return cmd, nil
 }
@@ -209,7 +232,8 @@ func (b *Bed) Kubectl(ctx context.Context, args ...string) (string, error) {
 
 // KubectlCommand is kubectl against the cluster, ready to be started.
 func (b *Bed) KubectlCommand(ctx context.Context, args ...string) *exec.Cmd {
-	return exec.CommandContext(ctx, b.Cluster.Kubectl(), append([]string{"--kubeconfig", b.Cluster.Kubeconfig()}, args...)...)
+	return exec.CommandContext(ctx, b.Cluster.Kubectl(),
+		append([]string{"--kubeconfig", b.Cluster.Kubeconfig()}, args...)...)
 }
 
 // Apply applies a manifest.
@@ -218,22 +242,6 @@ func (b *Bed) Apply(ctx context.Context, manifest string) error {
 	cmd.Stdin = strings.NewReader(manifest)
 	_, err := output(cmd)
 	return err
-}
-
-// All does everything from an empty machine to an installed k8slan.
-func (b *Bed) All(ctx context.Context) error {
-	g, gctx := errgroup.WithContext(ctx)
-	g.Go(func() error { return b.Programs(gctx) })
-	g.Go(func() error { return b.Images(gctx) })
-	if err := g.Wait(); err != nil {
-		return err
-	}
-	for _, step := range []func(context.Context) error{b.Up, b.Build, func(ctx context.Context) error { return b.Chart(ctx) }} {
-		if err := step(ctx); err != nil {
-			return err
-		}
-	}
-	return nil
 }
 
 func run(ctx context.Context, dir, name string, args ...string) (string, error) {
@@ -249,7 +257,8 @@ func output(cmd *exec.Cmd) (string, error) {
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()
 	if err != nil {
-		return string(out), fmt.Errorf("%s: %w\n%s", strings.Join(cmd.Args, " "), err, strings.TrimSpace(stderr.String()+string(out)))
+		return string(out), fmt.Errorf("%s: %w\n%s", strings.Join(cmd.Args, " "), err,
+			strings.TrimSpace(stderr.String()+string(out)))
 	}
 	return string(out), nil
 }

@@ -59,7 +59,8 @@ func root() (*cobra.Command, error) {
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
-	root.PersistentFlags().StringVar(&o.Name, "name", name, "a letter for a cluster beside the usual one ($K8SLAN_CLUSTER)")
+	root.PersistentFlags().StringVar(&o.Name, "name", name,
+		"a letter, a digit or both for a cluster beside the usual one ($K8SLAN_CLUSTER)")
 	root.AddCommand(up(o), down(o), status(o), kubeconfig(o), build(o), load(o), execute(o),
 		kubelet(o), kill(o), mend(o), power(o), underlay(o), spawn(o), spawnNode(o), nodeInit(), proxy(o))
 	return root, nil
@@ -85,7 +86,8 @@ func up(o *options) *cobra.Command {
 			return show(up)
 		},
 	}
-	c.Flags().StringSliceVar(&o.Images, "image", nil, "OCI archive to load into both nodes, beside pause and toolbox (repeatable)")
+	c.Flags().StringSliceVar(&o.Images, "image", nil,
+		"OCI archive to load into both nodes, beside pause and toolbox (repeatable)")
 	return c
 }
 
@@ -115,22 +117,25 @@ func down(o *options) *cobra.Command {
 }
 
 func status(o *options) *cobra.Command {
-	return opened(o, "status", "Show the cluster's processes", 0, func(_ context.Context, c *cluster.Cluster, _ []string) error {
-		return c.Status(os.Stdout)
-	})
+	return opened(o, "status", "Show the cluster's processes", 0,
+		func(_ context.Context, c *cluster.Cluster, _ []string) error {
+			return c.Status(os.Stdout)
+		})
 }
 
 func kubeconfig(o *options) *cobra.Command {
-	return opened(o, "kubeconfig", "Print how to use the cluster", 0, func(_ context.Context, c *cluster.Cluster, _ []string) error {
-		return show(c)
-	})
+	return opened(o, "kubeconfig", "Print how to use the cluster", 0,
+		func(_ context.Context, c *cluster.Cluster, _ []string) error {
+			return show(c)
+		})
 }
 
 func build(o *options) *cobra.Command {
 	return &cobra.Command{
-		Use:   "build component…",
-		Short: "Build components (" + strings.Join(cluster.Components(), ", ") + ") into the cache and print where they are",
-		Args:  cobra.MinimumNArgs(1),
+		Use: "build component…",
+		Short: "Build components (" + strings.Join(cluster.Components(), ", ") +
+			") into the cache and print where they are",
+		Args: cobra.MinimumNArgs(1),
 		RunE: func(c *cobra.Command, names []string) error {
 			for _, name := range names {
 				dir, err := cluster.Build(c.Context(), o.Config, name)
@@ -145,9 +150,10 @@ func build(o *options) *cobra.Command {
 }
 
 func load(o *options) *cobra.Command {
-	return opened(o, "load archive", "Load an OCI archive into both nodes", 1, func(ctx context.Context, c *cluster.Cluster, args []string) error {
-		return c.LoadImage(ctx, args[0])
-	})
+	return opened(o, "load archive", "Load an OCI archive into both nodes", 1,
+		func(ctx context.Context, c *cluster.Cluster, args []string) error {
+			return c.LoadImage(ctx, args[0])
+		})
 }
 
 func execute(o *options) *cobra.Command {
@@ -168,9 +174,13 @@ func execute(o *options) *cobra.Command {
 func kubelet(o *options) *cobra.Command {
 	c := &cobra.Command{Use: "kubelet", Short: "Restart, stop or start the kubelet of a node"}
 	c.AddCommand(
-		onNode(o, "restart node", "Stop and start the kubelet", 1, func(ctx context.Context, n *cluster.Node, _ []string) error { return n.RestartKubelet(ctx) }),
-		onNode(o, "stop node", "Stop the kubelet; pods go on running", 1, func(ctx context.Context, n *cluster.Node, _ []string) error { return n.StopKubelet(ctx) }),
-		onNode(o, "start node", "Start the kubelet", 1, func(ctx context.Context, n *cluster.Node, _ []string) error { return n.StartKubelet(ctx) }),
+		onNode(o, "restart node", "Stop and start the kubelet", 1,
+			func(ctx context.Context, n *cluster.Node, _ []string) error { return n.RestartKubelet(ctx) }),
+		onNode(o, "stop node", "Stop the kubelet; pods continue to run", 1,
+			func(ctx context.Context, n *cluster.Node, _ []string) error { return n.StopKubelet(ctx) }),
+		onNode(o, "start node", "Start the kubelet", 1, func(ctx context.Context, n *cluster.Node, _ []string) error {
+			return n.StartKubelet(ctx)
+		}),
 	)
 	return c
 }
@@ -183,8 +193,10 @@ func kill(o *options) *cobra.Command {
 func power(o *options) *cobra.Command {
 	c := &cobra.Command{Use: "power", Short: "Switch a node off or on"}
 	c.AddCommand(
-		onNode(o, "off node", "End everything in the node at once; its disk stays", 1, func(ctx context.Context, n *cluster.Node, _ []string) error { return n.PowerOff(ctx) }),
-		onNode(o, "on node", "Boot the node and wait until it is Ready", 1, func(ctx context.Context, n *cluster.Node, _ []string) error { return n.PowerOn(ctx) }),
+		onNode(o, "off node", "End everything in the node at once; its disk stays", 1,
+			func(ctx context.Context, n *cluster.Node, _ []string) error { return n.PowerOff(ctx) }),
+		onNode(o, "on node", "Boot the node and wait until it is Ready", 1,
+			func(ctx context.Context, n *cluster.Node, _ []string) error { return n.PowerOn(ctx) }),
 	)
 	return c
 }
@@ -197,15 +209,19 @@ func mend(o *options) *cobra.Command {
 func underlay(o *options) *cobra.Command {
 	c := &cobra.Command{Use: "underlay", Short: "Cut, remove or restore a network device (eth0 to eth4) of a node"}
 	c.AddCommand(
-		onNode(o, "cut node device", "Pull the cable: the device loses its carrier", 2, func(_ context.Context, n *cluster.Node, args []string) error { return n.CutUnderlay(args[0]) }),
-		onNode(o, "remove node device", "Pull the card: the device is gone", 2, func(_ context.Context, n *cluster.Node, args []string) error { return n.RemoveUnderlay(args[0]) }),
-		onNode(o, "restore node device", "Put cable and card back", 2, func(_ context.Context, n *cluster.Node, args []string) error { return n.RestoreUnderlay(args[0]) }),
+		onNode(o, "cut node device", "Pull the cable: the device loses its carrier", 2,
+			func(_ context.Context, n *cluster.Node, args []string) error { return n.CutUnderlay(args[0]) }),
+		onNode(o, "remove node device", "Pull the card: the device vanishes", 2,
+			func(_ context.Context, n *cluster.Node, args []string) error { return n.RemoveUnderlay(args[0]) }),
+		onNode(o, "restore node device", "Put cable and card back", 2,
+			func(_ context.Context, n *cluster.Node, args []string) error { return n.RestoreUnderlay(args[0]) }),
 	)
 	return c
 }
 
 // opened makes a command that works on a cluster that is up.
-func opened(o *options, use, short string, args int, run func(context.Context, *cluster.Cluster, []string) error) *cobra.Command {
+func opened(o *options, use, short string, args int,
+	run func(context.Context, *cluster.Cluster, []string) error) *cobra.Command {
 	return &cobra.Command{
 		Use:   use,
 		Short: short,
@@ -221,7 +237,8 @@ func opened(o *options, use, short string, args int, run func(context.Context, *
 }
 
 // onNode makes a command whose first argument is a node.
-func onNode(o *options, use, short string, args int, run func(context.Context, *cluster.Node, []string) error) *cobra.Command {
+func onNode(o *options, use, short string, args int,
+	run func(context.Context, *cluster.Node, []string) error) *cobra.Command {
 	return opened(o, use, short, args, func(ctx context.Context, c *cluster.Cluster, args []string) error {
 		node := c.Node(args[0])
 		if node == nil {

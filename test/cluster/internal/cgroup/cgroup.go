@@ -1,7 +1,7 @@
 // Package cgroup makes one control group in every hierarchy of the machine,
 // joins it, and kills and removes what is in it.
 //
-// It works with the unified hierarchy alone (version 2) and with version 1
+// It works with only the unified hierarchy (version 2) and with version 1
 // hierarchies that have the unified one beside them.
 package cgroup
 
@@ -199,7 +199,7 @@ func (g Group) Processes() ([]int, error) {
 }
 
 // Kill kills every process of the group and those below it, and waits until
-// the last one is gone. A group that is not there is empty.
+// the last one has ended. A group that does not exist is empty.
 func (g Group) Kill(ctx context.Context) error {
 	unified, err := g.unified()
 	if err != nil {
@@ -283,7 +283,7 @@ func walk(dir string, visit func(dir string) error) error {
 			continue
 		}
 		if err := walk(filepath.Join(dir, entry.Name()), visit); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return err // one that has gone meanwhile holds nothing
+			return err // one that has been removed meanwhile holds nothing
 		}
 	}
 	return visit(dir)

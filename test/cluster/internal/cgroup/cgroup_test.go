@@ -5,13 +5,13 @@ import (
 	"testing"
 )
 
-func TestHierarchiesAreFoundInWhateverWayTheyAreMounted(t *testing.T) {
+func TestHierarchiesAreFoundHoweverTheyAreMounted(t *testing.T) {
 	for name, test := range map[string]struct {
 		mountinfo string
 		want      []Hierarchy
 	}{
-		"unified alone": {
-			mountinfo: `29 23 0:26 / /sys/fs/cgroup rw,nosuid,nodev,noexec,relatime shared:4 - cgroup2 cgroup2 rw,nsdelegate,memory_recursiveprot
+		"only unified": {
+			mountinfo: `29 23 0:26 / /sys/fs/cgroup rw,nosuid,nodev,noexec,relatime shared:4 - cgroup2 cgroup2 rw,nsdelegate
 `,
 			want: []Hierarchy{{Mount: "/sys/fs/cgroup"}},
 		},

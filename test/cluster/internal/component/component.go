@@ -3,7 +3,7 @@
 package component
 
 import (
-	"bytes"
+	"bufio"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -22,7 +22,7 @@ import (
 // release.
 type Component struct {
 	Name     string
-	Packages string   // what go build is told: "." for the module itself, "tool" for its go.mod's tools
+	Packages string   // the arguments of go build: "." for the module itself, "tool" for its go.mod's tools
 	Tags     string   // build tags
 	LDFlags  string   // beside -s -w
 	Links    []string // "name=program" pairs: further names of the programs built
@@ -65,30 +65,40 @@ func kubernetesVersion(version string) string {
 	return strings.Join(flags, " ")
 }
 
-// Build builds the component called name from its folder below source, unless
-// cache has it already, and returns the directory with its programs.
-func Build(ctx context.Context, log *slog.Logger, source, cache, name string) (dir string, err error) {
+// Builder builds components into a cache.
+type Builder struct {
+	Source string // the directory with the components' folders
+	Cache  string
+	Log    *slog.Logger
+	// Progress is called while a component is built, with how many of its packages are compiled of how many: of 0 until
+	// that is known, and of as many when it is built. It may be nil.
+	Progress func(name string, done, total int)
+}
+
+// Build builds the component called name, unless the cache has it, and returns
+// the directory with its programs.
+func (b Builder) Build(ctx context.Context, name string) (dir string, err error) {
 	all := All()
 	i := slices.IndexFunc(all, func(c Component) bool { return c.Name == name })
 	if i < 0 {
 		return "", fmt.Errorf("there is no component %q to build", name)
 	}
 	c := all[i]
-	module := filepath.Join(source, name)
+	module := filepath.Join(b.Source, name)
 	key, err := c.key(os.DirFS(module))
 	if err != nil {
 		return "", fmt.Errorf("read component %s: %w", name, err)
 	}
-	dir = filepath.Join(cache, name+"-"+key)
+	dir = filepath.Join(b.Cache, name+"-"+key)
 	if _, err := os.Stat(dir); err == nil || !errors.Is(err, fs.ErrNotExist) {
 		return dir, err
 	}
-	log.Info("building a component from source", "component", name, "hint", c.hint())
+	b.Log.Info("building a component from source", "component", name, "hint", c.hint())
 	begin := time.Now()
-	if err := c.build(ctx, module, dir); err != nil {
+	if err := b.build(ctx, c, module, dir); err != nil {
 		return "", err
 	}
-	log.Info("built", "component", name, "seconds", int(time.Since(begin).Seconds()))
+	b.Log.Info("built", "component", name, "seconds", int(time.Since(begin).Seconds()))
 	return dir, nil
 }
 
@@ -126,20 +136,17 @@ func (c Component) args(out string) []string {
 }
 
 // build builds beside dir and renames, so that dir is never half there.
-func (c Component) build(ctx context.Context, module, dir string) error {
-	if err := os.MkdirAll(filepath.Dir(dir), 0o755); err != nil {
+func (b Builder) build(ctx context.Context, c Component, module, dir string) error {
+	if err := os.MkdirAll(b.Cache, 0o755); err != nil {
 		return fmt.Errorf("make the cache for component %s: %w", c.Name, err)
 	}
-	temporary, err := os.MkdirTemp(filepath.Dir(dir), ".building-")
+	temporary, err := os.MkdirTemp(b.Cache, ".building-")
 	if err != nil {
 		return fmt.Errorf("make the cache for component %s: %w", c.Name, err)
 	}
 	defer os.RemoveAll(temporary)
-	cmd := exec.CommandContext(ctx, "go", c.args(temporary)...)
-	cmd.Dir = module
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=", "GOWORK=off")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		return fmt.Errorf("build component %s in %s: %w:\n%s", c.Name, module, err, bytes.TrimSpace(out))
+	if err := b.compile(ctx, c, module, temporary); err != nil {
+		return fmt.Errorf("build component %s in %s: %w", c.Name, module, err)
 	}
 	for _, link := range c.Links {
 		name, program, _ := strings.Cut(link, "=")
@@ -155,4 +162,68 @@ func (c Component) build(ctx context.Context, module, dir string) error {
 		return fmt.Errorf("finish component %s: %w", c.Name, err)
 	}
 	return nil
+}
+
+// compile runs go build, which names each package that it compiles, and reports the progress.
+func (b Builder) compile(ctx context.Context, c Component, module, out string) error {
+	report := b.Progress
+	if report == nil {
+		report = func(string, int, int) {}
+	}
+	list := func(args ...string) *exec.Cmd {
+		cmd := exec.CommandContext(ctx, "go", args...)
+		cmd.Dir = module
+		cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=", "GOWORK=off")
+		return cmd
+	}
+	report(c.Name, 0, 0)
+	total := 0
+	if err := b.lines(list("list", "-tags="+c.Tags, "-deps", c.Packages), func(string) { total++ }); err != nil {
+		return err
+	}
+	report(c.Name, 0, total)
+	done := 0
+	defer func() { report(c.Name, total, total) }()
+	build := append([]string{"build", "-v"}, c.args(out)[1:]...) // -v has no part in the key
+	return b.lines(list(build...), func(string) {
+		done = min(done+1, total-1) // the programs are still to be linked
+		report(c.Name, done, total)
+	})
+}
+
+// lines runs go and calls each for the name of each package that it prints. Its other output goes to the log, such as
+// the modules that it downloads, and to the error.
+func (b Builder) lines(cmd *exec.Cmd, each func(name string)) error {
+	read, write, err := os.Pipe()
+	if err != nil {
+		return err
+	}
+	defer read.Close()
+	cmd.Stdout, cmd.Stderr = write, write
+	err = cmd.Start()
+	write.Close()
+	if err != nil {
+		return err
+	}
+	var other []string
+	for output := bufio.NewScanner(read); output.Scan(); {
+		line := output.Text()
+		switch {
+		case strings.HasPrefix(line, "go: downloading "):
+			b.Log.Info(line)
+		case isPackage(line):
+			each(line)
+		default:
+			other = append(other, line)
+		}
+	}
+	if err := cmd.Wait(); err != nil {
+		return fmt.Errorf("%w:\n%s", err, strings.Join(other, "\n"))
+	}
+	return nil
+}
+
+// isPackage says whether a line is the path of a package, and no message.
+func isPackage(line string) bool {
+	return line != "" && !strings.ContainsAny(line, " :\t#")
 }

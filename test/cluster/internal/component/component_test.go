@@ -15,14 +15,15 @@ func TestKeyChangesWithWhatIsBuilt(t *testing.T) {
 		component Component
 		module    fstest.MapFS
 	}{
-		"as it is":              {base, module("a", "b")},
-		"another version":       {base, module("a2", "b")},
-		"other checksums":       {base, module("a", "b2")},
-		"text moved to go.sum":  {base, module("", "ab")},
-		"a main.go in addition": {base, fstest.MapFS{"go.mod": {Data: []byte("a")}, "go.sum": {Data: []byte("b")}, "main.go": {}}},
-		"other tags":            {Component{Name: "etcd", Packages: "tool", Tags: "x"}, module("a", "b")},
-		"other linker flags":    {Component{Name: "etcd", Packages: "tool", LDFlags: "-X a=b"}, module("a", "b")},
-		"another link":          {Component{Name: "etcd", Packages: "tool", Links: []string{"a=b"}}, module("a", "b")},
+		"unchanged":            {base, module("a", "b")},
+		"another version":      {base, module("a2", "b")},
+		"other checksums":      {base, module("a", "b2")},
+		"text moved to go.sum": {base, module("", "ab")},
+		"a main.go in addition": {base,
+			fstest.MapFS{"go.mod": {Data: []byte("a")}, "go.sum": {Data: []byte("b")}, "main.go": {}}},
+		"other tags":         {Component{Name: "etcd", Packages: "tool", Tags: "x"}, module("a", "b")},
+		"other linker flags": {Component{Name: "etcd", Packages: "tool", LDFlags: "-X a=b"}, module("a", "b")},
+		"another link":       {Component{Name: "etcd", Packages: "tool", Links: []string{"a=b"}}, module("a", "b")},
 	} {
 		key, err := test.component.key(test.module)
 		if err != nil {
@@ -37,14 +38,15 @@ func TestKeyChangesWithWhatIsBuilt(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if seen[again] != "as it is" {
+	if seen[again] != "unchanged" {
 		t.Error("the same input has another key")
 	}
 }
 
 func TestKubernetesKnowsItsVersion(t *testing.T) {
 	got := kubernetesVersion("v1.36.3")
-	want := "-X k8s.io/component-base/version.gitVersion=v1.36.3 -X k8s.io/component-base/version.gitMajor=1 -X k8s.io/component-base/version.gitMinor=36"
+	want := "-X k8s.io/component-base/version.gitVersion=v1.36.3 -X k8s.io/component-base/version.gitMajor=1 -X " +
+		"k8s.io/component-base/version.gitMinor=36"
 	if len(got) < len(want) || got[:len(want)] != want {
 		t.Errorf("got  %s\nwant %s …", got, want)
 	}

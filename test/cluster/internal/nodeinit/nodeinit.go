@@ -47,7 +47,8 @@ func Kept() []string {
 }
 
 // namespaces are what separates a node from the machine.
-const namespaces = unix.CLONE_NEWPID | unix.CLONE_NEWNS | unix.CLONE_NEWNET | unix.CLONE_NEWUTS | unix.CLONE_NEWIPC | unix.CLONE_NEWCGROUP
+const namespaces = unix.CLONE_NEWPID | unix.CLONE_NEWNS | unix.CLONE_NEWNET |
+	unix.CLONE_NEWUTS | unix.CLONE_NEWIPC | unix.CLONE_NEWCGROUP
 
 // ready is what the first process says on its standard output once the node
 // is complete; anything else is an error's text.
@@ -146,7 +147,8 @@ func mountRoot(config Config) (string, error) {
 		m.mkdir(config.Disk+dir, root+dir)
 		m.mount(config.Disk+dir, root+dir, "", unix.MS_BIND, "")
 	}
-	m.mkdir(root+"/run/lock", root+"/var/lib", root+"/var/log/pods", root+"/var/log/containers", root+"/var/tmp", root+"/opt/cni/bin", root+"/etc/cni/net.d")
+	m.mkdir(root+"/run/lock", root+"/var/lib", root+"/var/log/pods", root+"/var/log/containers", root+"/var/tmp",
+		root+"/opt/cni/bin", root+"/etc/cni/net.d")
 	m.symlink("/run", root+"/var/run")
 	for _, dir := range config.Shared {
 		m.mkdir(root + dir)
@@ -236,7 +238,7 @@ func changeRoot(root string) error {
 	return nil
 }
 
-// writeIdentity gives the node what tells one machine, and one boot of it,
+// writeIdentity gives the node the IDs that distinguish one machine, and one boot of it,
 // from another.
 func writeIdentity(name string) error {
 	files := map[string]string{
@@ -254,7 +256,7 @@ func writeIdentity(name string) error {
 			return err
 		}
 	}
-	// kubelet tells a reboot by this (node.status.nodeInfo.bootID).
+	// kubelet recognizes a reboot by this (node.status.nodeInfo.bootID).
 	if err := unix.Mount("/run/boot_id", "/proc/sys/kernel/random/boot_id", "", unix.MS_BIND, ""); err != nil {
 		return fmt.Errorf("mount the node's boot ID: %w", err)
 	}

@@ -56,7 +56,8 @@ func TestGroupsAreKubernetesGroups(t *testing.T) {
 		t.Fatal(err)
 	}
 	// authentication.k8s.io: the user is the common name, groups are the organizations.
-	if cert.Subject.CommonName != "system:node:worker1" || len(cert.Subject.Organization) != 1 || cert.Subject.Organization[0] != "system:nodes" {
+	if cert.Subject.CommonName != "system:node:worker1" || len(cert.Subject.Organization) != 1 ||
+		cert.Subject.Organization[0] != "system:nodes" {
 		t.Errorf("subject %v", cert.Subject)
 	}
 }

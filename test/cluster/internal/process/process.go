@@ -33,11 +33,11 @@ func Identify(pid int) (Record, error) {
 	}
 	stat, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(pid), "stat"))
 	if err != nil {
-		return Record{}, fmt.Errorf("look at process %d: %w", pid, err)
+		return Record{}, fmt.Errorf("read process %d: %w", pid, err)
 	}
 	state, start, err := parseStat(string(stat))
 	if err != nil {
-		return Record{}, fmt.Errorf("look at process %d: %w", pid, err)
+		return Record{}, fmt.Errorf("read process %d: %w", pid, err)
 	}
 	if state == "Z" || state == "X" {
 		return Record{}, fmt.Errorf("process %d has ended: %w", pid, fs.ErrNotExist)
@@ -182,7 +182,8 @@ func (r Record) Enter() error {
 	if err := unix.Unshare(unix.CLONE_FS); err != nil {
 		return fmt.Errorf("unshare the root directory: %w", err)
 	}
-	all := unix.CLONE_NEWNS | unix.CLONE_NEWPID | unix.CLONE_NEWNET | unix.CLONE_NEWUTS | unix.CLONE_NEWIPC | unix.CLONE_NEWCGROUP
+	all := unix.CLONE_NEWNS | unix.CLONE_NEWPID | unix.CLONE_NEWNET |
+		unix.CLONE_NEWUTS | unix.CLONE_NEWIPC | unix.CLONE_NEWCGROUP
 	if err := unix.Setns(fd, all); err != nil {
 		return fmt.Errorf("enter the namespaces of process %d: %w", r.PID, err)
 	}

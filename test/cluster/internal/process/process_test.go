@@ -58,6 +58,6 @@ func TestARecordOutlivesItsProcessWithoutTakingAnotherForIt(t *testing.T) {
 	}
 	_ = sleep.Wait() // killed, which it says
 	if _, err := Identify(r.PID); !errors.Is(err, fs.ErrNotExist) {
-		t.Errorf("a process that is gone is identified with error %v, want not-exist", err)
+		t.Errorf("a process that has ended is identified with error %v, want not-exist", err)
 	}
 }

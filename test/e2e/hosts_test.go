@@ -26,31 +26,32 @@ import (
 	"github.com/k8slan/k8slan/test/frames"
 )
 
-// station is where a pod or a VM's guest speaks on a LAN.
-type station struct {
+// host is the interface of a pod or of a VM's guest on a LAN.
+type host struct {
 	lab
 	pod    string
 	node   string
 	uid    string   // of the pod
-	prefix []string // brings a command into the guest
+	prefix []string // runs a command in the guest
 	link   string
 	mac    net.HardwareAddr
 	mtu    int
 
-	container string // of the pod, where commands run; empty: main
+	container string // of the pod, in which commands run; empty: main
 }
 
-func (s station) String() string { return s.pod + " on " + s.node }
+func (s host) String() string { return s.pod + " on " + s.node }
 
-func (s station) inContainer() string { return cmp.Or(s.container, "main") }
+func (s host) inContainer() string { return cmp.Or(s.container, "main") }
 
-// exec runs a command until its end or the context's.
-func (s station) exec(ctx context.Context, stdout, stderr io.Writer, command ...string) error {
-	request := bed.core.CoreV1().RESTClient().Post().Resource("pods").Namespace(s.namespace).Name(s.pod).SubResource("exec").
+// exec runs a command until it ends or the context does.
+func (s host) exec(ctx context.Context, stdout, stderr io.Writer, command ...string) error {
+	request := s.bed.core.CoreV1().RESTClient().Post().
+		Resource("pods").Namespace(s.namespace).Name(s.pod).SubResource("exec").
 		VersionedParams(&corev1.PodExecOptions{
 			Container: s.inContainer(), Command: append(slices.Clone(s.prefix), command...), Stdout: true, Stderr: true,
 		}, scheme.ParameterCodec)
-	executor, err := remotecommand.NewWebSocketExecutor(bed.config, "GET", request.URL().String())
+	executor, err := remotecommand.NewWebSocketExecutor(s.bed.config, "GET", request.URL().String())
 	if err != nil {
 		return err
 	}
@@ -58,7 +59,7 @@ func (s station) exec(ctx context.Context, stdout, stderr io.Writer, command ...
 }
 
 // try runs a command and returns what it prints.
-func (s station) try(command ...string) (string, error) {
+func (s host) try(command ...string) (string, error) {
 	ctx, cancel := context.WithTimeout(s.Context(), patience)
 	defer cancel()
 	var stdout, stderr bytes.Buffer
@@ -69,7 +70,7 @@ func (s station) try(command ...string) (string, error) {
 }
 
 // run runs a command that must succeed and returns what it prints.
-func (s station) run(command ...string) string {
+func (s host) run(command ...string) string {
 	s.Helper()
 	out, err := s.try(command...)
 	if err != nil {
@@ -79,13 +80,13 @@ func (s station) run(command ...string) string {
 }
 
 // sh runs a shell script that must succeed and returns what it prints.
-func (s station) sh(format string, args ...any) string {
+func (s host) sh(format string, args ...any) string {
 	s.Helper()
 	return s.run("sh", "-ec", fmt.Sprintf(format, args...))
 }
 
-// look reads the link's address and MTU.
-func (s *station) look() {
+// readLink reads the link's address and MTU.
+func (s *host) readLink() {
 	s.Helper()
 	out := strings.Fields(s.sh("cat /sys/class/net/%s/address /sys/class/net/%[1]s/mtu", s.link))
 	var err error
@@ -97,38 +98,38 @@ func (s *station) look() {
 	}
 }
 
-// address gives the link addresses and returns when they can be used: IPv6 ones when the kernel has found that nobody
-// else on the LAN has them.
-func (s station) address(prefixes ...string) {
+// address gives the link addresses and returns when they can be used. IPv6 addresses can be used when the kernel has
+// found that no other host on the LAN has them.
+func (s host) address(prefixes ...string) {
 	s.Helper()
+	var add strings.Builder
 	for _, p := range prefixes {
 		family := "-4"
 		if netip.MustParsePrefix(p).Addr().Is6() {
 			family = "-6"
 		}
-		s.run("ip", family, "addr", "add", p, "dev", s.link)
+		fmt.Fprintf(&add, "ip %s addr add %s dev %s\n", family, p, s.link)
 	}
-	s.sh(`deadline=$(($(date +%%s) + 20))
+	s.sh(`%s
+deadline=$(($(date +%%s) + 20))
 while ip -6 addr show dev %s | grep -q tentative; do [ $(date +%%s) -lt $deadline ]; usleep 50000; done
-! ip -6 addr show dev %[1]s | grep dadfailed`, s.link)
+! ip -6 addr show dev %[2]s | grep dadfailed`, &add, s.link)
 }
 
-// pings wants every one of some pings to be answered.
-func (s station) pings(addresses ...string) {
+// pings wants each of two pings to each address to be answered.
+func (s host) pings(addresses ...string) {
 	s.Helper()
-	for _, a := range addresses {
-		s.run("ping", "-c", "2", "-W", "5", a)
-	}
+	s.sh("for a in %s; do ping -c 2 -i 0.1 -W 5 $a; done", strings.Join(addresses, " "))
 }
 
 // reaches waits until an address answers.
-func (s station) reaches(address string) {
+func (s host) reaches(address string) {
 	s.Helper()
 	s.run("timeout", "50", "sh", "-c", "until ping -c 1 -W 1 "+address+"; do :; done")
 }
 
-// fetches lets another station serve a file of some megabytes over TCP, and wants to get all of it.
-func (s station) fetches(from station, address string) {
+// fetches lets another host serve a file of some megabytes over TCP, and wants to get all of it.
+func (s host) fetches(from host, address string) {
 	s.Helper()
 	if a := netip.MustParseAddr(address); a.Is6() {
 		address = "[" + address + "]"
@@ -137,46 +138,47 @@ func (s station) fetches(from station, address string) {
 	want := strings.Fields(from.run("sha256sum", "/bin/frames"))[0]
 	got := s.sh("wget -q -O - http://%s:8080/frames | sha256sum", address)
 	if got := strings.Fields(got)[0]; got != want {
-		s.Errorf("%s fetched a file from %s whose checksum is %s, want %s", s, from, got, want)
+		s.Errorf("%s fetched a file from %s with checksum %s, want %s", s, from, got, want)
 	}
 }
 
-// in is the same station for a subtest.
-func (s station) in(t *testing.T) station {
+// in returns the host for a subtest.
+func (s host) in(t *testing.T) host {
 	s.lab = s.lab.in(t)
 	return s
 }
 
-// awaitLog returns when the station's container has said something.
-func (s station) awaitLog(words string) {
+// awaitLog returns when the host's container has logged some words.
+func (s host) awaitLog(words string) {
 	s.Helper()
 	ctx, cancel := context.WithTimeout(s.Context(), patience)
 	defer cancel()
-	log, err := bed.core.CoreV1().Pods(s.namespace).GetLogs(s.pod, &corev1.PodLogOptions{Container: s.inContainer(), Follow: true}).Stream(ctx)
+	log, err := s.bed.core.CoreV1().Pods(s.namespace).GetLogs(s.pod,
+		&corev1.PodLogOptions{Container: s.inContainer(), Follow: true}).Stream(ctx)
 	if err != nil {
 		s.Fatalf("read the log of %s: %v", s, err)
 	}
 	defer log.Close()
-	said := bufio.NewScanner(log)
-	for said.Scan() {
-		if strings.Contains(said.Text(), words) {
+	lines := bufio.NewScanner(log)
+	for lines.Scan() {
+		if strings.Contains(lines.Text(), words) {
 			return
 		}
 	}
-	s.Fatalf("%s never said %q: %v", s, words, said.Err())
+	s.Fatalf("%s never logged %q: %v", s, words, lines.Err())
 }
 
 func hexed(frame []byte) string { return hex.EncodeToString(frame) }
 
-// listener is a program frames that hears what arrives.
+// listener is a program frames that prints the frames that arrive.
 type listener struct {
-	station
-	lines <-chan string // a frame each; closed at the end
-	end   <-chan error  // why it ended
+	host
+	lines <-chan string // one frame each; closed at the end
+	end   <-chan error  // why the program ended
 }
 
-// listen starts the program frames and returns once it hears.
-func (s station) listen(args ...string) listener {
+// listen starts the program frames and returns once it listens.
+func (s host) listen(args ...string) listener {
 	s.Helper()
 	ctx, cancel := context.WithCancel(s.Context())
 	s.Cleanup(cancel)
@@ -190,65 +192,65 @@ func (s station) listen(args ...string) listener {
 		}
 	}()
 	go func() { // ends with the context
-		heard := &announcement{ready: ready}
-		err := s.exec(ctx, in, heard, append([]string{"frames", "-i", s.link}, args...)...)
+		stderr := &readySignal{ready: ready}
+		err := s.exec(ctx, in, stderr, append([]string{"frames", "-i", s.link}, args...)...)
 		if err != nil {
-			err = fmt.Errorf("%s: frames %s: %w: %s", s, strings.Join(args, " "), err, &heard.said)
+			err = fmt.Errorf("%s: frames %s: %w: %s", s, strings.Join(args, " "), err, &stderr.said)
 		}
 		end <- errors.Join(err, in.Close())
 	}()
 	select {
 	case <-ready:
 	case err := <-end:
-		s.Fatalf("frames ended before it listened: %v", err)
+		s.Fatalf("frames ended before it could listen: %v", err)
 	case <-time.After(patience):
 		s.Fatalf("%s does not listen", s)
 	}
-	return listener{station: s, lines: lines, end: end}
+	return listener{host: s, lines: lines, end: end}
 }
 
-// announcement takes the program's standard error and tells when that says that it listens.
-type announcement struct {
+// readySignal reads the program's standard error and closes a channel when the program reports that it listens.
+type readySignal struct {
 	said  bytes.Buffer
 	ready chan struct{}
-	told  bool
+	done  bool
 }
 
-// Write takes what the program says.
-func (a *announcement) Write(p []byte) (int, error) {
+// Write reads a part of the standard error.
+func (a *readySignal) Write(p []byte) (int, error) {
 	n, err := a.said.Write(p)
-	if !a.told && strings.Contains(a.said.String(), "listening\n") {
-		a.told = true
+	if !a.done && strings.Contains(a.said.String(), "listening\n") {
+		a.done = true
 		close(a.ready)
 	}
 	return n, err
 }
 
-// all returns what the listener heard, at its end.
-func (h listener) all() (heard []string, err error) {
+// all returns the frames that arrived, once the program has ended.
+func (h listener) all() (received []string, err error) {
 	for line := range h.lines {
-		heard = append(heard, line)
+		received = append(received, line)
 	}
-	return heard, <-h.end
+	return received, <-h.end
 }
 
-// crosses sends a frame of every kind from one station and wants exactly those that pass to arrive at the other.
-func crosses(from, to station) {
+// crosses sends a frame of every kind from one host, and wants exactly those that LANs carry to arrive at the other.
+func crosses(from, to host) {
 	to.Helper()
 	last := frames.Frame{Name: "last", Bytes: frames.Stream(nil, from.mac, 1, 0), Passes: true}
-	names := map[string]string{} // of what should arrive, by hex
+	names := map[string]string{} // of the frames that should arrive, by hex
 	for _, f := range append(frames.Catalog(from.mac, from.mtu), last) {
 		if f.Passes {
 			names[hexed(f.Bytes)] = f.Name
 		}
 	}
-	ear := to.listen("listen", "--for", "20s", "--count", strconv.Itoa(len(names)), "--marker", frames.Marker)
+	listener := to.listen("listen", "--for", "20s", "--count", strconv.Itoa(len(names)), "--marker", frames.Marker)
 	from.run("frames", "-i", from.link, "catalog")
 	from.run("frames", "-i", from.link, "stream", "send", "--count", "1")
-	heard, err := ear.all()
-	for _, frame := range heard {
+	received, err := listener.all()
+	for _, frame := range received {
 		if names[frame] == "" {
-			to.Errorf("%s → %s: not sent, or twice: %s", from, to, frame)
+			to.Errorf("%s → %s: a frame that was not sent, or a copy: %s", from, to, frame)
 		}
 		delete(names, frame)
 	}
@@ -260,26 +262,26 @@ func crosses(from, to station) {
 	}
 }
 
-// stream is 1,000 frames a second from one pod to another. The programs run in the pods by themselves: kubelet and the API
-// server, which carry exec, may be away meanwhile.
+// stream is 1,000 frames a second from one pod to another. The programs run in the pods in the background, because
+// kubelet and the API server, which carry exec, may be down meanwhile.
 type stream struct {
-	from, to station
+	from, to host
 	began    time.Time
 }
 
 // startStream starts a stream.
-func startStream(from, to station) stream {
+func startStream(from, to host) stream {
 	to.Helper()
 	return start(from, to, "--dst "+to.mac.String())
 }
 
-// startFlood starts a stream to an address that nobody has.
-func startFlood(from, to station) stream {
+// startFlood starts a stream to a MAC that no host has.
+func startFlood(from, to host) stream {
 	to.Helper()
 	return start(from, to, "")
 }
 
-func start(from, to station, destination string) stream {
+func start(from, to host, destination string) stream {
 	to.Helper()
 	id := crc32.ChecksumIEEE([]byte(from.pod + " " + to.pod)) // two pods may have a stream in each direction
 	to.sh(`frames -i %s stream receive --id %d --count 0 --for 10m >/tmp/tally 2>/tmp/ear &
@@ -290,39 +292,41 @@ echo $! >/tmp/sender`, from.link, id, destination)
 	return stream{from: from, to: to, began: time.Now()}
 }
 
-// end ends the stream and returns what of it arrived. A stream that didn't flow in the end is an error.
+// end ends the stream and counts the frames that arrived. It is an error if the last frames did not arrive.
 func (s stream) end() frames.Tally {
 	s.to.Helper()
-	interrupt := func(of station, program string) string {
+	interrupt := func(of host, program string) string {
 		of.Helper()
-		// A program that has ended may still have its number, as nobody's child, but not its file.
-		return of.sh(`p=$(cat /tmp/%s); kill -INT $p || true; while [ -e /proc/$p/exe ]; do usleep 20000; done`, program)
+		// A program that has ended and has no parent may still have its process ID, but not its executable.
+		return of.sh(`p=$(cat /tmp/%s); kill -INT $p || true; while [ -e /proc/$p/exe ]; do usleep 20000; done`,
+			program)
 	}
 	interrupt(s.from, "sender")
 	sent, err := strconv.ParseUint(s.from.run("cat", "/tmp/sent"), 10, 64)
 	if err != nil {
-		s.from.Fatalf("how many frames were sent: %v", err)
+		s.from.Fatalf("count the frames that were sent: %v", err)
 	}
-	s.to.sh("sleep 0.3") // what has not come by then, will not
+	s.to.sh("sleep 0.3") // frames that have not arrived by then are lost
 	interrupt(s.to, "receiver")
 	result, rest, _ := strings.Cut(s.to.sh("cat /tmp/tally /tmp/ear"), "\n")
 	var tally frames.Tally
 	if err := json.Unmarshal([]byte(result), &tally); err != nil {
-		s.to.Fatalf("the receiver said %q %q: %v", result, rest, err)
+		s.to.Fatalf("the receiver printed %q %q: %v", result, rest, err)
 	}
-	s.to.Logf("%d frames from %s to %s in %s: %+v", sent, s.from, s.to, time.Since(s.began).Round(time.Millisecond), tally)
-	if came := tally.Received + tally.Lost; came < sent {
-		s.to.Errorf("the last %d frames from %s to %s did not arrive", sent-came, s.from, s.to)
-		tally.Lost += sent - came
+	s.to.Logf("%d frames from %s to %s in %s: %+v", sent, s.from, s.to, time.Since(s.began).Round(time.Millisecond),
+		tally)
+	if counted := tally.Received + tally.Lost; counted < sent {
+		s.to.Errorf("the last %d frames from %s to %s did not arrive", sent-counted, s.from, s.to)
+		tally.Lost += sent - counted
 	}
 	return tally
 }
 
-// aMoment is how long a stream goes on after what is done meanwhile.
+// aMoment is how long a stream continues after the action of a test.
 const aMoment = time.Second
 
-// losesNothing does something while a stream flows, and wants every frame of it to arrive.
-func losesNothing(from, to station, do func()) {
+// losesNothing does something during a stream, and wants every frame of the stream to arrive.
+func losesNothing(from, to host, do func()) {
 	to.Helper()
 	s := startStream(from, to)
 	do()
@@ -332,8 +336,8 @@ func losesNothing(from, to station, do func()) {
 	}
 }
 
-// losesLittle does something while a stream flows, and wants it to be interrupted for at most a second.
-func losesLittle(from, to station, do func()) {
+// losesLittle does something during a stream, and wants the stream to be interrupted for at most a second.
+func losesLittle(from, to host, do func()) {
 	to.Helper()
 	s := startStream(from, to)
 	do()

@@ -40,37 +40,38 @@ func TestPodsOfOneNodeTalk(t *testing.T) {
 	crosses(a, b)
 }
 
-func TestLANsWithDifferentVNIsNeverHearEachOther(t *testing.T) {
+func TestLANsWithDifferentVNIsAreSeparate(t *testing.T) {
 	l := newLab(t)
 	l.apply(l.lanYAML("red", 1003, []string{"red-1", "red-2"}))
 	l.apply(l.lanYAML("green", 1004, []string{"green-1", "green-2"}))
 	l.ready("red")
 	l.ready("green")
-	all := l.start(pod("red-1", worker1, "red-1"), pod("red-2", worker2, "red-2"), pod("green-1", worker1, "green-1"), pod("green-2", worker2, "green-2"))
+	all := l.start(pod("red-1", worker1, "red-1"), pod("red-2", worker2, "red-2"), pod("green-1", worker1, "green-1"),
+		pod("green-2", worker2, "green-2"))
 	red1, red2, green1, green2 := all[0], all[1], all[2], all[3]
 
-	// The one frame that a pod of the green LAN hears is the one that the other sends there, after all of red's.
-	ears := map[string]listener{}
-	for _, s := range []station{green1, green2} {
-		ears[s.pod] = s.listen("listen", "--for", "60s", "--count", "1", "--marker", frames.Marker)
+	// A pod of the green LAN receives only the frame that the other pod there sends, after all frames of the red LAN.
+	listeners := map[string]listener{}
+	for _, s := range []host{green1, green2} {
+		listeners[s.pod] = s.listen("listen", "--for", "60s", "--count", "1", "--marker", frames.Marker)
 	}
 	crosses(red1, red2)
 	crosses(red2, red1)
 	green1.run("frames", "-i", green1.link, "stream", "send", "--id", "7", "--count", "1")
 	green2.run("frames", "-i", green2.link, "stream", "send", "--id", "7", "--count", "1")
-	for name, ear := range ears {
+	for name, listener := range listeners {
 		other := green1
 		if name == green1.pod {
 			other = green2
 		}
-		heard, err := ear.all()
-		if want := hexed(frames.Stream(nil, other.mac, 7, 0)); err != nil || len(heard) != 1 || heard[0] != want {
-			t.Errorf("%s heard %q (%v), want %q", name, heard, err, want)
+		received, err := listener.all()
+		if want := hexed(frames.Stream(nil, other.mac, 7, 0)); err != nil || len(received) != 1 || received[0] != want {
+			t.Errorf("%s received %q (%v), want %q", name, received, err, want)
 		}
 	}
 }
 
-func TestSpokesComeAndGoWithoutALostFrameForTheOthers(t *testing.T) {
+func TestSpokesAreAddedAndRemovedWithoutALostFrame(t *testing.T) {
 	l := newLab(t)
 	l.lan("edited", 1005, []string{"stay-1", "stay-2", "go"})
 	both := l.start(pod("stay-1", worker1, "stay-1"), pod("stay-2", worker2, "stay-2"))
@@ -90,7 +91,8 @@ func TestSpokesComeAndGoWithoutALostFrameForTheOthers(t *testing.T) {
 		l.ready("edited")
 		for _, m := range l.machines() {
 			m.awaitLinks(l.namespace+netns, "no spokes but those that stay", func(links linkList) bool {
-				return links.have("stay-1_b", "stay-2_b", "come-7_b") && !links.have("go_b") && !links.have("come-0_b") && !links.have("come-19_b")
+				return links.have("stay-1_b", "stay-2_b", "come-7_b") && !links.have("go_b") &&
+					!links.have("come-0_b") && !links.have("come-19_b")
 			})
 		}
 	})

@@ -14,25 +14,26 @@ import (
 	"github.com/k8slan/k8slan/test/cluster/install"
 )
 
-// What the end of a claim without DEL rests on: the daemon can ask kubelet, kubelet lists the daemon's own pod, and it
-// lists a pod for as long as that has its sandbox, while it is being deleted too.
-func TestKubeletListsAPodForAsLongAsItHasItsSandbox(t *testing.T) {
+// The daemon ends claims without a DEL when kubelet no longer lists their pod. That is right if the daemon can ask
+// kubelet, if kubelet lists the daemon's own pod, and if it lists each pod as long as the pod has a sandbox, even
+// during deletion.
+func TestKubeletListsAPodAsLongAsItHasASandbox(t *testing.T) {
 	l := newLab(t)
 	t.Run("on a spoke", func(t *testing.T) {
 		l := l.in(t)
 		l.lan("listed", 1074, []string{"listed-1"})
 		l.start(pod("listed-1", worker1, "listed-1"))
-		l.isListed("listed-1")
+		l.wantsListed("listed-1")
 	})
 	t.Run("without a device", func(t *testing.T) {
 		l := l.in(t)
-		l.create(guest{Name: "plain", Node: worker1})
-		l.isListed("plain")
+		l.create(workload{Name: "plain", Node: worker1})
+		l.wantsListed("plain")
 	})
 }
 
-// isListed wants kubelet to list a pod, which it deletes, for as long as that has its sandbox.
-func (l lab) isListed(name string) {
+// wantsListed deletes a pod, and wants kubelet to list it as long as it has a sandbox.
+func (l lab) wantsListed(name string) {
 	l.Helper()
 	p := l.awaitRunning(name)
 	m := l.machine(p.Spec.NodeName)
@@ -60,18 +61,18 @@ func (l lab) isListed(name string) {
 	l.delete(&corev1.Pod{}, name, client.GracePeriodSeconds(3))
 	again := time.NewTicker(20 * time.Millisecond)
 	defer again.Stop()
-	looks := 0
-	for ; ; looks++ {
+	answers := 0
+	for ; ; answers++ {
 		pods := list()
 		if m.sandboxGone(string(p.UID)) {
 			break
 		}
 		if !slices.Contains(pods, this) {
-			l.Fatalf("kubelet no longer lists %v, which has its sandbox", this)
+			l.Fatalf("kubelet no longer lists %v, which has a sandbox", this)
 		}
 		<-again.C
 	}
-	if looks == 0 {
-		l.Error("the sandbox was gone at the first look")
+	if answers == 0 {
+		l.Error("the sandbox had ended before kubelet was asked")
 	}
 }
