@@ -42,10 +42,22 @@ type spec struct {
 
 func specs() []spec {
 	return []spec{
-		{Name: "worker1", IPv4: "10.77.0.11", IPv6: "fd77::11", PodCIDR: "10.244.1.0/24", PodCIDR6: "fd44:0:0:1::/64",
-			number: 1},
-		{Name: "worker2", IPv4: "10.77.0.12", IPv6: "fd77::12", PodCIDR: "10.244.2.0/24", PodCIDR6: "fd44:0:0:2::/64",
-			number: 2},
+		{
+			Name:     "worker1",
+			IPv4:     "10.77.0.11",
+			IPv6:     "fd77::11",
+			PodCIDR:  "10.244.1.0/24",
+			PodCIDR6: "fd44:0:0:1::/64",
+			number:   1,
+		},
+		{
+			Name:     "worker2",
+			IPv4:     "10.77.0.12",
+			IPv6:     "fd77::12",
+			PodCIDR:  "10.244.2.0/24",
+			PodCIDR6: "fd44:0:0:2::/64",
+			number:   2,
+		},
 	}
 }
 

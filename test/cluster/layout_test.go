@@ -71,8 +71,10 @@ func TestPortNamesFitTheKernel(t *testing.T) {
 }
 
 func TestOnlyTheNodesDevicesCanBeBroken(t *testing.T) {
-	for name, want := range map[string]bool{"eth0": true, "eth1": true, "eth2": true, "eth3": true, "eth4": true,
-		"eth5": false, "lo": false, "": false} {
+	for name, want := range map[string]bool{
+		"eth0": true, "eth1": true, "eth2": true, "eth3": true, "eth4": true,
+		"eth5": false, "lo": false, "": false,
+	} {
 		if _, err := parseDevice(name); (err == nil) != want {
 			t.Errorf("%q: %v", name, err)
 		}

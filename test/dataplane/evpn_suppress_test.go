@@ -36,7 +36,8 @@ func expectAnswer(t *testing.T, asks, other *host, question []byte, mac net.Hard
 	}
 }
 
-// suppressing is a node with a LAN that is built without and with suppression, and a pod that asks for another node's pod.
+// suppressing is a node with a LAN that is built without and with suppression, and a pod that asks for another node's
+// pod.
 type suppressing struct {
 	node
 	off, on      segment.Segment

@@ -29,8 +29,10 @@ func (m machine) awaitNothingOfLAN(lan string) {
 	ours := func(file string) bool {
 		return strings.HasPrefix(file, m.namespace+"."+lan) || strings.Contains(file, lan+"-")
 	}
-	for _, dir := range []string{"/run/k8slan/netns", "/run/k8slan/lan", "/run/k8slan/lock", "/var/run/cdi",
-		"/var/lib/kubelet/device-plugins"} {
+	for _, dir := range []string{
+		"/run/k8slan/netns", "/run/k8slan/lan", "/run/k8slan/lock", "/var/run/cdi",
+		"/var/lib/kubelet/device-plugins",
+	} {
 		m.until("the files of LAN "+lan+" to leave "+dir, func() bool {
 			return !slices.ContainsFunc(m.files(dir), ours)
 		})

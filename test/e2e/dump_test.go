@@ -76,7 +76,8 @@ func local(ctx context.Context, command ...string) ([]byte, error) {
 }
 
 func (l lab) show(ctx context.Context, title string, run func(context.Context, ...string) ([]byte, error),
-	command ...string) {
+	command ...string,
+) {
 	l.Helper()
 	out, err := run(ctx, command...)
 	if err != nil {

@@ -124,8 +124,10 @@ func TestKubectlShowsWhereMACsAre(t *testing.T) {
 // password creates a Secret with that password for the time of the test.
 func (l lab) password(name, text string) *corev1.Secret {
 	l.Helper()
-	s := &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: install.Namespace, Name: name},
-		Data: map[string][]byte{"password": []byte(text)}}
+	s := &corev1.Secret{
+		ObjectMeta: metav1.ObjectMeta{Namespace: install.Namespace, Name: name},
+		Data:       map[string][]byte{"password": []byte(text)},
+	}
 	l.try(l.bed.client.Create(l.Context(), s))
 	l.Cleanup(func() {
 		ctx, cancel := context.WithTimeout(context.Background(), patience)
@@ -292,8 +294,10 @@ func (l lab) reflectors() (pods []corev1.Pod) {
 // awaitReflectors returns when the reflectors' pods fit.
 func (l lab) awaitReflectors(what string, fits func([]*corev1.Pod) bool) (pods []*corev1.Pod) {
 	l.Helper()
-	which := []client.ListOption{client.InNamespace(install.Namespace),
-		client.MatchingLabels{"app.kubernetes.io/component": "reflector"}}
+	which := []client.ListOption{
+		client.InNamespace(install.Namespace),
+		client.MatchingLabels{"app.kubernetes.io/component": "reflector"},
+	}
 	pods, err := await(l.Context(), l.bed.client, &corev1.PodList{}, which, fits)
 	if err != nil {
 		l.Fatalf("waited for reflectors, %s: %v", what, err)

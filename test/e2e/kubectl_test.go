@@ -89,8 +89,10 @@ func TestAllInOneManifestIsAcceptedByTheAPIServer(t *testing.T) {
 		t.Fatalf("kubectl apply: %v\n%s", err, out)
 	}
 	if !containsAll(string(out),
-		[]string{"daemonset.apps/k8slan-ds", "deployment.apps/k8slan-controller-manager", "lans.lan.k8slan.io",
-			"namespace/" + install.Namespace}) {
+		[]string{
+			"daemonset.apps/k8slan-ds", "deployment.apps/k8slan-controller-manager", "lans.lan.k8slan.io",
+			"namespace/" + install.Namespace,
+		}) {
 		l.Errorf("kubectl apply prints\n%s", out)
 	}
 }

@@ -209,8 +209,10 @@ func TestKatharaPodsMeetByVNI(t *testing.T) {
 		t.Errorf("kubectl k8slan status prints\n%s", out)
 	}
 	out = l.k8slan(0, "macs", "megalos:5001")
-	if !containsAll(out, []string{"megalos:5001  evpn, vni 5001, ", "; 2 nodes asked", "02:aa:00:00:00:01  worker1",
-		"02:aa:00:00:00:03  worker2"}) {
+	if !containsAll(out, []string{
+		"megalos:5001  evpn, vni 5001, ", "; 2 nodes asked", "02:aa:00:00:00:01  worker1",
+		"02:aa:00:00:00:03  worker2",
+	}) {
 		t.Errorf("kubectl k8slan macs prints\n%s", out)
 	}
 
@@ -326,8 +328,10 @@ func TestKatharaPodsOutliveTheChartsOption(t *testing.T) {
 	const vni = 5003
 	l := newLab(t).over(evpn4)
 	l.network("red", vni)
-	guests := []workload{l.katharaPod("r1", worker1, attachmentRequest{Name: "red"}),
-		l.katharaPod("r2", worker2, attachmentRequest{Name: "red"})}
+	guests := []workload{
+		l.katharaPod("r1", worker1, attachmentRequest{Name: "red"}),
+		l.katharaPod("r2", worker2, attachmentRequest{Name: "red"}),
+	}
 	l.create(guests...)
 	one, two := l.katharaHosts(guests[0])[0], l.katharaHosts(guests[1])[0]
 	one.address("10.98.0.1/24")

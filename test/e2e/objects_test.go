@@ -32,7 +32,8 @@ const testLabel = "k8slan.io/e2e"
 
 // await watches objects until they fit. It returns their last state, the oldest object first.
 func await[T client.Object](ctx context.Context, c client.WithWatch, kind client.ObjectList, which []client.ListOption,
-	fits func([]T) bool) ([]T, error) {
+	fits func([]T) bool,
+) ([]T, error) {
 	for {
 		list := kind.DeepCopyObject().(client.ObjectList)
 		if err := c.List(ctx, list, which...); err != nil {
@@ -173,8 +174,10 @@ func (l lab) try(err error) {
 // namespace makes a namespace with the label of tests.
 func (b *testbed) namespace(t *testing.T) string {
 	t.Helper()
-	ns := &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{GenerateName: "e2e-",
-		Labels: map[string]string{testLabel: "true"}}}
+	ns := &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{
+		GenerateName: "e2e-",
+		Labels:       map[string]string{testLabel: "true"},
+	}}
 	if err := b.client.Create(t.Context(), ns); err != nil {
 		t.Fatalf("make a namespace: %v", err)
 	}

@@ -61,8 +61,10 @@ func TestStatusShowsLANsPodsAndNodesOnOneScreen(t *testing.T) {
 		t.Errorf("kubectl k8slan status prints\n%s", out)
 	}
 	out = l.k8slan(1, "status")
-	if !containsAll(out, []string{"/seen  Ready", "/seen-broken  Degraded UnderlayMissing",
-		`no device "eth7" (spec.vxlanDevMap.worker2)`}) {
+	if !containsAll(out, []string{
+		"/seen  Ready", "/seen-broken  Degraded UnderlayMissing",
+		`no device "eth7" (spec.vxlanDevMap.worker2)`,
+	}) {
 		t.Errorf("kubectl k8slan status of a degraded LAN prints\n%s", out)
 	}
 	if out := l.k8slan(1, "status", "nowhere"); !strings.Contains(out,
@@ -83,8 +85,10 @@ type capturing struct {
 
 func (l lab) capture(args ...string) *capturing {
 	l.Helper()
-	c := &capturing{Cmd: l.plugin(context.Background(), append([]string{"capture"}, args...)...),
-		stderr: make(chan string, 1)}
+	c := &capturing{
+		Cmd:    l.plugin(context.Background(), append([]string{"capture"}, args...)...),
+		stderr: make(chan string, 1),
+	}
 	c.Stdout = &c.stdout
 	stderr, err := c.StderrPipe()
 	if err != nil {

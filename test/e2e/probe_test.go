@@ -119,8 +119,10 @@ func TestProbeShowsWhatPasses(t *testing.T) {
 		l.change("probed", func(s *v1beta1.LANSpec) {
 			s.SpokeOptions = map[string]v1beta1.SpokeOptions{"probed-2": {TxChecksum: v1beta1.Off}}
 		})
-		l.wantsProbe(0, []string{p.allThere, p.allBack, "checksums come to " + l.namespace + "/probed-1 unfinished",
-			"spokeOptions: {probed-1: {txChecksum: off}}."}, "probed")
+		l.wantsProbe(0, []string{
+			p.allThere, p.allBack, "checksums come to " + l.namespace + "/probed-1 unfinished",
+			"spokeOptions: {probed-1: {txChecksum: off}}.",
+		}, "probed")
 	})
 	t.Run("a plugin that is killed leaves nothing on the nodes", func(t *testing.T) {
 		l := p.in(t)
@@ -217,8 +219,10 @@ func TestProbeNamesWhereFramesAreLost(t *testing.T) {
 				node.pauseDaemon() // it would set the port up at once
 				node.runInLAN("probed", "ip", "link", "set", "probed-2", "down")
 			},
-			[]string{p.there + "nothing passes. Port k",
-				"of spoke probed-2 on node worker2 is down, and the daemon should have set it up: see its log"},
+			[]string{
+				p.there + "nothing passes. Port k",
+				"of spoke probed-2 on node worker2 is down, and the daemon should have set it up: see its log",
+			},
 		},
 		{
 			"a VXLAN that is down", func(_ lab, node machine) {

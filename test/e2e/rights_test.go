@@ -28,8 +28,10 @@ func (l lab) account(name string, pod *corev1.Pod) client.Client {
 	l.Helper()
 	request := &authenticationv1.TokenRequest{}
 	if pod != nil {
-		request.Spec.BoundObjectRef = &authenticationv1.BoundObjectReference{Kind: "Pod", APIVersion: "v1",
-			Name: pod.Name, UID: pod.UID}
+		request.Spec.BoundObjectRef = &authenticationv1.BoundObjectReference{
+			Kind: "Pod", APIVersion: "v1",
+			Name: pod.Name, UID: pod.UID,
+		}
 	}
 	granted, err := l.bed.core.CoreV1().ServiceAccounts(install.Namespace).CreateToken(l.Context(), name, request,
 		metav1.CreateOptions{})
@@ -51,8 +53,10 @@ func (l lab) podOf(component, node string) *corev1.Pod {
 	ctx, cancel := context.WithTimeout(l.Context(), patience)
 	defer cancel()
 	fits := func(p *corev1.Pod) bool { return isRunning(p) && (node == "" || p.Spec.NodeName == node) }
-	which := []client.ListOption{client.InNamespace(install.Namespace),
-		client.MatchingLabels{"app.kubernetes.io/component": component}}
+	which := []client.ListOption{
+		client.InNamespace(install.Namespace),
+		client.MatchingLabels{"app.kubernetes.io/component": component},
+	}
 	all, err := await(ctx, l.bed.client, &corev1.PodList{}, which, func(all []*corev1.Pod) bool {
 		return slices.ContainsFunc(all, fits)
 	})

@@ -29,15 +29,23 @@ var multicast = underlay{name: "multicast", device: "eth1", second: "eth2", mtu:
 // The underlays of LANs with unicast discovery do not carry multicast. The nodes' devices are in one subnet, or in two
 // subnets with a router between them.
 var (
-	subnet4 = underlay{name: "subnet4", device: "eth3", second: "eth3", vteps: [2]string{"192.0.2.11", "192.0.2.12"},
-		bits: 24, mtu: 1500 - 58, discovery: v1beta1.Unicast}
-	subnet6 = underlay{name: "subnet6", device: "eth3", second: "eth3", group: "ff02::14",
-		vteps: [2]string{"2001:db8:77::11", "2001:db8:77::12"}, bits: 64, mtu: 1500 - 78, discovery: v1beta1.Unicast}
-	routed4 = underlay{name: "routed4", device: "eth4", second: "eth4", vteps: [2]string{"198.18.1.11", "198.18.2.11"},
-		bits: 24, mtu: 1500 - 58, discovery: v1beta1.Unicast}
-	routed6 = underlay{name: "routed6", device: "eth4", second: "eth4", group: "ff02::14",
+	subnet4 = underlay{
+		name: "subnet4", device: "eth3", second: "eth3", vteps: [2]string{"192.0.2.11", "192.0.2.12"},
+		bits: 24, mtu: 1500 - 58, discovery: v1beta1.Unicast,
+	}
+	subnet6 = underlay{
+		name: "subnet6", device: "eth3", second: "eth3", group: "ff02::14",
+		vteps: [2]string{"2001:db8:77::11", "2001:db8:77::12"}, bits: 64, mtu: 1500 - 78, discovery: v1beta1.Unicast,
+	}
+	routed4 = underlay{
+		name: "routed4", device: "eth4", second: "eth4", vteps: [2]string{"198.18.1.11", "198.18.2.11"},
+		bits: 24, mtu: 1500 - 58, discovery: v1beta1.Unicast,
+	}
+	routed6 = underlay{
+		name: "routed6", device: "eth4", second: "eth4", group: "ff02::14",
 		vteps: [2]string{"2001:db8:18:1::11", "2001:db8:18:2::11"}, bits: 64, mtu: 1500 - 78,
-		discovery: v1beta1.Unicast}
+		discovery: v1beta1.Unicast,
+	}
 
 	unicasts = []underlay{subnet4, subnet6, routed4, routed6}
 )

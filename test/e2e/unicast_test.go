@@ -131,8 +131,10 @@ func TestLANChangesItsDiscoveryWhilePodsTalk(t *testing.T) {
 	l := newLab(t)
 	for i, u := range []underlay{
 		{name: "IPv4", vteps: [2]string{"203.0.113.11", "203.0.113.12"}, bits: 24, discovery: v1beta1.Unicast},
-		{name: "IPv6", vteps: [2]string{"2001:db8:203::11", "2001:db8:203::12"}, bits: 64, group: "ff02::14",
-			discovery: v1beta1.Unicast},
+		{
+			name: "IPv6", vteps: [2]string{"2001:db8:203::11", "2001:db8:203::12"}, bits: 64, group: "ff02::14",
+			discovery: v1beta1.Unicast,
+		},
 	} {
 		t.Run(u.name, func(t *testing.T) {
 			l := l.fresh(t).over(multicast)
@@ -142,11 +144,15 @@ func TestLANChangesItsDiscoveryWhilePodsTalk(t *testing.T) {
 			}
 			l = l.over(u)
 			one, two := l.pair("change", 1150+i)
-			groups := map[v1beta1.Discovery]string{v1beta1.Multicast: u.otherGroup(), v1beta1.Unicast: u.group,
-				v1beta1.EVPN: u.group}
+			groups := map[v1beta1.Discovery]string{
+				v1beta1.Multicast: u.otherGroup(), v1beta1.Unicast: u.group,
+				v1beta1.EVPN: u.group,
+			}
 			from := u.discovery
-			for _, to := range []v1beta1.Discovery{v1beta1.Multicast, v1beta1.EVPN, v1beta1.Unicast, v1beta1.EVPN,
-				v1beta1.Multicast, v1beta1.Unicast} {
+			for _, to := range []v1beta1.Discovery{
+				v1beta1.Multicast, v1beta1.EVPN, v1beta1.Unicast, v1beta1.EVPN,
+				v1beta1.Multicast, v1beta1.Unicast,
+			} {
 				t.Run(fmt.Sprintf("%s to %s", from, to), func(t *testing.T) {
 					one, two := one.in(t), two.in(t)
 					flood := startFlood(two, one)

@@ -122,8 +122,10 @@ func (l lab) awaitNoResidue(ctx context.Context, begin time.Time) {
 	} {
 		l.awaitNone(ctx, what, list, labelled...)
 	}
-	for what, list := range map[string]client.ObjectList{"Deployment": &appsv1.DeploymentList{},
-		"pod": &corev1.PodList{}, "ServiceAccount": &corev1.ServiceAccountList{}} {
+	for what, list := range map[string]client.ObjectList{
+		"Deployment": &appsv1.DeploymentList{},
+		"pod":        &corev1.PodList{}, "ServiceAccount": &corev1.ServiceAccountList{},
+	} {
 		l.awaitNone(ctx, what, list, append([]client.ListOption{client.InNamespace(install.Namespace)}, labelled...)...)
 	}
 	l.logTime("until nothing was left", begin)
@@ -132,8 +134,10 @@ func (l lab) awaitNoResidue(ctx context.Context, begin time.Time) {
 // awaitResidueRuns returns when the last step runs.
 func (l lab) awaitResidueRuns(ctx context.Context) {
 	l.Helper()
-	which := []client.ListOption{client.InNamespace(install.Namespace),
-		client.MatchingFields{"metadata.name": helmhooks.Residue}}
+	which := []client.ListOption{
+		client.InNamespace(install.Namespace),
+		client.MatchingFields{"metadata.name": helmhooks.Residue},
+	}
 	_, err := await(ctx, l.bed.client, &appsv1.DeploymentList{}, which, func(all []*appsv1.Deployment) bool {
 		return len(all) == 1 && all[0].Status.AvailableReplicas == 1 && len(all[0].OwnerReferences) == 1
 	})

@@ -133,8 +133,10 @@ func (b *Bed) Previous(ctx context.Context, dir string) (previous *Bed, commit s
 	if _, err := os.Stat(filepath.Join(root, "charts/k8slan/Chart.yaml")); err != nil {
 		return nil, "", fmt.Errorf("%w that has a k8slan: %w", ErrNoHistory, err)
 	}
-	return &Bed{Config: b.Config, Cluster: b.Cluster, root: root, work: filepath.Join(dir, "built"), version: commit,
-		product: &product{}}, commit, nil
+	return &Bed{
+		Config: b.Config, Cluster: b.Cluster, root: root, work: filepath.Join(dir, "built"), version: commit,
+		product: &product{},
+	}, commit, nil
 }
 
 // ErrNoHistory says that the checkout is not one of git's, or has one commit.

@@ -125,7 +125,7 @@ func (m *machine) flags(flags *pflag.FlagSet) {
 func start() *cobra.Command {
 	return &cobra.Command{
 		Use:   "start",
-		Short: "Start a VM that was told to wait",
+		Short: "Start a VM that waits",
 		Args:  cobra.NoArgs,
 		RunE:  func(*cobra.Command, []string) error { return giveStart() },
 	}

@@ -12,7 +12,7 @@ import (
 
 // reap runs a command, hands it the signals that end a container, and reaps
 // what it orphans until it ends: libvirt starts QEMU as a daemon and believes
-// that it has ended only once somebody has waited for it. Under KubeVirt
+// that it has ended only once its parent has waited for it. Under KubeVirt
 // virt-launcher-monitor does that.
 func reap(args []string) error {
 	signals := make(chan os.Signal, 16)

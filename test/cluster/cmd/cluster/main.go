@@ -221,7 +221,8 @@ func underlay(o *options) *cobra.Command {
 
 // opened makes a command that works on a cluster that is up.
 func opened(o *options, use, short string, args int,
-	run func(context.Context, *cluster.Cluster, []string) error) *cobra.Command {
+	run func(context.Context, *cluster.Cluster, []string) error,
+) *cobra.Command {
 	return &cobra.Command{
 		Use:   use,
 		Short: short,
@@ -238,7 +239,8 @@ func opened(o *options, use, short string, args int,
 
 // onNode makes a command whose first argument is a node.
 func onNode(o *options, use, short string, args int,
-	run func(context.Context, *cluster.Node, []string) error) *cobra.Command {
+	run func(context.Context, *cluster.Node, []string) error,
+) *cobra.Command {
 	return opened(o, use, short, args, func(ctx context.Context, c *cluster.Cluster, args []string) error {
 		node := c.Node(args[0])
 		if node == nil {

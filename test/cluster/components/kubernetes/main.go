@@ -32,7 +32,11 @@ func main() {
 		command = commandFor(name)
 	}
 	if command == nil {
-		fmt.Fprintln(os.Stderr, "usage: kubernetes kube-apiserver|kube-controller-manager|kube-scheduler|kube-proxy|kubelet|kubectl [flags]")
+		fmt.Fprintln(
+			os.Stderr,
+			"usage: kubernetes kube-apiserver|kube-controller-manager|kube-scheduler|kube-proxy|kubelet|kubectl "+
+				"[flags]",
+		)
 		os.Exit(2)
 	}
 	if name == "kubectl" {

@@ -19,8 +19,10 @@ func TestKeyChangesWithWhatIsBuilt(t *testing.T) {
 		"another version":      {base, module("a2", "b")},
 		"other checksums":      {base, module("a", "b2")},
 		"text moved to go.sum": {base, module("", "ab")},
-		"a main.go in addition": {base,
-			fstest.MapFS{"go.mod": {Data: []byte("a")}, "go.sum": {Data: []byte("b")}, "main.go": {}}},
+		"a main.go in addition": {
+			base,
+			fstest.MapFS{"go.mod": {Data: []byte("a")}, "go.sum": {Data: []byte("b")}, "main.go": {}},
+		},
 		"other tags":         {Component{Name: "etcd", Packages: "tool", Tags: "x"}, module("a", "b")},
 		"other linker flags": {Component{Name: "etcd", Packages: "tool", LDFlags: "-X a=b"}, module("a", "b")},
 		"another link":       {Component{Name: "etcd", Packages: "tool", Links: []string{"a=b"}}, module("a", "b")},

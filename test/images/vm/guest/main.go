@@ -1,5 +1,5 @@
 // Command guest is the first program of a test VM: it loads the drivers, sets
-// the NICs up as the kernel's command line says, and runs what it is told.
+// the NICs up as the kernel's command line says, and runs the commands that it receives.
 //
 // The VM has two NICs: eth0 on the LAN, and eth1, which leads nowhere but to
 // the program vm beside QEMU and carries its commands.

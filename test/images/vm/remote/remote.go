@@ -26,12 +26,12 @@ type event struct {
 	Error          string `json:",omitempty"`
 }
 
-// Dial says hello over conn, and returns an error if nobody serves there.
+// Dial says hello over conn, and returns an error if no server answers there.
 func Dial(conn io.ReadWriteCloser) (*Client, error) {
 	c := &Client{conn: conn, events: json.NewDecoder(conn)}
 	var hello event
 	if err := c.events.Decode(&hello); err != nil || !hello.Ready {
-		return nil, errors.Join(fmt.Errorf("nobody is ready at the other end: %w", err), conn.Close())
+		return nil, errors.Join(fmt.Errorf("no server is ready at the other end: %w", err), conn.Close())
 	}
 	return c, nil
 }

@@ -41,7 +41,7 @@ func TestOutputComesWhileTheCommandRuns(t *testing.T) {
 	}
 	select {
 	case err := <-ended:
-		t.Log("the server: ", err) // that nobody takes the answer any more
+		t.Log("the server: ", err) // the reader of the answer has ended
 	case <-time.After(10 * time.Second):
 		t.Error("the command outlives its client")
 	}
@@ -59,7 +59,7 @@ func TestImpossibleCommandsAreErrors(t *testing.T) {
 	}
 }
 
-func TestDialFailsWhenNobodyServes(t *testing.T) {
+func TestDialFailsWithoutAServer(t *testing.T) {
 	here, there := net.Pipe()
 	there.Close()
 	if _, err := Dial(here); err == nil {
