@@ -32,7 +32,8 @@ type Bed struct {
 	root string // of the checkout
 	work string // the directory with what is built from the checkout
 
-	version string // that the programs are built as; empty: test
+	version  string // that the programs are built as; empty: test
+	previous bool   // built by the make targets of its own checkout
 	*product
 }
 
@@ -106,12 +107,16 @@ func (b *Bed) Up(ctx context.Context) error {
 	return nil
 }
 
-// Previous returns a bed on the same cluster for the commit before the checkout's, or for the one that
-// K8SLAN_UPGRADE_FROM names, and says which that is. It lies in dir from then on. Where there is no such commit, or no
-// k8slan in it, the error is ErrNoHistory.
+// Previous returns a bed on the same cluster for the newest release, or for the release or commit that
+// K8SLAN_UPGRADE_FROM names, and says which commit that is. It lies in dir from then on. Where the checkout's history
+// does not have that commit, or no k8slan in it, the error is ErrNoHistory.
 func (b *Bed) Previous(ctx context.Context, dir string) (previous *Bed, commit string, err error) {
 	from := os.Getenv("K8SLAN_UPGRADE_FROM")
-	commit, err = run(ctx, b.root, "git", "rev-parse", "--short", cmp.Or(from, "HEAD^"))
+	list, err := os.ReadFile(filepath.Join(b.root, "test/releases"))
+	if err != nil {
+		return nil, "", fmt.Errorf("read the list of releases: %w", err)
+	}
+	commit, err = run(ctx, b.root, "git", "rev-parse", "--short", released(string(list), from))
 	switch {
 	case err != nil && from == "":
 		return nil, "", fmt.Errorf("%w: %w", ErrNoHistory, err)
@@ -134,13 +139,26 @@ func (b *Bed) Previous(ctx context.Context, dir string) (previous *Bed, commit s
 		return nil, "", fmt.Errorf("%w that has a k8slan: %w", ErrNoHistory, err)
 	}
 	return &Bed{
-		Config: b.Config, Cluster: b.Cluster, root: root, work: filepath.Join(dir, "built"), version: commit,
-		product: &product{},
+		Config: b.Config, Cluster: b.Cluster, root: root, work: filepath.Join(root, "bin"), version: commit,
+		previous: true, product: &product{},
 	}, commit, nil
 }
 
-// ErrNoHistory says that the checkout is not one of git's, or has one commit.
-var ErrNoHistory = errors.New("the checkout has no commit before this one")
+// released returns the commit of a release, of the newest where from is empty. The list has a version and a commit on
+// each line, the newest last. What is no version in it is taken for a commit.
+func released(list, from string) (commit string) {
+	commit = from
+	for line := range strings.Lines(list) {
+		words := strings.Fields(line)
+		if len(words) == 2 && words[0] != "#" && (from == "" || words[0] == from) {
+			commit = words[1]
+		}
+	}
+	return commit
+}
+
+// ErrNoHistory says that the checkout is not one of git's, or does not have the commit to upgrade from.
+var ErrNoHistory = errors.New("the checkout does not have the commit to upgrade from")
 
 // As returns a bed for the same checkout, built as another version.
 func (b *Bed) As(version, dir string) *Bed {
@@ -166,6 +184,9 @@ func (b *Bed) Definitions(ctx context.Context) error {
 // Build builds k8slan's programs and its image from the checkout.
 // The image's tag is a hash of the programs, so that a changed image is rolled out.
 func (b *Bed) Build(ctx context.Context) error {
+	if b.previous {
+		return b.makeImage(ctx)
+	}
 	if _, err := run(ctx, b.root, "go", "build", "-trimpath", "-ldflags", "-s -w -X main.version="+b.Version(), "-o",
 		b.work+"/", "./cmd/..."); err != nil {
 		return err
@@ -181,6 +202,13 @@ func (b *Bed) Build(ctx context.Context) error {
 	b.tag, programs.Version = "test-"+sum, "test-"+sum
 	b.archive = filepath.Join(b.work, "k8slan.tar")
 	return image.K8slan(ctx, b.archive, programs)
+}
+
+// makeImage builds programs and image as the checkout's own Makefile does.
+func (b *Bed) makeImage(ctx context.Context) error {
+	b.tag, b.archive = b.version, filepath.Join(b.root, "dist/k8slan.tar")
+	_, err := run(ctx, b.root, "make", "image", "VERSION="+b.version)
+	return err
 }
 
 // Load loads the image that Build made into both nodes.

@@ -11,7 +11,7 @@ func TestHierarchiesAreFoundHoweverTheyAreMounted(t *testing.T) {
 		want      []Hierarchy
 	}{
 		"only unified": {
-			mountinfo: `29 23 0:26 / /sys/fs/cgroup rw,nosuid,nodev,noexec,relatime shared:4 - cgroup2 cgroup2 rw,nsdelegate
+			mountinfo: `29 23 0:26 / /sys/fs/cgroup rw,nosuid,nodev shared:4 - cgroup2 cgroup2 rw,nsdelegate
 `,
 			want: []Hierarchy{{Mount: "/sys/fs/cgroup"}},
 		},
