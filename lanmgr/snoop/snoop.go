@@ -76,7 +76,7 @@ func (s *Socket) Run(ctx context.Context, role RoleFunc, bound func(mac [6]byte,
 	for buf := make([]byte, longest); ctx.Err() == nil; {
 		size, from, err := s.conn.Recvfrom(ctx, buf, 0)
 		if ctx.Err() != nil {
-			return nil
+			continue // the loop ends
 		}
 		if err != nil {
 			return fmt.Errorf("receive ARP: %w", err)
@@ -90,9 +90,7 @@ func (s *Socket) Run(ctx context.Context, role RoleFunc, bound func(mac [6]byte,
 				bound(mac, ip)
 			}
 		}
-		if pace.Wait(ctx) != nil {
-			return nil
-		}
+		_ = pace.Wait(ctx) // fails only once ctx ended, which ends the loop
 	}
 	return nil
 }
