@@ -28,6 +28,10 @@ func packages() []string {
 	}
 }
 
+// machines is how many machines a cluster stands for: two nodes, and one for the
+// control plane.
+const machines = 3
+
 // components are what a cluster runs.
 func components() []string { return []string{"kubernetes", "etcd", "containerd", "cni", "multus"} }
 
@@ -73,6 +77,9 @@ func (c *Cluster) up(ctx context.Context, cfg Config) error {
 		return err
 	}
 	if err := c.state.group().Create(); err != nil {
+		return err
+	}
+	if err := c.state.group().SetWeight(machines); err != nil {
 		return err
 	}
 	if err := c.state.createUnderlay(); err != nil {

@@ -71,28 +71,22 @@ func (m machine) awaitRemotes(lan string, remotes ...string) {
 // discovery.
 func TestFramesOfEveryKindCrossWithoutMulticast(t *testing.T) { newLab(t).framesCross(unicasts, 1140) }
 
-// framesCross creates a LAN over each of the networks, with VNIs from first on.
+// framesCross creates a LAN over each of the networks, with VNIs from first on. The first and the last network, IPv4 in
+// one subnet and IPv6 over a router, also have a VM.
 func (l lab) framesCross(underlays []underlay, first int) {
-	type pairAndVM struct{ one, two, vm host }
-	var all []pairAndVM
-	for i, u := range underlays {
-		l.apply(l.over(u).lanYAML(u.name, first+i, []string{u.name + "-1", u.name + "-2", u.name + "-vm"}))
-		l.create(pod(u.name+"-1", worker1, u.name+"-1"), pod(u.name+"-2", worker2, u.name+"-2"),
-			vm(u.name+"-vm", worker2, u.name+"-vm", address(3)+"/24"))
-	}
-	for _, u := range underlays {
-		s := pairAndVM{
-			l.host(pod(u.name+"-1", worker1, u.name+"-1")), l.host(pod(u.name+"-2", worker2, u.name+"-2")),
-			l.host(vm(u.name+"-vm", worker2, u.name+"-vm")),
-		}
-		s.one.address(address(1) + "/24")
-		s.two.address(address(2) + "/24")
-		all = append(all, s)
-	}
 	tests := map[string]func(lab){}
 	for i, u := range underlays {
 		tests[u.name] = func(l lab) {
 			l = l.over(u)
+			l.lan(u.name, first+i, []string{u.name + "-1", u.name + "-2", u.name + "-vm"})
+			both := l.start(pod(u.name+"-1", worker1, u.name+"-1"), pod(u.name+"-2", worker2, u.name+"-2"))
+			one, two := both[0], both[1]
+			one.address(address(1) + "/24")
+			two.address(address(2) + "/24")
+			others := []host{two}
+			if i == 0 || i == len(underlays)-1 {
+				others = append(others, l.start(vm(u.name+"-vm", worker2, u.name+"-vm", address(3)+"/24"))...)
+			}
 			for i, node := range []string{worker1, worker2} {
 				s := l.awaitSegment(node, u.name, "with its VTEP", func(s v1beta1.SegmentStatus) bool {
 					return s.VTEP != ""
@@ -104,12 +98,11 @@ func (l lab) framesCross(underlays []underlay, first int) {
 			if lan := l.ready(u.name); lan.Status.Discovery != string(u.discovery) {
 				l.Errorf("status.discovery is %q", lan.Status.Discovery)
 			}
-			one, two, vm := all[i].one.in(l.T), all[i].two.in(l.T), all[i].vm.in(l.T)
-			for _, far := range []host{two, vm} {
+			for i, far := range others {
 				crosses(one, far)
 				crosses(far, one)
+				one.pings(address(i + 2))
 			}
-			one.pings(address(2), address(3))
 			one.fetches(two, address(2))
 
 			// The network does not carry multicast: a new address cannot be found.

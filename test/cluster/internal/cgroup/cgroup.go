@@ -151,6 +151,27 @@ func delegateControllers(dir string) error {
 	return nil
 }
 
+// SetWeight gives the group as much processor time, where it is scarce, as that
+// many processes or groups of the usual weight beside it.
+func (g Group) SetWeight(times int) error {
+	hierarchies, err := Hierarchies()
+	if err != nil {
+		return err
+	}
+	for _, h := range hierarchies {
+		file, weight := "cpu.shares", 1024*times
+		if h.Unified() {
+			file, weight = "cpu.weight", 100*times
+		}
+		path := filepath.Join(g.in(h), file)
+		err := os.WriteFile(path, []byte(strconv.Itoa(weight)), 0)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, fs.ErrPermission) {
+			return fmt.Errorf("set the weight of control group %s: %w", path, err)
+		}
+	}
+	return nil
+}
+
 // Join moves the calling process into the group; in the unified hierarchy into
 // the child called leaf, if that is not empty, since there only a group
 // without children may hold processes.
