@@ -135,7 +135,7 @@ type request struct {
 // pod identifies the pod, from CNI_ARGS; all fields are empty outside of Kubernetes.
 type pod struct{ namespace, name, uid string }
 
-// decode reads the configuration. After an error about one key, the result has the other keys.
+// decode reads the configuration. If one key has a wrong type, the others are still decoded: DEL needs that.
 func decode(config []byte) (netConf, error) {
 	var w netConf
 	err := json.Unmarshal(config, &w)

@@ -98,8 +98,8 @@ func (a attachment) isOfNetwork(c segment.Claim) bool {
 	return a.matches(c.Spoke) && c.Kind == a.kind
 }
 
-// candidates returns the attachment once for each LAN of the node that it may be in. For a VNI these are the segment on
-// demand and, after it, the LAN objects with that VNI.
+// candidates returns one copy of the attachment for each LAN on this node that it may belong to. For a VNI these are
+// the segment on demand and, after it, the LAN objects with that VNI.
 func (p *Plugin) candidates(a attachment) ([]attachment, error) {
 	candidates := []attachment{a}
 	if a.vni == 0 {

@@ -175,9 +175,9 @@ func (m *Manager) Observed() bool {
 	return true
 }
 
-// Removed reports whether the node has no part left of a LAN that it should not have. It is false while that is not
-// known: the netns must have been observed since the last Set that changed what is wanted there. A LAN that was removed
-// stays removed until a Set wants it again: an attachment needs the record, which was removed first.
+// Removed reports whether the node has no part left of a LAN that it should not have. It is false until the netns was
+// observed after the last change of its desired state. A removed LAN stays removed until a Set wants it again: an
+// attachment needs the record, which was removed first.
 func (m *Manager) Removed(lan segment.LAN, netns string) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()

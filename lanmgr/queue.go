@@ -16,7 +16,7 @@ type entry struct {
 	want   *segment.Segment // nil: not wanted
 	report *Report          // nil: the segment was not observed yet, or nothing of it was left
 
-	seen       bool // report is of an observation after want last changed in more than tables
+	seen       bool // report is newer than the last change of want; changes of tables alone do not count
 	initial    bool // present or wanted at start-up, not yet observed
 	dirty      bool // to be reconciled
 	tablesOnly bool // of a dirty one: only remotes, FDB or neighbors changed
@@ -131,8 +131,8 @@ func (m *Manager) rest(e *entry) time.Duration {
 	return time.Until(due)
 }
 
-// begin returns what to do for a segment that came out of the queue; ok is false if there is nothing to do now. What is
-// queued cannot be taken back, so that a segment also comes out after it was reconciled earlier, or while it rests.
+// begin returns what to do for a segment that came out of the queue; ok is false if there is nothing to do now. The
+// queue has no cancel, so a segment can come out when it is clean, or while it still rests.
 func (m *Manager) begin(netns string) (t task, ok bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()

@@ -67,7 +67,7 @@ func (m *Manager) finish(t task, r result) {
 	case r.gone:
 		m.forget(e, r.took)
 		return
-	case r.Err != nil || !r.Built: // without an error one step is done, such as the teardown of another LAN's segment
+	case r.Err != nil || !r.Built: // not Built: another round is due, as after the teardown of another LAN's segment
 		m.retryLater(e)
 	default:
 		m.restAfter(e, r.took)
@@ -118,8 +118,7 @@ func (m *Manager) reconcile(ctx context.Context, t task) result {
 	return result{Report: r, done: done, known: true, gone: !isWanted(t.want, have) && isAbsent(have)}
 }
 
-// unknown returns the report of a segment that cannot be observed: that does not end the claims of its last
-// observation.
+// unknown returns the report of a segment that cannot be observed. It keeps the claims of the last observation.
 func unknown(t task, err error) Report {
 	var last Report
 	if t.last != nil {
@@ -175,7 +174,8 @@ func withoutRecord(have segment.State) segment.Segment {
 
 // observeAndApply applies what plan returns for a segment, and returns the state after that; known is false if it could
 // not be observed. The first observation needs no lock, because most of the time there is nothing to apply. If there
-// is, the segment is observed again under its lock, before and after: without it, half of an attach looks like damage.
+// is, the segment is observed again under its lock, before and after: without the lock, an
+// attach in progress looks like damage.
 func (m *Manager) observeAndApply(
 	ctx context.Context, netns string, plan func(segment.State) []segment.Op,
 ) (have segment.State, done []segment.Op, known bool, err error) {
@@ -232,8 +232,8 @@ func isAbsent(have segment.State) bool {
 	return !have.Exists && !have.LostName && !have.StaleName && have.Record == nil && len(have.Links) == 0
 }
 
-// complete reports whether a segment works with these operations still to do: VerifyClaim asks a question, and does so
-// at each observation.
+// complete reports whether a segment works with these operations still to do: VerifyClaim only
+// reads, so it does not count as work.
 func complete(left []segment.Op) bool {
 	return !slices.ContainsFunc(left, func(op segment.Op) bool {
 		_, question := op.(segment.VerifyClaim)

@@ -38,8 +38,8 @@ type ClaimRequest struct {
 	MTU         int              // bytes; 0: the LAN's
 	Promiscuous bool             // of the link in the pod
 
-	// Admit may refuse the pod because of the LAN's record, which does not change until the claim is made; nil refuses
-	// none.
+	// Admit checks the pod against the LAN's record. The lock keeps the record unchanged meanwhile; nil admits every
+	// pod.
 	Admit func(segment.Segment) error
 
 	// Make returns the segment to build if the LAN is not on the node. If it is nil, Claim fails with ErrNoLAN then.
@@ -81,7 +81,7 @@ type Attachment struct {
 	MAC           net.HardwareAddr
 	MTU           int
 	Index         int    // ifindex in the pod
-	HostInterface string // the link in the LAN's netns that is the other end of the pod's, or below it
+	HostInterface string // of a veth the bridge's end, of a macvtap its lower device
 	TookOver      bool   // another sandbox had the spoke until then
 	TapMajor      uint32 // of a macvtap's character device
 	TapMinor      uint32

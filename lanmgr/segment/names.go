@@ -10,7 +10,7 @@ import (
 	"strings"
 )
 
-// PortName is the bridge's end of a spoke's standing pair. A spoke's own name cannot have this underscore.
+// PortName is the bridge's end of a spoke's standing pair: _b for bridge. A spoke's own name has no underscore.
 func PortName(spoke string) string { return spoke + "_b" }
 
 // PortMTU returns the MTU of a spoke's standing port in a LAN of that MTU, in bytes. A guest's frame arrives with all

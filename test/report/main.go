@@ -36,18 +36,22 @@ type options struct {
 	name   string
 }
 
-// parse splits the arguments into those of report, which come first, and those of go test.
+// parse splits the arguments into those of report and those of go test, which may be mixed.
 func parse(args []string) (o options, rest []string, err error) {
 	flags := flag.NewFlagSet("report", flag.ContinueOnError)
 	flags.StringVar(&o.core, "core", "", "run the tests that this file lists")
 	flags.DurationVar(&o.budget, "budget", 0, "how long the run should take at most; 0: no budget")
 	flags.StringVar(&o.name, "name", "tests", "what the summary calls this run")
-	own := 0
-	for own+1 < len(args) && slices.Contains([]string{"-core", "-budget", "-name"}, args[own]) {
-		own += 2
+	var own []string
+	for i := 0; i < len(args); i++ {
+		if name := strings.TrimPrefix(args[i], "-"); name != args[i] && flags.Lookup(name) != nil && i+1 < len(args) {
+			own = append(own, args[i], args[i+1])
+			i++
+			continue
+		}
+		rest = append(rest, args[i])
 	}
-	err = flags.Parse(args[:own])
-	return o, args[own:], err
+	return o, rest, flags.Parse(own)
 }
 
 func run(args []string) error {

@@ -45,15 +45,16 @@ flag provided but not defined: -x
 	}
 }
 
-func TestArgumentsOfReportComeFirst(t *testing.T) {
-	o, rest, err := parse([]string{"-core", "core.txt", "-budget", "2m", "-count", "1", "./x", "-name", "its own"})
+func TestArgumentsOfReportMayStandAmongThoseOfGoTest(t *testing.T) {
+	args := []string{"-count", "1", "-core", "core.txt", "-budget", "2m", "-name", "its own", "-run", "", "./x"}
+	o, rest, err := parse(args)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if want := (options{core: "core.txt", budget: 2 * time.Minute, name: "tests"}); o != want {
+	if want := (options{core: "core.txt", budget: 2 * time.Minute, name: "its own"}); o != want {
 		t.Errorf("options are %+v, want %+v", o, want)
 	}
-	if want := []string{"-count", "1", "./x", "-name", "its own"}; !slices.Equal(rest, want) {
+	if want := []string{"-count", "1", "-run", "", "./x"}; !slices.Equal(rest, want) {
 		t.Errorf("go test gets %q, want %q", rest, want)
 	}
 }
