@@ -36,7 +36,6 @@ func TestLANIsDeletedWhileAPodAttaches(t *testing.T) {
 	each := *tries / 2 / lanes // of each kind in each lane
 	for _, kind := range []segment.Kind{segment.Veth, segment.Macvtap} {
 		t.Run(string(kind), func(t *testing.T) {
-			t.Parallel()
 			if kind == segment.Macvtap {
 				netlab.NeedDevices(t)
 			}
