@@ -69,12 +69,12 @@ test-all: unit api dataplane e2e ## Run every test, as root
 core: ## Run the tests that test/*/core.txt list
 	$(GOTEST) -core test/api/core.txt -name 'api, core' -budget 90s -timeout 15m ./test/api
 	$(GOTEST) -core test/dataplane/core.txt -name 'data plane, core' -budget 150s -timeout 15m -p 1 ./test/netlab ./test/dataplane
-	$(GOTEST) -core test/e2e/core.txt -name 'end to end, core' -budget 5m -timeout 30m ./test/e2e
+	$(GOTEST) -core test/e2e/core.txt -name 'end to end, core' -budget 6m -timeout 30m ./test/e2e
 
 .PHONY: unit
 unit: ## Run the tests that need neither root nor a cluster
 	go vet ./...
-	$(GOTEST) -name unit -budget 1m $$(go list ./... | grep -v -E '/test/(api|dataplane|netlab|soak|bench|images/vm|e2e)$$')
+	$(GOTEST) -name unit -budget 2m $$(go list ./... | grep -v -E '/test/(api|dataplane|netlab|soak|bench|images/vm|e2e)$$')
 
 .PHONY: api
 api: ## Test objects and controller against a real kube-apiserver
