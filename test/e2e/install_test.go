@@ -72,19 +72,23 @@ var usualValues = []string{
 // chart installs the chart with the usual values and changes to them, and returns when all of k8slan is ready but the
 // reflectors: they are replaced one after the other, 10 s apart, and only EVPN needs them.
 func (b *testbed) chart(ctx context.Context, changes ...string) error {
-	if err := b.chartOf(ctx, b.Bed, changes...); err != nil {
+	if err := b.chartOf(ctx, b.Bed, set(append(slices.Clone(usualValues), changes...))...); err != nil {
 		return err
 	}
 	b.usual = len(changes) == 0
 	return nil
 }
 
-// chartOf installs another version's chart.
-func (b *testbed) chartOf(ctx context.Context, version *install.Bed, changes ...string) error {
-	var args []string
-	for _, v := range append(slices.Clone(usualValues), changes...) {
+// set returns the arguments of Helm for values.
+func set(values []string) (args []string) {
+	for _, v := range values {
 		args = append(args, "--set", v)
 	}
+	return args
+}
+
+// chartOf installs a version's chart with arguments of helm upgrade.
+func (b *testbed) chartOf(ctx context.Context, version *install.Bed, args ...string) error {
 	if err := version.Install(ctx, args...); err != nil {
 		return err
 	}
