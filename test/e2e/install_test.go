@@ -70,13 +70,19 @@ var usualValues = []string{
 }
 
 // chart installs the chart with the usual values and changes to them, and returns when all of k8slan is ready but the
-// reflectors: they are replaced one after the other, 10 s apart, and only EVPN needs them.
+// reflectors: they are replaced one after the other, 10 s apart, and only EVPN needs them. What the hooks do, the nodes
+// have: the image and the CRDs.
 func (b *testbed) chart(ctx context.Context, changes ...string) error {
-	if err := b.chartOf(ctx, b.Bed, set(append(slices.Clone(usualValues), changes...))...); err != nil {
+	return b.install(ctx, b.Bed, append([]string{"--no-hooks"}, set(changes)...)...)
+}
+
+// install installs a version with the usual values and further arguments of helm upgrade.
+func (b *testbed) install(ctx context.Context, version *install.Bed, args ...string) error {
+	if err := version.Install(ctx, append(set(usualValues), args...)...); err != nil {
 		return err
 	}
-	b.usual = len(changes) == 0
-	return nil
+	b.usual = version == b.Bed && !slices.Contains(args, "--set")
+	return b.awaitInstalled(ctx)
 }
 
 // set returns the arguments of Helm for values.
@@ -85,14 +91,6 @@ func set(values []string) (args []string) {
 		args = append(args, "--set", v)
 	}
 	return args
-}
-
-// chartOf installs a version's chart with arguments of helm upgrade.
-func (b *testbed) chartOf(ctx context.Context, version *install.Bed, args ...string) error {
-	if err := version.Install(ctx, args...); err != nil {
-		return err
-	}
-	return b.awaitInstalled(ctx)
 }
 
 // awaitInstalled returns when the daemons and the controllers are ready.

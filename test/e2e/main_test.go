@@ -29,12 +29,10 @@ import (
 	"github.com/k8slan/k8slan/test/cluster/install"
 )
 
-// clusters is how many clusters the tests run on. On each of them one test runs at a time.
-const clusters = 2
-
 var (
-	free    = make(chan *testbed, clusters) // the clusters on which no test runs
-	missing string                          // why there is no cluster; empty if there is
+	clusters = 2                      // to run on; on each of them one test runs at a time
+	free     = make(chan *testbed, 9) // the clusters on which no test runs
+	missing  string                   // why there is no cluster; empty if there is
 )
 
 // testbed is a cluster with k8slan installed.
@@ -51,6 +49,7 @@ type testbed struct {
 func TestMain(m *testing.M) {
 	flag.Func("underlay", "what LANs go `over`: multicast, subnet4, subnet6, routed4 or routed6, or by EVPN evpn4, "+
 		"evpn6, evpn4r or evpn6r", setUsual)
+	flag.IntVar(&clusters, "clusters", clusters, "run on `n` clusters side by side, 9 at most")
 	flag.Parse()
 	ctrllog.SetLogger(logr.Discard()) // else the clients' library complains that it has no logger
 	os.Exit(run(m))

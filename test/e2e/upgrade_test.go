@@ -40,7 +40,7 @@ func TestUpgradeKeepsPodsAttached(t *testing.T) {
 	t.Logf("the previous commit is %s", commit)
 	l.reinstall()
 	l.try(inOrder(ctx, previous.Build, previous.Definitions, previous.Load))
-	l.try(l.bed.chartOf(ctx, previous, append(set(usualValues), "--no-hooks")...))
+	l.try(l.bed.install(ctx, previous, "--no-hooks"))
 	l.awaitVersion(previous.Version())
 	one, two := l.pair("upgraded", 1077)
 
@@ -50,7 +50,7 @@ func TestUpgradeKeepsPodsAttached(t *testing.T) {
 			gaps = append(gaps, m.watchResource("upgraded-3"))
 		}
 		begin := time.Now()
-		l.try(l.bed.chart(ctx))
+		l.try(l.bed.install(ctx, l.bed.Bed))
 		l.logTime("helm upgrade", begin)
 		l.awaitVersion(l.bed.Version())
 		for _, g := range gaps {
