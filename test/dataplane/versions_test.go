@@ -193,11 +193,11 @@ func (o older) expectAdopted(t *testing.T) {
 	}
 	pod, vm := o.openWires(t)
 	before := o.files(t)
-	var ears []*eventSocket
+	var sockets []*eventSocket
 	for _, ns := range []netlab.Namespace{o.lanNetns(o.Segment), o.pod.Namespace, o.vm.Namespace} {
-		ear := o.watchEvents(t, ns)
-		ear.awaitQuiet(t)
-		ears = append(ears, ear)
+		socket := o.watchEvents(t, ns)
+		socket.awaitQuiet(t)
+		sockets = append(sockets, socket)
 	}
 	streams := []*stream{startStream(t, 1, pod, vm), startStream(t, 2, vm, pod)}
 	m := o.manage(t)
@@ -206,8 +206,8 @@ func (o older) expectAdopted(t *testing.T) {
 	for _, s := range streams {
 		s.expectAll(t)
 	}
-	for _, ear := range ears {
-		if ear.sawLinkEvents(t) {
+	for _, socket := range sockets {
+		if socket.sawLinkEvents(t) {
 			t.Error("rtnetlink reported a change of a link")
 		}
 	}
