@@ -259,20 +259,20 @@ func TestRecreatedVNIIsWatched(t *testing.T) {
 			}
 		}
 	}
-	look := func() {
+	observe := func() {
 		t.Helper()
 		_, err := daemon.Observe(t.Context(), s.Netns)
 		must(t, err)
 	}
 	wire, old := join()
-	look()
+	observe()
 	shows(wire, "10.0.0.1")
 	pod.mustCall(t, "DEL", red)
 	wire, now := join()
 	if old == now {
 		t.Fatalf("both namespaces are %s", now)
 	}
-	look()
+	observe()
 	select {
 	case <-recreated:
 	case <-time.After(daemonTimeout):
