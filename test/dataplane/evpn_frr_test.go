@@ -234,8 +234,8 @@ func TestGoBGPReflectsRoutesWithIPv6VTEPs(t *testing.T) {
 	expectGoBGPReflects(t, families["IPv6"])
 }
 
-// expectGoBGPReflects expects gobgpd to reflect the routes of two nodes. It restarts, a daemon restarts, and no frame is
-// lost.
+// expectGoBGPReflects expects gobgpd to reflect the routes of two nodes. It restarts, a daemon restarts, and no frame
+// is lost.
 func expectGoBGPReflects(t *testing.T, f family) {
 	t.Helper()
 	a, b, onA, onB := unicastHosts(t, f, 433)
