@@ -150,7 +150,9 @@ func TestProbeReportsUnfinishedChecksums(t *testing.T) {
 	s.TxChecksumOff = []string{"raw"}
 	a.reconcile(t, a.withUnderlay(t, s))
 	for _, spoke := range s.Spokes {
-		a.claim(t, s, spoke, segment.Veth).AwaitCarrier(t, ifname)
+		pod := a.claim(t, s, spoke, segment.Veth)
+		pod.AwaitCarrier(t, ifname)
+		a.lanNetns(s).AwaitCarrier(t, pod.HostInterface)
 	}
 	there, back, err := probe.Run(t.Context(), a.startEndpoint(t, s, "plain"), a.startEndpoint(t, s, "raw"))
 	if err != nil {
