@@ -112,7 +112,11 @@ func (l lab) framesCross(underlays []underlay, first int) {
 				l.Errorf("the other pod is found without remotes: %s", out)
 			}
 			l.change(u.name, func(s *v1beta1.LANSpec) { s.Discovery, s.VXLANGroup = u.discovery, u.group })
-			one.pings(address(9))
+			// Both nodes change, one after the other.
+			l.machines()[0].until("the other pod to be found again", func() bool {
+				_, err := one.try("ping", "-c", "1", "-W", "1", address(9))
+				return err == nil
+			})
 		}
 	}
 	l.sideBySide(tests)
